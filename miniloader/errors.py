@@ -1,0 +1,91 @@
+"""What can go wrong, as a tree.
+
+::
+
+    MiniloaderError            1  anything miniloader raises on purpose
+    ├── ElfError               1  the file is at fault: field, found, expected
+    ├── LoadError              1  the file is well formed, yet it cannot be loaded here
+    │   └── SymbolError        1  a symbol (or its version) is not where it should be
+    ├── WorkerError            1  a process we started died, or did not answer
+    ├── UsageError             2  the request itself makes no sense
+    └── EvidenceError          3  the kernel, or our permissions, cannot tell
+
+The number is the exit status of the command line.  A message is one line and reads
+``where: what, found, expected; what to do next``; names taken from a file are quoted so that
+control characters in them stay inert.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+__all__ = [
+    "ElfError",
+    "EvidenceError",
+    "LoadError",
+    "MiniloaderError",
+    "SymbolError",
+    "UsageError",
+    "WorkerError",
+    "printable",
+]
+
+
+def printable(text: object) -> str:
+    """``text`` on one line, with every character that a terminal could act on escaped."""
+    plain = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+
+
+class MiniloaderError(Exception):
+    """Base of everything miniloader raises on purpose; ``str()`` is one printable line."""
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = printable(message)
+        self.hint = printable(hint) if hint is not None else None
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class ElfError(MiniloaderError):
+    """A fault of the file itself.
+
+    ``path`` names the file, ``field`` the gABI field (``e_phnum``, ``PT_LOAD[1].p_align``),
+    ``found`` and ``expected`` say what is wrong with it.
+    """
+
+    def __init__(
+        self, path: str | None, field: str, found: str, expected: str, *, hint: str | None = None
+    ) -> None:
+        self.path, self.field, self.found, self.expected = path, field, found, expected
+        where = f"{path}: " if path is not None else ""
+        super().__init__(f"{where}{field}: found {found}, expected {expected}", hint=hint)
+
+
+class LoadError(MiniloaderError):
+    """The file is well formed, yet it cannot be loaded in this process."""
+
+
+class SymbolError(LoadError):
+    """A symbol, or the version of it that is asked for, is not defined where it should be."""
+
+
+class WorkerError(MiniloaderError):
+    """A process that miniloader started died, or stopped answering."""
+
+
+class UsageError(MiniloaderError):
+    """The request itself makes no sense (a wrong signature, an impossible number)."""
+
+    exit_status = 2
+
+
+class EvidenceError(MiniloaderError):
+    """The kernel, or the permissions of this process, cannot tell."""
+
+    exit_status = 3

@@ -1,0 +1,184 @@
+"""The system calls miniloader makes, each declared once.
+
+Every function here either succeeds or raises :class:`OSError` with the errno the kernel gave, so no
+caller ever looks at a return code.  They go through one table, :data:`_LIBC`, which is the seam where
+tests inject failures (see :func:`injected`).  Addresses and lengths are bytes; sources are the man
+pages of section 2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+__all__ = [
+    "MADV_DONTNEED",
+    "MADV_POPULATE_READ",
+    "MADV_POPULATE_WRITE",
+    "MADV_RANDOM",
+    "MAP_ANONYMOUS",
+    "MAP_FIXED",
+    "MAP_FIXED_NOREPLACE",
+    "MAP_PRIVATE",
+    "MAP_SHARED",
+    "PAGE_SIZE",
+    "PROT_EXEC",
+    "PROT_NONE",
+    "PROT_READ",
+    "PROT_WRITE",
+    "PR_SET_PDEATHSIG",
+    "injected",
+    "ioctl",
+    "madvise",
+    "mmap",
+    "mprotect",
+    "munmap",
+    "prctl",
+    "process_vm_readv",
+    "process_vm_writev",
+]
+
+PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+PROT_EXEC: Final = 4
+
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_FIXED_NOREPLACE: Final = 0x100000
+
+MADV_RANDOM: Final = 1
+MADV_DONTNEED: Final = 4
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+
+PR_SET_PDEATHSIG: Final = 1
+
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_int, _long, _ulong = ctypes.c_int, ctypes.c_long, ctypes.c_ulong
+_size, _ssize, _address = ctypes.c_size_t, ctypes.c_ssize_t, ctypes.c_void_p
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Iovec(ctypes.Structure):
+    """``struct iovec`` of readv(2)."""
+
+    _fields_ = (("base", _address), ("length", _size))
+
+
+_iovec_p = ctypes.POINTER(_Iovec)
+
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "mmap": (_address, (_address, _size, _int, _int, _int, ctypes.c_int64)),
+    "munmap": (_int, (_address, _size)),
+    "mprotect": (_int, (_address, _size, _int)),
+    "madvise": (_int, (_address, _size, _int)),
+    "prctl": (_int, (_int, _ulong, _ulong, _ulong, _ulong)),
+    "ioctl": (_int, (_int, _ulong, _address)),
+    "process_vm_readv": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
+    "process_vm_writev": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
+}
+
+
+def _declare(name: str) -> Callable[..., Any]:
+    restype, argtypes = _SIGNATURES[name]
+    function = getattr(_libc, name)
+    function.restype, function.argtypes = restype, argtypes
+    return function  # type: ignore[no-any-return]  # ctypes has no type for a declared function
+
+
+_LIBC: Final[dict[str, Callable[..., Any]]] = {name: _declare(name) for name in _SIGNATURES}
+
+
+@contextmanager
+def injected(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace system call ``name`` by ``function`` while the block runs (for tests only).
+
+    ``function`` has the C signature; to fail it calls ``ctypes.set_errno`` and returns -1 (mmap: -1 too).
+    """
+    original = _LIBC[name]
+    _LIBC[name] = function
+    try:
+        yield
+    finally:
+        _LIBC[name] = original
+
+
+def _failed(name: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{name}: {os.strerror(number)} ({errno.errorcode.get(number, number)})")
+
+
+def mmap(address: int, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """mmap(2): the address of the new mapping."""
+    result = _LIBC["mmap"](address, length, protection, flags, fd, offset)
+    if result == _MAP_FAILED or result == -1:
+        raise _failed("mmap")
+    return int(result or 0)
+
+
+def munmap(address: int, length: int) -> None:
+    """munmap(2)."""
+    if _LIBC["munmap"](address, length) != 0:
+        raise _failed("munmap")
+
+
+def mprotect(address: int, length: int, protection: int) -> None:
+    """mprotect(2)."""
+    if _LIBC["mprotect"](address, length, protection) != 0:
+        raise _failed("mprotect")
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    """madvise(2)."""
+    if _LIBC["madvise"](address, length, advice) != 0:
+        raise _failed("madvise")
+
+
+def prctl(option: int, value: int) -> int:
+    """prctl(2) with one argument."""
+    result = int(_LIBC["prctl"](option, value, 0, 0, 0))
+    if result < 0:
+        raise _failed("prctl")
+    return result
+
+
+def ioctl(fd: int, request: int, argument: int) -> int:
+    """ioctl(2) with the address of its argument; the (never negative) result."""
+    result = int(_LIBC["ioctl"](fd, request, argument))
+    if result < 0:
+        raise _failed("ioctl")
+    return result
+
+
+def process_vm_readv(pid: int, remote: int, local: int, length: int) -> int:
+    """Copy ``length`` bytes at ``remote`` in process ``pid`` to ``local`` here; the bytes copied.
+
+    A page that cannot be read ends the copy (EFAULT when it is the first), it never raises a signal.
+    """
+    return _vm("process_vm_readv", pid, remote, local, length)
+
+
+def process_vm_writev(pid: int, remote: int, local: int, length: int) -> int:
+    """Copy ``length`` bytes at ``local`` here to ``remote`` in process ``pid``; the bytes copied.
+
+    Unlike a store, writing this way to a file page that is gone gives EFAULT, not SIGBUS.
+    """
+    return _vm("process_vm_writev", pid, remote, local, length)
+
+
+def _vm(name: str, pid: int, remote: int, local: int, length: int) -> int:
+    here, there = _Iovec(local, length), _Iovec(remote, length)
+    count = int(_LIBC[name](pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
+    if count < 0:
+        raise _failed(name)
+    return count
