@@ -1,0 +1,68 @@
+"""A Linux shared-library loader that shows its work.
+
+::
+
+    image = miniloader.inspect(path)        # ElfImage; maps nothing, runs nothing, any architecture
+    lib = miniloader.load(path)             # Library: mapped, linked and initialised by us
+    proof = miniloader.prove(path)          # Proof: what several processes share, and what they copied
+
+Importing this package is nearly free: each public name is imported from its home when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from miniloader.elf import ElfImage as ElfImage
+    from miniloader.elf import LoadPlan as LoadPlan
+    from miniloader.elf import inspect as inspect
+    from miniloader.errors import ElfError as ElfError
+    from miniloader.errors import EvidenceError as EvidenceError
+    from miniloader.errors import LoadError as LoadError
+    from miniloader.errors import MiniloaderError as MiniloaderError
+    from miniloader.errors import SymbolError as SymbolError
+    from miniloader.errors import UsageError as UsageError
+    from miniloader.errors import WorkerError as WorkerError
+    from miniloader.lab.prove import Proof as Proof
+    from miniloader.lab.prove import prove as prove
+    from miniloader.loader import Library as Library
+    from miniloader.loader import load as load
+
+#: Where each public name lives (PEP 562 below).
+_HOMES = {
+    "ElfError": "miniloader.errors",
+    "ElfImage": "miniloader.elf",
+    "EvidenceError": "miniloader.errors",
+    "Library": "miniloader.loader",
+    "LoadError": "miniloader.errors",
+    "LoadPlan": "miniloader.elf",
+    "MiniloaderError": "miniloader.errors",
+    "Proof": "miniloader.lab.prove",
+    "SymbolError": "miniloader.errors",
+    "UsageError": "miniloader.errors",
+    "WorkerError": "miniloader.errors",
+    "inspect": "miniloader.elf",
+    "load": "miniloader.loader",
+    "prove": "miniloader.lab.prove",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
