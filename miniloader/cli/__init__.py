@@ -1,0 +1,128 @@
+"""The command line: one table of commands, one place where errors become exit statuses.
+
+Each command is a module ``miniloader.cli.NAME`` (see :class:`Command`).  Importing them has to cost next
+to nothing, since ``--help`` imports them all: what a command needs, it imports inside ``run``.
+
+Exit status: 0 done, or proven; 1 failed, or refuted; 2 wrong usage; 3 the kernel or the permissions
+here cannot tell.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+from miniloader import __version__
+from miniloader.errors import MiniloaderError, printable
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+#: The commands, in the order ``--help`` shows them.
+COMMANDS: tuple[str, ...] = ()
+
+
+class Command(Protocol):
+    """What a module ``miniloader.cli.NAME`` holds."""
+
+    #: One line for the list of commands.
+    HELP: str
+
+    def configure(self, parser: argparse.ArgumentParser, /) -> None:
+        """Add the command's own arguments (``--json`` is there already, for every command)."""
+
+    def run(self, arguments: argparse.Namespace, /) -> int:
+        """Do it, print the result, return the exit status.
+
+        Errors are raised as :class:`~miniloader.errors.MiniloaderError`; :func:`main` reports them.
+        """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (``sys.argv`` when ``argv`` is None) and return its exit status.
+
+    An error is one line on standard error and, with ``--json``, the object
+    ``{"error": {"kind", "message"}}`` on standard output.  ``--debug``, which no help shows, lets the
+    traceback through.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _escape_what_cannot_be_printed()
+        status = _dispatch(words)
+        _flush()
+        return status
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in words:
+            raise
+        return _report(error, as_json="--json" in words)
+
+
+def _dispatch(words: list[str]) -> int:
+    if words == ["--version"]:  # not worth the price of argparse
+        print(f"miniloader {__version__}")
+        return 0
+    from miniloader.cli.parser import build
+
+    parser = build(COMMANDS)
+    try:
+        arguments = parser.parse_args(words)
+    except SystemExit as done:  # --help, --completion
+        return int(done.code or 0)
+    if arguments.run is None:
+        parser.print_help(sys.stderr)
+        return 2
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong on one line; return the exit status."""
+    match error:
+        case BrokenPipeError():  # the reader (head, less) has seen enough
+            _drop_output()
+            return 1
+        case MiniloaderError():
+            status, message = error.exit_status, str(error)
+        case KeyboardInterrupt():
+            status, message = 1, "interrupted"
+        case OSError(strerror=str(reason)):
+            status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+        case _:
+            kind = type(error).__name__
+            status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"
+    try:
+        if as_json:
+            import json
+
+            print(json.dumps({"error": {"kind": type(error).__name__, "message": printable(message)}}))
+        _flush()
+    except OSError:
+        _drop_output()
+    print(f"miniloader: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Keep a locale without, say, ``×`` from turning output into an error."""
+    from io import TextIOWrapper
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """Write out what is buffered now, while an error can still be reported."""
+    if sys.stdout is not None:  # it is None where standard output is closed
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, or the interpreter would try again when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,79 @@
+"""The parser of the whole command line, made from the table of commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn, cast
+
+from miniloader import __version__
+from miniloader.cli import Command
+from miniloader.errors import UsageError
+
+__all__ = ["build"]
+
+#: An argument shown by one of these names is a file, which shells can complete.
+_FILES = frozenset({"LIB", "FILE", "PATH"})
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises :class:`UsageError` instead of printing several lines and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+
+class _Completion(argparse.Action):
+    """Prints the completion script for one shell, and leaves."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        import shtab
+
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"--completion: {values!r} is not one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+        for action in _all_actions(parser):
+            if action.metavar in _FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
+        print(shtab.complete(parser, shell=str(values)))
+        parser.exit()
+
+
+def build(commands: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser for ``commands``; the parsed ``run`` is the command's function, or None."""
+    parser = _Parser(
+        prog="miniloader",
+        description="Load a shared library as the kernel and the dynamic loader do, and prove from the "
+        "kernel's own records which of its pages processes share.",
+        epilog="Exit status: 0 done, or proven; 1 failed, or refuted; 2 wrong usage; "
+        "3 the kernel or the permissions here cannot tell.",
+    )
+    parser.set_defaults(run=None)
+    parser.add_argument("--version", action="version", version=f"miniloader {__version__}")
+    parser.add_argument(
+        "--completion", metavar="SHELL", action=_Completion, help="print a completion script for this shell"
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name in commands:
+        command = cast(Command, import_module(f"miniloader.cli.{name}"))
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
+        command.configure(subparser)
+        subparser.add_argument("--json", action="store_true", help="print one JSON object")
+        subparser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
+    """Every argument of the parser and of its commands' parsers."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action.choices, dict):
+            for subparser in action.choices.values():
+                yield from _all_actions(subparser)
