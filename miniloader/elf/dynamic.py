@@ -1,0 +1,143 @@
+"""The dynamic section: the one table from which everything about linking is found.
+
+Source: gABI chapter 5, "Dynamic Section".  Tags are numbers here; :func:`tag_name` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final, Protocol
+
+import numpy as np
+
+from miniloader.elf.tables import dynamic_dtype
+from miniloader.errors import ElfError
+
+__all__ = ["Dynamic", "Reader", "parse_dynamic", "string_at", "tag_name"]
+
+DT_NULL: Final = 0
+DT_NEEDED: Final = 1
+DT_PLTRELSZ: Final = 2
+DT_PLTGOT: Final = 3
+DT_HASH: Final = 4
+DT_STRTAB: Final = 5
+DT_SYMTAB: Final = 6
+DT_RELA: Final = 7
+DT_RELASZ: Final = 8
+DT_RELAENT: Final = 9
+DT_STRSZ: Final = 10
+DT_SYMENT: Final = 11
+DT_INIT: Final = 12
+DT_FINI: Final = 13
+DT_SONAME: Final = 14
+DT_RPATH: Final = 15
+DT_SYMBOLIC: Final = 16
+DT_REL: Final = 17
+DT_RELSZ: Final = 18
+DT_RELENT: Final = 19
+DT_PLTREL: Final = 20
+DT_TEXTREL: Final = 22
+DT_JMPREL: Final = 23
+DT_BIND_NOW: Final = 24
+DT_INIT_ARRAY: Final = 25
+DT_FINI_ARRAY: Final = 26
+DT_INIT_ARRAYSZ: Final = 27
+DT_FINI_ARRAYSZ: Final = 28
+DT_RUNPATH: Final = 29
+DT_FLAGS: Final = 30
+DT_RELRSZ: Final = 35
+DT_RELR: Final = 36
+DT_RELRENT: Final = 37
+DT_GNU_HASH: Final = 0x6FFFFEF5
+DT_VERSYM: Final = 0x6FFFFFF0
+DT_RELACOUNT: Final = 0x6FFFFFF9
+DT_RELCOUNT: Final = 0x6FFFFFFA
+DT_FLAGS_1: Final = 0x6FFFFFFB
+DT_VERDEF: Final = 0x6FFFFFFC
+DT_VERDEFNUM: Final = 0x6FFFFFFD
+DT_VERNEED: Final = 0x6FFFFFFE
+DT_VERNEEDNUM: Final = 0x6FFFFFFF
+
+DF_SYMBOLIC: Final = 0x2
+DF_TEXTREL: Final = 0x4
+DF_BIND_NOW: Final = 0x8
+DF_STATIC_TLS: Final = 0x10
+DF_1_NOW: Final = 0x1
+DF_1_NODELETE: Final = 0x8
+DF_1_NOOPEN: Final = 0x40
+DF_1_PIE: Final = 0x08000000
+
+_MOST_ENTRIES: Final = 4096
+
+
+class Reader(Protocol):
+    """Reads ``length`` bytes at ``vaddr``; :class:`ElfError` naming ``what`` when they are not there."""
+
+    def __call__(self, vaddr: int, length: int, what: str, /) -> bytes:
+        """The bytes."""
+        ...
+
+
+def string_at(strings: bytes, offset: int) -> bytes:
+    """The NUL-terminated string at ``offset``; empty when ``offset`` is outside the table."""
+    end = strings.find(b"\0", offset)
+    return strings[offset:end] if end >= 0 else strings[offset:]
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """The entries before ``DT_NULL``, in order, and the last value of each tag (the one ld.so uses)."""
+
+    entries: tuple[tuple[int, int], ...] = ()
+    tags: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def all(self, tag: int) -> tuple[int, ...]:
+        """Every value of ``tag``, in order."""
+        return tuple(value for entry, value in self.entries if entry == tag)
+
+    def flag(self, tag: int, bit: int) -> bool:
+        """Whether ``bit`` is set in the value of ``tag``."""
+        return bool(self.tags.get(tag, 0) & bit)
+
+    @property
+    def bind_now(self) -> bool:
+        """Whether the library asks for every symbol to be bound before it runs."""
+        now = self.flag(DT_FLAGS, DF_BIND_NOW) or self.flag(DT_FLAGS_1, DF_1_NOW)
+        return now or DT_BIND_NOW in self.tags
+
+    @property
+    def text_relocations(self) -> bool:
+        """Whether the library says that relocations write to segments that are not writable."""
+        return DT_TEXTREL in self.tags or self.flag(DT_FLAGS, DF_TEXTREL)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether the library looks a symbol up in itself before anywhere else."""
+        return DT_SYMBOLIC in self.tags or self.flag(DT_FLAGS, DF_SYMBOLIC)
+
+
+def parse_dynamic(data: bytes, elf_class: int, order: str, name: str | None = None) -> Dynamic:
+    """Decode the bytes of ``PT_DYNAMIC`` up to ``DT_NULL`` or the end."""
+    dtype = dynamic_dtype(elf_class, order)
+    rows = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)
+    ends = np.flatnonzero(rows["tag"] == DT_NULL)
+    rows = rows[: ends[0]] if len(ends) else rows
+    if len(rows) > _MOST_ENTRIES:
+        raise ElfError(name, "PT_DYNAMIC", f"{len(rows)} entries", f"at most {_MOST_ENTRIES}")
+    entries = tuple(zip(rows["tag"].tolist(), rows["value"].tolist(), strict=True))
+    return Dynamic(entries, MappingProxyType(dict(entries)))
+
+
+@lru_cache(maxsize=1)
+def _tag_names() -> dict[int, str]:
+    from elftools.elf.enums import ENUM_D_TAG_COMMON
+
+    return {code: label for label, code in reversed(list(ENUM_D_TAG_COMMON.items())) if isinstance(code, int)}
+
+
+def tag_name(tag: int) -> str:
+    """``DT_…``, or the number in hexadecimal."""
+    return _tag_names().get(tag, f"{tag:#x}")

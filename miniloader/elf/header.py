@@ -1,0 +1,240 @@
+"""The ELF header, the program headers and the section headers.
+
+pyelftools knows how they are laid out for each class, byte order and machine; this module bounds what
+is read, names what is wrong, and turns its containers into frozen values.  Source: gABI chapters 4, 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+from elftools.elf import enums
+from elftools.elf.structs import ELFStructs
+
+from miniloader.elf.source import Source
+from miniloader.errors import ElfError
+
+__all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_sections", "read_segments"]
+
+PF_X: Final = 1
+PF_W: Final = 2
+PF_R: Final = 4
+_PN_XNUM: Final = 0xFFFF
+_SHN_XINDEX: Final = 0xFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The ELF header.  ``machine`` and ``type`` are named as the gABI names them, without ``EM_``."""
+
+    elf_class: Literal[32, 64]
+    byte_order: Literal["little", "big"]
+    os_abi: int
+    abi_version: int
+    type: str
+    machine: str
+    machine_code: int
+    entry: int
+    flags: int
+    phoff: int
+    phentsize: int
+    phnum: int
+    shoff: int
+    shentsize: int
+    shnum: int
+    shstrndx: int
+
+    @property
+    def word(self) -> int:
+        """Bytes of an address."""
+        return self.elf_class // 8
+
+    @property
+    def order(self) -> Literal["<", ">"]:
+        """The byte order as numpy writes it."""
+        return "<" if self.byte_order == "little" else ">"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A program header.  ``flags`` reads like ``r-x``; sizes are bytes."""
+
+    index: int
+    type: str
+    flags: str
+    file_offset: int
+    vaddr: int
+    filesz: int
+    memsz: int
+    align: int
+
+    @property
+    def end(self) -> int:
+        """The vaddr after its last byte in memory."""
+        return self.vaddr + self.memsz
+
+    @property
+    def file_end(self) -> int:
+        """The vaddr after its last byte that comes from the file."""
+        return self.vaddr + self.filesz
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section header.  ``allocated`` sections are in memory at ``vaddr``."""
+
+    index: int
+    name: str
+    type: str
+    vaddr: int
+    file_offset: int
+    size: int
+    entry_size: int
+    allocated: bool
+
+    @property
+    def end(self) -> int:
+        """The vaddr after its last byte."""
+        return self.vaddr + self.size
+
+
+def protection(flags: int) -> str:
+    """``p_flags`` written like /proc/PID/maps writes a protection."""
+    return "".join(sign if flags & bit else "-" for sign, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))
+
+
+@lru_cache(maxsize=64)
+def _structs(elf_class: int, little: bool, e_type: Any, e_machine: Any, os_abi: Any) -> ELFStructs:
+    structs = ELFStructs(little_endian=little, elfclass=elf_class)
+    structs.create_basic_structs()
+    structs.create_advanced_structs(e_type, e_machine, os_abi)
+    return structs
+
+
+@lru_cache(maxsize=4)
+def _basic(elf_class: int, little: bool) -> ELFStructs:
+    structs = ELFStructs(little_endian=little, elfclass=elf_class)
+    structs.create_basic_structs()
+    return structs
+
+
+def _name(value: Any, prefix: str) -> str:
+    """pyelftools' name of an enumerated value without its prefix, or the number in hexadecimal."""
+    return value.removeprefix(prefix) if isinstance(value, str) else f"{value:#x}"
+
+
+def _container(header: Header) -> ELFStructs:
+    return _structs(
+        header.elf_class,
+        header.byte_order == "little",
+        f"ET_{header.type}",
+        f"EM_{header.machine}",
+        _OS_ABI.get(header.os_abi, header.os_abi),
+    )
+
+
+_OS_ABI: Final = {code: name for name, code in enums.ENUM_EI_OSABI.items() if isinstance(code, int)}
+
+
+def read_header(source: Source) -> Header:
+    """Read and check ``e_ident`` and the ELF header."""
+    name = source.name
+    ident = source.read(0, min(16, source.size), "e_ident")
+    if ident[:4] != b"\x7fELF":
+        raise ElfError(name, "magic", repr(ident[:4])[1:], r"'\x7fELF' (this is not an ELF file)")
+    if len(ident) < 16:
+        raise ElfError(name, "e_ident", f"{len(ident)} bytes", "16 bytes")
+    if ident[4] not in (1, 2):
+        raise ElfError(name, "EI_CLASS", str(ident[4]), "1 (32-bit) or 2 (64-bit)")
+    if ident[5] not in (1, 2):
+        raise ElfError(name, "EI_DATA", str(ident[5]), "1 (little endian) or 2 (big endian)")
+    if ident[6] != 1:
+        raise ElfError(name, "EI_VERSION", str(ident[6]), "1")
+    elf_class: Literal[32, 64] = 32 if ident[4] == 1 else 64
+    size = 52 if elf_class == 32 else 64
+    raw = _basic(elf_class, ident[5] == 1).Elf_Ehdr.parse(source.read(0, size, "ELF header"))
+    if raw.e_version not in ("EV_CURRENT", 1):
+        raise ElfError(name, "e_version", _name(raw.e_version, "EV_"), "1")
+    code = raw.e_machine
+    return Header(
+        elf_class=elf_class,
+        byte_order="little" if ident[5] == 1 else "big",
+        os_abi=ident[7],
+        abi_version=ident[8],
+        type=_name(raw.e_type, "ET_"),
+        machine=_name(code, "EM_"),
+        machine_code=enums.ENUM_E_MACHINE[code] if isinstance(code, str) else code,
+        entry=raw.e_entry,
+        flags=raw.e_flags,
+        phoff=raw.e_phoff,
+        phentsize=raw.e_phentsize,
+        phnum=raw.e_phnum,
+        shoff=raw.e_shoff,
+        shentsize=raw.e_shentsize,
+        shnum=raw.e_shnum,
+        shstrndx=raw.e_shstrndx,
+    )
+
+
+def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
+    """Read the program headers, in table order."""
+    structs = _container(header)
+    size = structs.Elf_Phdr.sizeof()
+    if header.phnum == 0:
+        raise ElfError(source.name, "e_phnum", "0", "at least one program header")
+    if header.phnum == _PN_XNUM:
+        raise ElfError(source.name, "e_phnum", "PN_XNUM", "fewer than 65535 program headers")
+    if header.phentsize != size:
+        raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
+    table = source.read(header.phoff, size * header.phnum, "program headers")
+    rows = (structs.Elf_Phdr.parse(table[at : at + size]) for at in range(0, len(table), size))
+    return tuple(
+        Segment(
+            index=index,
+            type=row.p_type if isinstance(row.p_type, str) else f"{row.p_type:#x}",
+            flags=protection(row.p_flags),
+            file_offset=row.p_offset,
+            vaddr=row.p_vaddr,
+            filesz=row.p_filesz,
+            memsz=row.p_memsz,
+            align=row.p_align,
+        )
+        for index, row in enumerate(rows)
+    )
+
+
+def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
+    """Read the section headers; none (``()``) when the file has no usable table of them.
+
+    Sections are a convenience for naming things: nothing that matters to loading is read from them.
+    """
+    structs = _container(header)
+    size = structs.Elf_Shdr.sizeof()
+    if header.shoff == 0 or header.shentsize != size:
+        return ()
+    try:
+        first = structs.Elf_Shdr.parse(source.read(header.shoff, size, "section headers"))
+        count = header.shnum or first.sh_size  # gABI: more than SHN_LORESERVE sections
+        strings_index = first.sh_link if header.shstrndx == _SHN_XINDEX else header.shstrndx
+        table = source.read(header.shoff, size * count, "section headers")
+        rows = [structs.Elf_Shdr.parse(table[at : at + size]) for at in range(0, len(table), size)]
+        if not 0 < strings_index < len(rows):
+            return ()
+        names = source.read(rows[strings_index].sh_offset, rows[strings_index].sh_size, "section names")
+    except ElfError:
+        return ()
+    return tuple(
+        Section(
+            index=index,
+            name=names[row.sh_name : names.find(b"\0", row.sh_name)].decode("utf-8", "backslashreplace"),
+            type=row.sh_type if isinstance(row.sh_type, str) else f"{row.sh_type:#x}",
+            vaddr=row.sh_addr,
+            file_offset=row.sh_offset,
+            size=row.sh_size,
+            entry_size=row.sh_entsize,
+            allocated=bool(row.sh_flags & 2),  # SHF_ALLOC
+        )
+        for index, row in enumerate(rows)
+    )

@@ -1,0 +1,255 @@
+"""An ELF shared object as its file describes it: :class:`ElfImage`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from miniloader.elf.dynamic import (
+    DF_1_PIE,
+    DT_FLAGS_1,
+    DT_NEEDED,
+    DT_RPATH,
+    DT_RUNPATH,
+    DT_SONAME,
+    DT_STRSZ,
+    DT_STRTAB,
+    Dynamic,
+    parse_dynamic,
+    string_at,
+)
+from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
+from miniloader.elf.plan import LoadPlan, plan_segments
+from miniloader.elf.relocations import Relocations, read_relocations
+from miniloader.elf.source import Source
+from miniloader.elf.symbols import SymbolTable, read_symbols
+from miniloader.errors import ElfError
+
+if TYPE_CHECKING:
+    from miniloader.elf.checks import Problem
+
+__all__ = ["ElfImage", "Tls", "inspect", "read_image"]
+
+_NT_GNU_BUILD_ID: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """``PT_TLS``: the template of each thread's block.  Sizes are bytes."""
+
+    vaddr: int
+    filesz: int
+    memsz: int
+    align: int
+
+
+@dataclass(frozen=True, eq=False)
+class ElfImage:
+    """A shared object's file, decoded as far as it is asked for.
+
+    The header and the segments are read at once; the rest (``dynamic``, ``symbols``, ``relocations``, …) is
+    read on first use and raises :class:`~miniloader.errors.ElfError` when it is malformed.  All of it comes
+    from ``PT_DYNAMIC``: section headers only name things.
+    """
+
+    path: str
+    source: Source
+    header: Header
+    segments: tuple[Segment, ...]
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    @cached_property
+    def loads(self) -> tuple[Segment, ...]:
+        """The ``PT_LOAD`` segments that take memory."""
+        return tuple(s for s in self.segments if s.type == "PT_LOAD" and s.memsz)
+
+    def segment(self, kind: str) -> Segment | None:
+        """The first segment of type ``kind`` (``PT_DYNAMIC``, …)."""
+        return next((segment for segment in self.segments if segment.type == kind), None)
+
+    def file_offset(self, vaddr: int) -> int | None:
+        """Where in the file the byte at ``vaddr`` is, ``None`` when it does not come from the file."""
+        for load in self.loads:
+            if load.vaddr <= vaddr < load.file_end:
+                return load.file_offset + vaddr - load.vaddr
+        return None
+
+    def read(self, vaddr: int, length: int, what: str = "bytes") -> bytes:
+        """The ``length`` bytes of the file that are mapped at ``vaddr``; all within one segment."""
+        if length == 0:
+            return b""
+        for load in self.loads:
+            if load.vaddr <= vaddr and vaddr + length <= load.file_end:
+                return self.source.read(load.file_offset + vaddr - load.vaddr, length, what)
+        raise ElfError(
+            self.path,
+            what,
+            f"vaddrs {vaddr:#x} to {vaddr + length:#x}",
+            "inside the file's part of one PT_LOAD",
+        )
+
+    # -- what the file says -----------------------------------------------------------------------
+
+    @cached_property
+    def dynamic(self) -> Dynamic:
+        """The dynamic section; empty when there is no ``PT_DYNAMIC``."""
+        segment = self.segment("PT_DYNAMIC")
+        if segment is None:
+            return Dynamic()
+        data = self.read(segment.vaddr, segment.filesz, "PT_DYNAMIC")
+        return parse_dynamic(data, self.header.elf_class, self.header.order, self.path)
+
+    @cached_property
+    def symbols(self) -> SymbolTable:
+        """The dynamic symbol table."""
+        return read_symbols(
+            self.read,
+            self.dynamic.tags,
+            elf_class=self.header.elf_class,
+            order=self.header.order,
+            at_least=self.relocations.highest_symbol + 1,
+            name=self.path,
+            machine=self.header.machine,
+        )
+
+    @cached_property
+    def relocations(self) -> Relocations:
+        """Every dynamic relocation."""
+        return read_relocations(
+            self.read,
+            self.dynamic.tags,
+            elf_class=self.header.elf_class,
+            order=self.header.order,
+            machine=self.header.machine,
+            name=self.path,
+        )
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The section headers, where the file has a usable table of them."""
+        return read_sections(self.source, self.header)
+
+    def section_at(self, vaddr: int) -> Section | None:
+        """The allocated section that covers ``vaddr`` (``.tbss`` takes no memory and never does)."""
+        for section in self.sections:
+            if section.allocated and section.vaddr <= vaddr < section.end and section.name != ".tbss":
+                return section
+        return None
+
+    @cached_property
+    def needed(self) -> tuple[str, ...]:
+        """``DT_NEEDED``, in order."""
+        return tuple(self._string(value, "DT_NEEDED") for value in self.dynamic.all(DT_NEEDED))
+
+    @cached_property
+    def soname(self) -> str | None:
+        """``DT_SONAME``."""
+        return next(iter(self._strings(DT_SONAME, "DT_SONAME")), None)
+
+    @cached_property
+    def runpath(self) -> tuple[str, ...]:
+        """``DT_RUNPATH``, one directory an element, as written (``$ORIGIN`` and all)."""
+        return tuple(part for value in self._strings(DT_RUNPATH, "DT_RUNPATH") for part in value.split(":"))
+
+    @cached_property
+    def rpath(self) -> tuple[str, ...]:
+        """``DT_RPATH``, one directory an element, as written."""
+        return tuple(part for value in self._strings(DT_RPATH, "DT_RPATH") for part in value.split(":"))
+
+    @cached_property
+    def build_id(self) -> str | None:
+        """The ``NT_GNU_BUILD_ID`` note in hexadecimal."""
+        for note_name, note_type, description in self._notes():
+            if note_name == b"GNU\0" and note_type == _NT_GNU_BUILD_ID:
+                return description.hex()
+        return None
+
+    @cached_property
+    def tls(self) -> Tls | None:
+        """The thread-local storage template."""
+        segment = self.segment("PT_TLS")
+        return None if segment is None else Tls(segment.vaddr, segment.filesz, segment.memsz, segment.align)
+
+    @property
+    def executable_stack(self) -> bool:
+        """Whether ``PT_GNU_STACK`` asks for an executable stack."""
+        stack = self.segment("PT_GNU_STACK")
+        return stack is not None and "x" in stack.flags
+
+    @cached_property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the file, by the rules of :mod:`miniloader.elf.checks`."""
+        from miniloader.elf.checks import problems_of
+
+        return problems_of(self)
+
+    def plan(self, page_size: int = 4096) -> LoadPlan:
+        """The mmap calls that load the image with pages of ``page_size`` bytes."""
+        return plan_segments(self.segments, page_size, self.path)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _string_table(self) -> bytes:
+        tags: Mapping[int, int] = self.dynamic.tags
+        if DT_STRTAB not in tags:
+            return b""
+        return self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
+
+    def _string(self, offset: int, what: str) -> str:
+        strings = self._string_table
+        if offset >= len(strings):
+            raise ElfError(
+                self.path, what, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes"
+            )
+        return os.fsdecode(string_at(strings, offset))
+
+    def _strings(self, tag: int, what: str) -> Iterator[str]:
+        if tag in self.dynamic.tags:
+            yield self._string(self.dynamic.tags[tag], what)
+
+    def _notes(self) -> Iterator[tuple[bytes, int, bytes]]:
+        """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""
+        for segment in self.segments:
+            if segment.type != "PT_NOTE" or segment.filesz > 1 << 20:
+                continue
+            try:
+                data = self.source.read(segment.file_offset, segment.filesz, "PT_NOTE")
+            except ElfError:
+                continue  # reported by the rule "segments-in-file"
+            align = 8 if segment.align == 8 else 4
+            at = 0
+            while at + 12 <= len(data):
+                sizes = np.frombuffer(data, f"{self.header.order}u4", 3, at).tolist()
+                name_end = at + 12 + sizes[0]
+                start = -(-name_end // align) * align if align == 8 else -(-name_end // 4) * 4
+                yield data[at + 12 : name_end], sizes[2], data[start : start + sizes[1]]
+                at = -(-(start + sizes[1]) // align) * align
+
+
+def read_image(source: Source) -> ElfImage:
+    """The image in ``source``, of whatever type; the header and segments are read and checked now."""
+    header = read_header(source)
+    return ElfImage(source.name, source, header, read_segments(source, header))
+
+
+def inspect(path: str | os.PathLike[str]) -> ElfImage:
+    """Read the shared object ``path``: nothing is mapped, nothing is run, any machine will do.
+
+    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
+    is wrong with it is listed in :attr:`ElfImage.problems`.
+    """
+    image = read_image(Source.open(path))
+    kinds = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
+    if image.header.type != "DYN":
+        found = f"ET_{image.header.type}, {kinds.get(image.header.type, 'of unknown kind')}"
+        raise ElfError(image.path, "e_type", found, "ET_DYN, a shared object")
+    if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
+        raise ElfError(image.path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
+    return image

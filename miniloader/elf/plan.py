@@ -1,0 +1,192 @@
+"""From program headers to the mmap calls that a loader makes: the load plan.
+
+A shared object is linked as if it lay at vaddr 0 (or another fixed address); in memory it lies ``bias`` bytes
+higher.  The plan says, in vaddrs, what comes where.  For a library with a text and a data segment and
+pages of 0x1000 bytes::
+
+    PT_LOAD r-x  offset 0x0000  vaddr 0x0000  filesz 0x1a30  memsz 0x1a30
+    PT_LOAD rw-  offset 0x1de8  vaddr 0x2de8  filesz 0x0248  memsz 0x1500
+
+    0x0000 ┌────────────────┐ file, r-x, offset 0x0000: the segment, rounded out to whole pages
+    0x2000 ├────────────────┤ file, rw-, offset 0x1000: 0x2de8 and 0x1de8 round down together,
+           │                │   since both leave the same remainder (p_offset ≡ p_vaddr)
+    0x3000 │    ┈┈ 0x3030   │ the file's part ends here; the rest of its last page is zeroed
+    0x4000 ├────────────────┤ zero, rw-: whole pages of bss are anonymous
+    0x5000 └────────────────┘
+
+A file page may be mapped twice (here offset 0x1000, as the end of the text and as the start of the data):
+that is how the linker saves a page in the file.  Pages of the span that no segment covers stay
+inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as in glibc's
+``elf/dl-load.c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from miniloader.elf.header import Segment
+from miniloader.errors import ElfError, UsageError
+
+__all__ = ["LoadPlan", "PlannedMapping", "Span", "plan_segments"]
+
+Kind = Literal["file", "zero", "gap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The vaddrs from ``start`` up to but not including ``end``."""
+
+    start: int
+    end: int
+
+    def __bool__(self) -> bool:
+        return self.end > self.start
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMapping:
+    """One range of whole pages: ``file`` from ``file_offset``, ``zero`` (anonymous), or ``gap``.
+
+    A gap has the file offset it would have if the first mapping went on, which is what the kernel shows for
+    it, as the whole span is reserved by one inaccessible mapping of the file.
+    """
+
+    start: int
+    end: int
+    file_offset: int
+    protection: str
+    kind: Kind
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What goes where, relative to the load bias.
+
+    ``mappings`` cover ``start`` to ``end`` without overlap, in ascending order.  ``zeroed`` are the parts of
+    file pages that are bss.  ``relro`` is made read-only once relocated.  The bias is a multiple of
+    ``alignment``.
+    """
+
+    page_size: int
+    alignment: int
+    mappings: tuple[PlannedMapping, ...]
+    zeroed: tuple[Span, ...]
+    relro: Span
+
+    @property
+    def start(self) -> int:
+        """The lowest vaddr mapped."""
+        return self.mappings[0].start
+
+    @property
+    def end(self) -> int:
+        """The vaddr after the last page mapped."""
+        return self.mappings[-1].end
+
+    @property
+    def length(self) -> int:
+        """Bytes of address space from start to end."""
+        return self.end - self.start
+
+    def at(self, vaddr: int) -> PlannedMapping | None:
+        """The mapping that holds ``vaddr``."""
+        return next((m for m in self.mappings if m.start <= vaddr < m.end), None)
+
+
+def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None = None) -> LoadPlan:
+    """Plan the mappings of ``segments`` for pages of ``page_size`` bytes (a power of two).
+
+    Raises :class:`ElfError` where a PT_LOAD cannot be mapped with such pages.
+    """
+    if page_size < 1 or page_size & (page_size - 1):
+        raise UsageError(f"page size {page_size}: expected a power of two")
+    loads = [segment for segment in segments if segment.type == "PT_LOAD" and segment.memsz]
+    if not loads:
+        raise ElfError(name, "program headers", "no PT_LOAD with memory", "at least one")
+    for previous, segment in zip([None, *loads], loads, strict=False):
+        _check(segment, previous, page_size, name)
+    mappings: list[PlannedMapping] = []
+    for segment in loads:
+        for mapping in _pages(segment, page_size):
+            _place(mappings, mapping)
+    return LoadPlan(
+        page_size=page_size,
+        alignment=max(page_size, *(segment.align for segment in loads)),
+        mappings=tuple(_with_gaps(mappings)),
+        zeroed=tuple(span for segment in loads if (span := _zeroed(segment, page_size))),
+        relro=_relro(segments, page_size),
+    )
+
+
+def _check(segment: Segment, previous: Segment | None, page_size: int, name: str | None) -> None:
+    field = f"PT_LOAD[{segment.index}]"
+    if segment.align & (segment.align - 1):
+        raise ElfError(name, f"{field}.p_align", f"{segment.align:#x}", "0 or a power of two")
+    if (segment.vaddr - segment.file_offset) % page_size:
+        raise ElfError(
+            name,
+            f"{field}.p_offset",
+            f"{segment.file_offset:#x} for p_vaddr {segment.vaddr:#x}",
+            f"the same remainder by the page size, {page_size:#x}",
+        )
+    if segment.filesz > segment.memsz:
+        raise ElfError(
+            name, f"{field}.p_filesz", f"{segment.filesz:#x}", f"at most p_memsz, {segment.memsz:#x}"
+        )
+    if previous is not None and segment.vaddr < previous.end:
+        expected = f"at least {previous.end:#x}, where the segment before it ends"
+        raise ElfError(name, f"{field}.p_vaddr", f"{segment.vaddr:#x}", expected)
+
+
+def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
+    start = segment.vaddr & -page_size
+    file_end = -(-segment.file_end // page_size) * page_size if segment.filesz else start
+    end = -(-segment.end // page_size) * page_size
+    if file_end > start:
+        file_offset = segment.file_offset - (segment.vaddr - start)
+        yield PlannedMapping(start, file_end, file_offset, segment.flags, "file")
+    if end > file_end:
+        yield PlannedMapping(file_end, end, 0, segment.flags, "zero")
+
+
+def _place(mappings: list[PlannedMapping], new: PlannedMapping) -> None:
+    """Put ``new`` over what is there, as ``MAP_FIXED`` does: of a page two segments share, the later wins."""
+    while mappings and mappings[-1].start >= new.start:
+        mappings.pop()
+    if mappings and mappings[-1].end > new.start:
+        last = mappings.pop()
+        mappings.append(PlannedMapping(last.start, new.start, last.file_offset, last.protection, last.kind))
+    mappings.append(new)
+
+
+def _with_gaps(mappings: Sequence[PlannedMapping]) -> Iterator[PlannedMapping]:
+    first = mappings[0]
+    end = first.start
+    for mapping in mappings:
+        if mapping.start > end:
+            offset = first.file_offset + end - first.start if first.kind == "file" else 0
+            yield PlannedMapping(end, mapping.start, offset, "---", "gap")
+        yield mapping
+        end = mapping.end
+
+
+def _zeroed(segment: Segment, page_size: int) -> Span:
+    """The bytes of the segment's last file page that are bss (all to the page's end, as ld.so does)."""
+    if not segment.filesz or segment.memsz == segment.filesz:
+        return Span(0, 0)
+    return Span(segment.file_end, -(-segment.file_end // page_size) * page_size)
+
+
+def _relro(segments: Sequence[Segment], page_size: int) -> Span:
+    """PT_GNU_RELRO in whole pages: both ends round down, for the last page may hold live data."""
+    relro = next((segment for segment in segments if segment.type == "PT_GNU_RELRO"), None)
+    if relro is None:
+        return Span(0, 0)
+    return Span(relro.vaddr & -page_size, relro.end & -page_size)

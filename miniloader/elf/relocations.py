@@ -1,0 +1,169 @@
+"""The relocations an image asks for, decoded once into arrays and counted.
+
+Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import (
+    DT_JMPREL,
+    DT_PLTREL,
+    DT_PLTRELSZ,
+    DT_REL,
+    DT_RELA,
+    DT_RELAENT,
+    DT_RELASZ,
+    DT_RELENT,
+    DT_RELR,
+    DT_RELRENT,
+    DT_RELRSZ,
+    DT_RELSZ,
+    Reader,
+    tag_name,
+)
+from miniloader.elf.tables import Table, decode_relocations, decode_relr, rel_dtype, rela_dtype
+from miniloader.errors import ElfError
+
+__all__ = ["RelocationTable", "Relocations", "kind_name", "read_relocations"]
+
+_ENUMS: Final = {
+    "X86_64": "ENUM_RELOC_TYPE_x64",
+    "386": "ENUM_RELOC_TYPE_i386",
+    "ARM": "ENUM_RELOC_TYPE_ARM",
+    "AARCH64": "ENUM_RELOC_TYPE_AARCH64",
+    "MIPS": "ENUM_RELOC_TYPE_MIPS",
+    "PPC": "ENUM_RELOC_TYPE_PPC",
+    "PPC64": "ENUM_RELOC_TYPE_PPC64",
+    "S390": "ENUM_RELOC_TYPE_S390X",
+    "LOONGARCH": "ENUM_RELOC_TYPE_LOONGARCH",
+}
+# pyelftools has no table for RISC-V; these are the dynamic kinds of its psABI, table 3.
+_RISCV: Final = dict(
+    enumerate(
+        "NONE 32 64 RELATIVE COPY JUMP_SLOT TLS_DTPMOD32 TLS_DTPMOD64 TLS_DTPREL32 TLS_DTPREL64 "
+        "TLS_TPREL32 TLS_TPREL64 TLSDESC".split()
+    )
+) | {58: "IRELATIVE"}
+
+
+@lru_cache(maxsize=16)
+def _kinds(machine: str) -> Mapping[int, str]:
+    if machine == "RISCV":
+        return {code: f"R_RISCV_{name}" for code, name in _RISCV.items()}
+    if machine not in _ENUMS:
+        return {}
+    from elftools.elf import enums
+
+    table = getattr(enums, _ENUMS[machine])
+    return {code: name for name, code in reversed(table.items()) if isinstance(code, int)}
+
+
+def kind_name(machine: str, code: int) -> str:
+    """The psABI's name of relocation kind ``code`` (``R_X86_64_RELATIVE``), or the number in hexadecimal."""
+    return _kinds(machine).get(code, f"{code:#x}")
+
+
+@dataclass(frozen=True, eq=False)
+class RelocationTable:
+    """One table of the dynamic section.  Without ``addends`` (REL) they lie in the words relocated."""
+
+    name: str
+    rows: Table
+    addends: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Relocations:
+    """Every relocation of an image: ``tables`` in the order they are applied, after ``relr``.
+
+    ``relr`` holds the vaddrs of the words to which the load bias is added.
+    """
+
+    machine: str
+    tables: tuple[RelocationTable, ...]
+    relr: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.relr) + sum(len(table.rows) for table in self.tables)
+
+    def by_kind(self) -> dict[str, int]:
+        """How many relocations of each kind, most frequent first; ``RELR`` counts the words it relocates."""
+        found: dict[str, int] = {"RELR": len(self.relr)} if len(self.relr) else {}
+        for table in self.tables:
+            codes, counts = np.unique(table.rows["type"], return_counts=True)
+            for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+                name = kind_name(self.machine, code)
+                found[name] = found.get(name, 0) + count
+        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+    def targets(self) -> NDArray[np.uint64]:
+        """The vaddr of every word that is relocated, in table order."""
+        return np.concatenate([self.relr, *(table.rows["offset"] for table in self.tables)])
+
+    def by_page(self, page_size: int) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+        """The vaddr of every page that holds a relocated word, ascending, and how many it holds."""
+        mask = np.uint64(~(page_size - 1) & 0xFFFF_FFFF_FFFF_FFFF)
+        return np.unique(self.targets() & mask, return_counts=True)
+
+    @property
+    def highest_symbol(self) -> int:
+        """The highest symbol index in use; -1 when there is no relocation."""
+        return max((int(table.rows["symbol"].max()) for table in self.tables if len(table.rows)), default=-1)
+
+
+def read_relocations(
+    read: Reader, tags: Mapping[int, int], *, elf_class: int, order: str, machine: str, name: str | None
+) -> Relocations:
+    """Read ``DT_RELR``, ``DT_REL``, ``DT_RELA`` and ``DT_JMPREL``; :class:`ElfError` where they are wrong."""
+    word = elf_class // 8
+    relr = np.empty(0, np.uint64)
+    if DT_RELR in tags:
+        _entry_size(tags, DT_RELRENT, word, name)
+        relr = decode_relr(_extent(read, tags, DT_RELR, DT_RELRSZ, word, name), elf_class, order)
+    sizes = {True: rela_dtype(elf_class, order).itemsize, False: rel_dtype(elf_class, order).itemsize}
+    plt_addends = tags.get(DT_PLTREL, DT_RELA) == DT_RELA
+    spans = [
+        (DT_REL, False, tags.get(DT_REL, 0), tags.get(DT_RELSZ, 0)),
+        (DT_RELA, True, tags.get(DT_RELA, 0), tags.get(DT_RELASZ, 0)),
+        (DT_JMPREL, plt_addends, tags.get(DT_JMPREL, 0), tags.get(DT_PLTRELSZ, 0)),
+    ]
+    if DT_PLTREL in tags and tags[DT_PLTREL] not in (DT_REL, DT_RELA):
+        raise ElfError(name, "DT_PLTREL", str(tags[DT_PLTREL]), f"{DT_RELA} (RELA) or {DT_REL} (REL)")
+    plt_start, plt_size = spans[2][2:]
+    tables = []
+    for tag, addends, start, length in spans:
+        if tag not in tags or not length:
+            continue
+        if tag != DT_JMPREL and addends == plt_addends and start <= plt_start < start + length:
+            # Some linkers count the PLT's relocations in DT_RELASZ, too: apply them once.
+            length = min(length, plt_start - start) if plt_start + plt_size >= start + length else length
+        _entry_size(tags, DT_RELAENT if addends else DT_RELENT, sizes[addends], name)
+        if length % sizes[addends]:
+            label = "DT_PLTRELSZ" if tag == DT_JMPREL else f"{tag_name(tag)}SZ"
+            raise ElfError(name, label, f"{length} bytes", f"a multiple of {sizes[addends]}")
+        data = read(start, length, tag_name(tag))
+        rows = decode_relocations(data, elf_class, order, addends=addends, machine=machine)
+        tables.append(RelocationTable(tag_name(tag), rows, addends))
+    return Relocations(machine, tuple(tables), relr)
+
+
+def _entry_size(tags: Mapping[int, int], tag: int, size: int, name: str | None) -> None:
+    if tags.get(tag, size) != size:
+        raise ElfError(name, tag_name(tag), str(tags[tag]), str(size))
+
+
+def _extent(
+    read: Reader, tags: Mapping[int, int], start: int, size: int, unit: int, name: str | None
+) -> bytes:
+    length = tags.get(size, 0)
+    if length % unit:
+        raise ElfError(name, tag_name(size), f"{length} bytes", f"a multiple of {unit}")
+    return read(tags[start], length, tag_name(start))

@@ -1,0 +1,123 @@
+"""Where the bytes of an ELF file come from.
+
+Everything is read by copy (pread(2)) after its extent has been compared with the file's size, so that
+neither a number in the file nor a file cut short behind our back can cost memory or raise SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import weakref
+from typing import Final
+
+from miniloader.errors import ElfError, LoadError
+
+__all__ = ["Source"]
+
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+class Source:
+    """An open, readable ELF image: ``size`` bytes from ``start`` on of descriptor ``fd``.
+
+    The descriptor belongs to the source and is closed with it.  ``name`` is for messages, ``identity``
+    is the file's device and inode.
+    """
+
+    def __init__(self, fd: int, name: str, start: int = 0) -> None:
+        """Adopt ``fd``; it is closed here when it is no regular file."""
+        status = os.fstat(fd)
+        fault = None
+        if not stat.S_ISREG(status.st_mode):
+            fault = ("file", _KINDS.get(stat.S_IFMT(status.st_mode), "no file"), "a regular file")
+        elif start < 0 or start > status.st_size:
+            fault = ("offset", f"{start}", f"at most the file's size, {status.st_size} bytes")
+        elif status.st_size == start:
+            fault = ("file", "0 bytes", "an ELF file")
+        if fault is not None:
+            os.close(fd)
+            raise ElfError(name, *fault)
+        self.fd = fd
+        self.name = name
+        self.start = start
+        self.size = status.st_size - start
+        self.identity = (status.st_dev, status.st_ino)
+        self._closer = weakref.finalize(self, os.close, fd)
+
+    def __repr__(self) -> str:
+        return f"Source({self.name!r}, fd={self.fd}, start={self.start}, size={self.size})"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Source:
+        """Open the file ``path``; :class:`ElfError` when there is none or it is not a regular file."""
+        name = os.fspath(path)
+        try:
+            # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ElfError(name, "file", str(reason), "a readable ELF file") from None
+        return cls(fd, name)
+
+    @classmethod
+    def from_fd(cls, fd: int, *, name: str | None = None, start: int = 0) -> Source:
+        """The file behind ``fd`` (duplicated; yours stays open), from byte ``start`` on.
+
+        ``start`` must be a multiple of the page size for the image to be mapped.
+        """
+        try:
+            copy = os.dup(fd)
+        except OSError as error:
+            raise LoadError(f"descriptor {fd}: {error.strerror}") from None
+        return cls(copy, name or f"descriptor {fd}", start)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview, *, name: str = "bytes in memory") -> Source:
+        """``data`` as a file that has no name: a sealed memfd (memfd_create(2))."""
+        import fcntl
+
+        fd = os.memfd_create("miniloader", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            view = memoryview(data).cast("B")
+            while view:
+                view = view[os.write(fd, view) :]
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        except OSError as error:
+            os.close(fd)
+            raise LoadError(f"{name}: cannot keep it in memory: {error.strerror}") from None
+        return cls(fd, name)
+
+    def close(self) -> None:
+        """Close the descriptor now; reading afterwards is an error, closing twice is not."""
+        self._closer()
+
+    def read(self, offset: int, length: int, what: str) -> bytes:
+        """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``what`` if the file has fewer."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ElfError(
+                self.name,
+                what,
+                f"bytes {offset:#x} to {offset + length:#x}",
+                f"inside the file of {self.size:#x} bytes",
+            )
+        data = os.pread(self.fd, length, self.start + offset)
+        while len(data) < length:  # pread(2) gives at most 2 GiB at a time
+            more = os.pread(self.fd, length - len(data), self.start + offset + len(data))
+            if not more:
+                raise ElfError(
+                    self.name,
+                    what,
+                    f"{len(data)} bytes",
+                    f"{length} bytes",
+                    hint="it was cut short meanwhile",
+                )
+            data += more
+        return data

@@ -1,0 +1,351 @@
+"""The dynamic symbol table: symbols, their versions, and the hash tables that find them.
+
+Everything comes from ``PT_DYNAMIC``, through a function ``read(vaddr, length, what) -> bytes``, so that the
+same code reads a file and a library that lies in memory.  Sources: gABI chapter 5 (symbol table, hash
+table), the LSB (symbol versions), and binutils' description of ``DT_GNU_HASH``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import (
+    DT_GNU_HASH,
+    DT_HASH,
+    DT_STRSZ,
+    DT_STRTAB,
+    DT_SYMENT,
+    DT_SYMTAB,
+    DT_VERSYM,
+    Reader,
+    string_at,
+)
+from miniloader.elf.tables import Table, symbol_dtype
+from miniloader.elf.versions import VERSION_HIDDEN, Version, read_versions
+from miniloader.errors import ElfError
+
+__all__ = [
+    "GnuHash",
+    "SymbolTable",
+    "SysvHash",
+    "gnu_hash",
+    "gnu_hashes",
+    "read_symbols",
+    "sysv_hash",
+]
+
+STB_LOCAL: Final = 0
+STB_GLOBAL: Final = 1
+STB_WEAK: Final = 2
+STB_GNU_UNIQUE: Final = 10
+STT_SECTION: Final = 3
+STT_FILE: Final = 4
+STT_TLS: Final = 6
+STT_GNU_IFUNC: Final = 10
+STV_DEFAULT: Final = 0
+STV_INTERNAL: Final = 1
+STV_HIDDEN: Final = 2
+STV_PROTECTED: Final = 3
+SHN_UNDEF: Final = 0
+SHN_ABS: Final = 0xFFF1
+
+
+def gnu_hash(name: bytes) -> int:
+    """The hash of ``DT_GNU_HASH`` (Bernstein's, times 33, from 5381), 32 bits."""
+    value = 5381
+    for octet in name:
+        value = (value * 33 + octet) & 0xFFFFFFFF
+    return value
+
+
+def gnu_hashes(names: Sequence[bytes]) -> NDArray[np.uint32]:
+    """:func:`gnu_hash` of every name at once.
+
+    The names are laid out as columns, longest first, so that step ``i`` is one operation over all names
+    that still have an ``i``-th byte.
+    """
+    if not names:
+        return np.empty(0, np.uint32)
+    lengths = np.fromiter(map(len, names), np.int64, len(names))
+    order = np.argsort(-lengths, kind="stable")
+    octets = np.frombuffer(b"".join(names), np.uint8).astype(np.uint32)
+    starts = (np.cumsum(lengths) - lengths)[order]
+    descending = lengths[order]
+    values = np.full(len(names), 5381, np.uint32)
+    # How many names are longer than i, for each i.
+    alive = np.searchsorted(-descending, -np.arange(descending[0]), side="left")
+    for index, count in enumerate(alive.tolist()):
+        head = values[:count]
+        head *= np.uint32(33)
+        head += octets[starts[:count] + index]
+    result = np.empty_like(values)
+    result[order] = values
+    return result
+
+
+def sysv_hash(name: bytes) -> int:
+    """The hash of ``DT_HASH`` (gABI figure 5-13), 28 bits."""
+    value = 0
+    for octet in name:
+        value = (value << 4) + octet
+        value = (value ^ ((value & 0xF0000000) >> 24)) & 0x0FFFFFFF
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class GnuHash:
+    """``DT_GNU_HASH``.  ``chains[i]`` is the hash of symbol ``first + i``; bit 0 marks the end of a chain."""
+
+    first: int
+    shift: int
+    bloom: NDArray[Any]  # words of the class's width
+    buckets: NDArray[np.uint32]
+    chains: NDArray[np.uint32]
+
+    def candidates(self, name: bytes) -> list[int]:
+        """The symbols whose hash is ``name``'s, in chain order."""
+        hashed = gnu_hash(name)
+        bits = self.bloom.itemsize * 8
+        word = int(self.bloom[(hashed // bits) % len(self.bloom)])
+        if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
+            return []
+        at = int(self.buckets[hashed % len(self.buckets)])
+        found: list[int] = []
+        if at < self.first:
+            return found
+        for index in range(at, self.first + len(self.chains)):
+            value = int(self.chains[index - self.first])
+            if value | 1 == hashed | 1:
+                found.append(index)
+            if value & 1:
+                break
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class SysvHash:
+    """``DT_HASH``."""
+
+    buckets: NDArray[np.uint32]
+    chains: NDArray[np.uint32]
+
+    def candidates(self, name: bytes) -> list[int]:
+        """The symbols in ``name``'s bucket, in chain order."""
+        if not len(self.buckets):
+            return []
+        at = int(self.buckets[sysv_hash(name) % len(self.buckets)])
+        found: list[int] = []
+        while 0 < at < len(self.chains) and len(found) < len(self.chains):  # a cycle ends, too
+            found.append(at)
+            at = int(self.chains[at])
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class SymbolTable:
+    """The dynamic symbols of one image.
+
+    ``rows`` has the fields of :func:`~miniloader.elf.tables.symbol_dtype` (name, info, other, shndx, value,
+    size); ``versym`` is as long as ``rows``, or empty when the image has no versions.
+    """
+
+    rows: Table
+    strings: bytes
+    hash: GnuHash | SysvHash | None
+    versym: NDArray[np.uint16]
+    versions: Mapping[int, Version] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name_bytes(self, index: int) -> bytes:
+        """The name of symbol ``index``."""
+        return self.string(int(self.rows["name"][index]))
+
+    def name(self, index: int) -> str:
+        """The name of symbol ``index``, with undecodable bytes kept as escapes."""
+        return self.name_bytes(index).decode("utf-8", "backslashreplace")
+
+    def string(self, offset: int) -> bytes:
+        """The string at ``offset`` of the string table; empty when ``offset`` is outside it."""
+        return string_at(self.strings, offset)
+
+    def version(self, index: int) -> Version | None:
+        """The version of symbol ``index``: the one it has, or the one it needs; ``None`` for none."""
+        if not len(self.versym):
+            return None
+        return self.versions.get(int(self.versym[index]) & ~VERSION_HIDDEN)
+
+    @cached_property
+    def bind(self) -> NDArray[np.uint8]:
+        """``ELF_ST_BIND`` of every symbol."""
+        return np.asarray(self.rows["info"] >> 4, np.uint8)
+
+    @cached_property
+    def type(self) -> NDArray[np.uint8]:
+        """``ELF_ST_TYPE`` of every symbol."""
+        return np.asarray(self.rows["info"] & 0xF, np.uint8)
+
+    @cached_property
+    def defined(self) -> NDArray[np.bool_]:
+        """Which symbols are defined here and can be bound to by name (global, weak or unique)."""
+        rows = self.rows
+        real = (rows["shndx"] != SHN_UNDEF) & (self.bind != STB_LOCAL)
+        return np.asarray(real & (self.type != STT_SECTION) & (self.type != STT_FILE))
+
+    @cached_property
+    def undefined(self) -> NDArray[np.bool_]:
+        """Which symbols are needed from elsewhere."""
+        rows = self.rows
+        return np.asarray((rows["shndx"] == SHN_UNDEF) & (self.bind != STB_LOCAL) & (rows["name"] != 0))
+
+    def find(self, name: str | bytes, version: str | None = None) -> int | None:
+        """The index of the defined symbol ``name``: of ``version``, or of its default version.
+
+        Without ``version`` a hidden version (``name@V``, not ``name@@V``) is found only when it is the only
+        one, as ``dlsym(3)`` does.
+        """
+        wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+        if self.hash is None:
+            matching = np.flatnonzero(self.defined).tolist()
+            candidates = [index for index in matching if self.name_bytes(index) == wanted]
+        else:
+            usable = (index for index in self.hash.candidates(wanted) if index < len(self.rows))
+            candidates = [
+                index for index in usable if self.defined[index] and self.name_bytes(index) == wanted
+            ]
+        if version is None:
+            open_ones = [index for index in candidates if not self.hidden(index)]
+            return next(iter(open_ones or (candidates if len(candidates) == 1 else [])), None)
+        named = (index for index in candidates if (self.version(index) or _NO_VERSION).name == version)
+        return next(named, None)
+
+    def hidden(self, index: int) -> bool:
+        """Whether symbol ``index`` is found only by who asks for its version."""
+        return bool(len(self.versym)) and bool(int(self.versym[index]) & VERSION_HIDDEN)
+
+    @cached_property
+    def by_address(self) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+        """Values in ascending order and the symbol each belongs to: defined, with an address, no TLS."""
+        usable = self.defined & (self.type != STT_TLS) & (self.rows["shndx"] != SHN_ABS)
+        indices = np.flatnonzero(usable)
+        values = self.rows["value"][indices].astype(np.uint64)
+        order = np.lexsort((self.rows["size"][indices], values))
+        return values[order], indices[order]
+
+    def at(self, vaddr: int) -> tuple[int, int] | None:
+        """The defined symbol that covers ``vaddr`` and the distance from its start, or ``None``."""
+        values, indices = self.by_address
+        place = int(np.searchsorted(values, np.uint64(vaddr), side="right")) - 1
+        while place >= 0:
+            index = int(indices[place])
+            distance = vaddr - int(values[place])
+            if distance < max(int(self.rows["size"][index]), 1):
+                return index, distance
+            if place == 0 or values[place - 1] != values[place]:
+                return None
+            place -= 1
+        return None
+
+
+_NO_VERSION: Final = Version("", None)
+
+
+def read_symbols(
+    read: Reader,
+    tags: Mapping[int, int],
+    *,
+    elf_class: int,
+    order: str,
+    at_least: int = 0,
+    name: str | None = None,
+    machine: str = "",
+) -> SymbolTable:
+    """Read the dynamic symbol table that the dynamic section ``tags`` describes.
+
+    Its length is nowhere in the file: it is what the hash table reaches, and ``at_least`` (the highest index
+    that a relocation uses, plus one).  Raises :class:`ElfError` for tables that leave the image.
+    """
+    dtype = symbol_dtype(elf_class, order)
+    strings = b""
+    if DT_STRTAB in tags:
+        strings = read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
+    if DT_SYMTAB not in tags:
+        return SymbolTable(np.empty(0, dtype), strings, None, np.empty(0, np.uint16))
+    if tags.get(DT_SYMENT, dtype.itemsize) != dtype.itemsize:
+        raise ElfError(name, "DT_SYMENT", str(tags[DT_SYMENT]), str(dtype.itemsize))
+    table: GnuHash | SysvHash | None = None
+    count = at_least
+    if DT_GNU_HASH in tags:
+        table = _read_gnu_hash(read, tags[DT_GNU_HASH], elf_class, order, name)
+        count = max(count, table.first + len(table.chains))
+    if DT_HASH in tags:
+        # s390x and alpha have 8-byte words here (their psABIs), and no others.
+        wide = elf_class == 64 and machine in ("S390", "ALPHA")
+        sysv = _read_sysv_hash(read, tags[DT_HASH], f"{order}u{8 if wide else 4}")
+        count = max(count, len(sysv.chains))
+        table = table or sysv
+    rows = np.frombuffer(read(tags[DT_SYMTAB], count * dtype.itemsize, "DT_SYMTAB"), dtype)
+    versym = np.empty(0, np.uint16)
+    versions: Mapping[int, Version] = {}
+    if DT_VERSYM in tags:
+        versym = np.frombuffer(read(tags[DT_VERSYM], count * 2, "DT_VERSYM"), f"{order}u2")
+        versions = read_versions(read, tags, strings, order=order, name=name)
+    return SymbolTable(rows, strings, table, versym, versions)
+
+
+def _read_gnu_hash(read: Reader, vaddr: int, elf_class: int, order: str, name: str | None) -> GnuHash:
+    nbuckets, first, bloom_words, shift = np.frombuffer(read(vaddr, 16, "DT_GNU_HASH"), f"{order}u4").tolist()
+    if nbuckets == 0:
+        raise ElfError(name, "DT_GNU_HASH", "0 buckets", "at least one")
+    if bloom_words == 0 or bloom_words & (bloom_words - 1):
+        raise ElfError(name, "DT_GNU_HASH", f"{bloom_words} Bloom filter words", "a power of two")
+    word = elf_class // 8
+    if shift >= 32:
+        raise ElfError(name, "DT_GNU_HASH", f"a Bloom filter shift of {shift}", "less than 32")
+    at = vaddr + 16
+    bloom = np.frombuffer(read(at, bloom_words * word, "DT_GNU_HASH Bloom filter"), f"{order}u{word}")
+    at += bloom_words * word
+    buckets = np.frombuffer(read(at, nbuckets * 4, "DT_GNU_HASH buckets"), f"{order}u4")
+    at += nbuckets * 4
+    last = int(buckets.max())
+    if last == 0:
+        return GnuHash(first, shift, bloom, buckets, np.empty(0, np.uint32))
+    if int(buckets[buckets > 0].min()) < first:
+        raise ElfError(name, "DT_GNU_HASH", "a bucket before the first hashed symbol", f"at least {first}")
+    chains = read(at, (last - first) * 4, "DT_GNU_HASH chains")
+    chains += _last_chain(read, at + len(chains), f"{order}u4")
+    return GnuHash(first, shift, bloom, buckets, np.frombuffer(chains, f"{order}u4"))
+
+
+def _last_chain(read: Reader, at: int, dtype: str) -> bytes:
+    """The words from ``at`` to the first with the end mark, looked for in blocks that double or shrink."""
+    pieces: list[bytes] = []
+    size = 64
+    while True:
+        try:
+            block = read(at, size, "DT_GNU_HASH chains")
+        except ElfError:
+            if size == 4:
+                raise
+            size //= 2
+            continue
+        ends = np.flatnonzero(np.frombuffer(block, dtype) & 1)
+        if len(ends):
+            return b"".join([*pieces, block[: 4 * int(ends[0]) + 4]])
+        pieces.append(block)
+        at += size
+        size *= 2
+
+
+def _read_sysv_hash(read: Reader, vaddr: int, dtype: str) -> SysvHash:
+    size = int(dtype[-1])
+    nbuckets, nchains = np.frombuffer(read(vaddr, 2 * size, "DT_HASH"), dtype).tolist()
+    words = np.frombuffer(read(vaddr + 2 * size, (nbuckets + nchains) * size, "DT_HASH"), dtype)
+    return SysvHash(words[:nbuckets].astype(np.uint32), words[nbuckets:].astype(np.uint32))
