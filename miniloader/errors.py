@@ -9,6 +9,7 @@
     ├── WorkerError            1  a process we started died, or did not answer
     ├── UsageError             2  the request itself makes no sense
     └── EvidenceError          3  the kernel, or our permissions, cannot tell
+        └── ProcessGone        3  the process that was asked about has ended
 
 The number is the exit status of the command line.  A message is one line and reads
 ``where: what, found, expected; what to do next``; names taken from a file are quoted so that
@@ -25,6 +26,7 @@ __all__ = [
     "EvidenceError",
     "LoadError",
     "MiniloaderError",
+    "ProcessGone",
     "SymbolError",
     "UsageError",
     "WorkerError",
@@ -89,3 +91,11 @@ class EvidenceError(MiniloaderError):
     """The kernel, or the permissions of this process, cannot tell."""
 
     exit_status = 3
+
+
+class ProcessGone(EvidenceError):
+    """The process that was asked about has ended (or runs another program now); ``pid`` says which."""
+
+    def __init__(self, pid: int | None, what: str, *, hint: str | None = None) -> None:
+        self.pid = pid
+        super().__init__(f"process {'self' if pid is None else pid}: {what}", hint=hint)

@@ -30,6 +30,7 @@ __all__ = [
     "PROT_NONE",
     "PROT_READ",
     "PROT_WRITE",
+    "PR_SET_DUMPABLE",
     "PR_SET_PDEATHSIG",
     "injected",
     "ioctl",
@@ -40,6 +41,7 @@ __all__ = [
     "prctl",
     "process_vm_readv",
     "process_vm_writev",
+    "userfaultfd",
 ]
 
 PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -61,6 +63,7 @@ MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _int, _long, _ulong = ctypes.c_int, ctypes.c_long, ctypes.c_ulong
@@ -84,6 +87,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "madvise": (_int, (_address, _size, _int)),
     "prctl": (_int, (_int, _ulong, _ulong, _ulong, _ulong)),
     "ioctl": (_int, (_int, _ulong, _address)),
+    "syscall": (_long, (_long, _long)),
     "process_vm_readv": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
     "process_vm_writev": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
 }
@@ -95,6 +99,17 @@ def _declare(name: str) -> Callable[..., Any]:
     function.restype, function.argtypes = restype, argtypes
     return function  # type: ignore[no-any-return]  # ctypes has no type for a declared function
 
+
+# glibc has no wrapper for it; numbers from arch/*/…/syscall*.tbl, by the machine name of uname(2).
+_USERFAULTFD: Final = {
+    "x86_64": 323,
+    "aarch64": 282,
+    "riscv64": 282,
+    "loongarch64": 282,
+    "ppc64le": 364,
+    "ppc64": 364,
+    "s390x": 355,
+}
 
 _LIBC: Final[dict[str, Callable[..., Any]]] = {name: _declare(name) for name in _SIGNATURES}
 
@@ -182,3 +197,14 @@ def _vm(name: str, pid: int, remote: int, local: int, length: int) -> int:
     if count < 0:
         raise _failed(name)
     return count
+
+
+def userfaultfd(flags: int) -> int:
+    """userfaultfd(2): the new descriptor; ENOSYS where this machine's call number is not known."""
+    number = _USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"userfaultfd: no call number known for {os.uname().machine}")
+    result = int(_LIBC["syscall"](number, flags))
+    if result < 0:
+        raise _failed("userfaultfd")
+    return result

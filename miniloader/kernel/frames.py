@@ -1,0 +1,142 @@
+"""``/proc/kpagecount`` and ``/proc/kpageflags``: what the kernel knows about a page frame.
+
+Both are tables of 64-bit words, one for each frame number, for root alone.  Frames are sorted and read
+in runs, since a read of one word costs as much as a read of hundreds.  Source:
+Documentation/admin-guide/mm/pagemap.rst, ``include/uapi/linux/kernel-page-flags.h``,
+``tools/mm/page-types.c`` (the letters).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import EvidenceError
+
+__all__ = ["KPF", "FrameFlag", "flag_names", "frame_flags", "map_counts"]
+
+_WORD: Final = 8
+_CHUNK: Final = (2 << 20) // _WORD  # frames a read
+_GAP: Final = 64  # reading that many unwanted frames costs less than another system call
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFlag:
+    """One bit of ``kpageflags``: its letter in page-types(1), its name there, and what it says."""
+
+    name: str
+    bit: int
+    letter: str
+    help: str
+
+    @property
+    def mask(self) -> np.uint64:
+        """The bit as a mask for an array of words."""
+        return np.uint64(1 << self.bit)
+
+
+KPF: Final = {
+    flag.name: flag
+    for flag in (
+        FrameFlag("locked", 0, "L", "locked, for instance while it is being read from disk"),
+        FrameFlag("error", 1, "E", "an input/output error happened on it (before 6.12)"),
+        FrameFlag("referenced", 2, "R", "accessed since the last look of reclaim"),
+        FrameFlag("uptodate", 3, "U", "its contents are valid"),
+        FrameFlag("dirty", 4, "D", "newer than the disk; does not show a copy on write"),
+        FrameFlag("lru", 5, "l", "on a list of reclaimable pages"),
+        FrameFlag("active", 6, "A", "on the list of pages in use"),
+        FrameFlag("slab", 7, "S", "the kernel's own small objects"),
+        FrameFlag("writeback", 8, "W", "being written to disk"),
+        FrameFlag("reclaim", 9, "I", "to be reclaimed as soon as it is written"),
+        FrameFlag("buddy", 10, "B", "free"),
+        FrameFlag("mmap", 11, "M", "mapped by a process"),
+        FrameFlag("anonymous", 12, "a", "anonymous: no file behind it, or copied from one on write"),
+        FrameFlag("swapcache", 13, "s", "has a place in swap"),
+        FrameFlag("swapbacked", 14, "b", "would go to swap: anonymous, or shared memory"),
+        FrameFlag("compound_head", 15, "H", "the first page of a large folio"),
+        FrameFlag("compound_tail", 16, "T", "a further page of a large folio"),
+        FrameFlag("huge", 17, "G", "hugetlbfs"),
+        FrameFlag("unevictable", 18, "u", "cannot be reclaimed, for instance locked in memory"),
+        FrameFlag("hwpoison", 19, "X", "broken memory"),
+        FrameFlag("nopage", 20, "n", "no such frame"),
+        FrameFlag("ksm", 21, "x", "merged: identical anonymous pages share it (KSM)"),
+        FrameFlag("thp", 22, "t", "part of any large folio, not only of a huge page"),
+        FrameFlag("offline", 23, "o", "offline"),
+        FrameFlag("zero_page", 24, "z", "the kernel's page of zeros"),
+        FrameFlag("idle", 25, "i", "not accessed since it was marked idle"),
+        FrameFlag("pgtable", 26, "g", "a page table"),
+        FrameFlag("reserved", 32, "r", "reserved by the kernel"),
+        FrameFlag("mlocked", 33, "m", "locked in memory (mlock)"),
+        FrameFlag("owner_2", 34, "d", "the owner's own use (once: mapped to disk)"),
+        FrameFlag("private", 35, "P", "a file system keeps something with it"),
+        FrameFlag("private_2", 36, "p", "a file system's second mark"),
+        FrameFlag("owner_private", 37, "O", "the owner's own use"),
+        FrameFlag("arch", 38, "h", "the architecture's own use"),
+        FrameFlag("uncached", 39, "c", "not cached by the processor"),
+        FrameFlag("softdirty", 40, "f", "soft-dirty"),
+        FrameFlag("arch_2", 41, "H", "the architecture's second own use"),
+    )
+}
+"""Every flag by name; the order is that of the bits."""
+
+
+def flag_names(word: int) -> tuple[str, ...]:
+    """The names of the flags set in one ``kpageflags`` word, lowest bit first."""
+    return tuple(flag.name for flag in KPF.values() if word >> flag.bit & 1)
+
+
+def map_counts(frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """How often each of ``frames`` is mapped, over all processes; 0 for frame 0 (not known).
+
+    A folio's average with CONFIG_NO_PAGE_MAPCOUNT (6.15): it corroborates, equal frames prove.
+    Raises EvidenceError where ``/proc/kpagecount`` may not be read.
+    """
+    return _lookup("/proc/kpagecount", frames)
+
+
+def frame_flags(frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The ``KPF`` flags of each of ``frames``; 0 for frame 0 (not known).
+
+    Raises EvidenceError where ``/proc/kpageflags`` may not be read.
+    """
+    return _lookup("/proc/kpageflags", frames)
+
+
+def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The words of ``path`` at the indices ``frames``, in their shape."""
+    wanted, position = np.unique(frames, return_inverse=True)
+    words = np.zeros(len(wanted), dtype=np.uint64)
+    skip = int(len(wanted) > 0 and wanted[0] == 0)
+    # A run ends where the gap to the next frame is wide, or where it would exceed one read.
+    breaks = np.flatnonzero(np.diff(wanted[skip:]) > _GAP) + 1 + skip
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for first, last in zip([skip, *breaks], [*breaks, len(wanted)], strict=True):
+                _read_run(file.fileno(), wanted[first:last], words[first:last])
+    except OSError as error:
+        raise _refused(path, error) from error
+    return words[position].reshape(frames.shape)
+
+
+def _read_run(fd: int, wanted: NDArray[np.uint64], words: NDArray[np.uint64]) -> None:
+    """Fill ``words`` for the sorted frames ``wanted``; frames beyond the end of the table stay 0."""
+    if not len(wanted):
+        return
+    start, stop = int(wanted[0]), int(wanted[-1]) + 1
+    for low in range(start, stop, _CHUNK):
+        table = np.frombuffer(os.pread(fd, min(_CHUNK, stop - low) * _WORD, low * _WORD), dtype=np.uint64)
+        inside = slice(*np.searchsorted(wanted, np.array([low, low + len(table)], dtype=np.uint64)))
+        words[inside] = table[wanted[inside] - np.uint64(low)]
+
+
+def _refused(path: str, error: OSError) -> EvidenceError:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return EvidenceError(f"{path}: {error.strerror}", hint="to read it: be root, with CAP_SYS_ADMIN")
+    if error.errno == errno.ENOENT:
+        return EvidenceError(f"{path}: this kernel does not have it (CONFIG_PROC_PAGE_MONITOR)")
+    return EvidenceError(f"{path}: {error.strerror}")

@@ -1,0 +1,97 @@
+r"""``/proc/PID/maps``: which ranges of a process's memory are mapped, and from what.
+
+Names come from the kernel as bytes.  It escapes only the newline, as ``\012`` (``seq_file_path``), so a
+name that holds those four characters itself reads the same; and it appends `` (deleted)`` to the name
+of a file that has been unlinked, so a file that is called so reads as deleted.  Both are the kernel's
+ambiguity.  Source: proc_pid_maps(5), ``fs/proc/task_mmu.c``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from miniloader.errors import EvidenceError
+from miniloader.kernel.procfs import read_process_file
+
+__all__ = ["Vma", "mappings_of", "parse_vma", "read_maps"]
+
+_DELETED = b" (deleted)"
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One virtual memory area: a line of ``maps``.
+
+    ``start`` and ``end`` are addresses (the end is exclusive), ``file_offset`` is in bytes;
+    ``protection`` reads like ``r-x``; ``shared`` is MAP_SHARED, otherwise the area is private;
+    ``device`` is (major, minor).  ``path`` is "" for anonymous memory, ``[heap]`` and the like for the
+    kernel's own names, else the file's name (undecodable bytes as surrogates, as ``os.fsdecode`` does),
+    without the `` (deleted)`` that ``deleted`` stands for.
+    """
+
+    start: int
+    end: int
+    protection: str
+    shared: bool
+    file_offset: int
+    device: tuple[int, int]
+    inode: int
+    path: str
+    deleted: bool
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return self.end - self.start
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file is behind it (anonymous memory and the kernel's own areas have inode 0)."""
+        return self.inode != 0
+
+    def __contains__(self, address: int) -> bool:
+        return self.start <= address < self.end
+
+
+def parse_vma(line: bytes) -> Vma:
+    """One line of ``maps`` (or one header of ``smaps``), without its newline.
+
+    Raises EvidenceError for a line that is not one.
+    """
+    try:
+        span, mode, offset, device, inode, *rest = line.split(None, 5)
+        start, end = (int(part, 16) for part in span.split(b"-"))
+        major, minor = (int(part, 16) for part in device.split(b":"))
+        name = rest[0] if rest else b""
+        return Vma(
+            start=start,
+            end=end,
+            protection=mode[:3].decode("ascii"),
+            shared=mode[3:4] == b"s",
+            file_offset=int(offset, 16),
+            device=(major, minor),
+            inode=int(inode),
+            path=os.fsdecode(name.removesuffix(_DELETED).replace(rb"\012", b"\n")),
+            deleted=name.endswith(_DELETED),
+        )
+    except ValueError as error:
+        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping") from error
+
+
+def read_maps(pid: int | None = None) -> tuple[Vma, ...]:
+    """All mappings of process ``pid`` (None: this one), by address.
+
+    The kernel gives a consistent answer for each few kilobytes of text, not for the whole of it: a
+    process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
+    EvidenceError where it may not be read.
+    """
+    text = read_process_file(pid, "maps")
+    return tuple(parse_vma(line) for line in text.split(b"\n") if line)
+
+
+def mappings_of(vmas: Iterable[Vma], path: str | os.PathLike[str]) -> tuple[Vma, ...]:
+    """Those of ``vmas`` that the kernel names ``path``, in the order given; ``path`` is absolute."""
+    name = os.fspath(path)
+    return tuple(vma for vma in vmas if vma.path == name)

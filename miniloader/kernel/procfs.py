@@ -1,0 +1,80 @@
+"""Opening files under ``/proc/PID``, with every refusal turned into a sentence.
+
+All of :mod:`miniloader.kernel` goes through here, so that a process that ended, a process of somebody
+else and a ``/proc`` that is not there read the same wherever they are met.  Sources: proc(5), and
+``ptrace_may_access`` (ptrace(2), "Ptrace access mode checking") for who may read what.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from miniloader.errors import EvidenceError, ProcessGone
+
+__all__ = ["NO_MEMORY", "open_process_file", "process_file", "read_process_file", "refusal"]
+
+NO_MEMORY: Final = "has no memory (it has ended or executed another program, or is a kernel thread)"
+
+_PTRACE: Final = "be its owner, or have CAP_SYS_PTRACE"
+# What one must be to read another process's file; all need ptrace read access, those with mode 0400 also
+# pass the permission check of the file itself.
+_NEEDS: Final = {
+    "maps": _PTRACE,
+    "smaps": _PTRACE,
+    "smaps_rollup": _PTRACE,
+    "pagemap": (
+        "be its owner (and dumpable, PR_SET_DUMPABLE), or have CAP_SYS_PTRACE, CAP_SYS_ADMIN"
+        " and CAP_DAC_READ_SEARCH together"
+    ),
+}
+_DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
+
+
+def process_file(pid: int | None, name: str) -> str:
+    """The path of ``name`` of process ``pid``; None and our own pid mean ``/proc/self``.
+
+    ``self`` is right even where ``/proc`` belongs to another pid namespace than ours.
+    """
+    return f"/proc/{'self' if pid is None or pid == os.getpid() else pid}/{name}"
+
+
+def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
+    """Why ``/proc/PID/name`` cannot be read, and what would be needed; to be raised."""
+    path = process_file(pid, name)
+    if error.errno == errno.ESRCH:
+        return ProcessGone(pid, NO_MEMORY)
+    if error.errno == errno.ENOENT:
+        if not os.path.exists("/proc/self"):
+            return EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
+        if os.path.exists(process_file(pid, "")):
+            return EvidenceError(f"{path}: this kernel has no such file")
+        return ProcessGone(pid, "is not there: it has ended, or /proc hides it (hidepid)")
+    if error.errno in _DENIED:
+        return EvidenceError(f"{path}: {error.strerror}", hint=f"to read it: {_NEEDS.get(name, _PTRACE)}")
+    return EvidenceError(f"{path}: {error.strerror}")
+
+
+def open_process_file(pid: int | None, name: str) -> int:
+    """A descriptor for reading ``/proc/PID/name``; raises what :func:`refusal` makes of a failure."""
+    try:
+        return os.open(process_file(pid, name), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise refusal(pid, name, error) from error
+
+
+def read_process_file(pid: int | None, name: str) -> bytes:
+    """All of ``/proc/PID/name``; raises what :func:`refusal` makes of a failure.
+
+    Nothing at all means that the process has no memory: it is a zombie, or a kernel thread.
+    """
+    fd = open_process_file(pid, name)
+    try:
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            text = file.readall()
+    except OSError as error:
+        raise refusal(pid, name, error) from error
+    if not text:
+        raise ProcessGone(pid, NO_MEMORY)
+    return text
