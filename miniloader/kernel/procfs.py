@@ -40,6 +40,17 @@ def process_file(pid: int | None, name: str) -> str:
     return f"/proc/{'self' if pid is None or pid == os.getpid() else pid}/{name}"
 
 
+def _lives(pid: int | None) -> bool:
+    """Whether there is such a process, asked without ``/proc``."""
+    try:
+        os.kill(pid or os.getpid(), 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):  # no such process; no such number
+        return False
+    return True
+
+
 def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
     """Why ``/proc/PID/name`` cannot be read, and what would be needed; to be raised."""
     path = process_file(pid, name)
@@ -50,7 +61,9 @@ def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
             return EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
         if os.path.exists(process_file(pid, "")):
             return EvidenceError(f"{path}: this kernel has no such file")
-        return ProcessGone(pid, "is not there: it has ended, or /proc hides it (hidepid)")
+        if _lives(pid):
+            return EvidenceError(f"{path}: /proc hides process {pid} (hidepid, or another pid namespace)")
+        return ProcessGone(pid, "there is none (any more)")
     if error.errno in _DENIED:
         return EvidenceError(f"{path}: {error.strerror}", hint=f"to read it: {_NEEDS.get(name, _PTRACE)}")
     return EvidenceError(f"{path}: {error.strerror}")

@@ -1,0 +1,359 @@
+"""One look at every page of an image in several processes, as the kernel records it.
+
+The page table entries are read before and after everything else is asked about them; a page whose entry
+differs is marked ``changed``, so that nothing is concluded from two halves that do not belong together.
+A process that ends meanwhile is recorded as gone, not raised: the others are still worth a look.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import EvidenceError, ProcessGone, UsageError
+from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.frames import KPF, frame_flags, map_counts
+from miniloader.kernel.maps import Vma, read_maps
+from miniloader.kernel.pagemap import FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap, PageTable
+from miniloader.kernel.probe import best_level
+from miniloader.kernel.query import query_vma
+from miniloader.kernel.scan import IS_ZERO, categories_of, scan
+from miniloader.kernel.smaps import read_smaps, sum_sizes
+from miniloader.kernel.syscalls import PAGE_SIZE
+
+__all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "Snapshot", "Target", "take"]
+
+PAGE_DTYPE: Final = np.dtype(
+    [
+        ("vaddr", np.uint64),  # as linked; the address is the process's base + vaddr
+        ("mapping", np.int32),  # index into ProcessPages.mappings; -1: nothing is mapped there
+        ("file_offset", np.uint64),  # of the page in its mapping's file; 0 for anonymous memory
+        ("frame", np.uint64),  # page frame number; 0: not present, or not known
+        ("map_count", np.int64),  # over all processes; -1: not known
+        ("flags", np.uint64),  # KPF flags of the frame; 0: not known
+        ("present", np.bool_),
+        ("swapped", np.bool_),  # bit 62 without bit 58: a swap or migration entry, or a marker
+        ("file", np.bool_),  # bit 61: the page cache's own page, or shared memory
+        ("exclusive", np.bool_),  # bit 56: mapped once over all processes
+        ("guard", np.bool_),
+        ("zero", np.bool_),  # the kernel's page of zeros; see ProcessPages.zero_known
+        ("changed", np.bool_),  # its entry, or its mapping, changed while we looked
+    ]
+)
+"""One page of one process; see the comments at each field."""
+
+_SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
+"""What must not change between the two readings; bits 55 to 57 may (others map and unmap the page)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to look at: the pages [``vaddr_start``, ``vaddr_end``) of an image in process ``pid``.
+
+    ``base`` is the load bias, address - vaddr, a multiple of the page size; the range is widened to
+    whole pages.
+    """
+
+    pid: int
+    base: int
+    vaddr_start: int
+    vaddr_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """A mapping that the image touches, and the build-id of its file (None: it has none, or not known)."""
+
+    vma: Vma
+    build_id: bytes | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessPages:
+    """The pages of the image in one process.
+
+    ``pages`` has a PAGE_DTYPE record for each page of the range, read-only.  ``reason`` is "" where it
+    holds what the kernel said; else it says why not (``gone``: the process has ended), and every
+    record but its vaddr is blank.  ``totals`` are the ``smaps`` sums of the mappings in bytes, at level
+    ``totals`` only.
+    """
+
+    pid: int
+    base: int
+    mappings: tuple[Backing, ...]
+    pages: NDArray[np.void]
+    zero_known: bool = False
+    totals: Mapping[str, int] | None = None
+    gone: bool = False
+    reason: str = ""
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:
+        """The address of each page in the process."""
+        return np.uint64(self.base) + self.pages["vaddr"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What the kernel said at one moment: ``when`` in seconds since the epoch, ``step`` a name for it."""
+
+    step: str
+    level: LevelName
+    processes: tuple[ProcessPages, ...]
+    when: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """What was read of one process before its frames were asked about."""
+
+    target: Target
+    pagemap: PageMap
+    vmas: tuple[Vma, ...]
+    table: PageTable
+    zero: NDArray[np.bool_] | None  # None: the kernel could not be asked
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The addresses looked at."""
+        return self.target.base + self.target.vaddr_start, self.target.base + self.target.vaddr_end
+
+
+def take(targets: Sequence[Target], *, step: str = "", level: LevelName | None = None) -> Snapshot:
+    """Look at every page of ``targets`` once, at the best level of evidence that works, or at ``level``.
+
+    A lower level than the best asks the kernel for no more than that level does.  A process that has
+    ended or may not be read is recorded with its reason.  Raises EvidenceError for a level that does not
+    work here, UsageError for a base that is not page-aligned.
+    """
+    chosen = _chosen(level)
+    targets = tuple(map(_whole_pages, targets))
+    when = time.time()
+    match chosen:
+        case "frames" | "flags":
+            processes = _look(targets, with_frames=chosen == "frames")
+        case "totals":
+            processes = tuple(_recorded(target, partial(_totals, target)) for target in targets)
+        case "none":
+            processes = tuple(_blank(target, reason="the kernel tells nothing here") for target in targets)
+    return Snapshot(step, chosen, processes, when)
+
+
+def _chosen(level: LevelName | None) -> LevelName:
+    best = best_level()
+    names = [known.name for known in LEVELS]
+    if level is not None and names.index(level) < names.index(best):
+        how = next(known.get for known in LEVELS if known.name == level)
+        raise EvidenceError(f"evidence level {level}: only {best} works here", hint=how)
+    return best if level is None else level
+
+
+def _whole_pages(target: Target) -> Target:
+    if target.base % PAGE_SIZE:
+        raise UsageError(f"load bias {target.base:#x}: expected a multiple of the page size {PAGE_SIZE}")
+    return replace(
+        target,
+        vaddr_start=target.vaddr_start // PAGE_SIZE * PAGE_SIZE,
+        vaddr_end=-(-target.vaddr_end // PAGE_SIZE) * PAGE_SIZE,
+    )
+
+
+_Found = TypeVar("_Found")
+
+
+def _recorded(target: Target, look: Callable[[], _Found]) -> _Found | ProcessPages:
+    """What ``look`` finds, or the record of why it could not."""
+    try:
+        return look()
+    except ProcessGone as error:
+        return _blank(target, reason=str(error), gone=True)
+    except EvidenceError as error:
+        return _blank(target, reason=str(error))
+
+
+def _blank_pages(target: Target) -> NDArray[np.void]:
+    """A record for each page of the range that knows nothing but its vaddr."""
+    pages = np.zeros((target.vaddr_end - target.vaddr_start) // PAGE_SIZE, dtype=PAGE_DTYPE)
+    pages["vaddr"] = np.arange(target.vaddr_start, target.vaddr_end, PAGE_SIZE, dtype=np.uint64)
+    pages["mapping"] = -1
+    pages["map_count"] = -1
+    return pages
+
+
+def _blank(target: Target, *, reason: str, gone: bool = False) -> ProcessPages:
+    pages = _blank_pages(target)
+    pages.flags.writeable = False
+    return ProcessPages(target.pid, target.base, (), pages, gone=gone, reason=reason)
+
+
+def _totals(target: Target) -> ProcessPages:
+    """The sums of the mappings that the image touches, for level ``totals``."""
+    inside = [one for one in read_smaps(target.pid) if _touches(one.vma, target)]
+    return replace(
+        _blank(target, reason="sums of mappings say nothing about a page"),
+        mappings=tuple(Backing(one.vma, None) for one in inside),
+        totals=MappingProxyType(sum_sizes(inside)),
+    )
+
+
+def _touches(vma: Vma, target: Target) -> bool:
+    return vma.start < target.base + target.vaddr_end and target.base + target.vaddr_start < vma.end
+
+
+def _touched(target: Target) -> tuple[Vma, ...]:
+    """The mappings that the image touches, by address."""
+    return tuple(vma for vma in read_maps(target.pid) if _touches(vma, target))
+
+
+def _look(targets: Sequence[Target], *, with_frames: bool) -> tuple[ProcessPages, ...]:
+    """Read every process's entries, then ask about all frames at once, then read the entries again."""
+    with ExitStack() as files:
+        found = [_recorded(target, partial(_first, target, files)) for target in targets]
+        readings = [one for one in found if isinstance(one, _Reading)]
+        facts = iter(_facts(readings, with_frames=with_frames))
+        return tuple(
+            one
+            if isinstance(one, ProcessPages)
+            else _recorded(one.target, partial(_second, one, next(facts), with_frames=with_frames))
+            for one in found
+        )
+
+
+def _first(target: Target, files: ExitStack) -> _Reading:
+    pagemap = files.enter_context(PageMap(target.pid))
+    start, end = target.base + target.vaddr_start, target.base + target.vaddr_end
+    vmas, table = _touched(target), pagemap.table(start, end)
+    try:
+        regions = scan(pagemap, start, end, required=IS_ZERO, returned=IS_ZERO)
+    except EvidenceError:  # PAGEMAP_SCAN is from 6.7 on; the flags of the frames may still tell
+        return _Reading(target, pagemap, vmas, table, None)
+    return _Reading(target, pagemap, vmas, table, categories_of(regions, start, end).astype(np.bool_))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    """What is known of the frames of one process's pages; None: not known."""
+
+    map_count: NDArray[np.uint64] | None
+    flags: NDArray[np.uint64] | None
+
+
+def _facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_Facts]:
+    """The facts for each reading; one question for all of them, since they mostly share their frames."""
+    if not with_frames or not readings:
+        return [_Facts(None, None)] * len(readings)
+    frames = [reading.table.frame for reading in readings]
+    ends = np.cumsum([len(one) for one in frames])[:-1]
+
+    def split(ask: Callable[[NDArray[np.uint64]], NDArray[np.uint64]]) -> list[NDArray[np.uint64] | None]:
+        try:
+            return list(np.split(ask(np.concatenate(frames)), ends))
+        except EvidenceError:  # counts and flags corroborate; without them the frames still prove
+            return [None] * len(frames)
+
+    return [_Facts(*both) for both in zip(split(map_counts), split(frame_flags), strict=True)]
+
+
+def _second(reading: _Reading, facts: _Facts, *, with_frames: bool) -> ProcessPages:
+    """Read the entries again and put everything together."""
+    target, before, vmas = reading.target, reading.table, reading.vmas
+    addresses, after = before.addresses, reading.pagemap.table(*reading.span)
+    pages = _blank_pages(target)
+    pages["mapping"] = mapping = _mapping_of(addresses, vmas)
+    pages["file_offset"] = _file_offsets(addresses, mapping, vmas)
+    pages["changed"] = ((before.entries ^ after.entries) & _SETTLED).astype(np.bool_)
+    pages["changed"] |= _remapped(addresses, vmas, _touched(target))
+    for name in ("present", "swapped", "file", "exclusive", "guard"):
+        pages[name] = getattr(after, name)
+    if with_frames:
+        pages["frame"] = after.frame
+    if facts.map_count is not None:
+        pages["map_count"] = np.where(after.frame != 0, facts.map_count.astype(np.int64), -1)
+    if facts.flags is not None:
+        pages["flags"] = facts.flags
+        pages["zero"] = (facts.flags & KPF["zero_page"].mask).astype(np.bool_)
+    if reading.zero is not None:
+        pages["zero"] |= reading.zero
+    pages.flags.writeable = False
+    return ProcessPages(
+        target.pid,
+        target.base,
+        _backings(target.pid, vmas),
+        pages,
+        zero_known=reading.zero is not None or facts.flags is not None,
+    )
+
+
+def _remapped(
+    addresses: NDArray[np.uint64], before: Sequence[Vma], after: Sequence[Vma]
+) -> NDArray[np.bool_]:
+    """Which pages are not mapped as they were."""
+    same = np.array([[_same_mapping(one, other) for other in (*after, None)] for one in (*before, None)])
+    return ~same[_mapping_of(addresses, before), _mapping_of(addresses, after)]
+
+
+def _mapping_of(addresses: NDArray[np.uint64], vmas: Sequence[Vma]) -> NDArray[np.int64]:
+    """The index of the mapping that each address lies in, -1 for none; ``vmas`` by address."""
+    if not vmas:
+        return np.full(len(addresses), -1)
+    starts = np.array([vma.start for vma in vmas], dtype=np.uint64)
+    ends = np.array([vma.end for vma in vmas], dtype=np.uint64)
+    index = np.searchsorted(starts, addresses, side="right") - 1
+    return np.where(addresses < ends[index], index, -1)
+
+
+def _shift(vma: Vma) -> int | None:
+    """What to add (modulo 2**64) to an address in ``vma`` for its file offset; None: no file."""
+    return (vma.file_offset - vma.start) % 2**64 if vma.is_file else None
+
+
+def _same_mapping(one: Vma | None, other: Vma | None) -> bool:
+    """Whether a page that both hold is mapped the same.  Their extents do not matter: the kernel merges
+    and splits neighbouring mappings as it likes.
+    """
+    if one is None or other is None:
+        return one is other
+    return (_shift(one), one.device, one.inode, one.protection, one.shared) == (
+        _shift(other),
+        other.device,
+        other.inode,
+        other.protection,
+        other.shared,
+    )
+
+
+def _file_offsets(
+    addresses: NDArray[np.uint64], mapping: NDArray[np.int64], vmas: Sequence[Vma]
+) -> NDArray[np.uint64]:
+    """The offset of each page in its mapping's file; 0 where there is none."""
+    shifts = [_shift(vma) for vma in vmas] + [None]
+    shift = np.array([one or 0 for one in shifts], dtype=np.uint64)[mapping]
+    of_file = np.array([one is not None for one in shifts])[mapping]
+    return np.where(of_file, addresses + shift, np.uint64(0))
+
+
+def _backings(pid: int, vmas: Sequence[Vma]) -> tuple[Backing, ...]:
+    """The mappings with the build-id of their file, which is asked for once a file."""
+    known: dict[tuple[tuple[int, int], int], bytes | None] = {}
+    for vma in vmas:
+        key = (vma.device, vma.inode)
+        if vma.is_file and key not in known:
+            known[key] = _build_id(pid, vma)
+    return tuple(Backing(vma, known.get((vma.device, vma.inode))) for vma in vmas)
+
+
+def _build_id(pid: int, vma: Vma) -> bytes | None:
+    try:
+        answer = query_vma(pid, vma.start)
+    except EvidenceError:  # PROCMAP_QUERY is from 6.11 on; device, inode and path still name the file
+        return None
+    same = answer is not None and (answer.vma.device, answer.vma.inode) == (vma.device, vma.inode)
+    return answer.build_id if answer is not None and same else None
