@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "Command", "main"]
 
 #: The commands, in the order ``--help`` shows them.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("doctor",)
 
 
 class Command(Protocol):

@@ -6,8 +6,7 @@ Light on purpose (no numpy), so that the command line can print them in its help
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 __all__ = ["FEATURES", "LEVELS", "EvidenceLevel", "Feature", "LevelName"]
 
@@ -15,8 +14,7 @@ LevelName = Literal["frames", "flags", "totals", "none"]
 """How much the kernel tells here; see :data:`LEVELS`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Feature:
+class Feature(NamedTuple):
     """One thing to ask of the kernel: its name, what it tells, and how to get it where it is missing."""
 
     name: str
@@ -41,8 +39,7 @@ FEATURES: Final = (
 """Every feature, the ones that decide the level of evidence first."""
 
 
-@dataclass(frozen=True, slots=True)
-class EvidenceLevel:
+class EvidenceLevel(NamedTuple):
     """A level of evidence: the feature it rests on, what it shows, and how to reach it."""
 
     name: LevelName

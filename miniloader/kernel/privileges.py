@@ -15,8 +15,8 @@ from miniloader.kernel.procfs import read_process_file
 __all__ = ["CAPABILITIES", "Privileges", "privileges"]
 
 CAPABILITIES: Final = {
-    "CAP_DAC_READ_SEARCH": (2, "open /proc files that are for their owner only"),
-    "CAP_SYS_PTRACE": (19, "read the memory records of other users' processes"),
+    "CAP_DAC_READ_SEARCH": (2, "open files that are for their owner alone"),
+    "CAP_SYS_PTRACE": (19, "ask about processes of other users"),
     "CAP_SYS_ADMIN": (21, "see page frame numbers"),
 }
 """The capabilities that matter here: their bit (capabilities(7)) and what each is for."""
