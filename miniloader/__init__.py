@@ -11,10 +11,11 @@ Importing this package is nearly free: each public name is imported from its hom
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = (
+    False  # as type checkers know it; importing typing would cost as much as all of Python's start
+)
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage as ElfImage
     from miniloader.elf import LoadPlan as LoadPlan

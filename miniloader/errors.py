@@ -19,7 +19,10 @@ control characters in them stay inert.
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+
+TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 __all__ = [
     "ElfError",

@@ -1,7 +1,8 @@
 """The command line: one table of commands, one place where errors become exit statuses.
 
-Each command is a module ``miniloader.cli.NAME`` (see :class:`Command`).  Importing them has to cost next
-to nothing, since ``--help`` imports them all: what a command needs, it imports inside ``run``.
+Each command is a module ``miniloader.cli.NAME`` (see :class:`miniloader.cli.parser.Command`).  Importing
+them has to cost next to nothing, since ``--help`` imports them all: what a command needs, it imports
+inside ``run``.
 
 Exit status: 0 done, or proven; 1 failed, or refuted; 2 wrong usage; 3 the kernel or the permissions
 here cannot tell.
@@ -11,35 +12,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Protocol
 
 from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
 
+TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["COMMANDS", "main"]
 
 #: The commands, in the order ``--help`` shows them.
 COMMANDS: tuple[str, ...] = ("doctor",)
-
-
-class Command(Protocol):
-    """What a module ``miniloader.cli.NAME`` holds."""
-
-    #: One line for the list of commands.
-    HELP: str
-
-    def configure(self, parser: argparse.ArgumentParser, /) -> None:
-        """Add the command's own arguments (``--json`` is there already, for every command)."""
-
-    def run(self, arguments: argparse.Namespace, /) -> int:
-        """Do it, print the result, return the exit status.
-
-        Errors are raised as :class:`~miniloader.errors.MiniloaderError`; :func:`main` reports them.
-        """
 
 
 def main(argv: Sequence[str] | None = None) -> int:

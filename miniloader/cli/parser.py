@@ -5,16 +5,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from miniloader import __version__
-from miniloader.cli import Command
 from miniloader.errors import UsageError
 
-__all__ = ["build"]
+__all__ = ["Command", "build"]
 
 #: An argument shown by one of these names is a file, which shells can complete.
 _FILES = frozenset({"LIB", "FILE", "PATH"})
+
+
+class Command(Protocol):
+    """What a module ``miniloader.cli.NAME`` holds."""
+
+    #: One line for the list of commands.
+    HELP: str
+
+    def configure(self, parser: argparse.ArgumentParser, /) -> None:
+        """Add the command's own arguments (``--json`` is there already, for every command)."""
+
+    def run(self, arguments: argparse.Namespace, /) -> int:
+        """Do it, print the result, return the exit status.
+
+        Errors are raised as :class:`~miniloader.errors.MiniloaderError`; :func:`miniloader.cli.main`
+        reports them.
+        """
 
 
 class _Parser(argparse.ArgumentParser):
