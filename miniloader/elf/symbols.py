@@ -44,8 +44,12 @@ STB_LOCAL: Final = 0
 STB_GLOBAL: Final = 1
 STB_WEAK: Final = 2
 STB_GNU_UNIQUE: Final = 10
+STT_NOTYPE: Final = 0
+STT_OBJECT: Final = 1
+STT_FUNC: Final = 2
 STT_SECTION: Final = 3
 STT_FILE: Final = 4
+STT_COMMON: Final = 5
 STT_TLS: Final = 6
 STT_GNU_IFUNC: Final = 10
 STV_DEFAULT: Final = 0
@@ -208,8 +212,7 @@ class SymbolTable:
     def find(self, name: str | bytes, version: str | None = None) -> int | None:
         """The index of the defined symbol ``name``: of ``version``, or of its default version.
 
-        Without ``version`` a hidden version (``name@V``, not ``name@@V``) is found only when it is the only
-        one, as ``dlsym(3)`` does.
+        A hidden version (``name@V``, not ``name@@V``) is found by its version only, as ``dlvsym(3)`` does.
         """
         wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
         if self.hash is None:
@@ -221,8 +224,7 @@ class SymbolTable:
                 index for index in usable if self.defined[index] and self.name_bytes(index) == wanted
             ]
         if version is None:
-            open_ones = [index for index in candidates if not self.hidden(index)]
-            return next(iter(open_ones or (candidates if len(candidates) == 1 else [])), None)
+            return next((index for index in candidates if not self.hidden(index)), None)
         named = (index for index in candidates if (self.version(index) or _NO_VERSION).name == version)
         return next(named, None)
 

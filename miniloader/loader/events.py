@@ -1,0 +1,28 @@
+"""What a loader does, told as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Event", "OnEvent", "Stage"]
+
+Stage = Literal[
+    "search", "parse", "reserve", "map", "zero", "need", "bind", "tls", "relocate", "protect", "register",
+    "initialise", "finalise", "unmap",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step: what was done to which ``library``, in a sentence, and its numbers in ``data``."""
+
+    stage: Stage
+    library: str
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnEvent = Callable[[Event], None]
+"""Called with each event, in order, in the thread that loads."""

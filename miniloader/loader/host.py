@@ -1,0 +1,281 @@
+"""The libraries that the process has from its own dynamic linker (glibc's ld.so).
+
+They are found with dl_iterate_phdr(3) and read where they lie in memory, because the file on disk may be
+another by now.  Handles come from dlopen(3); nothing here looks at glibc's private structures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from miniloader.elf.dynamic import (
+    DT_NEEDED,
+    DT_RPATH,
+    DT_RUNPATH,
+    DT_SONAME,
+    DT_STRSZ,
+    DT_STRTAB,
+    Dynamic,
+    parse_dynamic,
+    string_at,
+)
+from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.errors import ElfError, LoadError
+
+__all__ = ["HostLibrary", "global_handle", "libraries", "open_host", "thread_pointer"]
+
+RTLD_LAZY: Final = 1
+RTLD_NOW: Final = 2
+RTLD_NOLOAD: Final = 4
+RTLD_DI_LINKMAP: Final = 2
+RTLD_DI_SERINFO: Final = 4
+RTLD_DI_SERINFOSIZE: Final = 5
+_PT_LOAD, _PT_DYNAMIC, _PT_TLS = 1, 2, 7
+_PROBES: Final = 16
+
+
+class _Phdr(ctypes.Structure):
+    """``Elf64_Phdr``."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("vaddr", ctypes.c_uint64),
+        ("paddr", ctypes.c_uint64),
+        ("filesz", ctypes.c_uint64),
+        ("memsz", ctypes.c_uint64),
+        ("align", ctypes.c_uint64),
+    )
+
+
+class _PhdrInfo(ctypes.Structure):
+    """``struct dl_phdr_info``."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("phdr", ctypes.POINTER(_Phdr)),
+        ("phnum", ctypes.c_uint16),
+        ("adds", ctypes.c_uint64),
+        ("subs", ctypes.c_uint64),
+        ("tls_modid", ctypes.c_size_t),
+        ("tls_data", ctypes.c_void_p),
+    )
+
+
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_PhdrInfo), ctypes.c_size_t, ctypes.c_void_p)
+_libc: Final = ctypes.CDLL(None)
+
+
+def _declared(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(_libc, name)
+    function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+_iterate: Final = _declared("dl_iterate_phdr", ctypes.c_int, _CALLBACK, ctypes.c_void_p)
+_dlopen: Final = _declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
+_dlclose: Final = _declared("dlclose", ctypes.c_int, ctypes.c_void_p)
+_dlsym: Final = _declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+_dlvsym: Final = _declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+_dlerror: Final = _declared("dlerror", ctypes.c_char_p)
+_dlinfo: Final = _declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_pthread_self: Final = _declared("pthread_self", ctypes.c_void_p)
+
+
+def thread_pointer() -> int:
+    """The calling thread's thread pointer: on glibc, what pthread_self(3) returns (x86-64, aarch64: see
+    their psABIs for where TLS blocks lie from it)."""
+    return int(_pthread_self())
+
+
+def open_host(name: str, *, load: bool) -> int | None:
+    """A dlopen(3) handle of ``name``: only if the process has it already, unless ``load``.
+
+    ``None`` when it has not; :class:`LoadError` when loading fails.
+    """
+    flags = RTLD_NOW if load else RTLD_NOW | RTLD_NOLOAD
+    handle = _dlopen(os.fsencode(name), flags)
+    if handle is None:
+        message = _dlerror()  # also clears it
+        if load:
+            reason = message.decode("utf-8", "backslashreplace") if message else "unknown reason"
+            raise LoadError(f"{name}: the system's loader refuses it: {reason}")
+        return None
+    return int(handle)
+
+
+def close_host(handle: int) -> None:
+    """dlclose(3)."""
+    _dlclose(handle)
+
+
+def symbol_address(handle: int, name: bytes, version: str | None = None) -> int | None:
+    """dlsym(3), or dlvsym(3) with ``version``; resolves IFUNCs and gives the thread's own TLS address."""
+    if version is None:
+        found = _dlsym(handle, name)
+    else:
+        found = _dlvsym(handle, name, version.encode("utf-8", "surrogateescape"))
+    if found is None:
+        _dlerror()
+    return None if found is None else int(found)
+
+
+def information(handle: int, request: int, address: int) -> None:
+    """dlinfo(3): the answer is stored at ``address``."""
+    if _dlinfo(handle, request, address) != 0:
+        message = _dlerror()
+        raise LoadError(f"dlinfo: {message.decode('utf-8', 'backslashreplace') if message else 'failed'}")
+
+
+def load_address(handle: int) -> int:
+    """The load bias of the library behind ``handle``: ``l_addr`` of its link map."""
+    link_map = ctypes.c_uint64()
+    information(handle, RTLD_DI_LINKMAP, ctypes.addressof(link_map))
+    return int(ctypes.c_uint64.from_address(link_map.value).value)
+
+
+_global: list[int] = []
+
+
+def global_handle() -> int:
+    """The handle of the process's global scope, ``dlopen(NULL)``."""
+    if not _global:
+        _global.append(int(_dlopen(None, RTLD_LAZY)))
+    return _global[0]
+
+
+@dataclass(frozen=True, eq=False)
+class HostLibrary:
+    """A library that ld.so loaded.  ``path`` is ld.so's name for it: empty for the main program."""
+
+    path: str
+    bias: int
+    ranges: tuple[tuple[int, int], ...]  # vaddrs of its readable segments
+    dynamic_vaddr: int
+    dynamic_size: int
+    tls_module: int
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.path or "the main program"
+
+    def read(self, vaddr: int, length: int, what: str = "bytes") -> bytes:
+        """``length`` bytes of it in memory; :class:`ElfError` when they are not within one segment."""
+        for start, end in self.ranges:
+            if start <= vaddr and vaddr + length <= end:
+                return ctypes.string_at(self.bias + vaddr, length)
+        raise ElfError(self.name, what, f"vaddrs {vaddr:#x} to {vaddr + length:#x}", "inside one segment")
+
+    @cached_property
+    def dynamic(self) -> Dynamic:
+        """Its dynamic section with all pointers as vaddrs (ld.so turns most of them into addresses)."""
+        if not self.dynamic_size:
+            return Dynamic()
+        raw = parse_dynamic(
+            self.read(self.dynamic_vaddr, self.dynamic_size, "PT_DYNAMIC"), 64, "<", self.name
+        )
+        span = max(end for _, end in self.ranges)
+        entries = tuple(
+            (tag, value - self.bias if self.bias <= value < self.bias + span else value)
+            for tag, value in raw.entries
+        )
+        return Dynamic(entries, dict(entries))
+
+    @cached_property
+    def symbols(self) -> SymbolTable:
+        """Its dynamic symbols, as they lie in memory."""
+        return read_symbols(self.read, self.dynamic.tags, elf_class=64, order="<", name=self.name)
+
+    @cached_property
+    def needed(self) -> tuple[str, ...]:
+        """``DT_NEEDED``, in order."""
+        return tuple(self._string(offset) for offset in self.dynamic.all(DT_NEEDED))
+
+    @cached_property
+    def soname(self) -> str | None:
+        """``DT_SONAME``."""
+        return self._string(self.dynamic.tags[DT_SONAME]) if DT_SONAME in self.dynamic.tags else None
+
+    @cached_property
+    def rpath(self) -> tuple[str, ...]:
+        """``DT_RPATH``, as written; it does not count beside a ``DT_RUNPATH``."""
+        tags = self.dynamic.tags
+        if DT_RPATH not in tags or DT_RUNPATH in tags:
+            return ()
+        return tuple(self._string(tags[DT_RPATH]).split(":"))
+
+    @cached_property
+    def handle(self) -> int:
+        """A dlopen handle of it, kept for the life of the process."""
+        if not self.path:
+            return global_handle()
+        handle = open_host(self.path, load=False)
+        if handle is None:
+            raise LoadError(f"{self.path}: was unloaded meanwhile")
+        return handle
+
+    @cached_property
+    def is_global(self) -> bool:
+        """Whether its symbols are in the process's global scope.
+
+        There is no call that tells; so some of its symbols are looked up there.  When all of them are
+        found in other libraries, being in the scope would make no difference.
+        """
+        table = self.symbols
+        usable = np.isin(table.type, (STT_FUNC, STT_OBJECT)) & table.defined & (table.bind != STB_LOCAL)
+        for index in np.flatnonzero(usable)[:_PROBES].tolist():
+            if table.hidden(index):
+                continue
+            address = symbol_address(global_handle(), table.name_bytes(index))
+            if address is None:
+                return False
+            if any(self.bias + start <= address < self.bias + end for start, end in self.ranges):
+                return True
+        return False
+
+    def _string(self, offset: int) -> str:
+        tags = self.dynamic.tags
+        return os.fsdecode(string_at(self.read(tags[DT_STRTAB], tags[DT_STRSZ], "DT_STRTAB"), offset))
+
+
+_known: dict[tuple[str, int, int], HostLibrary] = {}
+
+
+def libraries() -> tuple[HostLibrary, ...]:
+    """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
+    found: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = []
+
+    def visit(pointer: Any, _size: int, _data: Any) -> int:
+        info = pointer.contents
+        rows = [info.phdr[index] for index in range(info.phnum)]
+        headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in rows]
+        found.append((os.fsdecode(info.name or b""), info.address, headers, info.tls_modid))
+        return 0
+
+    _iterate(_CALLBACK(visit), None)
+    fresh = {}
+    for path, bias, headers, module in found:
+        if path.startswith("linux-vdso"):
+            continue
+        dynamic = next((row for row in headers if row[0] == _PT_DYNAMIC), (0, 0, 0, 0))
+        key = (path, bias, bias + dynamic[2])
+        fresh[key] = _known.get(key) or HostLibrary(path, bias, tuple(_ranges(headers)), *dynamic[2:], module)
+    _known.clear()
+    _known.update(fresh)
+    return tuple(fresh.values())
+
+
+def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
+    for kind, flags, vaddr, memsz in headers:
+        if kind == _PT_LOAD and flags & 4:
+            yield vaddr, vaddr + memsz

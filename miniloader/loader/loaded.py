@@ -1,0 +1,279 @@
+"""One library in this process, and how the libraries it needs are found.
+
+A :class:`Loaded` is the mapping itself, shared by every caller and every library that needs it, and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from miniloader.elf import ElfImage, LoadPlan, Source, read_image
+from miniloader.elf.checks import refuse_problems
+from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
+from miniloader.elf.symbols import SymbolTable
+from miniloader.errors import ElfError, LoadError
+from miniloader.loader import host
+from miniloader.loader.events import Event, OnEvent, Stage
+from miniloader.loader.host import HostLibrary
+from miniloader.loader.memory import Memory
+from miniloader.loader.scope import Definer
+from miniloader.loader.search import Asker, find
+
+__all__ = ["Graph", "Loaded", "Policy", "open_image"]
+
+Binding = Literal["now", "lazy"]
+
+#: Libraries with state that a process may have only once: they are always the system loader's own.
+_ONLY_ONCE: Final = (
+    "ld-linux", "ld64.so", "libc.so", "libpthread.so", "libdl.so", "librt.so", "libthread_db.so",
+    "libresolv.so", "libnss_", "libanl.so", "libutil.so", "libBrokenLocale.so",
+)  # fmt: skip
+#: Libraries that, when another library needs them, come from the system's loader too.
+_FROM_HOST: Final = (
+    *_ONLY_ONCE,
+    "libm.so",
+    "libmvec.so",
+    "libstdc++.so",
+    "libgcc_s.so",
+    "libc++.so",
+    "libc++abi.so",
+)
+
+_KINDS: Final = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a caller allows and asks for; see :func:`load`."""
+
+    init: bool = True
+    bind: Binding = "now"
+    address: int | None = None
+    text_relocations: bool = False
+    executable_stack: bool = False
+    writable_code: bool = False
+
+
+class Loaded:
+    """One mapped library.  It is a :class:`~miniloader.loader.scope.Definer` for the others."""
+
+    def __init__(self, image: ElfImage, loader: Loaded | None, policy: Policy) -> None:
+        self.image = image
+        self.policy = policy
+        self.loader = loader
+        self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
+        self.scope: Sequence[Definer] = ()
+        self.memory: Memory | None = None
+        self.users = 0
+        self.initialised = False
+        self.undo = ExitStack()
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.image.path
+
+    @property
+    def plan(self) -> LoadPlan:
+        """How it is mapped."""
+        return self.mapped.plan
+
+    @property
+    def mapped(self) -> Memory:
+        """Its pages; :class:`LoadError` when it is closed."""
+        if self.memory is None or not self.memory.mapped:
+            raise LoadError(f"{self.name}: is not loaded any more")
+        return self.memory
+
+    @property
+    def bias(self) -> int:
+        """Its load bias."""
+        return self.mapped.bias
+
+    @property
+    def symbols(self) -> SymbolTable:
+        """Its dynamic symbols."""
+        return self.image.symbols
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells it from other files."""
+        return (*self.image.source.identity, self.image.source.start)
+
+    def asker(self) -> Asker:
+        """It, as one who needs other libraries."""
+        above = self.loader.asker() if self.loader is not None else None
+        return Asker(self.image.path, self.image.rpath, self.image.runpath, above)
+
+    def local_scope(self) -> list[Loaded | HostLibrary]:
+        """It and everything it needs, breadth first, each once."""
+        found: list[Loaded | HostLibrary] = [self]
+        seen = {id(self)}
+        for library in found:
+            for needed in library.needs if isinstance(library, Loaded) else _needs_of_host(library):
+                if id(needed) not in seen:
+                    seen.add(id(needed))
+                    found.append(needed)
+        return found
+
+
+def _needs_of_host(library: HostLibrary) -> list[HostLibrary]:
+    """What ld.so found for the needs of one of its libraries: by soname, or by file name."""
+    by_name: dict[str, HostLibrary] = {}
+    for other in host.libraries():
+        for name in (other.soname, os.path.basename(other.path)):
+            if name:
+                by_name.setdefault(name, other)
+    return [by_name[name] for name in library.needed if name in by_name]
+
+
+def is_one_of(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a file name begins like one of ``prefixes``."""
+    return os.path.basename(name).startswith(tuple(prefixes))
+
+
+def open_image(source: Source, policy: Policy) -> ElfImage:
+    """Read and check what is to be loaded; :class:`ElfError` or :class:`LoadError` says why it cannot be."""
+    image = read_image(source)
+    path, header = image.path, image.header
+    if header.type != "DYN":
+        found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
+        raise ElfError(path, "e_type", found, "ET_DYN, a shared object")
+    here = platform.machine()
+    if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or here != "x86_64":
+        found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
+        raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {here})")
+    refuse_problems(image)
+    if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
+        raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
+    if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
+        raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
+    if is_one_of(image.soname or path, _ONLY_ONCE):
+        raise LoadError(f"{path}: a process can have it only once, and has it already")
+    if image.executable_stack and not policy.executable_stack:
+        hint = "allow it with executable_stack=True (--allow-executable-stack)"
+        raise ElfError(path, "PT_GNU_STACK.p_flags", "an executable stack", "one that is not", hint=hint)
+    for load in image.loads:
+        if "w" in load.flags and "x" in load.flags and not policy.writable_code:
+            hint = "allow it with writable_code=True (--allow-writable-code)"
+            field = f"PT_LOAD[{load.index}].p_flags"
+            raise ElfError(path, field, load.flags, "writable or executable, not both", hint=hint)
+    if image.dynamic.text_relocations and not policy.text_relocations:
+        hint = "allow them with text_relocations=True (--allow-text-relocations)"
+        raise ElfError(path, "DT_TEXTREL", "relocations of read-only segments", "none", hint=hint)
+    return image
+
+
+class Graph:
+    """The libraries that one call of ``load`` brings: ``new`` holds them breadth first.
+
+    ``known`` finds a library that an earlier call brought, by file or by name.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        known: Callable[[tuple[int, int, int] | None, str], Loaded | None],
+        tell: OnEvent | None,
+    ) -> None:
+        self.policy = policy
+        self.known = known
+        self.tell = tell
+        self.new: list[Loaded] = []
+        self.host_handles: list[int] = []
+
+    def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
+        """Tell whoever listens."""
+        if self.tell is not None:
+            self.tell(Event(stage, library, text, data))
+
+    def add(self, source: Source, loader: Loaded | None = None) -> Loaded:
+        """Open ``source`` as a new member."""
+        image = open_image(source, self.policy)
+        self.event(
+            "parse", image.path, f"{len(image.segments)} program headers", segments=len(image.segments)
+        )
+        library = Loaded(image, loader, self.policy)
+        self.new.append(library)
+        return library
+
+    def complete(self) -> None:
+        """Find what each member needs, and what that needs, breadth first."""
+        for library in self.new:  # grows meanwhile
+            for name in library.image.needed:
+                library.needs.append(self._need(name, library))
+
+    def _need(self, name: str, library: Loaded) -> Loaded | HostLibrary:
+        mine = next(
+            (other for other in self.new if name in (other.image.soname, os.path.basename(other.name))), None
+        )
+        mine = mine or self.known(None, name)
+        if mine is not None:
+            self.event("need", library.name, f"{name}: loaded already", needed=name, path=mine.name)
+            return mine
+        handle = host.open_host(name, load=is_one_of(name, _FROM_HOST))
+        if handle is not None:
+            return self._from_host(name, library, handle)
+        found = find(name, library.asker())
+        for step in found.steps:
+            self.event(
+                "search",
+                library.name,
+                f"{step.rule}: {step.path}: {step.outcome}",
+                needed=name,
+                **_fields(step),
+            )
+        if found.path is None:
+            raise LoadError(
+                f"{library.name}: needs {name}, which is in none of the {len(found.steps)} places searched"
+            )
+        source = Source.open(found.path)
+        same = self._same_file(source)
+        if same is not None:
+            source.close()
+            self.event(
+                "need", library.name, f"{name}: loaded already as {same.name}", needed=name, path=same.name
+            )
+            return same
+        self.event("need", library.name, f"{name}: {found.path}", needed=name, path=found.path)
+        return self.add(source, library)
+
+    def _from_host(self, name: str, library: Loaded, handle: int) -> HostLibrary:
+        self.host_handles.append(handle)
+        bias = host.load_address(handle)
+        same = next(
+            (other for other in host.libraries() if other.bias == bias and not _is_program(other)), None
+        )
+        if same is None:
+            raise LoadError(f"{library.name}: needs {name}, which the system's loader has, but does not list")
+        self.event(
+            "need", library.name, f"{name}: the process's own, {same.name}", needed=name, path=same.name
+        )
+        return same
+
+    def _same_file(self, source: Source) -> Loaded | HostLibrary | None:
+        key = (*source.identity, source.start)
+        mine = next((other for other in self.new if other.key == key), None) or self.known(key, "")
+        if mine is not None:
+            return mine
+        for other in host.libraries():
+            try:
+                status = os.stat(other.path) if other.path else None
+            except OSError:
+                continue  # its file is gone: it is another than the one just found
+            if status is not None and (status.st_dev, status.st_ino) == source.identity:
+                return other
+        return None
+
+
+def _is_program(library: HostLibrary) -> bool:
+    return not library.path
+
+
+def _fields(step: Any) -> dict[str, str]:
+    return {"rule": step.rule, "path": step.path, "outcome": step.outcome}

@@ -1,0 +1,355 @@
+"""Relocation: from what the file asks for to the words that are written.
+
+The words are computed in a copy of the pages they lie in (:class:`Pages`) and written back at once, run
+of pages by run of pages: only pages that hold a relocation become private copies.  In the order of glibc:
+RELR, then the tables, then what needs the library's own code to run (IRELATIVE and symbols that are
+IFUNCs).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage
+from miniloader.elf.dynamic import DT_RELACOUNT
+from miniloader.elf.relocations import kind_name
+from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
+from miniloader.elf.tables import RELOCATION, Table
+from miniloader.errors import LoadError, SymbolError
+from miniloader.loader.memory import Memory
+from miniloader.loader.scope import Bindings
+from miniloader.machine.relocation import KINDS, Kind
+
+__all__ = ["Pages", "Sorted", "TlsPlaces", "apply", "sort_relocations"]
+
+_RELATIVE: Final = "B + A"
+_SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
+_TLS: Final = ("module", "module offset", "thread offset", "descriptor")
+_WORD: Final = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """A library's relocations by what they need: ``rows`` of each formula, in table order.
+
+    ``relative`` are the offsets and addends of B + A; ``wanted`` the symbols (ascending) that others use.
+    """
+
+    relr: NDArray[np.uint64]
+    relative: Table
+    others: tuple[tuple[Kind, Table], ...]
+    wanted: NDArray[np.int64]
+
+    def of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
+        """The kinds with one of ``formulas``, and their rows."""
+        return ((kind, rows) for kind, rows in self.others if kind.formula in formulas)
+
+    def targets(self) -> Iterator[NDArray[np.uint64]]:
+        """The vaddrs written, an array for each kind; and the last byte of those that are longer."""
+        yield self.relr
+        relative = self.relative["offset"]
+        yield relative
+        if (relative & np.uint64(7)).any():
+            yield relative + np.uint64(_WORD - 1)
+        for kind, rows in self.others:
+            yield rows["offset"]
+            yield rows["offset"] + np.uint64(kind.size - 1)
+
+
+def sort_relocations(image: ElfImage) -> Sorted:
+    """Sort the relocations of ``image`` by kind; :class:`LoadError` for a kind that is not known here."""
+    kinds = KINDS.get(image.header.machine)
+    if kinds is None:
+        raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
+    code_of_relative = next(code for code, kind in kinds.items() if kind.formula == _RELATIVE)
+    relative, rest = [], []
+    for table in image.relocations.tables:
+        if not table.addends:
+            raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
+        rows = table.rows
+        head = min(image.dynamic.tags.get(DT_RELACOUNT, 0), len(rows)) if table.name == "DT_RELA" else 0
+        if head and bool((rows["type"][:head] == code_of_relative).all()):
+            relative.append(rows[:head])
+            rows = rows[head:]
+        others = rows["type"] != code_of_relative
+        relative.append(rows[~others])
+        rest.append(rows[others])
+    left = np.concatenate(rest) if rest else np.empty(0, RELOCATION)
+    grouped = []
+    for code in np.unique(left["type"]).tolist():
+        kind = kinds.get(code)
+        if kind is None:
+            raise LoadError(
+                f"{image.path}: relocation kind {kind_name(image.header.machine, code)}: not supported here"
+            )
+        if kind.formula == "copy":
+            first = image.symbols.name(int(left["symbol"][left["type"] == code][0]))
+            raise LoadError(
+                f"{image.path}: {kind.name} of {first}: a library cannot ask for one",
+                hint="only a program that is not position-independent can; link it with -shared -fPIC",
+            )
+        if kind.formula != "none":
+            grouped.append((kind, left[left["type"] == code]))
+    filled = [rows for rows in relative if len(rows)]
+    head_rows = filled[0] if len(filled) == 1 else np.concatenate(filled or [left[:0]])
+    used = [rows["symbol"] for kind, rows in grouped if kind.formula != "indirect"]
+    wanted = np.unique(np.concatenate(used)).astype(np.int64) if used else np.empty(0, np.int64)
+    return Sorted(image.relocations.relr, head_rows, tuple(grouped), wanted)
+
+
+class Pages:
+    """A copy of the pages that hold the relocated words, to change and write back.
+
+    ``buffer`` spans from the first to the last such page; pages between that hold none are neither read nor
+    written (and cost nothing, as the buffer is never touched there).
+    """
+
+    def __init__(self, memory: Memory, targets: Iterator[NDArray[np.uint64]]) -> None:
+        size = memory.plan.page_size
+        arrays = [array for array in targets if len(array)]
+        if not arrays:
+            self.start, self.runs = 0, []
+            self.buffer = np.empty(0, np.uint8)
+        else:
+            low = min(int(array.min()) for array in arrays) & -size
+            high = max(int(array.max()) for array in arrays) + 1
+            touched = np.zeros((high - low) // size + 3, np.int8)
+            shift = np.uint64(size.bit_length() - 1)
+            for array in arrays:
+                touched[((array - np.uint64(low)) >> shift) + np.uint64(1)] = 1
+            edges = np.flatnonzero(np.diff(touched)).reshape(-1, 2)
+            self.start = low
+            self.runs = [(first * size, last * size) for first, last in edges.tolist()]
+            self.buffer = np.empty(self.runs[-1][1], np.uint8)
+            for first, last in self.runs:
+                memory.read_into(low + first, self.buffer[first:last])
+        self.memory = memory
+        self.words = self.buffer.view(np.uint64)
+
+    @property
+    def count(self) -> int:
+        """How many pages are copied."""
+        return sum(last - first for first, last in self.runs) // self.memory.plan.page_size
+
+    def get(self, vaddrs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The 8-byte words at ``vaddrs``."""
+        offsets = (vaddrs - np.uint64(self.start)).astype(np.int64)
+        if not (offsets & 7).any():
+            return np.asarray(self.words[offsets >> 3], np.uint64)
+        return np.asarray(self.buffer[offsets[:, None] + np.arange(_WORD)].view(np.uint64).reshape(-1))
+
+    def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int = _WORD) -> None:
+        """Store the low ``size`` bytes of each value at its vaddr, which need not be aligned."""
+        offsets = (vaddrs - np.uint64(self.start)).astype(np.int64)
+        if size == _WORD and not (offsets & 7).any():
+            self.words[offsets >> 3] = values
+        else:
+            octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, _WORD)[:, :size]
+            self.buffer[offsets[:, None] + np.arange(size)] = octets
+
+    def bytes_at(self, vaddr: int, length: int) -> bytes:
+        """``length`` bytes as they will be, from here where they are changed, else from memory."""
+        data = self.memory.read(vaddr, length)
+        for first, last in self.runs:
+            low, high = max(vaddr, self.start + first), min(vaddr + length, self.start + last)
+            if low < high:
+                data[low - vaddr : high - vaddr] = self.buffer[low - self.start : high - self.start]
+        return data.tobytes()
+
+    def write(self) -> None:
+        """Write all pages back."""
+        for first, last in self.runs:
+            self.memory.write(self.start + first, self.buffer[first:last])
+
+
+@dataclass(frozen=True, eq=False)
+class TlsPlaces:
+    """Where thread-local symbols are: for each wanted symbol its module, and (if static) its block's offset
+    from the thread pointer; and what makes a descriptor of a symbol."""
+
+    module: NDArray[np.uint64]
+    block: NDArray[np.uint64]
+    descriptor: Callable[
+        [int, int], tuple[int, int]
+    ]  # (position in wanted, value + addend) -> function, argument
+
+
+def apply(
+    image: ElfImage,
+    memory: Memory,
+    relocations: Sorted,
+    bindings: Bindings,
+    tls: Callable[[Pages], TlsPlaces],
+) -> int:
+    """Apply ``relocations`` and write the pages; the number of pages copied.
+
+    ``tls`` is called, if any relocation needs it, when the thread-local template has been relocated.
+    """
+    pages = Pages(memory, relocations.targets())
+    bias = np.uint64(memory.bias)
+    with np.errstate(over="ignore"):
+        if len(relocations.relr):
+            pages.put(relocations.relr, pages.get(relocations.relr) + bias)
+        if len(relocations.relative):
+            pages.put(relocations.relative["offset"], relocations.relative["addend"].view(np.uint64) + bias)
+        _refuse_unbound(image, bindings)
+        addresses = bindings.addresses()
+        late = _indirect_functions(bindings)
+        for kind, rows in relocations.of(*_SYMBOLIC):
+            _put_symbolic(image, pages, kind, rows, bindings, addresses, late)
+        if any(True for _ in relocations.of(*_TLS)):
+            places = tls(pages)
+            for kind, rows in relocations.of(*_TLS):
+                _put_tls(image, pages, kind, rows, bindings, places)
+        pages.write()
+        _put_indirect(memory, relocations, bindings, addresses, late)
+    return pages.count
+
+
+def _refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
+    """Raise :class:`SymbolError` for the first symbol without a definition that is not weak."""
+    for place in np.flatnonzero(bindings.owner < 0).tolist():
+        index = int(bindings.wanted[place])
+        if index == 0 or int(image.symbols.rows["info"][index]) >> 4 == STB_WEAK:
+            continue
+        version = image.symbols.version(index)
+        label = f"{image.symbols.name(index)}" + (f" (version {version.name})" if version else "")
+        where = f", needed from {version.file}" if version and version.file else ""
+        raise SymbolError(f"{image.path}: undefined symbol {label}{where}")
+
+
+def _indirect_functions(bindings: Bindings) -> NDArray[np.bool_]:
+    """Which wanted symbols are bound to an IFUNC, whose address is what its resolver returns."""
+    info = bindings.field("info")
+    defined = (bindings.owner >= 0) & (bindings.field("shndx") != SHN_UNDEF)
+    return np.asarray(defined & ((info & np.uint64(0xF)) == STT_GNU_IFUNC))
+
+
+def _values(
+    kind: Kind,
+    rows: Table,
+    place: NDArray[np.intp],
+    addresses: NDArray[np.uint64],
+    bindings: Bindings,
+    bias: int,
+) -> NDArray[np.uint64]:
+    symbol, addend = addresses[place], rows["addend"].view(np.uint64)
+    if kind.formula == "S":
+        values = symbol
+    elif kind.formula == "S + A":
+        values = symbol + addend
+    elif kind.formula == "Z + A":
+        values = bindings.field("size")[place] + addend
+    else:
+        values = symbol + addend - (rows["offset"] + np.uint64(bias))
+    return np.asarray(values, np.uint64)
+
+
+def _put_symbolic(
+    image: ElfImage,
+    pages: Pages,
+    kind: Kind,
+    rows: Table,
+    bindings: Bindings,
+    addresses: NDArray[np.uint64],
+    late: NDArray[np.bool_],
+) -> None:
+    place = np.searchsorted(bindings.wanted, rows["symbol"])
+    if kind.formula != "Z + A" and late.any():
+        now = ~late[place]
+        rows, place = rows[now], place[now]
+    if not len(rows):
+        return
+    values = _values(kind, rows, place, addresses, bindings, pages.memory.bias)
+    _refuse_overflow(image, kind, rows, values)
+    pages.put(rows["offset"], values, kind.size)
+
+
+def _refuse_overflow(image: ElfImage, kind: Kind, rows: Table, values: NDArray[np.uint64]) -> None:
+    if kind.size == _WORD:
+        return
+    low = values.astype(np.uint32)
+    again = low.astype(np.int32).astype(np.int64).view(np.uint64) if kind.signed else low.astype(np.uint64)
+    bad = np.flatnonzero(again != values)
+    if len(bad):
+        row = rows[bad[0]]
+        name = image.symbols.name(int(row["symbol"]))
+        raise LoadError(
+            f"{image.path}: {kind.name} at vaddr {int(row['offset']):#x}: {name} is out of reach of 32 bits",
+            hint="rebuild it with -fPIC",
+        )
+
+
+def _put_tls(
+    image: ElfImage, pages: Pages, kind: Kind, rows: Table, bindings: Bindings, places: TlsPlaces
+) -> None:
+    place = np.searchsorted(bindings.wanted, rows["symbol"])
+    # Symbol 0 means this library's own block, from its beginning.
+    offset = bindings.field("value")[place] + rows["addend"].view(np.uint64)
+    if kind.formula == "module":
+        values = places.module[place]
+    elif kind.formula == "module offset":
+        values = offset
+    elif kind.formula == "thread offset":
+        values = places.block[place] + offset
+    else:
+        pairs = [
+            places.descriptor(where, value)
+            for where, value in zip(place.tolist(), offset.tolist(), strict=True)
+        ]
+        functions, arguments = np.array(pairs, np.uint64).reshape(-1, 2).T
+        pages.put(rows["offset"], functions)
+        pages.put(rows["offset"] + np.uint64(_WORD), arguments)
+        return
+    _refuse_overflow(image, kind, rows, values)
+    pages.put(rows["offset"], values, kind.size)
+
+
+_RESOLVER: Final = ctypes.CFUNCTYPE(ctypes.c_uint64)
+
+
+def call_resolver(address: int) -> int:
+    """The function that the IFUNC resolver at ``address`` chooses (on x86-64 it takes no argument)."""
+    return int(_RESOLVER(address)())
+
+
+def _put_indirect(
+    memory: Memory,
+    relocations: Sorted,
+    bindings: Bindings,
+    addresses: NDArray[np.uint64],
+    late: NDArray[np.bool_],
+) -> None:
+    """What needs code to run: symbols that are IFUNCs, then IRELATIVE, each resolver once."""
+    chosen: dict[int, int] = {}
+
+    def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        for resolver in np.unique(resolvers).tolist():
+            if resolver not in chosen:
+                chosen[resolver] = call_resolver(resolver)
+        return np.array([chosen[resolver] for resolver in resolvers.tolist()], np.uint64)
+
+    writes: list[tuple[Kind, NDArray[np.uint64], NDArray[np.uint64]]] = []
+    if late.any():
+        addresses[late] = resolve(addresses[late])
+        for kind, rows in relocations.of("S", "S + A", "S + A - P"):
+            place = np.searchsorted(bindings.wanted, rows["symbol"])
+            rows, place = rows[late[place]], place[late[place]]
+            writes.append(
+                (kind, rows["offset"], _values(kind, rows, place, addresses, bindings, memory.bias))
+            )
+    for kind, rows in relocations.of("indirect"):
+        resolvers = rows["addend"].view(np.uint64) + np.uint64(memory.bias)
+        writes.append((kind, rows["offset"], resolve(resolvers)))
+    writes = [write for write in writes if len(write[1])]
+    if writes:
+        pages = Pages(memory, (offsets for _, offsets, _ in writes))
+        for kind, offsets, values in writes:
+            pages.put(offsets, values, kind.size)
+        pages.write()

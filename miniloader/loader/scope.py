@@ -1,0 +1,264 @@
+"""Which definition a symbol is bound to: scopes, and lookups for all names of a library at once.
+
+A scope is a sequence of libraries, looked through in order; the first that defines a name (weak or not) wins.
+dlopen(3)'s is the process's global scope, then the library and its dependencies, breadth first.  The
+rules for versions are those of glibc's ``elf/dl-lookup.c``: a name with a version matches that version,
+or an unversioned definition; a name without one matches the base or the oldest version, else the only
+visible one.
+
+Most names a large library looks up it defines itself, and its own hash table already holds their hashes (but
+for the lowest bit).  So other libraries' Bloom filters reject them all in a few array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.symbols import (
+    SHN_ABS,
+    SHN_UNDEF,
+    STB_GLOBAL,
+    STB_GNU_UNIQUE,
+    STB_LOCAL,
+    STB_WEAK,
+    STT_COMMON,
+    STT_FUNC,
+    STT_GNU_IFUNC,
+    STT_NOTYPE,
+    STT_OBJECT,
+    STT_TLS,
+    STV_HIDDEN,
+    STV_INTERNAL,
+    STV_PROTECTED,
+    GnuHash,
+    SymbolTable,
+    gnu_hashes,
+)
+from miniloader.elf.versions import VERSION_HIDDEN
+
+__all__ = ["Bindings", "Definer", "bind"]
+
+_BINDS: Final = (STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE)
+_TYPES: Final = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_COMMON, STT_TLS, STT_GNU_IFUNC)
+_INVISIBLE: Final = (STV_INTERNAL, STV_HIDDEN)
+_NOWHERE: Final = -1
+
+
+class Definer(Protocol):
+    """A library whose symbols others can be bound to."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    @property
+    def bias(self) -> int:
+        """Its load bias."""
+        ...
+
+    @property
+    def symbols(self) -> SymbolTable:
+        """Its dynamic symbols."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Bindings:
+    """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
+
+    ``owner`` is the position in ``scope``, -1 for none; ``symbol`` the index in that library's table.
+    """
+
+    wanted: NDArray[np.int64]
+    scope: Sequence[Definer]
+    owner: NDArray[np.int64]
+    symbol: NDArray[np.int64]
+
+    def addresses(self) -> NDArray[np.uint64]:
+        """Bias + value of each definition; the plain value of an absolute symbol; 0 for none."""
+        found = np.zeros(len(self.wanted), np.uint64)
+        for position in np.unique(self.owner[self.owner >= 0]).tolist():
+            definer = self.scope[position]
+            here = self.owner == position
+            rows = definer.symbols.rows[self.symbol[here]]
+            bias = np.where(rows["shndx"] == SHN_ABS, np.uint64(0), np.uint64(definer.bias))
+            found[here] = rows["value"] + bias
+        return found
+
+    def field(self, name: str) -> NDArray[Any]:
+        """Field ``name`` of each definition's symbol; 0 for none."""
+        found = np.zeros(len(self.wanted), np.uint64)
+        for position in np.unique(self.owner[self.owner >= 0]).tolist():
+            here = self.owner == position
+            found[here] = self.scope[position].symbols.rows[name][self.symbol[here]]
+        return found
+
+
+def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindings:
+    """Bind the symbols ``wanted`` of ``table``, whose library is ``scope[own]``.
+
+    Symbols that are local, hidden or protected bind to the library itself, as does index 0.
+    """
+    owner = np.full(len(wanted), _NOWHERE, np.int64)
+    symbol = np.zeros(len(wanted), np.int64)
+    rows = table.rows[wanted]
+    visibility = rows["other"] & 3
+    at_home = (rows["info"] >> 4 == STB_LOCAL) | np.isin(visibility, _INVISIBLE)
+    at_home |= (visibility == STV_PROTECTED) & (rows["shndx"] != SHN_UNDEF)
+    owner[at_home], symbol[at_home] = own, wanted[at_home]
+
+    defined = (rows["shndx"] != SHN_UNDEF) & ~at_home
+    # Exact hashes for what is undefined here, all but the lowest bit for what is defined.
+    open_undefined = np.flatnonzero(~defined & ~at_home)
+    _search(table, wanted, open_undefined, scope, owner, symbol)
+    hashed = table.hash if isinstance(table.hash, GnuHash) else None
+    open_defined = np.flatnonzero(defined)
+    if not len(open_defined):
+        return Bindings(wanted, scope, owner, symbol)
+    known = _known_hashes(hashed, wanted[open_defined]) if hashed is not None else None
+    if known is None:
+        _search(table, wanted, open_defined, scope[:own], owner, symbol)
+    else:
+        # Only what an earlier library's Bloom filter lets through is looked up there by name.
+        suspects = np.zeros(len(open_defined), bool)
+        for definer in scope[:own]:
+            suspects |= _bloom(definer.symbols, known) | _bloom(definer.symbols, known | np.uint32(1))
+        _search(table, wanted, open_defined[suspects], scope[:own], owner, symbol)
+    rest = open_defined[owner[open_defined] == _NOWHERE]
+    owner[rest], symbol[rest] = own, wanted[rest]
+    return Bindings(wanted, scope, owner, symbol)
+
+
+def _known_hashes(table: GnuHash, symbols: NDArray[np.int64]) -> NDArray[np.uint32] | None:
+    """The hashes of hashed ``symbols`` without their lowest bit; ``None`` when one is not hashed."""
+    places = symbols - table.first
+    if int(places.min()) < 0 or int(places.max()) >= len(table.chains):
+        return None
+    return np.asarray(table.chains[places] & np.uint32(0xFFFFFFFE), np.uint32)
+
+
+def _bloom(table: SymbolTable, hashes: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which ``hashes`` the table may hold."""
+    gnu = table.hash
+    if not isinstance(gnu, GnuHash):
+        return np.ones(len(hashes), bool)
+    bits = np.uint32(gnu.bloom.itemsize * 8)
+    words = gnu.bloom[(hashes // bits) & np.uint32(len(gnu.bloom) - 1)]
+    first, second = hashes % bits, (hashes >> np.uint32(gnu.shift)) % bits
+    return np.asarray((words >> first) & (words >> second) & np.uint64(1), bool)
+
+
+def _search(
+    table: SymbolTable,
+    wanted: NDArray[np.int64],
+    open_: NDArray[np.intp],
+    scope: Sequence[Definer],
+    owner: NDArray[np.int64],
+    symbol: NDArray[np.int64],
+) -> None:
+    """Look the symbols at positions ``open_`` up in ``scope`` and note who defines them."""
+    if not len(open_):
+        return
+    positions = open_.tolist()
+    names = [table.name_bytes(int(wanted[position])) for position in positions]
+    versions = [table.version(int(wanted[position])) for position in positions]
+    labels = [version.name if version is not None else None for version in versions]
+    hashes = gnu_hashes(names)
+    left = np.arange(len(positions))
+    for place, definer in enumerate(scope):
+        if not len(left):
+            return
+        found = find_all(definer.symbols, left, names, labels, hashes)
+        for item, index in found.items():
+            owner[positions[item]], symbol[positions[item]] = place, index
+        if found:
+            left = left[~np.isin(left, list(found))]
+
+
+def find_all(
+    table: SymbolTable,
+    items: NDArray[np.intp],
+    names: Sequence[bytes],
+    versions: Sequence[str | None],
+    hashes: NDArray[np.uint32],
+) -> dict[int, int]:
+    """Which of ``items`` (positions in names, versions and hashes) the table defines: item → symbol index."""
+    if not isinstance(table.hash, GnuHash):
+        plain = (
+            (item, _match(table, _slow(table, names[item]), names[item], versions[item]))
+            for item in items.tolist()
+        )
+        return {item: index for item, index in plain if index is not None}
+    candidates: dict[int, list[int]] = {}
+    for item, index in _chains(table, items, hashes):
+        candidates.setdefault(item, []).append(index)
+    matches = (
+        (item, _match(table, indices, names[item], versions[item])) for item, indices in candidates.items()
+    )
+    return {item: index for item, index in matches if index is not None}
+
+
+def _slow(table: SymbolTable, name: bytes) -> list[int]:
+    if table.hash is not None:
+        return table.hash.candidates(name)
+    return [int(index) for index in np.flatnonzero(table.defined)]
+
+
+def _chains(table: SymbolTable, items: NDArray[np.intp], hashes: NDArray[np.uint32]) -> list[tuple[int, int]]:
+    """Walk the hash chains of all ``items`` together, a step at a time: (item, symbol with its hash)."""
+    gnu = table.hash
+    assert isinstance(gnu, GnuHash)
+    alive = items[_bloom(table, hashes[items])]
+    wanted = hashes[alive]
+    at = gnu.buckets[wanted % np.uint32(len(gnu.buckets))].astype(np.int64) - gnu.first
+    found: list[tuple[int, int]] = []
+    while True:
+        inside = (at >= 0) & (at < len(gnu.chains))
+        alive, wanted, at = alive[inside], wanted[inside], at[inside]
+        if not len(alive):
+            return found
+        values = gnu.chains[at]
+        same = (values | np.uint32(1)) == (wanted | np.uint32(1))
+        found += zip(alive[same].tolist(), (at[same] + gnu.first).tolist(), strict=True)
+        on = (values & np.uint32(1)) == 0
+        alive, wanted, at = alive[on], wanted[on], at[on] + 1
+
+
+def _match(table: SymbolTable, candidates: list[int], name: bytes, version: str | None) -> int | None:
+    """The candidate that ``name`` in ``version`` is bound to (``do_lookup_x`` and ``check_match`` of
+    glibc).
+    """
+    versioned: list[int] = []
+    for index in candidates:
+        if index >= len(table.rows):
+            continue
+        _, info, other, shndx, value, _ = table.rows[index].item()
+        if shndx == SHN_UNDEF or info >> 4 not in _BINDS or other & 3 in _INVISIBLE:
+            continue
+        kind = info & 0xF
+        if kind not in _TYPES or (value == 0 and shndx != SHN_ABS and kind != STT_TLS):
+            continue
+        if table.name_bytes(index) != name:
+            continue
+        if not len(table.versym):
+            return index
+        raw = int(table.versym[index])
+        if version is None:
+            if raw & ~VERSION_HIDDEN < 3:  # local, base, or the oldest version
+                return index
+            if not raw & VERSION_HIDDEN:
+                versioned.append(index)
+            continue
+        label = table.versions.get(raw & ~VERSION_HIDDEN)
+        if label is not None and not label.base and label.file is None:
+            if label.name == version:
+                return index
+        elif not raw & VERSION_HIDDEN:
+            return index
+    return versioned[0] if len(versioned) == 1 else None

@@ -1,0 +1,267 @@
+"""Where a library is found by its name: as ld.so(8) looks for it, each step told.
+
+In this order: ``DT_RPATH`` of who needs it and of who loaded that (when there is no ``DT_RUNPATH``),
+``LD_LIBRARY_PATH``, ``DT_RUNPATH`` of who needs it, ``/etc/ld.so.cache``, the default directories.  In each
+directory the ``glibc-hwcaps`` sub-directories that suit the processor come first.  ld.so itself is asked for
+``LD_LIBRARY_PATH`` as it was at start-up and for the default directories (dlinfo(3), ``RTLD_DI_SERINFO``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+
+from miniloader.errors import LoadError
+from miniloader.loader import host
+
+__all__ = ["Asker", "Found", "Step", "find", "find_path"]
+
+CACHE: Final = "/etc/ld.so.cache"
+_MACHINE: Final = {"x86_64": (2, 62), "aarch64": (2, 183), "i386": (1, 3), "riscv64": (2, 243)}
+_CACHE_FLAGS: Final = {"x86_64": 0x0303, "aarch64": 0x0A03, "riscv64": 0x1003}
+_HWCAP_EXTENSION: Final = 1 << 62
+
+# The micro-architecture levels of the x86-64 psABI, by what /proc/cpuinfo calls their features.
+_LEVELS: Final = (
+    ("x86-64-v4", "avx512f avx512bw avx512cd avx512dq avx512vl"),
+    ("x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"),
+    ("x86-64-v2", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A library that needs others: its file, its paths as written, and who loaded it."""
+
+    path: str
+    rpath: tuple[str, ...]
+    runpath: tuple[str, ...]
+    loader: Asker | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One place that was looked at: by which rule, the file there, and what it was."""
+
+    rule: str
+    path: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The ``path`` found, ``None`` for none, after ``steps``."""
+
+    name: str
+    path: str | None
+    steps: tuple[Step, ...]
+
+
+def find(name: str, asker: Asker | None = None) -> Found:
+    """Look for ``name``, needed by ``asker`` (``None``: by the program itself)."""
+    if "/" in name:
+        path = _expand(name, asker.path if asker else None)
+        outcome = _judge(path)
+        return Found(name, path if outcome == "found" else None, (Step("path", path, outcome),))
+    steps: list[Step] = []
+    for rule, path in _candidates(name, asker):
+        outcome = _judge(path)
+        steps.append(Step(rule, path, outcome))
+        if outcome == "found":
+            return Found(name, path, tuple(steps))
+    return Found(name, None, tuple(steps))
+
+
+def find_path(path: str | os.PathLike[str]) -> str:
+    """``path`` itself when it has a slash; a bare name as :func:`find` finds it, else in this directory."""
+    name = os.fspath(path)
+    if "/" in name:
+        return name
+    found = find(name).path
+    if found is not None:
+        return found
+    if os.path.exists(name):
+        return os.path.join(os.curdir, name)
+    raise LoadError(f"{name}: no library of that name where the system looks for one", hint="give its path")
+
+
+def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
+    directories: list[tuple[str, str]] = []
+    if asker is not None and not asker.runpath:
+        above: Asker | None = asker
+        while above is not None:
+            if not above.runpath:
+                directories += (("DT_RPATH", _expand(part, above.path)) for part in above.rpath)
+            above = above.loader
+    directories += (("LD_LIBRARY_PATH", part) for part in _library_path())
+    if asker is not None:
+        directories += (("DT_RUNPATH", _expand(part, asker.path)) for part in asker.runpath)
+    yield from _in_directories(name, directories)
+    for path in _cached(name):
+        yield CACHE, path
+    yield from _in_directories(name, [("default directory", part) for part in _default_directories()])
+
+
+def _in_directories(name: str, directories: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for rule, directory in directories:
+        place = directory or os.curdir  # an empty element is the current directory, ld.so(8)
+        if os.path.isdir(os.path.join(place, "glibc-hwcaps")):
+            for level in _hwcaps():
+                yield rule, os.path.join(place, "glibc-hwcaps", level, name)
+        yield rule, os.path.join(place, name)
+
+
+def _judge(path: str) -> str:
+    """``found`` when the file is an ELF file for this machine; ld.so passes the others over."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(20)
+    except OSError as error:
+        return str(error.strerror)
+    expected = _MACHINE.get(platform.machine())
+    if head[:4] != b"\x7fELF":
+        return "not an ELF file"
+    machine = int.from_bytes(head[18:20], "little" if head[5:6] == b"\1" else "big")
+    if expected is not None and (head[4], machine) != expected:
+        return "for another machine"
+    return "found"
+
+
+_TOKEN: Final = re.compile(r"\$(?:(ORIGIN|LIB|PLATFORM)\b|\{(ORIGIN|LIB|PLATFORM)\})")
+
+
+def _expand(text: str, origin_of: str | None) -> str:
+    """``$ORIGIN``, ``$LIB`` and ``$PLATFORM`` replaced (ld.so(8), "Dynamic string tokens")."""
+
+    def value(match: re.Match[str]) -> str:
+        token = match[1] or match[2]
+        if token == "ORIGIN":
+            return os.path.dirname(os.path.abspath(origin_of)) if origin_of else os.getcwd()
+        return _lib() if token == "LIB" else platform.machine()
+
+    return _TOKEN.sub(value, text)
+
+
+@lru_cache(maxsize=1)
+def _lib() -> str:
+    """What ``$LIB`` stands for: the part of the first default directory after the root."""
+    first = next(iter(_default_directories()), "/lib64")
+    return first.removeprefix("/usr").removeprefix("/")
+
+
+class _Serpath(ctypes.Structure):
+    """``Dl_serpath``."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("flags", ctypes.c_uint))
+
+
+@lru_cache(maxsize=1)
+def _library_path() -> tuple[str, ...]:
+    """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
+    with open("/proc/self/environ", "rb") as file:
+        entries = file.read().split(b"\0")
+    value = next((entry[16:] for entry in entries if entry.startswith(b"LD_LIBRARY_PATH=")), b"")
+    return tuple(re.split("[:;]", os.fsdecode(value))) if value else ()
+
+
+@lru_cache(maxsize=1)
+def _default_directories() -> tuple[str, ...]:
+    """Where ld.so looks last: what it says of libc's search path, but for what it was given."""
+    handle = host.open_host("libc.so.6", load=True)
+    assert handle is not None
+    size_and_count = (ctypes.c_size_t * 2)()
+    host.information(handle, host.RTLD_DI_SERINFOSIZE, ctypes.addressof(size_and_count))
+    room = ctypes.create_string_buffer(size_and_count[0])
+    ctypes.memmove(room, size_and_count, ctypes.sizeof(size_and_count))
+    host.information(handle, host.RTLD_DI_SERINFO, ctypes.addressof(room))
+    paths = (_Serpath * (size_and_count[1] & 0xFFFFFFFF)).from_buffer(room, ctypes.sizeof(size_and_count))
+    given = (*_library_path(), *(_expand(part, "/proc/self/exe") for part in host.libraries()[0].rpath))
+    return tuple(path for path in (os.fsdecode(row.name or b"") for row in paths) if path not in given)
+
+
+@lru_cache(maxsize=1)
+def _hwcaps() -> tuple[str, ...]:
+    """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
+    if platform.machine() != "x86_64":
+        return ()
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        line = next((line for line in file if line.startswith("flags")), "")
+    features = set(line.split())
+    names: list[str] = []
+    for level, needs in reversed(_LEVELS):  # each level includes the ones before it
+        if not features.issuperset(needs.split()):
+            break
+        names.insert(0, level)
+    return tuple(names)
+
+
+@lru_cache(maxsize=1)
+def _cache_tables(_stamp: tuple[int, int]) -> tuple[np.ndarray, bytes, tuple[str, ...]] | None:
+    """The entries of ``/etc/ld.so.cache``, the whole file's bytes, and the names of its hwcaps.
+
+    Format: glibc's ``sysdeps/generic/dl-cache.h``, "new format".
+    """
+    with open(CACHE, "rb") as file:
+        data = file.read()
+    start = data.find(b"glibc-ld.so.cache1.1")
+    if start < 0:
+        return None
+    data = data[start:]
+    count, _, _, extension = np.frombuffer(data, "<u4", 4, 20).tolist()
+    entry = np.dtype([("flags", "<i4"), ("key", "<u4"), ("value", "<u4"), ("os", "<u4"), ("hwcap", "<u8")])
+    rows = np.frombuffer(data, entry, count, 48)
+    names: tuple[str, ...] = ()
+    if extension:
+        sections = np.frombuffer(data, "<u4", 2, extension).tolist()[1]
+        for tag, _, offset, size in (
+            np.frombuffer(data, "<u4", 4 * sections, extension + 8).reshape(-1, 4).tolist()
+        ):
+            if tag == 1:  # cache_extension_tag_glibc_hwcaps
+                names = tuple(
+                    _text(data, at) for at in np.frombuffer(data, "<u4", size // 4, offset).tolist()
+                )
+    return rows, data, names
+
+
+def _text(data: bytes, offset: int) -> str:
+    return os.fsdecode(data[offset : data.index(b"\0", offset)])
+
+
+def _cached(name: str) -> Sequence[str]:
+    """What the cache says of ``name``: the best hwcaps variant first."""
+    try:
+        status = os.stat(CACHE)
+        tables = _cache_tables((status.st_mtime_ns, status.st_ino))
+    except (OSError, ValueError):
+        return ()  # there is no cache, or none of this format
+    if tables is None:
+        return ()
+    rows, data, capabilities = tables
+    key, wanted = os.fsencode(name) + b"\0", []
+    at = data.find(key)
+    while at >= 0:  # a name may be stored as the end of a path
+        wanted.append(at)
+        at = data.find(key, at + 1)
+    flags = _CACHE_FLAGS.get(platform.machine())
+    matching = rows[np.isin(rows["key"], wanted) & (rows["flags"] == flags)]
+    usable = _hwcaps()
+    ranked = []
+    for _, _, value, _, hwcap in matching.tolist():
+        rank = len(usable)
+        if hwcap & _HWCAP_EXTENSION:
+            label = capabilities[hwcap & 0xFFFFFFFF]
+            if label not in usable:
+                continue
+            rank = usable.index(label)
+        elif hwcap:
+            continue  # the legacy hwcaps, which current glibc ignores
+        ranked.append((rank, _text(data, value)))
+    return [path for _, path in sorted(ranked, key=lambda item: item[0])]
