@@ -1,0 +1,255 @@
+"""The frame of the command line: errors, exit statuses, what is imported when."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader import cli
+from miniloader.errors import ElfError, EvidenceError, MiniloaderError, SymbolError, UsageError
+
+HEAVY = {"numpy", "capstone", "elftools", "rich", "jinja2", "shtab"}
+ROOT = Path(miniloader.__file__).parent.parent
+
+Run = Callable[[argparse.Namespace], int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Run], None]]:
+    """``command(run)``: the command line knows one command, ``fake``, which does ``run``."""
+
+    def install(run: Run) -> None:
+        module = types.ModuleType("miniloader.cli.fake")
+        module.HELP = "a command of the tests"  # type: ignore[attr-defined]
+        module.configure = lambda parser: parser.add_argument("file", metavar="FILE", nargs="?")  # type: ignore[attr-defined]
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "miniloader.cli.fake", module)
+        monkeypatch.setattr(cli, "COMMANDS", ("fake",))
+
+    return install
+
+
+def raising(error: BaseException) -> Run:
+    def run(arguments: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+def miniloader_process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "miniloader", *arguments]
+    return subprocess.run(command, text=True, check=False, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
+
+
+# ---------------------------------------------------------------------------------------- exit statuses
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status: int) -> None:
+    command(lambda arguments: status)
+    assert cli.main(["fake"]) == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (MiniloaderError("cannot"), 1, "cannot"),
+        (
+            ElfError("a.so", "e_machine", "EM_ARM", "EM_X86_64", hint="use inspect"),
+            1,
+            "a.so: e_machine: found EM_ARM, expected EM_X86_64; use inspect",
+        ),
+        (SymbolError("no such\nname \x1b[31m"), 1, "no such\\nname \\x1b[31m"),
+        (UsageError("a number, please"), 2, "a number, please"),
+        (EvidenceError("/proc is not there"), 3, "/proc is not there"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x\n\x07.so"),
+            1,
+            "x\\n\\x07.so: No such file or directory",
+        ),
+        (IsADirectoryError(21, "Is a directory", b"/tmp/\xff"), 1, "/tmp/\\udcff: Is a directory"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "a fault of miniloader's own, ZeroDivisionError: division by zero; --debug shows where",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_is_one_line(
+    command: Callable[[Run], None],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    command(raising(error))
+    assert cli.main(["fake"]) == status
+    assert capsys.readouterr() == ("", f"miniloader: {line}\n")
+
+    assert cli.main(["fake", "--json"]) == status
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": {"kind": type(error).__name__, "message": line}}
+    assert err == f"miniloader: {line}\n"
+
+
+def test_debug_lets_the_traceback_through(command: Callable[[Run], None]) -> None:
+    command(raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "words", [["fake", "--nonsense"], ["nonsense"], ["--nonsense"], ["fake", "one", "two"]], ids=" ".join
+)
+def test_wrong_usage_is_one_line_and_2(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    command(lambda arguments: 0)
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("miniloader: ")
+    assert err.count("\n") == 1
+    assert "--help" in err
+
+
+def test_no_command_prints_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: miniloader")
+
+
+def test_every_command_has_help_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.COMMANDS:
+        assert cli.main([name, "--help"]) == 0
+        out, _ = capsys.readouterr()
+        assert "--json" in out
+        assert "--debug" not in out
+
+
+# ---------------------------------------------------------------------------------------------- output
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"miniloader {miniloader.__version__}\n"
+
+
+def test_python_m_miniloader() -> None:
+    done = miniloader_process("--version", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, f"miniloader {miniloader.__version__}\n")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as pipe:
+        done = miniloader_process("--completion", "bash", stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_is_one_line(buffered: bool) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    with open("/dev/full", "w") as full:
+        done = miniloader_process("--version", stdout=full, env=environment)
+    assert (done.returncode, done.stderr) == (1, "miniloader: No space left on device\n")
+
+
+def test_closed_standard_output() -> None:
+    done = subprocess.run(["sh", "-c", '"$0" -m miniloader --version >&-', sys.executable], check=False)
+    assert done.returncode == 0
+
+
+def test_what_the_locale_cannot_print_is_escaped(
+    command: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        print("4 × one page")
+        return 0
+
+    command(run)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["fake"]) == 0
+    assert written.getvalue() == b"4 \\xd7 one page\n"
+
+
+# ------------------------------------------------------------------------------------------ completion
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(command: Callable[[Run], None], capsys: pytest.CaptureFixture[str], shell: str) -> None:
+    command(lambda arguments: 0)
+    assert cli.main(["--completion", shell]) == 0
+    out, err = capsys.readouterr()
+    assert "fake" in out
+    assert err == ""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="this machine lacks bash")
+def test_bash_completes_commands_and_files(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(lambda arguments: 0)
+    assert cli.main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    complete_line = """
+        function=$(complete -p miniloader | sed 's/.*-F //; s/ .*//')
+        COMP_WORDS=(miniloader "$@") COMP_CWORD=$#
+        "$function"
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+
+    def complete(*words: str) -> list[str]:
+        command = ["bash", "-c", script + complete_line, "bash", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
+        return [word.rstrip("/ ") for word in done.stdout.split()]
+
+    assert complete("fa") == ["fake"]
+    assert "--json" in complete("fake", "--j")
+    assert "proc" in complete("fake", "pro")
+
+
+def test_an_unknown_shell_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--completion", "cmd.exe"]) == 2
+    assert "'cmd.exe' is not one of bash" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- imports
+def imported_by(code: str) -> set[str]:
+    """The heavy packages a fresh interpreter has imported after ``code``."""
+    code += f"\nimport sys; print(*({HEAVY!r} & sys.modules.keys()), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join
+)
+def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
+    assert imported_by(f"from miniloader.cli import main; assert main({words!r}) == 0") == set()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert imported_by("import miniloader; miniloader.MiniloaderError; dir(miniloader)") == set()
+    assert imported_by("import numpy") == {"numpy"}  # the instrument itself
+
+
+def test_version_needs_neither_argparse_nor_typing() -> None:
+    code = (
+        "import sys; from miniloader.cli import main; main(['--version'])\n"
+        "print({'argparse', 'typing'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-S", "-c", code]  # without what the environment itself imports
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "set()"
