@@ -194,7 +194,8 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     for library in graph.new:
         with clock.stage("map"):
             _map(graph, library)
-    scope: list[Definer] = [*(library for library in host.libraries() if library.is_global), *root.local_scope()]
+    scope: list[Definer] = [library for library in host.libraries() if library.is_global]
+    scope += root.local_scope()
     order = life.in_order(graph.new, lambda library: [n for n in library.needs if isinstance(n, Loaded)])
     for library in order:
         with clock.stage("relocate"):
@@ -219,17 +220,14 @@ def _map(graph: Graph, library: Loaded) -> None:
     memory = map_plan(plan, image.source, address=wanted)
     library.memory = memory
     library.undo.callback(memory.unmap)
-    graph.event(
-        "reserve",
-        image.path,
-        f"{plan.length:#x} bytes at {memory.start:#x}",
-        address=memory.start,
-        length=plan.length,
-    )
+    text = f"{plan.length:#x} bytes at {memory.start:#x}"
+    graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
     for mapping in plan.mappings:
-        text = f"{mapping.kind} {mapping.protection} {memory.bias + mapping.start:#x}-{memory.bias +
-        mapping.end:#x}" source = f" from offset {mapping.file_offset:#x}" if mapping.kind == "file" else
-        "" graph.event("map", image.path, text + source, bias=memory.bias, mapping=mapping)
+        start, end = memory.bias + mapping.start, memory.bias + mapping.end
+        text = f"{start:#x}-{end:#x} {mapping.protection} {mapping.kind}"
+        if mapping.kind == "file":
+            text += f", offset {mapping.file_offset:#x}"
+        graph.event("map", image.path, text, bias=memory.bias, mapping=mapping)
     zeroed = zero_tails(memory)
     if zeroed:
         graph.event("zero", image.path, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
