@@ -1,0 +1,185 @@
+"""The tools' own behaviour: where the private environment lies, for whom, and what they say when it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("environment", "demo", "test")
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(command), capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A new directory that every user can reach (pytest's own are for one user only)."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def checkout(open_directory: Path) -> Path:
+    """A copy of what installing needs, with a space in its path and nothing to download but the builder."""
+    copy = open_directory / "a checkout"
+    copy.mkdir()
+    for directory in ("miniloader", "tools"):
+        shutil.copytree(ROOT / directory, copy / directory, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    text = (copy / "pyproject.toml").read_text()
+    start = text.index("dependencies = [")
+    (copy / "pyproject.toml").write_text(
+        text[:start] + "dependencies = []" + text[text.index("]", start) + 1 :]
+    )
+    return copy
+
+
+def tree(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+# -------------------------------------------------------------------------------------------- scripts
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_plain_shell(script: str) -> None:
+    path = ROOT / "tools" / script
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/bin/sh\n")
+    assert run(["sh", "-n", path]).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["demo", "test"])
+def test_help_makes_no_environment(script: str, tmp_path: Path) -> None:
+    done = run([ROOT / "tools" / script, "--help"], env={"PATH": os.defpath}, cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"tools/{script} [" in done.stdout
+    assert "#" not in done.stdout
+
+
+def test_ci_calls_the_test_command() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "exec tools/test"
+
+
+# ---------------------------------------------------------------------------------------- environment
+def environment(checkout: Path, runner: Run, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run tools/environment with the system's Python and from another directory."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    kept |= {"PATH": os.defpath, "PYTHON": SYSTEM_PYTHON, "HOME": "/nonexistent"}
+    return runner([checkout / "tools" / "environment"], env=kept | variables, cwd="/")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _system_python() -> None:
+    if (
+        run(
+            [SYSTEM_PYTHON, "-c", "import sys, venv, ensurepip; assert sys.version_info >= (3, 11)"]
+        ).returncode
+        != 0
+    ):
+        pytest.skip(f"this machine lacks {SYSTEM_PYTHON} 3.11 with venv")
+
+
+def test_the_owner_gets_one_environment_in_the_checkout(checkout: Path) -> None:
+    first = environment(checkout, run)
+    assert first.returncode == 0, first.stderr
+    python = first.stdout.strip()
+    assert python == str(checkout / ".venv" / "bin" / "python")
+    assert first.stderr.count("\n") == 1
+    assert "private environment" in first.stderr
+    version = run([checkout / ".venv" / "bin" / "miniloader", "--version"])
+    assert version.stdout.startswith("miniloader ")
+    assert run([python, "-m", "miniloader", "--version"], cwd="/").stdout == version.stdout
+
+    second = environment(checkout, run)
+    assert (second.stdout, second.stderr, second.returncode) == (first.stdout, "", 0)
+
+    # Whatever changes what has to be installed makes it anew; and without a package index that fails clearly.
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("\n")
+    third = environment(checkout, run, PIP_NO_INDEX="1", PIP_FIND_LINKS="")
+    assert third.returncode == 1
+    assert third.stdout == ""
+    assert third.stderr.splitlines()[-1].startswith("miniloader: pip could not install ")
+
+
+@pytest.mark.needs_root("becomes another user")
+def test_another_user_gets_an_environment_elsewhere(
+    checkout: Path, open_directory: Path, run_as_nobody: Run
+) -> None:
+    cache = open_directory / "cache"
+    cache.mkdir()
+    os.chown(cache, 65534, 65534)
+    before = tree(checkout)
+    first = environment(checkout, run_as_nobody, XDG_CACHE_HOME=str(cache))
+    assert first.returncode == 0, first.stderr
+    assert Path(first.stdout.strip()).is_relative_to(cache / "miniloader")
+    assert environment(checkout, run_as_nobody, XDG_CACHE_HOME=str(cache)).stderr == ""
+    assert tree(checkout) == before
+
+
+@pytest.mark.needs_root("becomes another user")
+def test_an_environment_of_somebody_else_is_never_used(
+    checkout: Path, open_directory: Path, run_as_nobody: Run
+) -> None:
+    """Its programs would run as us."""
+    planted = open_directory / "planted"
+    (planted / "miniloader").mkdir(parents=True)
+    for path in (planted, planted / "miniloader"):
+        path.chmod(0o777)
+    variables = {
+        "XDG_CACHE_HOME": str(planted),
+        "TMPDIR": str(planted),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+    }
+    done = environment(checkout, run_as_nobody, **variables)
+    assert done.returncode == 1
+    assert str(planted / "miniloader") not in done.stderr
+
+
+def test_a_python_without_venv_is_one_line_naming_the_package(checkout: Path, open_directory: Path) -> None:
+    programs = open_directory / "bin"
+    programs.mkdir()
+    for tool in ("sh", "dirname", "readlink", "cat", "cksum", "cut", "id", "mkdir"):
+        (programs / tool).symlink_to(str(shutil.which(tool, path=os.defpath)))
+
+    def advice() -> str:
+        done = environment(checkout, run, PATH=str(programs), PYTHON="")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        return done.stderr
+
+    assert "needs Python 3.11 or newer: apt install python3 python3-venv" in advice()
+    fake = programs / "python3"  # new enough, but it cannot import what it is asked to
+    fake.write_text('#!/bin/sh\ncase "$2" in *ensurepip*) exit 1 ;; esac\n')
+    fake.chmod(0o755)
+    assert advice().endswith(": apt install python3-venv\n")
+
+
+# --------------------------------------------------------------------------------------------- package
+def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> None:
+    done = run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", open_directory, checkout])
+    assert done.returncode == 0, done.stderr
+    (wheel,) = open_directory.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"miniloader/lab/demo/libdemo-{machine}.so" for machine in ("x86_64", "aarch64")}
+    assert names >= wanted | {"miniloader/py.typed", "miniloader/__main__.py"}
+    assert {name for name in names if name.endswith(".py")} == {
+        str(path.relative_to(checkout)) for path in (checkout / "miniloader").rglob("*.py")
+    }
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not any(name.startswith(("fixtures", "tests", "tools")) for name in names)
