@@ -80,6 +80,7 @@ KPF: Final = {
         FrameFlag("uncached", 39, "c", "not cached by the processor"),
         FrameFlag("softdirty", 40, "f", "soft-dirty"),
         FrameFlag("arch_2", 41, "H", "the architecture's second own use"),
+        FrameFlag("arch_3", 42, "H", "the architecture's third own use"),
     )
 }
 """Every flag by name; the order is that of the bits."""

@@ -42,8 +42,8 @@ class Privileges:
 
 def _words(path: str) -> list[str] | None:
     try:
-        with open(path, encoding="ascii", errors="surrogateescape") as file:
-            return file.read().split()
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read()).split()
     except OSError:
         return None  # not there, or not for us: the caller says that it is not known
 
@@ -60,7 +60,7 @@ def _hidepid() -> str | None:
     """The hidepid option of the mount at ``/proc``; the last mount there is the one that is seen."""
     option = None
     for line in read_process_file(None, "mounts").splitlines():
-        _, where, kind, options, *_ = line.decode("ascii", "surrogateescape").split(" ")
+        _, where, kind, options, *_ = os.fsdecode(line).split(" ")
         if (where, kind) == ("/proc", "proc"):
             found = (word.partition("=")[2] for word in options.split(",") if word.startswith("hidepid="))
             option = next(found, None)

@@ -83,7 +83,7 @@ def scan(
     any_of: int = 0,
     returned: int = ALL,
 ) -> NDArray[np.void]:
-    """Runs of pages in [``start``, ``end``) as REGION_DTYPE, by address, neighbours of one kind merged.
+    """Runs of pages of one kind in [``start``, ``end``) as REGION_DTYPE, by address.
 
     A page is listed when it has every category in ``required``, none in ``excluded``, and (unless it is
     0) one of ``any_of``; with no condition every page of every mapping is listed.  ``returned`` says which
@@ -109,7 +109,11 @@ def scan(
         except OSError as error:
             raise _refused(error) from error
         found.append(buffer[:count].copy())
-        start = argument.walk_end
+        if count < len(buffer):
+            break
+        # Not argument.walk_end: after the kernel has refilled its own buffer of 512 regions it may be the
+        # place of the last refill, and regions would come twice (fs/proc/task_mmu.c, do_pagemap_scan).
+        start = int(buffer["end"][-1])
     return np.concatenate(found) if found else buffer[:0].copy()
 
 

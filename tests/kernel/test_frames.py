@@ -1,0 +1,96 @@
+"""``kpagecount`` and ``kpageflags`` of frames whose story we know, and of many at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miniloader.errors import EvidenceError
+from miniloader.kernel.frames import KPF, flag_names, frame_flags, map_counts
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.syscalls import PAGE_SIZE
+from tests.memory import map_anonymous, map_file, still_child, store, touch
+
+needs_root = pytest.mark.needs_root("frame numbers need CAP_SYS_ADMIN")
+
+
+def frames(address: int, pages: int = 1) -> np.ndarray:
+    with PageMap() as pagemap:
+        return pagemap.table(address, address + pages * PAGE_SIZE).frame
+
+
+def names(address: int) -> set[str]:
+    return set(flag_names(int(frame_flags(frames(address))[0])))
+
+
+@needs_root
+def test_a_page_of_a_file_and_its_copy(file8: Path) -> None:
+    address = map_file(file8, 8)
+    touch(address, 8)
+    assert "anonymous" not in names(address)
+    assert {"mmap", "uptodate"} <= names(address)
+    store(address)
+    assert {"anonymous", "mmap", "swapbacked"} <= names(address)
+    assert map_counts(frames(address)).tolist() == [1]
+
+
+@needs_root
+def test_the_page_of_zeros() -> None:
+    address = map_anonymous(2)
+    touch(address, 2)
+    assert "zero_page" in names(address)
+    assert frames(address, 2)[0] == frames(address, 2)[1]
+    assert map_counts(frames(address)).tolist() == [0]
+
+
+@needs_root
+def test_fork_counts_twice() -> None:
+    address = map_anonymous(1)
+    store(address)
+    with still_child(int):
+        assert map_counts(frames(address)).tolist() == [2]
+    assert map_counts(frames(address)).tolist() == [1]
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("ask", "path"), [(map_counts, "/proc/kpagecount"), (frame_flags, "/proc/kpageflags")]
+)
+def test_many_frames_in_any_order(ask, path: str) -> None:
+    """Against one read a frame; with repetitions, frame 0, and a frame beyond all memory."""
+    address = map_anonymous(3000)
+    for page in range(3000):
+        store(address + page * PAGE_SIZE)
+    own = frames(address, 3000)[:: np.random.default_rng(7).integers(2, 5)]
+    wanted = np.concatenate([own, own[:10], np.array([0, 2**40], dtype=np.uint64)])
+    np.random.default_rng(1).shuffle(wanted)
+    found = ask(wanted.reshape(2, -1) if len(wanted) % 2 == 0 else wanted)
+    # What other processes do meanwhile does not change the flags of our own pages, except these.
+    steady = ~(KPF["referenced"].mask | KPF["idle"].mask | KPF["lru"].mask | KPF["active"].mask)
+    with open(path, "rb", buffering=0) as file:
+        for frame, word in zip(wanted.tolist(), found.ravel().tolist(), strict=True):
+            read = os.pread(file.fileno(), 8, frame * 8)
+            expected = struct.unpack("Q", read)[0] if read and frame else 0
+            assert word & int(steady) == expected & int(steady)
+    assert ask(np.empty(0, dtype=np.uint64)).shape == (0,)
+
+
+@pytest.mark.parametrize("ask", [map_counts, frame_flags])
+def test_an_ordinary_user_is_told_what_is_needed(as_nobody, ask) -> None:
+    with pytest.raises(EvidenceError, match=r"/proc/kpage\w+: Permission denied; .* root"):
+        as_nobody(ask, np.array([1], dtype=np.uint64))
+
+
+def test_the_table_has_every_flag_of_the_header() -> None:
+    header = Path("/usr/include/linux/kernel-page-flags.h")
+    if not header.exists():
+        pytest.skip("this machine lacks the kernel's headers")
+    published = {int(bit) for bit in re.findall(r"#define KPF_\w+\s+(\d+)", header.read_text())}
+    assert len(published) > 20
+    assert published <= {flag.bit for flag in KPF.values()}
+    assert [flag.bit for flag in KPF.values()] == sorted({flag.bit for flag in KPF.values()})

@@ -1,0 +1,113 @@
+"""The probe against what is known otherwise, against failures, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from miniloader.kernel import syscalls
+from miniloader.kernel.features import FEATURES, LEVELS
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.privileges import privileges
+from miniloader.kernel.probe import Capabilities, Finding, best_level, probe
+from tests.memory import failing
+
+ALWAYS = {"smaps", "pagemap"}  # what the project cannot do without; every kernel of today has it
+PRIVILEGED = {"frames", "kpagecount", "kpageflags"}
+
+
+def test_one_finding_for_each_feature() -> None:
+    found = probe()
+    assert tuple(one.feature for one in found.findings) == FEATURES
+    assert all(found.works(name) for name in ALWAYS)
+    assert all(bool(one.why) != one.works for one in found.findings)
+    with pytest.raises(KeyError):
+        found.works("nonsense")
+
+
+@pytest.mark.needs_root("the privileged features")
+def test_root_sees_frames() -> None:
+    found = probe()
+    assert all(found.works(name) for name in PRIVILEGED)
+    assert (found.level.name, found.next_level, best_level()) == ("frames", None, "frames")
+
+
+def test_an_ordinary_user_sees_flags(as_nobody) -> None:
+    found, best, rights = as_nobody(lambda: (probe(), best_level(), privileges()))
+    assert not any(found.works(name) for name in PRIVILEGED)
+    assert all(found.works(name) for name in ALWAYS)
+    assert found.level.name == best == "flags"
+    assert "CAP_SYS_ADMIN" in found.next_level.get
+    assert rights.capabilities == ()
+    assert rights.uid != 0
+    # What takes no privilege works as it does for us.
+    ours = probe()
+    for feature in FEATURES:
+        if feature.name not in PRIVILEGED:
+            assert found.works(feature.name) == ours.works(feature.name)
+
+
+def test_without_frames_there_are_reasons(as_nobody) -> None:
+    why = {one.feature.name: one.why for one in as_nobody(probe).findings}
+    assert "CAP_SYS_ADMIN" in why["frames"]
+    assert why["kpagecount"] == "/proc/kpagecount: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "lost"),
+    [
+        ("ioctl", errno.ENOTTY, {"pagemap-scan", "procmap-query", "userfaultfd"}),
+        ("syscall", errno.ENOSYS, {"userfaultfd"}),
+        ("madvise", errno.EINVAL, {"populate-write"}),
+        ("mmap", errno.ENOMEM, {feature.name for feature in FEATURES}),
+    ],
+)
+def test_what_fails_does_not_work(call: str, number: int, lost: set[str]) -> None:
+    usual = probe()
+    with syscalls.injected(call, failing(number)):
+        found = probe()
+    for one in found.findings:
+        if one.feature.name in lost:
+            assert not one.works
+            assert one.why
+        else:
+            assert one.works == usual.works(one.feature.name)
+    if call == "mmap":
+        assert found.level.name == "none"
+        assert found.next_level.name == "totals"
+
+
+def test_every_level_rests_on_one_feature() -> None:
+    """Level by level down, as the features go that each rests on."""
+    gone: set[str] = set()
+    for level in LEVELS:
+        found = Capabilities(tuple(Finding(f, f.name not in gone, "") for f in FEATURES))
+        assert found.level is level
+        gone.add(level.feature or "")
+
+
+def test_nothing_is_left_behind() -> None:
+    probe()
+    mappings, descriptors = len(read_maps()), os.listdir("/proc/self/fd")
+    for _ in range(3):
+        probe()
+    assert os.listdir("/proc/self/fd") == descriptors
+    assert len(read_maps()) <= mappings + 1  # the allocator's, at most
+
+
+def test_soft_dirty_is_what_the_kernel_was_built_with() -> None:
+    config = Path("/proc/config.gz")
+    if not config.exists():
+        pytest.skip("this machine lacks /proc/config.gz")
+    built = b"CONFIG_MEM_SOFT_DIRTY=y" in gzip.decompress(config.read_bytes())
+    assert probe().works("soft-dirty") == built
+
+
+@pytest.mark.needs_root("it has capabilities to show")
+def test_privileges_of_root() -> None:
+    assert privileges().uid == 0
+    assert "CAP_SYS_ADMIN" in privileges().capabilities
