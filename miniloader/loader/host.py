@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miniloader.elf.dynamic import (
     DT_NEEDED,
@@ -37,6 +38,7 @@ RTLD_NOLOAD: Final = 4
 RTLD_DI_LINKMAP: Final = 2
 RTLD_DI_SERINFO: Final = 4
 RTLD_DI_SERINFOSIZE: Final = 5
+RTLD_DI_TLS_MODID: Final = 9
 _PT_LOAD, _PT_DYNAMIC, _PT_TLS = 1, 2, 7
 _PROBES: Final = 16
 
@@ -141,6 +143,18 @@ def load_address(handle: int) -> int:
     link_map = ctypes.c_uint64()
     information(handle, RTLD_DI_LINKMAP, ctypes.addressof(link_map))
     return int(ctypes.c_uint64.from_address(link_map.value).value)
+
+
+def tls_module(handle: int) -> int:
+    """The TLS module id of the library behind ``handle``."""
+    module = ctypes.c_size_t()
+    information(handle, RTLD_DI_TLS_MODID, ctypes.addressof(module))
+    return int(module.value)
+
+
+def read_words(address: int, count: int) -> NDArray[np.uint64]:
+    """``count`` 8-byte words that the system's loader has written at ``address``."""
+    return np.frombuffer(ctypes.string_at(address, 8 * count), np.uint64)
 
 
 _global: list[int] = []

@@ -16,17 +16,19 @@ import numpy as np
 from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.tables import Table
 from miniloader.errors import LoadError, SymbolError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import host, life, unwind
+from miniloader.loader import host, life, tls, unwind
 from miniloader.loader.events import OnEvent
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.loaded import Binding, Graph, Loaded, Policy
 from miniloader.loader.memory import map_plan, zero_tails
-from miniloader.loader.relocate import Pages, TlsPlaces, apply, call_resolver, sort_relocations
-from miniloader.loader.scope import Definer
+from miniloader.loader.relocate import Pages, apply, call_resolver, sort_relocations
+from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.scope import bind as bind_symbols
 from miniloader.loader.search import find_path
+from miniloader.machine.relocation import Kind
 
 __all__ = ["Library", "load"]
 
@@ -244,7 +246,17 @@ def _link(graph: Graph, library: Loaded, scope: list[Definer]) -> None:
     if image.dynamic.text_relocations:
         for mapping in read_only:
             memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
-    copied = apply(image, memory, relocations, bindings, _no_tls)
+    copied = apply(
+        image,
+        memory,
+        relocations,
+        bindings,
+        lambda pages, rows: _thread_local(library, bindings, pages, rows),
+    )
+    if image.tls is not None and library.blocks.own is not None:
+        library.undo.callback(library.blocks.close)
+        text = f"module {library.blocks.own.module}, {image.tls.memsz} bytes a thread"
+        graph.event("tls", image.path, text, module=library.blocks.own.module, bytes=image.tls.memsz)
     if image.dynamic.text_relocations:
         for mapping in read_only:
             memory.protect(mapping.start, mapping.end, mapping.protection)
@@ -266,8 +278,21 @@ def _link(graph: Graph, library: Loaded, scope: list[Definer]) -> None:
         graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
-def _no_tls(_pages: Pages) -> TlsPlaces:
-    raise LoadError("thread-local storage: not supported yet")
+def _thread_local(
+    library: Loaded, bindings: Bindings, pages: Pages, rows: Iterator[tuple[Kind, Table]]
+) -> list[tls.Write]:
+    """Give ``library`` its thread-local storage; what is to be written."""
+    template = library.image.tls
+    blocks, writes = tls.answer(
+        library,
+        template,
+        lambda: pages.bytes_at(template.vaddr, template.filesz) if template is not None else b"",
+        bindings,
+        rows,
+        lambda other: other.blocks.own if isinstance(other, Loaded) else None,
+    )
+    library.blocks = blocks
+    return writes
 
 
 def _initialise(graph: Graph, library: Loaded) -> None:
@@ -279,8 +304,8 @@ def _initialise(graph: Graph, library: Loaded) -> None:
 
 def _address_of(library: Loaded, index: int) -> int:
     _, info, _, shndx, value, _ = library.symbols.rows[index].item()
-    if info & 0xF == STT_TLS:
-        raise SymbolError(f"{library.name}: {library.symbols.name(index)} is thread-local")
+    if info & 0xF == STT_TLS and library.blocks.own is not None:
+        return tls.address_of(library.blocks.own, value)
     address = value if shndx == SHN_ABS else library.bias + value
     return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
 

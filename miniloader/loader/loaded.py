@@ -23,6 +23,7 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.memory import Memory
 from miniloader.loader.scope import Definer
 from miniloader.loader.search import Asker, find
+from miniloader.loader.tls import Blocks
 
 __all__ = ["Graph", "Loaded", "Policy", "open_image"]
 
@@ -69,6 +70,7 @@ class Loaded:
         self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
         self.scope: Sequence[Definer] = ()
         self.memory: Memory | None = None
+        self.blocks = Blocks()  # of thread-local storage
         self.users = 0
         self.initialised = False
         self.undo = ExitStack()

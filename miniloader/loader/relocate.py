@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,10 @@ from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError, SymbolError
 from miniloader.loader.memory import Memory
 from miniloader.loader.scope import Bindings
+from miniloader.loader.tls import Write
 from miniloader.machine.relocation import KINDS, Kind
 
-__all__ = ["Pages", "Sorted", "TlsPlaces", "apply", "sort_relocations"]
+__all__ = ["Pages", "Sorted", "apply", "sort_relocations"]
 
 _RELATIVE: Final = "B + A"
 _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
@@ -168,28 +169,17 @@ class Pages:
             self.memory.write(self.start + first, self.buffer[first:last])
 
 
-@dataclass(frozen=True, eq=False)
-class TlsPlaces:
-    """Where thread-local symbols are: for each wanted symbol its module, and (if static) its block's offset
-    from the thread pointer; and what makes a descriptor of a symbol."""
-
-    module: NDArray[np.uint64]
-    block: NDArray[np.uint64]
-    descriptor: Callable[
-        [int, int], tuple[int, int]
-    ]  # (position in wanted, value + addend) -> function, argument
-
-
 def apply(
     image: ElfImage,
     memory: Memory,
     relocations: Sorted,
     bindings: Bindings,
-    tls: Callable[[Pages], TlsPlaces],
+    thread_local: Callable[[Pages, Iterator[tuple[Kind, Table]]], list[Write]],
 ) -> int:
     """Apply ``relocations`` and write the pages; the number of pages copied.
 
-    ``tls`` is called, if any relocation needs it, when the thread-local template has been relocated.
+    ``thread_local`` computes the thread-local ones, once the template they need has been relocated in the
+    pages.
     """
     pages = Pages(memory, relocations.targets())
     bias = np.uint64(memory.bias)
@@ -203,10 +193,9 @@ def apply(
         late = _indirect_functions(bindings)
         for kind, rows in relocations.of(*_SYMBOLIC):
             _put_symbolic(image, pages, kind, rows, bindings, addresses, late)
-        if any(True for _ in relocations.of(*_TLS)):
-            places = tls(pages)
-            for kind, rows in relocations.of(*_TLS):
-                _put_tls(image, pages, kind, rows, bindings, places)
+        for vaddrs, values, size in thread_local(pages, relocations.of(*_TLS)):
+            _refuse_overflow(image, size, vaddrs, values)
+            pages.put(vaddrs, values, size)
         pages.write()
         _put_indirect(memory, relocations, bindings, addresses, late)
     return pages.count
@@ -241,7 +230,7 @@ def _values(
 ) -> NDArray[np.uint64]:
     symbol, addend = addresses[place], rows["addend"].view(np.uint64)
     if kind.formula == "S":
-        values = symbol
+        values: Any = symbol
     elif kind.formula == "S + A":
         values = symbol + addend
     elif kind.formula == "Z + A":
@@ -267,48 +256,23 @@ def _put_symbolic(
     if not len(rows):
         return
     values = _values(kind, rows, place, addresses, bindings, pages.memory.bias)
-    _refuse_overflow(image, kind, rows, values)
+    _refuse_overflow(image, kind.size, rows["offset"], values, signed=kind.signed)
     pages.put(rows["offset"], values, kind.size)
 
 
-def _refuse_overflow(image: ElfImage, kind: Kind, rows: Table, values: NDArray[np.uint64]) -> None:
-    if kind.size == _WORD:
+def _refuse_overflow(
+    image: ElfImage, size: int, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], *, signed: bool = True
+) -> None:
+    """Raise :class:`LoadError` when a value does not fit the ``size`` bytes that are written."""
+    if size == _WORD:
         return
     low = values.astype(np.uint32)
-    again = low.astype(np.int32).astype(np.int64).view(np.uint64) if kind.signed else low.astype(np.uint64)
+    again = low.astype(np.int32).astype(np.int64).view(np.uint64) if signed else low.astype(np.uint64)
     bad = np.flatnonzero(again != values)
     if len(bad):
-        row = rows[bad[0]]
-        name = image.symbols.name(int(row["symbol"]))
-        raise LoadError(
-            f"{image.path}: {kind.name} at vaddr {int(row['offset']):#x}: {name} is out of reach of 32 bits",
-            hint="rebuild it with -fPIC",
-        )
-
-
-def _put_tls(
-    image: ElfImage, pages: Pages, kind: Kind, rows: Table, bindings: Bindings, places: TlsPlaces
-) -> None:
-    place = np.searchsorted(bindings.wanted, rows["symbol"])
-    # Symbol 0 means this library's own block, from its beginning.
-    offset = bindings.field("value")[place] + rows["addend"].view(np.uint64)
-    if kind.formula == "module":
-        values = places.module[place]
-    elif kind.formula == "module offset":
-        values = offset
-    elif kind.formula == "thread offset":
-        values = places.block[place] + offset
-    else:
-        pairs = [
-            places.descriptor(where, value)
-            for where, value in zip(place.tolist(), offset.tolist(), strict=True)
-        ]
-        functions, arguments = np.array(pairs, np.uint64).reshape(-1, 2).T
-        pages.put(rows["offset"], functions)
-        pages.put(rows["offset"] + np.uint64(_WORD), arguments)
-        return
-    _refuse_overflow(image, kind, rows, values)
-    pages.put(rows["offset"], values, kind.size)
+        where = f"{image.path}: relocation at vaddr {int(vaddrs[bad[0]]):#x}"
+        found = f"{int(values[bad[0]]):#x} does not fit 32 bits"
+        raise LoadError(f"{where}: {found}", hint="what it refers to is too far away; rebuild it with -fPIC")
 
 
 _RESOLVER: Final = ctypes.CFUNCTYPE(ctypes.c_uint64)
