@@ -27,7 +27,7 @@ from miniloader.elf.dynamic import (
     parse_dynamic,
     string_at,
 )
-from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.elf.symbols import STB_GNU_UNIQUE, STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
 
 __all__ = ["HostLibrary", "global_handle", "libraries", "open_host", "thread_pointer"]
@@ -209,6 +209,11 @@ class HostLibrary:
     def symbols(self) -> SymbolTable:
         """Its dynamic symbols, as they lie in memory."""
         return read_symbols(self.read, self.dynamic.tags, elf_class=64, order="<", name=self.name)
+
+    @cached_property
+    def has_unique(self) -> bool:
+        """Whether it defines any ``STB_GNU_UNIQUE`` symbol."""
+        return bool((self.symbols.bind == STB_GNU_UNIQUE).any())
 
     @cached_property
     def needed(self) -> tuple[str, ...]:

@@ -16,26 +16,24 @@ import numpy as np
 from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
-from miniloader.elf.tables import Table
 from miniloader.errors import LoadError, SymbolError, UsageError
-from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import host, life, tls, unwind
+from miniloader.loader import host, life, tls
 from miniloader.loader.events import OnEvent
 from miniloader.loader.host import HostLibrary
+from miniloader.loader.link import initialise_library, link_library, map_library
 from miniloader.loader.loaded import Binding, Graph, Loaded, Policy
-from miniloader.loader.memory import map_plan, zero_tails
-from miniloader.loader.relocate import Pages, apply, call_resolver, sort_relocations
-from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.scope import bind as bind_symbols
+from miniloader.loader.relocate import call_resolver
+from miniloader.loader.scope import Definer
 from miniloader.loader.search import find_path
-from miniloader.machine.relocation import Kind
 
 __all__ = ["Library", "load"]
 
-_lock: Final = threading.RLock()
-# Reach for these two only with the lock held.
+_lock = threading.RLock()
+# Reach for these only with the lock held.
 _loaded: Final[dict[tuple[int, int, int], Loaded]] = {}  # by device, inode and offset in the file
 _order: Final[list[Loaded]] = []  # as they were initialised
+_lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
+_STAYS: Final = DF_1_NODELETE
 
 
 class Library:
@@ -123,7 +121,8 @@ class Library:
         with _lock:
             loaded, self._loaded = self._loaded, None
             if loaded is not None:
-                _release(loaded)
+                loaded.handles -= 1
+                _sweep()
 
 
 def load(
@@ -154,14 +153,15 @@ def load(
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
         known = _loaded.get((*source.identity, source.start))
-        if known is not None and address in (None, known.mapped.start):
-            known.users += 1
+        if known is not None and known.initialised == init and address in (None, known.mapped.start):
+            known.handles += 1
             return Library(known, clock.stages)
         graph = Graph(policy, _known, on_event)
         with ExitStack() as undo:
             undo.callback(_undo, graph)
             root = _load(graph, source, clock)
             undo.pop_all()
+        root.handles += 1
         return Library(root, clock.stages)
 
 
@@ -193,113 +193,26 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     with clock.stage("parse"):
         root = graph.add(source)
         graph.complete()
-    for library in graph.new:
-        with clock.stage("map"):
-            _map(graph, library)
-    scope: list[Definer] = [library for library in host.libraries() if library.is_global]
-    scope += root.local_scope()
-    order = life.in_order(graph.new, lambda library: [n for n in library.needs if isinstance(n, Loaded)])
-    for library in order:
-        with clock.stage("relocate"):
-            _link(graph, library, scope)
-    for library in order:
-        _loaded[library.key] = library
-        _order.append(library)
-        for needed in library.needs:
-            if isinstance(needed, Loaded) and needed is not library:
-                needed.users += 1
-        if graph.policy.init:
-            with clock.stage("init"):
-                _initialise(graph, library)
-    root.users += 1
+    with clock.stage("map"):
+        for library in graph.new:
+            map_library(graph, library)
+    with clock.stage("relocate"):
+        scope: list[Definer] = [library for library in host.libraries() if library.is_global]
+        scope += root.local_scope()
+        order = life.in_order(graph.new, _ours)
+        for library in order:
+            link_library(graph, library, scope)
+    with clock.stage("init"):
+        for library in order:
+            _loaded[library.key] = library
+            _order.append(library)
+            if graph.policy.init:
+                initialise_library(graph, library)
     return root
 
 
-def _map(graph: Graph, library: Loaded) -> None:
-    image = library.image
-    plan = image.plan(PAGE_SIZE)
-    wanted = graph.policy.address if library is graph.new[0] else None
-    memory = map_plan(plan, image.source, address=wanted)
-    library.memory = memory
-    library.undo.callback(memory.unmap)
-    text = f"{plan.length:#x} bytes at {memory.start:#x}"
-    graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
-    for mapping in plan.mappings:
-        start, end = memory.bias + mapping.start, memory.bias + mapping.end
-        text = f"{start:#x}-{end:#x} {mapping.protection} {mapping.kind}"
-        if mapping.kind == "file":
-            text += f", offset {mapping.file_offset:#x}"
-        graph.event("map", image.path, text, bias=memory.bias, mapping=mapping)
-    zeroed = zero_tails(memory)
-    if zeroed:
-        graph.event("zero", image.path, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
-
-
-def _link(graph: Graph, library: Loaded, scope: list[Definer]) -> None:
-    image, memory = library.image, library.mapped
-    own = scope.index(library)
-    relocations = sort_relocations(image)
-    first = [library, *scope] if image.dynamic.symbolic else scope
-    bindings = bind_symbols(image.symbols, relocations.wanted, first, 0 if image.dynamic.symbolic else own)
-    graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
-    read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
-    if image.dynamic.text_relocations:
-        for mapping in read_only:
-            memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
-    copied = apply(
-        image,
-        memory,
-        relocations,
-        bindings,
-        lambda pages, rows: _thread_local(library, bindings, pages, rows),
-    )
-    if image.tls is not None and library.blocks.own is not None:
-        library.undo.callback(library.blocks.close)
-        text = f"module {library.blocks.own.module}, {image.tls.memsz} bytes a thread"
-        graph.event("tls", image.path, text, module=library.blocks.own.module, bytes=image.tls.memsz)
-    if image.dynamic.text_relocations:
-        for mapping in read_only:
-            memory.protect(mapping.start, mapping.end, mapping.protection)
-    total = len(image.relocations)
-    graph.event("relocate", image.path, f"{total} words on {copied} pages", words=total, pages=copied)
-    relro = memory.plan.relro
-    if relro:
-        memory.protect(relro.start, relro.end, "r--")
-        graph.event(
-            "protect",
-            image.path,
-            f"{relro.start:#x}-{relro.end:#x} r--",
-            start=relro.start,
-            end=relro.end,
-        )
-    table = unwind.eh_frame(image)
-    if table is not None and unwind.register(memory.bias + table):
-        library.undo.callback(unwind.deregister, memory.bias + table)
-        graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
-
-
-def _thread_local(
-    library: Loaded, bindings: Bindings, pages: Pages, rows: Iterator[tuple[Kind, Table]]
-) -> list[tls.Write]:
-    """Give ``library`` its thread-local storage; what is to be written."""
-    template = library.image.tls
-    blocks, writes = tls.answer(
-        library,
-        template,
-        lambda: pages.bytes_at(template.vaddr, template.filesz) if template is not None else b"",
-        bindings,
-        rows,
-        lambda other: other.blocks.own if isinstance(other, Loaded) else None,
-    )
-    library.blocks = blocks
-    return writes
-
-
-def _initialise(graph: Graph, library: Loaded) -> None:
-    for address in life.constructors(library.image, library.mapped):
-        graph.event("initialise", library.name, f"call {address:#x}", address=address)
-        life.run_constructor(address)
-    library.initialised = True
+def _ours(library: Loaded) -> list[Loaded]:
+    return [needed for needed in library.needs if isinstance(needed, Loaded)]
 
 
 def _address_of(library: Loaded, index: int) -> int:
@@ -326,27 +239,27 @@ def _undo(graph: Graph) -> None:
         _loaded.pop(library.key, None)
         if library in _order:
             _order.remove(library)
-        library.undo.close()
-    for handle in graph.host_handles:
-        host.close_host(handle)
+        library.discard()
+        library.image.source.close()
 
 
-def _release(library: Loaded) -> None:
-    """One user fewer; without any, finalise and unmap it, and release what it needs."""
-    library.users -= 1
-    if library.users > 0 or library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE):
-        return
-    _finalise(library)
-    _loaded.pop(library.key, None)
-    library.undo.close()
-    for needed in library.needs:
-        if isinstance(needed, Loaded) and needed is not library:
-            _release(needed)
+def _sweep() -> None:
+    """Finalise and unmap what no caller holds any more, nor anything that is held (cycles, too)."""
+    kept = [
+        library for library in _order if library.handles or library.image.dynamic.flag(DT_FLAGS_1, _STAYS)
+    ]
+    for library in kept:  # grows meanwhile
+        kept += (other for other in (*_ours(library), *library.holds) if other not in kept)
+    gone = [library for library in reversed(_order) if library not in kept]
+    for library in gone:
+        _finalise(library)
+        del _loaded[library.key]
+    _lingering.extend(gone)
+    _lingering[:] = [library for library in _lingering if not library.discard()]
 
 
 def _finalise(library: Loaded) -> None:
-    if library in _order:
-        _order.remove(library)
+    _order.remove(library)
     if library.initialised:
         library.initialised = False
         for address in life.destructors(library.image, library.mapped):
@@ -359,3 +272,12 @@ def _finalise_all() -> None:
     with _lock:
         for library in reversed(_order.copy()):
             _finalise(library)
+
+
+def _after_fork() -> None:
+    """A thread that held the lock is not in the child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -17,12 +16,13 @@ from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import ElfError, LoadError
-from miniloader.loader import host
+from miniloader.loader import host, unique, unwind
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
+from miniloader.loader.lazy import Slots
 from miniloader.loader.memory import Memory
-from miniloader.loader.scope import Definer
 from miniloader.loader.search import Asker, find
+from miniloader.loader.stubs import Stub
 from miniloader.loader.tls import Blocks
 
 __all__ = ["Graph", "Loaded", "Policy", "open_image"]
@@ -68,12 +68,15 @@ class Loaded:
         self.policy = policy
         self.loader = loader
         self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
-        self.scope: Sequence[Definer] = ()
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
-        self.users = 0
+        self.stubs: dict[int, Stub] = {}  # by the function that each stands for
+        self.slots: Slots | None = None  # of the PLT, when it is bound lazily
+        self.unwind_table: int | None = None  # its address, once registered
+        self.holds: list[Loaded] = []  # what it is bound to without needing it
+        self.host_handles: list[int] = []  # of what it needs from the system's loader
+        self.handles = 0  # how many callers hold it
         self.initialised = False
-        self.undo = ExitStack()
 
     @property
     def name(self) -> str:
@@ -111,6 +114,25 @@ class Loaded:
         """It, as one who needs other libraries."""
         above = self.loader.asker() if self.loader is not None else None
         return Asker(self.image.path, self.image.rpath, self.image.runpath, above)
+
+    def discard(self) -> bool:
+        """Unmap it and give everything back; ``False`` if a thread has destructors of it yet to run."""
+        if not self.blocks.close():
+            return False
+        self.blocks = Blocks()
+        if self.unwind_table is not None:
+            unwind.deregister(self.unwind_table)
+            self.unwind_table = None
+        if self.memory is not None:
+            self.memory.unmap()
+        for stub in (*self.stubs.values(), *([self.slots.stub] if self.slots is not None else [])):
+            stub.unmap()
+        self.stubs, self.slots = {}, None
+        unique.forget(self)
+        for handle in self.host_handles:
+            host.close_host(handle)
+        self.host_handles = []
+        return True
 
     def local_scope(self) -> list[Loaded | HostLibrary]:
         """It and everything it needs, breadth first, each once."""
@@ -187,7 +209,6 @@ class Graph:
         self.known = known
         self.tell = tell
         self.new: list[Loaded] = []
-        self.host_handles: list[int] = []
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
@@ -246,7 +267,7 @@ class Graph:
         return self.add(source, library)
 
     def _from_host(self, name: str, library: Loaded, handle: int) -> HostLibrary:
-        self.host_handles.append(handle)
+        library.host_handles.append(handle)
         bias = host.load_address(handle)
         same = next(
             (other for other in host.libraries() if other.bias == bias and not _is_program(other)), None

@@ -27,23 +27,26 @@ from miniloader.loader.scope import Bindings
 from miniloader.loader.tls import Write
 from miniloader.machine.relocation import KINDS, Kind
 
-__all__ = ["Pages", "Sorted", "apply", "sort_relocations"]
+__all__ = ["Pages", "Sorted", "apply", "call_resolver", "refuse_unbound", "sort_relocations"]
 
 _RELATIVE: Final = "B + A"
 _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
 _TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _WORD: Final = 8
+_ITSELF: Final = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
-    ``relative`` are the offsets and addends of B + A; ``wanted`` the symbols (ascending) that others use.
+    ``relative`` are the offsets and addends of B + A, ``lazy`` the PLT slots that are left for their first
+    call; ``wanted`` the symbols (ascending) that the others use.
     """
 
     relr: NDArray[np.uint64]
     relative: Table
+    lazy: Table
     others: tuple[tuple[Kind, Table], ...]
     wanted: NDArray[np.int64]
 
@@ -56,6 +59,7 @@ class Sorted:
         yield self.relr
         relative = self.relative["offset"]
         yield relative
+        yield self.lazy["offset"]
         if (relative & np.uint64(7)).any():
             yield relative + np.uint64(_WORD - 1)
         for kind, rows in self.others:
@@ -63,13 +67,17 @@ class Sorted:
             yield rows["offset"] + np.uint64(kind.size - 1)
 
 
-def sort_relocations(image: ElfImage) -> Sorted:
-    """Sort the relocations of ``image`` by kind; :class:`LoadError` for a kind that is not known here."""
+def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
+    """Sort the relocations of ``image`` by kind; :class:`LoadError` for a kind that is not known here.
+
+    With ``lazy`` the PLT's slots (``S`` in ``DT_JMPREL``) are kept apart.
+    """
     kinds = KINDS.get(image.header.machine)
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
     code_of_relative = next(code for code, kind in kinds.items() if kind.formula == _RELATIVE)
-    relative, rest = [], []
+    code_of_slot = next(code for code, kind in kinds.items() if kind.name.endswith("JUMP_SLOT"))
+    relative, rest, later = [], [], []
     for table in image.relocations.tables:
         if not table.addends:
             raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
@@ -78,6 +86,10 @@ def sort_relocations(image: ElfImage) -> Sorted:
         if head and bool((rows["type"][:head] == code_of_relative).all()):
             relative.append(rows[:head])
             rows = rows[head:]
+        if lazy and table.name == "DT_JMPREL":
+            slots = rows["type"] == code_of_slot
+            later.append(rows[slots])
+            rows = rows[~slots]
         others = rows["type"] != code_of_relative
         relative.append(rows[~others])
         rest.append(rows[others])
@@ -101,7 +113,8 @@ def sort_relocations(image: ElfImage) -> Sorted:
     head_rows = filled[0] if len(filled) == 1 else np.concatenate(filled or [left[:0]])
     used = [rows["symbol"] for kind, rows in grouped if kind.formula != "indirect"]
     wanted = np.unique(np.concatenate(used)).astype(np.int64) if used else np.empty(0, np.int64)
-    return Sorted(image.relocations.relr, head_rows, tuple(grouped), wanted)
+    slots_left = np.concatenate(later) if later else left[:0]
+    return Sorted(image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
 
 
 class Pages:
@@ -174,12 +187,16 @@ def apply(
     memory: Memory,
     relocations: Sorted,
     bindings: Bindings,
+    addresses: NDArray[np.uint64],
     thread_local: Callable[[Pages, Iterator[tuple[Kind, Table]]], list[Write]],
+    may_run: Callable[[int], bool],
 ) -> int:
     """Apply ``relocations`` and write the pages; the number of pages copied.
 
-    ``thread_local`` computes the thread-local ones, once the template they need has been relocated in the
-    pages.
+    ``addresses`` are those of the symbols ``bindings.wanted``.  ``thread_local`` computes the thread-local
+    words, once the template they need has been relocated in the pages.  An IFUNC's resolver runs only if its
+    library (a position in the scope; -1 the relocated library itself) ``may_run``; else its words
+    are 0.
     """
     pages = Pages(memory, relocations.targets())
     bias = np.uint64(memory.bias)
@@ -188,8 +205,8 @@ def apply(
             pages.put(relocations.relr, pages.get(relocations.relr) + bias)
         if len(relocations.relative):
             pages.put(relocations.relative["offset"], relocations.relative["addend"].view(np.uint64) + bias)
-        _refuse_unbound(image, bindings)
-        addresses = bindings.addresses()
+        if len(relocations.lazy):
+            pages.put(relocations.lazy["offset"], pages.get(relocations.lazy["offset"]) + bias)
         late = _indirect_functions(bindings)
         for kind, rows in relocations.of(*_SYMBOLIC):
             _put_symbolic(image, pages, kind, rows, bindings, addresses, late)
@@ -197,11 +214,11 @@ def apply(
             _refuse_overflow(image, size, vaddrs, values)
             pages.put(vaddrs, values, size)
         pages.write()
-        _put_indirect(memory, relocations, bindings, addresses, late)
+        _put_indirect(memory, relocations, bindings, addresses, late, may_run)
     return pages.count
 
 
-def _refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
+def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
     """Raise :class:`SymbolError` for the first symbol without a definition that is not weak."""
     for place in np.flatnonzero(bindings.owner < 0).tolist():
         index = int(bindings.wanted[place])
@@ -289,6 +306,7 @@ def _put_indirect(
     bindings: Bindings,
     addresses: NDArray[np.uint64],
     late: NDArray[np.bool_],
+    may_run: Callable[[int], bool],
 ) -> None:
     """What needs code to run: symbols that are IFUNCs, then IRELATIVE, each resolver once."""
     chosen: dict[int, int] = {}
@@ -301,7 +319,9 @@ def _put_indirect(
 
     writes: list[tuple[Kind, NDArray[np.uint64], NDArray[np.uint64]]] = []
     if late.any():
-        addresses[late] = resolve(addresses[late])
+        runs = np.array([may_run(owner) for owner in bindings.owner.tolist()], bool)
+        addresses[late & ~runs] = 0
+        addresses[late & runs] = resolve(addresses[late & runs])
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):
             place = np.searchsorted(bindings.wanted, rows["symbol"])
             rows, place = rows[late[place]], place[late[place]]
@@ -310,7 +330,8 @@ def _put_indirect(
             )
     for kind, rows in relocations.of("indirect"):
         resolvers = rows["addend"].view(np.uint64) + np.uint64(memory.bias)
-        writes.append((kind, rows["offset"], resolve(resolvers)))
+        values = resolve(resolvers) if may_run(_ITSELF) else np.zeros(len(rows), np.uint64)
+        writes.append((kind, rows["offset"], values))
     writes = [write for write in writes if len(write[1])]
     if writes:
         pages = Pages(memory, (offsets for _, offsets, _ in writes))

@@ -1,0 +1,59 @@
+"""Lazy binding: PLT slots that find their function when they are first called.
+
+The slot of each function first points back into its PLT entry, which pushes its relocation's index and
+jumps to PLT0; that goes through ``GOT[2]`` to a few instructions of ours, which call Python and jump to what
+it answers.  Source: the AMD64 psABI, section 5.2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from miniloader.elf import ElfImage
+from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.elf.tables import Table
+from miniloader.errors import MiniloaderError
+from miniloader.loader.memory import Memory
+from miniloader.loader.stubs import Stub
+from miniloader.machine.stubs import lazy_trampoline
+
+__all__ = ["Slots"]
+
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
+_errno: Final = ctypes.CDLL(None).__errno_location
+_errno.restype = ctypes.POINTER(ctypes.c_int)
+
+
+class Slots:
+    """The unbound PLT slots of one library; binding one is ``find(symbol index)``, its function's address."""
+
+    def __init__(self, image: ElfImage, memory: Memory, slots: Table, find: Callable[[int], int]) -> None:
+        self._memory = memory
+        self._slots = slots
+        self._find = find
+        self._name = image.path
+        self._callback = _CALLBACK(self._bind)
+        self.stub = Stub()
+        self.stub.fill(lazy_trampoline(ctypes.cast(self._callback, ctypes.c_void_p).value or 0))
+        # GOT[1] is for the dynamic linker's own use; GOT[2] is where PLT0 jumps.
+        got = image.dynamic.tags.get(DT_PLTGOT, 0)
+        memory.write(got + 8, np.array([self.stub.address, self.stub.address], np.uint64))
+
+    def _bind(self, index: int) -> int:
+        number = _errno().contents.value
+        try:
+            row: Any = self._slots[index]
+            address = self._find(int(row["symbol"]))
+        except (MiniloaderError, IndexError) as error:
+            # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too.
+            print(f"miniloader: {self._name}: binding a PLT slot: {error}", file=sys.stderr, flush=True)
+            os._exit(127)
+        ctypes.c_uint64.from_address(self._memory.bias + int(row["offset"])).value = address
+        _errno().contents.value = number
+        return address

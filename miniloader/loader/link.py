@@ -1,0 +1,182 @@
+"""Mapping, linking and initialising one library: the steps of ``load``, each told as it is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.elf.symbols import STT_GNU_IFUNC
+from miniloader.elf.tables import Table
+from miniloader.elf.versions import Version
+from miniloader.errors import SymbolError
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader import life, tls, unique, unwind
+from miniloader.loader.host import HostLibrary
+from miniloader.loader.lazy import Slots
+from miniloader.loader.loaded import Graph, Loaded
+from miniloader.loader.memory import map_plan, zero_tails
+from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound, sort_relocations
+from miniloader.loader.scope import Bindings, Definer, bind
+from miniloader.loader.stubs import Stub
+from miniloader.machine.relocation import Kind
+from miniloader.machine.stubs import with_third_argument
+
+__all__ = ["initialise_library", "link_library", "map_library"]
+
+#: They register a destructor for a thread's object and are told, third, to which library it belongs.
+_THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
+
+
+def map_library(graph: Graph, library: Loaded) -> None:
+    """Reserve, map the segments, zero the tails."""
+    image = library.image
+    plan = image.plan(PAGE_SIZE)
+    wanted = graph.policy.address if library is graph.new[0] else None
+    memory = library.memory = map_plan(plan, image.source, address=wanted)
+    text = f"{plan.length:#x} bytes at {memory.start:#x}"
+    graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
+    for mapping in plan.mappings:
+        start, end = memory.bias + mapping.start, memory.bias + mapping.end
+        text = f"{start:#x}-{end:#x} {mapping.protection} {mapping.kind}"
+        if mapping.kind == "file":
+            text += f", offset {mapping.file_offset:#x}"
+        graph.event("map", image.path, text, bias=memory.bias, mapping=mapping)
+    zeroed = zero_tails(memory)
+    if zeroed:
+        graph.event("zero", image.path, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
+
+
+def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
+    """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder."""
+    image, memory = library.image, library.mapped
+    _check_versions(library)
+    lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
+    relocations = sort_relocations(image, lazy=lazy)
+    order = [library, *scope] if image.dynamic.symbolic else scope
+    bindings = bind(image.symbols, relocations.wanted, order, order.index(library))
+    refuse_unbound(image, bindings)
+    addresses = _addresses(library, bindings)
+    graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
+
+    def thread_local(pages: Pages, rows: Iterator[tuple[Kind, Table]]) -> list[tls.Write]:
+        template = image.tls
+        library.blocks, writes = tls.answer(
+            library,
+            template,
+            lambda: pages.bytes_at(template.vaddr, template.filesz) if template is not None else b"",
+            bindings,
+            rows,
+            lambda other: other.blocks.own if isinstance(other, Loaded) else None,
+        )
+        _count_for_carrier(library)
+        return writes
+
+    def may_run(position: int) -> bool:
+        definer = order[position] if position >= 0 else library
+        return graph.policy.init or not isinstance(definer, Loaded)
+
+    read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
+    restore = read_only if image.dynamic.text_relocations else []
+    for mapping in restore:
+        memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
+    copied = apply(image, memory, relocations, bindings, addresses, thread_local, may_run)
+    for mapping in restore:
+        memory.protect(mapping.start, mapping.end, mapping.protection)
+    own = library.blocks.own
+    if own is not None and image.tls is not None:
+        text = f"module {own.module}, {image.tls.memsz} bytes a thread"
+        graph.event("tls", image.path, text, module=own.module, bytes=image.tls.memsz)
+    if len(relocations.lazy):
+        library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
+        graph.event("bind", image.path, f"{len(relocations.lazy)} PLT slots left for their first call")
+    total = len(image.relocations)
+    where = ", in read-only segments too" if restore else ""
+    graph.event("relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied)
+    relro = memory.plan.relro
+    if relro:
+        memory.protect(relro.start, relro.end, "r--")
+        text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
+        graph.event("protect", image.path, text, start=relro.start, end=relro.end)
+    table = unwind.eh_frame(image)
+    if table is not None and unwind.register(memory.bias + table):
+        library.unwind_table = memory.bias + table
+        graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
+
+
+def initialise_library(graph: Graph, library: Loaded) -> None:
+    """Run its constructors."""
+    for address in life.constructors(library.image, library.mapped):
+        graph.event("initialise", library.name, f"call {address:#x}", address=address)
+        life.run_constructor(address)
+    library.initialised = True
+
+
+def _check_versions(library: Loaded) -> None:
+    """Raise :class:`SymbolError` when a library that is needed lacks a version that is needed from it.
+
+    As glibc: a library without any versions passes, and so does a version that is needed weakly.
+    """
+    needed: dict[str, list[Version]] = {}
+    for version in library.symbols.versions.values():
+        if version.file is not None and not version.weak:
+            needed.setdefault(version.file, []).append(version)
+    for other in library.needs:
+        soname = other.soname if isinstance(other, HostLibrary) else other.image.soname
+        wanted = needed.get(soname or os.path.basename(other.name))
+        if not wanted:
+            continue
+        defined = {version.name for version in other.symbols.versions.values() if version.file is None}
+        missing = next((version.name for version in wanted if version.name not in defined), None)
+        if defined and missing is not None:
+            raise SymbolError(f"{library.name}: needs version {missing}, which {other.name} does not define")
+
+
+def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
+    """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
+    addresses = bindings.addresses()
+    for definer in unique.settle(library.symbols, bindings, addresses):
+        if isinstance(definer, Loaded) and definer is not library:
+            library.holds.append(definer)
+    if library.image.tls is not None:
+        for place, index in enumerate(bindings.wanted.tolist()):
+            if addresses[place] and library.symbols.name_bytes(index) in _THREAD_EXIT:
+                function = int(addresses[place])
+                if function not in library.stubs:
+                    library.stubs[function] = Stub()
+                addresses[place] = library.stubs[function].address
+    return addresses
+
+
+def _count_for_carrier(library: Loaded) -> None:
+    """Have destructors of thread-local objects counted for the library's carrier.
+
+    glibc takes the address it is told for the library's, and does not know ours; told the carrier's, it keeps
+    the carrier until every thread has run them, and we keep the library as long (see ``Loaded.discard``).
+    """
+    own = library.blocks.own
+    if own is not None:
+        for function, stub in library.stubs.items():
+            if not stub.filled:
+                stub.fill(with_third_argument(function, own.inside))
+
+
+def _finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
+    """Binds one symbol of the library, as binding all of them at once would have."""
+
+    def find(index: int) -> int:
+        bindings = bind(library.symbols, np.array([index], np.int64), order, order.index(library))
+        refuse_unbound(library.image, bindings)
+        address = int(bindings.addresses()[0])
+        indirect = bindings.owner[0] >= 0 and int(bindings.field("info")[0]) & 0xF == STT_GNU_IFUNC
+        if indirect:
+            return call_resolver(address)
+        address = int(_addresses(library, bindings)[0])
+        _count_for_carrier(library)
+        return address
+
+    return find

@@ -1,0 +1,35 @@
+"""Code of our own beside a library: a page that is written, then made executable, never both."""
+
+from __future__ import annotations
+
+import ctypes
+
+from miniloader.errors import LoadError
+from miniloader.kernel import syscalls as sys
+
+__all__ = ["Stub"]
+
+
+class Stub:
+    """A page at ``address`` that holds code once it is ``filled``."""
+
+    def __init__(self) -> None:
+        self.filled = False
+        try:
+            protection = sys.PROT_READ | sys.PROT_WRITE
+            self.address = sys.mmap(0, sys.PAGE_SIZE, protection, sys.MAP_PRIVATE | sys.MAP_ANONYMOUS)
+        except OSError as error:
+            raise LoadError(f"a page for code: {error.strerror}") from None
+
+    def fill(self, code: bytes) -> None:
+        """Put ``code`` (at most a page) there, once."""
+        self.filled = True
+        ctypes.memmove(self.address, code, len(code))
+        try:
+            sys.mprotect(self.address, sys.PAGE_SIZE, sys.PROT_READ | sys.PROT_EXEC)
+        except OSError as error:
+            raise LoadError(f"a page for code: {error.strerror}") from None
+
+    def unmap(self) -> None:
+        """Give the page back."""
+        sys.munmap(self.address, sys.PAGE_SIZE)

@@ -1,0 +1,67 @@
+"""``STB_GNU_UNIQUE``: symbols of which a process has one, whoever defines them.
+
+C++ puts into every library a copy of an inline variable; the first one found is everybody's.  glibc keeps a
+table of them that it does not show, but dlsym(3) answers from it.  For names that none of ld.so's libraries
+define the table is ours.  Source: glibc's ``do_lookup_unique``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.symbols import STB_GNU_UNIQUE, SymbolTable, gnu_hashes
+from miniloader.loader import host
+from miniloader.loader.scope import Bindings, Definer, find_all
+
+__all__ = ["forget", "settle"]
+
+_ours: Final[dict[bytes, tuple[int, Definer]]] = {}
+
+
+def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]) -> list[Definer]:
+    """Replace, in ``addresses``, those of unique symbols by the process's one; who of ours defines them.
+
+    ``table`` is the one of the library that is being bound.
+    """
+    places = np.flatnonzero(
+        (bindings.owner >= 0) & (bindings.field("info") >> np.uint64(4) == STB_GNU_UNIQUE)
+    )
+    if not len(places):
+        return []
+    names = [table.name_bytes(int(index)) for index in bindings.wanted[places]]
+    answers = _of_host(names)
+    used: dict[int, Definer] = {}
+    for place, name, answer in zip(places.tolist(), names, answers, strict=True):
+        if answer is not None:
+            addresses[place] = answer
+            continue
+        definer = bindings.scope[int(bindings.owner[place])]
+        addresses[place], owner = _ours.setdefault(name, (int(addresses[place]), definer))
+        used[id(owner)] = owner
+    return list(used.values())
+
+
+def forget(definer: Definer) -> None:
+    """``definer`` goes: its symbols are nobody's any more."""
+    for name in [name for name, (_, owner) in _ours.items() if owner is definer]:
+        del _ours[name]
+
+
+def _of_host(names: Sequence[bytes]) -> list[int | None]:
+    """The address of each name that one of ld.so's libraries defines as unique."""
+    found: list[int | None] = [None] * len(names)
+    hashes, left = gnu_hashes(names), np.arange(len(names))
+    versions: list[str | None] = [None] * len(names)
+    for library in host.libraries():
+        table = library.symbols
+        if not library.has_unique or not len(left):
+            continue
+        for item, index in find_all(table, left, names, versions, hashes).items():
+            if int(table.bind[index]) == STB_GNU_UNIQUE:
+                found[item] = host.symbol_address(library.handle, names[item])
+        left = np.array([item for item in left.tolist() if found[item] is None], np.intp)
+    return found

@@ -1,0 +1,60 @@
+"""The few instructions that have to be real code, as bytes, for x86-64.
+
+Source: the AMD64 psABI, sections 3.2 (which registers carry arguments) and 5.2 (the procedure linkage
+table), and the AMD64 manual for the encodings.
+"""
+
+from __future__ import annotations
+
+import struct
+
+__all__ = ["SAVE_AREA", "lazy_trampoline", "with_third_argument"]
+
+#: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
+SAVE_AREA = 0xA80
+_SAVED = 0xEE  # SSE, AVX, bounds, opmask and both ZMM parts: what glibc saves, too
+
+
+def with_third_argument(function: int, value: int) -> bytes:
+    """Jump to ``function`` with its third argument replaced by ``value``."""
+    return b"".join((
+        b"\xf3\x0f\x1e\xfa",  # endbr64
+        b"\x48\xba" + struct.pack("<Q", value),  # mov rdx, value
+        b"\x48\xb8" + struct.pack("<Q", function),  # mov rax, function
+        b"\xff\xe0",  # jmp rax
+    ))  # fmt: skip
+
+
+def lazy_trampoline(callback: int) -> bytes:
+    """What ``GOT[2]`` points at while PLT slots are bound lazily.
+
+    PLT0 comes here with ``GOT[1]`` and the relocation's index pushed above the return address.  It calls
+    ``callback(index)``, which returns the function's address, and jumps there with every argument register as
+    it was.
+    """
+    header = range(512, 576, 8)  # XRSTOR wants the header's unused part zero
+    return b"".join((
+        b"\xf3\x0f\x1e\xfa",  # endbr64
+        b"\x55\x48\x89\xe5",  # push rbp; mov rbp, rsp
+        b"\x50\x57\x56\x52\x51",  # push rax, rdi, rsi, rdx, rcx
+        b"\x41\x50\x41\x51\x41\x52\x41\x53",  # push r8, r9, r10, r11
+        b"\x48\x83\xe4\xc0",  # and rsp, -64
+        b"\x48\x81\xec" + struct.pack("<I", SAVE_AREA),  # sub rsp, SAVE_AREA
+        b"\x31\xc0\x31\xd2",  # xor eax, eax; xor edx, edx
+        *(b"\x48\x89\x84\x24" + struct.pack("<I", at) for at in header),  # mov [rsp + at], rax
+        b"\xb8" + struct.pack("<I", _SAVED),  # mov eax, _SAVED
+        b"\x0f\xae\x24\x24",  # xsave [rsp]
+        b"\x48\x8b\x7d\x10",  # mov rdi, [rbp + 16]: the index
+        b"\x48\xb8" + struct.pack("<Q", callback),  # mov rax, callback
+        b"\xff\xd0",  # call rax
+        b"\x48\x89\x45\x08",  # mov [rbp + 8], rax: over GOT[1]
+        b"\xb8" + struct.pack("<I", _SAVED),  # mov eax, _SAVED
+        b"\x31\xd2",  # xor edx, edx
+        b"\x0f\xae\x2c\x24",  # xrstor [rsp]
+        b"\x48\x8d\x65\xb8",  # lea rsp, [rbp - 72]
+        b"\x41\x5b\x41\x5a\x41\x59\x41\x58",  # pop r11, r10, r9, r8
+        b"\x59\x5a\x5e\x5f\x58\x5d",  # pop rcx, rdx, rsi, rdi, rax, rbp
+        b"\x4c\x8b\x1c\x24",  # mov r11, [rsp]: the function
+        b"\x48\x83\xc4\x10",  # add rsp, 16
+        b"\x41\xff\xe3",  # jmp r11
+    ))  # fmt: skip
