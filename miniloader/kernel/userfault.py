@@ -25,8 +25,7 @@ __all__ = ["WriteWatch"]
 
 _USER_MODE_ONLY: Final = 1
 _API: Final = 0xAA
-_FEATURE_WP_UNPOPULATED: Final = 1 << 13
-_FEATURE_WP_ASYNC: Final = 1 << 15
+_FEATURE_WP_ASYNC: Final = 1 << 15  # includes pages that are not there yet (WP_UNPOPULATED)
 _MODE_WP: Final = 1 << 1
 _PROTECT: Final = 1
 
@@ -54,8 +53,7 @@ class WriteWatch:
             raise EvidenceError(f"userfaultfd: {error.strerror}") from error
         length = end - start
         try:
-            features = _FEATURE_WP_ASYNC | _FEATURE_WP_UNPOPULATED
-            self._ask("UFFDIO_API", 0x3F, _API, features, 0)
+            self._ask("UFFDIO_API", 0x3F, _API, _FEATURE_WP_ASYNC, 0)
             self._ask("UFFDIO_REGISTER", 0x00, start, length, _MODE_WP, 0)
             self._ask("UFFDIO_WRITEPROTECT", 0x06, start, length, _PROTECT)
         except EvidenceError:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from miniloader.kernel import privileges as module
 from miniloader.kernel import syscalls
 from miniloader.kernel.features import FEATURES, LEVELS
 from miniloader.kernel.maps import read_maps
@@ -105,6 +106,16 @@ def test_soft_dirty_is_what_the_kernel_was_built_with() -> None:
         pytest.skip("this machine lacks /proc/config.gz")
     built = b"CONFIG_MEM_SOFT_DIRTY=y" in gzip.decompress(config.read_bytes())
     assert probe().works("soft-dirty") == built
+
+
+def test_each_capability_by_its_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of capabilities(7), include/uapi/linux/capability.h."""
+    for bit, name in {2: "CAP_DAC_READ_SEARCH", 19: "CAP_SYS_PTRACE", 21: "CAP_SYS_ADMIN"}.items():
+        status = f"Name:\tx\nCapPrm:\tffff\nCapEff:\t{1 << bit:016x}\n".encode()
+        texts = {"status": status, "mounts": b"proc /proc proc rw,hidepid=invisible,nosuid 0 0\n"}
+        monkeypatch.setattr(module, "read_process_file", lambda _, file, texts=texts: texts[file])
+        assert privileges().capabilities == (name,)
+        assert privileges().hidepid == "invisible"
 
 
 @pytest.mark.needs_root("it has capabilities to show")
