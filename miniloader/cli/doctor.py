@@ -108,13 +108,14 @@ def _machine(rights: Privileges) -> Table:
 
     system = os.uname()
     namespace = {True: "the initial user namespace", False: "a user namespace of its own", None: "not known"}
+    held = "no, but in its own namespace" if rights.initial_user_namespace is False else "yes"
     grid = Table.grid(padding=(0, 2))
     for name, value in (
         ("kernel", f"{system.sysname} {system.release}, {system.machine}"),
         ("page size", f"{PAGE_SIZE} bytes"),
         ("user", f"uid {rights.uid}, in {namespace[rights.initial_user_namespace]}"),
         *(
-            (name, f"{'yes' if name in rights.capabilities else 'no'}: to {what}")
+            (name, f"{held if name in rights.capabilities else 'no'}: to {what}")
             for name, (_, what) in CAPABILITIES.items()
         ),
         ("ptrace scope", "no Yama" if rights.ptrace_scope is None else f"Yama, {rights.ptrace_scope}"),

@@ -135,7 +135,7 @@ def _frame(address: int) -> np.uint64:
 
 def _frames() -> None:
     with _anonymous_page() as address:
-        _expect(_frame(address), "frame numbers read as 0: CAP_SYS_ADMIN is missing")
+        _expect(_frame(address), "frame numbers read as 0: no CAP_SYS_ADMIN of the initial user namespace")
 
 
 def _kpagecount() -> None:
