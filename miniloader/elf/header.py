@@ -6,6 +6,7 @@ is read, names what is wrong, and turns its containers into frozen values.  Sour
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
@@ -180,29 +181,36 @@ def read_header(source: Source) -> Header:
 
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     """Read the program headers, in table order."""
-    structs = _container(header)
-    size = structs.Elf_Phdr.sizeof()
+    record = struct.Struct(header.order + ("IIIIIIII" if header.elf_class == 32 else "IIQQQQQQ"))
     if header.phnum == 0:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
     if header.phnum == _PN_XNUM:
         raise ElfError(source.name, "e_phnum", "PN_XNUM", "fewer than 65535 program headers")
-    if header.phentsize != size:
-        raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
-    table = source.read(header.phoff, size * header.phnum, "program headers")
-    rows = (structs.Elf_Phdr.parse(table[at : at + size]) for at in range(0, len(table), size))
+    if header.phentsize != record.size:
+        raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(record.size))
+    table = source.read(header.phoff, record.size * header.phnum, "program headers")
+    names = _segment_types(header.machine)
     return tuple(
-        Segment(
-            index=index,
-            type=row.p_type if isinstance(row.p_type, str) else f"{row.p_type:#x}",
-            flags=protection(row.p_flags),
-            file_offset=row.p_offset,
-            vaddr=row.p_vaddr,
-            filesz=row.p_filesz,
-            memsz=row.p_memsz,
-            align=row.p_align,
-        )
-        for index, row in enumerate(rows)
+        Segment(index, names.get(kind, f"{kind:#x}"), protection(flags), offset, vaddr, filesz, memsz, align)
+        for index, row in enumerate(record.iter_unpack(table))
+        for kind, flags, offset, vaddr, filesz, memsz, align in [_in_one_order(row, header.elf_class)]
     )
+
+
+def _in_one_order(row: tuple[int, ...], elf_class: int) -> tuple[int, ...]:
+    """type, flags, offset, vaddr, filesz, memsz, align: ``p_flags`` is second in 64-bit files, late in 32."""
+    if elf_class == 64:
+        kind, flags, offset, vaddr, _, filesz, memsz, align = row
+    else:
+        kind, offset, vaddr, _, filesz, memsz, flags, align = row
+    return kind, flags, offset, vaddr, filesz, memsz, align
+
+
+@lru_cache(maxsize=16)
+def _segment_types(machine: str) -> dict[int, str]:
+    """pyelftools' names of segment types, those of the machine included."""
+    table = getattr(enums, f"ENUM_P_TYPE_{machine}", enums.ENUM_P_TYPE_BASE)
+    return {code: name for name, code in reversed(list(table.items())) if isinstance(code, int)}
 
 
 def read_sections(source: Source, header: Header) -> tuple[Section, ...]:

@@ -112,23 +112,33 @@ class GnuHash:
     buckets: NDArray[np.uint32]
     chains: NDArray[np.uint32]
 
-    def candidates(self, name: bytes) -> list[int]:
-        """The symbols whose hash is ``name``'s, in chain order."""
-        hashed = gnu_hash(name)
+    @cached_property
+    def bloom_list(self) -> list[int]:
+        """The Bloom filter's words as Python's own numbers: a single look-up is several times faster."""
+        return [int(word) for word in self.bloom.tolist()]
+
+    @cached_property
+    def _lists(self) -> tuple[list[int], list[int]]:
+        return self.buckets.tolist(), self.chains.tolist()
+
+    def candidates(self, name: bytes, hashed: int | None = None) -> list[int]:
+        """The symbols whose hash is ``name``'s (``hashed``, where that is known), in chain order."""
+        if hashed is None:
+            hashed = gnu_hash(name)
+        bloom, (buckets, chains) = self.bloom_list, self._lists
         bits = self.bloom.itemsize * 8
-        word = int(self.bloom[(hashed // bits) % len(self.bloom)])
+        word = bloom[(hashed // bits) % len(bloom)]
         if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
             return []
-        at = int(self.buckets[hashed % len(self.buckets)])
+        at = buckets[hashed % len(buckets)] - self.first
         found: list[int] = []
-        if at < self.first:
-            return found
-        for index in range(at, self.first + len(self.chains)):
-            value = int(self.chains[index - self.first])
+        while 0 <= at < len(chains):
+            value = chains[at]
             if value | 1 == hashed | 1:
-                found.append(index)
+                found.append(at + self.first)
             if value & 1:
                 break
+            at += 1
         return found
 
 
@@ -139,7 +149,7 @@ class SysvHash:
     buckets: NDArray[np.uint32]
     chains: NDArray[np.uint32]
 
-    def candidates(self, name: bytes) -> list[int]:
+    def candidates(self, name: bytes, _hashed: int | None = None) -> list[int]:
         """The symbols in ``name``'s bucket, in chain order."""
         if not len(self.buckets):
             return []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from miniloader.elf.dynamic import (
     DT_VERDEF,
@@ -48,19 +47,19 @@ def read_versions(
 
 
 def _records(
-    read: Reader, vaddr: int, count: int, dtype: np.dtype[Any], what: str, name: str | None
-) -> Iterator[tuple[int, Any]]:
-    """The ``count`` records linked by their field ``next`` from ``vaddr`` on; each step goes forward."""
+    read: Reader, vaddr: int, count: int, record: struct.Struct, what: str, name: str | None
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The ``count`` records linked by their last field from ``vaddr`` on; each step goes forward."""
     if count > _MOST:
         raise ElfError(name, what, f"{count} records", f"at most {_MOST}")
     for _ in range(count):
-        record = np.frombuffer(read(vaddr, dtype.itemsize, what), dtype)[0]
-        yield vaddr, record
-        step = int(record["next"])
+        fields = record.unpack(read(vaddr, record.size, what))
+        yield vaddr, fields
+        step = fields[-1]
         if step == 0:
             return
-        if step < dtype.itemsize:
-            raise ElfError(name, what, f"a step of {step} bytes", f"0 or at least {dtype.itemsize}")
+        if step < record.size:
+            raise ElfError(name, what, f"a step of {step} bytes", f"0 or at least {record.size}")
         vaddr += step
 
 
@@ -71,39 +70,28 @@ def _text(strings: bytes, offset: int) -> str:
 def _needed(
     read: Reader, tags: Mapping[int, int], strings: bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    u2, u4 = f"{order}u2", f"{order}u4"
-    need = np.dtype([("version", u2), ("count", u2), ("file", u4), ("aux", u4), ("next", u4)])
-    aux = np.dtype([("hash", u4), ("flags", u2), ("other", u2), ("name", u4), ("next", u4)])
+    # Elf*_Verneed: version, count, file, aux, next; Elf*_Vernaux: hash, flags, other, name, next.
+    need, auxiliary = struct.Struct(f"{order}HHIII"), struct.Struct(f"{order}IHHII")
     total = 0
-    for at, row in _records(read, tags[DT_VERNEED], tags.get(DT_VERNEEDNUM, 0), need, "DT_VERNEED", name):
-        file = _text(strings, int(row["file"]))
-        total += int(row["count"])
+    number = tags.get(DT_VERNEEDNUM, 0)
+    for at, (_, count, file, aux, _) in _records(read, tags[DT_VERNEED], number, need, "DT_VERNEED", name):
+        total += count
         if total > _MOST:
             raise ElfError(name, "DT_VERNEED", f"{total} versions", f"at most {_MOST}")
-        for _, entry in _records(read, at + int(row["aux"]), int(row["count"]), aux, "DT_VERNEED", name):
-            version = Version(
-                _text(strings, int(entry["name"])), file, weak=bool(entry["flags"] & _VER_FLG_WEAK)
-            )
-            yield int(entry["other"]) & ~VERSION_HIDDEN, version
+        library = _text(strings, file)
+        for _, (_, flags, index, label, _) in _records(read, at + aux, count, auxiliary, "DT_VERNEED", name):
+            weak = bool(flags & _VER_FLG_WEAK)
+            yield index & ~VERSION_HIDDEN, Version(_text(strings, label), library, weak=weak)
 
 
 def _defined(
     read: Reader, tags: Mapping[int, int], strings: bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    u2, u4 = f"{order}u2", f"{order}u4"
-    fields = [
-        ("version", u2),
-        ("flags", u2),
-        ("index", u2),
-        ("count", u2),
-        ("hash", u4),
-        ("aux", u4),
-        ("next", u4),
-    ]
-    aux = np.dtype([("name", u4), ("next", u4)])
-    for at, row in _records(
-        read, tags[DT_VERDEF], tags.get(DT_VERDEFNUM, 0), np.dtype(fields), "DT_VERDEF", name
+    # Elf*_Verdef: version, flags, index, count, hash, aux, next; Elf*_Verdaux: name, next.
+    define, auxiliary = struct.Struct(f"{order}HHHHIII"), struct.Struct(f"{order}II")
+    number = tags.get(DT_VERDEFNUM, 0)
+    for at, (_, flags, index, _, _, aux, _) in _records(
+        read, tags[DT_VERDEF], number, define, "DT_VERDEF", name
     ):
-        entry = np.frombuffer(read(at + int(row["aux"]), aux.itemsize, "DT_VERDEF"), aux)[0]
-        version = Version(_text(strings, int(entry["name"])), None, base=bool(row["flags"] & _VER_FLG_BASE))
-        yield int(row["index"]) & ~VERSION_HIDDEN, version
+        label, _ = auxiliary.unpack(read(at + aux, auxiliary.size, "DT_VERDEF"))
+        yield index & ~VERSION_HIDDEN, Version(_text(strings, label), None, base=bool(flags & _VER_FLG_BASE))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.dynamic import (
+    DT_GNU_HASH,
     DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
     DT_SONAME,
     DT_STRSZ,
     DT_STRTAB,
+    DT_SYMTAB,
+    DT_VERSYM,
     Dynamic,
     parse_dynamic,
     string_at,
@@ -73,6 +77,7 @@ class _PhdrInfo(ctypes.Structure):
     )
 
 
+_SYM: Final = struct.Struct("<IBBHQQ")
 _CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_PhdrInfo), ctypes.c_size_t, ctypes.c_void_p)
 _libc: Final = ctypes.CDLL(None)
 
@@ -183,6 +188,11 @@ class HostLibrary:
         """What to call it in messages."""
         return self.path or "the main program"
 
+    @property
+    def file_name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition("/")[2]
+
     def read(self, vaddr: int, length: int, what: str = "bytes") -> bytes:
         """``length`` bytes of it in memory; :class:`ElfError` when they are not within one segment."""
         for start, end in self.ranges:
@@ -250,48 +260,101 @@ class HostLibrary:
         There is no call that tells; so some of its symbols are looked up there.  When all of them are
         found in other libraries, being in the scope would make no difference.
         """
-        table = self.symbols
-        usable = np.isin(table.type, (STT_FUNC, STT_OBJECT)) & table.defined & (table.bind != STB_LOCAL)
-        for index in np.flatnonzero(usable)[:_PROBES].tolist():
-            if table.hidden(index):
-                continue
-            address = symbol_address(global_handle(), table.name_bytes(index))
+        if not self.path:
+            return True
+        for name in self._first_names():
+            address = symbol_address(global_handle(), name)
             if address is None:
                 return False
             if any(self.bias + start <= address < self.bias + end for start, end in self.ranges):
                 return True
         return False
 
+    def _first_names(self) -> Iterator[bytes]:
+        """Some functions and objects that it defines, without reading its whole symbol table."""
+        tags = self.dynamic.tags
+        if DT_GNU_HASH not in tags or DT_SYMTAB not in tags:
+            for index in np.flatnonzero(self.symbols.defined)[:_PROBES].tolist():
+                if not self.symbols.hidden(index):
+                    yield self.symbols.name_bytes(index)
+            return
+        count, first, bloom, _ = struct.unpack("<4I", self.read(tags[DT_GNU_HASH], 16))
+        buckets = self.read(tags[DT_GNU_HASH] + 16 + 8 * bloom, 4 * count)
+        last = max(struct.unpack(f"<{count}I", buckets))
+        for index in range(first, min(last + 1, first + _PROBES)):
+            name, info, _, shndx, _, _ = _SYM.unpack(
+                self.read(tags[DT_SYMTAB] + _SYM.size * index, _SYM.size)
+            )
+            hidden = DT_VERSYM in tags and self.read(tags[DT_VERSYM] + 2 * index, 2)[1] & 0x80
+            if shndx and not hidden and info >> 4 != STB_LOCAL and info & 0xF in (STT_FUNC, STT_OBJECT):
+                yield ctypes.string_at(self.bias + tags[DT_STRTAB] + name)
+
     def _string(self, offset: int) -> str:
         tags = self.dynamic.tags
         return os.fsdecode(string_at(self.read(tags[DT_STRTAB], tags[DT_STRSZ], "DT_STRTAB"), offset))
 
 
-_known: dict[tuple[str, int, int], HostLibrary] = {}
+@dataclass(frozen=True)
+class _Listing:
+    """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``."""
+
+    adds: int
+    subs: int
+    found: tuple[HostLibrary, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, HostLibrary]:
+        """By soname and by file name; the first of each."""
+        pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
+        return {name: library for name, library in reversed(pairs) if name}
+
+
+_last: list[_Listing] = []
 
 
 def libraries() -> tuple[HostLibrary, ...]:
     """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
-    found: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = []
+    if _last and (_last[0].adds, _last[0].subs) == _counts():
+        return _last[0].found
+    rows: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = []
 
     def visit(pointer: Any, _size: int, _data: Any) -> int:
         info = pointer.contents
-        rows = [info.phdr[index] for index in range(info.phnum)]
-        headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in rows]
-        found.append((os.fsdecode(info.name or b""), info.address, headers, info.tls_modid))
+        headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in info.phdr[: info.phnum]]
+        rows.append((os.fsdecode(info.name or b""), info.address, headers, info.tls_modid))
         return 0
 
+    adds, subs = _counts()
     _iterate(_CALLBACK(visit), None)
-    fresh = {}
-    for path, bias, headers, module in found:
+    before = {(old.path, old.bias, old.dynamic_vaddr): old for old in (_last[0].found if _last else ())}
+    found = []
+    for path, bias, headers, module in rows:
         if path.startswith("linux-vdso"):
             continue
-        dynamic = next((row for row in headers if row[0] == _PT_DYNAMIC), (0, 0, 0, 0))
-        key = (path, bias, bias + dynamic[2])
-        fresh[key] = _known.get(key) or HostLibrary(path, bias, tuple(_ranges(headers)), *dynamic[2:], module)
-    _known.clear()
-    _known.update(fresh)
-    return tuple(fresh.values())
+        vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
+        new = HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module)
+        found.append(before.get((path, bias, vaddr), new))
+    _last[:] = [_Listing(adds, subs, tuple(found))]
+    return _last[0].found
+
+
+def by_name() -> dict[str, HostLibrary]:
+    """:func:`libraries` by soname and by file name."""
+    libraries()
+    return _last[0].by_name
+
+
+def _counts() -> tuple[int, int]:
+    """How many libraries ld.so has ever loaded and unloaded."""
+    counts: list[tuple[int, int]] = []
+
+    def visit(pointer: Any, _size: int, _data: Any) -> int:
+        info = pointer.contents
+        counts.append((info.adds, info.subs))
+        return 1  # the first says it for all
+
+    _iterate(_CALLBACK(visit), None)
+    return counts[0]
 
 
 def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:

@@ -198,7 +198,7 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
             map_library(graph, library)
     with clock.stage("relocate"):
         scope: list[Definer] = [library for library in host.libraries() if library.is_global]
-        scope += root.local_scope()
+        scope += (library for library in root.local_scope() if library not in scope)
         order = life.in_order(graph.new, _ours)
         for library in order:
             link_library(graph, library, scope)

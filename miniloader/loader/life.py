@@ -29,6 +29,7 @@ __all__ = ["constructors", "destructors", "in_order", "run_constructor", "run_de
 
 _CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
+_libc: Final = ctypes.CDLL(None)
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
 def run_constructor(address: int) -> None:
     """Call one constructor as ld.so does."""
     count, words = _arguments()
-    environment = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ").value
+    environment = ctypes.c_void_p.in_dll(_libc, "environ").value
     _CONSTRUCTOR(address)(count, ctypes.addressof(words), environment)
 
 

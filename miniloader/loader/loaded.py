@@ -148,11 +148,7 @@ class Loaded:
 
 def _needs_of_host(library: HostLibrary) -> list[HostLibrary]:
     """What ld.so found for the needs of one of its libraries: by soname, or by file name."""
-    by_name: dict[str, HostLibrary] = {}
-    for other in host.libraries():
-        for name in (other.soname, os.path.basename(other.path)):
-            if name:
-                by_name.setdefault(name, other)
+    by_name = host.by_name()
     return [by_name[name] for name in library.needed if name in by_name]
 
 

@@ -34,6 +34,7 @@ _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
 _TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _WORD: Final = 8
 _ITSELF: Final = -1
+_SMALL: Final = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
         rest.append(rows[others])
     left = np.concatenate(rest) if rest else np.empty(0, RELOCATION)
     grouped = []
-    for code in np.unique(left["type"]).tolist():
+    for code in _distinct(left["type"]):
         kind = kinds.get(code)
         if kind is None:
             raise LoadError(
@@ -112,9 +113,19 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     filled = [rows for rows in relative if len(rows)]
     head_rows = filled[0] if len(filled) == 1 else np.concatenate(filled or [left[:0]])
     used = [rows["symbol"] for kind, rows in grouped if kind.formula != "indirect"]
-    wanted = np.unique(np.concatenate(used)).astype(np.int64) if used else np.empty(0, np.int64)
+    marked = np.zeros(len(image.symbols), bool)
+    for symbols in used:
+        marked[symbols] = True
+    wanted = np.flatnonzero(marked)
     slots_left = np.concatenate(later) if later else left[:0]
     return Sorted(image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
+
+
+def _distinct(codes: NDArray[np.uint32]) -> list[int]:
+    """The different values among ``codes``: most are small, and numpy's ``unique`` would sort all of them."""
+    small = codes[codes < _SMALL]
+    distinct = np.flatnonzero(np.bincount(small)).tolist()
+    return distinct if len(small) == len(codes) else [*distinct, *set(codes[codes >= _SMALL].tolist())]
 
 
 class Pages:
@@ -266,7 +277,7 @@ def _put_symbolic(
     addresses: NDArray[np.uint64],
     late: NDArray[np.bool_],
 ) -> None:
-    place = np.searchsorted(bindings.wanted, rows["symbol"])
+    place = bindings.place(rows["symbol"])
     if kind.formula != "Z + A" and late.any():
         now = ~late[place]
         rows, place = rows[now], place[now]
@@ -312,7 +323,7 @@ def _put_indirect(
     chosen: dict[int, int] = {}
 
     def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        for resolver in np.unique(resolvers).tolist():
+        for resolver in resolvers.tolist():
             if resolver not in chosen:
                 chosen[resolver] = call_resolver(resolver)
         return np.array([chosen[resolver] for resolver in resolvers.tolist()], np.uint64)
@@ -323,7 +334,7 @@ def _put_indirect(
         addresses[late & ~runs] = 0
         addresses[late & runs] = resolve(addresses[late & runs])
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):
-            place = np.searchsorted(bindings.wanted, rows["symbol"])
+            place = bindings.place(rows["symbol"])
             rows, place = rows[late[place]], place[late[place]]
             writes.append(
                 (kind, rows["offset"], _values(kind, rows, place, addresses, bindings, memory.bias))

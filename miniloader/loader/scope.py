@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -37,6 +38,7 @@ from miniloader.elf.symbols import (
     STV_PROTECTED,
     GnuHash,
     SymbolTable,
+    gnu_hash,
     gnu_hashes,
 )
 from miniloader.elf.versions import VERSION_HIDDEN
@@ -47,6 +49,7 @@ _BINDS: Final = (STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE)
 _TYPES: Final = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_COMMON, STT_TLS, STT_GNU_IFUNC)
 _INVISIBLE: Final = (STV_INTERNAL, STV_HIDDEN)
 _NOWHERE: Final = -1
+_FEW: Final = 300  # names up to which looking up one by one is faster
 
 
 class Definer(Protocol):
@@ -83,7 +86,7 @@ class Bindings:
     def addresses(self) -> NDArray[np.uint64]:
         """Bias + value of each definition; the plain value of an absolute symbol; 0 for none."""
         found = np.zeros(len(self.wanted), np.uint64)
-        for position in np.unique(self.owner[self.owner >= 0]).tolist():
+        for position in self._owners():
             definer = self.scope[position]
             here = self.owner == position
             rows = definer.symbols.rows[self.symbol[here]]
@@ -91,10 +94,23 @@ class Bindings:
             found[here] = rows["value"] + bias
         return found
 
+    def place(self, symbols: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Where each of ``symbols`` is in ``wanted``; all of them must be."""
+        return self._places[symbols]
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        table = np.zeros(int(self.wanted[-1]) + 1 if len(self.wanted) else 0, np.int64)
+        table[self.wanted] = np.arange(len(self.wanted))
+        return table
+
+    def _owners(self) -> list[int]:
+        return np.flatnonzero(np.bincount(self.owner + 1)[1:]).tolist()
+
     def field(self, name: str) -> NDArray[Any]:
         """Field ``name`` of each definition's symbol; 0 for none."""
         found = np.zeros(len(self.wanted), np.uint64)
-        for position in np.unique(self.owner[self.owner >= 0]).tolist():
+        for position in self._owners():
             here = self.owner == position
             found[here] = self.scope[position].symbols.rows[name][self.symbol[here]]
         return found
@@ -109,30 +125,36 @@ def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer]
     symbol = np.zeros(len(wanted), np.int64)
     rows = table.rows[wanted]
     visibility = rows["other"] & 3
-    at_home = (rows["info"] >> 4 == STB_LOCAL) | np.isin(visibility, _INVISIBLE)
+    at_home = (rows["info"] >> 4 == STB_LOCAL) | (visibility == STV_INTERNAL) | (visibility == STV_HIDDEN)
     at_home |= (visibility == STV_PROTECTED) & (rows["shndx"] != SHN_UNDEF)
     owner[at_home], symbol[at_home] = own, wanted[at_home]
 
     defined = (rows["shndx"] != SHN_UNDEF) & ~at_home
-    # Exact hashes for what is undefined here, all but the lowest bit for what is defined.
-    open_undefined = np.flatnonzero(~defined & ~at_home)
-    _search(table, wanted, open_undefined, scope, owner, symbol)
-    hashed = table.hash if isinstance(table.hash, GnuHash) else None
-    open_defined = np.flatnonzero(defined)
-    if not len(open_defined):
-        return Bindings(wanted, scope, owner, symbol)
-    known = _known_hashes(hashed, wanted[open_defined]) if hashed is not None else None
-    if known is None:
-        _search(table, wanted, open_defined, scope[:own], owner, symbol)
-    else:
-        # Only what an earlier library's Bloom filter lets through is looked up there by name.
-        suspects = np.zeros(len(open_defined), bool)
-        for definer in scope[:own]:
-            suspects |= _bloom(definer.symbols, known) | _bloom(definer.symbols, known | np.uint32(1))
-        _search(table, wanted, open_defined[suspects], scope[:own], owner, symbol)
-    rest = open_defined[owner[open_defined] == _NOWHERE]
+    search = _search if len(wanted) > _FEW else _search_few
+    search(table, wanted, np.flatnonzero(~defined & ~at_home), scope, owner, symbol)
+    earlier = scope[:own]
+    search(table, wanted, _suspects(table, wanted, np.flatnonzero(defined), earlier), earlier, owner, symbol)
+    rest = defined & (owner == _NOWHERE)
     owner[rest], symbol[rest] = own, wanted[rest]
     return Bindings(wanted, scope, owner, symbol)
+
+
+def _suspects(
+    table: SymbolTable, wanted: NDArray[np.int64], defined: NDArray[np.intp], earlier: Sequence[Definer]
+) -> NDArray[np.intp]:
+    """Which symbols that are ``defined`` by their own library an ``earlier`` one may define, too.
+
+    Their hashes are known but for the lowest bit, and most pass no Bloom filter.
+    """
+    known = None
+    if len(wanted) > _FEW and len(defined) and isinstance(table.hash, GnuHash):
+        known = _known_hashes(table.hash, wanted[defined])
+    if known is None:
+        return defined
+    maybe = np.zeros(len(defined), bool)
+    for definer in earlier:
+        maybe |= _bloom(definer.symbols, known) | _bloom(definer.symbols, known | np.uint32(1))
+    return defined[maybe]
 
 
 def _known_hashes(table: GnuHash, symbols: NDArray[np.int64]) -> NDArray[np.uint32] | None:
@@ -178,7 +200,40 @@ def _search(
         for item, index in found.items():
             owner[positions[item]], symbol[positions[item]] = place, index
         if found:
-            left = left[~np.isin(left, list(found))]
+            left = np.array([item for item in left.tolist() if item not in found], np.intp)
+
+
+def _search_few(
+    table: SymbolTable,
+    wanted: NDArray[np.int64],
+    open_: NDArray[np.intp],
+    scope: Sequence[Definer],
+    owner: NDArray[np.int64],
+    symbol: NDArray[np.int64],
+) -> None:
+    """The same a name at a time, which is faster as long as there are few."""
+    tables = [definer.symbols for definer in scope]
+    for position in open_.tolist():
+        index = int(wanted[position])
+        name = table.name_bytes(index)
+        hashed = gnu_hash(name)
+        version = None
+        for place, other in enumerate(tables):
+            gnu = other.hash
+            if isinstance(gnu, GnuHash):
+                # GnuHash.candidates says why; here, since nearly every look-up ends here.
+                bloom = gnu.bloom_list
+                word = bloom[(hashed >> 6) & (len(bloom) - 1)]
+                if not (word >> (hashed & 63)) & (word >> ((hashed >> gnu.shift) & 63)) & 1:
+                    continue
+            candidates = gnu.candidates(name, hashed) if gnu is not None else _slow(other, name)
+            if not candidates:
+                continue
+            version = version or table.version(index)
+            found = _match(other, candidates, name, version.name if version is not None else None)
+            if found is not None:
+                owner[position], symbol[position] = place, found
+                break
 
 
 def find_all(

@@ -251,7 +251,10 @@ def _cached(name: str) -> Sequence[str]:
         wanted.append(at)
         at = data.find(key, at + 1)
     flags = _CACHE_FLAGS.get(platform.machine())
-    matching = rows[np.isin(rows["key"], wanted) & (rows["flags"] == flags)]
+    keyed = (
+        np.logical_or.reduce([rows["key"] == at for at in wanted]) if wanted else np.zeros(len(rows), bool)
+    )
+    matching = rows[keyed & (rows["flags"] == flags)]
     usable = _hwcaps()
     ranked = []
     for _, _, value, _, hwcap in matching.tolist():

@@ -111,7 +111,7 @@ class _Asked:
 
     def __init__(self, kind: Kind, rows: Table, bindings: Bindings) -> None:
         self.kind = kind
-        place = np.searchsorted(bindings.wanted, rows["symbol"])
+        place = bindings.place(rows["symbol"])
         bound = bindings.owner[place] >= 0  # what is weak and undefined stays as it is
         self.rows, place = rows[bound], place[bound]
         self.owner, self.symbol = bindings.owner[place], bindings.symbol[place]
