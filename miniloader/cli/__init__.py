@@ -18,12 +18,12 @@ from miniloader.errors import MiniloaderError, printable
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "reported"]
 
 #: The commands, in the order ``--help`` shows them.
-COMMANDS: tuple[str, ...] = ("doctor",)
+COMMANDS: tuple[str, ...] = ("load", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,15 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback through.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    _escape_what_cannot_be_printed()
+    return reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
+
+
+def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:
+    """The status that ``function`` returns, or that of the error it raises, which is reported."""
     try:
-        _escape_what_cannot_be_printed()
-        status = _dispatch(words)
+        status = function()
         _flush()
         return status
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in words:
+        if debug:
             raise
-        return _report(error, as_json="--json" in words)
+        return _report(error, as_json=as_json)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
 
-__all__ = ["Vma", "mappings_of", "parse_vma", "read_maps"]
+__all__ = ["Vma", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
 
@@ -95,3 +95,21 @@ def mappings_of(vmas: Iterable[Vma], path: str | os.PathLike[str]) -> tuple[Vma,
     """Those of ``vmas`` that the kernel names ``path``, in the order given; ``path`` is absolute."""
     name = os.fspath(path)
     return tuple(vma for vma in vmas if vma.path == name)
+
+
+def within(vmas: Iterable[Vma], start: int, end: int) -> tuple[Vma, ...]:
+    """The parts of ``vmas`` between the addresses ``start`` and ``end``.
+
+    The kernel joins neighbours that are alike (the anonymous end of one library and the next one's memory),
+    so an area may begin before a library or go on after it.
+    """
+    return tuple(
+        replace(
+            vma,
+            start=max(vma.start, start),
+            end=min(vma.end, end),
+            file_offset=vma.file_offset + max(start - vma.start, 0) if vma.is_file else 0,
+        )
+        for vma in vmas
+        if vma.start < end and start < vma.end
+    )

@@ -1,0 +1,140 @@
+"""``miniloader load``: load a library, call its functions, and show how it lies in memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from miniloader.lab.guard import Doing
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "load a library, call its functions, and show how the kernel has it mapped"
+
+_CALLS = """\
+--call takes the function's name, its arguments and the type it returns:
+
+  --call 'crc32(0, "hello", 5)->ulong'       integers and texts
+  --call 'cos(1.0)->double'                  1.0 is a double, 1.0f a float, 1 an integer
+  --call 'SHA256("abc", 3, out[32])->ptr'    out[N]: a buffer of N bytes, shown after the call
+  --call 'frexp(8.0, &0)->double'            &NUMBER: a variable, shown after the call
+
+also: b"\\x00 bytes", NULL, true, false, 0x7f, name@VERSION.
+types: void, bool, char, int, uint, long, ulong, size_t, int8 to uint64, float, double, str, ptr.
+
+The library's code runs in this process and can do whatever you can. If it crashes, you are told where.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The library, the calls, and what may be asked of the loader."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _CALLS
+    parser.add_argument("library", metavar="LIB", help="a path, or a name searched as the system does")
+    parser.add_argument(
+        "--call",
+        metavar="CALL",
+        action="append",
+        default=[],
+        help="call a function, NAME(ARGS)->TYPE; repeatable",
+    )
+    parser.add_argument("--trace", action="store_true", help="tell each step as it happens")
+    parser.add_argument(
+        "--no-init", action="store_true", help="run none of its code: no constructor, no IFUNC"
+    )
+    parser.add_argument("--lazy", action="store_true", help="bind functions when they are first called")
+    parser.add_argument(
+        "--address", metavar="ADDRESS", type=_address, help="map it there, such as 0x200000000"
+    )
+    parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
+    parser.add_argument(
+        "--allow-executable-stack", action="store_true", help="load it though it asks for one"
+    )
+    parser.add_argument(
+        "--allow-writable-code", action="store_true", help="map segments writable and executable"
+    )
+
+
+def _address(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address, such as 0x200000000") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load and call in a child process: foreign code may crash."""
+    from miniloader.cli import reported
+    from miniloader.lab.guard import in_child
+
+    def body(doing: Doing) -> int:
+        return reported(lambda: _load(arguments, doing), as_json=arguments.json, debug=arguments.debug)
+
+    return in_child(body)
+
+
+def _load(arguments: argparse.Namespace, doing: Doing) -> int:
+    import json
+
+    import miniloader
+    from miniloader.errors import UsageError
+    from miniloader.lab.guard import flush_c_output
+    from miniloader.loader.call import parse_call, run_call
+    from miniloader.loader.events import Event
+    from miniloader.report.load import Narrator, as_json, show, view_of
+
+    calls = [parse_call(text) for text in arguments.call]
+    if calls and arguments.no_init:
+        raise UsageError("--call runs the library's code, which --no-init forbids")
+    narrate = Narrator(stderr=arguments.json)
+
+    def on_event(event: Event) -> None:
+        doing(f"{event.library}: {event.stage}: {event.text}")
+        if arguments.trace:
+            narrate(event)
+
+    with (
+        _library_output_on_stderr() if arguments.json else nullcontext(),
+        miniloader.load(
+            arguments.library,
+            init=not arguments.no_init,
+            bind="lazy" if arguments.lazy else "now",
+            on_event=on_event,
+            address=arguments.address,
+            text_relocations=arguments.allow_text_relocations,
+            executable_stack=arguments.allow_executable_stack,
+            writable_code=arguments.allow_writable_code,
+        ) as library,
+    ):
+        outcomes = []
+        for call in calls:
+            doing(f"{arguments.library}: {call.text}")
+            outcomes.append(run_call(library, call))
+            flush_c_output()
+        view = view_of(library, outcomes)
+        if not arguments.json:
+            show(view)
+        doing(f"{arguments.library}: closing it")
+    if arguments.json:
+        print(json.dumps(as_json(view), indent=2))
+    return 0
+
+
+@contextmanager
+def _library_output_on_stderr() -> Iterator[None]:
+    """What the library itself prints goes to standard error: standard output is for one JSON object."""
+    import os
+
+    from miniloader.lab.guard import flush_c_output
+
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush_c_output()
+        os.dup2(kept, 1)
+        os.close(kept)

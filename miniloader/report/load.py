@@ -1,0 +1,228 @@
+"""A loaded library, for people and as JSON: its mappings, whose libraries it uses, what calls returned."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from miniloader.kernel.maps import Vma, read_maps, within
+from miniloader.loader import Event, Library
+from miniloader.loader.call import Outcome, Value, Written
+from miniloader.loader.events import Stage
+from miniloader.loader.host import HostLibrary
+from miniloader.report.terminal import console
+
+__all__ = ["Narrator", "Used", "View", "as_json", "show", "view_of"]
+
+Kind = Literal["file", "zero", "gap"]
+
+_KINDS: Final[dict[Kind, str]] = {
+    "file": "the file's pages",
+    "zero": "zero pages, anonymous",
+    "gap": "nothing: a gap",
+}
+
+#: What each stage is for.
+_EXPLAINED: Final[dict[Stage, str]] = {
+    "parse": "Read the file's headers. Nothing is mapped yet.",
+    "search": "Look for a library that it needs, as the system's loader does.",
+    "need": "A library that it needs.",
+    "reserve": "Reserve the whole span at once, inaccessible, so that nothing else can come between.",
+    "map": "Put each segment over its part: private, so that what is written there stays in this process.",
+    "zero": "Zero what of a file page is bss. This first write gives the page a copy of its own.",
+    "bind": "Find who defines each symbol: the process's global scope first, then it and what it needs.",
+    "tls": "Ask the system's loader for thread-local storage, a block in every thread.",
+    "relocate": "Write in the addresses that the file leaves open. Each page written becomes a private copy.",
+    "protect": "Make read-only what only relocation had to write (RELRO).",
+    "register": "Tell the unwinder where its tables are, so that exceptions can pass through.",
+    "initialise": "Run its constructors.",
+    "finalise": "Run its destructors.",
+    "unmap": "Give the memory back.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """A library in use; ``ours`` when it was not the system's loader that loaded it."""
+
+    name: str
+    path: str
+    base: int
+    ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What there is to show of a loaded library.  ``mappings`` are the kernel's, of the library's span."""
+
+    path: str
+    base: int
+    mappings: tuple[Vma, ...]
+    libraries: tuple[Used, ...]
+    stages_ms: dict[str, float]
+    outcomes: tuple[Outcome, ...]
+
+
+def view_of(library: Library, outcomes: Sequence[Outcome] = ()) -> View:
+    """Ask the kernel how ``library`` is mapped, and gather the rest."""
+    start, end = library.base + library.plan.start, library.base + library.plan.end
+    used = tuple(
+        Used(os.path.basename(other.name), other.name, other.bias, not isinstance(other, HostLibrary))
+        for other in library.libraries
+    )
+    mappings = within(read_maps(), start, end)
+    return View(library.path, library.base, mappings, used, dict(library.stages_ms), tuple(outcomes))
+
+
+def kind_of(vma: Vma) -> Kind:
+    """What a mapping of a library is."""
+    if not vma.is_file:
+        return "zero"
+    return "gap" if vma.protection == "---" else "file"
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+def as_json(view: View) -> dict[str, Any]:
+    """The object that ``load --json`` prints: ``result`` is that of the last call."""
+    results = [_outcome_as_json(outcome) for outcome in view.outcomes]
+    return {
+        "path": view.path,
+        "base": view.base,
+        "mappings": [
+            {
+                "start": vma.start,
+                "end": vma.end,
+                "protection": vma.protection,
+                "file_offset": vma.file_offset,
+                "kind": kind_of(vma),
+            }
+            for vma in view.mappings
+        ],
+        "result": results[-1]["value"] if results else None,
+        "results": results,
+        "stages_ms": view.stages_ms,
+        "libraries": [
+            {"name": used.name, "path": used.path, "base": used.base, "ours": used.ours}
+            for used in view.libraries
+        ],
+    }
+
+
+def _outcome_as_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "call": outcome.call.text,
+        "type": outcome.call.result,
+        "value": _plain(outcome.value),
+        "written": [
+            {
+                "argument": written.argument.text,
+                "value": written.value.hex() if isinstance(written.value, bytes) else _plain(written.value),
+            }
+            for written in outcome.written
+        ],
+    }
+
+
+def _plain(value: Value) -> Value:
+    """JSON has no infinities and no NaN: they become texts."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------- for people
+def show(view: View) -> None:
+    """Print it."""
+    out = console()
+    out.print(Text.assemble((view.path, "bold"), f", load bias {view.base:#x}: as the kernel has it mapped"))
+    out.print(_mappings(view.mappings))
+    out.print()
+    out.print(_libraries(view.libraries))
+    out.print()
+    out.print("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in view.stages_ms.items()))
+    if view.outcomes:
+        out.print()
+    for outcome in view.outcomes:
+        shown = described(outcome.value, outcome.call.result)
+        out.print(Text.assemble(outcome.call.text, " = ", (shown, "bold")), soft_wrap=True)
+        for written in outcome.written:
+            out.print(f"  {written.argument.text} = {_written(written)}", soft_wrap=True)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
+    return table
+
+
+def _mappings(mappings: Sequence[Vma]) -> Table:
+    table = _table("from", "to", "size", "protection", "offset", "what")
+    for vma in mappings:
+        kind = kind_of(vma)
+        offset = f"{vma.file_offset:#x}" if kind == "file" else ""
+        size = f"{vma.size // 1024:,} KiB"
+        table.add_row(f"{vma.start:x}", f"{vma.end:x}", size, vma.protection, offset, _KINDS[kind])
+    return table
+
+
+def _libraries(libraries: Sequence[Used]) -> Table:
+    table = _table("library", "base", "loaded by", "file")
+    for used in libraries:
+        who = "miniloader" if used.ours else "the system's loader"
+        table.add_row(used.name, f"{used.base:x}", who, used.path)
+    return table
+
+
+def _written(written: Written) -> str:
+    """Bytes in hexadecimal, and as text where they are one."""
+    if not isinstance(written.value, bytes):
+        return described(written.value, "double" if isinstance(written.value, float) else "long")
+    text = written.value.partition(b"\0")[0].decode("ascii", "replace")
+    return written.value.hex() + (f"  {text!r}" if text and text.isascii() and text.isprintable() else "")
+
+
+def described(value: Value, result: str) -> str:
+    """A value of type ``result`` as a person wants it: integers in hexadecimal, too, texts quoted."""
+    match value:
+        case None:
+            return "nothing" if result == "void" else "NULL"
+        case bool():
+            return "true" if value else "false"
+        case int() if result == "ptr":
+            return f"{value:#x}" if value else "NULL"
+        case int() if result == "char" and chr(value & 0x7F).isprintable() and value >= 0:
+            return f"{value} ({chr(value)!r})"
+        case int():
+            return f"{value} ({value:#x})" if abs(value) > 9 else str(value)
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return '"' + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in escaped) + '"'
+        case _:
+            return str(value)
+
+
+class Narrator:
+    """Tells each step as it happens; the first time that a stage comes, what it is for."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._out: Console = console(stderr=stderr)
+        self._explained: set[Stage] = set()
+        self._last: Stage | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Print one step, at once."""
+        head = event.stage if event.stage != self._last else ""
+        self._last = event.stage
+        if event.stage not in self._explained:
+            self._explained.add(event.stage)
+            line = Text.assemble((f"{head:<11}", "bold"), (_EXPLAINED[event.stage], "italic"))
+            self._out.print(line, soft_wrap=True)
+            head = ""
+        name = os.path.basename(event.library)
+        self._out.print(Text.assemble((f"{head:<11}", "bold"), f"{name}: {event.text}"), soft_wrap=True)
