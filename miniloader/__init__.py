@@ -19,7 +19,6 @@ TYPE_CHECKING = (
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage as ElfImage
     from miniloader.elf import LoadPlan as LoadPlan
-    from miniloader.elf import inspect as inspect
     from miniloader.errors import ElfError as ElfError
     from miniloader.errors import EvidenceError as EvidenceError
     from miniloader.errors import LoadError as LoadError
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from miniloader.lab.prove import Proof as Proof
     from miniloader.lab.prove import prove as prove
     from miniloader.loader import Library as Library
+    from miniloader.loader import inspect as inspect
     from miniloader.loader import load as load
 
 #: Where each public name lives (PEP 562 below).
@@ -45,7 +45,7 @@ _HOMES = {
     "SymbolError": "miniloader.errors",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",
-    "inspect": "miniloader.elf",
+    "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prove": "miniloader.lab.prove",
 }

@@ -26,7 +26,7 @@ from miniloader.elf.image import ElfImage
 from miniloader.elf.plan import plan_segments
 from miniloader.errors import ElfError
 
-__all__ = ["RULES", "Problem", "Rule", "problems_of", "refuse_problems"]
+__all__ = ["RULES", "Problem", "Rule", "outcomes", "problems_of", "refuse_problems"]
 
 Severity = Literal["error", "warning"]
 Fault = tuple[str, str, str]  # field, found, expected
@@ -295,11 +295,17 @@ def _broken(rule: Rule, image: ElfImage) -> Iterator[Problem]:
         yield Problem(rule.name, "error", error.field, error.found, error.expected)
 
 
+def outcomes(image: ElfImage) -> Iterator[tuple[Rule, tuple[Problem, ...]]]:
+    """Every rule, and where the file breaks it (``()``: it holds)."""
+    for rule in RULES:
+        yield rule, tuple(_broken(rule, image))
+
+
 def problems_of(image: ElfImage) -> tuple[Problem, ...]:
     """Every problem of the file, each named once (a table that cannot be read breaks several rules)."""
     found: dict[Fault, Problem] = {}
-    for rule in RULES:
-        for problem in _broken(rule, image):
+    for _, problems in outcomes(image):
+        for problem in problems:
             found.setdefault((problem.field, problem.found, problem.expected), problem)
     return tuple(found.values())
 

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from miniloader.elf.source import Bytes
 from miniloader.elf.tables import dynamic_dtype
 from miniloader.errors import ElfError
 
@@ -76,12 +77,12 @@ _MOST_ENTRIES: Final = 4096
 class Reader(Protocol):
     """Reads ``length`` bytes at ``vaddr``; :class:`ElfError` naming ``what`` when they are not there."""
 
-    def __call__(self, vaddr: int, length: int, what: str, /) -> bytes:
+    def __call__(self, vaddr: int, length: int, what: str, /) -> Bytes:
         """The bytes."""
         ...
 
 
-def string_at(strings: bytes, offset: int) -> bytes:
+def string_at(strings: Bytes, offset: int) -> bytes:
     """The NUL-terminated string at ``offset``; empty when ``offset`` is outside the table."""
     end = strings.find(b"\0", offset)
     return strings[offset:end] if end >= 0 else strings[offset:]
@@ -119,7 +120,7 @@ class Dynamic:
         return DT_SYMBOLIC in self.tags or self.flag(DT_FLAGS, DF_SYMBOLIC)
 
 
-def parse_dynamic(data: bytes, elf_class: int, order: str, name: str | None = None) -> Dynamic:
+def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = None) -> Dynamic:
     """Decode the bytes of ``PT_DYNAMIC`` up to ``DT_NULL`` or the end."""
     dtype = dynamic_dtype(elf_class, order)
     rows = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)

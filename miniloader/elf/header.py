@@ -155,7 +155,7 @@ def read_header(source: Source) -> Header:
         raise ElfError(name, "EI_VERSION", str(ident[6]), "1")
     elf_class: Literal[32, 64] = 32 if ident[4] == 1 else 64
     size = 52 if elf_class == 32 else 64
-    raw = _basic(elf_class, ident[5] == 1).Elf_Ehdr.parse(source.read(0, size, "ELF header"))
+    raw = _basic(elf_class, ident[5] == 1).Elf_Ehdr.parse(bytes(source.read(0, size, "ELF header")))
     if raw.e_version not in ("EV_CURRENT", 1):
         raise ElfError(name, "e_version", _name(raw.e_version, "EV_"), "1")
     code = raw.e_machine
@@ -223,7 +223,7 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
     if header.shoff == 0 or header.shentsize != size:
         return ()
     try:
-        first = structs.Elf_Shdr.parse(source.read(header.shoff, size, "section headers"))
+        first = structs.Elf_Shdr.parse(bytes(source.read(header.shoff, size, "section headers")))
         count = header.shnum or first.sh_size  # gABI: more than SHN_LORESERVE sections
         strings_index = first.sh_link if header.shstrndx == _SHN_XINDEX else header.shstrndx
         table = source.read(header.shoff, size * count, "section headers")

@@ -26,7 +26,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
 from miniloader.elf.plan import LoadPlan, plan_segments
 from miniloader.elf.relocations import Relocations, read_relocations
-from miniloader.elf.source import Source
+from miniloader.elf.source import Bytes, Source
 from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.errors import ElfError
 
@@ -80,7 +80,7 @@ class ElfImage:
                 return load.file_offset + vaddr - load.vaddr
         return None
 
-    def read(self, vaddr: int, length: int, what: str = "bytes") -> bytes:
+    def read(self, vaddr: int, length: int, what: str = "bytes") -> Bytes:
         """The ``length`` bytes of the file that are mapped at ``vaddr``; all within one segment."""
         if length == 0:
             return b""
@@ -196,7 +196,7 @@ class ElfImage:
     # -- inside -----------------------------------------------------------------------------------
 
     @cached_property
-    def _string_table(self) -> bytes:
+    def _string_table(self) -> Bytes:
         tags: Mapping[int, int] = self.dynamic.tags
         if DT_STRTAB not in tags:
             return b""
@@ -239,13 +239,13 @@ def read_image(source: Source) -> ElfImage:
     return ElfImage(source.name, source, header, read_segments(source, header))
 
 
-def inspect(path: str | os.PathLike[str]) -> ElfImage:
+def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     """Read the shared object ``path``: nothing is mapped, nothing is run, any machine will do.
 
     Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
     is wrong with it is listed in :attr:`ElfImage.problems`.
     """
-    image = read_image(Source.open(path))
+    image = read_image(path if isinstance(path, Source) else Source.open(path))
     kinds = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
     if image.header.type != "DYN":
         found = f"ET_{image.header.type}, {kinds.get(image.header.type, 'of unknown kind')}"

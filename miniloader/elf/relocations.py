@@ -29,6 +29,7 @@ from miniloader.elf.dynamic import (
     Reader,
     tag_name,
 )
+from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, rel_dtype, rela_dtype
 from miniloader.errors import ElfError
 
@@ -162,7 +163,7 @@ def _entry_size(tags: Mapping[int, int], tag: int, size: int, name: str | None) 
 
 def _extent(
     read: Reader, tags: Mapping[int, int], start: int, size: int, unit: int, name: str | None
-) -> bytes:
+) -> Bytes:
     length = tags.get(size, 0)
     if length % unit:
         raise ElfError(name, tag_name(size), f"{length} bytes", f"a multiple of {unit}")

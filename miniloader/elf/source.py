@@ -6,6 +6,8 @@ neither a number in the file nor a file cut short behind our back can cost memor
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import stat
 import weakref
@@ -13,9 +15,13 @@ from typing import Final
 
 from miniloader.errors import ElfError, LoadError
 
-__all__ = ["Source"]
+__all__ = ["Bytes", "Source"]
+
+Bytes = bytes | mmap.mmap
+"""What is read: both can be indexed, sliced and searched, and given to :func:`numpy.frombuffer`."""
 
 _HEAD: Final = 1 << 16
+_LARGE: Final = 1 << 21
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -102,7 +108,7 @@ class Source:
         """Close the descriptor now; reading afterwards is an error, closing twice is not."""
         self._closer()
 
-    def read(self, offset: int, length: int, what: str) -> bytes:
+    def read(self, offset: int, length: int, what: str) -> Bytes:
         """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``what`` if the file has fewer."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ElfError(
@@ -113,16 +119,27 @@ class Source:
             )
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
-        data = os.pread(self.fd, length, self.start + offset)
-        while len(data) < length:  # pread(2) gives at most 2 GiB at a time
-            more = os.pread(self.fd, length - len(data), self.start + offset + len(data))
-            if not more:
-                raise ElfError(
-                    self.name,
-                    what,
-                    f"{len(data)} bytes",
-                    f"{length} bytes",
-                    hint="it was cut short meanwhile",
-                )
-            data += more
-        return data
+        data = _room(length)
+        with memoryview(data) as view:
+            done = 0
+            while done < length:  # preadv(2) gives at most 2 GiB at a time
+                with view[done:] as rest:
+                    count = os.preadv(self.fd, [rest], self.start + offset + done)
+                if not count:
+                    hint = "it was cut short meanwhile"
+                    raise ElfError(self.name, what, f"{done} bytes", f"{length} bytes", hint=hint)
+                done += count
+        return bytes(data) if isinstance(data, bytearray) else data
+
+
+def _room(length: int) -> bytearray | mmap.mmap:
+    """Memory to read into.
+
+    Large ones are of huge pages, since faulting small pages in takes longer than reading into them.
+    """
+    if length < _LARGE:
+        return bytearray(length)
+    room = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return room

@@ -26,6 +26,7 @@ from miniloader.elf.dynamic import (
     Reader,
     string_at,
 )
+from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version, read_versions
 from miniloader.errors import ElfError
@@ -170,7 +171,7 @@ class SymbolTable:
     """
 
     rows: Table
-    strings: bytes
+    strings: Bytes
     hash: GnuHash | SysvHash | None
     versym: NDArray[np.uint16]
     versions: Mapping[int, Version] = field(default_factory=dict)
@@ -181,6 +182,18 @@ class SymbolTable:
     def name_bytes(self, index: int) -> bytes:
         """The name of symbol ``index``."""
         return self.string(int(self.rows["name"][index]))
+
+    def names(self, indices: NDArray[np.int64]) -> list[bytes]:
+        """The names of the symbols ``indices``."""
+        strings, find = self.strings, self.strings.find
+        return [strings[at : find(b"\0", at)] for at in self.rows["name"][indices].tolist()]
+
+    def version_names(self, indices: NDArray[np.int64]) -> list[str | None]:
+        """The versions of the symbols ``indices``, as :meth:`version` has them."""
+        if not len(self.versym):
+            return [None] * len(indices)
+        labels = {index: version.name for index, version in self.versions.items()}
+        return [labels.get(raw & ~VERSION_HIDDEN) for raw in self.versym[indices].tolist()]
 
     def name(self, index: int) -> str:
         """The name of symbol ``index``, with undecodable bytes kept as escapes."""
@@ -285,7 +298,7 @@ def read_symbols(
     that a relocation uses, plus one).  Raises :class:`ElfError` for tables that leave the image.
     """
     dtype = symbol_dtype(elf_class, order)
-    strings = b""
+    strings: Bytes = b""
     if DT_STRTAB in tags:
         strings = read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
     if DT_SYMTAB not in tags:
@@ -331,7 +344,7 @@ def _read_gnu_hash(read: Reader, vaddr: int, elf_class: int, order: str, name: s
         return GnuHash(first, shift, bloom, buckets, np.empty(0, np.uint32))
     if int(buckets[buckets > 0].min()) < first:
         raise ElfError(name, "DT_GNU_HASH", "a bucket before the first hashed symbol", f"at least {first}")
-    chains = read(at, (last - first) * 4, "DT_GNU_HASH chains")
+    chains = bytes(read(at, (last - first) * 4, "DT_GNU_HASH chains"))
     chains += _last_chain(read, at + len(chains), f"{order}u4")
     return GnuHash(first, shift, bloom, buckets, np.frombuffer(chains, f"{order}u4"))
 
@@ -342,7 +355,7 @@ def _last_chain(read: Reader, at: int, dtype: str) -> bytes:
     size = 64
     while True:
         try:
-            block = read(at, size, "DT_GNU_HASH chains")
+            block = bytes(read(at, size, "DT_GNU_HASH chains"))
         except ElfError:
             if size == 4:
                 raise

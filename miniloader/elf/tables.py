@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.elf.source import Bytes
+
 __all__ = [
     "RELOCATION",
     "Table",
@@ -70,7 +72,7 @@ def _fields(dtype: np.dtype[Any]) -> list[tuple[str, Any]]:
     return [(name, dtype[name]) for name in dtype.names or ()]
 
 
-def decode_relocations(data: bytes, elf_class: int, order: str, *, addends: bool, machine: str) -> Table:
+def decode_relocations(data: Bytes, elf_class: int, order: str, *, addends: bool, machine: str) -> Table:
     """The rows of a REL or RELA table as :data:`RELOCATION`.
 
     REL rows (``addends=False``) get addend 0: theirs lies in the word they relocate.
@@ -98,7 +100,7 @@ def decode_relocations(data: bytes, elf_class: int, order: str, *, addends: bool
     return rows
 
 
-def decode_relr(data: bytes, elf_class: int, order: str) -> NDArray[np.uint64]:
+def decode_relr(data: Bytes, elf_class: int, order: str) -> NDArray[np.uint64]:
     """The vaddrs that a RELR table relocates, in table order (gABI, section "Relocation").
 
     An even entry is an address; the odd ones after it are bitmaps of the words that follow, 63 (or 31)

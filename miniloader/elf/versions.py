@@ -15,6 +15,7 @@ from miniloader.elf.dynamic import (
     Reader,
     string_at,
 )
+from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 
 __all__ = ["VERSION_HIDDEN", "VER_NDX_GLOBAL", "VER_NDX_LOCAL", "Version", "read_versions"]
@@ -38,7 +39,7 @@ class Version:
 
 
 def read_versions(
-    read: Reader, tags: Mapping[int, int], strings: bytes, *, order: str, name: str | None
+    read: Reader, tags: Mapping[int, int], strings: Bytes, *, order: str, name: str | None
 ) -> dict[int, Version]:
     """Every version the image needs or defines, by the index ``DT_VERSYM`` uses (without its hidden bit)."""
     needed = dict(_needed(read, tags, strings, order, name)) if DT_VERNEED in tags else {}
@@ -63,12 +64,12 @@ def _records(
         vaddr += step
 
 
-def _text(strings: bytes, offset: int) -> str:
+def _text(strings: Bytes, offset: int) -> str:
     return string_at(strings, offset).decode("utf-8", "backslashreplace")
 
 
 def _needed(
-    read: Reader, tags: Mapping[int, int], strings: bytes, order: str, name: str | None
+    read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
     # Elf*_Verneed: version, count, file, aux, next; Elf*_Vernaux: hash, flags, other, name, next.
     need, auxiliary = struct.Struct(f"{order}HHIII"), struct.Struct(f"{order}IHHII")
@@ -85,7 +86,7 @@ def _needed(
 
 
 def _defined(
-    read: Reader, tags: Mapping[int, int], strings: bytes, order: str, name: str | None
+    read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
     # Elf*_Verdef: version, flags, index, count, hash, aux, next; Elf*_Verdaux: name, next.
     define, auxiliary = struct.Struct(f"{order}HHHHIII"), struct.Struct(f"{order}II")

@@ -2,5 +2,6 @@
 
 from miniloader.loader.events import Event
 from miniloader.loader.library import Library, load
+from miniloader.loader.search import inspect
 
-__all__ = ["Event", "Library", "load"]
+__all__ = ["Event", "Library", "inspect", "load"]

@@ -111,7 +111,8 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
 def initialise_library(graph: Graph, library: Loaded) -> None:
     """Run its constructors."""
     for address in life.constructors(library.image, library.mapped):
-        graph.event("initialise", library.name, f"call {address:#x}", address=address)
+        if graph.tell is not None:
+            graph.event("initialise", library.name, f"call {address:#x}", address=address)
         life.run_constructor(address)
     library.initialised = True
 
@@ -142,14 +143,20 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     for definer in unique.settle(library.symbols, bindings, addresses):
         if isinstance(definer, Loaded) and definer is not library:
             library.holds.append(definer)
-    if library.image.tls is not None:
-        for place, index in enumerate(bindings.wanted.tolist()):
-            if addresses[place] and library.symbols.name_bytes(index) in _THREAD_EXIT:
-                function = int(addresses[place])
-                if function not in library.stubs:
-                    library.stubs[function] = Stub()
-                addresses[place] = library.stubs[function].address
+    for place in _thread_exits(library, bindings) if library.image.tls is not None else ():
+        function = int(addresses[place])
+        if function not in library.stubs:
+            library.stubs[function] = Stub()
+        addresses[place] = library.stubs[function].address
     return addresses
+
+
+def _thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
+    """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
+    table = library.symbols
+    wanted = table.rows["name"][bindings.wanted]
+    offsets = [table.strings.find(b"\0" + name + b"\0") + 1 for name in _THREAD_EXIT]
+    return [place for at in offsets if at for place in np.flatnonzero(wanted == at).tolist()]
 
 
 def _count_for_carrier(library: Loaded) -> None:

@@ -330,7 +330,7 @@ def _put_indirect(
 
     writes: list[tuple[Kind, NDArray[np.uint64], NDArray[np.uint64]]] = []
     if late.any():
-        runs = np.array([may_run(owner) for owner in bindings.owner.tolist()], bool)
+        runs = np.array([may_run(place) for place in range(len(bindings.scope))], bool)[bindings.owner]
         addresses[late & ~runs] = 0
         addresses[late & runs] = resolve(addresses[late & runs])
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):

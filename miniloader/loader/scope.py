@@ -152,8 +152,14 @@ def _suspects(
     if known is None:
         return defined
     maybe = np.zeros(len(defined), bool)
+    every = np.arange(len(defined))
     for definer in earlier:
-        maybe |= _bloom(definer.symbols, known) | _bloom(definer.symbols, known | np.uint32(1))
+        other = definer.symbols
+        if not isinstance(other.hash, GnuHash):
+            return defined
+        for hashes in (known, known | np.uint32(1)):
+            for item, _ in _chains(other.hash, every, hashes):
+                maybe[item] = True
     return defined[maybe]
 
 
@@ -165,11 +171,8 @@ def _known_hashes(table: GnuHash, symbols: NDArray[np.int64]) -> NDArray[np.uint
     return np.asarray(table.chains[places] & np.uint32(0xFFFFFFFE), np.uint32)
 
 
-def _bloom(table: SymbolTable, hashes: NDArray[np.uint32]) -> NDArray[np.bool_]:
+def _bloom(gnu: GnuHash, hashes: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """Which ``hashes`` the table may hold."""
-    gnu = table.hash
-    if not isinstance(gnu, GnuHash):
-        return np.ones(len(hashes), bool)
     bits = np.uint32(gnu.bloom.itemsize * 8)
     words = gnu.bloom[(hashes // bits) & np.uint32(len(gnu.bloom) - 1)]
     first, second = hashes % bits, (hashes >> np.uint32(gnu.shift)) % bits
@@ -188,9 +191,8 @@ def _search(
     if not len(open_):
         return
     positions = open_.tolist()
-    names = [table.name_bytes(int(wanted[position])) for position in positions]
-    versions = [table.version(int(wanted[position])) for position in positions]
-    labels = [version.name if version is not None else None for version in versions]
+    names = table.names(wanted[open_])
+    labels = table.version_names(wanted[open_])
     hashes = gnu_hashes(names)
     left = np.arange(len(positions))
     for place, definer in enumerate(scope):
@@ -251,7 +253,7 @@ def find_all(
         )
         return {item: index for item, index in plain if index is not None}
     candidates: dict[int, list[int]] = {}
-    for item, index in _chains(table, items, hashes):
+    for item, index in _chains(table.hash, items, hashes):
         candidates.setdefault(item, []).append(index)
     matches = (
         (item, _match(table, indices, names[item], versions[item])) for item, indices in candidates.items()
@@ -265,11 +267,9 @@ def _slow(table: SymbolTable, name: bytes) -> list[int]:
     return [int(index) for index in np.flatnonzero(table.defined)]
 
 
-def _chains(table: SymbolTable, items: NDArray[np.intp], hashes: NDArray[np.uint32]) -> list[tuple[int, int]]:
+def _chains(gnu: GnuHash, items: NDArray[np.intp], hashes: NDArray[np.uint32]) -> list[tuple[int, int]]:
     """Walk the hash chains of all ``items`` together, a step at a time: (item, symbol with its hash)."""
-    gnu = table.hash
-    assert isinstance(gnu, GnuHash)
-    alive = items[_bloom(table, hashes[items])]
+    alive = items[_bloom(gnu, hashes[items])]
     wanted = hashes[alive]
     at = gnu.buckets[wanted % np.uint32(len(gnu.buckets))].astype(np.int64) - gnu.first
     found: list[tuple[int, int]] = []

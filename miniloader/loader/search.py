@@ -19,10 +19,12 @@ from typing import Final
 
 import numpy as np
 
+from miniloader import elf
+from miniloader.elf import ElfImage, Source
 from miniloader.errors import LoadError
 from miniloader.loader import host
 
-__all__ = ["Asker", "Found", "Step", "find", "find_path"]
+__all__ = ["Asker", "Found", "Step", "find", "find_path", "inspect"]
 
 CACHE: Final = "/etc/ld.so.cache"
 _MACHINE: Final = {"x86_64": (2, 62), "aarch64": (2, 183), "i386": (1, 3), "riscv64": (2, 243)}
@@ -91,6 +93,16 @@ def find_path(path: str | os.PathLike[str]) -> str:
     if os.path.exists(name):
         return os.path.join(os.curdir, name)
     raise LoadError(f"{name}: no library of that name where the system looks for one", hint="give its path")
+
+
+def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
+    """Read the shared object ``path`` (a bare name is searched as :func:`find_path` does): nothing is mapped,
+    nothing is run, any machine will do.
+
+    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
+    is wrong with it is listed in :attr:`ElfImage.problems`.
+    """
+    return elf.inspect(path if isinstance(path, Source) else find_path(path))
 
 
 def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
