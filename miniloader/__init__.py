@@ -19,6 +19,7 @@ TYPE_CHECKING = (
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage as ElfImage
     from miniloader.elf import LoadPlan as LoadPlan
+    from miniloader.elf import Source as Source
     from miniloader.errors import ElfError as ElfError
     from miniloader.errors import EvidenceError as EvidenceError
     from miniloader.errors import LoadError as LoadError
@@ -42,6 +43,7 @@ _HOMES = {
     "LoadPlan": "miniloader.elf",
     "MiniloaderError": "miniloader.errors",
     "Proof": "miniloader.lab.prove",
+    "Source": "miniloader.elf",
     "SymbolError": "miniloader.errors",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",

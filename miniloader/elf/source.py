@@ -117,29 +117,26 @@ class Source:
                 f"bytes {offset:#x} to {offset + length:#x}",
                 f"inside the file of {self.size:#x} bytes",
             )
+        at = self.start + offset
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
-        data = _room(length)
-        with memoryview(data) as view:
-            done = 0
+        data = os.pread(self.fd, length, at) if length < _LARGE else self._read_large(at, length)
+        if len(data) < length:
+            hint = "it was cut short meanwhile"
+            raise ElfError(self.name, what, f"{len(data)} bytes", f"{length} bytes", hint=hint)
+        return data
+
+    def _read_large(self, at: int, length: int) -> Bytes:
+        """Into huge pages, since faulting small ones in takes longer than reading; fewer bytes at the end."""
+        room = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            room.madvise(mmap.MADV_HUGEPAGE)
+        done = 0
+        with memoryview(room) as view:
             while done < length:  # preadv(2) gives at most 2 GiB at a time
                 with view[done:] as rest:
-                    count = os.preadv(self.fd, [rest], self.start + offset + done)
+                    count = os.preadv(self.fd, [rest], at + done)
                 if not count:
-                    hint = "it was cut short meanwhile"
-                    raise ElfError(self.name, what, f"{done} bytes", f"{length} bytes", hint=hint)
+                    return room[:done]
                 done += count
-        return bytes(data) if isinstance(data, bytearray) else data
-
-
-def _room(length: int) -> bytearray | mmap.mmap:
-    """Memory to read into.
-
-    Large ones are of huge pages, since faulting small pages in takes longer than reading into them.
-    """
-    if length < _LARGE:
-        return bytearray(length)
-    room = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return room
+        return room

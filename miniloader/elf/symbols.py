@@ -126,11 +126,16 @@ class GnuHash:
         """The symbols whose hash is ``name``'s (``hashed``, where that is known), in chain order."""
         if hashed is None:
             hashed = gnu_hash(name)
-        bloom, (buckets, chains) = self.bloom_list, self._lists
+        bloom = self.bloom_list
         bits = self.bloom.itemsize * 8
         word = bloom[(hashed // bits) % len(bloom)]
         if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
             return []
+        return self.chain(hashed)
+
+    def chain(self, hashed: int) -> list[int]:
+        """The symbols with this hash (which the Bloom filter lets through), in chain order."""
+        buckets, chains = self._lists
         at = buckets[hashed % len(buckets)] - self.first
         found: list[int] = []
         while 0 <= at < len(chains):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -50,6 +50,7 @@ _TYPES: Final = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_COMMON, STT_TLS, STT_GNU_
 _INVISIBLE: Final = (STV_INTERNAL, STV_HIDDEN)
 _NOWHERE: Final = -1
 _FEW: Final = 300  # names up to which looking up one by one is faster
+_FEW_CHAINS: Final = 100  # chains up to which walking them one by one is
 
 
 class Definer(Protocol):
@@ -151,16 +152,23 @@ def _suspects(
         known = _known_hashes(table.hash, wanted[defined])
     if known is None:
         return defined
-    maybe = np.zeros(len(defined), bool)
-    every = np.arange(len(defined))
-    for definer in earlier:
-        other = definer.symbols
-        if not isinstance(other.hash, GnuHash):
-            return defined
-        for hashes in (known, known | np.uint32(1)):
-            for item, _ in _chains(other.hash, every, hashes):
-                maybe[item] = True
-    return defined[maybe]
+    if any(not isinstance(definer.symbols.hash, GnuHash) for definer in earlier):
+        return defined
+    theirs = _all_hashes(tuple(definer.symbols for definer in earlier))
+    place = np.minimum(np.searchsorted(theirs, known), len(theirs) - 1)
+    return defined[theirs[place] == known] if len(theirs) else defined[:0]
+
+
+@lru_cache(maxsize=4)
+def _all_hashes(tables: tuple[SymbolTable, ...]) -> NDArray[np.uint32]:
+    """The hashes of all symbols of ``tables`` without their lowest bit, ascending.
+
+    Kept, because the tables of the process's global scope are the same from load to load.
+    """
+    hashes = (table.hash.chains for table in tables if isinstance(table.hash, GnuHash))
+    found = np.concatenate([np.empty(0, np.uint32), *hashes]) & np.uint32(0xFFFFFFFE)
+    found.sort()
+    return found
 
 
 def _known_hashes(table: GnuHash, symbols: NDArray[np.int64]) -> NDArray[np.uint32] | None:
@@ -270,6 +278,12 @@ def _slow(table: SymbolTable, name: bytes) -> list[int]:
 def _chains(gnu: GnuHash, items: NDArray[np.intp], hashes: NDArray[np.uint32]) -> list[tuple[int, int]]:
     """Walk the hash chains of all ``items`` together, a step at a time: (item, symbol with its hash)."""
     alive = items[_bloom(gnu, hashes[items])]
+    if len(alive) < _FEW_CHAINS:
+        pairs = (
+            (item, gnu.chain(hashed))
+            for item, hashed in zip(alive.tolist(), hashes[alive].tolist(), strict=True)
+        )
+        return [(item, index) for item, indices in pairs for index in indices]
     wanted = hashes[alive]
     at = gnu.buckets[wanted % np.uint32(len(gnu.buckets))].astype(np.int64) - gnu.first
     found: list[tuple[int, int]] = []
