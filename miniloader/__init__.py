@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from miniloader.errors import SymbolError as SymbolError
     from miniloader.errors import UsageError as UsageError
     from miniloader.errors import WorkerError as WorkerError
-    from miniloader.lab.prove import Proof as Proof
+    from miniloader.lab.proof import Proof as Proof
     from miniloader.lab.prove import prove as prove
     from miniloader.loader import Library as Library
     from miniloader.loader import inspect as inspect
@@ -42,7 +42,7 @@ _HOMES = {
     "LoadError": "miniloader.errors",
     "LoadPlan": "miniloader.elf",
     "MiniloaderError": "miniloader.errors",
-    "Proof": "miniloader.lab.prove",
+    "Proof": "miniloader.lab.proof",
     "Source": "miniloader.elf",
     "SymbolError": "miniloader.errors",
     "UsageError": "miniloader.errors",

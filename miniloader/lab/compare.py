@@ -51,8 +51,8 @@ class Comparison:
 
     ``dlopen`` and ``ours`` are "loaded", or why not.  ``words`` are the relocated ones; of these ``equal``
     are alike, ``rewritten`` were changed by the library's own code afterwards, to the same or to something
-    that has no name (the heap) in both, and ``stubs`` are alike but for a stub of ours in front, through which
-    a thread's destructors are registered.  At most 20 of the others are in ``differing``.
+    that has no name (the heap) in both, and ``stubs`` are alike but for a stub of ours in front, through
+    which a thread's destructors are registered.  At most 20 of the others are in ``differing``.
     """
 
     path: str

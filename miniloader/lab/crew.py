@@ -1,0 +1,275 @@
+"""A crew: freshly started worker processes that load a library and are led through it in step.
+
+::
+
+    with Crew(4) as crew:
+        replies = crew.ask("load", path="/usr/lib/libz.so.1", pauses=["mapped"])
+        …                                    # look at the workers' pages
+        replies = crew.ask("resume")
+
+Each worker is a Python of its own (:mod:`miniloader.lab.worker`), started by exec and not forked from
+here, so that it has its own address space layout and shares nothing with its parent but files.  Requests
+and replies are lines of JSON over a socket pair; what the library prints goes elsewhere.
+
+No worker outlives the crew, nor the thread that started it: closing kills and reaps them, and the
+kernel does it (PR_SET_PDEATHSIG) when we have no chance to.  This module imports little, so that workers
+start at once while the parent is still importing what it needs to look at them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import miniloader
+from miniloader import errors
+from miniloader.errors import MiniloaderError, UsageError, WorkerError
+
+__all__ = ["Crew", "Reply", "Worker"]
+
+Reply = Mapping[str, Any]
+"""What a worker answers: see the commands in :mod:`miniloader.lab.worker`."""
+
+# The worker imports exactly what we would: our sys.path as it is, without site's search for more.
+_START: Final = "import sys; sys.path[:] = sys.argv[3:]; from miniloader.lab.worker import main; main()"
+_LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
+
+
+class Worker:
+    """One process of a crew: its ``pid``, and its number in the crew, from 1."""
+
+    def __init__(self, number: int, of: int) -> None:
+        ours, theirs = socket.socketpair()
+        # What it and the library print, to be quoted when it dies; a file never makes it wait for a reader.
+        self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
+        try:
+            self._process = subprocess.Popen(
+                _command(theirs.fileno()),
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # Ctrl-C is for the parent to deal with
+            )
+        except OSError as error:
+            ours.close()
+            os.close(self._output)
+            raise WorkerError(f"cannot start worker {number} of {of}: {error.strerror}") from error
+        finally:
+            theirs.close()
+        self.number = number
+        self.pid = self._process.pid
+        self._name = f"worker {number} of {of} (pid {self.pid})"
+        self._socket = ours
+        self._inbox = bytearray()
+
+    def __repr__(self) -> str:
+        return f"<{self._name}>"
+
+    def fileno(self) -> int:
+        """Its end of the socket pair, for a selector."""
+        return self._socket.fileno()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def send(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Tell it what to do."""
+        line = json.dumps({"command": command, **arguments}) + "\n"
+        try:
+            self._socket.sendall(line.encode())
+        except OSError:
+            raise self.death(command) from None
+
+    def receive(self, doing: str) -> Reply | None:
+        """Its reply, None when there is no whole one yet; called when its socket is readable.
+
+        Raises the error it reports, or WorkerError when it has died.
+        """
+        try:
+            part = self._socket.recv(1 << 16)
+        except OSError:
+            part = b""
+        if not part:
+            raise self.death(doing)
+        self._inbox += part
+        if not self._inbox.endswith(b"\n"):
+            return None
+        reply: dict[str, Any] = json.loads(self._inbox)
+        self._inbox.clear()
+        if "error" in reply:
+            raise _revived(reply["error"], self._name)
+        return reply
+
+    def death(self, doing: str) -> WorkerError:
+        """Reap it, and say how it died; to be raised."""
+        try:
+            status = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return WorkerError(f"{self._name}: closed its connection at {doing!r}")
+        how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        words = self._last_words()
+        return WorkerError(f"{self._name}: {how} at {doing!r}" + (f", its last words: {words}" if words else ""))
+
+    def silence(self, doing: str, seconds: float) -> WorkerError:
+        """It has not answered; to be raised."""
+        return WorkerError(f"{self._name}: no answer at {doing!r} within {seconds:g} seconds")
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+        self._process.kill()
+
+    def reap(self) -> None:
+        """Wait for its end; close everything that belonged to it."""
+        self._process.wait()
+        self._socket.close()
+        if self._output >= 0:
+            os.close(self._output)
+            self._output = -1
+
+    def _last_words(self) -> str:
+        """The last line that it printed."""
+        size = os.fstat(self._output).st_size
+        lines = os.pread(self._output, 1000, max(0, size - 1000)).decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class Crew:
+    """``processes`` workers, started at once; a context manager that ends them.
+
+    ``timeout`` is how many seconds any answer may take.  When a method has raised, the crew can only be
+    closed: its workers are no longer in step.
+    """
+
+    def __init__(self, processes: int, *, timeout: float = 60.0) -> None:
+        """Start them.  Raises UsageError for no process, WorkerError when one cannot be started."""
+        if processes < 1:
+            raise UsageError(f"{processes} processes: expected at least 1")
+        self._timeout = timeout
+        self._workers: list[Worker] = []
+        with _uninterrupted():
+            try:
+                for number in range(1, processes + 1):
+                    self._workers.append(Worker(number, processes))
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Those that have not been told to end."""
+        return tuple(self._workers)
+
+    def ask(self, command: str, *, step: str = "", **arguments: Any) -> list[Reply]:
+        """Have all of them do ``command`` at the same time; their replies, in order.
+
+        ``step`` is what to call it in errors.  Raises what a worker raised, or WorkerError for one that died
+        or does not answer.
+        """
+        return self.ask_each(command, [arguments] * len(self._workers), step=step)
+
+    def ask_each(self, command: str, arguments: Sequence[Mapping[str, Any]], *, step: str = "") -> list[Reply]:
+        """The same, with arguments of its own for each."""
+        for worker, own in zip(self._workers, arguments, strict=True):
+            worker.send(command, own)
+        return self._replies(step or command)
+
+    def dismiss(self, worker: Worker) -> None:
+        """End one of them and reap it; the others stay."""
+        with _uninterrupted():
+            self._workers.remove(worker)
+            worker.kill()
+            worker.reap()
+
+    def check(self, step: str) -> None:
+        """Raise WorkerError if one has died."""
+        for worker in self._workers:
+            if not worker.alive:
+                raise worker.death(step)
+
+    def close(self) -> None:
+        """End all of them and reap them; a second call does nothing."""
+        with _uninterrupted():
+            for worker in self._workers:
+                worker.kill()
+            while self._workers:
+                self._workers.pop().reap()
+
+    def _replies(self, step: str) -> list[Reply]:
+        replies: dict[Worker, Reply] = {}
+        end = time.monotonic() + self._timeout
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker, selectors.EVENT_READ)
+            while len(replies) < len(self._workers):
+                # A child that the library has left behind may hold the connection of a dead worker open.
+                ready = selector.select(min(_LOOK_EVERY, max(0.0, end - time.monotonic())))
+                for key, _ in ready:
+                    worker = key.fileobj
+                    assert isinstance(worker, Worker)
+                    reply = worker.receive(step)
+                    if reply is not None:
+                        replies[worker] = reply
+                        selector.unregister(worker)
+                if not ready:
+                    silent = [worker for worker in self._workers if worker not in replies]
+                    for worker in silent:
+                        if not worker.alive:
+                            raise worker.death(step)
+                    if time.monotonic() >= end:
+                        raise silent[0].silence(step, self._timeout)
+        return [replies[worker] for worker in self._workers]
+
+
+def _command(descriptor: int) -> list[str]:
+    home = os.path.dirname(os.path.dirname(os.path.abspath(miniloader.__file__)))
+    path = sys.path if home in sys.path else [*sys.path, home]
+    flags = ["-S", *(["-I"] if sys.flags.isolated else [])]
+    if not sys.executable:
+        raise WorkerError("cannot start workers: this program is no Python interpreter (sys.executable)")
+    return [sys.executable, *flags, "-c", _START, str(descriptor), str(os.getpid()), *path]
+
+
+def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:
+    """The error that a worker reports, as what it was raised as there."""
+    kind = getattr(errors, error["kind"], None)
+    if not isinstance(kind, type) or not issubclass(kind, MiniloaderError):
+        return WorkerError(f"{name}: {error['kind']}: {error['message']}")
+    revived: MiniloaderError = kind.__new__(kind, error["message"])
+    vars(revived).update(error["fields"])
+    return revived
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait: between a process's start and its being known, or half-way through ending them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
