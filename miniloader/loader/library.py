@@ -113,6 +113,16 @@ class Library:
         prototype = ctypes.CFUNCTYPE(restype, *argtypes, **options)
         return prototype(self.address(name, options.pop("version", None)))
 
+    def gdb_commands(self) -> tuple[str, ...]:
+        """What to tell gdb, attached to this process, so that it knows the functions and lines of the library.
+
+        One command for it and for each library that was loaded with it; those of ld.so gdb finds itself.
+        """
+        ours = (library for library in self._open.local_scope() if isinstance(library, Loaded))
+        return tuple(
+            f"add-symbol-file {_quoted(os.path.abspath(library.name))} -o {library.bias:#x}" for library in ours
+        )
+
     def close(self) -> None:
         """Run the finalisers and unmap, if nobody else uses it; a second call does nothing.
 
@@ -209,6 +219,11 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
             if graph.policy.init:
                 initialise_library(graph, library)
     return root
+
+
+def _quoted(path: str) -> str:
+    """``path`` as gdb reads an argument (buildargv of libiberty)."""
+    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _ours(library: Loaded) -> list[Loaded]:
