@@ -1,0 +1,81 @@
+"""``miniloader inspect``: what a shared object's file says, and which calls will map it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from miniloader.elf import ElfImage
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "show what the file says, and the mmap calls that will map it"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The library, and which of the long lists to show."""
+    parser.add_argument("library", metavar="LIB", help="a path, or a name such as libz.so.1; of any machine")
+    parser.add_argument("--symbols", action="store_true", help="list the dynamic symbols")
+    parser.add_argument("--checks", action="store_true", help="list every rule and whether the file keeps it")
+    parser.add_argument("--page-size", metavar="BYTES", type=_bytes, help="plan for pages of this size")
+
+
+def _bytes(text: str) -> int:
+    return int(text, 0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the file; print it as JSON or for a person."""
+    from miniloader.elf import inspect
+    from miniloader.kernel.syscalls import PAGE_SIZE
+
+    image = inspect(_path(arguments.library))
+    page_size = arguments.page_size or PAGE_SIZE
+    if arguments.json:
+        _print_json(image, page_size, arguments)
+    else:
+        _print(image, page_size, arguments)
+    return 0
+
+
+def _path(name: str) -> str:
+    """Where the library is: a bare name is searched for as the system's loader does."""
+    if "/" in name:
+        return name
+    from miniloader.loader.search import find_path
+
+    return find_path(name)
+
+
+def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from miniloader.report import inspect as say
+    from miniloader.report.json import dump
+
+    said: dict[str, Any] = say.to_json(image, page_size)
+    if arguments.symbols:
+        said["symbols"]["table"] = say.readable(
+            lambda: [asdict(symbol) for symbol in say.symbol_list(image)], []
+        )
+    if arguments.checks:
+        said["checks"] = say.checks_json(image)
+    dump(said)
+
+
+def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
+    from rich.text import Text
+
+    from miniloader.report import inspect_view
+    from miniloader.report.terminal import console, drawing_width
+
+    out = console()
+    parts = [inspect_view.page(image, page_size, drawing_width(out))]
+    parts += [inspect_view.checks(image)] * arguments.checks
+    parts += [inspect_view.symbols(image)] * arguments.symbols
+    for number, part in enumerate(parts):
+        if number:
+            out.print(Text())
+        for piece in part:
+            out.print(piece)
