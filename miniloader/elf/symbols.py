@@ -197,7 +197,7 @@ class SymbolTable:
         """The versions of the symbols ``indices``, as :meth:`version` has them."""
         if not len(self.versym):
             return [None] * len(indices)
-        labels = {index: version.name for index, version in self.versions.items()}
+        labels = {index: version.name for index, version in self.versions.items() if not version.base}
         return [labels.get(raw & ~VERSION_HIDDEN) for raw in self.versym[indices].tolist()]
 
     def name(self, index: int) -> str:
@@ -209,10 +209,14 @@ class SymbolTable:
         return string_at(self.strings, offset)
 
     def version(self, index: int) -> Version | None:
-        """The version of symbol ``index``: the one it has, or the one it needs; ``None`` for none."""
+        """The version of symbol ``index``: the one it has, or the one it needs; ``None`` for none.
+
+        The base version is the name of the file: symbols that have it are not versioned.
+        """
         if not len(self.versym):
             return None
-        return self.versions.get(int(self.versym[index]) & ~VERSION_HIDDEN)
+        version = self.versions.get(int(self.versym[index]) & ~VERSION_HIDDEN)
+        return None if version is None or version.base else version
 
     @cached_property
     def bind(self) -> NDArray[np.uint8]:

@@ -111,10 +111,12 @@ class Names:
             if module in self._modules:
                 return self._modules[module] + _THREAD, offset
             return _NOBODY, value
-        for start, end, number in self._blocks:
-            if start <= signed <= end:
-                return number + _THREAD, signed - start
-        return _NOBODY, value
+        blocks = [block for block in self._blocks if block[0] <= signed <= block[1]]
+        if not blocks:
+            return _NOBODY, value
+        # Where one block ends another may begin: that is the one that is meant.
+        start, _, number = max(blocks)
+        return number + _THREAD, signed - start
 
     def _pair(self, address: int) -> tuple[int, int]:
         pair = (ctypes.c_uint64 * 2)()
