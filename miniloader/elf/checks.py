@@ -192,7 +192,9 @@ def _relro(image: ElfImage) -> Iterator[Fault]:
     relro = image.segment("PT_GNU_RELRO")
     if relro is None or not relro.memsz:
         return
-    if not any(load.vaddr <= relro.vaddr and relro.vaddr < load.end for load in image.loads):
+    # Linkers may pad it to the end of its segment's last page.
+    ends = (-(-load.end // 4096) * 4096 for load in image.loads if load.vaddr <= relro.vaddr < load.end)
+    if not any(relro.end <= end for end in ends):
         yield "PT_GNU_RELRO", f"{relro.vaddr:#x} to {relro.end:#x}", "inside a PT_LOAD"
 
 

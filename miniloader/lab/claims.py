@@ -84,7 +84,9 @@ class Evidence:
     def _mapped_as(self, wanted: Callable[[PlannedMapping], bool]) -> Mask:
         mask = np.zeros(self.plan.length // self.plan.page_size, np.bool_)
         for mapping in filter(wanted, self.plan.mappings):
-            first, last = ((vaddr - self.plan.start) // self.plan.page_size for vaddr in (mapping.start, mapping.end))
+            first, last = (
+                (vaddr - self.plan.start) // self.plan.page_size for vaddr in (mapping.start, mapping.end)
+            )
             mask[first:last] = True
         return mask
 
@@ -149,9 +151,7 @@ class Finding(NamedTuple):
 
 def judge_claims(evidence: Evidence) -> tuple[Claim, ...]:
     """The claims, in the order of the table below."""
-    return tuple(
-        judge(id, statement, **finding(evidence)._asdict()) for id, statement, finding in _CLAIMS
-    )
+    return tuple(judge(id, statement, **finding(evidence)._asdict()) for id, statement, finding in _CLAIMS)
 
 
 def _code_shared(evidence: Evidence) -> Finding:
@@ -181,7 +181,9 @@ def _one_frame(evidence: Evidence, pages: Mask, what: str) -> Finding:
         good, bad = good & good_after, bad | bad_after
     if bad.any():
         where = int(evidence.decisive.vaddrs[int(np.flatnonzero(bad)[0])])
-        return Finding(False, expected, f"{observed}; {_pages(int(bad.sum()))} not, the first at vaddr {where:#x}")
+        return Finding(
+            False, expected, f"{observed}; {_pages(int(bad.sum()))} not, the first at vaddr {where:#x}"
+        )
     missing = number - int(good.sum())
     if missing:
         return Finding(None, expected, observed, f"{_pages(missing)} not in memory, or changing, at the time")

@@ -121,7 +121,9 @@ class Worker:
             return WorkerError(f"{self._name}: closed its connection at {doing!r}")
         how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
         words = self._last_words()
-        return WorkerError(f"{self._name}: {how} at {doing!r}" + (f", its last words: {words}" if words else ""))
+        return WorkerError(
+            f"{self._name}: {how} at {doing!r}" + (f", its last words: {words}" if words else "")
+        )
 
     def silence(self, doing: str, seconds: float) -> WorkerError:
         """It has not answered; to be raised."""
@@ -186,7 +188,9 @@ class Crew:
         """
         return self.ask_each(command, [arguments] * len(self._workers), step=step)
 
-    def ask_each(self, command: str, arguments: Sequence[Mapping[str, Any]], *, step: str = "") -> list[Reply]:
+    def ask_each(
+        self, command: str, arguments: Sequence[Mapping[str, Any]], *, step: str = ""
+    ) -> list[Reply]:
         """The same, with arguments of its own for each."""
         for worker, own in zip(self._workers, arguments, strict=True):
             worker.send(command, own)

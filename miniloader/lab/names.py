@@ -43,7 +43,6 @@ class Names:
         self._bias = np.uint64(report["bias"])
         self._files = files
         rows = [(row["start"], row["end"], row["bias"], row["path"]) for row in report["libraries"]]
-        rows = [row for row in rows if "linux-vdso" not in row[3]]
         rows += [
             (v.start, v.end, v.start, v.path) for v in read_maps(pid) if v.path in ("[vdso]", "[vsyscall]")
         ]
@@ -57,10 +56,7 @@ class Names:
             row["tls_module"]: files[row["path"]] for row in report["libraries"] if row["tls_module"]
         }
         blocks = {row["tls_module"]: row for row in report["libraries"] if row["tls_offset"] is not None}
-        self._blocks = [
-            (row["tls_offset"], row["tls_offset"] + row["tls_size"], files[row["path"]])
-            for row in blocks.values()
-        ]
+        self._blocks = [(row["tls_offset"], files[row["path"]]) for row in blocks.values()]
 
     def of(
         self, words: Referring, values: NDArray[np.uint64]
@@ -111,11 +107,10 @@ class Names:
             if module in self._modules:
                 return self._modules[module] + _THREAD, offset
             return _NOBODY, value
-        blocks = [block for block in self._blocks if block[0] <= signed <= block[1]]
-        if not blocks:
+        below = [block for block in self._blocks if block[0] <= signed < 0]
+        if not below:
             return _NOBODY, value
-        # Where one block ends another may begin: that is the one that is meant.
-        start, _, number = max(blocks)
+        start, number = max(below)
         return number + _THREAD, signed - start
 
     def _pair(self, address: int) -> tuple[int, int]:

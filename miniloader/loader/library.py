@@ -114,14 +114,13 @@ class Library:
         return prototype(self.address(name, options.pop("version", None)))
 
     def gdb_commands(self) -> tuple[str, ...]:
-        """What to tell gdb, attached to this process, so that it knows the functions and lines of the library.
+        """What to tell gdb, attached to this process, so that it knows functions and lines.
 
-        One command for it and for each library that was loaded with it; those of ld.so gdb finds itself.
+        One command for the library and for each that was loaded with it; those of ld.so gdb finds itself.
         """
-        ours = (library for library in self._open.local_scope() if isinstance(library, Loaded))
-        return tuple(
-            f"add-symbol-file {_quoted(os.path.abspath(library.name))} -o {library.bias:#x}" for library in ours
-        )
+        ours = [library for library in self._open.local_scope() if isinstance(library, Loaded)]
+        places = [(_quoted(os.path.abspath(library.name)), library.bias) for library in ours]
+        return tuple(f"add-symbol-file {path} -o {bias:#x}" for path, bias in places)
 
     def close(self) -> None:
         """Run the finalisers and unmap, if nobody else uses it; a second call does nothing.

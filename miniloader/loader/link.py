@@ -102,7 +102,8 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
         memory.protect(relro.start, relro.end, "r--")
         text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
         graph.event("protect", image.path, text, start=relro.start, end=relro.end)
-    table = unwind.eh_frame(image)
+    # Without init none of its code runs, and whoever throws would have to trust its table.
+    table = unwind.eh_frame(image) if graph.policy.init else None
     if table is not None and unwind.register(memory.bias + table):
         library.unwind_table = memory.bias + table
         graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)

@@ -119,6 +119,11 @@ def map_plan(plan: LoadPlan, source: Source, *, address: int | None = None) -> M
 
     Raises :class:`LoadError` when the kernel refuses; nothing stays mapped then.
     """
+    if source.start % plan.page_size:
+        raise LoadError(
+            f"{source.name}: begins at byte {source.start} of its file, no multiple of the page size",
+            hint="load a copy of its bytes: Source.from_bytes",
+        )
     offset = source.start + plan.mappings[0].file_offset
     try:
         start = _reserve(plan, source, offset, address)

@@ -31,7 +31,7 @@ def eh_frame(image: ElfImage) -> int | None:
     it, as the binary search table knows, is looked behind.
     """
     header = image.segment("PT_GNU_EH_FRAME")
-    if header is None or header.filesz < 12:
+    if header is None or header.filesz < 12 or "r" not in header.flags:
         return None
     try:
         version, pointer, count, table = image.read(header.vaddr, 4, "PT_GNU_EH_FRAME")
