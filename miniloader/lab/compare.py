@@ -6,8 +6,7 @@ block), so that it does not matter where anything was mapped.  Ours are read twi
 constructors, so that what the library's own code changed can be told from what relocation left.
 
 ``python -m miniloader.lab.compare`` serves comparisons over standard input and output: a path a line, a
-JSON object a line.  The children are forks of that process, which has loaded only what Python and numpy are
-made of; of these libraries dlopen gives the ones that are there.
+JSON object a line.  That process has loaded only what Python and numpy are made of.
 """
 
 from __future__ import annotations
@@ -299,14 +298,14 @@ class Comparer:
 def _start_server() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "miniloader.lab.compare"]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # One thread: of several only the calling one lives on in a fork.  Bound at once: as RTLD_NOW has it.
-    ours = {"OPENBLAS_NUM_THREADS": "1", "LD_BIND_NOW": "1", "PYTHONPATH": package}
+    # One thread: of several only the calling one lives on in a fork.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": package}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | ours,
+        env=environment,
         process_group=0,
     )
 

@@ -1,17 +1,13 @@
-"""Child processes that load one library, say where everything is, and hold still to be looked at.
-
-They are forks, not fresh interpreters, because a fork costs a fraction and finds the same process each time.
-Whoever calls has to see to it that the calling process has not loaded what they shall load.
-"""
+"""Child processes that load one library, say where everything is, and hold still to be looked at."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -20,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
-from miniloader.errors import LoadError, MiniloaderError, WorkerError
+from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
+from miniloader.lab import dlopened
 from miniloader.loader import Event, host, load
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.memory import Memory
+from miniloader.loader.tls import address_of
 
 __all__ = ["Held", "RemoteMemory", "load_and_hold", "open_and_hold"]
 
 Report = dict[str, Any]
-Tell = Callable[[Report], None]  # sends a report, and holds still
 
 
 class Held:
@@ -100,32 +97,43 @@ class Held:
 
 
 def open_and_hold(path: str, seconds: float = 60) -> Held:
-    """A child that opens ``path`` with dlopen(3), ``RTLD_NOW``.  It reports once."""
-    return _start(lambda tell: _open(path, tell), seconds)
+    """A fresh interpreter that opens ``path`` with dlopen(3), ``RTLD_NOW``.  It reports once.
+
+    It opens the libraries of this process first, so that it finds what a child of :func:`load_and_hold`
+    finds; none of them if ``path`` is one, so that ``path`` itself is always opened anew.
+    """
+    present = [library.path for library in host.libraries() if library.path]
+    if os.path.realpath(path) in map(os.path.realpath, present):
+        present = []
+
+    def body(report: int, hold: int) -> None:
+        os.set_inheritable(report, True)
+        os.set_inheritable(hold, True)
+        script = os.path.abspath(dlopened.__file__)
+        command = [sys.executable, "-I", "-S", script, str(report), str(hold), path, *present]
+        # What the interpreter itself brought may be asked for, and is to be bound at once as well.
+        os.execve(sys.executable, command, os.environ | {"LD_BIND_NOW": "1"})
+
+    return _start(body, seconds)
 
 
 def load_and_hold(path: str, seconds: float = 60) -> Held:
-    """A child that loads ``path`` with miniloader, allowing what dlopen allows.
+    """A forked child that loads ``path`` with miniloader, allowing what dlopen allows.
 
     It reports, and holds still, twice: when everything is relocated (its ``start`` only), and when the
-    constructors have run.
+    constructors have run.  It is a fork, not a fresh interpreter, because that costs a fraction; whoever
+    calls has to see to it that the calling process itself has loaded nothing.
     """
-    return _start(lambda tell: _load(path, tell), seconds)
+    return _start(lambda report, hold: _load(path, report, hold), seconds)
 
 
-def _open(path: str, tell: Tell) -> None:
-    try:
-        handle = host.open_host(path, load=True)
-    except LoadError as error:
-        tell({"error": str(error)})
-        return
-    assert handle is not None
-    tell({"bias": host.load_address(handle), "libraries": _host_libraries()})
-
-
-def _load(path: str, tell: Tell) -> None:
+def _load(path: str, report: int, hold: int) -> None:
     start: int | None = None
     held = False
+
+    def tell(what: Report) -> None:
+        os.write(report, json.dumps(what).encode() + b"\n")
+        os.read(hold, 1)
 
     def on_event(event: Event) -> None:
         nonlocal start, held
@@ -148,36 +156,9 @@ def _load(path: str, tell: Tell) -> None:
     if not held:
         tell({"start": start})
     ours = [other for other in library.libraries if not isinstance(other, HostLibrary)]
-    tell(
-        {
-            "bias": library.base,
-            "libraries": _host_libraries() + [_described(other) for other in ours],
-            "stubs": [(stub.address, function) for other in ours for function, stub in other.stubs.items()],
-        }
-    )
-
-
-def _host_libraries() -> list[Report]:
-    """What ld.so has loaded: path, bias, first and last address, TLS module, offset of this thread's block."""
-    return [
-        {
-            "path": os.path.realpath(library.path or "/proc/self/exe"),
-            "bias": library.bias,
-            "start": library.bias + min(start for start, _ in library.ranges),
-            "end": library.bias + max(end for _, end in library.ranges),
-            "tls_module": library.tls_module,
-            "tls_offset": _block(library.tls_module) if library.tls_module else None,
-        }
-        for library in host.libraries()
-    ]
-
-
-def _block(module: int) -> int:
-    """Where this thread's block is, from its thread pointer; glibc makes it when it is first asked for."""
-    get_address = ctypes.CDLL(None).__tls_get_addr
-    get_address.restype = ctypes.c_size_t
-    address: int = get_address((ctypes.c_size_t * 2)(module, 0))
-    return address - host.thread_pointer()
+    stubs = [(stub.address, function) for other in ours for function, stub in other.stubs.items()]
+    used = dlopened.libraries() + [_described(other) for other in ours]
+    tell({"bias": library.base, "libraries": used, "stubs": stubs})
 
 
 def _described(library: Loaded) -> Report:
@@ -188,29 +169,24 @@ def _described(library: Loaded) -> Report:
         "start": library.mapped.start,
         "end": library.mapped.end,
         "tls_module": block.module if block is not None else 0,
-        "tls_offset": _block(block.module) if block is not None else None,
+        "tls_offset": address_of(block, 0) - host.thread_pointer() if block is not None else None,
     }
 
 
-def _start(body: Callable[[Tell], None], seconds: float) -> Held:
+def _start(body: Callable[[int, int], None], seconds: float) -> Held:
     reports, report = os.pipe()
     hold, holding = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reports)
         os.close(holding)
-
-        def tell(what: Report) -> None:
-            os.write(report, json.dumps(what).encode() + b"\n")
-            os.read(hold, 1)
-
-        _be_the_child(lambda: body(tell))
+        _be_the_child(body, report, hold)
     os.close(report)
     os.close(hold)
     return Held(pid, reports, holding, seconds)
 
 
-def _be_the_child(body: Callable[[], None]) -> NoReturn:
+def _be_the_child(body: Callable[[int, int], None], report: int, hold: int) -> NoReturn:
     """In a session of its own, silent, without a core file, and gone when the parent is."""
     try:
         os.setsid()
@@ -219,7 +195,7 @@ def _be_the_child(body: Callable[[], None]) -> NoReturn:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(nowhere, fd)
-        body()
+        body(report, hold)
     finally:
         os._exit(1)
 
