@@ -17,6 +17,7 @@ from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import process_file, read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.claims import Evidence, FileState, judge_claims
+from miniloader.lab.contents import read_contents, worth_reading
 from miniloader.lab.crew import Crew
 from miniloader.lab.proof import Proof, Worked
 from miniloader.lab.prove import OnStep
@@ -56,9 +57,11 @@ def experiment(
     loaded = led.look("relocated")
 
     led.begin("written")
-    states = analyse(loaded).states
-    fresh = np.isin(states, (SHARED, SOLE)).all(axis=0)
+    sharing = analyse(loaded)
+    fresh = np.isin(sharing.states, (SHARED, SOLE)).all(axis=0)
     word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
+    shown = worth_reading(sharing, word.vaddr if word else None, PAGE_SIZE)
+    contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
     stored, read = [], []
     if word is not None:
         own = [{"vaddr": word.vaddr, "value": pid} for pid in led.pids]
@@ -66,6 +69,7 @@ def experiment(
         read = [reply["value"] for reply in crew.ask("fetch", step="written", vaddr=word.vaddr)]
     crew.ask("touch", step="written", ranges=readable)  # the kernel may have taken pages back meanwhile
     written = led.look("written")
+    contents.append(read_contents("written", led.processes, shown, PAGE_SIZE))
     if word is not None:
         back = [{"vaddr": word.vaddr, "value": value} for value in stored]
         crew.ask_each("store", back, step="written")
@@ -94,6 +98,7 @@ def experiment(
         snapshots=(mapped, touched, loaded, written, exited),
         word=word,
         claims=judge_claims(evidence),
+        contents=tuple(contents),
     )
 
 
@@ -104,6 +109,11 @@ class _Led:
         self.pids = tuple(worker.pid for worker in crew.workers)
         self.bases: Sequence[int] = ()
         self._crew, self._plan, self._level, self._on_step = crew, plan, level, on_step
+
+    @property
+    def processes(self) -> tuple[tuple[int, int], ...]:
+        """The pid and load bias of each."""
+        return tuple(zip(self.pids, self.bases, strict=True))
 
     def begin(self, step: str) -> None:
         """Tell whoever listens."""

@@ -14,6 +14,7 @@ from miniloader.evidence.sharing import STATES, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, Verdict, combine
 from miniloader.kernel.features import LevelName
+from miniloader.lab.contents import Contents
 from miniloader.lab.word import Word
 
 __all__ = ["STEPS", "MemoryUse", "Proof", "Step", "Worked"]
@@ -71,7 +72,7 @@ class Proof:
 
     ``evidence`` is the level of every snapshot; ``snapshots`` has one for each of STEPS.  ``word`` is what
     the workers wrote (None: nothing could be).  ``claims`` follow from all that, see
-    :mod:`miniloader.lab.claims`.
+    :mod:`miniloader.lab.claims`.  ``contents`` are the bytes of some copied pages, for a person to look at.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Proof:
     snapshots: tuple[Snapshot, ...]
     word: Word | None
     claims: tuple[Claim, ...]
+    contents: tuple[Contents, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
