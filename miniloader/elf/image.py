@@ -116,6 +116,7 @@ class ElfImage:
             at_least=self.relocations.highest_symbol + 1,
             name=self.path,
             machine=self.header.machine,
+            strings=self._string_table,
         )
 
     @cached_property

@@ -58,6 +58,7 @@ STV_INTERNAL: Final = 1
 STV_HIDDEN: Final = 2
 STV_PROTECTED: Final = 3
 SHN_UNDEF: Final = 0
+_CHAIN: Final = 8  # most chains are shorter
 SHN_ABS: Final = 0xFFF1
 
 
@@ -118,10 +119,6 @@ class GnuHash:
         """The Bloom filter's words as Python's own numbers: a single look-up is several times faster."""
         return [int(word) for word in self.bloom.tolist()]
 
-    @cached_property
-    def _lists(self) -> tuple[list[int], list[int]]:
-        return self.buckets.tolist(), self.chains.tolist()
-
     def candidates(self, name: bytes, hashed: int | None = None) -> list[int]:
         """The symbols whose hash is ``name``'s (``hashed``, where that is known), in chain order."""
         if hashed is None:
@@ -135,16 +132,15 @@ class GnuHash:
 
     def chain(self, hashed: int) -> list[int]:
         """The symbols with this hash (which the Bloom filter lets through), in chain order."""
-        buckets, chains = self._lists
-        at = buckets[hashed % len(buckets)] - self.first
+        at = int(self.buckets[hashed % len(self.buckets)]) - self.first
         found: list[int] = []
-        while 0 <= at < len(chains):
-            value = chains[at]
-            if value | 1 == hashed | 1:
-                found.append(at + self.first)
-            if value & 1:
-                break
-            at += 1
+        while 0 <= at < len(self.chains):
+            for value in self.chains[at : at + _CHAIN].tolist():
+                if value | 1 == hashed | 1:
+                    found.append(at + self.first)
+                if value & 1:
+                    return found
+                at += 1
         return found
 
 
@@ -300,16 +296,17 @@ def read_symbols(
     at_least: int = 0,
     name: str | None = None,
     machine: str = "",
+    strings: Bytes | None = None,
 ) -> SymbolTable:
     """Read the dynamic symbol table that the dynamic section ``tags`` describes.
 
     Its length is nowhere in the file: it is what the hash table reaches, and ``at_least`` (the highest index
-    that a relocation uses, plus one).  Raises :class:`ElfError` for tables that leave the image.
+    that a relocation uses, plus one).  ``strings`` is the string table, where it has been read before.  Raises
+    :class:`ElfError` for tables that leave the image.
     """
     dtype = symbol_dtype(elf_class, order)
-    strings: Bytes = b""
-    if DT_STRTAB in tags:
-        strings = read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
+    if strings is None:
+        strings = read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB") if DT_STRTAB in tags else b""
     if DT_SYMTAB not in tags:
         return SymbolTable(np.empty(0, dtype), strings, None, np.empty(0, np.uint16))
     if tags.get(DT_SYMENT, dtype.itemsize) != dtype.itemsize:
