@@ -210,7 +210,7 @@ def _touches(vma: Vma, target: Target) -> bool:
 
 def _touched(target: Target) -> tuple[Vma, ...]:
     """The mappings that the image touches, by address."""
-    return tuple(vma for vma in read_maps(target.pid) if _touches(vma, target))
+    return read_maps(target.pid, start=target.base + target.vaddr_start, end=target.base + target.vaddr_end)
 
 
 def _look(targets: Sequence[Target], *, with_frames: bool) -> tuple[ProcessPages, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -113,11 +114,13 @@ def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
     wanted, position = np.unique(frames, return_inverse=True)
     words = np.zeros(len(wanted), dtype=np.uint64)
     skip = int(len(wanted) > 0 and wanted[0] == 0)
-    # A run ends where the gap to the next frame is wide, or where it would exceed one read.
-    breaks = np.flatnonzero(np.diff(wanted[skip:]) > _GAP) + 1 + skip
+    # A run ends where the gap to the next frame is wide, and where it would exceed one read.
+    known = wanted[skip:]
+    ends = (np.diff(known) > _GAP) | (np.diff(known // _CHUNK) != 0)
+    breaks = np.flatnonzero(ends) + 1 + skip
     try:
         with open(path, "rb", buffering=0) as file:
-            for first, last in zip([skip, *breaks], [*breaks, len(wanted)], strict=True):
+            for first, last in pairwise([skip, *breaks.tolist(), len(wanted)]):
                 _read_run(file.fileno(), wanted[first:last], words[first:last])
     except OSError as error:
         raise _refused(path, error) from error
@@ -128,11 +131,10 @@ def _read_run(fd: int, wanted: NDArray[np.uint64], words: NDArray[np.uint64]) ->
     """Fill ``words`` for the sorted frames ``wanted``; frames beyond the end of the table stay 0."""
     if not len(wanted):
         return
-    start, stop = int(wanted[0]), int(wanted[-1]) + 1
-    for low in range(start, stop, _CHUNK):
-        table = np.frombuffer(os.pread(fd, min(_CHUNK, stop - low) * _WORD, low * _WORD), dtype=np.uint64)
-        inside = slice(*np.searchsorted(wanted, np.array([low, low + len(table)], dtype=np.uint64)))
-        words[inside] = table[wanted[inside] - np.uint64(low)]
+    start = int(wanted[0])
+    table = np.zeros(int(wanted[-1]) + 1 - start, dtype=np.uint64)
+    os.preadv(fd, [table.data], start * _WORD)
+    words[:] = table[wanted - np.uint64(start)]
 
 
 def _refused(path: str, error: OSError) -> EvidenceError:

@@ -80,15 +80,21 @@ def parse_vma(line: bytes) -> Vma:
         raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping") from error
 
 
-def read_maps(pid: int | None = None) -> tuple[Vma, ...]:
-    """All mappings of process ``pid`` (None: this one), by address.
+def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> tuple[Vma, ...]:
+    """The mappings of process ``pid`` (None: this one) that overlap [``start``, ``end``), by address.
 
     The kernel gives a consistent answer for each few kilobytes of text, not for the whole of it: a
     process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
     EvidenceError where it may not be read.
     """
-    text = read_process_file(pid, "maps")
-    return tuple(parse_vma(line) for line in text.split(b"\n") if line)
+    lines = read_process_file(pid, "maps").split(b"\n")
+    return tuple(parse_vma(line) for line in lines if line and _overlaps(line, start, end))
+
+
+def _overlaps(line: bytes, start: int, end: int) -> bool:
+    """Whether a line of ``maps`` is worth to be parsed."""
+    low, high = line[: line.find(b" ")].split(b"-")
+    return int(low, 16) < end and start < int(high, 16)
 
 
 def mappings_of(vmas: Iterable[Vma], path: str | os.PathLike[str]) -> tuple[Vma, ...]:
