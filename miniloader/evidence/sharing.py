@@ -143,7 +143,7 @@ class Sharing:
         """
         if not len(self.vaddrs):
             return ()
-        partners = self._partners()
+        partners = self.partners
         columns = np.concatenate([self.states.astype(np.int32), partners])
         ends = np.any(columns[:, 1:] != columns[:, :-1], axis=0)
         ends |= np.diff(self.vaddrs) != PAGE_SIZE
@@ -160,7 +160,8 @@ class Sharing:
             for start, stop in pairwise(edges)
         )
 
-    def _partners(self) -> NDArray[np.int32]:
+    @property
+    def partners(self) -> NDArray[np.int32]:
         """For each process and page, the first process with the same frame there; -1: no frame."""
         partners = np.full(self.frame_group.shape, -1, dtype=np.int32)
         for process in reversed(range(len(self.pids))):
