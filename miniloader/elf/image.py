@@ -246,7 +246,16 @@ def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
     is wrong with it is listed in :attr:`ElfImage.problems`.
     """
-    image = read_image(path if isinstance(path, Source) else Source.open(path))
+    source = path if isinstance(path, Source) else Source.open(path)
+    try:
+        return _shared_object(source)
+    except ElfError:
+        source.close()
+        raise
+
+
+def _shared_object(source: Source) -> ElfImage:
+    image = read_image(source)
     kinds = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
     if image.header.type != "DYN":
         found = f"ET_{image.header.type}, {kinds.get(image.header.type, 'of unknown kind')}"

@@ -60,6 +60,11 @@ class Source:
         self._head = os.pread(fd, min(self.size, _HEAD), start)
         self._closer = weakref.finalize(self, os.close, fd)
 
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells it from other images: device, inode, and where in the file it begins."""
+        return (*self.identity, self.start)
+
     def __repr__(self) -> str:
         return f"Source({self.name!r}, fd={self.fd}, start={self.start}, size={self.size})"
 

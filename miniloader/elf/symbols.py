@@ -301,8 +301,8 @@ def read_symbols(
     """Read the dynamic symbol table that the dynamic section ``tags`` describes.
 
     Its length is nowhere in the file: it is what the hash table reaches, and ``at_least`` (the highest index
-    that a relocation uses, plus one).  ``strings`` is the string table, where it has been read before.  Raises
-    :class:`ElfError` for tables that leave the image.
+    that a relocation uses, plus one).  ``strings`` is the string table, where it has been read before.
+    Raises :class:`ElfError` for tables that leave the image.
     """
     dtype = symbol_dtype(elf_class, order)
     if strings is None:

@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -30,7 +30,6 @@ __all__ = ["Library", "load"]
 
 _lock = threading.RLock()
 # Reach for these only with the lock held.
-_loaded: Final[dict[tuple[int, int, int], Loaded]] = {}  # by device, inode and offset in the file
 _order: Final[list[Loaded]] = []  # as they were initialised
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
 _STAYS: Final = DF_1_NODELETE
@@ -107,11 +106,16 @@ class Library:
         raise SymbolError(f"{self._name}: no symbol {label}", hint=_similar(self._open, name))
 
     def function(
-        self, name: str, restype: Any = ctypes.c_int, argtypes: Sequence[Any] = (), **options: Any
+        self,
+        name: str,
+        restype: Any = ctypes.c_int,
+        argtypes: Sequence[Any] = (),
+        *,
+        version: str | None = None,
+        use_errno: bool = False,
     ) -> Any:
-        """The function ``name`` as a ctypes function; ``options`` are those of :func:`ctypes.CFUNCTYPE`."""
-        prototype = ctypes.CFUNCTYPE(restype, *argtypes, **options)
-        return prototype(self.address(name, options.pop("version", None)))
+        """The function ``name`` as a ctypes function; see :meth:`address` for what is found."""
+        return ctypes.CFUNCTYPE(restype, *argtypes, use_errno=use_errno)(self.address(name, version))
 
     def gdb_commands(self) -> tuple[str, ...]:
         """What to tell gdb, attached to this process, so that it knows functions and lines.
@@ -161,8 +165,8 @@ def load(
     clock = _Clock()
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
-        known = _loaded.get((*source.identity, source.start))
-        if known is not None and known.initialised == init and address in (None, known.mapped.start):
+        known = _known(lambda library: library.key == source.key and library.policy.init == init)
+        if known is not None and address in (None, known.mapped.start):
             known.handles += 1
             return Library(known, clock.stages)
         graph = Graph(policy, _known, on_event)
@@ -189,13 +193,8 @@ class _Clock:
             self.stages[name] = self.stages.get(name, 0.0) + (time.perf_counter() - start) * 1e3
 
 
-def _known(key: tuple[int, int, int] | None, name: str) -> Loaded | None:
-    if key is not None:
-        return _loaded.get(key)
-    names = (
-        (library, (library.image.soname, os.path.basename(library.name))) for library in _loaded.values()
-    )
-    return next((library for library, both in names if name in both), None)
+def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
+    return next((library for library in _order if is_it(library)), None)
 
 
 def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
@@ -213,7 +212,6 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
             link_library(graph, library, scope)
     with clock.stage("init"):
         for library in order:
-            _loaded[library.key] = library
             _order.append(library)
             if graph.policy.init:
                 initialise_library(graph, library)
@@ -250,7 +248,6 @@ def _similar(library: Loaded, name: str) -> str | None:
 def _undo(graph: Graph) -> None:
     """Take back everything of a load that failed."""
     for library in reversed(graph.new):
-        _loaded.pop(library.key, None)
         if library in _order:
             _order.remove(library)
         library.discard()
@@ -267,9 +264,12 @@ def _sweep() -> None:
     gone = [library for library in reversed(_order) if library not in kept]
     for library in gone:
         _finalise(library)
-        del _loaded[library.key]
-    _lingering.extend(gone)
-    _lingering[:] = [library for library in _lingering if not library.discard()]
+    lingering: list[Loaded] = []
+    for library in (*_lingering, *gone):
+        needed = any(library in (*_ours(other), *other.holds) for other in lingering)
+        if needed or not library.discard():
+            lingering.append(library)
+    _lingering[:] = lingering
 
 
 def _finalise(library: Loaded) -> None:

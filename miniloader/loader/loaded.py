@@ -15,7 +15,7 @@ from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.symbols import SymbolTable
-from miniloader.errors import ElfError, LoadError
+from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.loader import host, unique, unwind
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
@@ -108,7 +108,11 @@ class Loaded:
     @property
     def key(self) -> tuple[int, int, int]:
         """What tells it from other files."""
-        return (*self.image.source.identity, self.image.source.start)
+        return self.image.source.key
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name``, as ``DT_NEEDED`` has it, means this library."""
+        return name in (self.image.soname, os.path.basename(self.name))
 
     def asker(self) -> Asker:
         """It, as one who needs other libraries."""
@@ -192,13 +196,13 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
 class Graph:
     """The libraries that one call of ``load`` brings: ``new`` holds them breadth first.
 
-    ``known`` finds a library that an earlier call brought, by file or by name.
+    ``known`` finds a library that an earlier call brought.
     """
 
     def __init__(
         self,
         policy: Policy,
-        known: Callable[[tuple[int, int, int] | None, str], Loaded | None],
+        known: Callable[[Callable[[Loaded], bool]], Loaded | None],
         tell: OnEvent | None,
     ) -> None:
         self.policy = policy
@@ -213,7 +217,11 @@ class Graph:
 
     def add(self, source: Source, loader: Loaded | None = None) -> Loaded:
         """Open ``source`` as a new member."""
-        image = open_image(source, self.policy)
+        try:
+            image = open_image(source, self.policy)
+        except MiniloaderError:
+            source.close()
+            raise
         self.event(
             "parse", image.path, f"{len(image.segments)} program headers", segments=len(image.segments)
         )
@@ -228,10 +236,7 @@ class Graph:
                 library.needs.append(self._need(name, library))
 
     def _need(self, name: str, library: Loaded) -> Loaded | HostLibrary:
-        mine = next(
-            (other for other in self.new if name in (other.image.soname, os.path.basename(other.name))), None
-        )
-        mine = mine or self.known(None, name)
+        mine = self._mine(lambda other: other.is_called(name))
         if mine is not None:
             self.event("need", library.name, f"{name}: loaded already", needed=name, path=mine.name)
             return mine
@@ -262,6 +267,11 @@ class Graph:
         self.event("need", library.name, f"{name}: {found.path}", needed=name, path=found.path)
         return self.add(source, library)
 
+    def _mine(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
+        """A library of ours: of this call, or of an earlier one that initialised as this one will."""
+        new = next((library for library in self.new if is_it(library)), None)
+        return new or self.known(lambda other: other.policy.init == self.policy.init and is_it(other))
+
     def _from_host(self, name: str, library: Loaded, handle: int) -> HostLibrary:
         library.host_handles.append(handle)
         bias = host.load_address(handle)
@@ -276,8 +286,7 @@ class Graph:
         return same
 
     def _same_file(self, source: Source) -> Loaded | HostLibrary | None:
-        key = (*source.identity, source.start)
-        mine = next((other for other in self.new if other.key == key), None) or self.known(key, "")
+        mine = self._mine(lambda other: other.key == source.key)
         if mine is not None:
             return mine
         for other in host.libraries():
