@@ -25,6 +25,7 @@ __all__ = [
     "MAP_FIXED_NOREPLACE",
     "MAP_PRIVATE",
     "MAP_SHARED",
+    "MS_SYNC",
     "PAGE_SIZE",
     "PROT_EXEC",
     "PROT_NONE",
@@ -37,6 +38,7 @@ __all__ = [
     "madvise",
     "mmap",
     "mprotect",
+    "msync",
     "munmap",
     "prctl",
     "process_vm_readv",
@@ -62,6 +64,8 @@ MADV_DONTNEED: Final = 4
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 
+MS_SYNC: Final = 4
+
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_DUMPABLE: Final = 4
 
@@ -85,6 +89,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "munmap": (_int, (_address, _size)),
     "mprotect": (_int, (_address, _size, _int)),
     "madvise": (_int, (_address, _size, _int)),
+    "msync": (_int, (_address, _size, _int)),
     "prctl": (_int, (_int, _ulong, _ulong, _ulong, _ulong)),
     "ioctl": (_int, (_int, _ulong, _address)),
     "syscall": (_long, (_long, _long)),
@@ -157,6 +162,12 @@ def madvise(address: int, length: int, advice: int) -> None:
     """madvise(2)."""
     if _LIBC["madvise"](address, length, advice) != 0:
         raise _failed("madvise")
+
+
+def msync(address: int, length: int, flags: int) -> None:
+    """msync(2)."""
+    if _LIBC["msync"](address, length, flags) != 0:
+        raise _failed("msync")
 
 
 def prctl(option: int, value: int) -> int:
