@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -189,6 +190,7 @@ def _start(body: Callable[[int, int], None], seconds: float) -> Held:
 def _be_the_child(body: Callable[[int, int], None], report: int, hold: int) -> NoReturn:
     """In a session of its own, silent, without a core file, and gone when the parent is."""
     try:
+        faulthandler.disable()
         os.setsid()
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
