@@ -136,6 +136,11 @@ def _container(header: Header) -> ELFStructs:
     )
 
 
+# In use, though not in pyelftools' tables: binutils' include/elf/common.h and mips.h.
+_MACHINES: Final = {0x9026: "ALPHA"}
+_SEGMENT_TYPES: Final = {
+    "MIPS": {0x70000000: "PT_MIPS_REGINFO", 0x70000001: "PT_MIPS_RTPROC", 0x70000002: "PT_MIPS_OPTIONS"}
+}
 _OS_ABI: Final = {code: name for name, code in enums.ENUM_EI_OSABI.items() if isinstance(code, int)}
 
 
@@ -165,7 +170,7 @@ def read_header(source: Source) -> Header:
         os_abi=ident[7],
         abi_version=ident[8],
         type=_name(raw.e_type, "ET_"),
-        machine=_name(code, "EM_"),
+        machine=_MACHINES.get(code) or _name(code, "EM_"),
         machine_code=enums.ENUM_E_MACHINE[code] if isinstance(code, str) else code,
         entry=raw.e_entry,
         flags=raw.e_flags,
@@ -210,7 +215,8 @@ def _in_one_order(row: tuple[int, ...], elf_class: int) -> tuple[int, ...]:
 def _segment_types(machine: str) -> dict[int, str]:
     """pyelftools' names of segment types, those of the machine included."""
     table = getattr(enums, f"ENUM_P_TYPE_{machine}", enums.ENUM_P_TYPE_BASE)
-    return {code: name for name, code in reversed(list(table.items())) if isinstance(code, int)}
+    names = {code: name for name, code in reversed(list(table.items())) if isinstance(code, int)}
+    return names | _SEGMENT_TYPES.get(machine, {})
 
 
 def read_sections(source: Source, header: Header) -> tuple[Section, ...]:

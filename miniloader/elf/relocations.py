@@ -53,18 +53,56 @@ _RISCV: Final = dict(
         "TLS_TPREL32 TLS_TPREL64 TLSDESC".split()
     )
 ) | {58: "IRELATIVE"}
+# Dynamic kinds that pyelftools lacks or calls something else; the names are the psABIs' and binutils'.
+_AMENDED: Final[Mapping[str, Mapping[int, str]]] = {
+    "X86_64": {38: "R_X86_64_RELATIVE64"},
+    "ARM": {13: "R_ARM_TLS_DESC", 160: "R_ARM_IRELATIVE"},
+    "AARCH64": {
+        1028: "R_AARCH64_TLS_DTPMOD64",
+        1029: "R_AARCH64_TLS_DTPREL64",
+        1031: "R_AARCH64_TLSDESC",
+        1032: "R_AARCH64_IRELATIVE",
+    },
+    "PPC": {68: "R_PPC_DTPMOD32", 73: "R_PPC_TPREL32", 78: "R_PPC_DTPREL32", 248: "R_PPC_IRELATIVE"},
+    "PPC64": {247: "R_PPC64_JMP_IREL"},
+    "LOONGARCH": {13: "R_LARCH_TLS_DESC32", 14: "R_LARCH_TLS_DESC64"},
+    "RISCV": {code: f"R_RISCV_{name}" for code, name in _RISCV.items()},
+    "ALPHA": {
+        1: "R_ALPHA_REFLONG",
+        2: "R_ALPHA_REFQUAD",
+        24: "R_ALPHA_COPY",
+        25: "R_ALPHA_GLOB_DAT",
+        26: "R_ALPHA_JMP_SLOT",
+        27: "R_ALPHA_RELATIVE",
+        31: "R_ALPHA_DTPMOD64",
+        33: "R_ALPHA_DTPREL64",
+        38: "R_ALPHA_TPREL64",
+    },
+    "SPARCV9": {
+        19: "R_SPARC_COPY",
+        20: "R_SPARC_GLOB_DAT",
+        21: "R_SPARC_JMP_SLOT",
+        22: "R_SPARC_RELATIVE",
+        32: "R_SPARC_64",
+        54: "R_SPARC_UA64",
+        75: "R_SPARC_TLS_DTPMOD64",
+        77: "R_SPARC_TLS_DTPOFF64",
+        79: "R_SPARC_TLS_TPOFF64",
+        248: "R_SPARC_JMP_IREL",
+        249: "R_SPARC_IRELATIVE",
+    },
+}
 
 
 @lru_cache(maxsize=16)
 def _kinds(machine: str) -> Mapping[int, str]:
-    if machine == "RISCV":
-        return {code: f"R_RISCV_{name}" for code, name in _RISCV.items()}
+    amended = _AMENDED.get(machine, {})
     if machine not in _ENUMS:
-        return {}
+        return amended
     from elftools.elf import enums
 
     table = getattr(enums, _ENUMS[machine])
-    return {code: name for name, code in reversed(table.items()) if isinstance(code, int)}
+    return {code: name for name, code in reversed(table.items()) if isinstance(code, int)} | amended
 
 
 def kind_name(machine: str, code: int) -> str:

@@ -131,8 +131,8 @@ class Symbol:
 
     @property
     def versioned_name(self) -> str:
-        """``name``, ``name@@V`` or ``name@V``, as linkers write it."""
-        if self.version is None:
+        """``name``, ``name@@V`` or ``name@V``, as linkers write it; the symbol of a version is just that."""
+        if self.version in (None, self.name):
             return self.name
         return f"{self.name}{'@@' if self.default else '@'}{self.version}"
 
