@@ -1,0 +1,103 @@
+"""C++ inside our mapping: exceptions, static objects, RTTI, symbols of which a process has one."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import miniloader
+
+
+@pytest.fixture
+def cxx(fixture_library: Callable[[str], Path]) -> Iterator[miniloader.Library]:
+    with miniloader.load(fixture_library("cxx")) as library:
+        yield library
+
+
+def test_an_exception_is_caught_inside(cxx: miniloader.Library) -> None:
+    thrown = cxx.function("throw_and_catch", ctypes.c_int, [ctypes.c_int])
+    assert [thrown(number) for number in (0, 7, 123)] == [0, 7, 123]
+
+
+def test_what_the_process_s_libstdcxx_throws_is_caught_inside(cxx: miniloader.Library) -> None:
+    assert cxx.function("catch_from_host")() == 1
+
+
+def test_static_objects_are_constructed(cxx: miniloader.Library) -> None:
+    text = cxx.function("static_text", ctypes.c_char_p)()
+    assert text == b"constructed before anybody could ask"
+
+
+def test_and_destroyed_when_closed(fixture_library: Callable[[str], Path]) -> None:
+    destroyed = ctypes.c_int(0)
+    library = miniloader.load(fixture_library("cxx"))
+    library.function("tell_destruction", None, [ctypes.c_void_p])(ctypes.addressof(destroyed))
+    assert destroyed.value == 0
+    library.close()
+    assert destroyed.value == 1
+
+
+def test_casts_by_rtti(cxx: miniloader.Library) -> None:
+    assert cxx.function("casts")() == 1
+
+
+def test_a_unique_symbol_is_one_per_process(fixture_library: Callable[[str], Path]) -> None:
+    """Whoever came first: here the system's loader, whose copy ours has to bind to."""
+    path = fixture_library("cxx")
+    theirs = ctypes.CDLL(str(path))
+    theirs.unique_counter.restype = ctypes.c_void_p
+    with miniloader.load(path) as ours:
+        assert ours.function("unique_counter", ctypes.c_void_p)() == theirs.unique_counter()
+        assert ours.function("static_text", ctypes.c_void_p)() != 0
+        # Any other symbol is our own.
+        assert ours.address("casts") != ctypes.cast(theirs.casts, ctypes.c_void_p).value
+
+
+def test_two_of_ours_share_a_unique_symbol(fixture_library: Callable[[str], Path]) -> None:
+    """In a process where ld.so never loaded the library, the first of ours is everybody's, and stays."""
+    program = (
+        "import ctypes, miniloader\n"
+        f"data = open({str(fixture_library('cxx'))!r}, 'rb').read()\n"
+        "one = miniloader.load(miniloader.Source.from_bytes(data))\n"
+        "two = miniloader.load(miniloader.Source.from_bytes(data))\n"
+        "first, second = (lib.function('unique_counter', ctypes.c_void_p) for lib in (one, two))\n"
+        "assert first() == second()\n"
+        "assert one.base <= first() < one.base + one.plan.end\n"
+        "where = first()\n"
+        "one.close()\n"
+        "ctypes.c_int.from_address(where).value = 5\n"
+        "assert second() == where\n"
+        "two.close()\n"
+    )
+    root = Path(miniloader.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_exception_out_of_an_unregistered_library_would_end_the_process(
+    fixture_library: Callable[[str], Path],
+) -> None:
+    """What registering is for: without it the same throw finds no handler."""
+    program = (
+        "import ctypes, miniloader, sys\n"
+        "from miniloader.loader import unwind\n"
+        "if sys.argv[1] == 'without': unwind.register = lambda address: False\n"
+        f"lib = miniloader.load({str(fixture_library('cxx'))!r})\n"
+        "print(lib.function('throw_and_catch', ctypes.c_int, [ctypes.c_int])(7))\n"
+    )
+    root = Path(miniloader.__file__).parents[1]
+    outcomes = [
+        subprocess.run(
+            [sys.executable, "-c", program, how], cwd=root, capture_output=True, text=True, check=False
+        )
+        for how in ("with", "without")
+    ]
+    assert (outcomes[0].returncode, outcomes[0].stdout) == (0, "7\n")
+    assert outcomes[1].returncode == -6  # SIGABRT: std::terminate

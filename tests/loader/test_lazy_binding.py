@@ -1,0 +1,97 @@
+"""Lazy binding: PLT slots that are left until their function is first called."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import miniloader
+from miniloader.elf.dynamic import DT_SYMTAB
+from miniloader.machine.relocation import KINDS
+
+JUMP_SLOT = next(code for code, kind in KINDS["X86_64"].items() if kind.name == "R_X86_64_JUMP_SLOT")
+
+
+def _slots(library: miniloader.Library) -> dict[str, int]:
+    """What the PLT's slots hold now, by the name of their function."""
+    table = next(table for table in library.image.relocations.tables if table.name == "DT_JMPREL")
+    rows = table.rows[table.rows["type"] == JUMP_SLOT]
+    held = {
+        library.image.symbols.name(int(row["symbol"])): ctypes.c_uint64.from_address(
+            library.base + int(row["offset"])
+        ).value
+        for row in rows
+    }
+    assert held
+    return held
+
+
+def test_slots_lead_into_the_plt_until_called(fixture_library: Callable[[str], Path]) -> None:
+    with miniloader.load(fixture_library("lazy"), bind="lazy") as library:
+        inside = range(library.base + library.plan.start, library.base + library.plan.end)
+        before = _slots(library)
+        assert all(address in inside for address in before.values())
+        assert all(address != library.address("own") for address in before.values())
+
+        assert library.function("call_strlen", ctypes.c_ulong, [ctypes.c_char_p])(b"hello") == 5
+        after = _slots(library)
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {"strlen"}
+        # What dlsym finds, an IFUNC resolved, is what the slot holds now.
+        host = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value
+        assert after["strlen"] == host
+
+        assert library.function("call_own", ctypes.c_int, [ctypes.c_int])(3) == 4
+        assert _slots(library)["own"] == library.address("own")
+
+
+def test_arguments_survive_the_first_call(fixture_library: Callable[[str], Path]) -> None:
+    """Floating point arguments are in registers that Python uses, too: first and second call agree."""
+    with miniloader.load(fixture_library("lazy"), bind="lazy") as library:
+        scaled = library.function("call_scaled", ctypes.c_double, [ctypes.c_double] * 3)
+        assert scaled(1.5, 2.25, 3.125) == scaled(1.5, 2.25, 3.125) == 150 + 22.5 + 3.125
+
+
+def test_bound_at_once_all_slots_hold_their_function(fixture_library: Callable[[str], Path]) -> None:
+    with miniloader.load(fixture_library("lazy")) as library:
+        held = _slots(library)
+        assert held["own"] == library.address("own")
+        inside = range(library.base + library.plan.start, library.base + library.plan.end)
+        assert {name for name, address in held.items() if address in inside} == {"own", "scaled"}
+
+
+def test_a_library_linked_to_be_bound_at_once_is(fixture_library: Callable[[str], Path]) -> None:
+    with miniloader.load(fixture_library("chain_a"), bind="lazy") as library:
+        assert library.image.dynamic.bind_now
+        assert _slots(library)["chain_b"] == library.address("chain_b")
+
+
+def test_an_undefined_function_ends_the_program_as_in_ld_so(
+    fixture_library: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """There is nobody to raise to: the caller is machine code."""
+    library = tmp_path / "libmissing.so"
+    data = bytearray(fixture_library("lazy").read_bytes())
+    image = miniloader.inspect(fixture_library("lazy"))
+    symbols = image.symbols
+    index = next(index for index in range(len(symbols)) if symbols.name(index) == "atoi")
+    row = image.file_offset(image.dynamic.tags[DT_SYMTAB] + 24 * index)
+    assert row is not None
+    data[row : row + 4] = (int(symbols.rows["name"][index]) + 1).to_bytes(4, "little")
+    library.write_bytes(data)
+    program = (
+        "import ctypes, miniloader\n"
+        f"lib = miniloader.load({str(library)!r}, bind='lazy')\n"
+        "print(lib.function('call_own', ctypes.c_int, [ctypes.c_int])(1), flush=True)\n"
+        "lib.function('call_atoi', ctypes.c_int, [ctypes.c_char_p])(b'1')\n"
+    )
+    root = Path(miniloader.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (127, "2\n")
+    assert "undefined symbol toi" in done.stderr
+    assert "Traceback" not in done.stderr
