@@ -77,7 +77,7 @@ def test_an_undefined_function_ends_the_program_as_in_ld_so(
     data = bytearray(fixture_library("lazy").read_bytes())
     image = miniloader.inspect(fixture_library("lazy"))
     symbols = image.symbols
-    index = next(index for index in range(len(symbols)) if symbols.name(index) == "atoi")
+    index = next(index for index in range(len(symbols)) if symbols.name(index) == "strlen")
     row = image.file_offset(image.dynamic.tags[DT_SYMTAB] + 24 * index)
     assert row is not None
     data[row : row + 4] = (int(symbols.rows["name"][index]) + 1).to_bytes(4, "little")
@@ -86,12 +86,12 @@ def test_an_undefined_function_ends_the_program_as_in_ld_so(
         "import ctypes, miniloader\n"
         f"lib = miniloader.load({str(library)!r}, bind='lazy')\n"
         "print(lib.function('call_own', ctypes.c_int, [ctypes.c_int])(1), flush=True)\n"
-        "lib.function('call_atoi', ctypes.c_int, [ctypes.c_char_p])(b'1')\n"
+        "lib.function('call_strlen', ctypes.c_ulong, [ctypes.c_char_p])(b'1')\n"
     )
     root = Path(miniloader.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (127, "2\n")
-    assert "undefined symbol toi" in done.stderr
+    assert "undefined symbol trlen" in done.stderr
     assert "Traceback" not in done.stderr
