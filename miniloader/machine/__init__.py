@@ -1,0 +1,1 @@
+"""What differs per processor?  Relocation formulas, code of our own, and disassembly."""
