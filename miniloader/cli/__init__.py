@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main", "reported"]
 
 #: The commands, in the order ``--help`` shows them.
-COMMANDS: tuple[str, ...] = ("inspect", "load", "doctor")
+COMMANDS: tuple[str, ...] = ("inspect", "load", "prove", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ or the claim about it is refuted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -46,8 +46,8 @@ class Evidence:
     """All that the claims are judged by, and the pages sorted by what is known of them beforehand.
 
     ``linked`` was taken when everything was relocated and no constructor had run.  Each process wrote its
-    pid to ``word``; ``read`` is what each then read there.  ``after`` is None when the file is gone.  Masks have
-    an element for each page of ``plan``; shape (processes, pages) where processes may differ.
+    pid to ``word``; ``read`` is what each then read there.  ``after`` is None when the file is gone.  A mask
+    has an element for each page of ``plan``, and a row for each process where processes may differ.
     """
 
     image: ElfImage
@@ -167,7 +167,7 @@ def _one_frame(evidence: Evidence, pages: Mask, what: str) -> Finding:
     """Whether ``pages`` are the file's own in all processes, also when one of them has ended."""
     processes, number = len(evidence.pids), int(pages.sum())
     same = _SAME.get(evidence.written.level, _SAME["frames"])
-    expected = f"{_pages(number)} of {what}, each {same} in all {processes} processes"
+    expected = f"{_pages(number)}, each {same} in all {processes} processes"
     if number == 0:
         return Finding(None, expected, "0 pages", f"the library has no {what}")
     unseen = _unseen(evidence)
@@ -177,7 +177,7 @@ def _one_frame(evidence: Evidence, pages: Mask, what: str) -> Finding:
     observed = f"{good.sum():,} of {number:,}"
     if processes > 2:
         good_after, bad_after = _shared(evidence.rest, pages, processes - 1)
-        observed += f"; {good_after.sum():,} when one process has ended"
+        observed += f", and {good_after.sum():,} when one process has ended"
         good, bad = good & good_after, bad | bad_after
     if bad.any():
         where = int(evidence.decisive.vaddrs[int(np.flatnonzero(bad)[0])])
@@ -202,22 +202,14 @@ def _shared(sharing: Sharing, pages: Mask, processes: int | None = None) -> tupl
 def _written_data_private(evidence: Evidence) -> Finding:
     unseen = _unseen(evidence)
     if unseen:
-        return Finding(None, "every page that was written: a frame of its own in each process", *unseen)
+        return Finding(None, f"every page written, {_OWN['frames']} in each process", *unseen)
     sharing, processes, wrote = evidence.decisive, len(evidence.pids), evidence.wrote
     level = sharing.level
     number, total = int(wrote.any(axis=0).sum()), int(wrote.sum())
-    reasons = (
-        (evidence.relocated, "relocated"),
-        (evidence.zeroed & ~evidence.relocated, "zeroed at their end"),
-        (evidence.by_code.any(axis=0), "written by the library's own code"),
-        (evidence.worked, "by the workers"),
-    )
-    counts = [f"{count:,} {why}" for mask, why in reasons if (count := int((evidence.data & mask).sum()))]
-    expected = (
-        f"{_pages(number)} written ({', '.join(counts)}), each {_OWN[level]} in each of {processes} processes"
-    )
+    expected = f"{_pages(number)}, each {_OWN[level]} in each of {processes} processes"
+    expected += f": {', '.join(_writers(evidence))}"
     if number == 0:
-        return Finding(None, "written pages", "0 pages", "the library has no page that is written")
+        return Finding(None, expected, "0 pages", "no page of the library is written")
     own = wrote & (sharing.states == COPIED)
     never = (SHARED, SOLE, ZERO) if level == "flags" else (SHARED, SOLE, ZERO, COPIED_SHARED)
     bad = wrote & np.isin(sharing.states, never)
@@ -230,6 +222,20 @@ def _written_data_private(evidence: Evidence) -> Finding:
         reason = f"{total - own.sum():,} not in memory, changing, or mapped elsewhere as well at the time"
         return Finding(None, expected, observed, reason)
     return Finding(True, expected, observed)
+
+
+def _writers(evidence: Evidence) -> Iterator[str]:
+    """How many of the written pages each way of writing accounts for, a page once."""
+    left = evidence.wrote.any(axis=0)
+    for mask, how in (
+        (evidence.relocated, "relocated"),
+        (evidence.zeroed, "with a tail of zeros"),
+        (evidence.by_code.any(axis=0), "written by the library's own code"),
+        (evidence.worked, "written by the workers"),
+    ):
+        if number := int((left & mask).sum()):
+            yield f"{number:,} {how}"
+        left = left & ~mask
 
 
 def _copied_now(evidence: Evidence) -> str:

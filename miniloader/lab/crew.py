@@ -80,10 +80,10 @@ class Worker:
         """Its end of the socket pair, for a selector."""
         return self._socket.fileno()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return self._process.poll() is None
+    def check(self, doing: str) -> None:
+        """Raise WorkerError if it has died."""
+        if self._process.poll() is not None:
+            raise self.death(doing)
 
     def send(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Tell it what to do."""
@@ -206,8 +206,7 @@ class Crew:
     def check(self, step: str) -> None:
         """Raise WorkerError if one has died."""
         for worker in self._workers:
-            if not worker.alive:
-                raise worker.death(step)
+            worker.check(step)
 
     def close(self) -> None:
         """End all of them and reap them; a second call does nothing."""
@@ -218,29 +217,25 @@ class Crew:
                 self._workers.pop().reap()
 
     def _replies(self, step: str) -> list[Reply]:
-        replies: dict[Worker, Reply] = {}
+        replies: dict[int, Reply] = {}
         end = time.monotonic() + self._timeout
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker, selectors.EVENT_READ)
-            while len(replies) < len(self._workers):
-                # A child that the library has left behind may hold the connection of a dead worker open.
+                selector.register(worker, selectors.EVENT_READ, worker)
+            while silent := [worker for worker in self._workers if worker.number not in replies]:
                 ready = selector.select(min(_LOOK_EVERY, max(0.0, end - time.monotonic())))
-                for key, _ in ready:
-                    worker = key.fileobj
-                    assert isinstance(worker, Worker)
+                for worker in (key.data for key, _ in ready):
                     reply = worker.receive(step)
                     if reply is not None:
-                        replies[worker] = reply
+                        replies[worker.number] = reply
                         selector.unregister(worker)
                 if not ready:
-                    silent = [worker for worker in self._workers if worker not in replies]
+                    # What the library has left behind may hold the connection of a dead worker open.
                     for worker in silent:
-                        if not worker.alive:
-                            raise worker.death(step)
+                        worker.check(step)
                     if time.monotonic() >= end:
                         raise silent[0].silence(step, self._timeout)
-        return [replies[worker] for worker in self._workers]
+        return [replies[worker.number] for worker in self._workers]
 
 
 def _command(descriptor: int) -> list[str]:

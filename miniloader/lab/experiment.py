@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ __all__ = ["experiment"]
 
 
 def experiment(
-    crew: Crew, path: str, level: LevelName | None, on_step: OnStep | None, allow: Mapping[str, bool]
+    crew: Crew, path: str, level: LevelName | None, on_step: OnStep | None, allow: Mapping[str, Any]
 ) -> Proof:
     """Lead a fresh ``crew`` through the steps of a proof: see :func:`miniloader.lab.prove.prove`."""
     path = os.path.abspath(find_path(path))
@@ -58,7 +59,7 @@ def experiment(
 
     led.begin("written")
     sharing = analyse(loaded)
-    fresh = np.isin(sharing.states, (SHARED, SOLE)).all(axis=0)
+    fresh = np.logical_and.reduce(np.isin(sharing.states, (SHARED, SOLE)), axis=0)
     word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
     shown = worth_reading(sharing, word.vaddr if word else None, PAGE_SIZE)
     contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]

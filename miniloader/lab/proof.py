@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
-from miniloader.evidence.sharing import STATES, Sharing, analyse
+from miniloader.evidence.sharing import STATES, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, Verdict, combine
 from miniloader.kernel.features import LevelName
@@ -29,11 +29,11 @@ class Step:
 
 
 STEPS: Final = (
-    Step("mapped", "every segment is mapped, and nothing has been read or written yet"),
+    Step("mapped", "every segment is mapped, nothing is read or written yet"),
     Step("touched", "every readable page has been read once"),
-    Step("relocated", "addresses are filled in and the constructors have run: the library is loaded"),
-    Step("written", "each process has written a value of its own to the same word"),
-    Step("exited", "the last process has ended, the others go on"),
+    Step("relocated", "addresses are filled in, constructors have run"),
+    Step("written", "each process has written a value of its own to one word"),
+    Step("exited", "one process has ended, the others go on"),
 )
 """The steps of a proof, in order."""
 

@@ -1,0 +1,250 @@
+"""The page grid: processes down, pages across; the same sign in one column is the same frame.
+
+Neighbouring pages that look the same in every process are one run.  A run of up to four pages has a sign
+for each; a longer one is as wide as the logarithm of its pages, whose number stands above it, so that a page
+on its own can still be seen beside a thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from math import ceil, log2
+from string import ascii_letters
+from typing import Final
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from miniloader.elf import LoadPlan, PlannedMapping
+from miniloader.evidence.sharing import (
+    ABSENT,
+    COPIED,
+    COPIED_SHARED,
+    SHARED,
+    SOLE,
+    STATES,
+    ZERO,
+    Run,
+    analyse,
+)
+from miniloader.evidence.snapshot import ProcessPages, Snapshot
+from miniloader.report.terminal import PROTECTION_STYLES
+
+__all__ = ["Mark", "grid_legend", "page_grid"]
+
+_DRAWN_SINGLY: Final = 4  # pages
+_MOST_SIGNS: Final = 8  # of one meaning, in the legend
+_STRETCHES: Final = (4.0, 3.0, 2.5, 2.0, 1.5, 1.0)  # columns by which a run grows when its pages double
+_STYLES: Final = {SHARED: "green", SOLE: "blue", ABSENT: "bright_black", ZERO: "bright_black"}
+_FILE_SIGNS: Final = "█▓▚▞"  # more than the first only if processes have different files there
+_COPY_STYLES: Final = ("yellow", "cyan", "magenta", "bright_blue", "bright_red", "bright_cyan")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A page to point at from below the grid, by its vaddr, and what to say of it."""
+
+    vaddr: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Neighbouring runs under one heading: their protection, and what they are."""
+
+    protection: str
+    role: str
+    runs: tuple[Run, ...]
+
+
+def page_grid(snapshot: Snapshot, plan: LoadPlan, width: int, mark: Mark | None = None) -> Group:
+    """The grid of a snapshot (level frames or flags) within ``width`` columns."""
+    marked = {mark.vaddr, mark.vaddr + plan.page_size} if mark is not None else set()
+    blocks = [*_blocks(_runs(snapshot, plan, marked), plan, snapshot.processes)]
+    labels = _labels(snapshot.processes)
+    room = max(width - len(labels[0]), 20)
+    stretch = next((one for one in _STRETCHES if _total(blocks, one) <= room), _STRETCHES[-1])
+    lines = [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
+    return Group(*lines)
+
+
+def grid_legend(snapshots: Iterable[Snapshot], plan: LoadPlan) -> Table:
+    """What the signs in the grids of ``snapshots`` mean, and how to read the numbers."""
+    runs = [run for snapshot in snapshots for run in _runs(snapshot, plan)]
+    drawn: dict[int, dict[str, str]] = {}
+    for run in runs:
+        for process, state in enumerate(run.states):
+            sign, style = _sign(run, process)
+            drawn.setdefault(state, {})[sign] = style
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for state in sorted(drawn):
+        signs = [Text(sign, style) for sign, style in sorted(drawn[state].items())[:_MOST_SIGNS]]
+        more = [Text("…")] if len(drawn[state]) > _MOST_SIGNS else []
+        grid.add_row(Text(" ").join([*signs, *more]), Text(STATES[state].help, "dim"))
+    number = next(filter(None, map(_number, runs)), "")
+    if number:
+        text = "pages in the run below the number; where there is none, one sign is one page"
+        grid.add_row(Text(number, "dim"), Text(text, "dim"))
+    return grid
+
+
+def _runs(snapshot: Snapshot, plan: LoadPlan, edges: Collection[int] = ()) -> tuple[Run, ...]:
+    """The runs of all pages but those of gaps; none goes over the edge of a mapping."""
+    bounds = {vaddr for mapping in plan.mappings for vaddr in (mapping.start, mapping.end)}
+    runs = analyse(snapshot).runs(bounds | {plan.relro.start, plan.relro.end} | {*edges})
+    gaps = [mapping for mapping in plan.mappings if mapping.kind == "gap"]
+    return tuple(run for run in runs if not any(gap.start <= run.vaddr < gap.end for gap in gaps))
+
+
+# --------------------------------------------------------------------------------------- what is drawn
+def _blocks(runs: Iterable[Run], plan: LoadPlan, processes: Sequence[ProcessPages]) -> Iterator[_Block]:
+    for (mapping, relro), members in groupby(runs, lambda run: _place(run, plan)):
+        own = tuple(members)
+        yield _Block(_protection(own[0], mapping, processes), _role(mapping, relro=relro), own)
+
+
+def _place(run: Run, plan: LoadPlan) -> tuple[PlannedMapping, bool]:
+    mapping = next(one for one in plan.mappings if one.start <= run.vaddr < one.end)
+    return mapping, plan.relro.start <= run.vaddr < plan.relro.end
+
+
+def _protection(run: Run, mapping: PlannedMapping, processes: Sequence[ProcessPages]) -> str:
+    """As the kernel has it, in the first process that is there."""
+    for process in processes:
+        index = int(process.pages["mapping"][run.start])
+        if index >= 0:
+            return process.mappings[index].vma.protection
+    return mapping.protection
+
+
+def _role(mapping: PlannedMapping, *, relro: bool) -> str:
+    if mapping.kind == "zero":
+        return "bss"
+    if "x" in mapping.protection:
+        return "code"
+    if "w" not in mapping.protection:
+        return "constants"
+    return "relro" if relro else "data"
+
+
+def _sign(run: Run, process: int) -> tuple[str, str]:
+    """The sign of a run in one process, and its style."""
+    state, partner = run.states[process], run.partners[process]
+    if state in (COPIED, COPIED_SHARED) and partner >= 0:
+        return ascii_letters[26:][partner % 26], _COPY_STYLES[partner % len(_COPY_STYLES)]
+    if state == SHARED:
+        files = sorted({other for other, one in zip(run.partners, run.states, strict=True) if one == SHARED})
+        return _FILE_SIGNS[files.index(partner) % len(_FILE_SIGNS)], _STYLES[SHARED]
+    return STATES[state].sign, _STYLES.get(state, "red")
+
+
+# ------------------------------------------------------------------------------------- how wide it is
+def _width(run: Run, stretch: float) -> int:
+    if run.pages <= _DRAWN_SINGLY:
+        return run.pages
+    return max(2 + ceil(stretch * log2(run.pages)), len(_number(run)) + 2)
+
+
+def _number(run: Run) -> str:
+    return f"{run.pages:,}" if run.pages > _DRAWN_SINGLY else ""
+
+
+def _block_width(block: _Block, stretch: float) -> int:
+    drawn = sum(_width(run, stretch) for run in block.runs)
+    return max(drawn, len(block.role), len(block.protection))
+
+
+def _total(blocks: Sequence[_Block], stretch: float) -> int:
+    return sum(_block_width(block, stretch) + 1 for block in blocks)
+
+
+def _bands(blocks: Iterable[_Block], room: int, stretch: float) -> Iterator[list[_Block]]:
+    """Blocks that fit side by side; one that is too wide by itself goes on in the next band."""
+    band: list[_Block] = []
+    for block in chain.from_iterable(_parts(one, room, stretch) for one in blocks):
+        if band and _total([*band, block], stretch) > room:
+            yield band
+            band = []
+        band.append(block)
+    yield band
+
+
+def _parts(block: _Block, room: int, stretch: float) -> Iterator[_Block]:
+    part: list[Run] = []
+    for run in block.runs:
+        if part and sum(_width(one, stretch) for one in (*part, run)) >= room:
+            yield _Block(block.protection, block.role, tuple(part))
+            part = []
+        part.append(run)
+    yield _Block(block.protection, block.role, tuple(part))
+
+
+# ------------------------------------------------------------------------------------------- the lines
+def _labels(processes: Sequence[ProcessPages]) -> list[str]:
+    """A heading, then one label for each process, all of one width."""
+    pids = [str(process.pid) for process in processes]
+    width = max(len("pid"), *map(len, pids))
+    heading = f"{'pid':>{width}} base "
+    labels = [f"{pid:>{width}} {process.base:x} " for pid, process in zip(pids, processes, strict=True)]
+    longest = max(map(len, (heading, *labels)))
+    return [f"{label:{longest}}" for label in (heading, *labels)]
+
+
+def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: Mark | None) -> Iterator[Text]:
+    blank = " " * len(labels[0])
+    yield _headings(blank, band, stretch, "role")
+    yield _headings(labels[0], band, stretch, "protection")
+    if any(_number(run) for block in band for run in block.runs):
+        yield Text(blank + "".join(_numbers(block, stretch) for block in band).rstrip(), "dim")
+    for process, label in enumerate(labels[1:]):
+        line = Text(label)
+        for block in band:
+            for run in block.runs:
+                sign, style = _sign(run, process)
+                line.append(sign * _width(run, stretch), style)
+            line.append(
+                " " * (_block_width(block, stretch) + 1 - sum(_width(r, stretch) for r in block.runs))
+            )
+        line.rstrip()
+        yield line
+    column = len(blank) if mark is None else _column(band, stretch, mark.vaddr)
+    if mark is not None and column is not None:
+        yield _pointer(len(blank) + column, mark.text)
+
+
+def _headings(label: str, band: Sequence[_Block], stretch: float, what: str) -> Text:
+    line = Text(label, "dim" if label.strip() else "")
+    for block in band:
+        text = getattr(block, what)
+        style = PROTECTION_STYLES.get(text, "bold")
+        line.append(f"{text:{_block_width(block, stretch) + 1}}", style)
+    line.rstrip()
+    return line
+
+
+def _numbers(block: _Block, stretch: float) -> str:
+    numbers = "".join(f"{_number(run):^{_width(run, stretch)}}" for run in block.runs)
+    return f"{numbers:{_block_width(block, stretch) + 1}}"
+
+
+def _column(band: Sequence[_Block], stretch: float, vaddr: int) -> int | None:
+    """Where the run that begins at ``vaddr`` is drawn."""
+    column = 0
+    for block in band:
+        start = column
+        for run in block.runs:
+            if run.vaddr == vaddr:
+                return start
+            start += _width(run, stretch)
+        column += _block_width(block, stretch) + 1
+    return None
+
+
+def _pointer(column: int, text: str) -> Text:
+    """The text below the sign it is about: to the right of an arrow, or to the left where it needs room."""
+    return Text(
+        f"{' ' * column}▲ {text}" if column < len(text) + 3 else f"{text + ' ▲':>{column + 1}}", "bold"
+    )
