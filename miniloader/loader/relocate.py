@@ -320,6 +320,8 @@ def _put_indirect(
     may_run: Callable[[int], bool],
 ) -> None:
     """What needs code to run: symbols that are IFUNCs, then IRELATIVE, each resolver once."""
+    if not late.any() and not any(True for _ in relocations.of("indirect")):
+        return
     chosen: dict[int, int] = {}
 
     def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:

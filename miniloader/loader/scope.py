@@ -131,10 +131,9 @@ def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer]
     owner[at_home], symbol[at_home] = own, wanted[at_home]
 
     defined = (rows["shndx"] != SHN_UNDEF) & ~at_home
-    search = _search if len(wanted) > _FEW else _search_few
-    search(table, wanted, np.flatnonzero(~defined & ~at_home), scope, owner, symbol)
+    _search(table, wanted, np.flatnonzero(~defined & ~at_home), scope, owner, symbol)
     earlier = scope[:own]
-    search(table, wanted, _suspects(table, wanted, np.flatnonzero(defined), earlier), earlier, owner, symbol)
+    _search(table, wanted, _suspects(table, wanted, np.flatnonzero(defined), earlier), earlier, owner, symbol)
     rest = defined & (owner == _NOWHERE)
     owner[rest], symbol[rest] = own, wanted[rest]
     return Bindings(wanted, scope, owner, symbol)
@@ -148,7 +147,7 @@ def _suspects(
     Their hashes are known but for the lowest bit, and most pass no Bloom filter.
     """
     known = None
-    if len(wanted) > _FEW and len(defined) and isinstance(table.hash, GnuHash):
+    if len(defined) and isinstance(table.hash, GnuHash):
         known = _known_hashes(table.hash, wanted[defined])
     if known is None:
         return defined
@@ -196,7 +195,8 @@ def _search(
     symbol: NDArray[np.int64],
 ) -> None:
     """Look the symbols at positions ``open_`` up in ``scope`` and note who defines them."""
-    if not len(open_):
+    if len(open_) < _FEW:
+        _search_few(table, wanted, open_, scope, owner, symbol)
         return
     positions = open_.tolist()
     names = table.names(wanted[open_])
