@@ -36,6 +36,7 @@ __all__ = [
     "injected",
     "ioctl",
     "madvise",
+    "mincore",
     "mmap",
     "mprotect",
     "msync",
@@ -89,6 +90,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "munmap": (_int, (_address, _size)),
     "mprotect": (_int, (_address, _size, _int)),
     "madvise": (_int, (_address, _size, _int)),
+    "mincore": (_int, (_address, _size, _address)),
     "msync": (_int, (_address, _size, _int)),
     "prctl": (_int, (_int, _ulong, _ulong, _ulong, _ulong)),
     "ioctl": (_int, (_int, _ulong, _address)),
@@ -162,6 +164,14 @@ def madvise(address: int, length: int, advice: int) -> None:
     """madvise(2)."""
     if _LIBC["madvise"](address, length, advice) != 0:
         raise _failed("madvise")
+
+
+def mincore(address: int, length: int) -> bytes:
+    """mincore(2): a byte for each page, 1 where it is in the page cache (of a file that one may write)."""
+    vector = ctypes.create_string_buffer(-(-length // PAGE_SIZE))
+    if _LIBC["mincore"](address, length, ctypes.addressof(vector)) != 0:
+        raise _failed("mincore")
+    return bytes(byte & 1 for byte in vector.raw)
 
 
 def msync(address: int, length: int, flags: int) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.errors import EvidenceError
+from miniloader.errors import EvidenceError, WorkerError
 from miniloader.evidence.sharing import STATES
 from miniloader.evidence.snapshot import Snapshot, Target, take
 from miniloader.kernel.features import LEVELS, LevelName
@@ -29,7 +29,7 @@ from miniloader.walkthrough.calls import Calls, Made, Mapping
 from miniloader.walkthrough.children import Body, Child, Program
 from miniloader.walkthrough.model import Call, Facts, Grid, Part, Row
 
-__all__ = ["Bench", "Place", "View", "shipped"]
+__all__ = ["Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]
 
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NOT_FOR_FILES: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue"})
@@ -169,6 +169,16 @@ class Bench(Calls):
     def program(self, name: str) -> Program:
         """A freshly started program that maps files when asked to."""
         return self._undo.enter_context(Program(name))
+
+    def fatal(self, child: Child, doing: str) -> str:
+        """Let ``child`` do the last thing, noted as ``doing``; the signal that it died by, "" for none."""
+        signal = ""
+        try:
+            child.next()
+        except WorkerError:
+            signal = child.died()
+        self.record([Made(doing, f"killed by {signal}" if signal else "", access=True)], "child")
+        return signal
 
     # -- what was done
     def record(self, made: Iterable[Made], process: str = "") -> None:
