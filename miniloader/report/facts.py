@@ -1,0 +1,211 @@
+"""What a page of a library holds, and why it is written: sections, symbols, relocations, bytes, PLT stubs.
+
+Everything here is for a person to look at, and bounded: the first few of many, with their number.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage, LoadPlan
+from miniloader.errors import ElfError
+from miniloader.lab.contents import Contents
+from miniloader.lab.word import Word
+from miniloader.machine.disassembly import Instruction, disassemble
+from miniloader.machine.landmarks import Landmarks, Slot, Stub
+from miniloader.machine.spans import Span
+
+__all__ = ["Jump", "bytes_of_pages", "jumps", "ranges"]
+
+_MOST_RANGES: Final = 4000
+_MOST_SYMBOLS: Final = 6000  # of a library, by name
+_SYMBOLS_SHOWN: Final = 5  # of a page
+_LONGEST_NAME: Final = 60
+_MOST_JUMPS: Final = 6
+_WORD: Final = 8
+
+
+# ----------------------------------------------------------------------------------- runs of pages
+def ranges(image: ElfImage, plan: LoadPlan, word: Word | None) -> tuple[tuple[int, int, str, str], ...]:
+    """What to say of pages: (first page, after the last, heading, text)."""
+    found = [*_sections(image, plan), *_causes(image, plan, word), *_symbols(image, plan)]
+    return tuple(found[:_MOST_RANGES])
+
+
+def _pages(plan: LoadPlan, start: int, end: int) -> tuple[int, int]:
+    """The indices of the pages that hold the vaddrs [start, end)."""
+    return (start - plan.start) // plan.page_size, -(-(end - plan.start) // plan.page_size)
+
+
+def _sections(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, str]]:
+    for section in image.sections:
+        if section.allocated and section.size and section.name != ".tbss":
+            yield *_pages(plan, section.vaddr, section.end), "section", section.name
+
+
+def _causes(image: ElfImage, plan: LoadPlan, word: Word | None) -> Iterator[tuple[int, int, str, str]]:
+    if word is not None:
+        page = _pages(plan, word.vaddr, word.vaddr + 1)
+        yield *page, "cause", f"written: each process wrote its pid at {word.vaddr:#x} ({word.place})"
+    for span in plan.zeroed:
+        text = f"zeroed from {span.start:#x} on: bss begins in the middle of this page"
+        yield *_pages(plan, span.start, span.start + 1), "cause", text
+    for mapping in plan.mappings:
+        if mapping.kind == "zero":
+            yield (
+                *_pages(plan, mapping.start, mapping.end),
+                "cause",
+                "bss: anonymous memory, no file behind it",
+            )
+    pages, counts = _relocations(image, plan)
+    edges = [0, *(np.flatnonzero((np.diff(pages) != 1) | (np.diff(counts) != 0)) + 1).tolist(), len(pages)]
+    for first, after in pairwise(edges if len(pages) else []):
+        number = int(counts[first])
+        hold = "word of this page holds" if number == 1 else "words of this page hold"
+        text = f"relocation: {number:,} {hold} an address"
+        yield int(pages[first]), int(pages[after - 1]) + 1, "cause", text
+    if plan.relro:
+        yield *_pages(plan, plan.relro.start, plan.relro.end), "relro", "read-only once relocated (RELRO)"
+
+
+def _relocations(image: ElfImage, plan: LoadPlan) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """The pages that hold relocations, and how many each."""
+    targets = (image.relocations.targets().astype(np.int64) - plan.start) // plan.page_size
+    pages, counts = np.unique(targets, return_counts=True)
+    return pages, counts
+
+
+def _symbols(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, str]]:
+    """The first symbols of each page; pages that can be written come first, while names last."""
+    table = image.symbols
+    rows = table.rows
+    index = np.flatnonzero(table.defined & (rows["value"] > 0) & (rows["value"] < np.uint64(plan.end)))
+    index = index[np.argsort(rows["value"][index], kind="stable")]
+    pages = (rows["value"][index].astype(np.int64) - plan.start) // plan.page_size
+    first, counts = np.unique(pages, return_index=True, return_counts=True)[1:]
+    order = sorted(range(len(first)), key=lambda at: "w" not in _protection(plan, int(pages[first[at]])))
+    for at in order[: _MOST_SYMBOLS // _SYMBOLS_SHOWN]:
+        start, count = int(first[at]), int(counts[at])
+        names = [table.name(int(one)) for one in index[start : start + min(count, _SYMBOLS_SHOWN)]]
+        text = ", ".join(_short(name) for name in names)
+        more = f" and {count - len(names):,} more" if count > len(names) else ""
+        yield int(pages[start]), int(pages[start]) + 1, "symbols", text + more
+
+
+def _protection(plan: LoadPlan, page: int) -> str:
+    mapping = plan.at(plan.start + page * plan.page_size)
+    return mapping.protection if mapping else "---"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
+# -------------------------------------------------------------------------------------------- bytes
+def bytes_of_pages(
+    landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents], word: Word | None
+) -> dict[int, dict[str, Any]]:
+    """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
+    if not contents:
+        return {}
+    found = {}
+    for at, vaddr in enumerate(contents[0].vaddrs):
+        before = _in_file(landmarks.image, plan, vaddr)
+        after = {one.step: [_differing(before, pages[at]) for pages in one.pages] for one in contents}
+        changed = {offset for steps in after.values() for words in steps for offset, _ in words or ()}
+        found[(vaddr - plan.start) // plan.page_size] = {
+            "before": base64.b64encode(before).decode(),
+            "after": after,
+            "names": {str(offset): _name(landmarks, vaddr + offset, word) for offset in sorted(changed)},
+        }
+    return found
+
+
+def _in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
+    """The page as the file has it: zeros where it comes from no file."""
+    mapping = plan.at(vaddr)
+    if mapping is None or mapping.kind != "file":
+        return bytes(plan.page_size)
+    offset = mapping.file_offset + vaddr - mapping.start
+    length = min(plan.page_size, image.source.size - offset)
+    octets = bytes(image.source.read(offset, length, "page")) if length > 0 else b""
+    return octets.ljust(plan.page_size, b"\0")
+
+
+def _differing(before: bytes, after: bytes | None) -> list[tuple[int, str]] | None:
+    """Offset and new bytes (hexadecimal) of each aligned word that differs; None: not known."""
+    if after is None:
+        return None
+    one, other = np.frombuffer(before, "<u8"), np.frombuffer(after, "<u8")
+    return [
+        (int(at) * _WORD, after[at * _WORD : (at + 1) * _WORD].hex()) for at in np.flatnonzero(one != other)
+    ]
+
+
+def _name(landmarks: Landmarks, vaddr: int, word: Word | None) -> str:
+    """Why the word at ``vaddr`` is not as in the file."""
+    if word is not None and word.vaddr == vaddr:
+        return f"the word that each process wrote, {word.place}"
+    slot = landmarks.slot_at(vaddr, _WORD)
+    target = landmarks.at(vaddr)
+    place = f" in {target.name}" if target is not None and slot is None else ""
+    return f"{slot.relocation} {_short(landmarks.meaning(slot))}" if slot is not None else f"written{place}"
+
+
+# -------------------------------------------------------------------------------------------- jumps
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A stub's instructions, and the slot that they jump through: its value in the file and in memory."""
+
+    name: str
+    code: tuple[Instruction, ...]
+    slot: Slot
+    place: str
+    before: str
+    after: tuple[str, ...]
+
+
+def jumps(landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents]) -> tuple[Jump, ...]:
+    """The first PLT stubs whose slot was looked at; none where there is no PLT or no known processor."""
+    found = []
+    try:
+        for stub in landmarks.stubs():
+            jump = _jump(landmarks, plan, stub, contents)
+            if jump is not None:
+                found.append(jump)
+            if len(found) == _MOST_JUMPS:
+                break
+    except ElfError:  # a processor that cannot be disassembled: the page has one part less
+        return ()
+    return tuple(found)
+
+
+def _jump(landmarks: Landmarks, plan: LoadPlan, stub: Stub, contents: Sequence[Contents]) -> Jump | None:
+    if not contents:
+        return None
+    page = stub.slot.vaddr // plan.page_size * plan.page_size
+    if page not in contents[-1].vaddrs:
+        return None
+    at, offset = contents[-1].vaddrs.index(page), stub.slot.vaddr - page
+    meaning = landmarks.meaning(stub.slot)
+    span = Span(f"{meaning}@plt", stub.vaddr, stub.end - stub.vaddr)
+    section = landmarks.image.section_at(stub.slot.vaddr)
+    return Jump(
+        f"{_short(meaning)}@plt",
+        disassemble(landmarks, span),
+        stub.slot,
+        section.name if section else "GOT",
+        _number(_in_file(landmarks.image, plan, page), offset),
+        tuple(_number(pages[at], offset) for pages in contents[-1].pages),
+    )
+
+
+def _number(page: bytes | None, offset: int) -> str:
+    return "not known" if page is None else f"{int.from_bytes(page[offset : offset + _WORD], 'little'):#x}"

@@ -1,0 +1,132 @@
+"""Proofs, chapters and audits as one self-contained HTML file each: no network, no framework.
+
+The page is whole without its script (claims, tables, listings); the script draws the matrices from data
+that is deflated into the file.  A policy in the page forbids everything but its own script and style, by
+their hashes, so that no name from a file or a process can act.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from miniloader import __version__
+from miniloader.errors import MiniloaderError, printable
+from miniloader.report.film import Film, encode, table_of
+from miniloader.report.terminal import size
+
+if TYPE_CHECKING:
+    from miniloader.lab.proof import Proof
+    from miniloader.walkthrough.model import Result
+
+__all__ = ["write_page", "write_proof", "write_walkthrough"]
+
+Path = str | os.PathLike[str]
+_SIGNS: Final = {"proven": "✓", "refuted": "✗", "unknown": "?"}
+
+
+def write_proof(proof: Proof, path: Path) -> None:
+    """Write ``proof`` as a page to ``path``; MiniloaderError when it cannot be written."""
+    from miniloader.report.proof_page import view_of
+
+    write_page("proof.html", view_of(proof), path)
+
+
+def write_walkthrough(results: Sequence[Result], path: Path) -> None:
+    """Write the chapters that were run as one page to ``path``; MiniloaderError when it cannot be written."""
+    from miniloader.report.walkthrough_page import view_of
+
+    write_page("walkthrough.html", view_of(results), path)
+
+
+def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:
+    """Render ``template`` with ``view`` and write it to ``path``: all of it, or nothing."""
+    _write(_environment().get_template(template).render(view), path)
+
+
+# ---------------------------------------------------------------------------------------- rendering
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("miniloader.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_inert,
+    )
+    script, style = _text("page.js"), _text("page.css")
+    environment.globals |= {
+        "version": __version__,
+        "script": Markup(script),
+        "style": Markup(style),
+        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        "sign_of": _SIGNS.__getitem__,
+        "encode": _encode,
+        "table_of": table_of,
+    }
+    environment.filters |= {"lines": str.splitlines, "hex": hex, "size": size, "pyrepr": repr}
+    return environment
+
+
+def _encode(film: Film) -> Markup:
+    return Markup(encode(film))  # base64
+
+
+def _inert(value: object) -> object:
+    """What a template prints: text from outside with every character escaped that a reader cannot see."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _text(name: str) -> str:
+    return files("miniloader.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+# ------------------------------------------------------------------------------------------ writing
+def _write(text: str, path: Path) -> None:
+    """Write a file whole: under another name beside it, to the disk, then renamed."""
+    path = os.fspath(path)
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, a pipe
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        _replace(text, os.path.realpath(path))
+    except OSError as error:
+        raise MiniloaderError(f"{path}: cannot write the page: {error.strerror}") from error
+
+
+def _replace(text: str, path: str) -> None:
+    descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".miniloader-", suffix=".html")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """The mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,75 @@
+"""What the page about a proof shows: values for ``templates/proof.html``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import Any
+
+from miniloader.elf import ElfImage, LoadPlan
+from miniloader.errors import MiniloaderError
+from miniloader.lab.proof import DECISIVE, STEPS, Proof
+from miniloader.loader import inspect
+from miniloader.machine.landmarks import Landmarks
+from miniloader.report.facts import bytes_of_pages, jumps, ranges
+from miniloader.report.film import Film, Group, Scene
+
+__all__ = ["view_of"]
+
+
+def view_of(proof: Proof) -> dict[str, Any]:
+    """Everything that the template asks for."""
+    landmarks = _landmarks(proof)
+    film = _film(proof, landmarks)
+    command = ["miniloader", "prove", proof.path, "-n", str(len(proof.processes))]
+    return {
+        "proof": proof,
+        "name": os.path.basename(proof.path),
+        "film": film if proof.evidence in ("frames", "flags") else None,
+        "decisive": DECISIVE,
+        "memory": proof.memory,
+        "jumps": jumps(landmarks, proof.plan, proof.contents) if landmarks else (),
+        "command": shlex.join(command),
+        "image": landmarks.image if landmarks else None,
+    }
+
+
+def _landmarks(proof: Proof) -> Landmarks | None:
+    """The names of what is in the library; None where its file has gone or changed meanwhile."""
+    try:
+        image: ElfImage = inspect(proof.path)
+        return Landmarks(image) if image.plan(proof.plan.page_size) == proof.plan else None
+    except MiniloaderError:
+        return None
+
+
+def _film(proof: Proof, landmarks: Landmarks | None) -> Film:
+    about = {step.name: step.help for step in STEPS}
+    steps = [snapshot.step for snapshot in proof.snapshots]
+    image = landmarks.image if landmarks else None
+    return Film(
+        title=f"The pages of {os.path.basename(proof.path)} in {len(proof.processes)} processes",
+        rows=tuple(f"process {number}" for number in range(1, len(proof.processes) + 1)),
+        groups=groups_of(proof.plan),
+        scenes=tuple(Scene(one.step, about.get(one.step, ""), one) for one in proof.snapshots),
+        start=steps.index(DECISIVE) if DECISIVE in steps else 0,
+        ranges=ranges(image, proof.plan, proof.word) if image else (),
+        pages=bytes_of_pages(landmarks, proof.plan, proof.contents, proof.word) if landmarks else {},
+    )
+
+
+def groups_of(plan: LoadPlan) -> tuple[Group, ...]:
+    """The mappings of ``plan`` without its gaps, each a group of pages."""
+    what = {"r--": "constants", "r-x": "code", "rw-": "data", "rwx": "writable code", "---": "nothing"}
+    return tuple(
+        Group(
+            (mapping.start - plan.start) // plan.page_size,
+            (mapping.end - plan.start) // plan.page_size,
+            f"{mapping.protection} bss"
+            if mapping.kind == "zero"
+            else f"{mapping.protection} {what.get(mapping.protection, '')}".strip(),
+            "anonymous memory" if mapping.kind == "zero" else f"file offset {mapping.file_offset:#x}",
+        )
+        for mapping in plan.mappings
+        if mapping.kind != "gap"
+    )
