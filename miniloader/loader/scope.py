@@ -221,29 +221,31 @@ def _search_few(
     owner: NDArray[np.int64],
     symbol: NDArray[np.int64],
 ) -> None:
-    """The same a name at a time, which is faster as long as there are few."""
-    tables = [definer.symbols for definer in scope]
-    for position in open_.tolist():
-        index = int(wanted[position])
-        name = table.name_bytes(index)
+    """The same a name at a time, which is faster as long as there are few.
+
+    The Bloom filters (see ``GnuHash.candidates``) are read here, since nearly every look-up ends there.
+    """
+    filters = [(place, definer.symbols, *_filter(definer.symbols)) for place, definer in enumerate(scope)]
+    names, labels = table.names(wanted[open_]), table.version_names(wanted[open_])
+    for position, name, label in zip(open_.tolist(), names, labels, strict=True):
         hashed = gnu_hash(name)
-        version = None
-        for place, other in enumerate(tables):
-            gnu = other.hash
-            if isinstance(gnu, GnuHash):
-                # GnuHash.candidates says why; here, since nearly every look-up ends here.
-                bloom = gnu.bloom_list
-                word = bloom[(hashed >> 6) & (len(bloom) - 1)]
-                if not (word >> (hashed & 63)) & (word >> ((hashed >> gnu.shift) & 63)) & 1:
-                    continue
-            candidates = gnu.candidates(name, hashed) if gnu is not None else _slow(other, name)
-            if not candidates:
-                continue
-            version = version or table.version(index)
-            found = _match(other, candidates, name, version.name if version is not None else None)
-            if found is not None:
-                owner[position], symbol[position] = place, found
-                break
+        for place, other, bloom, mask, shift in filters:
+            word = bloom[(hashed >> 6) & mask]
+            if (word >> (hashed & 63)) & (word >> ((hashed >> shift) & 63)) & 1:
+                gnu = other.hash
+                candidates = gnu.chain(hashed) if isinstance(gnu, GnuHash) else _slow(other, name)
+                found = _match(other, candidates, name, label)
+                if found is not None:
+                    owner[position], symbol[position] = place, found
+                    break
+
+
+def _filter(table: SymbolTable) -> tuple[list[int], int, int]:
+    """A Bloom filter's words, the mask of their number, and its shift; one that lets all pass for none."""
+    gnu = table.hash
+    if isinstance(gnu, GnuHash):
+        return gnu.bloom_list, len(gnu.bloom_list) - 1, gnu.shift
+    return [0xFFFFFFFFFFFFFFFF], 0, 0
 
 
 def find_all(
@@ -307,13 +309,13 @@ def _match(table: SymbolTable, candidates: list[int], name: bytes, version: str 
     for index in candidates:
         if index >= len(table.rows):
             continue
-        _, info, other, shndx, value, _ = table.rows[index].item()
+        at, info, other, shndx, value, _ = table.rows[index].item()
+        if table.strings[at : at + len(name) + 1] != name + b"\0":
+            continue
         if shndx == SHN_UNDEF or info >> 4 not in _BINDS or other & 3 in _INVISIBLE:
             continue
         kind = info & 0xF
         if kind not in _TYPES or (value == 0 and shndx != SHN_ABS and kind != STT_TLS):
-            continue
-        if table.name_bytes(index) != name:
             continue
         if not len(table.versym):
             return index
