@@ -1,0 +1,366 @@
+"""What a file says about the words of its pages: which are relocated and how, whose symbol they belong to.
+
+:class:`Facts` is made once a file, however many processes have it mapped, so that
+:mod:`miniloader.evidence.cause` only compares arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage, LoadPlan, Source
+from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.elf.relocations import kind_name
+from miniloader.elf.symbols import (
+    SHN_ABS,
+    SHN_UNDEF,
+    STT_FUNC,
+    STT_GNU_IFUNC,
+    STT_OBJECT,
+    STT_TLS,
+    SymbolTable,
+)
+from miniloader.elf.symtab import read_symtab
+from miniloader.elf.tables import Table
+from miniloader.errors import ElfError, MiniloaderError
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.machine.relocation import KINDS, Formula
+
+__all__ = [
+    "ARGUMENT",
+    "COPY",
+    "DESCRIPTOR",
+    "INDIRECT",
+    "LOADER",
+    "MODULE",
+    "MODULE_OFFSET",
+    "OTHER",
+    "RELATIVE",
+    "SLOT_DTYPE",
+    "SYMBOL",
+    "THREAD_OFFSET",
+    "Facts",
+    "Names",
+]
+
+SLOT_DTYPE: Final = np.dtype(
+    [
+        ("vaddr", np.uint64),
+        ("size", np.uint8),  # bytes
+        ("what", np.uint8),  # one of RELATIVE … LOADER
+        ("addend", np.int64),
+        ("symbol", np.uint32),  # index into the dynamic symbol table
+        ("kind", np.int64),  # ELF64_R_TYPE; -1: RELR; -2: no relocation
+    ]
+)
+"""A place that the loader writes; see the comments at each field."""
+
+(
+    RELATIVE,
+    SYMBOL,
+    INDIRECT,
+    THREAD_OFFSET,
+    MODULE,
+    MODULE_OFFSET,
+    DESCRIPTOR,
+    ARGUMENT,
+    COPY,
+    OTHER,
+    LOADER,
+) = range(1, 12)
+_OF_FORMULA: Final[dict[Formula, int]] = {
+    "B + A": RELATIVE,
+    "S + A": SYMBOL,
+    "S": SYMBOL,
+    "indirect": INDIRECT,
+    "thread offset": THREAD_OFFSET,
+    "module": MODULE,
+    "module offset": MODULE_OFFSET,
+    "descriptor": DESCRIPTOR,
+    "copy": COPY,
+    "S + A - P": OTHER,
+    "Z + A": OTHER,
+}
+_RELR, _NO_KIND = -1, -2
+_WORD: Final = 8
+_NAME_BITS: Final = 24  # of a key; the rest is the vaddr
+_MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
+
+
+class Names:
+    """Gives every symbol name a number, the same in all files."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+
+    def numbers(self, table: SymbolTable) -> NDArray[np.uint64]:
+        """The number of each symbol's name."""
+        known = self._numbers
+        names = table.names(np.arange(len(table)))
+        return np.fromiter((known.setdefault(name, len(known)) for name in names), np.uint64, len(names))
+
+
+class Facts:
+    """One file: its bytes, and, when it is an ELF image, its slots and its symbols.
+
+    ``image`` is None for any other file; then vaddrs are file offsets.  ``trouble`` says why nothing can be
+    said about its words ("" when it can).  What is malformed is left out, not raised.
+    """
+
+    def __init__(self, source: Source, image: ElfImage | None, names: Names) -> None:
+        self.source, self.image, self._names = source, image, names
+        self.plan: LoadPlan | None = None
+        self.trouble = ""
+        if image is None:
+            return
+        try:
+            self.plan = image.plan(PAGE_SIZE)
+        except MiniloaderError:
+            self.image = None  # the kernel maps it, yet not as an image
+            return
+        if image.header.machine not in KINDS or image.header.elf_class != 64:
+            machine = f"{image.header.machine}, {image.header.elf_class} bits"
+            self.trouble = f"the relocation kinds of {machine} are not known"
+
+    # -- bytes ------------------------------------------------------------------------------------
+
+    def pages(self, file_offsets: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        """The file's pages at these offsets, shape (pages, PAGE_SIZE), a copy; zeroes past its end."""
+        rows = self._rows
+        missing = [offset for offset in file_offsets.tolist() if offset not in rows]
+        if missing:
+            self._read(missing)
+        return self._store[[rows[offset] for offset in file_offsets.tolist()]]
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        self._store = np.zeros((0, PAGE_SIZE), np.uint8)
+        return {}
+
+    def _read(self, offsets: list[int]) -> None:
+        new = np.zeros((len(offsets), PAGE_SIZE), np.uint8)
+        for row, offset in enumerate(offsets):
+            length = min(PAGE_SIZE, self.source.size - offset)
+            if length > 0:
+                new[row, :length] = np.frombuffer(self.source.read(offset, length, "page"), np.uint8)
+            self._rows[offset] = len(self._store) + row
+        self._store = np.concatenate([self._store, new])
+
+    # -- places that the loader writes --------------------------------------------------------------
+
+    @cached_property
+    def slots(self) -> Table:
+        """Every place that the loader writes, as SLOT_DTYPE by vaddr; none for what is no image."""
+        if self.image is None or self.trouble:
+            return np.empty(0, SLOT_DTYPE)
+        try:
+            found = np.concatenate(
+                [_relocated(self.image), _relr(self.image), _copied(self.image), _loader(self.image)]
+            )
+        except ElfError as error:
+            self.trouble = f"its relocations cannot be read: {error}"
+            return np.empty(0, SLOT_DTYPE)
+        ordered = found[np.argsort(found["vaddr"], kind="stable")]
+        last = np.ones(len(ordered), np.bool_)
+        last[:-1] = ordered["vaddr"][1:] != ordered["vaddr"][:-1]
+        return ordered[last]
+
+    def kind_name(self, kind: int) -> str:
+        """The name of a slot's kind: ``R_X86_64_RELATIVE``, ``RELR``, or "" for none."""
+        if kind < 0 or self.image is None:
+            return "RELR" if kind == _RELR else ""
+        return kind_name(self.image.header.machine, kind)
+
+    @cached_property
+    def is_dynamic_loader(self) -> bool:
+        """Whether it is ld.so: what it writes to its own pages is bookkeeping, not the program's doing."""
+        try:
+            soname = self.image.soname if self.image is not None else None
+        except ElfError:
+            return False
+        return (soname or "").startswith(("ld-linux", "ld-musl", "ld64.so", "ld.so", "ld-"))
+
+    # -- symbols ----------------------------------------------------------------------------------
+
+    @cached_property
+    def symbols(self) -> SymbolTable | None:
+        """The dynamic symbols, None where there are none that can be read."""
+        try:
+            return self.image.symbols if self.image is not None else None
+        except ElfError:
+            return None
+
+    @cached_property
+    def name_numbers(self) -> NDArray[np.uint64]:
+        """The number of each dynamic symbol's name."""
+        return np.empty(0, np.uint64) if self.symbols is None else self._names.numbers(self.symbols)
+
+    def keys(self, vaddrs: NDArray[np.uint64], names: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """What :attr:`definitions` holds for a name at a vaddr."""
+        return vaddrs << np.uint64(_NAME_BITS) | names
+
+    @cached_property
+    def definitions(self) -> NDArray[np.uint64]:
+        """The keys of what other files may bind to, sorted.
+
+        With them, a function that an executable gives its address of its own PLT entry: undefined, yet
+        with a value (psABI, "Function Addresses").
+        """
+        table = self.symbols
+        if table is None:
+            return np.empty(0, np.uint64)
+        rows = table.rows
+        usable = (rows["shndx"] != SHN_UNDEF) | ((table.type == STT_FUNC) & (rows["value"] != 0))
+        usable &= (table.type != STT_TLS) & (rows["shndx"] != SHN_ABS)
+        return np.sort(self.keys(rows["value"][usable].astype(np.uint64), self.name_numbers[usable]))
+
+    @cached_property
+    def indirect_names(self) -> NDArray[np.uint64]:
+        """The names of its IFUNC symbols: their address is what a resolver returned."""
+        if self.symbols is None:
+            return np.empty(0, np.uint64)
+        rows = self.symbols.rows
+        return np.unique(
+            self.name_numbers[(self.symbols.type == STT_GNU_IFUNC) & (rows["shndx"] != SHN_UNDEF)]
+        )
+
+    @cached_property
+    def code(self) -> NDArray[np.uint64]:
+        """The vaddrs [start, end) of executable segments, shape (segments, 2)."""
+        loads = self.image.loads if self.image is not None else ()
+        spans = [(load.vaddr, load.end) for load in loads if "x" in load.flags]
+        return np.array(spans, dtype=np.uint64).reshape(-1, 2)
+
+    @cached_property
+    def _named(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], list[bytes]]:
+        """Objects and functions by vaddr: start, end, name; of several at one place the largest."""
+        starts, ends, names = [], [], list[bytes]()
+        tables = [] if self.image is None else [read_symtab(self.image), self.symbols]
+        for table in tables:
+            if table is None or not len(table):
+                continue
+            usable = np.isin(table.type, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC)) & (table.rows["size"] > 0)
+            usable &= (table.rows["shndx"] != SHN_UNDEF) & (table.rows["shndx"] != SHN_ABS)
+            chosen = np.flatnonzero(usable)
+            starts.append(table.rows["value"][chosen].astype(np.uint64))
+            ends.append(starts[-1] + table.rows["size"][chosen].astype(np.uint64))
+            names += table.names(chosen)
+        if not starts:
+            return np.empty(0, np.uint64), np.empty(0, np.uint64), []
+        start, end = np.concatenate(starts), np.concatenate(ends)
+        order = np.lexsort((np.arange(len(start)), end, start))
+        last = np.ones(len(order), np.bool_)
+        last[:-1] = start[order][1:] != start[order][:-1]
+        order = order[last]
+        return start[order], end[order], [names[index] for index in order.tolist()]
+
+    def symbols_at(self, vaddrs: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """For each vaddr the number of the symbol that covers it (for :meth:`symbol_name`), -1: none."""
+        starts, ends, _ = self._named
+        if not len(starts):
+            return np.full(len(vaddrs), -1, np.int64)
+        at = np.searchsorted(starts, vaddrs, side="right") - 1
+        return np.where((at >= 0) & (vaddrs < ends[at]), at, -1)
+
+    def symbol_name(self, number: int) -> str:
+        """The name of a symbol."""
+        return self._named[2][number].decode("utf-8", "backslashreplace")
+
+    def symbol_span(self, number: int) -> tuple[int, int]:
+        """The vaddrs [start, end) of a symbol."""
+        return int(self._named[0][number]), int(self._named[1][number])
+
+    @cached_property
+    def section_spans(self) -> tuple[tuple[int, int, str], ...]:
+        """Start, end and name of the sections that take memory."""
+        sections = self.image.sections if self.image is not None else ()
+        return tuple(
+            (one.vaddr, one.end, one.name)
+            for one in sections
+            if one.allocated and one.size and one.name != ".tbss"
+        )
+
+    def sections_on(self, vaddr: int) -> tuple[str, ...]:
+        """The names of the sections on the page at ``vaddr``, in order."""
+        return tuple(
+            name for start, end, name in self.section_spans if start < vaddr + PAGE_SIZE and vaddr < end
+        )
+
+
+# ------------------------------------------------------------------------------------------ the slots
+def _slots(vaddrs: NDArray[np.uint64], what: int, **fields: object) -> Table:
+    made = np.zeros(len(vaddrs), SLOT_DTYPE)
+    made["vaddr"], made["what"], made["size"], made["kind"] = vaddrs, what, _WORD, _NO_KIND
+    for name, value in fields.items():
+        made[name] = value
+    return made
+
+
+def _relocated(image: ElfImage) -> Table:
+    """The slots of the relocation tables; of a TLS descriptor its two words; without COPY."""
+    kinds = KINDS[image.header.machine]
+    made = [np.empty(0, SLOT_DTYPE)]
+    for table in image.relocations.tables:
+        rows = table.rows
+        for code in np.unique(rows["type"]).tolist():
+            kind = kinds.get(code)
+            if kind is not None and kind.formula in ("none", "copy"):
+                continue
+            what = OTHER if kind is None or kind.size not in (8, 16) else _OF_FORMULA[kind.formula]
+            chosen = rows[rows["type"] == code]
+            fields = {
+                "kind": code,
+                "symbol": chosen["symbol"],
+                # JUMP_SLOT and GLOB_DAT have no addend (psABI), whatever the file says.
+                "addend": 0 if kind is not None and kind.formula == "S" else chosen["addend"],
+                "size": _WORD if kind is None else min(kind.size, _WORD),
+            }
+            made.append(_slots(chosen["offset"], what, **fields))
+            if what == DESCRIPTOR:
+                made.append(_slots(chosen["offset"] + np.uint64(_WORD), ARGUMENT, **fields))
+    return np.concatenate(made)
+
+
+def _relr(image: ElfImage) -> Table:
+    """The words of DT_RELR: their addend is what the file holds there."""
+    vaddrs = image.relocations.relr
+    slots = _slots(vaddrs, RELATIVE, kind=_RELR)
+    for load in image.loads:
+        inside = np.flatnonzero((vaddrs >= load.vaddr) & (vaddrs + _WORD <= load.file_end))
+        if len(inside):
+            first, last = int(vaddrs[inside].min()), int(vaddrs[inside].max()) + _WORD
+            data = np.frombuffer(image.read(first, last - first, "DT_RELR's words"), np.uint8)
+            at = (vaddrs[inside] - np.uint64(first)).astype(np.intp)
+            slots["addend"][inside] = data[at[:, np.newaxis] + np.arange(_WORD)].view(np.int64)[:, 0]
+    return slots
+
+
+def _copied(image: ElfImage) -> Table:
+    """The words of the variables that COPY relocations bring into an executable."""
+    kinds = KINDS[image.header.machine]
+    codes = [code for code, kind in kinds.items() if kind.formula == "copy"]
+    made = [np.empty(0, SLOT_DTYPE)]
+    for table in image.relocations.tables:
+        for row in table.rows[np.isin(table.rows["type"], codes)]:
+            start = int(row["offset"])
+            size = min(int(image.symbols.rows["size"][row["symbol"]]), _MOST_COPIED)
+            words = np.arange(start & -_WORD, start + max(size, 1), _WORD, dtype=np.uint64)
+            made.append(_slots(words, COPY, kind=row["type"], symbol=row["symbol"]))
+    return np.concatenate(made)
+
+
+def _loader(image: ElfImage) -> Table:
+    """The dynamic section, whose addresses ld.so adjusts, and GOT[0] to GOT[2], which are its own (psABI)."""
+    dynamic = image.segment("PT_DYNAMIC")
+    words: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+    if dynamic is not None:
+        words.append(np.arange(dynamic.vaddr, dynamic.vaddr + dynamic.filesz, _WORD, dtype=np.uint64))
+    tags: Mapping[int, int] = image.dynamic.tags
+    if DT_PLTGOT in tags:
+        words.append(np.uint64(tags[DT_PLTGOT]) + np.arange(3, dtype=np.uint64) * np.uint64(_WORD))
+    return _slots(np.concatenate(words), LOADER)

@@ -1,0 +1,72 @@
+"""``/proc/PID/mem``: the bytes of another process's pages, without stopping it.
+
+Reading a page that is not in its page table would map it there (a file's page and fifteen around it), so
+only what ``pagemap`` shows present is to be asked for.  Source: proc_pid_mem(5).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from itertools import pairwise
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import ProcessGone
+from miniloader.kernel.procfs import NO_MEMORY, open_process_file, refusal
+from miniloader.kernel.syscalls import PAGE_SIZE
+
+__all__ = ["ProcessMemory"]
+
+_UNREADABLE: Final = frozenset({errno.EIO, errno.EFAULT})
+
+
+class ProcessMemory:
+    """The memory of one process, opened once; like ``pagemap`` it stays with that memory through an exec.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        """Open it; raises ProcessGone, or EvidenceError where it may not be read (ptrace(2), Yama)."""
+        self.pid = pid
+        self._fd = open_process_file(pid, "mem")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+    def pages(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The bytes of the pages at these ascending addresses, shape (pages, PAGE_SIZE), and which were read.
+
+        Neighbours are read at once.  Raises ProcessGone, or EvidenceError.
+        """
+        data = np.zeros((len(addresses), PAGE_SIZE), np.uint8)
+        done = np.zeros(len(addresses), np.bool_)
+        view = data.reshape(-1).data
+        edges = np.flatnonzero(np.diff(addresses) != PAGE_SIZE) + 1
+        starts = [0, *edges.tolist(), len(addresses)] if len(addresses) else [0]
+        for first, last in pairwise(starts):
+            while first < last:
+                count = self._read(view[first * PAGE_SIZE : last * PAGE_SIZE], int(addresses[first]))
+                done[first : first + count // PAGE_SIZE] = True
+                first += max(count // PAGE_SIZE, 1)  # a page that cannot be read is left out
+        return data, done
+
+    def _read(self, buffer: memoryview, address: int) -> int:
+        try:
+            count = os.preadv(self._fd, [buffer], address)
+        except OSError as error:
+            if error.errno in _UNREADABLE:
+                return 0
+            raise refusal(self.pid, "mem", error) from error
+        if count == 0:
+            raise ProcessGone(self.pid, NO_MEMORY)
+        return count

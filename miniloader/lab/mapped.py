@@ -1,0 +1,116 @@
+"""The files behind the mappings of processes: found again, opened once, and told apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from miniloader.elf import Source
+from miniloader.elf.image import read_image
+from miniloader.errors import ElfError, EvidenceError, MiniloaderError
+from miniloader.evidence.slots import Facts, Names
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.procfs import process_file
+from miniloader.kernel.query import query_vma
+
+__all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
+
+_MAGIC: Final = b"\x7fELF"
+
+
+class Identity(NamedTuple):
+    """What ``maps`` says a file is.  Two of these may be one file (overlayfs), a path may be several."""
+
+    device: tuple[int, int]
+    inode: int
+    path: str
+    deleted: bool
+
+
+def identity_of(vma: Vma) -> Identity:
+    """The identity of the file behind ``vma``."""
+    return Identity(vma.device, vma.inode, vma.path, vma.deleted)
+
+
+class MappedFile:
+    """A file that is mapped somewhere.
+
+    ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
+    itself cannot be read, for the reason ``trouble``.
+    """
+
+    def __init__(self, number: int, identity: Identity) -> None:
+        self.number, self.identity = number, identity
+        self.build_id: str | None = None
+        self.facts: Facts | None = None
+        self.trouble = ""
+
+
+class MappedFiles:
+    """All the files of an audit: each is looked for once, however many processes have it mapped."""
+
+    def __init__(self) -> None:
+        self._known: dict[Identity, MappedFile] = {}
+        self._names = Names()
+
+    def __iter__(self) -> Iterator[MappedFile]:
+        return iter(self._known.values())
+
+    def of(self, pid: int, vma: Vma) -> MappedFile:
+        """The file behind a mapping of process ``pid``."""
+        identity = identity_of(vma)
+        file = self._known.get(identity)
+        if file is None:
+            file = self._known[identity] = MappedFile(len(self._known), identity)
+            self._look(file, pid, vma)
+        elif file.facts is None:  # another process may offer a way to it
+            self._open(file, pid, vma)
+        return file
+
+    def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
+        try:
+            answer = query_vma(pid, vma.start)
+        except EvidenceError:  # PROCMAP_QUERY is from 6.11 on
+            answer = None
+        if answer is not None and answer.build_id and identity_of(answer.vma) == file.identity:
+            file.build_id = answer.build_id.hex()
+        self._open(file, pid, vma)
+
+    def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
+        """Open the very file that is mapped, not one that has taken its name since."""
+        by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
+        in_root = process_file(pid, "root") + vma.path
+        for path, sure in ((vma.path, False), (by_kernel, True), (in_root, False)):
+            try:
+                source = Source.open(path)
+            except MiniloaderError:
+                continue
+            facts = _facts(source, self._names)
+            if facts is not None and (sure or _is(source, facts, file)):
+                file.facts, file.trouble = facts, ""
+                if file.build_id is None and facts.image is not None:
+                    file.build_id = facts.image.build_id
+                return
+        state = "deleted or replaced" if vma.deleted or os.path.exists(vma.path) else "not to be found"
+        file.trouble = f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
+
+
+def _facts(source: Source, names: Names) -> Facts | None:
+    """What the file says; None where it cannot be read."""
+    try:
+        if bytes(source.read(0, min(4, source.size), "magic")) != _MAGIC:
+            return Facts(source, None, names)
+        return Facts(source, read_image(source), names)
+    except ElfError:
+        return Facts(source, None, names)
+
+
+def _is(source: Source, facts: Facts, file: MappedFile) -> bool:
+    """Whether an open file is the mapped one: by device and inode, or (overlayfs, btrfs) by build-id."""
+    device, inode = source.identity
+    if (os.major(device), os.minor(device)) == file.identity.device and inode == file.identity.inode:
+        return not file.identity.deleted or os.fstat(source.fd).st_nlink > 0
+    if facts.image is None or file.build_id is None or file.identity.deleted:
+        return False
+    return facts.image.build_id == file.build_id

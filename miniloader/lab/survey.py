@@ -1,0 +1,374 @@
+"""One look at one process for an audit: all its pages, and why those of its files were copied.
+
+The process is never stopped, nor is anything mapped into it.  Its page table entries are read before and
+after everything else; a copied page whose entry differs is ``unknown``, as "changed while we looked".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import EvidenceError, ProcessGone
+from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
+from miniloader.kernel.maps import Vma, read_maps
+from miniloader.kernel.memory import ProcessMemory
+from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
+from miniloader.kernel.procfs import read_process_file
+from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.mapped import Identity, MappedFile, MappedFiles, identity_of
+
+__all__ = ["CHANGED", "FileInProcess", "Survey", "survey"]
+
+CHANGED: Final = "changed while we looked"
+_SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
+_LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
+_NOT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})  # counted by nobody
+_TOP: Final = 1 << 63  # above is the kernel's half
+
+
+@dataclass(slots=True, eq=False)
+class FileInProcess:
+    """A file as it lies in one process; all arrays are by copied page, ascending by vaddr.
+
+    ``base`` is the load bias.  ``frames`` are 0 where they are hidden.  ``causes`` are sets of bits, 0 where
+    nobody asked; ``reasons`` says of some pages (by index) why they are unknown; ``written`` has a row
+    (page, symbol number, cause bit) for each symbol that was written to.  ``file_frames`` are the frames of
+    the pages that are still the file's own.  ``bss`` are the anonymous pages of the image's bss.
+    """
+
+    file: MappedFile
+    base: int
+    start: int
+    end: int
+    mapped: int
+    present: int
+    swapped: int
+    vaddrs: NDArray[np.uint64]
+    file_offsets: NDArray[np.uint64]
+    frames: NDArray[np.uint64]
+    exclusive: NDArray[np.bool_]
+    file_frames: NDArray[np.uint64]
+    bss_vaddrs: NDArray[np.uint64]
+    causes: NDArray[np.uint8]
+    reasons: dict[int, str]
+    written: NDArray[np.int64]
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:
+        """The address of each copied page."""
+        return self.vaddrs + np.uint64(self.base % 2**64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """One process; page counts over all its mappings.
+
+    ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
+    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames`` are those of the rss pages.
+    """
+
+    pid: int
+    name: str
+    parent: int
+    started: int
+    rss: int
+    exclusive: int
+    anonymous: int
+    anonymous_shared: int
+    zero: int
+    huge: int
+    swapped: int
+    frames: NDArray[np.uint64]
+    anonymous_frames: NDArray[np.uint64]
+    files: tuple[FileInProcess, ...]
+
+
+def survey(
+    pid: int,
+    files: MappedFiles,
+    *,
+    causes: bool = True,
+    frames: bool = True,
+    wanted: Callable[[Identity], bool] = lambda _: True,
+) -> Survey:
+    """Look at process ``pid``; ``wanted`` chooses the files to tell about one by one.
+
+    Raises ProcessGone when it ends or executes another program meanwhile, EvidenceError when it may not be
+    looked at.
+    """
+    with PageMap(pid) as pagemap:
+        name, parent, started = _status(pid)
+        vmas = tuple(vma for vma in read_maps(pid) if vma.start < _TOP)
+        pages = _Pages(pagemap, vmas, frames=frames)
+        found = [
+            one for indices in _by_file(vmas).values() for one in _placed(pid, files, vmas, indices, pages)
+        ]
+        chosen = [one for one in found if wanted(one.file.identity)]
+        if causes:
+            _explain(pid, vmas, pages, found, chosen)
+        pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
+        return pages.survey(pid, name, parent, started, tuple(chosen))
+
+
+def _status(pid: int) -> tuple[str, int, int]:
+    """The name, the parent and the start time (clock ticks since boot), from ``stat`` (proc_pid_stat(5))."""
+    text = os.fsdecode(read_process_file(pid, "stat"))
+    fields = text[text.rindex(")") + 2 :].split()
+    return text[text.index("(") + 1 : text.rindex(")")], int(fields[1]), int(fields[19])
+
+
+class _Pages:
+    """Every page of a process that is worth a word: flat arrays over all mappings."""
+
+    def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
+        self._pagemap, self._frames = pagemap, frames
+        self._ranges = _ranges(pagemap, vmas)
+        self.entries = self._read()
+        size, page = np.uint64(PAGE_SIZE), [
+            np.arange(start, end, PAGE_SIZE, dtype=np.uint64) for _, start, end in self._ranges
+        ]  # fmt: skip
+        self.addresses = np.concatenate(page) if page else np.empty(0, np.uint64)
+        lengths = [(end - start) // PAGE_SIZE for _, start, end in self._ranges]
+        self.vma = np.repeat([index for index, _, _ in self._ranges], lengths)
+        self.ends = np.searchsorted(self.vma, np.arange(len(vmas) + 1))
+        self.present = (self.entries & PRESENT).astype(np.bool_)
+        self.file = (self.entries & FILE).astype(np.bool_)
+        self.zero, self.huge = self._scanned(vmas, size)
+        unreal = np.array([vma.path in _NOT_PAGES for vma in vmas])
+        self.counted = self.present & ~self.zero & ~unreal[self.vma]
+        self.copied = self.counted & ~self.file
+        self.exclusive = (self.entries & EXCLUSIVE).astype(np.bool_)
+        self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
+
+    def _read(self) -> NDArray[np.uint64]:
+        """The entries of all ranges; those that touch are read at once."""
+        found, start, end = [], 0, 0
+        for _, first, last in self._ranges:
+            if first != end:
+                found.append(self._pagemap.read(start, end))
+                start = first
+            end = last
+        found.append(self._pagemap.read(start, end))
+        return np.concatenate(found)
+
+    def changed(self) -> NDArray[np.bool_]:
+        """Which entries are not what they were."""
+        return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
+
+    def _scanned(self, vmas: Sequence[Vma], size: np.uint64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which are the page of zeros, and which are part of a huge page; as PAGEMAP_SCAN (6.7) says."""
+        zero, huge = np.zeros((2, len(self.addresses)), np.bool_)
+        try:
+            kinds = IS_ZERO | IS_HUGE
+            regions = scan(self._pagemap, vmas[0].start, vmas[-1].end, any_of=kinds, returned=kinds)
+        except EvidenceError:
+            return zero, huge
+        first = np.searchsorted(self.addresses, regions["start"]).tolist()
+        last = np.searchsorted(self.addresses, regions["end"]).tolist()
+        for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
+            zero[low:high] |= bool(kind & IS_ZERO)
+            huge[low:high] |= bool(kind & IS_HUGE)
+        return zero, huge
+
+    def survey(
+        self, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
+    ) -> Survey:
+        """The counts of the whole process."""
+        frames = self.entries & FRAME if self._frames else np.zeros(len(self.entries), np.uint64)
+        return Survey(
+            pid=pid,
+            name=name,
+            parent=parent,
+            started=started,
+            rss=_number(self.counted),
+            exclusive=_number(self.counted & self.exclusive),
+            anonymous=_number(self.copied),
+            anonymous_shared=_number(self.copied & ~self.exclusive),
+            zero=_number(self.zero),
+            huge=_number(self.huge & self.counted),
+            swapped=_number(self.swapped),
+            frames=frames[self.counted],
+            anonymous_frames=frames[self.copied],
+            files=files,
+        )
+
+
+def _number(mask: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(mask))
+
+
+def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]:
+    """Which addresses to read: (mapping, start, end); of a very large mapping what is populated."""
+    ranges = []
+    for index, vma in enumerate(vmas):
+        if vma.size <= _LARGE:
+            ranges.append((index, vma.start, vma.end))
+            continue
+        try:
+            regions = scan(pagemap, vma.start, vma.end, any_of=IS_PRESENT | IS_SWAPPED, returned=0)
+        except EvidenceError:
+            ranges.append((index, vma.start, vma.end))
+            continue
+        ranges += [(index, start, end) for start, end, _ in regions.tolist()]
+    return ranges
+
+
+def _by_file(vmas: Sequence[Vma]) -> dict[Identity, list[int]]:
+    """The private mappings of each file, by address."""
+    found: dict[Identity, list[int]] = {}
+    for index, vma in enumerate(vmas):
+        if vma.is_file and not vma.shared:
+            found.setdefault(identity_of(vma), []).append(index)
+    return found
+
+
+def _placed(
+    pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int], pages: _Pages
+) -> list[FileInProcess]:
+    """Where the file of these mappings lies: once, or several times."""
+    file = files.of(pid, vmas[indices[0]])
+    found, left = [], indices
+    while left:
+        bias, span = _bias(file, vmas[left[0]])
+        mine = [index for index in left if index == left[0] or _belongs(file, vmas[index], bias, span)]
+        found.append(_file_in_process(file, bias, vmas, mine, pages))
+        left = [index for index in left if index not in mine]
+    return found
+
+
+def _bias(file: MappedFile, vma: Vma) -> tuple[int, tuple[int, int]]:
+    """The load bias that puts the file's image where its first mapping is, and its addresses."""
+    plan = file.facts.plan if file.facts is not None else None
+    for mapping in plan.mappings if plan is not None else ():
+        past = vma.file_offset - mapping.file_offset
+        if plan is not None and mapping.kind == "file" and 0 <= past < mapping.length:
+            bias = vma.start - mapping.start - past
+            if bias >= 0:
+                return bias, (bias + plan.start, bias + plan.end)
+    return vma.start - vma.file_offset, (vma.start, vma.end)
+
+
+def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bool:
+    """Whether a mapping is part of the image at ``bias``: where it should be, with what should be there."""
+    plan = file.facts.plan if file.facts is not None else None
+    if plan is None:
+        return vma.start - vma.file_offset == bias
+    if not (span[0] <= vma.start and vma.end <= span[1]):
+        return False
+    mapping = plan.at(vma.start - bias)
+    if mapping is None or mapping.kind != "file":
+        return True  # a gap, which is reserved by a mapping of the file
+    return vma.file_offset == mapping.file_offset + (vma.start - bias - mapping.start)
+
+
+def _file_in_process(
+    file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: _Pages
+) -> FileInProcess:
+    rows = np.concatenate([np.arange(pages.ends[index], pages.ends[index + 1]) for index in indices])
+    shift = np.zeros(len(vmas), np.uint64)
+    for index in indices:
+        shift[index] = (vmas[index].file_offset - vmas[index].start) % 2**64
+    copied = rows[pages.copied[rows]]
+    own = rows[pages.counted[rows] & pages.file[rows]]
+    frames = pages.entries & FRAME if pages._frames else np.zeros(len(pages.entries), np.uint64)
+    count = len(copied)
+    return FileInProcess(
+        file=file,
+        base=bias,
+        start=min(vmas[index].start for index in indices),
+        end=max(vmas[index].end for index in indices),
+        mapped=sum(vmas[index].size for index in indices) // PAGE_SIZE,
+        present=len(copied) + len(own),
+        swapped=_number(pages.swapped[rows]),
+        vaddrs=pages.addresses[copied] - np.uint64(bias % 2**64),
+        file_offsets=pages.addresses[copied] + shift[pages.vma[copied]],
+        frames=frames[copied],
+        exclusive=pages.exclusive[copied],
+        file_frames=frames[own],
+        bss_vaddrs=_bss(file, bias, vmas, pages),
+        causes=np.zeros(count, np.uint8),
+        reasons={},
+        written=np.empty((0, 3), np.int64),
+    )
+
+
+def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: _Pages) -> NDArray[np.uint64]:
+    """The vaddrs of the present anonymous pages of the image's bss."""
+    plan = file.facts.plan if file.facts is not None else None
+    found = [np.empty(0, np.uint64)]
+    for mapping in plan.mappings if plan is not None else ():
+        if mapping.kind == "zero":
+            low, high = np.searchsorted(
+                pages.addresses, np.array([bias + mapping.start, bias + mapping.end], np.uint64)
+            )
+            here = np.arange(low, high)
+            anonymous = np.array([not vma.is_file for vma in vmas])[pages.vma[here]]
+            here = here[pages.copied[here] & anonymous]
+            found.append(pages.addresses[here] - np.uint64(bias))
+    return np.concatenate(found)
+
+
+def _explain(
+    pid: int, vmas: Sequence[Vma], pages: _Pages, found: list[FileInProcess], chosen: list[FileInProcess]
+) -> None:
+    """Fill in the causes, and take back what may have changed meanwhile."""
+    space = _space(vmas, found)
+    try:
+        with ProcessMemory(pid) as memory:
+            for one in chosen:
+                _explain_one(one, memory, space)
+    except ProcessGone:
+        raise
+    except EvidenceError as error:
+        for one in chosen:
+            _unknown(one, np.arange(len(one.vaddrs)), str(error))
+        return
+    changed = pages.addresses[pages.changed()]
+    after = {vma.start: vma for vma in read_maps(pid)}
+    moved = [vma for vma in vmas if vma.is_file and after.get(vma.start) != vma]
+    for one in chosen:
+        addresses = one.addresses
+        now = np.isin(addresses, changed)
+        for vma in moved:
+            now |= (addresses >= vma.start) & (addresses < vma.end)
+        _unknown(one, np.flatnonzero(now), CHANGED)
+
+
+def _space(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+    placed = []
+    for one in found:
+        plan = one.file.facts.plan if one.file.facts is not None else None
+        end = max(one.end, one.base + plan.end) if plan is not None else one.end
+        placed.append(Placed(one.base, one.start, end, one.file.facts))
+    code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
+    vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
+    return Space(placed, code, vdso)
+
+
+def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> None:
+    if not len(one.vaddrs):
+        return
+    if one.file.facts is None:
+        _unknown(one, np.arange(len(one.vaddrs)), one.file.trouble)
+        return
+    live, read = memory.pages(one.addresses)
+    answer: Classified = classify(one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live)
+    one.causes[:], one.written = answer.causes, answer.written
+    trouble = one.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
+    one.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
+    _unknown(one, np.flatnonzero(~read), CHANGED)
+
+
+def _unknown(one: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:
+    """Take back what was said about these pages."""
+    if len(pages):
+        one.causes[pages] = bit("unknown")
+        one.reasons |= dict.fromkeys(pages.tolist(), reason)
+        one.written = one.written[~np.isin(one.written[:, 0], pages)]
