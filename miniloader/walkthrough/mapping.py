@@ -110,7 +110,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     memory = bench.look_at(anonymous, title="device and memory")
     yield Step(
         "device and memory",
-        "/dev/zero gives zeros for ever; so does fresh anonymous memory. One page of it is read, one written.",
+        "/dev/zero gives zeros for ever; so does anonymous memory. One page of it is read, one written.",
         bench.calls(),
         (
             f"Only read: {memory.words(1)}. All of the system's untouched memory can be that one page.",
@@ -297,10 +297,10 @@ CHAPTER = Chapter(
         2,
     ),
     explanation=(
-        "mmap adds a line to the list of mappings that /proc/self/maps shows: these addresses mean that file, "
-        "from that offset. Page table entries are filled in later, one fault at a time.",
-        "When they are, they point at the page cache's own frames. The file is not copied to the program; the "
-        "program is let in where the file already is. That is why a mapping and read(2) never disagree.",
+        "mmap adds a line to the list of mappings that /proc/self/maps shows: these addresses mean that "
+        "file, from that offset. Page table entries are filled in later, one fault at a time.",
+        "When they are, they point at the page cache's own frames. The file is not copied to the program: it "
+        "is let in where the file already is. That is why a mapping and read(2) never disagree.",
         "Anonymous memory has no file. A first read gets the kernel's one page of zeros, a first write a "
         "frame of one's own.",
     ),
