@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main", "reported"]
 
 #: The commands, in the order ``--help`` shows them.
-COMMANDS: tuple[str, ...] = ("inspect", "load", "prove", "doctor")
+COMMANDS: tuple[str, ...] = ("inspect", "load", "disasm", "prove", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     from miniloader.cli.parser import build
 
-    parser = build(COMMANDS)
+    named = tuple(words[:1])
+    parser = build(named if set(named) & set(COMMANDS) else COMMANDS)  # one command needs no other
     try:
         arguments = parser.parse_args(words)
     except SystemExit as done:  # --help, --completion

@@ -90,7 +90,8 @@ def _aarch64(first: int) -> SlotOf:
     def slot(code: Windows, vaddrs: Vaddrs, got: int) -> Vaddrs:
         adrp, ldr = _column(code, first), _column(code, first + 1)
         pages = _signed((adrp >> 5 & 0x7FFFF) << 2 | adrp >> 29 & 3, 21)
-        return ((vaddrs + 4 * first) & ~0xFFF) + (pages << 12) + (ldr >> 10 & 0xFFF) * 8
+        slots: Vaddrs = ((vaddrs + 4 * first) & ~0xFFF) + (pages << 12) + (ldr >> 10 & 0xFFF) * 8
+        return slots
 
     return slot
 

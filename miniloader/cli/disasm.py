@@ -1,0 +1,88 @@
+"""``miniloader disasm``: the code of a function, with what it calls and refers to named."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from miniloader.lab.guard import Doing
+    from miniloader.report.disasm import Listing
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "show a function's code, and what its calls and GOT slots lead to"
+
+_SYMBOLS = """\
+SYMBOL is one of
+
+  crc32                 a function, also a static one where the library is not stripped
+  memcpy@GLIBC_2.14     that version of it
+  free@plt              the stub that leads to a function of another library
+  0x3f10, 0x3f10:64     what is at a vaddr; so many bytes of it
+
+Names behind ; say what an operand refers to: NAME is code or data of the library itself, NAME@plt a stub,
+NAME@got a slot that relocation fills with an address, "TEXT" a constant. For x86-64, i386, arm, aarch64 and
+riscv64; with --loaded only for this machine's own.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The library, the symbol, and whether to load it first."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _SYMBOLS
+    parser.add_argument("library", metavar="LIB", help="a path, or a name searched as the system does")
+    parser.add_argument("symbol", metavar="SYMBOL", help="what to show")
+    parser.add_argument(
+        "--loaded",
+        action="store_true",
+        help="load it first (which runs its constructors), and show what each GOT slot holds then",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """From the file; or in a child process that has loaded the library: foreign code may crash."""
+    if not arguments.loaded:
+        return _show(_from_file(arguments), arguments)
+    from miniloader.cli import reported
+    from miniloader.lab.guard import in_child
+
+    def body(doing: Doing) -> int:
+        return reported(lambda: _loaded(arguments, doing), as_json=arguments.json, debug=arguments.debug)
+
+    return in_child(body)
+
+
+def _from_file(arguments: argparse.Namespace) -> Listing:
+    import miniloader
+    from miniloader.machine.landmarks import Landmarks
+    from miniloader.report.disasm import listing_of
+
+    return listing_of(Landmarks(miniloader.inspect(arguments.library)), arguments.symbol)
+
+
+def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
+    import miniloader
+    from miniloader.machine.landmarks import Landmarks
+    from miniloader.report.disasm import listing_of
+
+    def on_event(event: miniloader.loader.Event) -> None:
+        doing(f"{event.library}: {event.stage}: {event.text}")
+
+    _from_file(arguments)  # no reason to load what cannot be shown
+    with miniloader.load(arguments.library, on_event=on_event) as library:
+        doing(f"{arguments.library}: looking at it")
+        listing = listing_of(Landmarks(library.image), arguments.symbol, library)
+        doing(f"{arguments.library}: closing it")
+    return _show(listing, arguments)
+
+
+def _show(listing: Listing, arguments: argparse.Namespace) -> int:
+    from miniloader.report.disasm import as_json, show
+    from miniloader.report.json import dump
+
+    if arguments.json:
+        dump(as_json(listing))
+    else:
+        show(listing)
+    return 0
