@@ -20,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-n", "--processes", metavar="N", type=int, default=4, help="how many processes load it (default: 4)"
     )
     parser.add_argument("--steps", action="store_true", help="show the pages after every step")
+    parser.add_argument("--html", metavar="FILE", help="write a page to look at and to play with as well")
     parser.add_argument(
         "--level", choices=levels, help="use this level of evidence, not the best that works here"
     )
@@ -60,4 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         from miniloader.report.terminal import console
 
         show(proof, console(), all_steps=arguments.steps)
+    if arguments.html is not None:
+        from miniloader.report.html import write_proof
+
+        write_proof(proof, arguments.html)
     return EXIT_STATUS[proof.verdict]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,11 +31,11 @@ class Contents:
     pages: tuple[tuple[bytes | None, ...], ...]
 
 
-def worth_reading(sharing: Sharing, also: int | None, page_size: int) -> tuple[int, ...]:
-    """The vaddrs of the first pages that were copied, and the page that holds the vaddr ``also``."""
+def worth_reading(sharing: Sharing, also: Iterable[int], page_size: int) -> tuple[int, ...]:
+    """The vaddrs of the first pages that were copied, and of the pages that hold the vaddrs ``also``."""
     copied = np.isin(sharing.states, (COPIED, COPIED_SHARED)).any(axis=0)
     vaddrs = sharing.vaddrs[copied][:_MOST_PAGES].tolist()
-    return tuple(sorted({*vaddrs, *([] if also is None else [also // page_size * page_size])}))
+    return tuple(sorted({*vaddrs, *(vaddr // page_size * page_size for vaddr in also)}))
 
 
 def read_contents(

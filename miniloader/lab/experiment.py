@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from miniloader.elf import LoadPlan, Source
+from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.errors import EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import Snapshot, Target, take
@@ -61,7 +62,8 @@ def experiment(
     sharing = analyse(loaded)
     fresh = np.logical_and.reduce(np.isin(sharing.states, (SHARED, SOLE)), axis=0)
     word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
-    shown = worth_reading(sharing, word.vaddr if word else None, PAGE_SIZE)
+    slots = [vaddr for tag, vaddr in image.dynamic.tags.items() if tag == DT_PLTGOT]
+    shown = worth_reading(sharing, [*slots, *([word.vaddr] if word else [])], PAGE_SIZE)
     contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
     stored, read = [], []
     if word is not None:

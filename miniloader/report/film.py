@@ -210,7 +210,7 @@ def _cells(sharing: Sharing, partners: Table) -> Table:
     """State and partner of each page of each process in one number."""
     own = np.arange(len(sharing.pids))[:, np.newaxis]
     partner = np.where(partners < 0, 0, np.where(partners == own, 1, partners + 2))
-    return partner * _CELL + sharing.states
+    return (partner * _CELL + sharing.states).astype(np.int64)
 
 
 def _take_from_partners(values: Table, partners: Table) -> None:

@@ -26,7 +26,7 @@ from miniloader.report.terminal import size
 
 if TYPE_CHECKING:
     from miniloader.lab.proof import Proof
-    from miniloader.walkthrough.model import Result
+    from miniloader.walkthrough.model import Question, Result
 
 __all__ = ["write_page", "write_proof", "write_walkthrough"]
 
@@ -75,8 +75,19 @@ def _environment() -> Environment:
         "encode": _encode,
         "table_of": table_of,
     }
-    environment.filters |= {"lines": str.splitlines, "hex": hex, "size": size, "pyrepr": repr}
+    environment.filters |= {
+        "lines": str.splitlines,
+        "hex": hex,
+        "size": size,
+        "pyrepr": repr,
+        "choices_of": _choices_of,
+    }
     return environment
+
+
+def _choices_of(question: Question) -> list[tuple[str, bool, str]]:
+    """Each choice, whether it is right, and why."""
+    return [(one.text, at == question.answer, one.why) for at, one in enumerate(question.choices)]
 
 
 def _encode(film: Film) -> Markup:

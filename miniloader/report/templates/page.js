@@ -1,7 +1,7 @@
 "use strict";
 // Draws what miniloader/report/film.py encodes.  Text from the data is only ever set as text, never as markup.
 (() => {
-  const SAME_AS_BEFORE = -1, SAME_AS_PARTNER = -2, CELL = 16;
+  const SAME_AS_BEFORE = -1, SAME_AS_PARTNER = -2, CELL = 16, MOST_ROWS = 40;
   const SHARED = 1, SOLE = 2, COPIED = 3, COPIED_SHARED = 4, ZERO = 5;
   const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -123,7 +123,7 @@
     const sign = (text, colour) => {
       if (width < 11 || height < 11) return;
       to.fillStyle = colour;
-      to.font = `700 ${Math.min(13, height - 4, width - 3)}px system-ui, sans-serif`;
+      to.font = `700 ${Math.min(13, height - 4, (width - 3) * (text.length > 1 ? 0.8 : 1))}px system-ui, sans-serif`;
       to.textAlign = "center"; to.textBaseline = "middle";
       to.fillText(text, x + right / 2, y + low / 2 + 0.5);
     };
@@ -178,7 +178,7 @@
     constructor(figure, data) {
       this.figure = figure; this.data = data;
       this.step = data.at; this.before = null; this.progress = 1;
-      this.row = 0; this.column = this.firstCopy(); this.from = 0; this.opened = null;
+      this.row = 0; this.column = this.firstCopy(); this.from = null; this.opened = null;
       this.stage = $(figure, ".stage"); this.canvas = $(figure, ".matrix"); this.over = $(figure, ".overview");
       this.slider = $(figure, "input"); this.linkAt = null;
       $(figure, ".live").hidden = false;
@@ -220,6 +220,7 @@
       this.shown = this.whole ? total : Math.max(4, Math.floor(room / this.cell));
       const count = data.rows.length;
       this.height = count <= 8 ? 26 : count <= 16 ? 20 : count <= 32 ? 14 : 8;
+      this.from ??= this.column - (this.shown >> 1);
       this.clamp(true);
       this.over.hidden = this.whole; this.over.style.display = this.whole ? "none" : "block";
       this.update();
@@ -543,16 +544,18 @@
         }
         return cell;
       };
-      let skipped = 0;
+      let skipped = 0, more = 0;
       const flush = () => { if (skipped) body.append(make("tr", { className: "skipped" }, make("td", { colSpan: 4, textContent: `⋯ ${plural(skipped * 16, "byte")} as in the file` }))); skipped = 0; };
       for (let row = 0; row < before.length; row += 16) {
         const differ = [row, row + 8].filter((offset) => changed.has(offset));
         if (!differ.length && !this.everything) { skipped++; continue; }
+        if (!this.everything && body.children.length >= MOST_ROWS) { more++; continue; }
         flush();
         body.append(make("tr", {}, make("th", { scope: "row", textContent: hex(data.vaddr[page] + row) }), words(row, false), words(row, true),
           make("td", { className: "name", textContent: differ.map((offset) => about.names[offset] ?? "").join("; ") })));
       }
-      flush();
+      if (!more) flush();
+      if (more) body.append(make("tr", { className: "skipped" }, make("td", { colSpan: 4, textContent: `and ${plural(more, "more row")} that differ: show the whole page` })));
       const head = make("tr", {}, ...["vaddr", "in the file", "in memory", "what changed it"].map((text) => make("th", { scope: "col", textContent: text })));
       return make("table", {}, make("thead", {}, head), body);
     }
