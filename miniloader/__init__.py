@@ -5,6 +5,7 @@
     image = miniloader.inspect(path)        # ElfImage; maps nothing, runs nothing, any architecture
     lib = miniloader.load(path)             # Library: mapped, linked and initialised by us
     proof = miniloader.prove(path)          # Proof: what several processes share, and what they copied
+    audit = miniloader.audit([pid, other])  # Audit: which pages running processes copied, and why
 
 Importing this package is nearly free: each public name is imported from its home when first used.
 """
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from miniloader.errors import SymbolError as SymbolError
     from miniloader.errors import UsageError as UsageError
     from miniloader.errors import WorkerError as WorkerError
+    from miniloader.lab.audit import audit as audit
+    from miniloader.lab.audited import Audit as Audit
     from miniloader.lab.proof import Proof as Proof
     from miniloader.lab.prove import prove as prove
     from miniloader.loader import Library as Library
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 #: Where each public name lives (PEP 562 below).
 _HOMES = {
+    "Audit": "miniloader.lab.audited",
     "ElfError": "miniloader.errors",
     "ElfImage": "miniloader.elf",
     "EvidenceError": "miniloader.errors",
@@ -47,6 +51,7 @@ _HOMES = {
     "SymbolError": "miniloader.errors",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",
+    "audit": "miniloader.lab.audit",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prove": "miniloader.lab.prove",

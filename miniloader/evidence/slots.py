@@ -271,9 +271,10 @@ class Facts:
         """The name of a symbol."""
         return self._named[2][number].decode("utf-8", "backslashreplace")
 
-    def symbol_span(self, number: int) -> tuple[int, int]:
-        """The vaddrs [start, end) of a symbol."""
-        return int(self._named[0][number]), int(self._named[1][number])
+    def symbols_between(self, start: int, end: int) -> tuple[int, ...]:
+        """The numbers of the symbols with a byte in the vaddrs [start, end), in order."""
+        starts, ends, _ = self._named
+        return tuple(np.flatnonzero((starts < end) & (ends > start)).tolist())
 
     @cached_property
     def section_spans(self) -> tuple[tuple[int, int, str], ...]:
@@ -285,11 +286,14 @@ class Facts:
             if one.allocated and one.size and one.name != ".tbss"
         )
 
-    def sections_on(self, vaddr: int) -> tuple[str, ...]:
-        """The names of the sections on the page at ``vaddr``, in order."""
-        return tuple(
-            name for start, end, name in self.section_spans if start < vaddr + PAGE_SIZE and vaddr < end
-        )
+    def section_on(self, vaddr: int) -> str:
+        """The section that takes most of the page at ``vaddr``; "" for none."""
+        shares = [
+            (min(end, vaddr + PAGE_SIZE) - max(start, vaddr), name)
+            for start, end, name in self.section_spans
+            if start < vaddr + PAGE_SIZE and vaddr < end
+        ]
+        return max(shares, default=(0, ""))[1]
 
 
 # ------------------------------------------------------------------------------------------ the slots

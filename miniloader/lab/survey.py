@@ -40,7 +40,8 @@ class FileInProcess:
     ``base`` is the load bias.  ``frames`` are 0 where they are hidden.  ``causes`` are sets of bits, 0 where
     nobody asked; ``reasons`` says of some pages (by index) why they are unknown; ``written`` has a row
     (page, symbol number, cause bit) for each symbol that was written to.  ``file_frames`` are the frames of
-    the pages that are still the file's own.  ``bss`` are the anonymous pages of the image's bss.
+    the pages that are still the file's own, ``own_offsets`` their places in it.
+    ``bss_vaddrs`` are the present anonymous pages of the image's bss.
     """
 
     file: MappedFile
@@ -55,6 +56,7 @@ class FileInProcess:
     frames: NDArray[np.uint64]
     exclusive: NDArray[np.bool_]
     file_frames: NDArray[np.uint64]
+    own_offsets: NDArray[np.uint64]
     bss_vaddrs: NDArray[np.uint64]
     causes: NDArray[np.uint8]
     reasons: dict[int, str]
@@ -71,7 +73,8 @@ class Survey:
     """One process; page counts over all its mappings.
 
     ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
-    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames`` are those of the rss pages.
+    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames``
+    are those of the rss pages.
     """
 
     pid: int
@@ -292,6 +295,7 @@ def _file_in_process(
         frames=frames[copied],
         exclusive=pages.exclusive[copied],
         file_frames=frames[own],
+        own_offsets=pages.addresses[own] + shift[pages.vma[own]],
         bss_vaddrs=_bss(file, bias, vmas, pages),
         causes=np.zeros(count, np.uint8),
         reasons={},
