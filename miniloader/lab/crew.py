@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, Self
 
 import miniloader
@@ -42,35 +42,35 @@ Reply = Mapping[str, Any]
 # The worker imports exactly what we would: our sys.path as it is, without site's search for more.
 _START: Final = "import sys; sys.path[:] = sys.argv[3:]; from miniloader.lab.worker import main; main()"
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
+_LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to its own
 
 
 class Worker:
     """One process of a crew: its ``pid``, and its number in the crew, from 1."""
 
     def __init__(self, number: int, of: int) -> None:
-        ours, theirs = socket.socketpair()
-        # What it and the library print, to be quoted when it dies; a file never makes it wait for a reader.
-        self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
-        try:
-            self._process = subprocess.Popen(
-                _command(theirs.fileno()),
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-                pass_fds=[theirs.fileno()],
-                process_group=0,  # Ctrl-C is for the parent to deal with
-            )
-        except OSError as error:
-            ours.close()
-            os.close(self._output)
-            raise WorkerError(f"cannot start worker {number} of {of}: {error.strerror}") from error
-        finally:
-            theirs.close()
+        with ExitStack() as undo:
+            self._socket, theirs = map(undo.enter_context, socket.socketpair())
+            # What it prints, to be quoted when it dies; a file, so that it never has to wait for a reader.
+            self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
+            undo.callback(os.close, self._output)
+            try:
+                self._process = subprocess.Popen(
+                    _command(theirs.fileno()),
+                    env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._output,
+                    stderr=self._output,
+                    pass_fds=[theirs.fileno()],
+                    process_group=0,  # Ctrl-C is for the parent to deal with
+                )
+            except OSError as error:
+                raise WorkerError(f"cannot start worker {number} of {of}: {error.strerror}") from error
+            undo.pop_all()
+        theirs.close()
         self.number = number
         self.pid = self._process.pid
         self._name = f"worker {number} of {of} (pid {self.pid})"
-        self._socket = ours
         self._inbox = bytearray()
 
     def __repr__(self) -> str:
@@ -80,20 +80,20 @@ class Worker:
         """Its end of the socket pair, for a selector."""
         return self._socket.fileno()
 
-    def check(self, doing: str) -> None:
+    def check(self, step: str) -> None:
         """Raise WorkerError if it has died."""
-        if self._process.poll() is not None:
-            raise self.death(doing)
+        if self._ended() is not None:
+            raise self.death(step)
 
-    def send(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Tell it what to do."""
+    def send(self, command: str, arguments: Mapping[str, Any], step: str) -> None:
+        """Tell it what to do; ``step`` is what to call it in errors."""
         line = json.dumps({"command": command, **arguments}) + "\n"
         try:
             self._socket.sendall(line.encode())
         except OSError:
-            raise self.death(command) from None
+            raise self.death(step) from None
 
-    def receive(self, doing: str) -> Reply | None:
+    def receive(self, step: str) -> Reply | None:
         """Its reply, None when there is no whole one yet; called when its socket is readable.
 
         Raises the error it reports, or WorkerError when it has died.
@@ -103,7 +103,7 @@ class Worker:
         except OSError:
             part = b""
         if not part:
-            raise self.death(doing)
+            raise self.death(step)
         self._inbox += part
         if not self._inbox.endswith(b"\n"):
             return None
@@ -113,33 +113,40 @@ class Worker:
             raise _revived(reply["error"], self._name)
         return reply
 
-    def death(self, doing: str) -> WorkerError:
-        """Reap it, and say how it died; to be raised."""
-        try:
-            status = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return WorkerError(f"{self._name}: closed its connection at {doing!r}")
+    def death(self, step: str) -> WorkerError:
+        """How it died, now that its connection is closed; to be raised."""
+        end = time.monotonic() + _LAST_BREATH
+        while (status := self._ended()) is None:
+            if time.monotonic() > end:
+                return WorkerError(f"{self._name}: closed its connection at step {step}, and goes on")
+            time.sleep(0.001)
         how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
         words = self._last_words()
-        return WorkerError(
-            f"{self._name}: {how} at {doing!r}" + (f", its last words: {words}" if words else "")
-        )
+        said = f", its last words: {words}" if words else ""
+        return WorkerError(f"{self._name}: {how} at step {step}{said}")
 
-    def silence(self, doing: str, seconds: float) -> WorkerError:
+    def silence(self, step: str, seconds: float) -> WorkerError:
         """It has not answered; to be raised."""
-        return WorkerError(f"{self._name}: no answer at {doing!r} within {seconds:g} seconds")
+        return WorkerError(f"{self._name}: no answer at step {step} within {seconds:g} seconds")
 
     def kill(self) -> None:
-        """End it at once, if it still runs."""
-        self._process.kill()
+        """End it, with what the library may have started that stayed in its process group."""
+        for end in (os.killpg, os.kill):  # both are its own until it is reaped
+            with suppress(ProcessLookupError):
+                end(self.pid, signal.SIGKILL)
 
     def reap(self) -> None:
-        """Wait for its end; close everything that belonged to it."""
+        """Wait for its end, and close everything that belonged to it."""
         self._process.wait()
         self._socket.close()
-        if self._output >= 0:
-            os.close(self._output)
-            self._output = -1
+        os.close(self._output)
+
+    def _ended(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs.  Reaping it would free its pid."""
+        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if result is None:
+            return None
+        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
     def _last_words(self) -> str:
         """The last line that it printed."""
@@ -161,13 +168,13 @@ class Crew:
             raise UsageError(f"{processes} processes: expected at least 1")
         self._timeout = timeout
         self._workers: list[Worker] = []
-        with _uninterrupted():
-            try:
+        try:
+            with _uninterrupted():  # an interrupt comes when it ends
                 for number in range(1, processes + 1):
                     self._workers.append(Worker(number, processes))
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -183,8 +190,8 @@ class Crew:
     def ask(self, command: str, *, step: str = "", **arguments: Any) -> list[Reply]:
         """Have all of them do ``command`` at the same time; their replies, in order.
 
-        ``step`` is what to call it in errors.  Raises what a worker raised, or WorkerError for one that died
-        or does not answer.
+        ``step`` is what to call it in errors.  Raises what a worker raises, or WorkerError for one that has
+        died or does not answer.
         """
         return self.ask_each(command, [arguments] * len(self._workers), step=step)
 
@@ -192,9 +199,10 @@ class Crew:
         self, command: str, arguments: Sequence[Mapping[str, Any]], *, step: str = ""
     ) -> list[Reply]:
         """The same, with arguments of its own for each."""
+        step = step or command
         for worker, own in zip(self._workers, arguments, strict=True):
-            worker.send(command, own)
-        return self._replies(step or command)
+            worker.send(command, own, step)
+        return self._replies(step)
 
     def dismiss(self, worker: Worker) -> None:
         """End one of them and reap it; the others stay."""

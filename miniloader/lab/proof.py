@@ -17,7 +17,7 @@ from miniloader.kernel.features import LevelName
 from miniloader.lab.contents import Contents
 from miniloader.lab.word import Word
 
-__all__ = ["STEPS", "MemoryUse", "Proof", "Step", "Worked"]
+__all__ = ["DECISIVE", "STEPS", "MemoryUse", "Proof", "Step", "Worked"]
 
 
 @dataclass(frozen=True, slots=True)

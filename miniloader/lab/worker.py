@@ -84,8 +84,7 @@ class _Commands:
         ``pauses`` are where to stop on the way: "mapped", when all its pages are mapped and none is touched;
         "linked", when everything is relocated and no constructor has run (never, if there is none).
         """
-        from miniloader.elf import inspect
-        from miniloader.loader import load
+        from miniloader.loader import inspect, load
         from miniloader.loader.memory import Memory
 
         plan = inspect(path).plan(PAGE_SIZE)
