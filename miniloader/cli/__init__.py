@@ -10,6 +10,7 @@ here cannot tell.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback through.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    gc.set_threshold(1_000_000)  # imports make many objects and no garbage to look for
     _escape_what_cannot_be_printed()
     return reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
 

@@ -56,26 +56,23 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
 
     said: dict[str, Any] = say.to_json(image, page_size)
     if arguments.symbols:
-        said["symbols"]["table"] = say.readable(
-            lambda: [asdict(symbol) for symbol in say.symbol_list(image)], []
-        )
+        from miniloader.report.symbols import symbol_list
+
+        said["symbols"]["table"] = say.readable(lambda: [asdict(symbol) for symbol in symbol_list(image)], [])
     if arguments.checks:
         said["checks"] = say.checks_json(image)
     dump(said)
 
 
 def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
-    from rich.text import Text
-
     from miniloader.report import inspect_view
-    from miniloader.report.terminal import console, drawing_width
+    from miniloader.report.lines import room, show
 
-    out = console()
-    parts = [inspect_view.page(image, page_size, drawing_width(out))]
-    parts += [inspect_view.checks(image)] * arguments.checks
-    parts += [inspect_view.symbols(image)] * arguments.symbols
-    for number, part in enumerate(parts):
-        if number:
-            out.print(Text())
-        for piece in part:
-            out.print(piece)
+    drawing, width = room()
+    show(inspect_view.page(image, page_size, drawing, width))
+    if arguments.checks:
+        show([()])
+        show(inspect_view.checks(image, width))
+    if arguments.symbols:
+        show([()])
+        show(inspect_view.symbols(image))

@@ -75,7 +75,8 @@ def build(commands: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--completion", metavar="SHELL", action=_Completion, help="print a completion script for this shell"
     )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    # Without prog, argparse would format a usage line to find it, for which it imports shutil.
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", prog="miniloader")
     for name in commands:
         command = cast(Command, import_module(f"miniloader.cli.{name}"))
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)

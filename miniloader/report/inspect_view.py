@@ -1,92 +1,89 @@
-"""What ``miniloader inspect`` shows a person: one function a part, from the image to what rich prints."""
+"""What ``miniloader inspect`` shows a person: one function a part, from the image to lines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
-from rich.text import Text
 
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.elf.checks import RULES, outcomes
+from miniloader.elf.checks import RULES, Problem, outcomes
 from miniloader.elf.symbols import GnuHash
-from miniloader.errors import ElfError
+from miniloader.errors import ElfError, printable
 from miniloader.report import inspect as say
 from miniloader.report import ribbons
-from miniloader.report.terminal import (
-    PROTECTION_STYLES,
-    count,
-    heading,
-    legend,
-    level,
-    pairs,
-    safe,
-    size,
-    table,
-)
+from miniloader.report.lines import Line, Piece, columns, heading, legend
+from miniloader.report.symbols import symbol_list
+from miniloader.report.words import PROTECTION_STYLES, count, level, size
 
-__all__ = ["checks", "load_plan", "overview", "page", "problems", "relocations", "segments", "symbols"]
+__all__ = ["checks", "page", "symbols"]
 
-Parts: TypeAlias = Iterator[Text | Table]
 #: Columns from which on there is room for remarks beside the calls.
 _ROOMY: Final = 130
 #: How many lines the drawing of the written pages may take, about.
 _MOST_LINES: Final = 12
 
 
-def page(image: ElfImage, page_size: int, width: int) -> Parts:
-    """Everything but the long lists.  A part that cannot be read says so in its place."""
-    yield from overview(image)
-    for title, part in (("Segments", segments), ("Load plan", load_plan), ("Relocations", relocations)):
-        yield Text()
+def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Line]:
+    """Everything but the long lists, in lines of ``width`` (``None``: any), drawings in ``drawing`` columns.
+
+    A part that cannot be read says so in its place.
+    """
+    yield from _overview(image, width)
+    parts: tuple[tuple[str, Callable[[], Iterator[Line]]], ...] = (
+        ("Segments", lambda: _segments(image, page_size, drawing)),
+        ("Load plan", lambda: _load_plan(image, page_size, width)),
+        ("Relocations", lambda: _relocations(image, page_size, drawing, width)),
+    )
+    for title, part in parts:
+        yield ()
         try:
-            yield from list(part(image, page_size, width))
+            yield from list(part())
         except ElfError as error:
-            yield heading(
-                title, f"cannot be read: {error.field}: found {error.found}, expected {error.expected}"
-            )
-    yield Text()
-    yield from problems(image)
+            yield heading(title, f"cannot be read: {_fault(error)}")
+    yield ()
+    yield from _problems(image, width)
+
+
+def _fault(fault: ElfError | Problem) -> str:
+    return printable(f"{fault.field}: found {fault.found}, expected {fault.expected}")
 
 
 # ------------------------------------------------------------------------------------------- overview
-def overview(image: ElfImage) -> Parts:
+def _overview(image: ElfImage, width: int | None) -> Iterator[Line]:
     """What kind of file it is, and what the dynamic linker is told."""
     header = image.header
     kind = (
         f"{header.elf_class}-bit {header.byte_order} endian {say.machine_name(image)}, "
         f"{say.type_name(image)}, {size(image.source.size)}"
     )
-    yield safe(image.path, "bold")
-    rows: list[tuple[str, Callable[[], Text | str | None]]] = [
+    yield ((printable(image.path), "bold"),)
+    facts: list[tuple[str, Callable[[], str | None]]] = [
         ("file", lambda: kind),
-        ("soname", lambda: _names([image.soname] if image.soname is not None else [])),
+        ("soname", lambda: image.soname),
         ("build-id", lambda: image.build_id),
-        ("needed", lambda: _names(image.needed)),
-        ("RUNPATH", lambda: _names(image.runpath, ":")),
-        ("RPATH", lambda: _names(image.rpath, ":")),
+        ("needed", lambda: " ".join(image.needed)),
+        ("RUNPATH", lambda: ":".join(image.runpath)),
+        ("RPATH", lambda: ":".join(image.rpath)),
         ("TLS", lambda: _tls(image)),
         ("symbols", lambda: _symbol_counts(image)),
         ("binding", lambda: _binding(image)),
     ]
-    always = ("file", "soname", "build-id", "needed", "symbols")
-    shown = [(name, _fact(read)) for name, read in rows]
-    yield pairs([(name, value or Text("none", "dim")) for name, value in shown if value or name in always])
+    always = ("soname", "build-id", "needed")
+    shown = [(name, _fact(read)) for name, read in facts]
+    rows = [((f"  {name}", "dim"), said or ("none", "dim")) for name, said in shown if said or name in always]
+    yield from columns(rows, width)
 
 
-def _fact(read: Callable[[], Text | str | None]) -> Text | str | None:
+def _fact(read: Callable[[], str | None]) -> Piece | None:
     try:
-        return read()
+        said = read()
     except ElfError as error:
-        return Text(f"cannot be read: {error.field}: found {error.found}, expected {error.expected}", "red")
-
-
-def _names(names: Iterable[str], between: str = " ") -> Text:
-    return Text(between).join(safe(name) for name in names)
+        return f"cannot be read: {_fault(error)}", "red"
+    return said and printable(said)
 
 
 def _tls(image: ElfImage) -> str | None:
@@ -108,39 +105,32 @@ def _binding(image: ElfImage) -> str:
 
 
 # ------------------------------------------------------------------------------------------- segments
-def segments(image: ElfImage, page_size: int, width: int) -> Parts:
+def _segments(image: ElfImage, page_size: int, drawing: int) -> Iterator[Line]:
     """The segments as ribbons, first all to one scale, then each in pages."""
     plan = image.plan(page_size)
-    yield heading(
-        "Segments", f"from the file (offsets) into memory (vaddrs), in pages of {page_size:#x} bytes"
-    )
-    yield from ribbons.overview(image, plan, width)
-    yield Text()
-    yield from ribbons.segment_ribbons(image, plan, width)
-    yield Text()
+    yield heading("Segments", f"from the file (offset) into memory (vaddr), in pages of {page_size:#x} bytes")
+    yield from ribbons.overview(image, plan, drawing)
+    yield ()
+    yield from ribbons.segment_ribbons(image, plan, drawing)
+    yield ()
     for sentence in ribbons.shared_file_pages(plan):
-        yield Text(f"  {sentence}")
-    yield ribbons.ribbon_legend(width)
+        yield (f"  {sentence}",)
+    yield from ribbons.ribbon_legend(drawing)
 
 
 # ------------------------------------------------------------------------------------------ load plan
-def load_plan(image: ElfImage, page_size: int, width: int) -> Parts:
-    """The calls to come."""
+def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[Line]:
+    """The calls to come, and, where there is room, what each is for."""
     plan = image.plan(page_size)
     pages = count(plan.length // page_size, "page")
     yield heading("Load plan", f"{plan.length:#x} bytes of address space, {pages}; base is the load bias")
-    yield _calls(say.calls(plan), width)
-
-
-def _calls(planned: Iterable[say.Call], width: int) -> Table:
-    """Step, call and, where there is room, what it is for."""
-    grid = table("", "", "")
-    grid.show_header = False
-    for call in planned:
-        grid.add_row(
-            Text(f"  {call.step}", "dim"), call.text, Text(call.why if width >= _ROOMY else "", "dim")
+    calls = list(say.calls(plan))
+    if width is None or width >= _ROOMY:
+        yield from columns(
+            [((f"  {call.step}", "dim"), call.text, (call.why, "dim")) for call in calls], width
         )
-    return grid
+    else:
+        yield from columns([((f"  {call.step}", "dim"), call.text) for call in calls], width)
 
 
 # ---------------------------------------------------------------------------------------- relocations
@@ -171,22 +161,21 @@ def _writes(kind: str) -> str:
     return best[1]
 
 
-def relocations(image: ElfImage, page_size: int, width: int) -> Parts:
+def _relocations(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Line]:
     """How many of each kind, and which pages they make private to each process."""
     found = image.relocations
     if not len(found):
         yield heading("Relocations", "none: no page is written before the library runs")
         return
     yield heading("Relocations", f"{len(found):,}, which write to the pages below")
-    kinds = table(">  count", "kind", "writes")
-    for kind, number in found.by_kind().items():
-        kinds.add_row(f"  {number:,}", kind, Text(_writes(kind), "dim"))
-    yield kinds
-    yield Text()
-    yield from _by_page(image, image.plan(page_size), width)
+    rows: list[tuple[Piece, ...]] = [(("  count", "bold"), ("kind", "bold"), ("writes", "bold"))]
+    rows += [(f"  {number:,}", kind, (_writes(kind), "dim")) for kind, number in found.by_kind().items()]
+    yield from columns(rows, width, right=(0,))
+    yield ()
+    yield from _private_pages(image, image.plan(page_size), drawing)
 
 
-def _by_page(image: ElfImage, plan: LoadPlan, width: int) -> Parts:
+def _private_pages(image: ElfImage, plan: LoadPlan, drawing: int) -> Iterator[Line]:
     page_size = plan.page_size
     written, counts = image.relocations.by_page(page_size)
     sealed = int(np.count_nonzero((written >= plan.relro.start) & (written < plan.relro.end)))
@@ -194,26 +183,27 @@ def _by_page(image: ElfImage, plan: LoadPlan, width: int) -> Parts:
     private = len(written) + zeroed
     pages = count(plan.length // page_size, "page")
     yield heading("Private pages", f"{private:,} of {pages}, {size(private * page_size)} in every process")
-    because = "  since relocation writes to them" + f"; {zeroed} for its end is zeroed" * bool(zeroed)
-    yield Text(because + f"; {sealed:,} read-only afterwards (RELRO)" * bool(sealed))
+    yield ("  since relocation writes to them" + f"; {zeroed} because its end is zeroed" * bool(zeroed),)
+    if sealed:
+        yield (f"  {sealed:,} of them read-only afterwards (RELRO)",)
 
     digits = len(f"{plan.end:#x}")
-    columns = max(16, width - digits - 8)
+    columns = max(16, drawing - digits - 8)
     runs = list(_runs(plan, written))
-    all_pages = sum(end - start for start, end, _ in runs) // page_size
-    each = max(1, -(-all_pages // (columns * _MOST_LINES)))
+    each = max(1, -(-sum(end - start for start, end, _ in runs) // page_size // (columns * _MOST_LINES)))
+    fullness = counts * image.header.word / page_size
     for start, end, protection in runs:
         first, last = np.searchsorted(written, np.array([start, end], np.uint64)).tolist()
-        shares = np.zeros((end - start) // page_size)
-        places = (written[first:last] - np.uint64(start)) // np.uint64(page_size)
-        shares[places.astype(np.intp)] = counts[first:last] * image.header.word / page_size
-        signs = "".join(level(max(shares[at : at + each])) for at in range(0, len(shares), each))
+        cells = np.zeros(-(-(end - start) // (each * page_size)))
+        places = (written[first:last] - np.uint64(start)) // np.uint64(each * page_size)
+        np.maximum.at(cells, places.astype(np.intp), fullness[first:last])
+        signs = "".join(map(level, cells.tolist()))
         for at in range(0, len(signs), columns):
-            line = Text(f"  {f'{start + at * each * page_size:#x}':>{digits}} {protection} ")
-            yield line.append(signs[at : at + columns], PROTECTION_STYLES.get(protection, ""))
-    unit = "a page" if each == 1 else f"{each} pages, by the fullest"
-    signs_meant = [("·", "", "not written"), ("▁", "", "a few words of it"), ("█", "", "every word")]
-    yield legend([("each sign:", "dim", unit), *signs_meant], width)
+            where = f"  {f'{start + at * each * page_size:#x}':>{digits}} {protection} "
+            yield where, (signs[at : at + columns], PROTECTION_STYLES.get(protection, ""))
+    unit = "a page" if each == 1 else f"{each:,} pages, by the fullest"
+    meanings = [("·", "", "not written"), ("▁", "", "a few words of it"), ("█", "", "every word")]
+    yield from legend([("each sign:", "dim", unit), *meanings], drawing)
 
 
 def _runs(plan: LoadPlan, written: NDArray[np.uint64]) -> Iterator[tuple[int, int, str]]:
@@ -227,52 +217,42 @@ def _runs(plan: LoadPlan, written: NDArray[np.uint64]) -> Iterator[tuple[int, in
 
 
 # --------------------------------------------------------------------------------- problems and checks
-def problems(image: ElfImage) -> Parts:
+_STYLES: Final = {"error": "red", "warning": "yellow"}
+
+
+def _problems(image: ElfImage, width: int | None) -> Iterator[Line]:
     """What is wrong with the file."""
     if not image.problems:
         yield heading("Problems", f"none: {len(RULES)} rules hold (--checks lists them)")
         return
-    errors = sum(problem.severity == "error" for problem in image.problems)
+    errors = any(problem.severity == "error" for problem in image.problems)
     verdict = "this file cannot be loaded" if errors else "it can be loaded all the same"
     yield heading("Problems", f"{len(image.problems)}: {verdict}")
-    rows = table("", "field", "found", "expected")
-    for problem in image.problems:
-        style = "red" if problem.severity == "error" else "yellow"
-        rows.add_row(
-            Text(f"  {problem.severity}", style),
-            safe(problem.field),
-            safe(problem.found),
-            safe(problem.expected),
-        )
-    yield rows
+    rows = [((f"  {p.severity}", _STYLES[p.severity]), _fault(p)) for p in image.problems]
+    yield from columns(rows, width)
 
 
-def checks(image: ElfImage) -> Parts:
-    """Every rule with its outcome."""
+def checks(image: ElfImage, width: int | None) -> Iterator[Line]:
+    """Every rule with its outcome, what it protects from, and who asks for it."""
     yield heading("Checks", "what must hold before anything is mapped")
-    rows = table("", "rule", "protects", "source")
+    rows: list[tuple[Piece, ...]] = []
     for rule, broken in outcomes(image):
-        outcome = Text("  broken", "red" if broken and broken[0].severity == "error" else "yellow")
-        rows.add_row(outcome if broken else Text("  holds", "green"), rule.name, rule.protects, rule.source)
-        for problem in broken:
-            rows.add_row(
-                "", "", safe(f"{problem.field}: found {problem.found}, expected {problem.expected}"), ""
-            )
-    yield rows
+        outcome = ("  broken", _STYLES[broken[0].severity]) if broken else ("  holds", "green")
+        rows.append((outcome, rule.name, f"{rule.protects} ({rule.source})"))
+        rows += [("", "", (_fault(problem), "bold")) for problem in broken]
+    yield from columns(rows, width)
 
 
 # -------------------------------------------------------------------------------------------- symbols
-def symbols(image: ElfImage) -> Parts:
+def symbols(image: ElfImage) -> Iterator[Line]:
     """Every symbol of the dynamic symbol table, in its order."""
-    listed = list(say.symbol_list(image))
-    yield heading(
-        "Symbols", f"{len(listed):,}; name@@V is a default version, name@V one that must be asked for"
-    )
+    listed = list(symbol_list(image))
+    yield heading("Symbols", f"{len(listed):,}; name@@V is a default version, name@V must be asked for")
     digits = max((len(f"{symbol.value:#x}") for symbol in listed), default=5)
-    yield Text(f"  {'value':>{digits}} {'size':>8} {'type':<8}{'bind':<8}{'section':<11}name", "bold")
+    yield ((f"  {'value':>{digits}} {'size':>8} {'type':<8}{'bind':<8}{'section':<11}name", "bold"),)
     for symbol in listed:
         hidden = "" if symbol.visibility == "default" else f" ({symbol.visibility})"
         of = f" ({symbol.file})" if symbol.file else ""
         where = f"{symbol.value:#x}" if symbol.section != "undefined" else ""
         line = f"  {where:>{digits}} {symbol.size:>8,} {symbol.type:<8}{symbol.bind:<8}{symbol.section:<11}"
-        yield safe(f"{line}{symbol.versioned_name}{of}{hidden}")
+        yield (line + printable(f"{symbol.versioned_name}{of}{hidden}"),)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-
-from rich.text import Text
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.header import Segment
-from miniloader.report.terminal import PROTECTION_STYLES, count, legend
+from miniloader.report.lines import Line, Piece, legend
+from miniloader.report.words import PROTECTION_STYLES, count
 
 __all__ = ["label", "overview", "ribbon_legend", "segment_ribbons", "shared_file_pages"]
 
@@ -40,7 +40,7 @@ def _style(protection: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- overview
-def overview(image: ElfImage, plan: LoadPlan, width: int) -> list[Text]:
+def overview(image: ElfImage, plan: LoadPlan, width: int) -> list[Line]:
     """The whole file and the whole span of memory, to one scale, each segment by its :func:`label`."""
     digits = max(len(f"{image.source.size:#x}"), len(f"{plan.end:#x}"))
     room = width - 2 * digits - 14
@@ -58,16 +58,14 @@ def overview(image: ElfImage, plan: LoadPlan, width: int) -> list[Text]:
 def _scaled(
     name: str, start: int, end: int, length: int,
     spans: Sequence[tuple[int, int, Segment]], scale: int, room: int, digits: int,
-) -> Text:  # fmt: skip
+) -> Line:  # fmt: skip
     columns = [(_NOTHING, "")] * max(1, round(length * room / scale))
     for low, high, load in sorted(spans, key=lambda span: span[0] - span[1]):  # small ones stay visible
         first = min(low * room // scale, len(columns) - 1)
         last = min(max(-(-high * room // scale), first + 1), len(columns))
         columns[first:last] = [(label(load), _style(load.flags))] * (last - first)
-    line = Text(f"  {name:<7}{f'{start:#x}':>{digits}} │")
-    for sign, style in columns:
-        line.append(sign, style)
-    return line.append(f"│ {end:#x}")
+    drawn = [("".join(sign for sign, _ in run), style) for style, run in groupby(columns, key=itemgetter(1))]
+    return (f"  {name:<7}{f'{start:#x}':>{digits}} │", *drawn, f"│ {end:#x}")
 
 
 # ------------------------------------------------------------------------------------------- segments
@@ -96,7 +94,7 @@ class _Unit:
         return f" {self.pages:,} pages "
 
 
-def segment_ribbons(image: ElfImage, plan: LoadPlan, width: int) -> Iterator[Text]:
+def segment_ribbons(image: ElfImage, plan: LoadPlan, width: int) -> Iterator[Line]:
     """Each segment: a line that says what is where, and its two ribbons where ``width`` has room for them."""
     digits = max(len(f"{plan.end:#x}"), len(f"{image.source.size:#x}"))
     room = width - 2 * digits - 16
@@ -109,10 +107,10 @@ def segment_ribbons(image: ElfImage, plan: LoadPlan, width: int) -> Iterator[Tex
             )
 
 
-def _title(load: Segment, page_size: int) -> Text:
+def _title(load: Segment, page_size: int) -> Line:
     zeroes = load.memsz - load.filesz
     sizes = [f"{load.filesz:#x} bytes"] * bool(load.filesz) + [f"{zeroes:#x} zero"] * bool(zeroes)
-    return Text.assemble(
+    return (
         f"  {label(load)} ",
         (load.flags, f"bold {_style(load.flags)}"),
         f"  offset {load.file_offset:#x} → " if load.filesz else "  ",
@@ -158,7 +156,7 @@ def _columns_per_page(loads: Sequence[Segment], page_size: int, room: int) -> in
 
 def _ribbons(
     image: ElfImage, load: Segment, plan: LoadPlan, units: Sequence[_Unit], per_page: int, digits: int
-) -> Iterator[Text]:
+) -> Iterator[Line]:
     start = load.vaddr & -plan.page_size
     file_pages, zero_pages = _page_counts(load, plan.page_size)
     file_end, end = file_pages * plan.page_size, (file_pages + zero_pages) * plan.page_size
@@ -173,7 +171,7 @@ def _ribbons(
         yield _relro_line(plan, start, units, per_page, digits)
 
 
-def _relro_line(plan: LoadPlan, start: int, units: Sequence[_Unit], per_page: int, digits: int) -> Text:
+def _relro_line(plan: LoadPlan, start: int, units: Sequence[_Unit], per_page: int, digits: int) -> Line:
     """Below the memory: which pages become read-only."""
     first, last = ((vaddr - start) // plan.page_size for vaddr in (plan.relro.start, plan.relro.end))
     line = " " * (digits + 12)
@@ -185,7 +183,7 @@ def _relro_line(plan: LoadPlan, start: int, units: Sequence[_Unit], per_page: in
             continue
         line += "└" if unit.first <= first else "─"
         line += "─" * columns if pages == unit.pages else f" {pages:,} of them ".center(columns, "─")
-    return Text(f"{line.rstrip()}┘ read-only once relocated", "cyan")
+    return ((f"{line.rstrip()}┘ read-only once relocated", "cyan"),)
 
 
 def _file_parts(image: ElfImage, load: Segment, slack: int, end: int) -> list[_Part]:
@@ -228,15 +226,14 @@ def _memory_parts(load: Segment, file_parts: Sequence[_Part], slack: int, end: i
 def _line(
     name: str, start: int, end: int,
     units: Sequence[_Unit], parts: Sequence[_Part], page_size: int, per_page: int, digits: int,
-) -> Text:  # fmt: skip
-    line = Text.assemble((f"    {name:<7}", _DIM), f"{f'{start:#x}':>{digits}} ")
-    edge = Text("│")
+) -> Line:  # fmt: skip
+    line: list[Piece] = [(f"    {name:<7}", _DIM), f"{f'{start:#x}':>{digits}} "]
     for unit in units:
-        line.append_text(edge).append_text(_draw(unit, parts, page_size, per_page))
-    return line.append(f"│ {end:#x}")
+        line += ["│", *_draw(unit, parts, page_size, per_page)]
+    return (*line, f"│ {end:#x}")
 
 
-def _draw(unit: _Unit, parts: Sequence[_Part], page_size: int, per_page: int) -> Text:
+def _draw(unit: _Unit, parts: Sequence[_Part], page_size: int, per_page: int) -> Iterator[Piece]:
     """The columns of one unit: in proportion, but at least one for each part of it."""
     low, high = unit.first * page_size, (unit.first + unit.pages) * page_size
     inside = [part for part in parts if part.start < high and part.end > low]
@@ -244,22 +241,19 @@ def _draw(unit: _Unit, parts: Sequence[_Part], page_size: int, per_page: int) ->
     if unit.pages > 1:
         sides = (columns - len(unit.text)) // 2
         sign, style = inside[0].sign, inside[0].style
-        return Text.assemble(
-            (sign * sides, style), unit.text, (sign * (columns - sides - len(unit.text)), style)
-        )
+        yield from ((sign * sides, style), unit.text, (sign * (columns - sides - len(unit.text)), style))
+        return
     inside = inside[:columns]
-    drawn = Text()
     at = 0
     for position, part in enumerate(inside):
         left = len(inside) - position - 1
         to = round((min(part.end, high) - low) * columns / page_size)
         to = columns if left == 0 else min(max(to, at + 1), columns - left)
-        drawn.append(part.sign * (to - at), part.style)
+        yield part.sign * (to - at), part.style
         at = to
-    return drawn
 
 
-def ribbon_legend(width: int) -> Text:
+def ribbon_legend(width: int) -> Iterator[Line]:
     """What the signs of the ribbons mean."""
     signs = [
         (_OWN, "", "of the segment"),

@@ -7,7 +7,7 @@ sign says already.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miniloader.errors import printable
+from miniloader.report.words import PROTECTION_STYLES, count, size
 
 __all__ = [
     "PROTECTION_STYLES",
@@ -22,8 +23,6 @@ __all__ = [
     "count",
     "drawing_width",
     "heading",
-    "legend",
-    "level",
     "pairs",
     "safe",
     "size",
@@ -34,15 +33,6 @@ __all__ = [
 _PIPE_WIDTH: Final = 10_000
 #: Drawings in a pipe are as wide as this, since a person may look at them.
 _PIPE_DRAWING: Final = 100
-
-#: What a page of each protection looks like in a drawing.
-PROTECTION_STYLES: Final = {
-    "r--": "cyan",
-    "r-x": "green",
-    "rw-": "yellow",
-    "rwx": "red",
-    "---": "bright_black",
-}
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -68,40 +58,9 @@ def safe(text: object, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def count(number: int, singular: str, plural: str | None = None) -> str:
-    """``1 page``, ``2 pages``, ``1,024 pages``."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def size(number: int) -> str:
-    """A number of bytes in the largest binary unit that keeps it at least one: ``4.5 MiB``."""
-    value, units = float(number), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{number:,} {units[0]}" if units[0] == "bytes" else f"{value:.3g} {units[0]}"
-
-
 def heading(title: str, about: str = "") -> Text:
     """The first line of a part: its title, and what it says in short."""
     return Text.assemble((title, "bold"), ("  " if about else "") + about)
-
-
-def legend(signs: Iterable[tuple[str, str, str]], width: int, indent: int = 2) -> Text:
-    """What each sign of a drawing means, ``(sign, style, meaning)``, in lines of at most ``width``."""
-    lines = [Text(" " * indent)]
-    for sign, style, meaning in signs:
-        between = " " * (3 if len(lines[-1]) > indent else 0)
-        if between and len(lines[-1]) + len(f"{between}{sign} {meaning}") > width:
-            lines.append(Text(" " * indent))
-            between = ""
-        lines[-1].append(between).append(sign, style).append(f" {meaning}", "dim")
-    return Text("\n").join(lines)
-
-
-def level(part: float) -> str:
-    """A block as high as ``part``, 0 to 1: ``·`` for nothing at all, else one of eight."""
-    return "·" if part <= 0 else "▁▂▃▄▅▆▇█"[min(int(part * 8), 7)]
 
 
 def table(*columns: str) -> Table:

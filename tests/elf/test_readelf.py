@@ -7,12 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fixtures import build
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.errors import ElfError
-from miniloader.report.inspect import symbol_list
+from miniloader.report.symbols import symbol_list
 
 SEGMENT = re.compile(
     r"^  (\S+|<unknown>: \w+) +(0x\w+) (0x\w+) 0x\w+ (0x\w+) (0x\w+) ([R ])([W ])([E ]) (\w+)$", re.MULTILINE
