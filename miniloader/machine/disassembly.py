@@ -90,11 +90,16 @@ def _target(landmarks: Landmarks, span: Span, one: _Decoded, reference: Referenc
         slot = landmarks.slot_at(one.step.vaddr, len(one.octets))
         if slot is not None:  # what the file holds there is not what will run
             return Target("relocation", landmarks.meaning(slot), slot.vaddr, slot)
+    stub = landmarks.stub_at(one.step.vaddr)
+    through_memory = any(isinstance(operand, Memory) for operand in one.step.operands)
+    if stub is not None and one.step.flow == "jump" and through_memory:
+        return landmarks.at(stub.slot.vaddr)  # on i386 through ebx, which is the caller's
     if reference is None:
-        stub = landmarks.stub_at(one.step.vaddr) if one.step.flow == "jump" else None
-        return None if stub is None else landmarks.at(stub.slot.vaddr)  # i386: ebx is the caller's
+        return None
     vaddr = reference.vaddr
     if span.whole and span.vaddr <= vaddr < span.end:
+        if stub is not None and reference.address_taken:
+            return None  # half way to its slot's address
         distance = vaddr - span.vaddr
         return Target("symbol", f"{span.name}+{distance:#x}" if distance else span.name, vaddr)
     return landmarks.at(vaddr, address_taken=reference.address_taken)
