@@ -30,9 +30,8 @@ __all__ = ["Library", "load"]
 
 _lock = threading.RLock()
 # Reach for these only with the lock held.
-_order: Final[list[Loaded]] = []  # as they were initialised
+_present: Final[list[Loaded]] = []  # as they were loaded
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
-_STAYS: Final = DF_1_NODELETE
 
 
 class Library:
@@ -168,6 +167,7 @@ def load(
         known = _known(lambda library: library.key == source.key and library.policy.init == init)
         if known is not None and address in (None, known.mapped.start):
             known.handles += 1
+            _sort(known)
             return Library(known, clock.stages)
         graph = Graph(policy, _known, on_event)
         with ExitStack() as undo:
@@ -194,7 +194,7 @@ class _Clock:
 
 
 def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
-    return next((library for library in _order if is_it(library)), None)
+    return next((library for library in _present if is_it(library)), None)
 
 
 def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
@@ -207,12 +207,12 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     with clock.stage("relocate"):
         scope: list[Definer] = [library for library in host.libraries() if library.is_global]
         scope += (library for library in root.local_scope() if library not in scope)
-        order = life.in_order(graph.new, _ours)
+        order = [library for library in _sort(root) if library in graph.new]
         for library in order:
             link_library(graph, library, scope)
     with clock.stage("init"):
+        _present.extend(graph.new)
         for library in order:
-            _order.append(library)
             if graph.policy.init:
                 initialise_library(graph, library)
     return root
@@ -223,8 +223,12 @@ def _quoted(path: str) -> str:
     return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _ours(library: Loaded) -> list[Loaded]:
-    return [needed for needed in library.needs if isinstance(needed, Loaded)]
+def _sort(root: Loaded) -> list[Loaded]:
+    """``root`` and what of ours it needs, in the order they are initialised, which is noted in it."""
+    items = [library for library in root.local_scope() if isinstance(library, Loaded)]
+    order = life.constructor_order(items, lambda library: library.before)
+    root.before = order[::-1]
+    return order
 
 
 def _address_of(library: Loaded, index: int) -> int:
@@ -248,8 +252,8 @@ def _similar(library: Loaded, name: str) -> str | None:
 def _undo(graph: Graph) -> None:
     """Take back everything of a load that failed."""
     for library in reversed(graph.new):
-        if library in _order:
-            _order.remove(library)
+        if library in _present:
+            _present.remove(library)
         library.discard()
         library.image.source.close()
 
@@ -257,23 +261,33 @@ def _undo(graph: Graph) -> None:
 def _sweep() -> None:
     """Finalise and unmap what no caller holds any more, nor anything that is held (cycles, too)."""
     kept = [
-        library for library in _order if library.handles or library.image.dynamic.flag(DT_FLAGS_1, _STAYS)
+        library
+        for library in _present
+        if library.handles or library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE)
     ]
-    for library in kept:  # grows meanwhile
-        kept += (other for other in (*_ours(library), *library.holds) if other not in kept)
-    gone = [library for library in reversed(_order) if library not in kept]
+    _add_what_they_use(kept)
+    gone = [library for library in _in_destructor_order() if library not in kept]
     for library in gone:
         _finalise(library)
-    lingering: list[Loaded] = []
-    for library in (*_lingering, *gone):
-        needed = any(library in (*_ours(other), *other.holds) for other in lingering)
-        if needed or not library.discard():
-            lingering.append(library)
-    _lingering[:] = lingering
+    gone += (library for library in _lingering if library not in gone)
+    for library in gone:
+        library.blocks.close()  # one carrier may be what another one waits for
+    waiting = [library for library in gone if not library.blocks.close()]
+    _add_what_they_use(waiting)
+    _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
+
+
+def _add_what_they_use(libraries: list[Loaded]) -> None:
+    for library in libraries:  # grows meanwhile
+        libraries += (other for other in (*library.ours, *library.holds) if other not in libraries)
+
+
+def _in_destructor_order() -> list[Loaded]:
+    return life.destructor_order(_present, lambda library: library.before, lambda library: library.holds)
 
 
 def _finalise(library: Loaded) -> None:
-    _order.remove(library)
+    _present.remove(library)
     if library.initialised:
         library.initialised = False
         for address in life.destructors(library.image, library.mapped):
@@ -282,9 +296,9 @@ def _finalise(library: Loaded) -> None:
 
 @atexit.register
 def _finalise_all() -> None:
-    """At the end of the process, finalisers run in the reverse order of construction; nothing is unmapped."""
+    """At the end of the process all finalisers run; nothing is unmapped."""
     with _lock:
-        for library in reversed(_order.copy()):
+        for library in _in_destructor_order():
             _finalise(library)
 
 

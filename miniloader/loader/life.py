@@ -25,7 +25,14 @@ from miniloader.elf.dynamic import (
 )
 from miniloader.loader.memory import Memory
 
-__all__ = ["constructors", "destructors", "in_order", "run_constructor", "run_destructor"]
+__all__ = [
+    "constructor_order",
+    "constructors",
+    "destructor_order",
+    "destructors",
+    "run_constructor",
+    "run_destructor",
+]
 
 _CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
@@ -81,29 +88,42 @@ def run_destructor(address: int) -> None:
     _DESTRUCTOR(address)()
 
 
-def in_order(items: Sequence[T], needs: Callable[[T], Sequence[T]]) -> list[T]:
-    """``items`` (breadth first, the one asked for first) with those that are needed before who needs them.
+def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
+    """``items`` (breadth first, the one asked for first) in the order they are initialised.
 
-    In a cycle the one that is reached first comes last, as ``_dl_sort_maps_dfs`` has it; the first item
-    always comes last of all.
+    ``before`` gives what each needs; of the one asked for nothing is known yet.  It comes last of all, even
+    where others need it.
     """
-    done: list[T] = []
-    seen: set[int] = set()
-    members = {id(item) for item in items}
+    order = _dependents_first(items, before)[::-1]
+    order.remove(items[0])
+    return [*order, items[0]]
 
-    for root in reversed(items):
-        if id(root) in seen:
-            continue
-        seen.add(id(root))
-        stack = [(root, iter(needs(root)))]
+
+def destructor_order(
+    items: Sequence[T], before: Callable[[T], Sequence[T]], holds: Callable[[T], Sequence[T]]
+) -> list[T]:
+    """``items`` (as they were loaded) in the order they are finalised.
+
+    ``holds`` gives what each is bound to without needing it.  It counts only where needs leave it open.
+    """
+    order = _dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])
+    return _dependents_first(order, before) if any(holds(item) for item in items) else order
+
+
+def _dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
+    """The reverse postorder of a depth-first walk from the last item to the first: ``_dl_sort_maps_dfs``."""
+    done: list[T] = []
+    members = {id(item) for item in items}
+    for item in reversed(items):
+        stack = [(item, iter(before(item)))] if id(item) in members else []
+        members.discard(id(item))
         while stack:
-            item, rest = stack[-1]
-            following = next((n for n in rest if id(n) in members and id(n) not in seen), None)
+            top, rest = stack[-1]
+            following = next((other for other in rest if id(other) in members), None)
             if following is None:
-                done.append(item)
+                done.append(top)
                 stack.pop()
             else:
-                seen.add(id(following))
-                stack.append((following, iter(needs(following))))
-    done.remove(items[0])
-    return [*done, items[0]]
+                members.remove(id(following))
+                stack.append((following, iter(before(following))))
+    return done[::-1]

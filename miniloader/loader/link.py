@@ -142,14 +142,34 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
     addresses = bindings.addresses()
     for definer in unique.settle(library.symbols, bindings, addresses):
-        if isinstance(definer, Loaded) and definer is not library:
-            library.holds.append(definer)
+        _hold(library, definer)
+    for definer in _used(library, bindings):
+        _hold(library, definer)
     for place in _thread_exits(library, bindings) if library.image.tls is not None else ():
         function = int(addresses[place])
         if function not in library.stubs:
             library.stubs[function] = Stub()
         addresses[place] = library.stubs[function].address
     return addresses
+
+
+def _used(library: Loaded, bindings: Bindings) -> list[Definer]:
+    """Who defines what the library is bound to, in the order in which its relocations come to it."""
+    owners = np.unique(bindings.owner[bindings.owner >= 0]).tolist()
+    if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
+        used = np.concatenate([table.rows["symbol"] for table in library.image.relocations.tables])
+        used = used[np.isin(used, bindings.wanted)]
+        owner_of = bindings.owner[bindings.place(used)]
+        first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}
+        owners.sort(key=lambda owner: first[owner])
+    return [bindings.scope[owner] for owner in owners]
+
+
+def _hold(library: Loaded, definer: Definer) -> None:
+    """Note that ``library`` is bound to ``definer``, which must not go before it: ld.so's add_dependency."""
+    known = (library, *library.before, *library.holds)
+    if isinstance(definer, Loaded) and definer not in known:
+        library.holds.append(definer)
 
 
 def _thread_exits(library: Loaded, bindings: Bindings) -> list[int]:

@@ -68,12 +68,14 @@ class Loaded:
         self.policy = policy
         self.loader = loader
         self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
+        # Of these ours; for what a caller asked for all that are needed, sorted (ld.so's l_initfini).
+        self.before: list[Loaded] = []
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
         self.stubs: dict[int, Stub] = {}  # by the function that each stands for
         self.slots: Slots | None = None  # of the PLT, when it is bound lazily
         self.unwind_table: int | None = None  # its address, once registered
-        self.holds: list[Loaded] = []  # what it is bound to without needing it
+        self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.host_handles: list[int] = []  # of what it needs from the system's loader
         self.handles = 0  # how many callers hold it
         self.initialised = False
@@ -113,6 +115,11 @@ class Loaded:
     def is_called(self, name: str) -> bool:
         """Whether ``name``, as ``DT_NEEDED`` has it, means this library."""
         return name in (self.image.soname, os.path.basename(self.name))
+
+    @property
+    def ours(self) -> list[Loaded]:
+        """What it needs that the system's loader does not have."""
+        return [needed for needed in self.needs if isinstance(needed, Loaded)]
 
     def asker(self) -> Asker:
         """It, as one who needs other libraries."""
@@ -234,6 +241,8 @@ class Graph:
         for library in self.new:  # grows meanwhile
             for name in library.image.needed:
                 library.needs.append(self._need(name, library))
+        for library in self.new[1:]:
+            library.before = library.ours
 
     def _need(self, name: str, library: Loaded) -> Loaded | HostLibrary:
         mine = self._mine(lambda other: other.is_called(name))
