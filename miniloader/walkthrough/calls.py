@@ -138,13 +138,16 @@ class Calls:
         self.do(text, lambda: os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED), lambda _: "0")
 
     # -- memory
-    def mmap(self, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> Mapping:
-        """mmap(2), where there is room."""
+    def mmap(
+        self, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0, *, address: int = 0
+    ) -> Mapping:
+        """mmap(2), where there is room, or at ``address`` with MAP_FIXED."""
+        where = f"{address:#x}" if address else "NULL"
         text = (
-            f"mmap(NULL, {length}, {flag_text(protection, _PROTECTIONS, 'PROT_NONE')}, "
+            f"mmap({where}, {length}, {flag_text(protection, _PROTECTIONS, 'PROT_NONE')}, "
             f"{flag_text(flags, _MAPS, '0')}, {fd}, {offset})"
         )
-        call: Callable[[], int] = lambda: syscalls.mmap(0, length, protection, flags, fd, offset)  # noqa: E731
+        call: Callable[[], int] = lambda: syscalls.mmap(address, length, protection, flags, fd, offset)  # noqa: E731
         return Mapping(self.do(text, call, hex), length)
 
     def munmap(self, mapping: Mapping) -> None:

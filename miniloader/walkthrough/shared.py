@@ -82,7 +82,7 @@ def _talk(bench: Bench, kind: str) -> Generator[Step, None, Talk]:
     for program in (a, b):
         for page in range(_PAGES):
             bench.record(program.ask("load", offset=page * PAGE_SIZE, length=1)[1], program.name)
-    before_a, before_b = bench.look(rows, _PAGES, f"mapped on {where}")
+    before_a = bench.look(rows, _PAGES, f"mapped on {where}")[0]
     yield Step(
         f"two programs on {where}",
         "Two programs are started; neither has started the other. Each opens the same file, maps it "
@@ -280,7 +280,7 @@ CHAPTER = Chapter(
         "page table at that frame, writable. A store changes the frame, and all who look at it see that: "
         "other mappings, and read(2), which copies out of the same frame.",
         "The kernel writes dirty pages to the disk in its own time, also when the program has ended or "
-        "crashed. msync or fsync wait until that is done: against a power failure, not against anybody's eyes.",
+        "crashed. msync and fsync wait until that is done. They are for power failures, not for readers.",
         "That is inter-process communication at the speed of memory. What it lacks is order: use atomics or "
         "a semaphore.",
     ),

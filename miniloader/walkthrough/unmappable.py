@@ -35,7 +35,7 @@ _BOTH = PROT_READ | PROT_WRITE
 
 @dataclass(frozen=True)
 class Seen:
-    """The answer to each attempt: "mapped", the name of an errno, or "not here: …" when there was no such thing.
+    """The answer to each attempt: "mapped", the name of an errno, or "not here: …" when it could not be made.
 
     ``beyond`` is the signal that touching a page beyond the end of the file gave.
     """
@@ -221,14 +221,21 @@ def _all(seen: Seen, wanted: dict[str, str]) -> Finding:
     """Whether each thing has its answer; what is not here is not counted, unless nothing is."""
     found = {what: seen.answers.get(what, "not here: not tried") for what in wanted}
     here = {what: answer for what, answer in found.items() if not answer.startswith("not here")}
-    expected = ", ".join(f"{what}: {answer}" for what, answer in wanted.items())
-    observed = ", ".join(f"{what}: {answer}" for what, answer in found.items())
+    expected, observed = _by_answer(wanted), _by_answer(found)
     if any(answer != wanted[what] for what, answer in here.items()):
         return Finding(False, expected, observed)
     if len(here) < len(found):
         missing = [what for what in found if what not in here]
         return Finding(None, expected, observed, f"{', '.join(missing)} could not be made here")
     return Finding(True, expected, observed)
+
+
+def _by_answer(answers: dict[str, str]) -> str:
+    """``ENODEV: a pipe, a FIFO; mapped: a file``."""
+    return "; ".join(
+        f"{answer}: {', '.join(what for what, own in answers.items() if own == answer)}"
+        for answer in dict.fromkeys(answers.values())
+    )
 
 
 def _streams(seen: Seen) -> Finding:
