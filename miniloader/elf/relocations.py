@@ -148,9 +148,13 @@ class Relocations:
         return np.concatenate([self.relr, *(table.rows["offset"] for table in self.tables)])
 
     def by_page(self, page_size: int) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
-        """The vaddr of every page that holds a relocated word, ascending, and how many it holds."""
+        """The vaddr of every page that relocation writes to, ascending, and how many of its words.
+
+        Rows of type 0, ``R_*_NONE`` on every machine, write nothing.
+        """
         mask = np.uint64(~(page_size - 1) & 0xFFFF_FFFF_FFFF_FFFF)
-        return np.unique(self.targets() & mask, return_counts=True)
+        written = [table.rows["offset"][table.rows["type"] != 0] for table in self.tables]
+        return np.unique(np.concatenate([self.relr, *written]) & mask, return_counts=True)
 
     @property
     def highest_symbol(self) -> int:
