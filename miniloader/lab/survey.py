@@ -24,7 +24,7 @@ from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, sca
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles, identity_of
 
-__all__ = ["CHANGED", "FileInProcess", "Survey", "survey"]
+__all__ = ["CHANGED", "FileInProcess", "Pages", "Survey", "locate", "space_of", "survey"]
 
 CHANGED: Final = "changed while we looked"
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
@@ -108,16 +108,22 @@ def survey(
     """
     with PageMap(pid) as pagemap:
         name, parent, started = _status(pid)
-        vmas = tuple(vma for vma in read_maps(pid) if vma.start < _TOP)
-        pages = _Pages(pagemap, vmas, frames=frames)
-        found = [
-            one for indices in _by_file(vmas).values() for one in _placed(pid, files, vmas, indices, pages)
-        ]
+        vmas, pages, found = locate(pid, pagemap, files, frames=frames)
         chosen = [one for one in found if wanted(one.file.identity)]
         if causes:
             _explain(pid, vmas, pages, found, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         return pages.survey(pid, name, parent, started, tuple(chosen))
+
+
+def locate(
+    pid: int, pagemap: PageMap, files: MappedFiles, *, frames: bool
+) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
+    """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
+    vmas = tuple(vma for vma in read_maps(pid) if vma.start < _TOP)
+    pages = Pages(pagemap, vmas, frames=frames)
+    found = [one for indices in _by_file(vmas).values() for one in _placed(pid, files, vmas, indices, pages)]
+    return vmas, pages, found
 
 
 def _status(pid: int) -> tuple[str, int, int]:
@@ -127,11 +133,11 @@ def _status(pid: int) -> tuple[str, int, int]:
     return text[text.index("(") + 1 : text.rindex(")")], int(fields[1]), int(fields[19])
 
 
-class _Pages:
+class Pages:
     """Every page of a process that is worth a word: flat arrays over all mappings."""
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
-        self._pagemap, self._frames = pagemap, frames
+        self._pagemap, self.with_frames = pagemap, frames
         self._ranges = _ranges(pagemap, vmas)
         self.entries = self._read()
         size, page = np.uint64(PAGE_SIZE), [
@@ -184,7 +190,7 @@ class _Pages:
         self, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
     ) -> Survey:
         """The counts of the whole process."""
-        frames = self.entries & FRAME if self._frames else np.zeros(len(self.entries), np.uint64)
+        frames = self.entries & FRAME if self.with_frames else np.zeros(len(self.entries), np.uint64)
         return Survey(
             pid=pid,
             name=name,
@@ -233,7 +239,7 @@ def _by_file(vmas: Sequence[Vma]) -> dict[Identity, list[int]]:
 
 
 def _placed(
-    pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int], pages: _Pages
+    pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int], pages: Pages
 ) -> list[FileInProcess]:
     """Where the file of these mappings lies: once, or several times."""
     file = files.of(pid, vmas[indices[0]])
@@ -272,7 +278,7 @@ def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bo
 
 
 def _file_in_process(
-    file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: _Pages
+    file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: Pages
 ) -> FileInProcess:
     rows = np.concatenate([np.arange(pages.ends[index], pages.ends[index + 1]) for index in indices])
     shift = np.zeros(len(vmas), np.uint64)
@@ -280,7 +286,7 @@ def _file_in_process(
         shift[index] = (vmas[index].file_offset - vmas[index].start) % 2**64
     copied = rows[pages.copied[rows]]
     own = rows[pages.counted[rows] & pages.file[rows]]
-    frames = pages.entries & FRAME if pages._frames else np.zeros(len(pages.entries), np.uint64)
+    frames = pages.entries & FRAME if pages.with_frames else np.zeros(len(pages.entries), np.uint64)
     count = len(copied)
     return FileInProcess(
         file=file,
@@ -303,7 +309,7 @@ def _file_in_process(
     )
 
 
-def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: _Pages) -> NDArray[np.uint64]:
+def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: Pages) -> NDArray[np.uint64]:
     """The vaddrs of the present anonymous pages of the image's bss."""
     plan = file.facts.plan if file.facts is not None else None
     found = [np.empty(0, np.uint64)]
@@ -320,10 +326,10 @@ def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: _Pages) -> NDA
 
 
 def _explain(
-    pid: int, vmas: Sequence[Vma], pages: _Pages, found: list[FileInProcess], chosen: list[FileInProcess]
+    pid: int, vmas: Sequence[Vma], pages: Pages, found: list[FileInProcess], chosen: list[FileInProcess]
 ) -> None:
     """Fill in the causes, and take back what may have changed meanwhile."""
-    space = _space(vmas, found)
+    space = space_of(vmas, found)
     try:
         with ProcessMemory(pid) as memory:
             for one in chosen:
@@ -345,7 +351,8 @@ def _explain(
         _unknown(one, np.flatnonzero(now), CHANGED)
 
 
-def _space(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+def space_of(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+    """What is where in a process."""
     placed = []
     for one in found:
         plan = one.file.facts.plan if one.file.facts is not None else None

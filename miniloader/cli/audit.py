@@ -1,0 +1,228 @@
+"""``miniloader audit``: what running processes share of their libraries, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from miniloader.lab.audited import Audit
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "say which pages of running processes are really shared, and why the others are not"
+
+_EXAMPLES = """\
+examples:
+
+  miniloader audit 4711 4712                   these two processes
+  miniloader audit --name 'gunicorn*'          all that are called so
+  miniloader audit --tree 4711 --every 2s      a server and its workers, as their memory erodes
+  miniloader audit 4711 --library libcrypto    every private page of one library
+  miniloader audit 4711 --library libcrypto --page 0x484000      one page, word by word
+
+A private page's causes: relocation, overwritten (a relocated slot that was changed later), loader, bss,
+write (by the program), identical (copied, yet as in the file), unknown. Nothing is stopped or written.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which processes, which files, once or repeatedly, and how to print it."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    parser.add_argument("pids", metavar="PID", type=_pid, nargs="*", help="a process")
+    parser.add_argument(
+        "--name", metavar="PATTERN", help="processes whose name fits (a part, or with * and ?)"
+    )
+    parser.add_argument("--user", metavar="USER", help="processes of this user")
+    parser.add_argument("--tree", metavar="PID", type=_pid, help="a process and its descendants")
+    parser.add_argument("--library", metavar="PATTERN", help="only these files, with every private page")
+    parser.add_argument("--page", metavar="VADDR", type=_vaddr, help="one page of the library, word by word")
+    parser.add_argument("--no-causes", action="store_true", help="count only")
+    parser.add_argument("--level", choices=("frames", "flags"), help="no more evidence than this")
+    parser.add_argument("--every", metavar="TIME", type=_seconds, help="look again so often, such as 2s")
+    parser.add_argument("--for", metavar="TIME", type=_seconds, dest="duration", help="stop after this time")
+    parser.add_argument("--save", metavar="FILE", help="write the audit to a file, for `miniloader diff`")
+    parser.add_argument("--csv", action="store_true", help="print a row for each library and process")
+
+
+def _pid(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no process number")
+    return int(text)
+
+
+def _vaddr(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no vaddr, such as 0x484000") from None
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
+    seconds = float(found[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 500ms, 2s or 1m")
+    return seconds
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Audit once or repeatedly, print, save; 3 when no process could be audited."""
+    from miniloader.errors import UsageError
+
+    if arguments.duration is not None and arguments.every is None:
+        raise UsageError("--for needs --every")
+    if arguments.csv and arguments.json:
+        raise UsageError("--csv and --json: one of them")
+    pids = _chosen(arguments)
+    if arguments.page is not None:
+        return _page(arguments, pids)
+    if arguments.every is not None:
+        return _watch(arguments, pids)
+    found = _audit(arguments, pids)
+    _print(arguments, found)
+    _save(arguments, found)
+    return 0 if found.processes or not found.unreadable else 3
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The processes that are named, and those that fit."""
+    from miniloader.errors import UsageError
+
+    given = tuple(arguments.pids)
+    if arguments.name is None and arguments.user is None and arguments.tree is None:
+        if not given:
+            raise UsageError("no process", hint="name some: PID…, --name, --user or --tree")
+        return given
+    from miniloader.lab.choose import choose
+
+    found = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
+    if not found:
+        raise UsageError("no process fits")
+    return found
+
+
+def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool = True) -> Audit:
+    from miniloader.lab.audit import audit
+    from miniloader.report.terminal import console
+
+    def look(on_progress: Callable[[int, int], None] | None) -> Audit:
+        explain = causes and not arguments.no_causes
+        return audit(
+            pids, library=arguments.library, causes=explain, level=arguments.level, on_progress=on_progress
+        )
+
+    errors = console(stderr=True)
+    if len(pids) < 8 or not errors.is_terminal:
+        return look(None)
+    with errors.status("looking at processes") as status:
+        return look(lambda done, of: status.update(f"looking at processes: {done} of {of}"))
+
+
+def _print(arguments: argparse.Namespace, found: Audit) -> None:
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump(found.to_json())
+        return
+    import sys
+
+    from miniloader.report.audit import show, write_csv
+    from miniloader.report.terminal import console
+
+    if arguments.csv:
+        write_csv(found, sys.stdout)
+    else:
+        show(found, console(), pages=arguments.library is not None)
+
+
+def _save(arguments: argparse.Namespace, found: Audit) -> None:
+    if arguments.save is not None:
+        found.save(arguments.save)
+
+
+def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
+    from miniloader.errors import UsageError
+    from miniloader.lab.page import view_page
+
+    if len(pids) != 1 or arguments.library is None:
+        raise UsageError("--page needs one process, and --library to say of which file")
+    view = view_page(pids[0], arguments.page, arguments.library)
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump(view.to_json())
+        return 0
+    from miniloader.report.audit import page_view
+    from miniloader.report.terminal import console
+
+    console().print(page_view(view))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- over time
+def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
+    """Look again and again; at the end, or at Ctrl-C, say what has changed since the start."""
+    from miniloader.lab.audited import diff
+    from miniloader.report.terminal import console
+
+    quiet = arguments.json or arguments.csv
+    out = console(stderr=quiet)
+    first = _audit(arguments, pids)
+    try:
+        _follow(arguments, first, pids, out)
+    except KeyboardInterrupt:
+        out.print("stopped")
+    last = _audit(arguments, _living(first))
+    changes = diff(first, last)
+    if arguments.json:
+        from dataclasses import asdict
+
+        from miniloader.report.json import dump
+
+        dump({**last.to_json(), "since": first.when, "changes": [asdict(change) for change in changes]})
+    else:
+        _print(arguments, last)
+        if not arguments.csv:
+            from miniloader.report.audit import changes_view
+
+            out.print()
+            out.print(f"since the start, {last.when - first.when:.0f} s ago:")
+            out.print(changes_view(changes, last.page_size))
+    _save(arguments, last)
+    return 0 if first.processes else 3
+
+
+def _living(first: Audit) -> tuple[int, ...]:
+    return tuple(one.pid for one in first.processes)
+
+
+def _follow(arguments: argparse.Namespace, first: Audit, pids: tuple[int, ...], out: Console) -> None:
+    """A live table in a terminal, else a line for every look."""
+    import time
+
+    from rich.live import Live
+
+    from miniloader.report.audit import library_rows, tick
+
+    end = None if arguments.duration is None else time.monotonic() + arguments.duration
+    due = time.monotonic()
+    with Live(library_rows(first, first), console=out, auto_refresh=False, transient=True) as live:
+        while True:
+            due = max(due + arguments.every, time.monotonic())
+            if end is not None and due > end:
+                time.sleep(max(0.0, end - time.monotonic()))
+                return
+            time.sleep(max(0.0, due - time.monotonic()))
+            now = _audit(arguments, _living(first), causes=False)
+            if not now.processes:  # nobody is left
+                return
+            if out.is_terminal:
+                live.update(library_rows(now, first), refresh=True)
+            else:
+                out.print(tick(now, first))

@@ -1,0 +1,142 @@
+"""One page of one process, word by word: what the file has, what the process has, and who wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from miniloader.errors import UsageError
+from miniloader.evidence.cause import Cause, cause_names, classify
+from miniloader.evidence.slots import RELATIVE, Facts
+from miniloader.kernel.memory import ProcessMemory
+from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit import matches
+from miniloader.lab.mapped import MappedFiles
+from miniloader.lab.survey import CHANGED, FileInProcess, locate, space_of
+
+__all__ = ["PageView", "Word", "view_page"]
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word that the loader writes or that differs; ``cause`` "" while it is as in the file.
+
+    ``file`` is what the file has, ``old`` what was there before the program wrote (what relocation put
+    there, where that can be computed, else what the file has), ``new`` what is there now.
+    """
+
+    vaddr: int
+    size: int
+    cause: Cause | str
+    symbol: str
+    kind: str
+    file: int
+    old: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageView:
+    """A page of a file in process ``pid``.
+
+    ``state`` is ``private`` (a copy), ``shared`` (the file's own page) or ``absent``; only of a private page
+    there are ``causes`` and ``words``.
+    """
+
+    pid: int
+    path: str
+    build_id: str | None
+    base: int
+    vaddr: int
+    section: str
+    state: str
+    causes: tuple[Cause, ...]
+    words: tuple[Word, ...]
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``audit --page --json`` prints."""
+        return asdict(self)
+
+
+def view_page(pid: int, vaddr: int, library: str) -> PageView:
+    """The page that holds ``vaddr`` of the one file that the pattern ``library`` chooses.
+
+    Raises UsageError when that is none or several, or the vaddr is not in it; ProcessGone, EvidenceError.
+    """
+    files = MappedFiles()
+    with PageMap(pid) as pagemap:
+        vmas, _, found = locate(pid, pagemap, files, frames=True)
+        here = _one(found, library, vaddr & -PAGE_SIZE)
+        vaddr = vaddr & -PAGE_SIZE
+        entry = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
+        facts, causes, words, reason = here.file.facts, tuple[Cause, ...](), tuple[Word, ...](), ""
+        row = np.flatnonzero(here.vaddrs == vaddr)
+        if len(row) and facts is not None:
+            with ProcessMemory(pid) as memory:
+                live, _ = memory.pages(here.addresses[row])
+            answer = classify(
+                facts,
+                space_of(vmas, found),
+                here.base,
+                here.vaddrs[row],
+                here.file_offsets[row],
+                live,
+                every_word=True,
+            )
+            causes = cause_names(int(answer.causes[0]))
+            words = tuple(_word(facts, here.base, one) for one in answer.words)
+            reason = facts.trouble
+        elif len(row):
+            causes, reason = ("unknown",), here.file.trouble
+        again = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
+        if int((entry[0] ^ again[0]) & (PRESENT | FRAME)):
+            causes, words, reason = ("unknown",), (), CHANGED
+    present = bool(entry[0] & PRESENT)
+    return PageView(
+        pid=pid,
+        path=here.file.identity.path,
+        build_id=here.file.build_id,
+        base=here.base,
+        vaddr=vaddr,
+        section=facts.section_on(vaddr) if facts is not None else "",
+        state="private" if len(row) else "shared" if present else "absent",
+        causes=causes,
+        words=words,
+        reason=reason,
+    )
+
+
+def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
+    named = [one for one in found if matches(library, one.file.identity.path)]
+    inside = [one for one in named if one.start <= one.base + vaddr < one.end]
+    if not named:
+        raise UsageError(f"--library {library!r}: this process has no such file mapped")
+    if len({one.file.number for one in named}) > 1:
+        names = ", ".join(sorted(one.file.identity.path for one in named))
+        raise UsageError(f"--library {library!r}: fits several files: {names}")
+    if not inside:
+        end = max(one.end - one.base for one in named)
+        raise UsageError(f"--page {vaddr:#x}: not in {named[0].file.identity.path}, which ends at {end:#x}")
+    return inside[0]
+
+
+def _word(facts: Facts, base: int, row: np.void) -> Word:
+    number = int(facts.symbols_at(np.array([row["vaddr"]], np.uint64))[0])
+    slot = facts.slots[row["slot"]] if row["slot"] >= 0 else None
+    old = int(row["file"])
+    if slot is not None and slot["what"] == RELATIVE:
+        old = (base + int(slot["addend"])) % 2**64
+    return Word(
+        vaddr=int(row["vaddr"]),
+        size=int(row["size"]),
+        cause=next(iter(cause_names(int(row["cause"]))), ""),
+        symbol=facts.symbol_name(number) if number >= 0 else "",
+        kind=facts.kind_name(int(slot["kind"])) if slot is not None else "",
+        file=int(row["file"]),
+        old=old,
+        new=int(row["live"]),
+    )

@@ -1,0 +1,322 @@
+"""An audit for people: the answer first, the largest cost at the top; and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from miniloader.lab.audited import Audit, AuditedLibrary, AuditedProcess, PageChange, PrivatePage, Unreadable
+from miniloader.lab.page import PageView
+from miniloader.report.terminal import count, heading, safe, size, table
+
+__all__ = ["changes_view", "library_rows", "page_view", "sentence", "show", "summary", "tick", "write_csv"]
+
+_MOST_SYMBOLS = 4
+_MOST_SENTENCES = 8
+_MEANING = {
+    "frames": "page frame numbers: equal numbers are the same memory",
+    "flags": "page flags: copies are certain, PSS and who shares with whom stay hidden",
+}
+
+
+def show(audit: Audit, out: Console, *, pages: bool = False) -> None:
+    """Print an audit; ``pages`` also lists each private page and each process of the libraries."""
+    out.print(summary(audit))
+    if audit.libraries:
+        out.print()
+        out.print(library_rows(audit))
+    said = [text for one in audit.libraries if one.private and (text := sentence(one))]
+    if audit.explained and said:
+        out.print()
+        for text in said if pages else said[:_MOST_SENTENCES]:
+            out.print(text)
+        if len(said) > _MOST_SENTENCES and not pages:
+            out.print(Text(f"… and {len(said) - _MOST_SENTENCES} more; --library NAME tells of one", "dim"))
+    if pages:
+        for library in audit.libraries:
+            _show_library(library, out)
+    if audit.processes:
+        out.print()
+        out.print(_processes(audit.processes))
+    if audit.unreadable:
+        out.print()
+        _show_unreadable(audit.unreadable, out)
+
+
+def summary(audit: Audit) -> RenderableType:
+    """The answer in a few lines."""
+    page = audit.page_size
+    present = sum(one.present for one in audit.libraries)
+    frames = sum(one.frames for one in audit.libraries)
+    private = sum(one.private for one in audit.libraries)
+    exact = "" if audit.level == "frames" else "at most "
+    lines = [
+        Text.assemble(
+            (f"{count(len(audit.processes), 'process', 'processes')}", "bold"),
+            f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
+            f"where separate copies would take {size(present * page)}",
+        ),
+        Text(f"  {size(private * page)} of it are private copies"),
+    ]
+    if audit.processes:
+        pss = [one.pss for one in audit.processes if one.pss is not None]
+        known = len(pss) == len(audit.processes)
+        lines.append(
+            Text(
+                f"  in all, with heaps and stacks: RSS {size(sum(one.rss for one in audit.processes))}, "
+                f"PSS {size(sum(pss)) if known else 'unknown'}, "
+                f"USS {size(sum(one.uss for one in audit.processes))}"
+            )
+        )
+    lines.append(Text(f"  evidence: {audit.level} ({_MEANING.get(audit.level, '')})", "dim"))
+    return Group(*lines)
+
+
+def library_rows(audit: Audit, before: Audit | None = None) -> RenderableType:
+    """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
+    columns = ["library", ">in", ">mapped", ">present", ">shared", ">private", ">bss", ">takes", ">apart"]
+    shown = table(*columns, *([">since start"] if before is not None else []))
+    old = {one.build_id or one.path: one for one in before.libraries} if before is not None else {}
+    for one in audit.libraries:
+        name = safe(one.name)
+        if one.files > 1:
+            name.append(f" ({one.files} separate files)", "yellow")
+        cells: list[RenderableType] = [
+            name,
+            f"{len({process.pid for process in one.processes}):,}",
+            *(f"{sum(getattr(process, field) for process in one.processes):,}" for field in _COUNTED),
+            size(one.frames * audit.page_size),
+            size(one.present * audit.page_size),
+        ]
+        if before is not None:
+            was = old.get(one.build_id or one.path)
+            change = one.private - (was.private if was is not None else 0)
+            cells.append(Text(f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
+        shown.add_row(*cells)
+    return shown
+
+
+def tick(audit: Audit, before: Audit) -> Text:
+    """One look of many, on one line."""
+    old = {one.build_id or one.path: one.private for one in before.libraries}
+    grown = [(one, one.private - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
+    changed = ", ".join(f"{one.name} {number:+,}" for one, number in grown if number)
+    total = sum(one.private for one in audit.libraries)
+    clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
+    return safe(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}")
+
+
+_COUNTED = ("mapped", "present", "shared", "private", "bss")
+
+
+# ------------------------------------------------------------------------------------------- sentences
+def sentence(library: AuditedLibrary) -> Text:
+    """``libcrypto.so.3: 101 private pages in each process: 97 only relocated (…), 4 written …``."""
+    if not library.private_pages:
+        return Text()
+    by_kind: dict[str, dict[int, int]] = {}
+    symbols: dict[str, int] = {}
+    for page in library.private_pages:
+        kind = _kind(page)
+        for pid in page.pids:
+            of_kind = by_kind.setdefault(kind, {})
+            of_kind[pid] = of_kind.get(pid, 0) + 1
+        if kind == "written":
+            for name in page.written:
+                symbols[name] = symbols.get(name, 0) + len(page.pids)
+    pids = {one.pid for one in library.processes}
+    private = dict.fromkeys(pids, 0)
+    for one in library.processes:
+        private[one.pid] += one.private
+    each = " in each process" if len(pids) > 1 else ""
+    text = Text.assemble(
+        (safe(library.name).plain, "bold"), f": {_span(private.values(), 'private page')}{each}: "
+    )
+    parts = []
+    for kind, words in _KINDS.items():
+        if kind in by_kind:
+            numbers = [by_kind[kind].get(pid, 0) for pid in pids]
+            parts.append(f"{_span(numbers)} {words}")
+            if kind == "written" and symbols:
+                parts[-1] += f", {_named(sorted(symbols, key=lambda name: (-symbols[name], name)))}"
+    return text.append_text(safe("; ".join(parts)))
+
+
+_KINDS = {
+    "relocated": "only relocated (sharable with prepared pages or fork)",
+    "written": "written by the program",
+    "bss": "with the start of bss, and not written otherwise",
+    "loader": "with the loader's bookkeeping only",
+    "identical": "copied, yet as in the file",
+    "unknown": "unknown",
+}
+
+
+def _kind(page: PrivatePage) -> str:
+    causes = set(page.causes)
+    if "unknown" in causes:
+        return "unknown"
+    if causes & {"write", "overwritten"}:
+        return "written"
+    if "bss" in causes:
+        return "bss"
+    if page.only_relocated:
+        return "relocated"
+    return "loader" if "loader" in causes else "identical"
+
+
+def _span(numbers: Iterable[int], noun: str = "") -> str:
+    """``97``, or ``95 to 97`` where processes differ."""
+    found = sorted(numbers)
+    low, high = found[0], found[-1]
+    text = f"{high:,}" if low == high else f"{low:,} to {high:,}"
+    return f"{text} {noun}{'' if high == 1 else 's'}" if noun else text
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_SYMBOLS
+    listed = ", ".join(names[:_MOST_SYMBOLS])
+    return f"symbol{'s' if len(names) > 1 else ''} {listed}" + (f" and {more} more" if more > 0 else "")
+
+
+# --------------------------------------------------------------------------------------------- tables
+def _processes(processes: Sequence[AuditedProcess]) -> RenderableType:
+    shown = table("process", "name", ">RSS", ">PSS", ">USS", ">anonymous", ">of it shared", "also")
+    for one in sorted(processes, key=lambda one: (-one.uss, one.pid)):
+        also = [
+            f"{number:,} {name}"
+            for number, name in (
+                (one.swapped, "swapped"),
+                (one.huge, "in huge pages"),
+                (one.ksm or 0, "merged (KSM)"),
+                (one.zero, "zero"),
+            )
+            if number
+        ]
+        shown.add_row(
+            str(one.pid),
+            safe(one.name),
+            size(one.rss),
+            "?" if one.pss is None else size(one.pss),
+            size(one.uss),
+            f"{one.anonymous:,}",
+            f"{one.anonymous_shared:,}",
+            ", ".join(also),
+        )
+    return shown
+
+
+def _show_library(library: AuditedLibrary, out: Console) -> None:
+    out.print()
+    out.print(heading(safe(library.path).plain, f"build-id {library.build_id or 'none'}"))
+    shown = table("process", "base", *(f">{name}" for name in (*_COUNTED[:4], "inherited", "bss", "swapped")))
+    for one in library.processes:
+        numbers = (one.mapped, one.present, one.shared, one.private, one.inherited, one.bss, one.swapped)
+        shown.add_row(str(one.pid), f"{one.base:#x}", *(f"{number:,}" for number in numbers))
+    out.print(shown)
+    if not library.private_pages and not library.bss_pages:
+        return
+    out.print()
+    shown = table(">vaddr", "section", ">in", "causes", "relocations", "written, or else on it")
+    for page in (*library.private_pages, *library.bss_pages):
+        shown.add_row(
+            f"{page.vaddr:#x}",
+            safe(page.section),
+            f"{len(page.pids):,}{_family(page)}",
+            ", ".join(page.causes) + (f": {page.reason}" if page.reason else ""),
+            ", ".join(f"{number:,} {name.removeprefix('R_X86_64_')}" for name, number in page.kinds.items()),
+            safe(_shortened(page.written or page.symbols)),
+        )
+    out.print(shown)
+
+
+def _family(page: PrivatePage) -> str:
+    """Where relatives still have one copy between them: in how many copies the page exists."""
+    return f" ({count(len(page.groups), 'copy', 'copies')})" if page.groups else ""
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_SYMBOLS
+    return ", ".join(names[:_MOST_SYMBOLS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _show_unreadable(unreadable: Sequence[Unreadable], out: Console) -> None:
+    out.print(heading("not audited"))
+    for one in unreadable:
+        text = safe(f"  {one.pid}: {one.reason}")
+        out.print(text.append_text(safe(f"; {one.needed}")) if one.needed else text)
+
+
+# ------------------------------------------------------------------------------------------- one page
+def page_view(view: PageView) -> RenderableType:
+    """One page, word by word."""
+    title = f"{view.path} at {view.vaddr:#x} in process {view.pid}"
+    parts: list[RenderableType] = [
+        heading(safe(title).plain, f"{view.section}, {view.state}" if view.section else view.state)
+    ]
+    if view.causes:
+        parts.append(
+            safe(f"  causes: {', '.join(view.causes)}" + (f" ({view.reason})" if view.reason else ""))
+        )
+    if view.state != "private":
+        parts.append(Text("  no copy: every byte is the file's own"))
+        return Group(*parts)
+    shown = table(">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation")
+    for word in view.words:
+        shown.add_row(
+            f"{word.vaddr:#x}",
+            word.cause or "as in the file",
+            f"{word.file:#x}",
+            f"{word.old:#x}",
+            f"{word.new:#x}",
+            safe(word.symbol),
+            word.kind.removeprefix("R_X86_64_"),
+        )
+    parts.append(shown)
+    return Group(*parts)
+
+
+# ------------------------------------------------------------------------------------------ differences
+def changes_view(changes: Sequence[PageChange], page_size: int) -> RenderableType:
+    """What differs between two audits."""
+    if not changes:
+        return Text("no page went private, was rewritten, or returned")
+    number = {kind: sum(one.processes for one in changes if one.change == kind) for kind in _CHANGES}
+    said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]
+    grown = (number["private"] - number["returned"]) * page_size
+    lead = Text.assemble(
+        ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
+    )
+    shown = table("library", ">vaddr", "section", "change", ">in", "causes", "symbols")
+    for one in sorted(changes, key=lambda one: (list(_CHANGES).index(one.change), -one.processes, one.vaddr)):
+        shown.add_row(
+            safe(os.path.basename(one.path)),
+            f"{one.vaddr:#x}",
+            safe(one.section),
+            one.change,
+            f"{one.processes:,}",
+            ", ".join(one.causes),
+            safe(_shortened(one.symbols)),
+        )
+    return Group(lead, Text(), shown)
+
+
+_CHANGES = {"private": "went private", "rewritten": "written again", "returned": "returned to the file"}
+
+
+# ------------------------------------------------------------------------------------------------- CSV
+def write_csv(audit: Audit, file: IO[str]) -> None:
+    """A row for each library in each process: pages, as numbers; names as they are."""
+    fields = ("base", *_COUNTED, "inherited", "swapped")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "build_id", "pid", *fields])
+    for library in audit.libraries:
+        for one in library.processes:
+            numbers = [getattr(one, name) for name in fields]
+            writer.writerow([safe(library.path).plain, library.build_id or "", one.pid, *numbers])
