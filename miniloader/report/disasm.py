@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rich.text import Text
-
 from miniloader.errors import printable
 from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
@@ -17,9 +15,9 @@ from miniloader.machine.disassembly import Instruction, disassemble, processor_o
 from miniloader.machine.landmarks import Landmarks, Slot, Target
 from miniloader.machine.relocation import KINDS
 from miniloader.machine.spans import Span, locate
-from miniloader.report.terminal import console, heading, safe
+from miniloader.report.lines import Line, heading, plain
 
-__all__ = ["Held", "Listing", "as_json", "listing_of", "show"]
+__all__ = ["Held", "Listing", "as_json", "listing_of", "page"]
 
 _STYLES: Final = {
     "symbol": "cyan",
@@ -31,8 +29,9 @@ _STYLES: Final = {
     "relocation": "yellow",
 }
 _OCTETS: Final = 8  # bytes in a line
-_OPERANDS: Final = 28  # columns before what they refer to
+_OPERANDS: Final = 30  # columns before what they refer to
 _USUAL_NOTE: Final = 20
+_ANY: Final = 10_000
 _MOST_STRING: Final = 48
 #: What a relocated word holds when it holds an address (machine.relocation.Formula).
 _ADDRESSES: Final = ("B + A", "S + A", "S", "indirect")
@@ -164,85 +163,82 @@ def _target_json(target: Target, held: Mapping[int, Held]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ people
-def show(listing: Listing) -> None:
-    """Print the listing, and the slots that it refers to."""
-    out = console()
+def page(listing: Listing, width: int | None) -> Iterator[Line]:
+    """The listing, and the slots that it refers to, in lines of about ``width`` columns (None: any)."""
     span = listing.span
-    about = f"{listing.processor}, {span.size} bytes at vaddr {span.vaddr:#x}"
-    lines = [heading(printable(span.name), about), safe(f"  in {listing.path}", "dim")]
+    yield heading(printable(span.name), f"{listing.processor}, {span.size} bytes at vaddr {span.vaddr:#x}")
+    yield ((f"  in {printable(listing.path)}", "dim"),)
     if span.ifunc:
-        lines.append(Text("  An IFUNC: this resolver chooses the function when the library is loaded."))
+        yield ("  An IFUNC: this resolver chooses the function when the library is loaded.",)
     if listing.base is not None:
-        lines.append(Text(f"  Loaded: address = {listing.base:#x} + vaddr."))
-    lines += [Text(), *_lines(listing.instructions, out.width)]
+        yield (f"  Loaded: address = {listing.base:#x} + vaddr.",)
+    yield ()
+    yield from _code(listing.instructions, width)
     if listing.slots:
-        lines += [Text(), heading("Slots", "words that relocation fills, which this code refers to")]
-        lines += _slots(listing, out.width)
-    for line in lines:
-        out.print(line, soft_wrap=True)
+        yield ()
+        yield heading("Slots", "words that relocation fills, which this code refers to")
+        yield from _slots(listing, width)
 
 
-def _lines(instructions: Sequence[Instruction], width: int) -> Iterator[Text]:
+def _code(instructions: Sequence[Instruction], width: int | None) -> Iterator[Line]:
     """One line an instruction; what does not fit beside it goes on the next."""
     digits = max((len(f"{one.vaddr:x}") for one in instructions), default=0)
     octets = min(max((len(one.bytes) for one in instructions), default=0), _OCTETS)
+    operands = 2 + digits + 2 + 3 * octets + 1 + 9  # the column where they begin
     most = max((len(one.operands) for one in instructions if one.target is not None), default=0)
     # Notes stand below each other as far to the right as most of them fit.
-    room = max(min(most, _OPERANDS, width - (4 + digits + 3 * octets + 1 + 9 + 2) - _USUAL_NOTE), 0)
+    notes = operands + min(most, _OPERANDS, (width or _ANY) - operands - 2 - _USUAL_NOTE)
     for one in instructions:
-        line = Text(f"  {one.vaddr:{digits}x}  ", "dim")
-        line.append(f"{one.bytes[:octets].hex(' '):{3 * octets}} ", "dim")
-        column = len(line)
-        line.append(f"{one.mnemonic:<8}", "bold").append(f" {one.operands}")
-        note = _note(one.target)
-        yield from _beside(line, note, column + 9 + room, column, width)
+        place = f"  {one.vaddr:{digits}x}  {one.bytes[:octets].hex(' '):{3 * octets}} "
+        code: Line = ((place, "dim"), (f"{one.mnemonic:<8}", "bold"), f" {one.operands}")
+        yield from _beside(code, _note(one.target), notes, len(place), width)
         for at in range(octets, len(one.bytes), octets):
-            yield Text(f"  {'':{digits}}  {one.bytes[at : at + octets].hex(' ')}", "dim")
+            yield ((f"  {'':{digits}}  {one.bytes[at : at + octets].hex(' ')}", "dim"),)
 
 
-def _note(target: Target | None) -> Text:
+def _note(target: Target | None) -> Line:
     if target is None:
-        return Text()
-    name = target.name
+        return ()
+    name = printable(target.name)
     if target.kind == "string" and len(name) > _MOST_STRING:
         name = f'{name[: _MOST_STRING - 2]}…"'
-    return Text("; ").append_text(safe(name, _STYLES[target.kind]))
+    return ("; ", (name, _STYLES[target.kind]))
 
 
-def _beside(line: Text, note: Text, column: int, below: int, width: int) -> Iterator[Text]:
+def _beside(line: Line, note: Line, column: int, below: int, width: int | None) -> Iterator[Line]:
     """``line`` and, from ``column`` on, ``note``: nearer where that is too far, else in a line of its own."""
-    line.rstrip()
+    used, wanted, most = len(plain(line).rstrip()), len(plain(note)), width or _ANY
+    spare = len(plain(line)) - used
+    gap = max(column - used, 0) + 2
     if not note:
         yield line
-    elif (gap := max(column - len(line), 0) + 2) + len(line) + len(note) <= width:
-        yield line.append(" " * gap).append_text(note)
-    elif len(line) + 2 + len(note) <= width:
-        yield line.append("  ").append_text(note)
+    elif used + 2 + wanted <= most:
+        gap = gap if used + gap + wanted <= most else 2
+        yield (*line, " " * (gap - spare), *note)
     else:
         yield line
-        yield Text(" " * below).append_text(note)
+        yield (" " * below, *note)
 
 
-def _slots(listing: Listing, width: int) -> Iterator[Text]:
+def _slots(listing: Listing, width: int | None) -> Iterator[Line]:
     digits = max(len(f"{slot.vaddr:#x}") for slot in listing.slots)
     kinds = max(len(slot.relocation) for slot in listing.slots)
     for slot in listing.slots:
-        line = Text(f"  {slot.vaddr:#{digits}x}  ", "dim").append(f"{slot.relocation:{kinds}}  ")
-        meaning = listing.meanings[slot.vaddr]
-        line.append_text(safe(meaning if slot.version is None else f"{meaning}@{slot.version}", "yellow"))
-        note = Text() if listing.base is None else _holding(listing.held.get(slot.vaddr))
+        meaning = listing.meanings[slot.vaddr] + ("" if slot.version is None else f"@{slot.version}")
+        place = (f"  {slot.vaddr:#{digits}x}  ", "dim")
+        line: Line = (place, f"{slot.relocation:{kinds}}  ", (printable(meaning), "yellow"))
+        note = () if listing.base is None else _holding(listing.held.get(slot.vaddr))
         yield from _beside(line, note, 0, digits + 4, width)
 
 
-def _holding(held: Held | None) -> Text:
+def _holding(held: Held | None) -> Line:
     if held is None:
-        return Text("→ not a whole word", "dim")
-    text = Text(f"→ {held.value:#x}")
-    owner = held.owner
+        return ("→ not a whole word",)
+    value, owner = f"→ {held.value:#x}", held.owner
     if owner is None:
-        return text
+        return (value,)
     path = printable(owner.path).rpartition("/")[2] or "anonymous memory"
     what = "" if owner.name is None else printable(owner.name)
     if owner.ifunc:
         what = f"chosen by IFUNC {what}"
-    return text.append("  ").append(f"{what} in {path}" if what else path, "cyan")
+    return (f"{value}  ", (f"{what} in {path}" if what else path, "cyan"))

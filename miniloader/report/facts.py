@@ -154,9 +154,17 @@ def _name(landmarks: Landmarks, vaddr: int, word: Word | None) -> str:
     if word is not None and word.vaddr == vaddr:
         return f"the word that each process wrote, {word.place}"
     slot = landmarks.slot_at(vaddr, _WORD)
-    target = landmarks.at(vaddr)
-    place = f" in {target.name}" if target is not None and slot is None else ""
-    return f"{slot.relocation} {_short(landmarks.meaning(slot))}" if slot is not None else f"written{place}"
+    if slot is None:
+        target = landmarks.at(vaddr)
+        return f"written in {_short(target.name)}" if target else "written"
+    return f"{slot.relocation}: {_short(_meaning(landmarks, slot))}"
+
+
+def _meaning(landmarks: Landmarks, slot: Slot) -> str:
+    """What the address in ``slot`` leads to, in words where the slot has no symbol."""
+    meaning = landmarks.meaning(slot)
+    target = landmarks.at(slot.addend, address_taken=True) if meaning.startswith("*ABS*") else None
+    return target.name if target is not None else meaning
 
 
 # -------------------------------------------------------------------------------------------- jumps

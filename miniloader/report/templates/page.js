@@ -118,10 +118,10 @@
   }
 
   // ------------------------------------------------------------------------------------------- cells
-  function paintCell(to, look, x, y, width, height) {
+  function paintCell(to, look, x, y, width, height, quiet = false) {
     const gap = width > 6 ? 1 : 0, right = width - gap, low = height - (height > 6 ? 1 : 0);
     const sign = (text, colour) => {
-      if (width < 11 || height < 11) return;
+      if (quiet || width < 11 || height < 11) return;
       to.fillStyle = colour;
       to.font = `700 ${Math.min(13, height - 4, (width - 3) * (text.length > 1 ? 0.8 : 1))}px system-ui, sans-serif`;
       to.textAlign = "center"; to.textBaseline = "middle";
@@ -186,10 +186,12 @@
       this.resize();
     }
     get page() { return this.data.columns[this.column]; }
+    // What to show first: a copied page, else one that is there.
     firstCopy() {
-      const { data } = this;
-      const found = data.columns.findIndex((page) => data.state(data.at, 0, page) === COPIED);
-      return Math.max(found, 0);
+      const { data } = this, rows = [...data.rows.keys()];
+      const first = (wanted) => data.columns.findIndex((page) => rows.some((row) => wanted(data.state(data.at, row, page))));
+      const found = first((state) => state === COPIED || state === COPIED_SHARED);
+      return Math.max(found < 0 ? first((state) => state !== 0) : found, 0);
     }
     listen() {
       this.slider.addEventListener("input", () => this.go(Number(this.slider.value)));
@@ -313,12 +315,13 @@
         if (data.groupOf[page] !== group) { group = data.groupOf[page]; this.heading(to, group, x, column, last, bottom); }
         for (let row = 0; row < rows; row++) {
           const y = 30 + row * this.height, look = data.look(step, row, page);
+          const quiet = this.cell < 18 && column % 4 > 0 && column !== this.column;  // small cells: a number now and then
           const old = this.progress < 1 ? data.look(this.before, row, page) : look;
-          if (old.state === look.state && old.owner === look.owner) { paintCell(to, look, x, y, this.cell, this.height); continue; }
-          paintCell(to, old, x, y, this.cell, this.height);
+          if (old.state === look.state && old.owner === look.owner) { paintCell(to, look, x, y, this.cell, this.height, quiet); continue; }
+          paintCell(to, old, x, y, this.cell, this.height, quiet);
           const part = this.progress;
           to.globalAlpha = part;
-          paintCell(to, look, x + this.cell * (1 - part) / 2, y + this.height * (1 - part) / 2, this.cell * part, this.height * part);
+          paintCell(to, look, x + this.cell * (1 - part) / 2, y + this.height * (1 - part) / 2, this.cell * part, this.height * part, quiet);
           to.globalAlpha = 1;
         }
       }
@@ -370,7 +373,7 @@
       for (const [group, span] of spans.entries()) {
         to.fillStyle = palette.ink; to.font = '11px ui-monospace, "DejaVu Sans Mono", monospace'; to.textBaseline = "middle"; to.textAlign = "left";
         const name = data.groups[group][2];
-        to.fillText(to.measureText(name).width <= span.width + 5 ? name : name.slice(0, 3), span.x, 7);
+        to.fillText(to.measureText(name).width <= span.width + 1 ? name : name.slice(0, 3), span.x, 7);
         const pixels = Math.ceil(span.width);
         for (let row = 0; row < rows; row++) {
           for (let at = 0; at < pixels; at++) {
@@ -395,7 +398,7 @@
     // ---- words
     tell() {
       const { data, step, row, page } = this, scene = data.scenes[step], figure = this.figure;
-      $(figure, ".step-name").textContent = `${step + 1} of ${data.scenes.length}: ${scene.name}`;
+      $(figure, ".step-name").textContent = data.scenes.length > 1 ? `${step + 1} of ${data.scenes.length}: ${scene.name}` : scene.name;
       $(figure, ".step-about").textContent = scene.about;
       this.slider.setAttribute("aria-valuetext", `${scene.name}: ${scene.about}`);
       [...$(figure, ".ticks").children].forEach((tick, at) => tick.classList.toggle("on", at === step));
@@ -435,6 +438,7 @@
       return all.find(([start, end]) => signed(start) <= vaddr && vaddr < signed(end));
     }
     use(scene) {
+      $(this.figure, ".use").hidden = this.data.rows.length < 2;  // nobody to share with
       const most = Math.max(...this.data.scenes.map((one) => one.unshared), 1);
       const bar = (name, kind, value) => {
         const svg = draw("svg", { role: "img", "aria-label": `${name}: ${bytes(value)}`, viewBox: "0 0 100 10", preserveAspectRatio: "none" });
@@ -540,7 +544,7 @@
         for (const offset of [row, row + 8]) {
           const was = [...before.slice(offset, offset + 8)].map((one) => one.toString(16).padStart(2, "0")).join(" ");
           const text = after && changed.has(offset) ? changed.get(offset).replace(/(..)(?=.)/g, "$1 ") : was;
-          cell.append(offset > row ? "  " : "", changed.has(offset) ? make("mark", { textContent: text }) : text);
+          cell.append(offset > row ? " " : "", make(changed.has(offset) ? "mark" : "span", { className: "word", textContent: text }));
         }
         return cell;
       };
@@ -589,20 +593,17 @@
   addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
   readPalette();
 
-  // Matrices far down a long page are unpacked when they come near.
-  const near = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      near.unobserve(target);
-      unpack($(target, ".data").textContent).then((plain) => {
-        const film = new Film(target, new Data(plain));
-        film.legend();
-        films.push(film);
-        target.film = film;
-        target.dataset.ready = "true";
-      });
+  // One after the other, so that the first can be used while the others are still unpacked.
+  async function start() {
+    for (const figure of document.querySelectorAll(".film")) {
+      const film = new Film(figure, new Data(await unpack($(figure, ".data").textContent)));
+      film.legend();
+      films.push(film);
+      figure.film = film;  // for whoever has a look from the console, and for the tests
+      figure.dataset.ready = "true";
+      await new Promise((resume) => setTimeout(resume));
     }
-  }, { rootMargin: "1500px" });
-  for (const figure of document.querySelectorAll(".film")) near.observe(figure);
-
+    document.documentElement.dataset.ready = "true";
+  }
+  start();
 })();
