@@ -18,6 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("library", metavar="LIB", help="a path, or a name such as libz.so.1; of any machine")
     parser.add_argument("--symbols", action="store_true", help="list the dynamic symbols")
     parser.add_argument("--checks", action="store_true", help="list every rule and whether the file keeps it")
+    parser.add_argument(
+        "--search", action="store_true", help="show where each library it needs is looked for"
+    )
     parser.add_argument("--page-size", metavar="BYTES", type=_bytes, help="plan for pages of this size")
 
 
@@ -61,6 +64,10 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
         said["symbols"]["table"] = say.readable(lambda: [asdict(symbol) for symbol in symbol_list(image)], [])
     if arguments.checks:
         said["checks"] = say.checks_json(image)
+    if arguments.search:
+        from miniloader.report.search import to_json
+
+        said["search"] = to_json(image)
     dump(said)
 
 
@@ -73,6 +80,11 @@ def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> No
     if arguments.checks:
         show([()])
         show(inspect_view.checks(image, width))
+    if arguments.search:
+        from miniloader.report.search import lines
+
+        show([()])
+        show(lines(image, width))
     if arguments.symbols:
         show([()])
         show(inspect_view.symbols(image))

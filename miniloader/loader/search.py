@@ -20,11 +20,11 @@ from typing import Final
 import numpy as np
 
 from miniloader import elf
-from miniloader.elf import ElfImage, Source
-from miniloader.errors import LoadError
+from miniloader.elf import ElfImage, Source, read_image
+from miniloader.errors import ElfError, LoadError
 from miniloader.loader import host
 
-__all__ = ["Asker", "Found", "Step", "find", "find_path", "inspect"]
+__all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]
 
 CACHE: Final = "/etc/ld.so.cache"
 _MACHINE: Final = {"x86_64": (2, 62), "aarch64": (2, 183), "i386": (1, 3), "riscv64": (2, 243)}
@@ -103,6 +103,29 @@ def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     is wrong with it is listed in :attr:`ElfImage.problems`.
     """
     return elf.inspect(path if isinstance(path, Source) else find_path(path))
+
+
+def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
+    """Who needs what, and where it is found: for ``image`` and for all that it needs, breadth first.
+
+    Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
+    read is not gone into.
+    """
+    found: dict[str, tuple[str, Found]] = {}
+    waiting = [(image, Asker(image.path, image.rpath, image.runpath))]
+    for member, asker in waiting:  # grows meanwhile
+        for name in member.needed:
+            if name in found:
+                continue
+            answer = find(name, asker)
+            found[name] = (member.path, answer)
+            if answer.path is not None:
+                try:
+                    other = read_image(Source.open(answer.path))
+                    waiting.append((other, Asker(other.path, other.rpath, other.runpath, asker)))
+                except ElfError:
+                    continue
+    return list(found.values())
 
 
 def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:

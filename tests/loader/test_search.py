@@ -1,0 +1,128 @@
+"""Libraries are found where ld.so finds them: against ``ldconfig -p``, ``ldd`` and ``LD_DEBUG=libs``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader.loader.search import Asker, find, find_needed, find_path
+
+ROOT = Path(miniloader.__file__).parents[1]
+
+
+def _output(*command: str, **environment: str) -> str:
+    environment = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine lacks x86-64 libraries")
+def test_the_cache_says_what_ldconfig_says() -> None:
+    expected: dict[str, str] = {}
+    for line in _output("ldconfig", "-p").splitlines():
+        match = re.fullmatch(r"\t(\S+) \(libc6,x86-64\) => (.+)", line)
+        if match:
+            expected.setdefault(match[1], match[2])
+    assert len(expected) > 100
+    wrong = {}
+    for name, path in expected.items():
+        steps = [step for step in find(name).steps if step.rule == "/etc/ld.so.cache"]
+        if [step.path for step in steps][:1] != [path]:
+            wrong[name] = (path, steps)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["libsqlite3.so.0", "libcrypto.so.3", "libxml2.so.2", "libLLVM-14.so.1"])
+def test_every_dependency_is_where_ldd_has_it(name: str) -> None:
+    try:
+        image = miniloader.inspect(name)
+    except miniloader.LoadError:
+        pytest.skip(f"this machine lacks {name}")
+    expected = dict(re.findall(r"\t(\S+) => (/\S+) \(", _output("ldd", image.path)))
+    found = {found.name: found.path for _, found in find_needed(image)}
+    assert expected
+    assert {key: os.path.realpath(found[key] or "") for key in expected} == {
+        key: os.path.realpath(path) for key, path in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["chain_a", "chain_a_rpath"])
+def test_origin_in_rpath_and_runpath(name: str, fixture_library: Callable[[str], Path]) -> None:
+    image = miniloader.inspect(fixture_library(name))
+    found = {found.name: found for _, found in find_needed(image)}
+    assert found["libchain_b.so"].path == str(fixture_library("chain_b"))
+    rule = "DT_RPATH" if name.endswith("rpath") else "DT_RUNPATH"
+    assert found["libchain_b.so"].steps[-1].rule == rule
+
+
+def test_rpath_serves_what_is_needed_further_down_and_runpath_does_not(tmp_path: Path) -> None:
+    (tmp_path / "libfound.so").write_bytes(Path(find_path("libz.so.1")).read_bytes())
+    root = Asker(str(tmp_path / "libroot.so"), ("$ORIGIN",), ())
+    assert find("libfound.so", Asker("/nowhere/libmiddle.so", (), (), root)).path is not None
+    both = Asker(str(tmp_path / "libroot.so"), ("$ORIGIN",), ("/nowhere",))
+    assert find("libfound.so", Asker("/nowhere/libmiddle.so", (), (), both)).path is None
+    assert find("libfound.so", both).path is None, "DT_RPATH counts for nothing beside a DT_RUNPATH"
+
+
+def test_library_path_of_the_program_s_start(tmp_path: Path) -> None:
+    libz = Path(find_path("libz.so.1"))
+    shutil.copy(libz, tmp_path / "libz.so.1")
+    program = (
+        "import os\n"
+        "from miniloader.loader.search import find\n"
+        "os.environ['LD_LIBRARY_PATH'] = '/nowhere'  # too late for ld.so, and so for us\n"
+        "print(find('libz.so.1').path)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_LIBRARY_PATH": f"/nonexistent:{tmp_path}"},
+    )
+    assert done.stdout.strip() == str(tmp_path / "libz.so.1")
+
+
+def test_hwcaps_directories_come_first_and_best_first(tmp_path: Path) -> None:
+    """Against the places ld.so says it tries (``LD_DEBUG=libs``)."""
+    for level in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
+        (tmp_path / "glibc-hwcaps" / level).mkdir(parents=True)
+    debug = subprocess.run(
+        [sys.executable, "-c", "import ctypes; ctypes.CDLL('libnowhere.so')"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "LD_DEBUG": "libs"},
+    ).stderr
+    tried = re.findall(rf"trying file=({re.escape(str(tmp_path))}/.*libnowhere\.so)", debug)
+    asker = Asker("/nowhere/lib.so", (), (str(tmp_path),))
+    ours = [step.path for step in find("libnowhere.so", asker).steps if step.rule == "DT_RUNPATH"]
+    hwcaps = [path for path in tried if "glibc-hwcaps" in path]
+    assert ours == [*hwcaps, str(tmp_path / "libnowhere.so")]
+
+
+def test_files_for_another_machine_are_passed_over(tmp_path: Path) -> None:
+    other = ROOT / "miniloader" / "lab" / "demo" / "libdemo-aarch64.so"
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    shutil.copy(other, first / "libz.so.1")
+    shutil.copy(find_path("libz.so.1"), second / "libz.so.1")
+    found = find("libz.so.1", Asker("/nowhere/lib.so", (), (str(first), str(second))))
+    if platform.machine() == "x86_64":
+        assert found.steps[0].outcome == "for another machine"
+        assert found.path == str(second / "libz.so.1")
+
+
+def test_what_is_nowhere_says_what_to_do() -> None:
+    with pytest.raises(miniloader.LoadError, match=r"no library of that name.*give its path"):
+        find_path("libnowhere.so.7")
