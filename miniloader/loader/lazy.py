@@ -31,19 +31,30 @@ _errno.restype = ctypes.POINTER(ctypes.c_int)
 
 
 class Slots:
-    """The unbound PLT slots of one library; binding one is ``find(symbol index)``, its function's address."""
+    """The unbound PLT slots of one library; binding one is ``find(symbol index)``, its function's address.
+
+    They are of use once they are connected, and must be closed when the library goes.
+    """
 
     def __init__(self, image: ElfImage, memory: Memory, slots: Table, find: Callable[[int], int]) -> None:
         self._memory = memory
         self._slots = slots
         self._find = find
         self._name = image.path
-        self._callback = _CALLBACK(self._bind)
-        self.stub = Stub()
-        self.stub.fill(lazy_trampoline(ctypes.cast(self._callback, ctypes.c_void_p).value or 0))
-        # GOT[1] is for the dynamic linker's own use; GOT[2] is where PLT0 jumps.
-        got = image.dynamic.tags.get(DT_PLTGOT, 0)
-        memory.write(got + 8, np.array([self.stub.address, self.stub.address], np.uint64))
+        self._got = image.dynamic.tags.get(DT_PLTGOT, 0)
+        self._callback: Any = _CALLBACK(self._bind)
+        self._stub = Stub()
+
+    def connect(self) -> None:
+        """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""
+        self._stub.fill(lazy_trampoline(ctypes.cast(self._callback, ctypes.c_void_p).value or 0))
+        address = self._stub.address
+        self._memory.write(self._got + 8, np.array([address, address], np.uint64))
+
+    def close(self) -> None:
+        """Give back what was made; the slots must not be used any more."""
+        self._stub.unmap()
+        self._callback = None  # it refers to this object: a circle
 
     def _bind(self, index: int) -> int:
         number = _errno().contents.value

@@ -93,6 +93,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
         graph.event("tls", image.path, text, module=own.module, bytes=image.tls.memsz)
     if len(relocations.lazy):
         library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
+        library.slots.connect()
         graph.event("bind", image.path, f"{len(relocations.lazy)} PLT slots left for their first call")
     total = len(image.relocations)
     where = ", in read-only segments too" if restore else ""

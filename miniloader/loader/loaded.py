@@ -136,13 +136,16 @@ class Loaded:
             self.unwind_table = None
         if self.memory is not None:
             self.memory.unmap()
-        for stub in (*self.stubs.values(), *([self.slots.stub] if self.slots is not None else [])):
+        for stub in self.stubs.values():
             stub.unmap()
+        if self.slots is not None:
+            self.slots.close()
         self.stubs, self.slots = {}, None
         unique.forget(self)
         for handle in self.host_handles:
             host.close_host(handle)
         self.host_handles = []
+        self.needs, self.before, self.holds = [], [], []  # circles, which would keep the file open
         return True
 
     def local_scope(self) -> list[Loaded | HostLibrary]:
