@@ -142,7 +142,7 @@ def _outside(image: ElfImage, offsets: NDArray[np.uint64], size: int, *, writabl
     low, high = int(offsets.min()), int(offsets.max())
     inside = np.zeros(len(offsets), bool)
     for load in image.loads:
-        if load.memsz < size or (writable and "w" not in load.flags):
+        if load.memsz < size or load.end > 1 << 64 or (writable and "w" not in load.flags):
             continue
         if load.vaddr <= low and high <= load.end - size:
             return np.empty(0, np.intp)

@@ -187,6 +187,8 @@ def read_header(source: Source) -> Header:
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     """Read the program headers, in table order."""
     record = struct.Struct(header.order + ("IIIIIIII" if header.elf_class == 32 else "IIQQQQQQ"))
+    if header.phnum == 0 and header.type == "REL":
+        raise ElfError(source.name, "e_type", "ET_REL, an object file", "ET_DYN, a shared object")
     if header.phnum == 0:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
     if header.phnum == _PN_XNUM:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from miniloader.elf.header import Segment
 from miniloader.errors import ElfError, UsageError
@@ -32,6 +32,7 @@ from miniloader.errors import ElfError, UsageError
 __all__ = ["LoadPlan", "PlannedMapping", "Span", "plan_segments"]
 
 Kind = Literal["file", "zero", "gap"]
+_LAST: Final = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,11 @@ def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None 
         page_size=page_size,
         alignment=max(page_size, *(segment.align for segment in loads)),
         mappings=tuple(_with_gaps(mappings)),
-        zeroed=tuple(span for segment in loads if (span := _zeroed(segment, page_size))),
+        zeroed=tuple(
+            span
+            for segment, following in zip(loads, [*loads[1:], None], strict=True)
+            if (span := _zeroed(segment, following, page_size))
+        ),
         relro=_relro(segments, page_size),
     )
 
@@ -140,6 +145,9 @@ def _check(segment: Segment, previous: Segment | None, page_size: int, name: str
         raise ElfError(
             name, f"{field}.p_filesz", f"{segment.filesz:#x}", f"at most p_memsz, {segment.memsz:#x}"
         )
+    if segment.end > _LAST - page_size:
+        found = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
+        raise ElfError(name, f"{field}.p_memsz", found, "an end within 64 bits")
     if previous is not None and segment.vaddr < previous.end:
         expected = f"at least {previous.end:#x}, where the segment before it ends"
         raise ElfError(name, f"{field}.p_vaddr", f"{segment.vaddr:#x}", expected)
@@ -177,11 +185,15 @@ def _with_gaps(mappings: Sequence[PlannedMapping]) -> Iterator[PlannedMapping]:
         end = mapping.end
 
 
-def _zeroed(segment: Segment, page_size: int) -> Span:
-    """The bytes of the segment's last file page that are bss (all to the page's end, as ld.so does)."""
-    if not segment.filesz or segment.memsz == segment.filesz:
+def _zeroed(segment: Segment, following: Segment | None, page_size: int) -> Span:
+    """The bytes of the segment's last file page that are bss (all to the page's end, as ld.so does).
+
+    None where the segment that follows begins in that page, since its mapping replaces the whole page.
+    """
+    end = -(-segment.file_end // page_size) * page_size
+    if not segment.filesz or segment.memsz == segment.filesz or (following and following.vaddr < end):
         return Span(0, 0)
-    return Span(segment.file_end, -(-segment.file_end // page_size) * page_size)
+    return Span(segment.file_end, end)
 
 
 def _relro(segments: Sequence[Segment], page_size: int) -> Span:

@@ -96,7 +96,7 @@ _AMENDED: Final[Mapping[str, Mapping[int, str]]] = {
 
 @lru_cache(maxsize=16)
 def _kinds(machine: str) -> Mapping[int, str]:
-    amended = _AMENDED.get(machine, {})
+    amended = dict(_AMENDED.get(machine, {}))
     if machine not in _ENUMS:
         return amended
     from elftools.elf import enums
