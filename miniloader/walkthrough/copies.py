@@ -113,7 +113,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         "The file is changed with pwrite; then the buffer is changed.",
         bench.calls(),
         (
-            f"Mapping: {in_mapping!r}. Buffer: {in_buffer!r}. The file, when the buffer changes: {in_file!r}.",
+            f"Mapping: {in_mapping!r}. Buffer: {in_buffer!r}. File, once the buffer changed: {in_file!r}.",
             "A buffer is a snapshot. A mapping is the file.",
         ),
     )
@@ -378,7 +378,7 @@ CHAPTER = Chapter(
     explanation=(
         "read(2) copies from the page cache to the caller's buffer, and write(2) back: the bytes are in "
         "memory twice. A mapping has them once.",
-        "A copy is cheap, though, and changing page tables is not: mmap, a fault for every few pages, munmap. "
+        "A copy is cheap, though; changing page tables is not: mmap, a fault for every few pages, munmap. "
         "So mmap wins where data is used often, in random order, or by many processes at once; read wins "
         "for data that is used once, through a small buffer that stays in the processor's cache.",
         "The figures are this machine's, and include what Python adds to each call.",
