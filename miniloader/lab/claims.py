@@ -258,7 +258,7 @@ def _writes_isolated(evidence: Evidence) -> Finding:
     where = f"at vaddr {word.vaddr:#x} ({word.place})"
     if wrong:
         pid, value = wrong[0]
-        return Finding(False, f"{expected} {where}", f"{len(wrong)} do not: process {pid} reads {value:#x}")
+        return Finding(False, f"{expected} {where}", f"{len(wrong)} do not: process {pid} reads {value}")
     return Finding(True, f"{expected} {where}", f"{len(evidence.read)} of {len(evidence.pids)}")
 
 

@@ -140,7 +140,10 @@ def _pages_json(snapshot: Snapshot) -> list[dict[str, Any]]:
     columns = {"state": names[sharing.states]}
     for field, is_known in _KNOWN.items():
         table = np.array([process.pages[field] for process in snapshot.processes]).astype(object)
-        unknown = [bool(process.reason) | ~is_known(process.pages) for process in snapshot.processes]
+        unknown = [
+            ~is_known(process.pages) | (bool(process.reason) and not process.gone)
+            for process in snapshot.processes
+        ]
         table[np.array(unknown)] = None
         columns[field] = table
     cells = zip(*(column.T.tolist() for column in columns.values()), strict=True)

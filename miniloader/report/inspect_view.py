@@ -149,7 +149,10 @@ _WRITES: Final = (
     (("TLSDESC", "TLS_DESC"), "a function that finds a TLS variable"),
     (("COPY",), "the bytes of another library's variable"),
     (("NONE",), "nothing"),
-    (("ABS64", "ABS32", "ADDR64", "ADDR32", "REFQUAD", "MIPS_REL32", "_64", "_32"), "a symbol's address + an offset"),
+    (
+        ("ABS64", "ABS32", "ADDR64", "ADDR32", "REFQUAD", "MIPS_REL32", "_64", "_32"),
+        "a symbol's address + an offset",
+    ),
 )
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, Verdict
-from miniloader.kernel.features import LEVELS
+from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.lab.proof import DECISIVE, STEPS, Proof, Step
 from miniloader.report.grid import Mark, grid_legend, page_grid
 from miniloader.report.terminal import count, drawing_width, heading, pairs, safe, size, table
@@ -22,6 +22,13 @@ _SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
     "proven": ("✔", "bold green"),
     "refuted": ("✘", "bold red"),
     "unknown": ("?", "bold yellow"),
+}
+
+#: What is not seen below the best level of evidence.
+_CANNOT: Final[dict[LevelName, str]] = {
+    "flags": "show the frames themselves: that two pages are one follows from their place in the same file, "
+    "that a copy is nobody else's from its being mapped once",
+    "totals": "tell one page from another: a sum is right for more than one reason",
 }
 
 
@@ -100,6 +107,7 @@ def _summary(proof: Proof, *, all_steps: bool) -> Iterator[tuple[str, Text | str
     position = next(index for index, level in enumerate(LEVELS) if level.name == proof.evidence)
     yield "evidence", Text.assemble((proof.evidence, "bold"), f": {LEVELS[position].shows}")
     if position:
+        yield "cannot", _CANNOT[proof.evidence]
         above = LEVELS[position - 1]
         yield "for more", Text.assemble((above.name, "bold"), f" {above.shows}: {above.get}")
     options = "" if all_steps else " --steps"
