@@ -177,6 +177,9 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     try:
         _follow(arguments, first, pids, out)
     except KeyboardInterrupt:
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
         out.print("stopped")
     last = _audit(arguments, _living(first))
     changes = diff(first, last)

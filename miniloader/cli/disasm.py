@@ -78,11 +78,12 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
 
 
 def _show(listing: Listing, arguments: argparse.Namespace) -> int:
-    from miniloader.report.disasm import as_json, show
+    from miniloader.report.disasm import as_json, page
     from miniloader.report.json import dump
+    from miniloader.report.lines import room, show
 
     if arguments.json:
         dump(as_json(listing))
     else:
-        show(listing)
+        show(page(listing, room()[1]))
     return 0
