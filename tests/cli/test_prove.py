@@ -47,9 +47,8 @@ def test_the_proof_fits_the_terminal(demo: Path, width: int) -> None:
     assert not any("\x1b" in line for line in lines)
     for id in IDS:
         assert any(line.startswith(f"✔ {id} ") for line in lines)
-    assert re.search(
-        r"^memory +88 KiB used; 3 copies would use 144 KiB: sharing saves 56 KiB", done.stdout, re.M
-    )
+    memory = "memory 88 KiB used; 3 copies would use 144 KiB: sharing saves 56 KiB"
+    assert memory in " ".join(done.stdout.split())
     assert re.search(rf"^evidence +{best_level()}: ", done.stdout, re.M)
 
 
