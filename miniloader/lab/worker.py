@@ -40,6 +40,8 @@ def main() -> NoReturn:
         os._exit(1)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # an interpreter with privileges would hide its /proc/PID
     gc.disable()  # what a worker makes it keeps
+    import miniloader.loader  # noqa: F401 - now, while the parent is importing as well
+
     with socket.socket(fileno=descriptor) as connection:
         _Commands(connection).serve()
     raise AssertionError("only a paused load is resumed")

@@ -156,7 +156,8 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
 
 def _used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
-    owners = np.unique(bindings.owner[bindings.owner >= 0]).tolist()
+    # Not np.unique, which imports numpy.ma: 10 ms.
+    owners = np.flatnonzero(np.bincount(bindings.owner[bindings.owner >= 0])).tolist()
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
         used = np.concatenate([table.rows["symbol"] for table in library.image.relocations.tables])
         used = used[np.isin(used, bindings.wanted)]
