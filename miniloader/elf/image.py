@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
-
-import numpy as np
 
 from miniloader.elf.dynamic import (
     DF_1_PIE,
@@ -33,9 +32,9 @@ from miniloader.errors import ElfError
 if TYPE_CHECKING:
     from miniloader.elf.checks import Problem
 
-__all__ = ["ElfImage", "Tls", "inspect", "read_image"]
+__all__ = ["NT_GNU_BUILD_ID", "ElfImage", "Tls", "inspect", "notes_in", "read_image"]
 
-_NT_GNU_BUILD_ID: Final = 3
+NT_GNU_BUILD_ID: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,7 @@ class ElfImage:
     def build_id(self) -> str | None:
         """The ``NT_GNU_BUILD_ID`` note in hexadecimal."""
         for note_name, note_type, description in self._notes():
-            if note_name == b"GNU\0" and note_type == _NT_GNU_BUILD_ID:
+            if note_name == b"GNU\0" and note_type == NT_GNU_BUILD_ID:
                 return description.hex()
         return None
 
@@ -224,14 +223,17 @@ class ElfImage:
                 data = self.source.read(segment.file_offset, segment.filesz, "PT_NOTE")
             except ElfError:
                 continue  # reported by the rule "segments-in-file"
-            align = 8 if segment.align == 8 else 4
-            at = 0
-            while at + 12 <= len(data):
-                sizes = np.frombuffer(data, f"{self.header.order}u4", 3, at).tolist()
-                name_end = at + 12 + sizes[0]
-                start = -(-name_end // align) * align if align == 8 else -(-name_end // 4) * 4
-                yield data[at + 12 : name_end], sizes[2], data[start : start + sizes[1]]
-                at = -(-(start + sizes[1]) // align) * align
+            yield from notes_in(data, self.header.order, 8 if segment.align == 8 else 4)
+
+
+def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, int, bytes]]:
+    """Name, type and description of each note in the bytes of a ``PT_NOTE`` (gABI, "Note Section")."""
+    at = 0
+    while at + 12 <= len(data):
+        name_size, size, kind = struct.unpack_from(f"{order}3I", data, at)
+        start = -(-(at + 12 + name_size) // align) * align
+        yield data[at + 12 : at + 12 + name_size], kind, data[start : start + size]
+        at = -(-(start + size) // align) * align
 
 
 def read_image(source: Source) -> ElfImage:

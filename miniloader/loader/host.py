@@ -23,14 +23,13 @@ from miniloader.elf.dynamic import (
     DT_RPATH,
     DT_RUNPATH,
     DT_SONAME,
-    DT_STRSZ,
     DT_STRTAB,
     DT_SYMTAB,
     DT_VERSYM,
     Dynamic,
     parse_dynamic,
-    string_at,
 )
+from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
 from miniloader.elf.symbols import STB_GNU_UNIQUE, STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
 
@@ -43,7 +42,7 @@ RTLD_DI_LINKMAP: Final = 2
 RTLD_DI_SERINFO: Final = 4
 RTLD_DI_SERINFOSIZE: Final = 5
 RTLD_DI_TLS_MODID: Final = 9
-_PT_LOAD, _PT_DYNAMIC, _PT_TLS = 1, 2, 7
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
 _PROBES: Final = 16
 
 
@@ -182,6 +181,7 @@ class HostLibrary:
     dynamic_vaddr: int
     dynamic_size: int
     tls_module: int
+    notes: tuple[tuple[int, int], ...] = ()  # vaddr and size of each PT_NOTE
 
     @property
     def name(self) -> str:
@@ -289,9 +289,18 @@ class HostLibrary:
             if shndx and not hidden and info >> 4 != STB_LOCAL and info & 0xF in (STT_FUNC, STT_OBJECT):
                 yield ctypes.string_at(self.bias + tags[DT_STRTAB] + name)
 
+    @cached_property
+    def build_id(self) -> str | None:
+        """The ``NT_GNU_BUILD_ID`` note in hexadecimal, as it is in memory: the file may be another by now."""
+        for vaddr, size in self.notes:
+            for name, kind, description in notes_in(self.read(vaddr, size, "PT_NOTE"), "<", 4):
+                if name == b"GNU\0" and kind == NT_GNU_BUILD_ID:
+                    return description.hex()
+        return None
+
     def _string(self, offset: int) -> str:
-        tags = self.dynamic.tags
-        return os.fsdecode(string_at(self.read(tags[DT_STRTAB], tags[DT_STRSZ], "DT_STRTAB"), offset))
+        vaddr = self.dynamic.tags[DT_STRTAB] + offset  # of a library that ld.so has read already
+        return os.fsdecode(ctypes.string_at(self.bias + vaddr))
 
 
 @dataclass(frozen=True)
@@ -332,7 +341,8 @@ def libraries() -> tuple[HostLibrary, ...]:
         if path.startswith("linux-vdso"):
             continue
         vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
-        new = HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module)
+        notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
+        new = HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
         found.append(before.get((path, bias, vaddr), new))
     _last[:] = [_Listing(adds, subs, tuple(found))]
     return _last[0].found

@@ -29,7 +29,8 @@ __all__ = ["Graph", "Loaded", "Policy", "open_image"]
 
 Binding = Literal["now", "lazy"]
 
-#: Libraries with state that a process may have only once: they are always the system loader's own.
+#: Libraries with state that a process may have only once: when another library needs them they come from
+#: the system's loader, and what it has already is not loaded again.
 _ONLY_ONCE: Final = (
     "ld-linux", "ld64.so", "libc.so", "libpthread.so", "libdl.so", "librt.so", "libthread_db.so",
     "libresolv.so", "libnss_", "libanl.so", "libutil.so", "libBrokenLocale.so",
@@ -187,7 +188,7 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
         raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
-    if is_one_of(image.soname or path, _ONLY_ONCE):
+    if is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):
         raise LoadError(f"{path}: a process can have it only once, and has it already")
     if image.executable_stack and not policy.executable_stack:
         hint = "allow it with executable_stack=True (--allow-executable-stack)"
@@ -201,6 +202,14 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
         hint = "allow them with text_relocations=True (--allow-text-relocations)"
         raise ElfError(path, "DT_TEXTREL", "relocations of read-only segments", "none", hint=hint)
     return image
+
+
+def _is_present(name: str) -> bool:
+    """Whether the system's loader has the library ``name``, a soname or a path."""
+    handle = host.open_host(name, load=False)
+    if handle is not None:
+        host.close_host(handle)
+    return handle is not None
 
 
 class Graph:
