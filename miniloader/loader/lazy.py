@@ -47,7 +47,9 @@ class Slots:
 
     def connect(self) -> None:
         """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""
-        self._stub.fill(lazy_trampoline(ctypes.cast(self._callback, ctypes.c_void_p).value or 0))
+        # Not ctypes.cast: it has the callback refer to itself, a circle that close() could not break.
+        function = ctypes.c_void_p.from_buffer(self._callback).value
+        self._stub.fill(lazy_trampoline(function or 0))
         address = self._stub.address
         self._memory.write(self._got + 8, np.array([address, address], np.uint64))
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import termios  # noqa: F401 - pytest imports it while tests run: it would count as left behind
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
