@@ -9,10 +9,12 @@ from typing import Final
 
 import numpy as np
 
+from miniloader.elf import ElfImage
+from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing
 from miniloader.kernel.procfs import process_file
 
-__all__ = ["Contents", "read_contents", "worth_reading"]
+__all__ = ["Contents", "read_contents", "slot_vaddrs", "worth_reading"]
 
 _MOST_PAGES: Final = 32
 _MOST_PROCESSES: Final = 3
@@ -29,6 +31,12 @@ class Contents:
     step: str
     vaddrs: tuple[int, ...]
     pages: tuple[tuple[bytes | None, ...], ...]
+
+
+def slot_vaddrs(image: ElfImage) -> tuple[int, ...]:
+    """Where the image keeps the addresses that its code asks for: the starts of its GOT."""
+    tagged = [vaddr for tag, vaddr in image.dynamic.tags.items() if tag == DT_PLTGOT]
+    return (*tagged, *(one.vaddr for one in image.sections if one.name in (".got", ".got.plt")))
 
 
 def worth_reading(sharing: Sharing, also: Iterable[int], page_size: int) -> tuple[int, ...]:

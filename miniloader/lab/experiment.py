@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from miniloader.elf import LoadPlan, Source
-from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.errors import EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import Snapshot, Target, take
@@ -19,7 +18,7 @@ from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import process_file, read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.claims import Evidence, FileState, judge_claims
-from miniloader.lab.contents import read_contents, worth_reading
+from miniloader.lab.contents import read_contents, slot_vaddrs, worth_reading
 from miniloader.lab.crew import Crew
 from miniloader.lab.proof import Proof, Worked
 from miniloader.lab.prove import OnStep
@@ -62,8 +61,7 @@ def experiment(
     sharing = analyse(loaded)
     fresh = np.logical_and.reduce(np.isin(sharing.states, (SHARED, SOLE)), axis=0)
     word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
-    slots = [vaddr for tag, vaddr in image.dynamic.tags.items() if tag == DT_PLTGOT]
-    shown = worth_reading(sharing, [*slots, *([word.vaddr] if word else [])], PAGE_SIZE)
+    shown = worth_reading(sharing, [*slot_vaddrs(image), *([word.vaddr] if word else [])], PAGE_SIZE)
     contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
     stored, read = [], []
     if word is not None:

@@ -1,4 +1,4 @@
-"""What a page of a library holds, and why it is written: sections, symbols, relocations, bytes, PLT stubs.
+"""What a page of a library holds, and why it is written: sections, symbols, relocations, bytes.
 
 Everything here is for a person to look at, and bounded: the first few of many, with their number.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
@@ -15,20 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.errors import ElfError
 from miniloader.lab.contents import Contents
 from miniloader.lab.word import Word
-from miniloader.machine.disassembly import Instruction, disassemble
-from miniloader.machine.landmarks import Landmarks, Slot, Stub
-from miniloader.machine.spans import Span
+from miniloader.machine.landmarks import Landmarks, Slot
 
-__all__ = ["Jump", "bytes_of_pages", "jumps", "ranges"]
+__all__ = ["bytes_of_pages", "in_file", "ranges", "short"]
 
 _MOST_RANGES: Final = 4000
 _MOST_SYMBOLS: Final = 6000  # of a library, by name
 _SYMBOLS_SHOWN: Final = 5  # of a page
 _LONGEST_NAME: Final = 60
-_MOST_JUMPS: Final = 6
 _WORD: Final = 8
 
 
@@ -94,7 +89,7 @@ def _symbols(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, s
     for at in order[: _MOST_SYMBOLS // _SYMBOLS_SHOWN]:
         start, count = int(first[at]), int(counts[at])
         names = [table.name(int(one)) for one in index[start : start + min(count, _SYMBOLS_SHOWN)]]
-        text = ", ".join(_short(name) for name in names)
+        text = ", ".join(short(name) for name in names)
         more = f" and {count - len(names):,} more" if count > len(names) else ""
         yield int(pages[start]), int(pages[start]) + 1, "symbols", text + more
 
@@ -104,7 +99,8 @@ def _protection(plan: LoadPlan, page: int) -> str:
     return mapping.protection if mapping else "---"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """``name``, cut where it is very long (C++)."""
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
@@ -117,7 +113,7 @@ def bytes_of_pages(
         return {}
     found = {}
     for at, vaddr in enumerate(contents[0].vaddrs):
-        before = _in_file(landmarks.image, plan, vaddr)
+        before = in_file(landmarks.image, plan, vaddr)
         after = {one.step: [_differing(before, pages[at]) for pages in one.pages] for one in contents}
         changed = {offset for steps in after.values() for words in steps for offset, _ in words or ()}
         found[(vaddr - plan.start) // plan.page_size] = {
@@ -128,7 +124,7 @@ def bytes_of_pages(
     return found
 
 
-def _in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
+def in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
     """The page as the file has it: zeros where it comes from no file."""
     mapping = plan.at(vaddr)
     if mapping is None or mapping.kind != "file":
@@ -156,8 +152,8 @@ def _name(landmarks: Landmarks, vaddr: int, word: Word | None) -> str:
     slot = landmarks.slot_at(vaddr, _WORD)
     if slot is None:
         target = landmarks.at(vaddr)
-        return f"written in {_short(target.name)}" if target else "written"
-    return f"{slot.relocation}: {_short(_meaning(landmarks, slot))}"
+        return f"written in {short(target.name)}" if target else "written"
+    return f"{slot.relocation}: {short(_meaning(landmarks, slot))}"
 
 
 def _meaning(landmarks: Landmarks, slot: Slot) -> str:
@@ -165,55 +161,3 @@ def _meaning(landmarks: Landmarks, slot: Slot) -> str:
     meaning = landmarks.meaning(slot)
     target = landmarks.at(slot.addend, address_taken=True) if meaning.startswith("*ABS*") else None
     return target.name if target is not None else meaning
-
-
-# -------------------------------------------------------------------------------------------- jumps
-@dataclass(frozen=True, slots=True)
-class Jump:
-    """A stub's instructions, and the slot that they jump through: its value in the file and in memory."""
-
-    name: str
-    code: tuple[Instruction, ...]
-    slot: Slot
-    place: str
-    before: str
-    after: tuple[str, ...]
-
-
-def jumps(landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents]) -> tuple[Jump, ...]:
-    """The first PLT stubs whose slot was looked at; none where there is no PLT or no known processor."""
-    found = []
-    try:
-        for stub in landmarks.stubs():
-            jump = _jump(landmarks, plan, stub, contents)
-            if jump is not None:
-                found.append(jump)
-            if len(found) == _MOST_JUMPS:
-                break
-    except ElfError:  # a processor that cannot be disassembled: the page has one part less
-        return ()
-    return tuple(found)
-
-
-def _jump(landmarks: Landmarks, plan: LoadPlan, stub: Stub, contents: Sequence[Contents]) -> Jump | None:
-    if not contents:
-        return None
-    page = stub.slot.vaddr // plan.page_size * plan.page_size
-    if page not in contents[-1].vaddrs:
-        return None
-    at, offset = contents[-1].vaddrs.index(page), stub.slot.vaddr - page
-    meaning = landmarks.meaning(stub.slot)
-    span = Span(f"{meaning}@plt", stub.vaddr, stub.end - stub.vaddr)
-    section = landmarks.image.section_at(stub.slot.vaddr)
-    return Jump(
-        f"{_short(meaning)}@plt",
-        disassemble(landmarks, span),
-        stub.slot,
-        section.name if section else "GOT",
-        _number(_in_file(landmarks.image, plan, page), offset),
-        tuple(_number(pages[at], offset) for pages in contents[-1].pages),
-    )
-
-
-def _number(page: bytes | None, offset: int) -> str:
-    return "not known" if page is None else f"{int.from_bytes(page[offset : offset + _WORD], 'little'):#x}"

@@ -11,10 +11,11 @@ from miniloader.errors import MiniloaderError
 from miniloader.lab.proof import DECISIVE, STEPS, Proof
 from miniloader.loader import inspect
 from miniloader.machine.landmarks import Landmarks
-from miniloader.report.facts import bytes_of_pages, jumps, ranges
+from miniloader.report.facts import bytes_of_pages, ranges
 from miniloader.report.film import Film, Group, Scene
+from miniloader.report.jumps import jumps
 
-__all__ = ["view_of"]
+__all__ = ["groups_of", "view_of"]
 
 
 def view_of(proof: Proof) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def view_of(proof: Proof) -> dict[str, Any]:
         "film": film if proof.evidence in ("frames", "flags") else None,
         "decisive": DECISIVE,
         "memory": proof.memory,
+        "names": names_of(proof),
         "jumps": jumps(landmarks, proof.plan, proof.contents) if landmarks else (),
         "command": shlex.join(command),
         "image": landmarks.image if landmarks else None,
@@ -49,13 +51,18 @@ def _film(proof: Proof, landmarks: Landmarks | None) -> Film:
     image = landmarks.image if landmarks else None
     return Film(
         title=f"The pages of {os.path.basename(proof.path)} in {len(proof.processes)} processes",
-        rows=tuple(f"process {number}" for number in range(1, len(proof.processes) + 1)),
+        rows=names_of(proof),
         groups=groups_of(proof.plan),
         scenes=tuple(Scene(one.step, about.get(one.step, ""), one) for one in proof.snapshots),
         start=steps.index(DECISIVE) if DECISIVE in steps else 0,
         ranges=ranges(image, proof.plan, proof.word) if image else (),
         pages=bytes_of_pages(landmarks, proof.plan, proof.contents, proof.word) if landmarks else {},
     )
+
+
+def names_of(proof: Proof) -> tuple[str, ...]:
+    """What the page calls the processes."""
+    return tuple(f"process {number}" for number in range(1, len(proof.processes) + 1))
 
 
 def groups_of(plan: LoadPlan) -> tuple[Group, ...]:
