@@ -40,7 +40,7 @@ Reply = Mapping[str, Any]
 """What a worker answers: see the commands in :mod:`miniloader.lab.worker`."""
 
 # The worker imports exactly what we would: our sys.path as it is, without site's search for more.
-_START: Final = "import sys; sys.path[:] = sys.argv[3:]; from miniloader.lab.worker import main; main()"
+_START: Final = "import sys; sys.path[:] = sys.argv[3:]; from {} import main; main()"
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
 _LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to its own
 
@@ -48,7 +48,7 @@ _LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to it
 class Worker:
     """One process of a crew: its ``pid``, and its number in the crew, from 1."""
 
-    def __init__(self, number: int, of: int) -> None:
+    def __init__(self, number: int, of: int, program: str) -> None:
         with ExitStack() as undo:
             self._socket, theirs = map(undo.enter_context, socket.socketpair())
             # What it prints, to be quoted when it dies; a file, so that it never has to wait for a reader.
@@ -56,7 +56,7 @@ class Worker:
             undo.callback(os.close, self._output)
             try:
                 self._process = subprocess.Popen(
-                    _command(theirs.fileno()),
+                    _command(program, theirs.fileno()),
                     env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads
                     stdin=subprocess.DEVNULL,
                     stdout=self._output,
@@ -159,10 +159,12 @@ class Crew:
     """``processes`` workers, started at once; a context manager that ends them.
 
     ``timeout`` is how many seconds any answer may take.  When a method has raised, the crew can only be
-    closed: its workers are no longer in step.
+    closed: its workers are no longer in step.  ``program`` is the module whose ``main`` they run.
     """
 
-    def __init__(self, processes: int, *, timeout: float = 60.0) -> None:
+    def __init__(
+        self, processes: int, *, timeout: float = 60.0, program: str = "miniloader.lab.worker"
+    ) -> None:
         """Start them.  Raises UsageError for no process, WorkerError when one cannot be started."""
         if processes < 1:
             raise UsageError(f"{processes} processes: expected at least 1")
@@ -171,7 +173,7 @@ class Crew:
         try:
             with _uninterrupted():  # an interrupt comes when it ends
                 for number in range(1, processes + 1):
-                    self._workers.append(Worker(number, processes))
+                    self._workers.append(Worker(number, processes, program))
         except BaseException:
             self.close()
             raise
@@ -196,13 +198,18 @@ class Crew:
         return self.ask_each(command, [arguments] * len(self._workers), step=step)
 
     def ask_each(
-        self, command: str, arguments: Sequence[Mapping[str, Any]], *, step: str = ""
+        self,
+        command: str,
+        arguments: Sequence[Mapping[str, Any]],
+        *,
+        step: str = "",
+        workers: Sequence[Worker] | None = None,
     ) -> list[Reply]:
-        """The same, with arguments of its own for each."""
-        step = step or command
-        for worker, own in zip(self._workers, arguments, strict=True):
+        """The same, with arguments of its own for each; ``workers`` are only some of them."""
+        step, asked = step or command, self._workers if workers is None else workers
+        for worker, own in zip(asked, arguments, strict=True):
             worker.send(command, own, step)
-        return self._replies(step)
+        return self._replies(asked, step)
 
     def dismiss(self, worker: Worker) -> None:
         """End one of them and reap it; the others stay."""
@@ -224,13 +231,13 @@ class Crew:
             while self._workers:
                 self._workers.pop().reap()
 
-    def _replies(self, step: str) -> list[Reply]:
+    def _replies(self, workers: Sequence[Worker], step: str) -> list[Reply]:
         replies: dict[int, Reply] = {}
         end = time.monotonic() + self._timeout
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
+            for worker in workers:
                 selector.register(worker, selectors.EVENT_READ, worker)
-            while silent := [worker for worker in self._workers if worker.number not in replies]:
+            while silent := [worker for worker in workers if worker.number not in replies]:
                 ready = selector.select(min(_LOOK_EVERY, max(0.0, end - time.monotonic())))
                 for worker in (key.data for key, _ in ready):
                     reply = worker.receive(step)
@@ -243,16 +250,17 @@ class Crew:
                         worker.check(step)
                     if time.monotonic() >= end:
                         raise silent[0].silence(step, self._timeout)
-        return [replies[worker.number] for worker in self._workers]
+        return [replies[worker.number] for worker in workers]
 
 
-def _command(descriptor: int) -> list[str]:
+def _command(program: str, descriptor: int) -> list[str]:
     home = os.path.dirname(os.path.dirname(os.path.abspath(miniloader.__file__)))
     path = sys.path if home in sys.path else [*sys.path, home]
     flags = ["-S", *(["-I"] if sys.flags.isolated else [])]
     if not sys.executable:
         raise WorkerError("cannot start workers: this program is no Python interpreter (sys.executable)")
-    return [sys.executable, *flags, "-c", _START, str(descriptor), str(os.getpid()), *path]
+    start = _START.format(program)
+    return [sys.executable, *flags, "-c", start, str(descriptor), str(os.getpid()), *path]
 
 
 def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:

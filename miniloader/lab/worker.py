@@ -1,7 +1,7 @@
 """One worker process of a :class:`~miniloader.lab.crew.Crew`: does what it is told, a line of JSON each.
 
 A request is ``{"command": NAME, …arguments}``; each is answered by one object, the command's own or
-``{"error": {"kind", "message", "fields"}}``.  The commands are the ``do_`` methods of :class:`_Commands`.  A
+``{"error": {"kind", "message", "fields"}}``.  The commands are the ``do_`` methods of a :class:`Commands`.  A
 load can be paused half-way: then the worker answers, and takes further commands right where it is, inside
 the loader, until it is told to ``resume``.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from miniloader.loader.events import Event
     from miniloader.loader.memory import Memory
 
-__all__ = ["main"]
+__all__ = ["Commands", "main", "settle"]
 
 _TOUCHED_AT_ONCE: Final = 1 << 20  # bytes
 
@@ -35,10 +35,7 @@ _TOUCHED_AT_ONCE: Final = 1 << 20  # bytes
 def main() -> NoReturn:
     """``argv``: the descriptor of the connection, and the pid of the parent."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we could ask to die with it
-        os._exit(1)
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # an interpreter with privileges would hide its /proc/PID
+    settle(parent)
     gc.disable()  # what a worker makes it keeps
     import miniloader.loader  # noqa: F401 - now, while the parent is importing as well
 
@@ -47,13 +44,20 @@ def main() -> NoReturn:
     raise AssertionError("only a paused load is resumed")
 
 
-class _Commands:
-    """The commands, by name; each returns its reply."""
+def settle(parent: int) -> None:
+    """Die when ``parent`` does, and show our ``/proc/PID`` to who may see it."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we could ask to die with it
+        os._exit(1)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # an interpreter with privileges would hide its /proc/PID
+
+
+class Commands:
+    """Answers requests by its ``do_`` methods, each of which returns its reply."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._requests = connection.makefile("rb")
-        self._memory: Memory | None = None
 
     def serve(self) -> None:
         """Carry out commands until one says to resume; end the process when the parent has gone."""
@@ -78,7 +82,13 @@ class _Commands:
     def _reply(self, reply: dict[str, Any]) -> None:
         self._connection.sendall(json.dumps(reply).encode() + b"\n")
 
-    # -- the commands -----------------------------------------------------------------------------
+
+class _Commands(Commands):
+    """The steps of a proof."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self._memory: Memory | None = None
 
     def do_load(self, path: str, pauses: Sequence[str] = (), **options: Any) -> dict[str, Any]:
         """Load the library ``path``, with the options of :func:`miniloader.load`; its base.
