@@ -60,7 +60,7 @@ class Carrier:
         self.answers = answers
         self.inside = inside
         self._handle: int | None = handle
-        # glibc knows libraries by their path, here /proc/self/fd/N: N must stay taken while it is open.
+        # glibc knows libraries by their path, here /proc/PID/fd/N: N must stay taken while it is open.
         self._fd = fd
 
     @property
@@ -113,7 +113,8 @@ def open_carrier(
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        handle = host.open_host(f"/proc/self/fd/{fd}", load=True)
+        # Not by /proc/self: a debugger opens it, too, and would wait for whatever is its own descriptor.
+        handle = host.open_host(f"/proc/{os.readlink('/proc/self')}/fd/{fd}", load=True)
     except (OSError, LoadError) as error:
         os.close(fd)
         hint = None

@@ -21,6 +21,8 @@ from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.memory import Memory
+from miniloader.loader.prepared import Prepared
+from miniloader.loader.prepared import find as find_prepared
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
 from miniloader.loader.tls import Blocks
@@ -59,6 +61,7 @@ class Policy:
     text_relocations: bool = False
     executable_stack: bool = False
     writable_code: bool = False
+    prepared: bool = False
 
 
 class Loaded:
@@ -76,6 +79,7 @@ class Loaded:
         self.stubs: dict[int, Stub] = {}  # by the function that each stands for
         self.slots: Slots | None = None  # of the PLT, when it is bound lazily
         self.unwind_table: int | None = None  # its address, once registered
+        self.ready: Prepared | None = None  # its relocated pages, while they may be of use
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.host_handles: list[int] = []  # of what it needs from the system's loader
         self.handles = 0  # how many callers hold it
@@ -107,6 +111,11 @@ class Loaded:
     def symbols(self) -> SymbolTable:
         """Its dynamic symbols."""
         return self.image.symbols
+
+    @property
+    def build_id(self) -> str | None:
+        """Its build-id, in hexadecimal."""
+        return self.image.build_id
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -141,6 +150,9 @@ class Loaded:
             stub.unmap()
         if self.slots is not None:
             self.slots.close()
+        if self.ready is not None:
+            self.ready.close()
+            self.ready = None
         self.stubs, self.slots = {}, None
         unique.forget(self)
         for handle in self.host_handles:
@@ -148,6 +160,19 @@ class Loaded:
         self.host_handles = []
         self.needs, self.before, self.holds = [], [], []  # circles, which would keep the file open
         return True
+
+    def stub_for(self, function: int) -> Stub:
+        """The code that stands for ``function`` in this library."""
+        if function not in self.stubs:
+            self.stubs[function] = Stub()
+        return self.stubs[function]
+
+    def give_up(self, graph: Graph, reason: str) -> None:
+        """Its relocated pages are of no use: say why, and go the plain way."""
+        if self.ready is not None:
+            self.ready.close()
+            self.ready = None
+        graph.event("prepared", self.name, f"not from the cache: {reason}", reason=reason)
 
     def local_scope(self) -> list[Loaded | HostLibrary]:
         """It and everything it needs, breadth first, each once."""
@@ -175,6 +200,12 @@ def is_one_of(name: str, prefixes: Sequence[str]) -> bool:
 def open_image(source: Source, policy: Policy) -> ElfImage:
     """Read and check what is to be loaded; :class:`ElfError` or :class:`LoadError` says why it cannot be."""
     image = read_image(source)
+    _refuse(image, policy)
+    refuse_problems(image)
+    return image
+
+
+def _refuse(image: ElfImage, policy: Policy) -> None:
     path, header = image.path, image.header
     if header.type != "DYN":
         found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
@@ -183,7 +214,6 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
     if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or here != "x86_64":
         found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
         raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {here})")
-    refuse_problems(image)
     if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
@@ -201,7 +231,6 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
     if image.dynamic.text_relocations and not policy.text_relocations:
         hint = "allow them with text_relocations=True (--allow-text-relocations)"
         raise ElfError(path, "DT_TEXTREL", "relocations of read-only segments", "none", hint=hint)
-    return image
 
 
 def _is_present(name: str) -> bool:
@@ -236,8 +265,17 @@ class Graph:
 
     def add(self, source: Source, loader: Loaded | None = None) -> Loaded:
         """Open ``source`` as a new member."""
+        reason, ready = "", None
         try:
-            image = open_image(source, self.policy)
+            image = read_image(source)
+            _refuse(image, self.policy)
+            if self.policy.prepared:
+                try:
+                    ready = find_prepared(image)
+                except LoadError as error:
+                    reason = str(error)
+            if ready is None:  # what is in the cache has been checked when it was prepared
+                refuse_problems(image)
         except MiniloaderError:
             source.close()
             raise
@@ -245,6 +283,9 @@ class Graph:
             "parse", image.path, f"{len(image.segments)} program headers", segments=len(image.segments)
         )
         library = Loaded(image, loader, self.policy)
+        library.ready = ready
+        if reason:
+            library.give_up(self, reason)
         self.new.append(library)
         return library
 

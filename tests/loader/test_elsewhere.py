@@ -8,12 +8,17 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
 import miniloader
 from miniloader import Source
 from miniloader.kernel.syscalls import PAGE_SIZE
+
+
+class InChild(Protocol):
+    def __call__(self, function: Callable[..., Any], /, *arguments: Any) -> Any: ...
 
 
 @pytest.fixture
@@ -77,6 +82,17 @@ def test_the_same_file_is_loaded_once(libz: Path) -> None:
 def test_what_a_process_may_have_once_is_not_loaded_again() -> None:
     with pytest.raises(miniloader.LoadError, match="a process can have it only once"):
         miniloader.load("libc.so.6")
+
+
+def test_what_a_process_may_have_once_is_loaded_where_it_has_none(in_child: InChild) -> None:
+    def refused_once_there() -> str:
+        miniloader.load("libanl.so.1").close()
+        ctypes.CDLL("libanl.so.1")
+        with pytest.raises(miniloader.LoadError) as raised:
+            miniloader.load("libanl.so.1")
+        return str(raised.value)
+
+    assert "libanl.so.1: a process can have it only once" in in_child(refused_once_there)
 
 
 def test_in_several_threads_at_once(libz: Path) -> None:
