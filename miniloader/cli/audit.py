@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from miniloader.lab.audited import Audit
+    from miniloader.lab.sights import Sight
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -22,6 +23,7 @@ examples:
   miniloader audit 4711 4712                   these two processes
   miniloader audit --name 'gunicorn*'          all that are called so
   miniloader audit --tree 4711 --every 2s      a server and its workers, as their memory erodes
+  miniloader audit --tree 4711 --every 2s --for 1m --html erosion.html     the same as a page with a slider
   miniloader audit 4711 --library libcrypto    every private page of one library
   miniloader audit 4711 --library libcrypto --page 0x484000      one page, word by word
 
@@ -47,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", metavar="TIME", type=_seconds, help="look again so often, such as 2s")
     parser.add_argument("--for", metavar="TIME", type=_seconds, dest="duration", help="stop after this time")
     parser.add_argument("--save", metavar="FILE", help="write the audit to a file, for `miniloader diff`")
+    parser.add_argument("--html", metavar="FILE", help="write a page to look at, the pages of files drawn")
     parser.add_argument("--csv", action="store_true", help="print a row for each library and process")
 
 
@@ -79,12 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--for needs --every")
     if arguments.csv and arguments.json:
         raise UsageError("--csv and --json: one of them")
+    if arguments.html is not None and arguments.page is not None:
+        raise UsageError("--html and --page: one of them")
     pids = _chosen(arguments)
     if arguments.page is not None:
         return _page(arguments, pids)
     if arguments.every is not None:
         return _watch(arguments, pids)
     found = _audit(arguments, pids)
+    _draw(arguments, found, _sights(arguments, found))  # before a reader may close the pipe
     _print(arguments, found)
     _save(arguments, found)
     return 0 if found.processes or not found.unreadable else 3
@@ -146,6 +152,22 @@ def _save(arguments: argparse.Namespace, found: Audit) -> None:
         found.save(arguments.save)
 
 
+def _sights(arguments: argparse.Namespace, found: Audit, step: str = "now") -> tuple[Sight, ...]:
+    """The pages to draw, where any are wanted."""
+    if arguments.html is None:
+        return ()
+    from miniloader.lab.sights import look
+
+    return look(found, step)
+
+
+def _draw(arguments: argparse.Namespace, found: Audit, sights: tuple[Sight, ...]) -> None:
+    if arguments.html is not None:
+        from miniloader.report.html import write_audit
+
+        write_audit(found, sights, arguments.html)
+
+
 def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.errors import UsageError
     from miniloader.lab.page import view_page
@@ -174,6 +196,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     quiet = arguments.json or arguments.csv
     out = console(stderr=quiet)
     first = _audit(arguments, pids)
+    sights = _sights(arguments, first, "start")
     try:
         _follow(arguments, first, pids, out)
     except KeyboardInterrupt:
@@ -198,6 +221,11 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
             out.print(f"since the start, {last.when - first.when:.0f} s ago:")
             out.print(changes_view(changes, last.page_size))
     _save(arguments, last)
+    if sights:
+        from miniloader.lab.sights import look_again
+
+        sights = look_again(sights, last, f"{last.when - first.when:.0f} s later")
+    _draw(arguments, last, sights)
     return 0 if first.processes else 3
 
 

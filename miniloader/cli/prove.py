@@ -52,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from miniloader.evidence.verdict import EXIT_STATUS
 
+    if arguments.html is not None:  # before a reader may close the pipe
+        from miniloader.report.html import write_proof
+
+        write_proof(proof, arguments.html)
     if arguments.json:
         import json
 
@@ -61,8 +65,4 @@ def run(arguments: argparse.Namespace) -> int:
         from miniloader.report.terminal import console
 
         show(proof, console(), all_steps=arguments.steps)
-    if arguments.html is not None:
-        from miniloader.report.html import write_proof
-
-        write_proof(proof, arguments.html)
     return EXIT_STATUS[proof.verdict]

@@ -109,12 +109,14 @@ def bytes_of_pages(
     landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents], word: Word | None
 ) -> dict[int, dict[str, Any]]:
     """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
-    if not contents:
-        return {}
     found = {}
-    for at, vaddr in enumerate(contents[0].vaddrs):
+    for vaddr in sorted({vaddr for one in contents for vaddr in one.vaddrs}):
         before = in_file(landmarks.image, plan, vaddr)
-        after = {one.step: [_differing(before, pages[at]) for pages in one.pages] for one in contents}
+        after = {
+            one.step: [_differing(before, pages[one.vaddrs.index(vaddr)]) for pages in one.pages]
+            for one in contents
+            if vaddr in one.vaddrs
+        }
         changed = {offset for steps in after.values() for words in steps for offset, _ in words or ()}
         found[(vaddr - plan.start) // plan.page_size] = {
             "before": base64.b64encode(before).decode(),

@@ -25,10 +25,12 @@ from miniloader.report.film import Film, encode, table_of
 from miniloader.report.terminal import size
 
 if TYPE_CHECKING:
+    from miniloader.lab.audited import Audit
     from miniloader.lab.proof import Proof
+    from miniloader.lab.sights import Sight
     from miniloader.walkthrough.model import Question, Result
 
-__all__ = ["write_page", "write_proof", "write_walkthrough"]
+__all__ = ["write_audit", "write_page", "write_proof", "write_walkthrough"]
 
 Path = str | os.PathLike[str]
 _SIGNS: Final = {"proven": "✓", "refuted": "✗", "unknown": "?"}
@@ -46,6 +48,13 @@ def write_walkthrough(results: Sequence[Result], path: Path) -> None:
     from miniloader.report.walkthrough_page import view_of
 
     write_page("walkthrough.html", view_of(results), path)
+
+
+def write_audit(audit: Audit, sights: Sequence[Sight], path: Path) -> None:
+    """Write ``audit``, with the libraries in ``sights`` drawn, to ``path``; MiniloaderError likewise."""
+    from miniloader.report.audit_page import view_of
+
+    write_page("audit.html", view_of(audit, sights), path)
 
 
 def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:

@@ -31,8 +31,8 @@ _WORD: Final = 8
 class Jump:
     """The ``code`` of a stub or a function, and the slot where it finds an address.
 
-    ``at`` is the vaddr of the instruction that reads the slot; ``meaning`` says whose address; ``before`` is what the slot holds in the file,
-    ``after`` what it holds in the memory of each process that was looked into.
+    ``at`` is the vaddr of the instruction that reads the slot, ``meaning`` says whose address it holds;
+    ``before`` is its value in the file, ``after`` in the memory of each process that was looked into.
     """
 
     name: str

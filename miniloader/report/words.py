@@ -27,7 +27,12 @@ def size(number: int) -> str:
     while value >= 1024 and len(units) > 1:
         value /= 1024
         units.pop(0)
-    return f"{number:,} {units[0]}" if units[0] == "bytes" else f"{value:.3g} {units[0]}"
+    return f"{number:,} {units[0]}" if units[0] == "bytes" else f"{_three(value)} {units[0]}"
+
+
+def _three(value: float) -> str:
+    """Three digits, yet never an exponent: below 1024 there may be four."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def level(part: float) -> str:

@@ -1,0 +1,107 @@
+"""What the page about an audit shows: values for ``templates/audit.html``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from miniloader.lab.audited import Audit, AuditedLibrary, PrivatePage
+from miniloader.lab.sights import Sight
+from miniloader.machine.landmarks import Landmarks
+from miniloader.report.audit import sentence
+from miniloader.report.facts import bytes_of_pages, ranges
+from miniloader.report.film import Film, Scene
+from miniloader.report.jumps import jumps
+from miniloader.report.proof_page import groups_of
+from miniloader.report.words import count
+
+__all__ = ["view_of"]
+
+_MOST_LIBRARIES: Final = 60
+_MOST_NAMES: Final = 6  # of the symbols on a page
+_MOST_PIDS: Final = 8
+_LOOKS: Final = ("the page tables as they were found", "what was written since has been copied since")
+
+Range = tuple[int, int, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A library that is drawn: what is said of it, and its pages."""
+
+    library: AuditedLibrary
+    said: str
+    film: Film
+
+
+def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
+    """Everything that the template asks for."""
+    drawn = tuple(_drawn(audit, one) for one in sights)
+    first = sights[0] if sights else None
+    return {
+        "audit": audit,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(audit.when)),
+        "present": sum(one.present for one in audit.libraries) * audit.page_size,
+        "used": sum(one.frames for one in audit.libraries) * audit.page_size,
+        "private": sum(one.private for one in audit.libraries) * audit.page_size,
+        "libraries": audit.libraries[:_MOST_LIBRARIES],
+        "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
+        "drawn": drawn,
+        "jumps": jumps(Landmarks(first.image), first.plan, first.contents) if first else (),
+        "several": any(len(one.snapshots) > 1 for one in sights),
+        "command": f"miniloader audit {' '.join(str(one.pid) for one in audit.processes[:_MOST_PIDS])}",
+        "pids": [one.pid for one in audit.processes[:_MOST_PIDS]],
+    }
+
+
+def _drawn(audit: Audit, sight: Sight) -> _Drawn:
+    landmarks, library = Landmarks(sight.image), sight.library
+    called = {one.pid: one.name for one in audit.processes}
+    names = tuple(f"{called.get(one.pid, 'process')} {one.pid}" for one in sight.processes)
+    several = len(sight.processes) < len(library.processes)
+    of = f"{len(sight.processes)} of {len(library.processes)}" if several else f"{len(sight.processes)}"
+    noun = "process" if len(library.processes) == 1 else "processes"
+    film = Film(
+        title=f"The pages of {library.name} in {of} {noun}",
+        rows=names,
+        groups=groups_of(sight.plan),
+        scenes=tuple(
+            Scene(one.step, about, one) for one, about in zip(sight.snapshots, _LOOKS, strict=False)
+        ),
+        start=len(sight.snapshots) - 1,
+        ranges=(*_causes(audit, sight), *_named(audit, sight)),
+        pages=bytes_of_pages(landmarks, sight.plan, sight.contents, None),
+    )
+    return _Drawn(library, sentence(library).plain, film)
+
+
+def _named(audit: Audit, sight: Sight) -> Iterator[Range]:
+    """Sections and symbols; what the file says of causes only where nobody asked the processes."""
+    for one in ranges(sight.image, sight.plan, None):
+        if one[2] != "cause" or not audit.explained:
+            yield one
+
+
+def _causes(audit: Audit, sight: Sight) -> Iterator[Range]:
+    """Why each copied page is no longer the file's, as far as the audit says."""
+    library = sight.library
+    several = len({one.pid for one in library.processes}) > 1
+    for page in (*library.private_pages, *library.bss_pages):
+        index = (page.vaddr - sight.plan.start) // audit.page_size
+        where = f"in {count(len(page.pids), 'process', 'processes')}: " if several else ""
+        yield index, index + 1, "cause", where + _cause(page)
+        if page.written:
+            yield index, index + 1, "written", _list(page.written)
+
+
+def _cause(page: PrivatePage) -> str:
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in page.kinds.items())
+    told = ", ".join(page.causes) + (f" ({page.reason})" if page.reason else "")
+    return f"{told} ({kinds})" if kinds else told
+
+
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
