@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["NT_GNU_BUILD_ID", "ElfImage", "Tls", "inspect", "notes_in", "read_image"]
 
 NT_GNU_BUILD_ID: Final = 3
+_NAME: Final = 1 << 9  # names are rarely longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +204,13 @@ class ElfImage:
         return self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
 
     def _string(self, offset: int, what: str) -> str:
-        strings = self._string_table
-        if offset >= len(strings):
-            raise ElfError(
-                self.path, what, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes"
-            )
-        return os.fsdecode(string_at(strings, offset))
+        tags = self.dynamic.tags
+        size = tags.get(DT_STRSZ, 0) if DT_STRTAB in tags else 0
+        if offset >= size:
+            raise ElfError(self.path, what, f"string offset {offset:#x}", f"inside the {size:#x} bytes")
+        # Of a table of megabytes the part that matters.
+        part = self.read(tags[DT_STRTAB] + offset, min(size - offset, _NAME), "DT_STRTAB")
+        return os.fsdecode(string_at(part, 0) if b"\0" in part[:] else string_at(self._string_table, offset))
 
     def _strings(self, tag: int, what: str) -> Iterator[str]:
         if tag in self.dynamic.tags:

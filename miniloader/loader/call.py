@@ -28,13 +28,12 @@ import errno
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from miniloader.errors import LoadError, UsageError
 from miniloader.kernel import syscalls
-from miniloader.loader.library import Library
 
-__all__ = ["TYPES", "Argument", "Call", "Outcome", "Written", "parse_call", "run_call"]
+__all__ = ["TYPES", "Argument", "Call", "HasSymbols", "Outcome", "Written", "parse_call", "run_call"]
 
 #: What a call may return, by name.
 TYPES: Final[dict[str, Any]] = {
@@ -248,7 +247,14 @@ class _Parser:
 
 
 # ------------------------------------------------------------------------------------------- calling
-def run_call(library: Library, call: Call) -> Outcome:
+class HasSymbols(Protocol):
+    """A library in this process, whoever has loaded it, such as :class:`miniloader.loader.Library`."""
+
+    def address(self, name: str, version: str | None = None) -> int:
+        """The address of a defined symbol."""
+
+
+def run_call(library: HasSymbols, call: Call) -> Outcome:
     """Call the function in this thread.
 
     Raises :class:`~miniloader.errors.SymbolError` when there is no such function, :class:`LoadError` when it

@@ -26,17 +26,17 @@ from miniloader.elf import Tls
 from miniloader.errors import LoadError
 from miniloader.loader import host
 
-__all__ = ["Carrier", "Question", "open_carrier"]
+__all__ = ["DYN", "EHDR", "PHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
 
 DTPMOD64: Final = 16
 TPOFF64: Final = 18
 TLSDESC: Final = 36
 
-_EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
-_PHDR: Final = struct.Struct("<IIQQQQQQ")
-_SYM: Final = struct.Struct("<IBBHQQ")
+EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
+PHDR: Final = struct.Struct("<IIQQQQQQ")
+SYM: Final = struct.Struct("<IBBHQQ")
 _RELA: Final = struct.Struct("<QQq")
-_DYN: Final = struct.Struct("<qQ")
+DYN: Final = struct.Struct("<qQ")
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
 _numbers: Final = itertools.count(1)
@@ -108,6 +108,23 @@ def open_carrier(
     if tls is not None and tls.align > _MAX_ALIGN:
         raise LoadError(f"{owner}: PT_TLS: alignment {tls.align:#x} is more than {_MAX_ALIGN:#x}")
     data, answers_at = _build(name, questions, tls, template, needed)
+    try:
+        handle, fd = open_bytes(name, data)
+    except (OSError, LoadError) as error:
+        hint = None
+        if "static TLS" in str(error):
+            hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
+        raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
+    start = host.load_address(handle)
+    answers = host.read_words(start + answers_at, 2 * len(questions)).reshape(-1, 2)
+    return Carrier(name, handle, fd, answers, start + answers_at)
+
+
+def open_bytes(name: str, data: bytes) -> tuple[int, int]:
+    """Open the library ``data`` with dlopen(3): its handle, and a descriptor to keep as long as it is open.
+
+    Raises :class:`LoadError` when glibc refuses it, :class:`OSError` when it cannot be kept in memory.
+    """
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
         view = memoryview(data)
@@ -115,16 +132,11 @@ def open_carrier(
             view = view[os.write(fd, view) :]
         # Not by /proc/self: a debugger opens it, too, and would wait for whatever is its own descriptor.
         handle = host.open_host(f"/proc/{os.readlink('/proc/self')}/fd/{fd}", load=True)
-    except (OSError, LoadError) as error:
+    except (OSError, LoadError):
         os.close(fd)
-        hint = None
-        if "static TLS" in str(error):
-            hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
-        raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
+        raise
     assert handle is not None
-    start = host.load_address(handle)
-    answers = host.read_words(start + answers_at, 2 * len(questions)).reshape(-1, 2)
-    return Carrier(name, handle, fd, answers, start + answers_at)
+    return handle, fd
 
 
 def _build(
@@ -139,11 +151,11 @@ def _build(
         return at
 
     foreign = list(dict.fromkeys(q.symbol for q in questions if q.symbol is not None))
-    symbols = [bytes(_SYM.size)]
+    symbols = [bytes(SYM.size)]
     if tls is not None:
-        symbols.append(_SYM.pack(string(name.replace("-", "_")), _GLOBAL_TLS, 0, 1, 0, tls.memsz))
+        symbols.append(SYM.pack(string(name.replace("-", "_")), _GLOBAL_TLS, 0, 1, 0, tls.memsz))
     first_foreign = len(symbols)
-    symbols += (_SYM.pack(string(text), _GLOBAL_TLS, 0, 0, 0, 0) for text in foreign)
+    symbols += (SYM.pack(string(text), _GLOBAL_TLS, 0, 0, 0, 0) for text in foreign)
     # One bucket with a chain through every symbol.
     hashes = struct.pack(
         f"<{3 + len(symbols)}I", 1, len(symbols), min(1, len(symbols) - 1), *range(2, len(symbols)), 0, 0
@@ -151,15 +163,15 @@ def _build(
     hashes = hashes[: 4 * (3 + len(symbols))]
     names = [(1, string(text)) for text in needed] + [(14, string(name))]
 
-    headers = _EHDR.size + 4 * _PHDR.size
+    headers = EHDR.size + 4 * PHDR.size
     places: dict[str, int] = {}
     at = headers
     sizes = {
-        "symbols": len(symbols) * _SYM.size,
+        "symbols": len(symbols) * SYM.size,
         "hash": len(hashes),
         "strings": len(strings),
         "relocations": len(questions) * _RELA.size,
-        "dynamic": (len(names) + 9) * _DYN.size,
+        "dynamic": (len(names) + 9) * DYN.size,
         "answers": 16 * len(questions),
     }
     for part, size in sizes.items():
@@ -180,26 +192,26 @@ def _build(
         (5, places["strings"]),
         (6, places["symbols"]),
         (10, len(strings)),
-        (11, _SYM.size),
+        (11, SYM.size),
         (7, places["relocations"]),
         (8, len(relocations)),
         (9, _RELA.size),
         (0, 0),
     ]
-    dynamic = b"".join(_DYN.pack(*entry) for entry in entries)
+    dynamic = b"".join(DYN.pack(*entry) for entry in entries)
     # The template keeps the library's place within its alignment, for so the offsets were computed.
     align = max(tls.align, 1) if tls is not None else 1
     template_at = at + ((tls.vaddr if tls is not None else 0) - at) % align
     end = template_at + len(template)
     page = 0x1000
     segments = [
-        _PHDR.pack(1, 6, 0, 0, 0, end, end, page),
-        _PHDR.pack(2, 6, *(places["dynamic"],) * 3, len(dynamic), len(dynamic), 8),
-        _PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),
-        _PHDR.pack(7, 4, *(template_at,) * 3, len(template), tls.memsz, align) if tls else bytes(_PHDR.size),
+        PHDR.pack(1, 6, 0, 0, 0, end, end, page),
+        PHDR.pack(2, 6, *(places["dynamic"],) * 3, len(dynamic), len(dynamic), 8),
+        PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),
+        PHDR.pack(7, 4, *(template_at,) * 3, len(template), tls.memsz, align) if tls else bytes(PHDR.size),
     ]
     ident = b"\x7fELF\2\1\1" + bytes(9)
-    header = _EHDR.pack(ident, 3, 62, 1, 0, _EHDR.size, 0, 0, 64, _PHDR.size, 4, 64, 0, 0)
+    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size, 0, 0, 64, PHDR.size, 4, 64, 0, 0)
     image = bytearray(end)
     image[:headers] = header + b"".join(segments)
     contents = {

@@ -10,7 +10,7 @@ __all__ = ["Event", "OnEvent", "Stage"]
 
 Stage = Literal[
     "search", "parse", "reserve", "map", "zero", "need", "bind", "tls", "relocate", "protect", "register",
-    "initialise", "finalise", "unmap",
+    "prepared", "initialise", "finalise", "unmap",
 ]  # fmt: skip
 
 

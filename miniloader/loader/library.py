@@ -57,7 +57,8 @@ class Library:
         self.close()
 
     @property
-    def _open(self) -> Loaded:
+    def loaded(self) -> Loaded:
+        """The mapping itself, which other callers may share; :class:`LoadError` when closed."""
         if self._loaded is None:
             raise LoadError(f"{self._name}: is closed")
         return self._loaded
@@ -70,29 +71,29 @@ class Library:
     @property
     def base(self) -> int:
         """The load bias, ``l_addr`` of dlopen's link map."""
-        return self._open.bias
+        return self.loaded.bias
 
     @property
     def image(self) -> ElfImage:
         """What its file says."""
-        return self._open.image
+        return self.loaded.image
 
     @property
     def plan(self) -> LoadPlan:
         """How it is mapped, in vaddrs."""
-        return self._open.plan
+        return self.loaded.plan
 
     @property
     def libraries(self) -> tuple[Loaded | HostLibrary, ...]:
         """It and everything it needs, breadth first; a ``HostLibrary`` is the process's own."""
-        return tuple(self._open.local_scope())
+        return tuple(self.loaded.local_scope())
 
     def address(self, name: str, version: str | None = None) -> int:
         """The address of the defined symbol ``name``, here or (as dlsym(3) looks) in what it needs.
 
         An IFUNC is resolved; a thread-local symbol gives the calling thread's.  Raises :class:`SymbolError`.
         """
-        for library in self._open.local_scope():
+        for library in self.loaded.local_scope():
             if isinstance(library, HostLibrary):
                 found = host.symbol_address(library.handle, os.fsencode(name), version)
                 if found is not None:
@@ -102,7 +103,7 @@ class Library:
             if index is not None:
                 return _address_of(library, index)
         label = name if version is None else f"{name}, version {version}"
-        raise SymbolError(f"{self._name}: no symbol {label}", hint=_similar(self._open, name))
+        raise SymbolError(f"{self._name}: no symbol {label}", hint=_similar(self.loaded, name))
 
     def function(
         self,
@@ -121,7 +122,7 @@ class Library:
 
         One command for the library and for each that was loaded with it; those of ld.so gdb finds itself.
         """
-        ours = [library for library in self._open.local_scope() if isinstance(library, Loaded)]
+        ours = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
         places = [(_quoted(os.path.abspath(library.name)), library.bias) for library in ours]
         return tuple(f"add-symbol-file {path} -o {bias:#x}" for path, bias in places)
 
@@ -147,6 +148,7 @@ def load(
     text_relocations: bool = False,
     executable_stack: bool = False,
     writable_code: bool = False,
+    prepared: bool = False,
 ) -> Library:
     """Load the shared library ``path`` as dlopen(3) does, but ourselves.
 
@@ -154,13 +156,17 @@ def load(
     descriptor, bytes in memory).  With ``init=False`` nothing of the library runs: no constructor, and no
     IFUNC resolver (their slots stay 0).  With ``init=True`` its own code does, which can do anything.
     ``bind="lazy"`` leaves PLT slots until they are first called.  ``address`` asks for its first page to be
-    there.  The other three allow what is refused otherwise.  ``on_event`` hears of each step as it is done.
+    there.  ``prepared`` takes relocated pages from the cache, at the address they were made for (see
+    :func:`miniloader.prepare`), or says in an event why it does not.  The others allow what else is
+    refused.  ``on_event`` hears of each step as it is done.
 
     Raises :class:`ElfError` when the file is at fault, else :class:`LoadError`; nothing stays mapped then.
     """
     if bind not in ("now", "lazy"):
         raise UsageError(f"bind={bind!r}: expected 'now' or 'lazy'")
-    policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code)
+    if prepared and bind == "lazy":
+        raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
+    policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared)
     clock = _Clock()
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))

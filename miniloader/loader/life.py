@@ -8,7 +8,7 @@ Functions"; the order among libraries is that of glibc's ``elf/dl-sort-maps.c``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
@@ -30,7 +30,7 @@ __all__ = [
     "constructors",
     "destructor_order",
     "destructors",
-    "run_constructor",
+    "run_constructors",
     "run_destructor",
 ]
 
@@ -76,11 +76,12 @@ def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
     return len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)
 
 
-def run_constructor(address: int) -> None:
-    """Call one constructor as ld.so does."""
+def run_constructors(addresses: Iterable[int]) -> None:
+    """Call the constructors of one library as ld.so does: all of them get the same argc, argv and envp."""
     count, words = _arguments()
-    environment = ctypes.c_void_p.in_dll(_libc, "environ").value
-    _CONSTRUCTOR(address)(count, ctypes.addressof(words), environment)
+    arguments = count, ctypes.addressof(words), ctypes.c_void_p.in_dll(_libc, "environ").value
+    for address in addresses:
+        _CONSTRUCTOR(address)(*arguments)
 
 
 def run_destructor(address: int) -> None:

@@ -9,24 +9,25 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.elf import LoadPlan
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.symbols import STT_GNU_IFUNC
 from miniloader.elf.tables import Table
 from miniloader.elf.versions import Version
-from miniloader.errors import SymbolError
+from miniloader.errors import LoadError, SymbolError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import life, tls, unique, unwind
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
-from miniloader.loader.memory import map_plan, zero_tails
+from miniloader.loader.memory import Memory, map_plan, zero_tails
+from miniloader.loader.prepared import ADDRESS, RESOLVER, UNIQUE, Prepared
 from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound, sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind
-from miniloader.loader.stubs import Stub
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 
-__all__ = ["initialise_library", "link_library", "map_library"]
+__all__ = ["initialise_library", "link_library", "map_library", "thread_exits", "used"]
 
 #: They register a destructor for a thread's object and are told, third, to which library it belongs.
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
@@ -36,8 +37,7 @@ def map_library(graph: Graph, library: Loaded) -> None:
     """Reserve, map the segments, zero the tails."""
     image = library.image
     plan = image.plan(PAGE_SIZE)
-    wanted = graph.policy.address if library is graph.new[0] else None
-    memory = library.memory = map_plan(plan, image.source, address=wanted)
+    memory = library.memory = _reserve(graph, library, plan)
     text = f"{plan.length:#x} bytes at {memory.start:#x}"
     graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
     for mapping in plan.mappings:
@@ -46,35 +46,129 @@ def map_library(graph: Graph, library: Loaded) -> None:
         if mapping.kind == "file":
             text += f", offset {mapping.file_offset:#x}"
         graph.event("map", image.path, text, bias=memory.bias, mapping=mapping)
-    zeroed = zero_tails(memory)
+    if library.ready is None:  # its cached pages are as they have to be
+        _zero(graph, library)
+
+
+def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
+    """Map it where it has been prepared for, where the caller wants it, or where there is room."""
+    source, wanted = library.image.source, graph.policy.address if library is graph.new[0] else None
+    if library.ready is not None:
+        try:
+            if wanted in (None, library.ready.address):
+                return map_plan(plan, source, address=library.ready.address)
+            reason = f"it was prepared for {library.ready.address:#x}"
+        except LoadError as error:
+            reason = str(error)
+        library.give_up(graph, reason)
+    return map_plan(plan, source, address=wanted)
+
+
+def _zero(graph: Graph, library: Loaded) -> None:
+    zeroed = zero_tails(library.mapped)
     if zeroed:
-        graph.event("zero", image.path, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
+        graph.event("zero", library.name, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
 
 
 def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
     """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder."""
     image, memory = library.image, library.mapped
+    order = [library, *scope] if image.dynamic.symbolic else scope
+    if library.ready is None or not _fill(graph, library, library.ready, order):
+        _link(graph, library, order)
+    relro = memory.plan.relro
+    if relro:
+        memory.protect(relro.start, relro.end, "r--")
+        text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
+        graph.event("protect", image.path, text, start=relro.start, end=relro.end)
+    if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
+        table = library.ready.unwind_table if library.ready is not None else unwind.eh_frame(image)
+        if table is not None and unwind.register(memory.bias + table):
+            library.unwind_table = memory.bias + table
+            graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
+
+
+def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer]) -> bool:
+    """Relocate it with its cached pages; ``False`` if they do not fit, and the plain way is left."""
+    memory = library.mapped
+    reason = ready.differs(order)
+    try:
+        if reason is None:
+            ready.check_pages()
+    except LoadError as error:
+        reason = str(error)
+    if reason is not None:
+        library.give_up(graph, reason)
+        _zero(graph, library)
+        return False
+    ready.lay(memory)
+    copied = ready.fill(memory, _values(graph, library, ready, order))
+    if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
+        bindings, rows = ready.thread_local(order)
+        for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
+            for vaddr, word in zip(vaddrs.tolist(), words.tolist(), strict=True):
+                memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
+    for position in ready.held:
+        _hold(library, order[position])
+    text = f"{len(ready.pages)} pages from the cache, {copied} of them copied for what differs here"
+    graph.event("relocate", library.name, text, words=ready.words, pages=copied, prepared=len(ready.pages))
+    return True
+
+
+def _values(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
+    """What the words that differ are in this process."""
+    table = ready.arrays["values"]
+    biases = np.array([definer.bias for definer in order], np.uint64)
+    with np.errstate(over="ignore"):
+        values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
+    for place in np.flatnonzero(table["how"] != ADDRESS).tolist():
+        definer, address = order[int(table["definer"][place])], int(values[place])
+        how = int(table["how"][place])
+        if how == RESOLVER:
+            may_run = graph.policy.init or not isinstance(definer, Loaded)
+            values[place] = call_resolver(address) if may_run else 0
+        elif how == UNIQUE:
+            values[place], owner = unique.settled(os.fsencode(ready.names[place]), address, definer)
+            if owner is not None:
+                _hold(library, owner)
+        else:
+            values[place] = library.stub_for(address).address
+    return values
+
+
+def _thread_local(
+    library: Loaded,
+    bindings: Bindings,
+    rows: Iterator[tuple[Kind, Table]],
+    read: Callable[[int, int], NDArray[np.uint8]],
+) -> list[tls.Write]:
+    """Open its carriers; the thread-local words to write."""
+    template = library.image.tls
+    library.blocks, writes = tls.answer(
+        library,
+        template,
+        lambda: read(template.vaddr, template.filesz).tobytes() if template is not None else b"",
+        bindings,
+        rows,
+        lambda other: other.blocks.own if isinstance(other, Loaded) else None,
+    )
+    _count_for_carrier(library)
+    return writes
+
+
+def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
+    """Bind its symbols in ``order`` and relocate."""
+    image, memory = library.image, library.mapped
     _check_versions(library)
     lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
     relocations = sort_relocations(image, lazy=lazy)
-    order = [library, *scope] if image.dynamic.symbolic else scope
     bindings = bind(image.symbols, relocations.wanted, order, order.index(library))
     refuse_unbound(image, bindings)
     addresses = _addresses(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
     def thread_local(pages: Pages, rows: Iterator[tuple[Kind, Table]]) -> list[tls.Write]:
-        template = image.tls
-        library.blocks, writes = tls.answer(
-            library,
-            template,
-            lambda: pages.bytes_at(template.vaddr, template.filesz) if template is not None else b"",
-            bindings,
-            rows,
-            lambda other: other.blocks.own if isinstance(other, Loaded) else None,
-        )
-        _count_for_carrier(library)
-        return writes
+        return _thread_local(library, bindings, rows, pages.bytes_at)
 
     def may_run(position: int) -> bool:
         definer = order[position] if position >= 0 else library
@@ -98,24 +192,18 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
     total = len(image.relocations)
     where = ", in read-only segments too" if restore else ""
     graph.event("relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied)
-    relro = memory.plan.relro
-    if relro:
-        memory.protect(relro.start, relro.end, "r--")
-        text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
-        graph.event("protect", image.path, text, start=relro.start, end=relro.end)
-    # Without init none of its code runs, and whoever throws would have to trust its table.
-    table = unwind.eh_frame(image) if graph.policy.init else None
-    if table is not None and unwind.register(memory.bias + table):
-        library.unwind_table = memory.bias + table
-        graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
 def initialise_library(graph: Graph, library: Loaded) -> None:
     """Run its constructors."""
-    for address in life.constructors(library.image, library.mapped):
-        if graph.tell is not None:
+
+    def told(addresses: list[int]) -> Iterator[int]:
+        for address in addresses:
             graph.event("initialise", library.name, f"call {address:#x}", address=address)
-        life.run_constructor(address)
+            yield address
+
+    addresses = life.constructors(library.image, library.mapped)
+    life.run_constructors(addresses if graph.tell is None else told(addresses))
     library.initialised = True
 
 
@@ -144,17 +232,15 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     addresses = bindings.addresses()
     for definer in unique.settle(library.symbols, bindings, addresses):
         _hold(library, definer)
-    for definer in _used(library, bindings):
+    for definer in used(library, bindings):
         _hold(library, definer)
-    for place in _thread_exits(library, bindings) if library.image.tls is not None else ():
+    for place in thread_exits(library, bindings) if library.image.tls is not None else ():
         function = int(addresses[place])
-        if function not in library.stubs:
-            library.stubs[function] = Stub()
-        addresses[place] = library.stubs[function].address
+        addresses[place] = library.stub_for(function).address
     return addresses
 
 
-def _used(library: Loaded, bindings: Bindings) -> list[Definer]:
+def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
     # Not np.unique, which imports numpy.ma: 10 ms.
     owners = np.flatnonzero(np.bincount(bindings.owner[bindings.owner >= 0])).tolist()
@@ -174,7 +260,7 @@ def _hold(library: Loaded, definer: Definer) -> None:
         library.holds.append(definer)
 
 
-def _thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
+def thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
     """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
     table = library.symbols
     wanted = table.rows["name"][bindings.wanted]

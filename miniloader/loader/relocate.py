@@ -27,11 +27,12 @@ from miniloader.loader.scope import Bindings
 from miniloader.loader.tls import Write
 from miniloader.machine.relocation import KINDS, Kind
 
-__all__ = ["Pages", "Sorted", "apply", "call_resolver", "refuse_unbound", "sort_relocations"]
+__all__ = ["TLS", "Pages", "Sorted", "apply", "call_resolver", "refuse_unbound", "sort_relocations"]
 
 _RELATIVE: Final = "B + A"
 _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
-_TLS: Final = ("module", "module offset", "thread offset", "descriptor")
+#: Formulas of thread-local storage.
+TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _WORD: Final = 8
 _ITSELF: Final = -1
 _SMALL: Final = 256
@@ -178,14 +179,14 @@ class Pages:
             octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, _WORD)[:, :size]
             self.buffer[offsets[:, None] + np.arange(size)] = octets
 
-    def bytes_at(self, vaddr: int, length: int) -> bytes:
+    def bytes_at(self, vaddr: int, length: int) -> NDArray[np.uint8]:
         """``length`` bytes as they will be, from here where they are changed, else from memory."""
         data = self.memory.read(vaddr, length)
         for first, last in self.runs:
             low, high = max(vaddr, self.start + first), min(vaddr + length, self.start + last)
             if low < high:
                 data[low - vaddr : high - vaddr] = self.buffer[low - self.start : high - self.start]
-        return data.tobytes()
+        return data
 
     def write(self) -> None:
         """Write all pages back."""
@@ -221,7 +222,7 @@ def apply(
         late = _indirect_functions(bindings)
         for kind, rows in relocations.of(*_SYMBOLIC):
             _put_symbolic(image, pages, kind, rows, bindings, addresses, late)
-        for vaddrs, values, size in thread_local(pages, relocations.of(*_TLS)):
+        for vaddrs, values, size in thread_local(pages, relocations.of(*TLS)):
             _refuse_overflow(image, size, vaddrs, values)
             pages.put(vaddrs, values, size)
         pages.write()

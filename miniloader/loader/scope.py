@@ -67,6 +67,11 @@ class Definer(Protocol):
         ...
 
     @property
+    def build_id(self) -> str | None:
+        """The build-id of what is mapped, in hexadecimal."""
+        ...
+
+    @property
     def symbols(self) -> SymbolTable:
         """Its dynamic symbols."""
         ...
@@ -94,6 +99,10 @@ class Bindings:
             bias = np.where(rows["shndx"] == SHN_ABS, np.uint64(0), np.uint64(definer.bias))
             found[here] = rows["value"] + bias
         return found
+
+    def label(self, place: int) -> str:
+        """The name of the symbol that ``wanted[place]`` is bound to."""
+        return self.scope[int(self.owner[place])].symbols.name(int(self.symbol[place]))
 
     def place(self, symbols: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Where each of ``symbols`` is in ``wanted``; all of them must be."""

@@ -61,20 +61,20 @@ def answer(
     ``template`` gives the bytes of its ``PT_TLS``, relocated; ``carrier_of`` the carrier of another
     library of ours.  Raises :class:`LoadError`, in glibc's words when glibc refuses.
     """
-    asked = [_Asked(kind, table, bindings) for kind, table in rows]
+    starts = bindings.field("value")
+    asked = [_Asked(kind, table, bindings, starts) for kind, table in rows]
     own: dict[Question, None] = {}
     foreign: dict[Question, None] = {}
     needed: dict[str, None] = {}
 
-    def question(kind: str, definer: Definer, symbol: int, value: int) -> tuple[bool, Question]:
+    def question(kind: str, definer: Definer, place: int, value: int) -> tuple[bool, Question]:
         """Whose carrier is asked what: own block by offset, others' by their symbols."""
         if definer is me:
             return True, Question(_KIND[kind], None, value)
         if isinstance(definer, HostLibrary):
             if definer.path:
                 needed[definer.path] = None
-            start = int(definer.symbols.rows["value"][symbol])
-            return False, Question(_KIND[kind], definer.symbols.name(symbol), value - start)
+            return False, Question(_KIND[kind], bindings.label(place), value - int(starts[place]))
         carrier = carrier_of(definer)
         if carrier is None:
             raise LoadError(
@@ -109,30 +109,27 @@ _Ask = Callable[[str, Definer, int, int], tuple[bool, Question]]
 class _Asked:
     """The relocations of one kind, and what has to be known for each."""
 
-    def __init__(self, kind: Kind, rows: Table, bindings: Bindings) -> None:
+    def __init__(self, kind: Kind, rows: Table, bindings: Bindings, starts: NDArray[np.uint64]) -> None:
         self.kind = kind
         place = bindings.place(rows["symbol"])
         bound = bindings.owner[place] >= 0  # what is weak and undefined stays as it is
-        self.rows, place = rows[bound], place[bound]
-        self.owner, self.symbol = bindings.owner[place], bindings.symbol[place]
+        self.rows, self.place = rows[bound], place[bound]
+        # Of the system's libraries the symbol is asked for; of ours the block, which it has an offset in.
+        foreign = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)
+        self.owner = bindings.owner[self.place]
+        self.start = np.where(foreign[self.owner], starts[self.place], np.uint64(0))
         self.scope = bindings.scope
         with np.errstate(over="ignore"):
-            self.offset = bindings.field("value")[place] + self.rows["addend"].view(np.uint64)
+            self.offset = starts[self.place] + self.rows["addend"].view(np.uint64)
 
     def _each(self, ask: _Ask) -> list[tuple[bool, Question]]:
         """The question of each row.  All but descriptors ask about the beginning: offsets are added."""
         formula = self.kind.formula
         if formula == "module offset":
             return []
-        signed = self.offset.view(np.int64).tolist()
-        result = []
-        for owner, symbol, offset in zip(self.owner.tolist(), self.symbol.tolist(), signed, strict=True):
-            definer = self.scope[owner]
-            if formula != "descriptor":
-                foreign_host = isinstance(definer, HostLibrary)
-                offset = int(definer.symbols.rows["value"][symbol]) if foreign_host else 0
-            result.append(ask(formula, definer, symbol, offset))
-        return result
+        about = self.offset if formula == "descriptor" else self.start
+        rows = zip(self.owner.tolist(), self.place.tolist(), about.view(np.int64).tolist(), strict=True)
+        return [ask(formula, self.scope[owner], place, offset) for owner, place, offset in rows]
 
     def questions(self, ask: _Ask) -> Iterable[tuple[bool, Question]]:
         return self._each(ask)
@@ -149,23 +146,10 @@ class _Asked:
             yield vaddrs, answers[:, 0], self.kind.size
         elif formula == "thread offset":
             with np.errstate(over="ignore"):
-                yield vaddrs, answers[:, 0] + self._beyond(), self.kind.size
+                yield vaddrs, answers[:, 0] + (self.offset - self.start), self.kind.size
         else:
             yield vaddrs, answers[:, 0], 8
             yield vaddrs + np.uint64(8), answers[:, 1], 8
-
-    def _beyond(self) -> NDArray[np.uint64]:
-        """How far each row is from what its answer is the offset of: its symbol, for the system's
-        libraries.
-        """
-        starts = [
-            int(self.scope[owner].symbols.rows["value"][symbol])
-            if isinstance(self.scope[owner], HostLibrary)
-            else 0
-            for owner, symbol in zip(self.owner.tolist(), self.symbol.tolist(), strict=True)
-        ]
-        with np.errstate(over="ignore"):
-            return self.offset - np.array(starts, np.uint64)
 
 
 class _Index(ctypes.Structure):

@@ -17,7 +17,7 @@ from miniloader.elf.symbols import STB_GNU_UNIQUE, SymbolTable, gnu_hashes
 from miniloader.loader import host
 from miniloader.loader.scope import Bindings, Definer, find_all
 
-__all__ = ["forget", "settle"]
+__all__ = ["forget", "settle", "settled"]
 
 _ours: Final[dict[bytes, tuple[int, Definer]]] = {}
 
@@ -43,6 +43,12 @@ def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]
         addresses[place], owner = _ours.setdefault(name, (int(addresses[place]), definer))
         used[id(owner)] = owner
     return list(used.values())
+
+
+def settled(name: bytes, address: int, definer: Definer) -> tuple[int, Definer | None]:
+    """The process's one ``name``, where a look-up found ``definer``'s at ``address``; who of ours has it."""
+    answer = _of_host([name])[0]
+    return (answer, None) if answer is not None else _ours.setdefault(name, (address, definer))
 
 
 def forget(definer: Definer) -> None:

@@ -1,0 +1,289 @@
+"""``prepare``: load a library once, and keep its relocated pages for every process to come.
+
+See :mod:`miniloader.loader.prepared` for how they are used.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import LoadPlan
+from miniloader.elf.symbols import SHN_ABS, STB_GNU_UNIQUE, STT_GNU_IFUNC
+from miniloader.elf.tables import RELOCATION, Table
+from miniloader.errors import LoadError
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader import cache, unwind
+from miniloader.loader.events import Event, OnEvent
+from miniloader.loader.library import Library, load
+from miniloader.loader.link import thread_exits, used
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.prepared import (
+    ADDRESS,
+    RESOLVER,
+    SLOT,
+    THREAD_EXIT,
+    UNIQUE,
+    VALUE,
+    check_file,
+    file_name,
+    file_state,
+    identities,
+    open_prepared,
+    pack,
+    sums,
+)
+from miniloader.loader.relocate import TLS, Sorted, sort_relocations
+from miniloader.loader.scope import Bindings
+from miniloader.loader.search import find_path, inspect
+
+__all__ = ["Entry", "entries", "prepare", "verify"]
+
+# Far from where the kernel puts programs, heaps, stacks and its own choices; 16 to 64 TiB.
+_LOWEST: Final = 0x1000_0000_0000
+_HIGHEST: Final = 0x4000_0000_0000
+_ALIGNMENT: Final = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A prepared library: where every process has it, and how much of it they share.
+
+    ``pages`` are relocated and cached; ``filled`` of them hold words that each process writes itself, and are
+    private.  ``fault`` says why it cannot be used any more.
+    """
+
+    name: str
+    path: str
+    build_id: str
+    address: int
+    length: int
+    words: int
+    pages: int
+    filled: int
+    size: int
+    fault: str | None = None
+
+
+def prepare(
+    path: str | os.PathLike[str], *, address: int | None = None, on_event: OnEvent | None = None
+) -> Entry:
+    """Relocate the library ``path`` at an address chosen for it (or at ``address``), and keep its pages.
+
+    None of its code runs.  The address stays the same until the machine boots again, and is another for every
+    user.  Raises what :func:`miniloader.load` raises, and :class:`LoadError` for what cannot be prepared.
+    """
+    name = find_path(path)
+    image = inspect(name)
+    build_id = image.build_id
+    if build_id is None:
+        raise LoadError(f"{name}: has no build-id to know it by", hint="link it with -Wl,--build-id")
+    if image.dynamic.text_relocations:
+        raise LoadError(f"{name}: relocates its code, and so cannot be prepared")
+    if address is None:
+        address = _choose(build_id, image.plan(PAGE_SIZE))
+    bindings: list[Bindings] = []
+
+    def listen(event: Event) -> None:
+        if event.stage == "bind" and event.library == name:
+            bindings.append(event.data["bindings"])
+        if on_event is not None:
+            on_event(event)
+
+    with load(image.source, init=False, on_event=listen, address=address) as library:
+        if not bindings:
+            raise LoadError(
+                f"{name}: this process has it there already", hint="prepare it in another process"
+            )
+        return _keep(library, bindings[0])
+
+
+def entries() -> tuple[Entry, ...]:
+    """What is in the cache, whether it can be used or not."""
+    return tuple(_entry(name, pages=False) for name in cache.names())
+
+
+def verify() -> tuple[Entry, ...]:
+    """The same, with every page read and checked, and every library's file looked at."""
+    return tuple(_entry(name, pages=True) for name in cache.names())
+
+
+def _entry(name: str, *, pages: bool) -> Entry:
+    try:
+        ready = open_prepared(name)
+    except LoadError as error:
+        return Entry(name, "", name.removesuffix(cache.SUFFIX), 0, 0, 0, 0, 0, 0, fault=str(error))
+    fault = None
+    try:
+        size = os.fstat(ready.fd).st_size
+        if pages:
+            ready.check_pages()
+            check_file(ready)
+    except LoadError as error:
+        fault = str(error)
+    finally:
+        ready.close()
+    filled = ready.filled
+    length = ready.end - ready.address
+    return Entry(
+        name,
+        ready.path,
+        ready.build_id,
+        ready.address,
+        length,
+        ready.words,
+        len(ready.pages),
+        filled,
+        size,
+        fault,
+    )
+
+
+def _choose(build_id: str, plan: LoadPlan) -> int:
+    """An address that nobody can tell who does not know this user's secret of this boot.
+
+    Nothing is there now, neither in this process nor for another prepared library.
+    """
+    taken = [(entry.address, entry.address + entry.length) for entry in entries()]
+    taken += ((vma.start, vma.end) for vma in read_maps())
+    alignment = max(_ALIGNMENT, plan.alignment)
+    room = (_HIGHEST - _LOWEST - plan.length) // alignment
+    key = cache.secret(cache.boot_id())
+    for turn in count():
+        digest = hmac.digest(key, f"{build_id} {turn}".encode(), "sha256")
+        start = _LOWEST + int.from_bytes(digest[:8], "little") % room * alignment + plan.start
+        if all(start + plan.length <= low or high <= start for low, high in taken):
+            return start
+    raise AssertionError("there are more places than libraries")
+
+
+def _keep(library: Library, bindings: Bindings) -> Entry:
+    """Write the file of ``library``, which is relocated and otherwise as it was mapped."""
+    loaded = library.loaded
+    image, memory = loaded.image, loaded.mapped
+    relocations = sort_relocations(image)
+    pages = _pages(loaded, relocations)
+    own = bindings.scope.index(loaded)
+    slots, values, names = _index(loaded, relocations, bindings, own)
+    tls_rows = np.concatenate([np.empty(0, RELOCATION), *(rows for _, rows in relocations.of(*TLS))])
+    data = np.concatenate([memory.read(int(vaddr), PAGE_SIZE) for vaddr in pages] or [np.empty(0, np.uint8)])
+    for vaddrs in (slots["vaddr"], *_thread_local(relocations)):  # the same bytes whoever prepares it
+        data[_places(pages, vaddrs).astype(np.int64)[:, None] + np.arange(8)] = 0
+    facts = {
+        "path": os.path.abspath(image.path),
+        "build_id": image.build_id,
+        "file": [image.source.start, *file_state(os.fstat(image.source.fd))],
+        "address": memory.start,
+        "end": memory.end,
+        "scope": identities(bindings.scope),
+        "names": names,
+        "tls_names": [
+            bindings.label(place) for place in bindings.place(np.unique(tls_rows["symbol"])).tolist()
+        ],
+        "held": [bindings.scope.index(definer) for definer in used(loaded, bindings)],
+        "words": len(image.relocations),
+        "unwind_table": unwind.eh_frame(image),
+    }
+    arrays = {
+        "pages": pages,
+        "sums": sums(data),
+        "slots": slots,
+        "values": values,
+        "tls_rows": tls_rows,
+        "tls_symbols": _thread_local_symbols(tls_rows, bindings).reshape(-1),
+    }
+    name = file_name(str(image.build_id))
+    cache.write_file(name, pack(facts, arrays, data))
+    return _entry(name, pages=True)
+
+
+def _pages(library: Loaded, relocations: Sorted) -> NDArray[np.uint64]:
+    """The pages that loading changes: those relocated, and the ends of data that bss begins in."""
+    vaddrs = [array & np.uint64(-PAGE_SIZE % (1 << 64)) for array in relocations.targets()]
+    tails = [span.start & -PAGE_SIZE for span in library.plan.zeroed if span]
+    return np.unique(np.concatenate([np.array(tails, np.uint64), *vaddrs]))
+
+
+def _places(pages: NDArray[np.uint64], vaddrs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Where each vaddr is in the cached pages."""
+    page = np.uint64(PAGE_SIZE)
+    return np.asarray(np.searchsorted(pages, vaddrs // page * page).astype(np.uint64) * page + vaddrs % page)
+
+
+def _index(
+    library: Loaded, relocations: Sorted, bindings: Bindings, own: int
+) -> tuple[Table, Table, dict[int, str]]:
+    """The words that differ from process to process, their values, and the names of unique symbols.
+
+    A symbol of the library itself is where it is, and an absolute one too; so is none (weak and undefined).
+    """
+    info, defined = bindings.field("info"), bindings.owner >= 0
+    how = np.full(len(bindings.wanted), ADDRESS, np.uint32)
+    how[defined & (info & np.uint64(0xF) == STT_GNU_IFUNC)] = RESOLVER
+    how[defined & (info >> np.uint64(4) == STB_GNU_UNIQUE)] = UNIQUE
+    if library.image.tls is not None:
+        how[thread_exits(library, bindings)] = THREAD_EXIT
+    elsewhere = defined & (bindings.owner != own) & (bindings.field("shndx") != SHN_ABS)
+    differs = elsewhere | (how != ADDRESS)
+    number = np.cumsum(differs) - 1
+    values = np.zeros(int(differs.sum()), VALUE)
+    values["definer"], values["how"] = bindings.owner[differs], how[differs]
+    values["offset"] = bindings.field("value")[differs]
+    names = {
+        int(number[place]): library.symbols.name(int(bindings.wanted[place]))
+        for place in np.flatnonzero(how == UNIQUE)
+    }
+    slots = [np.empty(0, SLOT)]
+    for kind, rows in relocations.of("S", "S + A", "S + A - P"):
+        place = bindings.place(rows["symbol"])
+        rows, place = rows[differs[place]], place[differs[place]]
+        if len(rows) and kind.size != SLOT["addend"].itemsize:
+            raise LoadError(
+                f"{library.name}: {kind.name} refers to other libraries, and so cannot be prepared"
+            )
+        slots.append(_slots(rows, number[place]))
+        with np.errstate(over="ignore"):
+            if kind.formula != "S":
+                slots[-1]["addend"] += rows["addend"].view(np.uint64)
+            if kind.formula == "S + A - P":
+                slots[-1]["addend"] -= rows["offset"] + np.uint64(library.bias)
+    for _, rows in relocations.of("indirect"):
+        slots.append(_slots(rows, len(values) + np.arange(len(rows))))
+        resolvers = np.zeros(len(rows), VALUE)
+        resolvers["offset"], resolvers["definer"], resolvers["how"] = (
+            rows["addend"].view(np.uint64),
+            own,
+            RESOLVER,
+        )
+        values = np.concatenate([values, resolvers])
+    return np.concatenate(slots), values, names
+
+
+def _slots(rows: Table, values: NDArray[np.intp]) -> Table:
+    slots = np.zeros(len(rows), SLOT)
+    slots["vaddr"], slots["value"] = rows["offset"], values
+    return slots
+
+
+def _thread_local(relocations: Sorted) -> Iterator[NDArray[np.uint64]]:
+    """The vaddrs of thread-local words."""
+    for kind, rows in relocations.of(*TLS):
+        yield rows["offset"]
+        if kind.formula == "descriptor":
+            yield rows["offset"] + np.uint64(8)
+
+
+def _thread_local_symbols(rows: Table, bindings: Bindings) -> NDArray[np.int64]:
+    """For each symbol of thread-local relocations: itself, its owner, its number there, its value."""
+    symbols = np.unique(rows["symbol"])
+    place = bindings.place(symbols)
+    value = bindings.field("value")[place].view(np.int64)
+    return np.stack([symbols.astype(np.int64), bindings.owner[place], bindings.symbol[place], value], axis=1)

@@ -1,0 +1,331 @@
+"""Prepared libraries: relocated once, and then mapped by every process from one file.
+
+Relocation writes the same words in every process that has the library at the same address, but for those
+that refer to other libraries, which are at addresses of their own.  So the relocated pages are kept in a
+file, with an index of the words that differ; :func:`miniloader.loader.prepare.prepare` makes it.  A process
+that loads the library maps those pages over the library's own, and writes only the words that differ: only
+their pages become private copies.
+
+What is in the index holds for one scope: the same libraries, told by their build-ids, in the same order.
+Then every look-up has the outcome it had, and none is made.  (bionic shares relocated pages between processes
+that it starts, ``ANDROID_DLEXT_WRITE_RELRO``, and finds them by comparing.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage
+from miniloader.elf.tables import RELOCATION, Table
+from miniloader.errors import LoadError
+from miniloader.kernel import syscalls as sys
+from miniloader.loader import cache
+from miniloader.loader.memory import Memory, protection_bits
+from miniloader.loader.scope import Bindings, Definer
+from miniloader.machine.relocation import KINDS, Kind
+
+__all__ = [
+    "ADDRESS",
+    "RESOLVER",
+    "SLOT",
+    "THREAD_EXIT",
+    "UNIQUE",
+    "VALUE",
+    "Prepared",
+    "check_file",
+    "file_name",
+    "file_state",
+    "find",
+    "identities",
+    "open_prepared",
+    "pack",
+    "sums",
+]
+
+#: A word that differs: its vaddr, the value's number, what is added to it.
+SLOT: Final = np.dtype([("vaddr", "<u8"), ("addend", "<u8"), ("value", "<u8")])
+#: A value: ``offset`` from the bias of the library at position ``definer`` of the scope, and how it is meant.
+VALUE: Final = np.dtype([("offset", "<u8"), ("definer", "<u4"), ("how", "<u4")])
+ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
+
+_AGAIN: Final = "miniloader prepare LIB"
+_CHANGED: Final = "its file has changed since it was prepared"
+_MAGIC: Final = b"miniprep"
+_FORMAT: Final = 1
+_WORD: Final = 8
+_HEAD: Final = struct.Struct(
+    "<8sIIQ"
+)  # magic, checksum of what follows up to the pages, length of JSON, of all
+_ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
+    "pages": np.dtype("<u8"),  # the vaddr of each cached page
+    "sums": np.dtype("<u8"),  # see sums()
+    "slots": SLOT,
+    "values": VALUE,
+    "tls_rows": RELOCATION,
+    "tls_symbols": np.dtype("<i8"),  # rows of four: symbol, owner, the owner's symbol, its value
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the cache has of one library, checked: its pages have yet to be."""
+
+    fd: int
+    path: str  # of the library
+    build_id: str
+    file: tuple[int, ...]  # its state, see file_state()
+    address: int  # of its first page
+    end: int
+    scope: tuple[str, ...]
+    names: Mapping[int, str]  # of values that are unique symbols
+    tls_names: tuple[str, ...]  # of the symbols of thread-local relocations
+    held: tuple[int, ...]  # positions in the scope: who defines what it is bound to
+    words: int  # relocated in all
+    unwind_table: int | None
+    at: int  # of the pages in the file
+    arrays: Mapping[str, NDArray[Any]]
+
+    @property
+    def pages(self) -> NDArray[np.uint64]:
+        """The vaddr of each cached page, ascending."""
+        return self.arrays["pages"]
+
+    @property
+    def filled(self) -> int:
+        """How many of them hold words that each process writes itself."""
+        vaddrs, touched = self.arrays["slots"]["vaddr"], np.zeros(len(self.pages), bool)
+        for ends in (vaddrs, vaddrs + np.uint64(_WORD - 1)):
+            touched[np.searchsorted(self.pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
+        return int(touched.sum())
+
+    def differs(self, scope: Sequence[Definer]) -> str | None:
+        """Why it cannot be used in ``scope``; ``None`` when it can."""
+        here = identities(scope)
+        if here == self.scope:
+            return None
+        for place, (one, other) in enumerate(zip(here, self.scope, strict=False)):
+            if one != other:
+                return f"{scope[place].name} comes where there was another library"
+        return f"its scope has {len(here)} libraries, and had {len(self.scope)}"
+
+    def check_pages(self) -> None:
+        """Raise :class:`LoadError` when the cached pages are not what was written.
+
+        They are looked at where they are, in the page cache: nobody else can write or shorten the file.
+        """
+        length = len(self.pages) * sys.PAGE_SIZE
+        room = mmap.mmap(self.fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self.at) if length else b""
+        if not np.array_equal(sums(np.frombuffer(room, np.uint8)), self.arrays["sums"]):
+            raise LoadError("its pages are damaged")
+
+    def lay(self, memory: Memory) -> None:
+        """Map the cached pages over those of the file."""
+        for first, last in _runs(self.pages):
+            vaddr, length = int(self.pages[first]), (last - first) * sys.PAGE_SIZE
+            under = memory.plan.at(vaddr)
+            protection = protection_bits(under.protection if under is not None else "rw-")
+            flags = sys.MAP_PRIVATE | sys.MAP_FIXED
+            sys.mmap(memory.bias + vaddr, length, protection, flags, self.fd, self.at + first * sys.PAGE_SIZE)
+
+    def fill(self, memory: Memory, values: NDArray[np.uint64]) -> int:
+        """Store the words that differ, ``values`` being those of the index; how many pages that copies."""
+        slots = self.arrays["slots"]
+        vaddrs = slots["vaddr"]
+        if not len(slots):
+            return 0
+        with np.errstate(over="ignore"):
+            words = values[slots["value"]] + slots["addend"]
+        # By plain stores: these pages are the cache's, and cannot be gone as those of the library can.
+        start = int(vaddrs.min()) & -sys.PAGE_SIZE
+        length = int(vaddrs.max()) + _WORD - start
+        there = np.frombuffer(
+            memoryview((ctypes.c_uint8 * length).from_address(memory.bias + start)), np.uint8
+        )
+        offsets = (vaddrs - np.uint64(start)).astype(np.int64)
+        if not (offsets & 7).any():
+            there[: length & -_WORD].view(np.uint64)[offsets >> 3] = words
+        else:
+            there[offsets[:, None] + np.arange(_WORD)] = words.view(np.uint8).reshape(-1, _WORD)
+        return self.filled
+
+    def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
+        """The thread-local relocations, by kind, and what their symbols are bound to."""
+        table = self.arrays["tls_symbols"].reshape(-1, 4)
+        values = table[:, 3].view(np.uint64)
+        bindings = _Recorded(table[:, 0], scope, table[:, 1], table[:, 2], values, self.tls_names)
+        rows, kinds = self.arrays["tls_rows"], KINDS["X86_64"]
+        codes = np.flatnonzero(np.bincount(rows["type"])).tolist()
+        return bindings, [(kinds[code], rows[rows["type"] == code]) for code in codes]
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded(Bindings):
+    """Bindings whose symbols are known without reading the tables they are in."""
+
+    values: NDArray[np.uint64]
+    names: Sequence[str]
+
+    def field(self, name: str) -> NDArray[Any]:
+        return self.values if name == "value" else super().field(name)
+
+    def label(self, place: int) -> str:
+        return self.names[place]
+
+
+def identities(scope: Sequence[Definer]) -> tuple[str, ...]:
+    """What tells each library of ``scope`` from others: its build-id, or a digest of its symbols."""
+    return tuple(_identity(definer) for definer in scope)
+
+
+def _identity(definer: Definer) -> str:
+    if definer.build_id is not None:
+        return definer.build_id
+    table = definer.symbols
+    digest = hashlib.sha256(np.ascontiguousarray(table.rows).tobytes())
+    digest.update(bytes(table.strings))
+    return digest.hexdigest()
+
+
+def file_name(build_id: str) -> str:
+    """The name of the file for the library with this build-id."""
+    return build_id + cache.SUFFIX
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does: device, inode, size, and when it was changed."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def find(image: ElfImage) -> Prepared:
+    """What the cache has of ``image``; :class:`LoadError` says why it has nothing that could be used."""
+    if image.build_id is None:
+        raise LoadError("it has no build-id")
+    found = open_prepared(file_name(image.build_id))
+    fault = None
+    if found.build_id != image.build_id:
+        fault = LoadError("its file in the cache is another library's")
+    elif found.file != (image.source.start, *file_state(os.fstat(image.source.fd))):
+        fault = LoadError(_CHANGED, hint=_AGAIN)
+    if fault is not None:
+        found.close()
+        raise fault
+    return found
+
+
+def check_file(ready: Prepared) -> None:
+    """Raise :class:`LoadError` if the library's file is not what it was."""
+    try:
+        state = file_state(os.stat(ready.path))
+    except OSError as error:
+        raise LoadError(f"{ready.path}: {error.strerror}") from None
+    if ready.file[1:] != state:
+        raise LoadError(_CHANGED, hint=_AGAIN)
+
+
+def open_prepared(name: str) -> Prepared:
+    """Open and check the file ``name`` of the cache; all but its pages is read."""
+    try:
+        fd, status = cache.open_file(name)
+    except FileNotFoundError:
+        raise LoadError("it is not in the cache", hint=_AGAIN) from None
+    except OSError as error:
+        raise LoadError(f"{name}: {error.strerror}") from None
+    try:
+        return _read(fd, status.st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _read(fd: int, size: int) -> Prepared:
+    head = os.pread(fd, _HEAD.size, 0)
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise LoadError("its file in the cache is of another kind")
+    _, checksum, length, total = _HEAD.unpack(head)
+    if total != size:
+        raise LoadError(f"its file in the cache is damaged: {size:,} bytes, expected {total:,}")
+    at = int.from_bytes(os.pread(fd, 8, _HEAD.size), "little")
+    index = os.pread(fd, max(0, at - _HEAD.size), _HEAD.size)
+    if zlib.crc32(index) != checksum:
+        raise LoadError("its index is damaged")
+    facts = json.loads(index[8 : 8 + length])
+    _check(facts)
+    arrays: dict[str, NDArray[Any]] = {}
+    offset = 8 + -(-length // 8) * 8
+    for key, dtype in _ARRAYS.items():
+        arrays[key] = np.frombuffer(index, dtype, facts["counts"][key], offset)
+        offset += -(-arrays[key].nbytes // 8) * 8
+    return Prepared(
+        fd=fd,
+        path=facts["path"],
+        build_id=facts["build_id"],
+        file=tuple(facts["file"]),
+        address=facts["address"],
+        end=facts["end"],
+        scope=tuple(facts["scope"]),
+        names={int(key): name for key, name in facts["names"].items()},
+        tls_names=tuple(facts["tls_names"]),
+        held=tuple(facts["held"]),
+        words=facts["words"],
+        unwind_table=facts["unwind_table"],
+        at=at,
+        arrays=arrays,
+    )
+
+
+def _check(facts: Mapping[str, Any]) -> None:
+    if facts["format"] != _FORMAT or facts["page_size"] != sys.PAGE_SIZE:
+        raise LoadError("it was prepared by another version")
+    if facts["boot"] != cache.boot_id():
+        raise LoadError("it was prepared before the machine booted", hint=_AGAIN)
+
+
+def pack(
+    facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], data: NDArray[np.uint8]
+) -> Iterator[Any]:
+    """The file: a head, JSON, the arrays, and from a page boundary on the cached pages."""
+    counts = {key: len(arrays[key]) for key in _ARRAYS}
+    common = {"format": _FORMAT, "page_size": sys.PAGE_SIZE, "boot": cache.boot_id(), "counts": counts}
+    text = json.dumps({**facts, **common}).encode()
+    parts = [text.ljust(-(-len(text) // 8) * 8)]
+    for key, dtype in _ARRAYS.items():
+        octets = np.ascontiguousarray(arrays[key], dtype).tobytes()
+        parts.append(octets.ljust(-(-len(octets) // 8) * 8, b"\0"))
+    index = b"".join(parts)
+    at = -(-(_HEAD.size + 8 + len(index)) // sys.PAGE_SIZE) * sys.PAGE_SIZE
+    index = (at.to_bytes(8, "little") + index).ljust(at - _HEAD.size, b"\0")
+    yield _HEAD.pack(_MAGIC, zlib.crc32(index), len(text), at + len(data)) + index
+    yield data
+
+
+def sums(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """A checksum of each page, at the speed of memory: the sum of its words.
+
+    Against damage, not against malice: nobody else can write the file.
+    """
+    return np.asarray(data.view(np.uint64).reshape(-1, sys.PAGE_SIZE // _WORD).sum(axis=1, dtype=np.uint64))
+
+
+def _runs(vaddrs: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """The positions [first, last) of pages that follow one another."""
+    if not len(vaddrs):
+        return
+    breaks = np.flatnonzero(np.diff(vaddrs) != np.uint64(sys.PAGE_SIZE)) + 1
+    yield from pairwise([0, *breaks.tolist(), len(vaddrs)])
