@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from miniloader.loader import Library as Library
     from miniloader.loader import inspect as inspect
     from miniloader.loader import load as load
+    from miniloader.loader.prepare import prepare as prepare
 
 #: Where each public name lives (PEP 562 below).
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "audit": "miniloader.lab.audit",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
+    "prepare": "miniloader.loader.prepare",
     "prove": "miniloader.lab.prove",
 }
 

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main", "reported"]
 
 #: The commands, in the order ``--help`` shows them.
-COMMANDS: tuple[str, ...] = ("inspect", "load", "disasm", "prove", "audit", "diff", "doctor")
+COMMANDS: tuple[str, ...] = (
+    "inspect",
+    "load",
+    "disasm",
+    "prove",
+    "audit",
+    "diff",
+    "prepare",
+    "cache",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", metavar="ADDRESS", type=_address, help="map it there, such as 0x200000000"
     )
+    parser.add_argument(
+        "--prepared", action="store_true", help="take the relocated pages that `miniloader prepare` has kept"
+    )
     parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
     parser.add_argument(
         "--allow-executable-stack", action="store_true", help="load it though it asks for one"
@@ -107,6 +110,7 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             text_relocations=arguments.allow_text_relocations,
             executable_stack=arguments.allow_executable_stack,
             writable_code=arguments.allow_writable_code,
+            prepared=arguments.prepared,
         ) as library,
     ):
         outcomes = []

@@ -24,6 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level", choices=levels, help="use this level of evidence, not the best that works here"
     )
+    parser.add_argument(
+        "--prepared", action="store_true", help="take the relocated pages that `miniloader prepare` has kept"
+    )
     parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
     parser.add_argument(
         "--allow-executable-stack", action="store_true", help="load it though it asks for one"
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             text_relocations=arguments.allow_text_relocations,
             executable_stack=arguments.allow_executable_stack,
             writable_code=arguments.allow_writable_code,
+            prepared=arguments.prepared,
         )
     from miniloader.evidence.verdict import EXIT_STATUS
 

@@ -23,6 +23,7 @@ from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, judge
 from miniloader.kernel.features import LEVELS
 from miniloader.lab.word import Word
+from miniloader.loader.prepared import Prepared
 from miniloader.loader.relocate import sort_relocations
 
 __all__ = ["Evidence", "FileState", "judge_claims"]
@@ -46,7 +47,8 @@ class Evidence:
     """All that the claims are judged by, and the pages sorted by what is known of them beforehand.
 
     ``linked`` was taken when everything was relocated and no constructor had run.  Each process wrote its
-    pid to ``word``; ``read`` is what each then read there.  ``after`` is None when the file is gone.  A mask
+    pid to ``word``; ``read`` is what each then read there.  ``after`` is None when the file is gone.
+    ``prepared`` has the pages that were relocated beforehand.  A mask
     has an element for each page of ``plan``, and a row for each process where processes may differ.
     """
 
@@ -60,6 +62,7 @@ class Evidence:
     read: Sequence[int]
     before: FileState
     after: FileState | None
+    prepared: Prepared | None = None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -106,15 +109,23 @@ class Evidence:
         return self._mapped_as(lambda mapping: mapping.kind == "file")
 
     @cached_property
+    def beforehand(self) -> Mask:
+        """Pages relocated beforehand that no process has to fill in."""
+        if self.prepared is None:
+            return self._mask(np.empty(0, np.uint64))
+        return self._mask(self.prepared.pages[~self.prepared.differing])
+
+    @cached_property
     def relocated(self) -> Mask:
-        """Pages that hold a relocation."""
+        """Pages that hold a relocation which each process writes itself."""
         targets = [array for array in sort_relocations(self.image).targets() if len(array)]
-        return self._mask(np.concatenate(targets or [np.empty(0, np.uint64)]))
+        return self._mask(np.concatenate(targets or [np.empty(0, np.uint64)])) & ~self.beforehand
 
     @cached_property
     def zeroed(self) -> Mask:
         """Pages whose end the loader zeroes."""
-        return self._mask(np.array([span.start for span in self.plan.zeroed], dtype=np.uint64))
+        tails = np.array([span.start for span in self.plan.zeroed], dtype=np.uint64)
+        return self._mask(tails) & ~self.beforehand
 
     @cached_property
     def worked(self) -> Mask:
@@ -150,8 +161,9 @@ class Finding(NamedTuple):
 
 
 def judge_claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """The claims, in the order of the table below."""
-    return tuple(judge(id, statement, **finding(evidence)._asdict()) for id, statement, finding in _CLAIMS)
+    """The claims, in the order of the tables below."""
+    table = _CLAIMS if evidence.prepared is None else (*_CLAIMS, *_OF_PREPARED)
+    return tuple(judge(id, statement, **finding(evidence)._asdict()) for id, statement, finding in table)
 
 
 def _code_shared(evidence: Evidence) -> Finding:
@@ -159,8 +171,13 @@ def _code_shared(evidence: Evidence) -> Finding:
 
 
 def _untouched_data_shared(evidence: Evidence) -> Finding:
-    untouched = evidence.data & evidence.of_file & ~evidence.wrote.any(axis=0)
+    untouched = evidence.data & evidence.of_file & ~evidence.wrote.any(axis=0) & ~evidence.beforehand
     return _one_frame(evidence, untouched, "data that nobody wrote")
+
+
+def _relocated_shared(evidence: Evidence) -> Finding:
+    pages = evidence.beforehand & ~evidence.wrote.any(axis=0)
+    return _one_frame(evidence, pages, "page relocated beforehand that nobody wrote")
 
 
 def _one_frame(evidence: Evidence, pages: Mask, what: str) -> Finding:
@@ -286,6 +303,10 @@ _CLAIMS: Final[tuple[tuple[str, str, Callable[[Evidence], Finding]], ...]] = (
     ("written-data-private", "A page that is written becomes a copy of its own", _written_data_private),
     ("writes-isolated", "What a process writes is seen by itself alone", _writes_isolated),
     ("file-unchanged", "The file on disk is as it was", _file_unchanged),
+)
+
+_OF_PREPARED: Final[tuple[tuple[str, str, Callable[[Evidence], Finding]], ...]] = (
+    ("relocated-shared", "What was relocated beforehand is one copy, too", _relocated_shared),
 )
 
 _SAME: Final = {"frames": "one frame", "flags": "the page cache's own page"}

@@ -24,6 +24,7 @@ from miniloader.lab.proof import Proof, Worked
 from miniloader.lab.prove import OnStep
 from miniloader.lab.word import choose_word
 from miniloader.loader.loaded import Policy, open_image
+from miniloader.loader.prepared import find as find_prepared
 from miniloader.loader.search import find_path
 
 __all__ = ["experiment"]
@@ -37,6 +38,7 @@ def experiment(
     image = open_image(Source.open(path), Policy(**allow))
     plan = image.plan(PAGE_SIZE)
     level = level or _best_level()
+    prepared = find_prepared(image) if allow.get("prepared") else None
     before = _state_of(path)
     readable = [(mapping.start, mapping.end) for mapping in plan.mappings if "r" in mapping.protection]
     led = _Led(crew, plan, level, on_step)
@@ -90,6 +92,7 @@ def experiment(
         read=read,
         before=before,
         after=_state_if_there(path),
+        prepared=prepared,
     )
     return Proof(
         path=path,

@@ -29,12 +29,14 @@ def prove(
     text_relocations: bool = False,
     executable_stack: bool = False,
     writable_code: bool = False,
+    prepared: bool = False,
 ) -> Proof:
     """Load the library ``path`` in freshly started ``processes``, and judge what they share.
 
     A bare name is searched as ld.so searches.  ``level`` asks for less evidence than the best that works
-    here.  ``timeout`` is how many seconds a process may take for a step.  The last three allow what
-    :func:`miniloader.load` refuses otherwise.
+    here.  ``timeout`` is how many seconds a process may take for a step.  ``prepared`` takes the pages that
+    :func:`miniloader.prepare` has relocated.  The others allow what :func:`miniloader.load`
+    refuses otherwise.
 
     Raises UsageError for fewer than 2 processes, whatever ``load`` raises in them, WorkerError when one of
     them dies or hangs, and EvidenceError where the kernel tells nothing, or less than ``level``.
@@ -48,5 +50,6 @@ def prove(
             "text_relocations": text_relocations,
             "executable_stack": executable_stack,
             "writable_code": writable_code,
+            "prepared": prepared,
         }
         return experiment(crew, os.fspath(path), level, on_step, allow)

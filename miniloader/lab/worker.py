@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from miniloader.errors import MiniloaderError, WorkerError
+from miniloader.errors import LoadError, MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
 
@@ -115,6 +115,8 @@ class _Commands(Commands):
                 pause("mapped")
             if event.stage == "initialise":
                 pause("linked")
+            if event.stage == "prepared" and event.library == path:
+                raise LoadError(f"{path}: {event.text}")
 
         load(path, on_event=on_event, **options)
         return self._where("loaded")

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from miniloader.errors import LoadError
 
-__all__ = ["SUFFIX", "boot_id", "directory", "names", "open_file", "remove", "secret", "write_file"]
+__all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "write_file"]
 
 SUFFIX: Final = ".prepared"
 _SECRET: Final = "secret"
@@ -90,10 +90,11 @@ def write_file(name: str, parts: Iterable[Any]) -> None:
         raise LoadError(f"{os.path.join(directory(), name)}: {error.strerror}") from None
 
 
-def remove(name: str) -> None:
-    """Remove the file ``name``; processes that have it mapped keep its pages."""
-    with _opened(create=False) as place:
-        os.unlink(name, dir_fd=place)
+def clear() -> None:
+    """Remove every file, and the secret; processes that have one mapped keep its pages."""
+    with contextlib.suppress(FileNotFoundError), _opened(create=False) as place:
+        for name in os.listdir(place):
+            os.unlink(name, dir_fd=place)
 
 
 def secret(boot: str) -> bytes:

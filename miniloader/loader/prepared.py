@@ -106,10 +106,15 @@ class Prepared:
     @property
     def filled(self) -> int:
         """How many of them hold words that each process writes itself."""
+        return int(self.differing.sum())
+
+    @property
+    def differing(self) -> NDArray[np.bool_]:
+        """Which of them do."""
         vaddrs, touched = self.arrays["slots"]["vaddr"], np.zeros(len(self.pages), bool)
-        for ends in (vaddrs, vaddrs + np.uint64(_WORD - 1)):
+        for ends in (vaddrs, vaddrs + np.uint64(_WORD - 1), self.arrays["tls_rows"]["offset"]):
             touched[np.searchsorted(self.pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
-        return int(touched.sum())
+        return touched
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""

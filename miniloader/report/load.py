@@ -42,6 +42,7 @@ _EXPLAINED: Final[dict[Stage, str]] = {
     "relocate": "Write in the addresses that the file leaves open. Each page written becomes a private copy.",
     "protect": "Make read-only what only relocation had to write (RELRO).",
     "register": "Tell the unwinder where its tables are, so that exceptions can pass through.",
+    "prepared": "What was relocated beforehand cannot be used here: it is loaded the plain way.",
     "initialise": "Run its constructors.",
     "finalise": "Run its destructors.",
     "unmap": "Give the memory back.",

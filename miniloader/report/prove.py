@@ -56,7 +56,7 @@ def _title(proof: Proof) -> Group:
     pages = f"{count(mapped // proof.plan.page_size, 'page')} of {size(proof.plan.page_size)}"
     return Group(
         Text.assemble((f"{sign} {proof.verdict}", style), "  ", safe(proof.path, "bold")),
-        Text(f"{pages}, loaded by {len(proof.processes)} processes, each at an address of its own"),
+        Text(f"{pages}, loaded by {len(proof.processes)} processes, {_where(proof)}"),
     )
 
 
@@ -92,6 +92,11 @@ def _claim(claim: Claim) -> RenderableType:
     if claim.reason:
         rows.append(("unknown", safe(claim.reason)))
     return Group(title, pairs(rows))
+
+
+def _where(proof: Proof) -> str:
+    alike = len({process.base for process in proof.processes}) == 1
+    return "all at the address it is prepared for" if alike else "each at an address of its own"
 
 
 def _summary(proof: Proof, *, all_steps: bool) -> Iterator[tuple[str, Text | str]]:

@@ -1,0 +1,46 @@
+"""``miniloader prepare``: relocate libraries once, for every process that loads them with ``--prepared``."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "relocate libraries once and keep the pages, so that processes share them"
+
+_GIVEN_UP = """\
+Processes that load a prepared library with `miniloader load --prepared` map its relocated pages from one
+file: they are one copy for all of them, and loading takes no relocating.
+
+What is given up: every process of yours has the library at the same address, until the machine boots
+again. It is chosen at random for you and this boot, so that strangers cannot know it; but who can read
+the memory of one of your processes knows it for the others, which is not so where each process has an
+address of its own. To refuse it, do not use --prepared; `miniloader cache --clear` forgets all addresses.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The libraries."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _GIVEN_UP
+    parser.add_argument(
+        "libraries", metavar="LIB", nargs="+", help="a path, or a name searched as the system does"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare each in a process of its own: several of them need not have room in one."""
+    from miniloader.cli import reported
+    from miniloader.lab.guard import in_child
+    from miniloader.loader.prepare import prepare
+    from miniloader.report.prepared import show
+
+    def body(library: str) -> int:
+        def work() -> int:
+            entry = prepare(library)
+            show([entry], as_json=arguments.json)
+            return 0
+
+        return in_child(lambda doing: reported(work, as_json=arguments.json, debug=arguments.debug))
+
+    return max(body(library) for library in arguments.libraries)
