@@ -131,6 +131,7 @@ def crew(request: pytest.FixtureRequest) -> Iterator[StartCrew]:
             by: Literal["miniloader", "dlopen"] = "miniloader",
             timeout: float = 60.0,
         ) -> Workers:
+            __tracebackhide__ = True
             from miniloader.testing.workers import start
 
             return start(

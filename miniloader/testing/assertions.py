@@ -89,7 +89,7 @@ def assert_shared(
         if level == "flags":
             hidden[:] = False
         wrong = chosen & (differs | (states == COPIED).any(axis=0))
-        untold = chosen & (np.isin(states, _UNTOLD) | hidden).any(axis=0)
+        untold = chosen & (np.isin(states, _UNTOLD) | hidden)
         if wrong.any():
             _fail(one, memory, f"{what} is not shared: {_of_pages(wrong, chosen)}", _pages(memory, wrong))
         _refuse_untold(one, memory, what, untold)
@@ -120,10 +120,11 @@ def assert_private(
         chosen = memory.pages(section, symbols)
         what = _what(memory, section, symbols)
         states = memory.sharing.states
-        wrong = chosen & np.isin(states, (SHARED, SOLE, COPIED_SHARED, ZERO)).any(axis=0)
+        not_own = np.isin(states, (SHARED, SOLE, COPIED_SHARED, ZERO)) | memory.elsewhere
+        wrong = chosen & not_own.any(axis=0)
         if wrong.any():
             _fail(one, memory, f"{what} is not private: {_of_pages(wrong, chosen)}", _pages(memory, wrong))
-        _refuse_untold(one, memory, what, chosen & np.isin(states, _UNTOLD).any(axis=0))
+        _refuse_untold(one, memory, what, chosen & np.isin(states, _UNTOLD))
         if not (chosen & (states == COPIED).any(axis=0)).any():
             raise EvidenceError(
                 f"{_at(one)}{what}: no page of it is in memory", hint="have the workers use it first"
@@ -157,16 +158,16 @@ def assert_copied_only(
         raise UsageError(f"{last.path}: the first and the last snapshot have different processes")
     allowed = [span for name in symbols for span in last.symbol(name)]
     named = ", ".join(symbols) or "nothing"
-    what = f"{last.name} was to be copied for {named} only"
+    what = f"{last.name}: more than {named} was written"
     found = [*_written_elsewhere(last, before, allowed), *_identical(last, before, allowed)]
     if found:
-        _fail(every[-1], last, f"{what}: there is more", found)
+        _fail(every[-1], last, what, found)
     untold = {vaddr: reason for copies in last.copies for vaddr, reason in copies.reasons.items()}
     if untold:
         vaddr, reason = min(untold.items())
         more = f", and {len(untold) - 1} more" if len(untold) > 1 else ""
         raise EvidenceError(
-            f"{_at(every[-1])}{what}: the cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
+            f"{_at(every[-1])}{what}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
         )
 
 
@@ -191,8 +192,8 @@ def assert_private_pages(
         _check_level(one, level)
         memory = one.library(library)
         states, of_file = memory.sharing.states, memory.of_file
-        own = (states == COPIED) & of_file
-        maybe: NDArray[np.bool_] = np.isin(states, _UNTOLD) & of_file
+        own = (states == COPIED) & of_file & ~memory.elsewhere
+        maybe = np.isin(states, _UNTOLD) & of_file
         numbers = own.sum(axis=1)
         if numbers.max() > at_most:
             heavy = own[numbers > at_most].any(axis=0)
@@ -201,9 +202,7 @@ def assert_private_pages(
             summary = f"{memory.name}: {found}, at most {at_most} allowed"
             _fail(one, memory, summary, _pages(memory, heavy))
         if (numbers + maybe.sum(axis=1)).max() > at_most:
-            _refuse_untold(
-                one, memory, f"{memory.name}: at most {at_most} private pages", np.logical_or.reduce(maybe)
-            )
+            _refuse_untold(one, memory, f"{memory.name}: at most {at_most} private pages", maybe)
 
 
 # ----------------------------------------------------------------------------------------------- levels
@@ -226,19 +225,20 @@ def _check_level(one: MemorySnapshot, level: LevelName | None) -> None:
 
 
 def _refuse_untold(one: MemorySnapshot, memory: LibraryMemory, what: str, untold: NDArray[np.bool_]) -> None:
-    """Raise EvidenceError when a page's state is not known: passing would be a guess."""
+    """Raise EvidenceError when pages (shape as ``states``) are not known: passing would be a guess."""
     __tracebackhide__ = True
     if not untold.any():
         return
-    states = memory.sharing.states[:, untold]
-    doubtful = np.isin(states, (*_UNTOLD, COPIED_SHARED))
-    why = "; ".join(STATES[code].help for code in np.unique(states[doubtful]).tolist())
+    codes = np.unique(memory.sharing.states[untold]).tolist()
+    columns = np.flatnonzero(untold.any(axis=0))
     hint = None
-    if one.level != "frames":
-        hint = f"level frames {LEVELS[0].shows}: {LEVELS[0].get}; or be content with level='flags'"
+    if COPIED_SHARED in codes:
+        frames = LEVELS[_RANKS.index("frames")]
+        hint = f"level frames {frames.shows}: {frames.get}; or be content with level='flags'"
     raise EvidenceError(
-        f"{_at(one)}{what}: cannot be told of {count(int(untold.sum()), 'page')} at level {one.level}"
-        f" ({why}), the first at vaddr {int(memory.sharing.vaddrs[untold][0]):#x}",
+        f"{_at(one)}{what}: cannot be told of {count(len(columns), 'page')} at level {one.level}"
+        f" ({'; '.join(STATES[code].help for code in codes)}),"
+        f" the first at vaddr {int(memory.sharing.vaddrs[columns[0]]):#x}",
         hint=hint,
     )
 
@@ -273,8 +273,7 @@ def _written_elsewhere(
                 if copies.pid not in pids:
                     pids.append(copies.pid)
     for symbol, (vaddr, pids) in sorted(found.items(), key=lambda item: item[1][0]):
-        section = last.facts.section_on(vaddr // PAGE_SIZE * PAGE_SIZE)
-        yield _Finding(vaddr, f"{symbol} in {section} was written by {_pids(pids, len(last.copies))}")
+        yield _Finding(vaddr, f"{symbol} was written by {_pids(pids, len(last.copies))}")
 
 
 def _changed(old: NDArray[np.void], new: NDArray[np.void]) -> Iterable[int]:
@@ -308,12 +307,12 @@ def _identical(
                 found.setdefault(vaddr, []).append(copies.pid)
     for vaddr, pids in sorted(found.items()):
         who = _pids(pids, len(last.copies))
-        yield _Finding(vaddr, f"{last.facts.section_on(vaddr)}: copied by {who}, yet as in the file")
+        yield _Finding(vaddr, f"{' '.join(_sections(last, vaddr))}: copied by {who}, yet as in the file")
 
 
 def _symbol(memory: LibraryMemory, vaddr: int) -> str:
     number = int(memory.facts.symbols_at(np.array([vaddr], np.uint64))[0])
-    return memory.facts.symbol_name(number) if number >= 0 else f"what has no symbol, vaddr {vaddr:#x},"
+    return memory.facts.symbol_name(number) if number >= 0 else "what has no symbol"
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -336,7 +335,7 @@ def _fail(one: MemorySnapshot, memory: LibraryMemory, summary: str, findings: Se
 
 def _picture(memory: LibraryMemory, vaddr: int) -> str:
     """The grid, pointing at ``vaddr``, and what its signs mean; plain text."""
-    width = min(max(shutil.get_terminal_size().columns - 4, _WIDTH.start), _WIDTH.stop)
+    width = min(max(shutil.get_terminal_size((104, 24)).columns - 4, _WIDTH.start), _WIDTH.stop)
     out = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     mark = Mark(vaddr // PAGE_SIZE * PAGE_SIZE, f"vaddr {vaddr:#x}")
     with out.capture() as captured:
@@ -355,11 +354,22 @@ def _page(memory: LibraryMemory, index: int) -> _Finding:
     vaddr, facts = int(memory.sharing.vaddrs[index]), memory.facts
     numbers = facts.symbols_between(vaddr, vaddr + PAGE_SIZE)
     names = [facts.symbol_name(number) for number in numbers[:3]] + ["…"] * (len(numbers) > 3)
-    states = Counter(STATES[code].name for code in memory.sharing.states[:, index].tolist())
+    codes, elsewhere = memory.sharing.states[:, index].tolist(), memory.elsewhere[:, index].tolist()
+    states = Counter(
+        STATES[code].name + " and mapped by another process" * other
+        for code, other in zip(codes, elsewhere, strict=True)
+    )
     said = ", ".join(f"{name} in {number}" for name, number in states.items())
     causes = {name: None for copies in memory.copies for name in copies.causes.get(vaddr, ())}
     why = f" ({', '.join(causes)})" if causes else ""
-    return _Finding(vaddr, f"{facts.section_on(vaddr)} {', '.join(names) or '(no symbol)'}: {said}{why}")
+    place = " ".join([*_sections(memory, vaddr), ", ".join(names)]).strip() or "no section"
+    return _Finding(vaddr, f"{place}: {said}{why}")
+
+
+def _sections(memory: LibraryMemory, vaddr: int) -> list[str]:
+    """Those with a byte on the page."""
+    spans = memory.facts.section_spans
+    return [name for start, end, name in spans if start < vaddr + PAGE_SIZE and vaddr < end]
 
 
 def _what(memory: LibraryMemory, section: str | None, symbols: Collection[str]) -> str:

@@ -79,6 +79,7 @@ class Workers:
         arguments that JSON has.  Of the library: the whole call as at the command line,
         ``crc32(0, "hello", 5)->ulong`` (see :mod:`miniloader.loader.call`).
         """
+        __tracebackhide__ = True
         replies = self._ask(f"call {function}", "call", {"function": function, "arguments": arguments})
         return [reply["value"] for reply in replies]
 
@@ -88,6 +89,7 @@ class Workers:
         A number is written as the processor stores it, in as many bytes as the symbol has, 8 at most.
         ``library`` is whose symbol it is: by default the one that the crew has loaded.
         """
+        __tracebackhide__ = True
         name = library or self._library
         if name is None:
             raise UsageError(f"write {symbol}: of which library? this crew has imported a module")
@@ -104,6 +106,7 @@ class Workers:
 
     def fork(self, children: int = 1) -> Workers:
         """Have each fork this many children; these, as workers in their own right."""
+        __tracebackhide__ = True
         replies = self._ask("fork", "fork", {"children": children})
         return self._with(
             [
@@ -120,6 +123,7 @@ class Workers:
 
         See :func:`miniloader.testing.snapshot`.  Raises WorkerError when one has died.
         """
+        __tracebackhide__ = True
         self._crew.check(step or "snapshot")
         looked = snapshot(self.pids, step, library=library or self._library, level=level)
         self._crew.check(step or "snapshot")
@@ -131,6 +135,7 @@ class Workers:
 
     def _ask(self, step: str, command: str, *requests: Mapping[str, Any]) -> list[Reply]:
         """Have each carry out a command, by the same request or each by its own; the replies, in order."""
+        __tracebackhide__ = True
         each = requests if len(requests) == len(self) else requests * len(self)
         replies: dict[int, Reply] = {}
         while left := [index for index in range(len(self)) if index not in replies]:
@@ -141,7 +146,10 @@ class Workers:
                 for index, member in zip(now, asked, strict=True)
             ]
             workers = [member.worker for member in asked]
-            answers = self._crew.ask_each("relay", relayed, step=step, workers=workers)
+            try:
+                answers = self._crew.ask_each("relay", relayed, step=step, workers=workers)
+            except MiniloaderError as error:  # what the test did is of interest, not how we found out
+                raise error.with_traceback(None) from None
             replies.update(zip(now, answers, strict=True))
         return [replies[index] for index in range(len(self))]
 
@@ -179,6 +187,7 @@ def start(
     """Start a crew, which ``keep`` is told of before anything can go wrong; see ``crew`` in
     :mod:`miniloader.testing`.
     """
+    __tracebackhide__ = True
     if (library is None) == (module is None):
         raise UsageError("a crew loads a library or imports a module: give one of library= and module=")
     if by not in ("miniloader", "dlopen"):
