@@ -20,6 +20,8 @@ import pytest
 
 from fixtures import build
 
+pytest_plugins = ["pytester", "miniloader.testing"]
+
 NOBODY = 65534
 T = TypeVar("T")
 

@@ -73,7 +73,8 @@ class LibraryMemory:
     def elsewhere(self) -> NDArray[np.bool_]:
         """Which pages are copies that a process not looked at has as well, a relative by fork; same shape."""
         exclusive = np.stack([process.pages["exclusive"] for process in self.look.processes])
-        return (self.sharing.states == COPIED) & ~exclusive
+        elsewhere: NDArray[np.bool_] = (self.sharing.states == COPIED) & ~exclusive
+        return elsewhere
 
     def pages(self, section: str | None, symbols: Collection[str]) -> NDArray[np.bool_]:
         """Which pages have a byte of the section or of a symbol; all pages, when there is neither.
