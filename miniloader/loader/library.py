@@ -121,10 +121,14 @@ class Library:
         """What to tell gdb, attached to this process, so that it knows functions and lines.
 
         One command for the library and for each that was loaded with it; those of ld.so gdb finds itself.
+        There is none for a library that lies inside a larger file.  After ``load(…, gdb=True)`` gdb needs
+        none of them.
         """
+        from miniloader.loader.debugger import file_of
+
         ours = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
-        places = [(_quoted(os.path.abspath(library.name)), library.bias) for library in ours]
-        return tuple(f"add-symbol-file {path} -o {bias:#x}" for path, bias in places)
+        files = [(file_of(library.image.source), library.bias) for library in ours]
+        return tuple(f"add-symbol-file {_quoted(path)} -o {bias:#x}" for path, bias in files if path)
 
     def close(self) -> None:
         """Run the finalisers and unmap, if nobody else uses it; a second call does nothing.
@@ -149,6 +153,7 @@ def load(
     executable_stack: bool = False,
     writable_code: bool = False,
     prepared: bool = False,
+    gdb: bool = False,
 ) -> Library:
     """Load the shared library ``path`` as dlopen(3) does, but ourselves.
 
@@ -157,7 +162,8 @@ def load(
     IFUNC resolver (their slots stay 0).  With ``init=True`` its own code does, which can do anything.
     ``bind="lazy"`` leaves PLT slots until they are first called.  ``address`` asks for its first page to be
     there.  ``prepared`` takes relocated pages from the cache, at the address they were made for (see
-    :func:`miniloader.prepare`), or says in an event why it does not.  The others allow what else is
+    :func:`miniloader.prepare`), or says in an event why it does not.  ``gdb`` shows the library, and
+    what is loaded with it, to a debugger, before its constructors run.  The others allow what else is
     refused.  ``on_event`` hears of each step as it is done.
 
     Raises :class:`ElfError` when the file is at fault, else :class:`LoadError`; nothing stays mapped then.
@@ -166,14 +172,16 @@ def load(
         raise UsageError(f"bind={bind!r}: expected 'now' or 'lazy'")
     if prepared and bind == "lazy":
         raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
-    policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared)
+    policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
     clock = _Clock()
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
         known = _known(lambda library: library.key == source.key and library.policy.init == init)
         if known is not None and address in (None, known.mapped.start):
+            order = _sort(known)
+            if gdb:
+                _show_to_debugger(order, clock)
             known.handles += 1
-            _sort(known)
             return Library(known, clock.stages)
         graph = Graph(policy, _known, on_event)
         with ExitStack() as undo:
@@ -216,12 +224,23 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
         order = [library for library in _sort(root) if library in graph.new]
         for library in order:
             link_library(graph, library, scope)
+    if graph.policy.gdb:
+        _show_to_debugger(order, clock)
     with clock.stage("init"):
         _present.extend(graph.new)
         for library in order:
             if graph.policy.init:
                 initialise_library(graph, library)
     return root
+
+
+def _show_to_debugger(libraries: Sequence[Loaded], clock: _Clock) -> None:
+    from miniloader.loader.debugger import register
+
+    with clock.stage("gdb"):
+        for library in libraries:
+            if library.debugging is None:
+                library.debugging = register(library.image, library.bias)
 
 
 def _quoted(path: str) -> str:

@@ -21,7 +21,7 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.prepared import ADDRESS, RESOLVER, UNIQUE, Prepared
+from miniloader.loader.prepared import RESOLVER, THREAD_EXIT, UNIQUE, Prepared
 from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound, sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.machine.relocation import Kind
@@ -102,12 +102,20 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         _zero(graph, library)
         return False
     ready.lay(memory)
-    copied = ready.fill(memory, _values(graph, library, ready, order))
+    values = _values(library, ready, order)
+    copied = ready.fill(memory, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
             for vaddr, word in zip(vaddrs.tolist(), words.tolist(), strict=True):
                 memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
+    resolvers = np.flatnonzero(ready.arrays["values"]["how"] == RESOLVER)
+    for place in resolvers.tolist():  # when all else is there, since the library's own code runs
+        definer = order[int(ready.arrays["values"]["definer"][place])]
+        may_run = graph.policy.init or not isinstance(definer, Loaded)
+        values[place] = call_resolver(int(values[place])) if may_run else 0
+    if len(resolvers):
+        ready.fill(memory, values)
     for position in ready.held:
         _hold(library, order[position])
     text = f"{len(ready.pages)} pages from the cache, {copied} of them copied for what differs here"
@@ -115,24 +123,20 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
     return True
 
 
-def _values(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
-    """What the words that differ are in this process."""
+def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
+    """What the words that differ are in this process; of an IFUNC, its resolver's address."""
     table = ready.arrays["values"]
     biases = np.array([definer.bias for definer in order], np.uint64)
     with np.errstate(over="ignore"):
         values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
-    for place in np.flatnonzero(table["how"] != ADDRESS).tolist():
-        definer, address = order[int(table["definer"][place])], int(values[place])
-        how = int(table["how"][place])
-        if how == RESOLVER:
-            may_run = graph.policy.init or not isinstance(definer, Loaded)
-            values[place] = call_resolver(address) if may_run else 0
-        elif how == UNIQUE:
-            values[place], owner = unique.settled(os.fsencode(ready.names[place]), address, definer)
-            if owner is not None:
-                _hold(library, owner)
-        else:
-            values[place] = library.stub_for(address).address
+    for place in np.flatnonzero(table["how"] == THREAD_EXIT).tolist():
+        values[place] = library.stub_for(int(values[place])).address
+    for place in np.flatnonzero(table["how"] == UNIQUE).tolist():
+        definer = order[int(table["definer"][place])]
+        name = os.fsencode(ready.names[place])
+        values[place], owner = unique.settled(name, int(values[place]), definer)
+        if owner is not None:
+            _hold(library, owner)
     return values
 
 

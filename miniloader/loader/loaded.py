@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.checks import refuse_problems
@@ -26,6 +26,9 @@ from miniloader.loader.prepared import find as find_prepared
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
 from miniloader.loader.tls import Blocks
+
+if TYPE_CHECKING:
+    from miniloader.loader.debugger import Registered
 
 __all__ = ["Graph", "Loaded", "Policy", "open_image"]
 
@@ -62,6 +65,7 @@ class Policy:
     executable_stack: bool = False
     writable_code: bool = False
     prepared: bool = False
+    gdb: bool = False
 
 
 class Loaded:
@@ -79,6 +83,7 @@ class Loaded:
         self.stubs: dict[int, Stub] = {}  # by the function that each stands for
         self.slots: Slots | None = None  # of the PLT, when it is bound lazily
         self.unwind_table: int | None = None  # its address, once registered
+        self.debugging: Registered | None = None  # what gdb is told of it
         self.ready: Prepared | None = None  # its relocated pages, while they may be of use
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.host_handles: list[int] = []  # of what it needs from the system's loader
@@ -144,6 +149,9 @@ class Loaded:
         if self.unwind_table is not None:
             unwind.deregister(self.unwind_table)
             self.unwind_table = None
+        if self.debugging is not None:
+            self.debugging.withdraw()
+            self.debugging = None
         if self.memory is not None:
             self.memory.unmap()
         for stub in self.stubs.values():

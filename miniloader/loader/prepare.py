@@ -152,7 +152,8 @@ def _choose(build_id: str, plan: LoadPlan) -> int:
 
     Nothing is there now, neither in this process nor for another prepared library.
     """
-    taken = [(entry.address, entry.address + entry.length) for entry in entries()]
+    others = (entry for entry in entries() if entry.build_id != build_id)
+    taken = [(entry.address, entry.address + entry.length) for entry in others]
     taken += ((vma.start, vma.end) for vma in read_maps())
     alignment = max(_ALIGNMENT, plan.alignment)
     room = (_HIGHEST - _LOWEST - plan.length) // alignment
