@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prepared", action="store_true", help="take the relocated pages that `miniloader prepare` has kept"
+    )
+    parser.add_argument(
+        "--gdb",
+        action="store_true",
+        help="show it to gdb, say how to attach, and wait for Enter before the calls",
     )
     parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
     parser.add_argument(
@@ -111,8 +116,11 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             executable_stack=arguments.allow_executable_stack,
             writable_code=arguments.allow_writable_code,
             prepared=arguments.prepared,
+            gdb=arguments.gdb,
         ) as library,
     ):
+        if arguments.gdb:
+            _wait_for_gdb(library.gdb_commands())
         outcomes = []
         for call in calls:
             doing(f"{arguments.library}: {call.text}")
@@ -125,6 +133,20 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     if arguments.json:
         print(json.dumps(as_json(view), indent=2))
     return 0
+
+
+def _wait_for_gdb(commands: Sequence[str]) -> None:
+    """Say how to attach gdb, on standard output (with --json, standard error), and wait for Enter."""
+    import os
+    import sys
+
+    from miniloader.errors import printable
+
+    print(f"gdb -p {os.getpid()}   # it sees the library by itself; a debugger that does not is told:")
+    for command in commands:
+        print(printable(command))
+    print("Enter goes on: ", end="", flush=True)
+    sys.stdin.readline()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -138,31 +137,3 @@ def test_after_fork_the_child_goes_on(libz: Path) -> None:
             os._exit(0 if good else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert _version(library).startswith(b"1.")
-
-
-@pytest.fixture
-def gdb() -> str:
-    from shutil import which
-
-    found = which("gdb")
-    if found is None:
-        pytest.skip("this machine lacks gdb")
-    return found
-
-
-def test_gdb_knows_our_functions(gdb: str, fixture_library: Callable[[str], Path]) -> None:
-    with miniloader.load(fixture_library("chain_a")) as library:
-        address = library.address("chain_a")
-        commands = [*library.gdb_commands(), f"info symbol {address + 1:#x}", f"x/i {address:#x}"]
-        arguments = [word for command in commands for word in ("-ex", command)]
-        done = subprocess.run(
-            [gdb, "-q", "-nx", "-batch", "-p", str(os.getpid()), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "ptrace" in done.stderr:
-            pytest.skip("this kernel lacks permission to attach to oneself's parent")
-        assert "chain_a + 1 in section .text of" in done.stdout
-        assert "<chain_a>" in done.stdout
-        assert len(library.gdb_commands()) == 3  # it, chain_b and chain_c
