@@ -43,10 +43,13 @@ RELOCATED = 4  # three of relro, one of data: see fixtures/demo.c
 needs_frames = pytest.mark.needs_root("with whom a copy is shared, only frames tell")
 
 
-@pytest.fixture(params=["miniloader", "dlopen"])
+@pytest.fixture
 def workers(crew: StartCrew, demo: Path, request: pytest.FixtureRequest) -> Workers:
-    """Three workers with the demonstration library, loaded by us and by the system."""
-    return crew(3, library=demo, by=request.param)
+    """Three workers with the demonstration library, loaded by the system unless a test asks for both."""
+    return crew(3, library=demo, by=getattr(request, "param", "dlopen"))
+
+
+by_both = pytest.mark.parametrize("workers", ["miniloader", "dlopen"], indirect=True)
 
 
 @pytest.fixture
@@ -81,6 +84,7 @@ def failure(claim: Callable[..., None], *arguments: Any, **options: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------ leading a crew
+@by_both
 def test_workers_call_write_and_are_looked_at(workers: Workers, demo: Path) -> None:
     assert len(workers) == len({os.getpid(), *workers.pids}) - 1 == 3
     assert workers.call("demo_add(2, 3)->long") == [5, 5, 5]
@@ -194,6 +198,7 @@ def test_a_step_that_hangs(crew: StartCrew, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # ------------------------------------------------------------------------------------------- what they claim
+@by_both
 def test_the_budget_is_the_kernel_s_count(workers: Workers, demo: Path) -> None:
     for step, written in (("loaded", 0), ("written", 1)):
         if written:
@@ -239,10 +244,11 @@ def test_a_failure_shows_the_grid(workers: Workers) -> None:
     assert re.fullmatch("evidence: (frames|flags): proves which pages .*", lines[-1])
 
 
+@by_both
 def test_only_what_was_named_may_be_written(workers: Workers) -> None:
     loaded = workers.snapshot("loaded")
     assert_copied_only(loaded, symbols=[])
-    workers.call("demo_next()->long")
+    workers.write("demo_counters", 101)
     workers[0].write("demo_history", 5)
     counted = workers.snapshot("counted")
     assert_copied_only(counted, symbols=["demo_counters", "demo_history"])
@@ -438,32 +444,25 @@ def test_the_example_notices_erosion(inner: Callable[..., pytest.RunResult]) -> 
     done.stdout.no_fnmatch_line("*miniloader/testing/*")  # the test is of interest, not our insides
 
 
-@pytest.mark.parametrize("readers", ["-n0", "-n2"])
-def test_however_a_test_ends_its_processes_do(
-    inner: Callable[..., pytest.RunResult], pytester: pytest.Pytester, demo: Path, readers: str
-) -> None:
-    text = f"""
-import os, pytest, signal
+INSIDE = """
+import os, pytest
 from pathlib import Path
 
 @pytest.fixture
 def workers(crew, request):
-    workers = crew(2, library={str(demo)!r}, by="dlopen")
-    every = workers + workers.fork(2)
+    workers = crew(1, module="os")
+    every = workers + workers.fork()
     Path(request.node.name + ".pids").write_text(" ".join(map(str, every.pids)))
     return every
 
 def test_passes(workers):
-    assert workers.call("demo_add(1, 1)->long") == [2] * 6
-
-def test_fails(workers):
-    assert not workers.pids
+    assert workers.call("getpid") == [*workers.pids]
 
 def test_crashes_a_worker(workers):
-    workers[:2].write("demo_greeting", 1)
+    workers.call("abort")
 
 def test_crashes_a_fork(workers):
-    workers[2].write("demo_greeting", 1)
+    workers[1].call("abort")
 
 def test_is_skipped(workers):
     pytest.skip("half-way")
@@ -474,16 +473,20 @@ def broken(workers):
     raise ValueError("in a teardown")
 
 def test_ends_badly(broken):
-    pass
+    assert False
 """
-    done = inner({"test_inside.py": text}, readers)
-    done.assert_outcomes(passed=2, failed=3, skipped=1, errors=1)
-    done.stdout.fnmatch_lines_random(
-        ["E *WorkerError: worker * of 2 (pid *): killed by SIGSEGV at step write demo_greeting"]
-    )
-    done.stdout.fnmatch_lines_random(["E *WorkerError: process *, forked by *: killed by SIGSEGV"])
+
+
+@pytest.mark.parametrize("processes", ["-n0", "-n2"])
+def test_however_a_test_ends_its_processes_do(
+    inner: Callable[..., pytest.RunResult], pytester: pytest.Pytester, processes: str
+) -> None:
+    done = inner({"test_inside.py": INSIDE}, processes)
+    done.assert_outcomes(passed=1, failed=3, skipped=1, errors=1)
+    for death in ("worker 1 of 1 (pid *): killed", "process *, forked by *: killed"):
+        done.stdout.fnmatch_lines_random([f"E *WorkerError: {death} by SIGABRT*"])
     pids = [int(pid) for path in pytester.path.glob("*.pids") for pid in path.read_text().split()]
-    assert len(pids) == 6 * 6
+    assert len(pids) == 5 * 2
     lab.wait_until_gone(pids)
 
 
