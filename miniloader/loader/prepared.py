@@ -14,7 +14,6 @@ that it starts, ``ANDROID_DLEXT_WRITE_RELRO``, and finds them by comparing.)
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import mmap
 import os
@@ -202,6 +201,8 @@ def identities(scope: Sequence[Definer]) -> tuple[str, ...]:
 def _identity(definer: Definer) -> str:
     if definer.build_id is not None:
         return definer.build_id
+    import hashlib  # which takes all of libcrypto to import
+
     table = definer.symbols
     digest = hashlib.sha256(np.ascontiguousarray(table.rows).tobytes())
     digest.update(bytes(table.strings))
