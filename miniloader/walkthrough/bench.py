@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.walkthrough.calls import Calls, Made, Mapping
 from miniloader.walkthrough.children import Body, Child, Program
+from miniloader.walkthrough.interrupts import uninterrupted
 from miniloader.walkthrough.model import Call, Facts, Grid, Part, Row
 
 __all__ = ["Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]
@@ -103,7 +103,8 @@ class Bench(Calls):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._undo.close()
+        with uninterrupted():
+            self._undo.close()
 
     # -- where it happens
     @property
@@ -130,8 +131,9 @@ class Bench(Calls):
         """
         if kind not in self._places:
             parent = _find_place(kind)
-            made = tempfile.mkdtemp(prefix="miniloader-", dir=parent.directory)
-            self._undo.callback(shutil.rmtree, made, ignore_errors=True)
+            made = os.path.join(parent.directory, f"miniloader-{os.urandom(8).hex()}")
+            self._undo.callback(shutil.rmtree, made, ignore_errors=True)  # first: Ctrl-C may come in between
+            os.mkdir(made, 0o700)
             self._places[kind] = Place(made, parent.file_system)
             self._used.append(parent)
         return self._places[kind]

@@ -10,6 +10,8 @@ import runpy
 import signal
 import sys
 import tempfile
+import traceback
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -59,32 +61,47 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
         if pid == 0:
             _be_the_child(chapter, path, output.fileno(), verdict.fileno())
         try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        finally:
+            _end_group(pid)
             _, status = os.waitpid(pid, 0)
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
         output.seek(0)
         verdict.seek(0)
         said, printed = verdict.read(), output.read().decode(errors="replace")
     if not said:
-        code = os.waitstatus_to_exitcode(status)
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        late = f" (it may take {_SECONDS} seconds)" if code == -signal.SIGALRM else ""
-        return Answer(False, f"it ended with {how}{late} before it could be judged"), printed
+        return Answer(False, _end(os.waitstatus_to_exitcode(status))), printed
     answer = pickle.loads(said)
     if isinstance(answer, EvidenceError):
         raise answer
     return Answer(*answer), printed
 
 
+def _end(code: int) -> str:
+    """Why there is nothing to judge."""
+    if code == -signal.SIGALRM:
+        return f"it was still running after {_SECONDS} seconds, and was ended"
+    how = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return f"it {how} before it could be judged"
+
+
+def _end_group(pid: int) -> None:
+    """Kill a child that leads a group, and what it has started: nobody was reaped, so the number is its."""
+    for kill in (os.kill, os.killpg):  # the group may not be there yet
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
 def _be_the_child(chapter: Chapter[Any], path: str, output: int, verdict: int) -> None:
     """Never returns."""
     try:
+        os.setpgid(0, 0)
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_SECONDS)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # there is nobody to answer it
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
@@ -100,7 +117,7 @@ def _judged(chapter: Chapter[Any], path: str) -> tuple[bool, str] | EvidenceErro
     except SystemExit:
         return (False, "it left with exit() before its mappings could be looked at")
     except BaseException as error:  # noqa: BLE001 - the learner's error, whatever it is, is the answer
-        return (False, f"it raised {type(error).__name__}: {error}")
+        return (False, f"it raised {type(error).__name__}: {error}{_line(error, path)}")
     try:
         answer = chapter.exercise.check(names)
         return (answer.passed, answer.message)
@@ -108,3 +125,11 @@ def _judged(chapter: Chapter[Any], path: str) -> tuple[bool, str] | EvidenceErro
         return error
     except KeyError as error:
         return (False, f"it no longer has a {error.args[0]}, which is looked at")
+    except Exception as error:  # noqa: BLE001 - a mapping closed, a number where a mapping was: the learner's, too
+        return (False, f"what it leaves behind cannot be looked at: {type(error).__name__}: {error}")
+
+
+def _line(error: BaseException, path: str) -> str:
+    """Where in the learner's file it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" (line {frames[-1].lineno})" if frames else ""

@@ -173,7 +173,7 @@ def _words(image: Any, page: int, data: bytes) -> tuple[Word, ...]:
     """The relocated words among the first bytes of a page, named by what fills them."""
     landmarks = Landmarks(image)
     found = []
-    for vaddr in sorted({int(target) for target in image.relocations.targets}):
+    for vaddr in sorted({int(target) for target in image.relocations.targets()}):
         if page <= vaddr and vaddr + _WORD <= page + len(data):
             slot = landmarks.slot_at(vaddr)
             found.append(Word(vaddr - page, _WORD, landmarks.meaning(slot) if slot else "relocated"))
@@ -191,7 +191,7 @@ def _code_equal(image: Any, bias: int) -> bool:
 def _written(image: Any) -> tuple[int, ...]:
     """The pages that relocating and zeroing write."""
     plan = image.plan(PAGE_SIZE)
-    vaddrs = [int(one) for one in image.relocations.targets] + [span.start for span in plan.zeroed]
+    vaddrs = [int(one) for one in image.relocations.targets()] + [span.start for span in plan.zeroed]
     return tuple(sorted({vaddr // PAGE_SIZE * PAGE_SIZE for vaddr in vaddrs}))
 
 
