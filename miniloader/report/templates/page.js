@@ -458,7 +458,7 @@
       const goal = owner.map((one, row) => one < 0 ? high / 2 + row * high : frameY(one));
       const from = this.progress < 1 && this.linkAt && this.linkAt.page === page ? this.linkAt.goal : goal;
       if (this.progress === 1) this.linkAt = { page, goal };
-      const ease = 1 - (1 - this.progress) ** 3, left = 96, right = Math.max(width - 150, 150), parts = [];
+      const ease = 1 - (1 - this.progress) ** 3, left = 96, right = Math.max(width - 176, 150), parts = [];
       svg.setAttribute("height", count * high + 4);
       data.rows.forEach((name, row) => {
         const y = high / 2 + row * high, look = data.look(step, row, page), to = from[row] + (goal[row] - from[row]) * ease, none = owner[row] < 0;
@@ -514,7 +514,8 @@
         const kept = Object.keys(data.about).length;
         section.replaceChildren(title, make("p", { textContent: data.look(this.step, this.row, page).state === SHARED
           ? "They are as in the file: the page is the file’s own, one copy for all."
-          : `Not kept in this page: only the first ${plural(kept, "copied page")} are.` }));
+          : kept ? `Not kept in this file: only the first ${plural(kept, "copied page")} are.`
+          : "Not kept in this file: what the experiment wrote is shown with its step." }));
         return;
       }
       const names = data.scenes.map((one) => one.name);
@@ -534,7 +535,7 @@
       const all = make("button", { type: "button", textContent: this.everything ? "Only what differs" : "Show the whole page" });
       all.addEventListener("click", () => { this.everything = !this.everything; this.showBytes(); });
       which.append(all);
-      section.replaceChildren(title, which, make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Bytes before and after" }, this.dump(page, about, changed)));
+      section.replaceChildren(title, which, make("div", { className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Bytes before and after" }, this.dump(page, about, changed)));
     }
     dump(page, about, changed) {
       const { data } = this, before = octets(about.before), body = make("tbody");
