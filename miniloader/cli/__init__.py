@@ -31,6 +31,7 @@ COMMANDS: tuple[str, ...] = (
     "prove",
     "audit",
     "diff",
+    "walkthrough",
     "prepare",
     "cache",
     "doctor",

@@ -33,10 +33,11 @@ from miniloader.evidence.sharing import (
 from miniloader.evidence.snapshot import ProcessPages, Snapshot
 from miniloader.report.terminal import PROTECTION_STYLES
 
-__all__ = ["Mark", "grid_legend", "page_grid"]
+__all__ = ["Mark", "explained", "grid_legend", "matrix", "matrix_legend", "page_grid"]
 
 _DRAWN_SINGLY: Final = 4  # pages
 _MOST_SIGNS: Final = 8  # of one meaning, in the legend
+_NUMBERED: Final = -1  # stands among states for: what the numbers mean
 _STRETCHES: Final = (4.0, 3.0, 2.5, 2.0, 1.5, 1.0)  # columns by which a run grows when its pages double
 _STYLES: Final = {SHARED: "green", SOLE: "blue", ABSENT: "bright_black", ZERO: "bright_black"}
 _FILE_SIGNS: Final = "█▓▚▞"  # more than the first only if processes have different files there
@@ -64,28 +65,50 @@ def page_grid(snapshot: Snapshot, plan: LoadPlan, width: int, mark: Mark | None 
     """The grid of a snapshot (level frames or flags) within ``width`` columns."""
     marked = {mark.vaddr, mark.vaddr + plan.page_size} if mark is not None else set()
     blocks = [*_blocks(_runs(snapshot, plan, marked), plan, snapshot.processes)]
-    labels = _labels(snapshot.processes)
-    room = max(width - len(labels[0]), 20)
-    stretch = next((one for one in _STRETCHES if _total(blocks, one) <= room), _STRETCHES[-1])
-    lines = [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
-    return Group(*lines)
+    return Group(*_drawn(blocks, _labels(snapshot.processes), width, mark))
+
+
+def matrix(snapshot: Snapshot, rows: Sequence[str], parts: Sequence[tuple[int, str]], width: int) -> Group:
+    """The grid of any mapping: ``rows`` name the processes, ``parts`` are (vaddr, name) where each begins."""
+    runs = analyse(snapshot).runs([vaddr for vaddr, _ in parts])
+    blocks = []
+    for (protection, name), members in groupby(runs, lambda run: _part(run, parts, snapshot.processes)):
+        blocks.append(_Block(protection, "" if name == protection else name, tuple(members)))
+    longest = max(map(len, rows), default=0)
+    lines = _drawn(blocks, [f"{label:{longest}}  " for label in ("", *rows)], width, None)
+    return Group(*(line for line in lines if line.plain.strip()))
+
+
+def matrix_legend(snapshot: Snapshot, parts: Sequence[tuple[int, str]], told: Collection[int] = ()) -> Table:
+    """What the signs of :func:`matrix` mean, but for the states that are ``told`` already."""
+    return _legend(analyse(snapshot).runs([vaddr for vaddr, _ in parts]), told)
+
+
+def explained(snapshot: Snapshot, parts: Sequence[tuple[int, str]]) -> frozenset[int]:
+    """What :func:`matrix_legend` of this has told: states, and _NUMBERED where there are numbers."""
+    runs = analyse(snapshot).runs([vaddr for vaddr, _ in parts])
+    numbered = {_NUMBERED} if any(map(_number, runs)) else set()
+    return frozenset(state for run in runs for state in run.states) | numbered
 
 
 def grid_legend(snapshots: Iterable[Snapshot], plan: LoadPlan) -> Table:
     """What the signs in the grids of ``snapshots`` mean, and how to read the numbers."""
-    runs = [run for snapshot in snapshots for run in _runs(snapshot, plan)]
+    return _legend([run for snapshot in snapshots for run in _runs(snapshot, plan)])
+
+
+def _legend(runs: Sequence[Run], told: Collection[int] = ()) -> Table:
     drawn: dict[int, dict[str, str]] = {}
     for run in runs:
         for process, state in enumerate(run.states):
             sign, style = _sign(run, process)
             drawn.setdefault(state, {})[sign] = style
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for state in sorted(drawn):
+    for state in sorted(drawn.keys() - {*told}):
         signs = [Text(sign, style) for sign, style in sorted(drawn[state].items())[:_MOST_SIGNS]]
         more = [Text("…")] if len(drawn[state]) > _MOST_SIGNS else []
         grid.add_row(Text(" ").join([*signs, *more]), Text(STATES[state].help, "dim"))
     number = next(filter(None, map(_number, runs)), "")
-    if number:
+    if number and _NUMBERED not in told:
         text = "pages in the run below the number; where there is none, one sign is one page"
         grid.add_row(Text(number, "dim"), Text(text, "dim"))
     return grid
@@ -109,6 +132,14 @@ def _blocks(runs: Iterable[Run], plan: LoadPlan, processes: Sequence[ProcessPage
 def _place(run: Run, plan: LoadPlan) -> tuple[PlannedMapping, bool]:
     mapping = next(one for one in plan.mappings if one.start <= run.vaddr < one.end)
     return mapping, plan.relro.start <= run.vaddr < plan.relro.end
+
+
+def _part(run: Run, parts: Sequence[tuple[int, str]], processes: Sequence[ProcessPages]) -> tuple[str, str]:
+    """The protection, where all processes have the same, and the name of the part that the run is in."""
+    indices = [(process, int(process.pages["mapping"][run.start])) for process in processes]
+    found = {process.mappings[index].vma.protection for process, index in indices if index >= 0}
+    name = next((name for vaddr, name in reversed(parts) if vaddr <= run.vaddr), "")
+    return found.pop() if len(found) == 1 else "", name
 
 
 def _protection(run: Run, mapping: PlannedMapping, processes: Sequence[ProcessPages]) -> str:
@@ -191,6 +222,12 @@ def _labels(processes: Sequence[ProcessPages]) -> list[str]:
     labels = [f"{pid:>{width}} {process.base:x} " for pid, process in zip(pids, processes, strict=True)]
     longest = max(map(len, (heading, *labels)))
     return [f"{label:{longest}}" for label in (heading, *labels)]
+
+
+def _drawn(blocks: Sequence[_Block], labels: Sequence[str], width: int, mark: Mark | None) -> list[Text]:
+    room = max(width - len(labels[0]), 20)
+    stretch = next((one for one in _STRETCHES if _total(blocks, one) <= room), _STRETCHES[-1])
+    return [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
 
 
 def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: Mark | None) -> Iterator[Text]:

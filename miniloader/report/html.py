@@ -8,6 +8,7 @@ their hashes, so that no name from a file or a process can act.
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import tempfile
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from miniloader.lab.sights import Sight
     from miniloader.walkthrough.model import Question, Result
 
-__all__ = ["write_audit", "write_page", "write_proof", "write_walkthrough"]
+__all__ = ["refuse_unwritable", "write_audit", "write_page", "write_proof", "write_walkthrough"]
 
 Path = str | os.PathLike[str]
 _SIGNS: Final = {"proven": "✓", "refuted": "✗", "unknown": "?"}
@@ -55,6 +56,16 @@ def write_audit(audit: Audit, sights: Sequence[Sight], path: Path) -> None:
     from miniloader.report.audit_page import view_of
 
     write_page("audit.html", view_of(audit, sights), path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """MiniloaderError when a page could not be written to ``path``, as far as can be told beforehand."""
+    directory = os.path.dirname(os.path.realpath(path))
+    why = errno.ENOENT if not os.path.isdir(directory) else errno.EISDIR if os.path.isdir(path) else 0
+    if not why and not os.path.exists(path) and not os.access(directory, os.W_OK | os.X_OK):
+        why = errno.EACCES
+    if why:
+        raise MiniloaderError(f"{os.fspath(path)}: cannot write the page: {os.strerror(why)}")
 
 
 def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:

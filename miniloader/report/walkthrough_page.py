@@ -94,14 +94,14 @@ def _groups(grid: Grid) -> Iterator[Group]:
 
 
 # -------------------------------------------------------------------------------------------- bytes
-def dump(page: PageBytes) -> list[DumpRow]:
-    """The rows of bytes that changed or are named, the first few."""
+def dump(page: PageBytes, row: int = _ROW) -> list[DumpRow]:
+    """The rows, of so many bytes, that changed or are named: the first few."""
     named = {offset: word for word in page.words for offset in range(word.offset, word.offset + word.length)}
     length = max(len(page.before), len(page.after))
     rows = []
-    for at in range(0, length, _ROW):
-        offsets = range(at, min(at + _ROW, length))
-        before, after = page.before[at : at + _ROW], page.after[at : at + _ROW]
+    for at in range(0, length, row):
+        offsets = range(at, min(at + row, length))
+        before, after = page.before[at : at + row], page.after[at : at + row]
         names = dict.fromkeys(named[offset].name for offset in offsets if offset in named)
         if before != after or names:
             marked = [

@@ -1,0 +1,264 @@
+"""``miniloader walkthrough``: how mmap and shared libraries work, each sentence run here and judged."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+TYPE_CHECKING = False  # typing is slow to import, and --help needs this module
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from rich.console import Console
+
+    from miniloader.walkthrough.model import Chapter, Question, Result, Step
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "learn how mmap and shared libraries work: every sentence is run here and judged"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Which chapters, how they are told, and what else to do with them."""
+    from miniloader.kernel.features import LEVELS
+
+    levels = [level.name for level in LEVELS if level.feature]
+    parser.add_argument(
+        "chapters", metavar="CHAPTER", nargs="*", help="a chapter, by id or number; none lists them all"
+    )
+    parser.add_argument("--all", action="store_true", help="every chapter, one after the other")
+    parser.add_argument("--no-pause", action="store_true", help="do not wait for Enter after each step")
+    parser.add_argument(
+        "--quiz", action="store_true", help="take my answers to the questions, and keep score"
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--exercise", action="store_true", help="print the exercise of a chapter, to change it"
+    )
+    other.add_argument("--check", metavar="FILE", help="run my solution of a chapter's exercise and judge it")
+    other.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write the chapters (all, if none is named) as a page, instead of telling",
+    )
+    parser.add_argument(
+        "--level", choices=levels, help="use this level of evidence, not the best that works here"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, tell, check or write; the exit status is that of the verdicts."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or numpy's import starts threads and waits for them
+    _sensible(arguments)
+    from miniloader.walkthrough.chapters import chapter, chapters
+    from miniloader.walkthrough.interrupts import interruptible
+
+    named = tuple(dict.fromkeys(chapter(name) for name in arguments.chapters))
+    with interruptible():
+        if arguments.exercise:
+            return _exercise(arguments, named[0])
+        if arguments.check is not None:
+            return _check(arguments, named[0])
+        if arguments.json or arguments.html is not None:
+            return _quietly(arguments, named or chapters())
+        if named or arguments.all:
+            return _tell(arguments, named or chapters())
+        return _contents(arguments)
+
+
+def _sensible(arguments: argparse.Namespace) -> None:
+    """UsageError where options do not go together."""
+    from miniloader.errors import UsageError
+
+    if arguments.all and arguments.chapters:
+        raise UsageError("--all is every chapter, and one is named", hint="leave one of them out")
+    alone = "--exercise" if arguments.exercise else "--check" if arguments.check is not None else None
+    if alone and (len(arguments.chapters) != 1 or arguments.all):
+        raise UsageError(f"{alone} needs one chapter", hint=f"as in: miniloader walkthrough cow {alone}")
+    if arguments.quiz and (arguments.json or arguments.html is not None or alone):
+        raise UsageError("--quiz asks while a chapter is told", hint="leave out --json, --html or --check")
+    if arguments.quiz and not (arguments.chapters or arguments.all):
+        raise UsageError("--quiz needs a chapter", hint="name some, or say --all")
+
+
+def _status(results: Sequence[Result]) -> int:
+    """1 where a claim was refuted, 3 where none could be judged, else 0."""
+    verdicts = {claim.verdict for result in results for claim in result.claims}
+    return 1 if "refuted" in verdicts else 0 if "proven" in verdicts else 3
+
+
+def _contents(arguments: argparse.Namespace) -> int:
+    from miniloader.kernel.probe import best_level
+    from miniloader.report.walkthrough import contents, page
+    from miniloader.walkthrough.chapters import chapters
+
+    page().print(contents(chapters(), arguments.level or best_level()))
+    return 0
+
+
+# ------------------------------------------------------------------------------------- without telling
+def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> int:
+    """Run, then print one object, or write a page and print what came of each chapter."""
+    from miniloader.report.progress import progress
+    from miniloader.walkthrough.perform import perform
+
+    if arguments.html is not None:
+        from miniloader.report.html import refuse_unwritable
+
+        refuse_unwritable(arguments.html)  # now, not after half a minute
+    results = []
+    with progress() as say:
+        for chapter in chapters:
+            say(f"chapter {chapter.number}: {chapter.title}")
+            results.append(perform(chapter, level=arguments.level))
+    if arguments.html is not None:  # before a reader may close the pipe
+        from miniloader.report.html import write_walkthrough
+
+        write_walkthrough(results, arguments.html)
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump({"chapters": [result.to_json() for result in results]})
+    else:
+        from miniloader.report.walkthrough import page, summary
+
+        page().print(summary(results))
+    return _status(results)
+
+
+# ---------------------------------------------------------------------------------------------- telling
+def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> int:
+    from miniloader.report.walkthrough import page, summary
+
+    out, reader = page(), _Reader(arguments)
+    results: list[Result] = []
+    for chapter in chapters:
+        if results:
+            reader.pause("the next chapter")
+            out.print("\n")
+        results.append(_tell_one(arguments, chapter, out, reader))
+    if len(results) > 1:
+        out.print()
+        out.print(summary(results))
+    if arguments.quiz:
+        out.print(f"\nYour score: {reader.right} of {len(results)}")
+    return _status(results)
+
+
+def _tell_one(arguments: argparse.Namespace, chapter: Chapter[Any], out: Console, reader: _Reader) -> Result:
+    """Question, experiment, verdicts, explanation and exercise of one chapter."""
+    from contextlib import ExitStack
+
+    from miniloader.report.progress import progress
+    from miniloader.report.walkthrough import closing, opening, step_view, told_by
+    from miniloader.walkthrough.bench import Bench
+    from miniloader.walkthrough.chapters import CHAPTERS
+    from miniloader.walkthrough.perform import perform
+
+    out.print(opening(chapter, len(CHAPTERS), Bench(arguments.level).facts))
+    out.print()
+    reader.ask(chapter.question, out)
+    steps: list[Step] = []
+    told: set[int] = set()
+    with ExitStack() as waiting:
+
+        def wait() -> None:
+            waiting.enter_context(progress())(f"chapter {chapter.number}, after step {len(steps)}")
+
+        def on_step(step: Step) -> None:
+            waiting.close()
+            steps.append(step)
+            out.print()
+            out.print(step_view(len(steps), step, out.width, told))
+            told.update(told_by(step))
+            reader.pause("go on")
+            wait()
+
+        wait()
+        result = perform(chapter, level=arguments.level, on_step=on_step)
+    out.print()
+    out.print(closing(result))
+    return result
+
+
+class _Reader:
+    """Who reads along: waits for them, asks them, and counts their right answers."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self._pauses = terminal and not arguments.no_pause
+        self._quiz = arguments.quiz
+        self.right = 0
+
+    def pause(self, what: str) -> None:
+        """Wait for Enter, where somebody may press it."""
+        if self._pauses:
+            self._line(f"[Enter: {what}] ")
+
+    def ask(self, question: Question, out: Console) -> None:
+        """Ask, take an answer (``--quiz``) or wait, and give the right one."""
+        from miniloader.report import walkthrough
+
+        out.print(walkthrough.question(question))
+        out.print()
+        chosen = None
+        if self._quiz:
+            chosen = self._choice(len(question.choices))
+            self.right += chosen == question.answer
+        else:
+            self.pause("the answer")
+        out.print(walkthrough.correction(question, chosen))
+
+    def _choice(self, choices: int) -> int | None:
+        """The index of the answer that was chosen; None: none was."""
+        while True:
+            words = self._line(f"Your answer, 1 to {choices} (Enter: show it): ").split()
+            if not words:
+                return None
+            if len(words) == 1 and words[0] in map(str, range(1, choices + 1)):
+                return int(words[0]) - 1
+
+    def _line(self, prompt: str) -> str:
+        """A line from standard input; at its end nobody is waited for any more."""
+        print(prompt, end="", flush=True)
+        try:
+            line = sys.stdin.readline() if sys.stdin is not None else ""
+        except KeyboardInterrupt:
+            print()
+            raise
+        if not line.endswith("\n"):
+            self._pauses = False
+            print()
+        elif not sys.stdin.isatty():
+            print(line, end="")  # what a terminal would have shown
+        return line
+
+
+# ---------------------------------------------------------------------------------------- the exercise
+def _exercise(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump({"id": chapter.id, "task": chapter.exercise.task, "snippet": chapter.exercise.snippet})
+    else:
+        from miniloader.report.walkthrough import snippet
+
+        print(snippet(chapter), end="")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
+    from miniloader.walkthrough.practice import check_file
+
+    answer, printed = check_file(chapter, arguments.check)
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump({"id": chapter.id, "passed": answer.passed, "message": answer.message, "printed": printed})
+    else:
+        from miniloader.report.walkthrough import checked, page
+
+        page().print(checked(answer, printed))
+    return 0 if answer.passed else 1
