@@ -224,8 +224,12 @@ def _judged(
     rewritten = np.zeros(len(peer), bool)
     if not same.all():
         now = our_names.of(words, final)
-        nowhere = (wanted[0] < 0) & (now[0] < 0)
-        rewritten = ~same & (relocated != final) & (_same(wanted, now) | nowhere)
+        (their_file, their_place), (our_file, our_place) = (
+            their_names.addresses(peer),
+            our_names.addresses(final),
+        )
+        elsewhere = (their_file == our_file) & ((their_place == our_place) | (their_file < 0))
+        rewritten = ~same & (relocated != final) & (_same(wanted, now) | elsewhere)
     differing = tuple(
         Difference(
             words.label(index), their_names.text(words, peer, index), our_names.text(words, direct, index)

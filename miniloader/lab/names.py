@@ -69,10 +69,10 @@ class Names:
             own = formulas == "B + A"
             owner[own], offset[own] = 0, values[own] - self._bias
             place = (formulas == "S + A") | (formulas == "S") | (formulas == "indirect")
-            owner[place], offset[place] = self._addresses(values[place])
+            owner[place], offset[place] = self.addresses(values[place])
             near = formulas == "S + A - P"
             signed = values[near].astype(np.uint32).view(np.int32).astype(np.int64).view(np.uint64)
-            owner[near], offset[near] = self._addresses(signed + self._bias + words.vaddrs[near])
+            owner[near], offset[near] = self.addresses(signed + self._bias + words.vaddrs[near])
         for index in np.flatnonzero(np.isin(formulas, ("module", "thread offset", "descriptor"))).tolist():
             owner[index], offset[index] = self._thread_local(formulas[index], int(values[index]))
         return owner, offset
@@ -87,8 +87,8 @@ class Names:
         name = "itself" if words.formulas[index] == "B + A" else paths[number % _THREAD]
         return f"{name}{block} + {int(offset[index]):#x}"
 
-    def _addresses(self, values: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-        """Which library each address is in: at its very end counts, where nothing else begins."""
+    def addresses(self, values: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Each as an address: its library (-1: none; its very end counts, too) and the offset in it."""
         if not len(values):
             return np.empty(0, np.int64), values
         at = np.maximum(np.searchsorted(self._starts, values, "right") - 1, 0)

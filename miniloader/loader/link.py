@@ -109,13 +109,17 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
             for vaddr, word in zip(vaddrs.tolist(), words.tolist(), strict=True):
                 memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
-    resolvers = np.flatnonzero(ready.arrays["values"]["how"] == RESOLVER)
-    for place in resolvers.tolist():  # when all else is there, since the library's own code runs
-        definer = order[int(ready.arrays["values"]["definer"][place])]
-        may_run = graph.policy.init or not isinstance(definer, Loaded)
-        values[place] = call_resolver(int(values[place])) if may_run else 0
-    if len(resolvers):
-        ready.fill(memory, values)
+    table = ready.arrays["values"]
+    resolvers = table["how"] == RESOLVER
+    own = table["definer"] == order.index(library)
+    # When all else is there, since the library's own code runs: others' first, which it may call.
+    for places in (np.flatnonzero(resolvers & ~own).tolist(), np.flatnonzero(resolvers & own).tolist()):
+        for place in places:
+            definer = order[int(table["definer"][place])]
+            may_run = graph.policy.init or not isinstance(definer, Loaded)
+            values[place] = call_resolver(int(values[place])) if may_run else 0
+        if places:
+            ready.fill(memory, values)
     for position in ready.held:
         _hold(library, order[position])
     text = f"{len(ready.pages)} pages from the cache, {copied} of them copied for what differs here"

@@ -145,14 +145,18 @@ class Pages:
         else:
             low = min(int(array.min()) for array in arrays) & -size
             high = max(int(array.max()) for array in arrays) + 1
-            touched = np.zeros((high - low) // size + 3, np.int8)
+            try:
+                touched = np.zeros((high - low) // size + 3, np.int8)
+                self.buffer = np.empty(-(-(high - low) // size) * size, np.uint8)
+            except MemoryError:
+                found = f"relocated words from vaddr {low:#x} to {high:#x}"
+                raise LoadError(f"{memory.name}: {found}: not enough memory for a copy of them") from None
             shift = np.uint64(size.bit_length() - 1)
             for array in arrays:
                 touched[((array - np.uint64(low)) >> shift) + np.uint64(1)] = 1
             edges = np.flatnonzero(np.diff(touched)).reshape(-1, 2)
             self.start = low
             self.runs = [(first * size, last * size) for first, last in edges.tolist()]
-            self.buffer = np.empty(self.runs[-1][1], np.uint8)
             for first, last in self.runs:
                 memory.read_into(low + first, self.buffer[first:last])
         self.memory = memory
@@ -226,7 +230,7 @@ def apply(
             _refuse_overflow(image, size, vaddrs, values)
             pages.put(vaddrs, values, size)
         pages.write()
-        _put_indirect(memory, relocations, bindings, addresses, late, may_run)
+        _put_indirect(image, memory, relocations, bindings, addresses, late, may_run)
     return pages.count
 
 
@@ -313,6 +317,7 @@ def call_resolver(address: int) -> int:
 
 
 def _put_indirect(
+    image: ElfImage,
     memory: Memory,
     relocations: Sorted,
     bindings: Bindings,
@@ -320,9 +325,10 @@ def _put_indirect(
     late: NDArray[np.bool_],
     may_run: Callable[[int], bool],
 ) -> None:
-    """What needs code to run: symbols that are IFUNCs, then IRELATIVE, each resolver once."""
-    if not late.any() and not any(True for _ in relocations.of("indirect")):
-        return
+    """What needs code to run: others' IFUNCs, which our resolvers may call, our own, then IRELATIVE.
+
+    Each is written before the next is resolved, and each resolver runs once.
+    """
     chosen: dict[int, int] = {}
 
     def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -331,24 +337,40 @@ def _put_indirect(
                 chosen[resolver] = call_resolver(resolver)
         return np.array([chosen[resolver] for resolver in resolvers.tolist()], np.uint64)
 
-    writes: list[tuple[Kind, NDArray[np.uint64], NDArray[np.uint64]]] = []
-    if late.any():
-        runs = np.array([may_run(place) for place in range(len(bindings.scope))], bool)[bindings.owner]
-        addresses[late & ~runs] = 0
-        addresses[late & runs] = resolve(addresses[late & runs])
+    for group in _by_turns(image, bindings, late):
+        places = np.flatnonzero(group)
+        runs = np.array([may_run(owner) for owner in bindings.owner[places].tolist()], bool)
+        addresses[places[~runs]] = 0
+        addresses[places[runs]] = resolve(addresses[places[runs]])
+        words: list[Write] = []
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):
             place = bindings.place(rows["symbol"])
-            rows, place = rows[late[place]], place[late[place]]
-            writes.append(
-                (kind, rows["offset"], _values(kind, rows, place, addresses, bindings, memory.bias))
-            )
+            rows, place = rows[group[place]], place[group[place]]
+            values = _values(kind, rows, place, addresses, bindings, memory.bias)
+            words.append((rows["offset"], values, kind.size))
+        _write(memory, words)
+    writes: list[Write] = []
     for kind, rows in relocations.of("indirect"):
         resolvers = rows["addend"].view(np.uint64) + np.uint64(memory.bias)
         values = resolve(resolvers) if may_run(_ITSELF) else np.zeros(len(rows), np.uint64)
-        writes.append((kind, rows["offset"], values))
-    writes = [write for write in writes if len(write[1])]
+        writes.append((rows["offset"], values, kind.size))
+    _write(memory, writes)
+
+
+def _by_turns(image: ElfImage, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """The symbols that are IFUNCs: others' first, then those of ``image`` itself; no group is empty."""
+    if not late.any():
+        return []
+    ours = [place for place, definer in enumerate(bindings.scope) if definer.symbols is image.symbols]
+    own = np.isin(bindings.owner, ours)
+    return [group for group in (late & ~own, late & own) if group.any()]
+
+
+def _write(memory: Memory, writes: list[Write]) -> None:
+    """Store words, which need not be in any order."""
+    writes = [write for write in writes if len(write[0])]
     if writes:
-        pages = Pages(memory, (offsets for _, offsets, _ in writes))
-        for kind, offsets, values in writes:
-            pages.put(offsets, values, kind.size)
+        pages = Pages(memory, (vaddrs for vaddrs, _, _ in writes))
+        for vaddrs, values, size in writes:
+            pages.put(vaddrs, values, size)
         pages.write()

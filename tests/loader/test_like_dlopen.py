@@ -213,6 +213,14 @@ def test_what_a_constructor_can_do(tmp_path: Path, body: str, outcome: str) -> N
     assert (comparison.dlopen, comparison.ours) == (outcome, outcome)
 
 
+def test_what_a_constructor_changes_is_told_from_what_relocation_left(tmp_path: Path) -> None:
+    body = "static int there; static void *heap = &there, *moved = &there, *kept = &there;"
+    body += 'heap = malloc(9); moved = (void *)getenv; __asm__ volatile("" : : "r"(&kept));'
+    comparison = lab.compare(constructor(tmp_path, body))
+    assert comparison.alike, comparison
+    assert comparison.rewritten == 2
+
+
 def children() -> str:
     return Path("/proc/thread-self/children").read_text()
 
