@@ -39,8 +39,14 @@ class Source:
     """
 
     def __init__(self, fd: int, name: str, start: int = 0) -> None:
-        """Adopt ``fd``; it is closed here when it is no regular file."""
-        status = os.fstat(fd)
+        """Adopt ``fd``; it is closed here when it is no regular file, or cannot be read."""
+        try:
+            status = os.fstat(fd)
+            # Most tables of most libraries are here: one read instead of fifty.
+            head = os.pread(fd, _HEAD, start) if stat.S_ISREG(status.st_mode) and start >= 0 else b""
+        except OSError as error:
+            os.close(fd)
+            raise _unreadable(name, "file", error) from None
         fault = None
         if not stat.S_ISREG(status.st_mode):
             fault = ("file", _KINDS.get(stat.S_IFMT(status.st_mode), "no file"), "a regular file")
@@ -56,8 +62,7 @@ class Source:
         self.start = start
         self.size = status.st_size - start
         self.identity = (status.st_dev, status.st_ino)
-        # Most tables of most libraries are here: one read instead of fifty.
-        self._head = os.pread(fd, min(self.size, _HEAD), start)
+        self._head = head[: self.size]
         self._closer = weakref.finalize(self, os.close, fd)
 
     @property
@@ -76,8 +81,7 @@ class Source:
             # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ElfError(name, "file", str(reason), "a readable ELF file") from None
+            raise _unreadable(name, "file", error) from None
         return cls(fd, name)
 
     @classmethod
@@ -97,15 +101,17 @@ class Source:
         """``data`` as a file that has no name: a sealed memfd (memfd_create(2))."""
         import fcntl
 
-        fd = os.memfd_create("miniloader", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = -1
         try:
+            fd = os.memfd_create("miniloader", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             view = memoryview(data).cast("B")
             while view:
                 view = view[os.write(fd, view) :]
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         except OSError as error:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             raise LoadError(f"{name}: cannot keep it in memory: {error.strerror}") from None
         return cls(fd, name)
 
@@ -125,7 +131,10 @@ class Source:
         at = self.start + offset
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
-        data = os.pread(self.fd, length, at) if length < _LARGE else self._read_large(at, length)
+        try:
+            data = os.pread(self.fd, length, at) if length < _LARGE else self._read_large(at, length)
+        except OSError as error:
+            raise _unreadable(self.name, what, error) from None
         if len(data) < length:
             hint = "it was cut short meanwhile"
             raise ElfError(self.name, what, f"{len(data)} bytes", f"{length} bytes", hint=hint)
@@ -145,3 +154,9 @@ class Source:
                     return room[:done]
                 done += count
         return room
+
+
+def _unreadable(name: str, what: str, error: OSError | ValueError) -> ElfError:
+    """The kernel refuses to open or to read it; a ValueError is a name with a NUL."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ElfError(name, what, str(reason), "a readable ELF file")

@@ -368,9 +368,10 @@ class _Here:
         addends: NDArray[np.uint64],
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """The same for slots that hold a symbol's address, or its offset in a module's block."""
-        table = self._facts.symbols
-        assert table is not None, "a relocation has a symbol"
-        symbol, value, addend = self._slots["symbol"][rows], live[rows], addends[rows]
+        table, symbol = self._facts.symbols, self._slots["symbol"][rows]
+        if table is None or (symbol >= len(table)).any():  # it cannot be read, or makes no sense
+            return np.zeros(len(rows), np.bool_), np.ones(len(rows), np.bool_)
+        value, addend = live[rows], addends[rows]
         own = table.rows["value"][symbol].astype(np.uint64)
         kind, undefined = table.type[symbol], table.rows["shndx"][symbol] == SHN_UNDEF
         offset = self._slots["what"][rows] == MODULE_OFFSET

@@ -13,7 +13,7 @@ from typing import Final
 
 from miniloader.errors import EvidenceError, ProcessGone
 
-__all__ = ["NO_MEMORY", "open_process_file", "process_file", "read_process_file", "refusal"]
+__all__ = ["NO_MEMORY", "open_process_file", "process_file", "read_proc_file", "read_process_file", "refusal"]
 
 NO_MEMORY: Final = "has no memory (it has ended or executed another program, or is a kernel thread)"
 
@@ -29,6 +29,7 @@ _NEEDS: Final = {
         " and CAP_DAC_READ_SEARCH together"
     ),
 }
+_CHUNK: Final = 1 << 16  # bytes
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
 
 
@@ -58,7 +59,7 @@ def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
         return ProcessGone(pid, NO_MEMORY)
     if error.errno == errno.ENOENT:
         if not os.path.exists("/proc/self"):
-            return EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
+            return _not_mounted()
         if os.path.exists(process_file(pid, "")):
             return EvidenceError(f"{path}: this kernel has no such file")
         if _lives(pid):
@@ -84,10 +85,40 @@ def read_process_file(pid: int | None, name: str) -> bytes:
     """
     fd = open_process_file(pid, name)
     try:
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            text = file.readall()
+        text = _whole(fd)
     except OSError as error:
         raise refusal(pid, name, error) from error
+    finally:
+        os.close(fd)
     if not text:
         raise ProcessGone(pid, NO_MEMORY)
     return text
+
+
+def read_proc_file(path: str) -> bytes:
+    """All of a file below ``/proc`` that is of no other process (there may be nothing in it).
+
+    Raises EvidenceError: without it nobody can tell what ``path`` would have said.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _whole(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno == errno.ENOENT and not os.path.exists("/proc/self"):
+            raise _not_mounted() from error
+        raise EvidenceError(f"{path}: {error.strerror}") from error
+
+
+def _not_mounted() -> EvidenceError:
+    return EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
+
+
+def _whole(fd: int) -> bytes:
+    """Read to the end; the kernel gives what fits its own buffer (a page or a few) at a time."""
+    parts = list[bytes]()
+    while part := os.read(fd, _CHUNK):
+        parts.append(part)
+    return b"".join(parts)

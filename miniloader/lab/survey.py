@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.errors import EvidenceError, ProcessGone
+from miniloader.errors import ElfError, EvidenceError, ProcessGone
 from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.memory import ProcessMemory
@@ -370,7 +370,11 @@ def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> Non
         _unknown(one, np.arange(len(one.vaddrs)), one.file.trouble)
         return
     live, read = memory.pages(one.addresses)
-    answer: Classified = classify(one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live)
+    try:
+        answer: Classified = classify(one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live)
+    except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
+        _unknown(one, np.arange(len(one.vaddrs)), str(error))
+        return
     one.causes[:], one.written = answer.causes, answer.written
     trouble = one.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
     one.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)

@@ -125,8 +125,9 @@ def open_bytes(name: str, data: bytes) -> tuple[int, int]:
 
     Raises :class:`LoadError` when glibc refuses it, :class:`OSError` when it cannot be kept in memory.
     """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    fd = -1
     try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]

@@ -20,7 +20,7 @@ from miniloader.errors import LoadError, SymbolError, UsageError
 from miniloader.loader import host, life, tls
 from miniloader.loader.events import OnEvent
 from miniloader.loader.host import HostLibrary
-from miniloader.loader.link import initialise_library, link_library, map_library
+from miniloader.loader.link import initialise_library, link_library, map_library, read_life
 from miniloader.loader.loaded import Binding, Graph, Loaded, Policy
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import Definer
@@ -228,9 +228,11 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
         _show_to_debugger(order, clock)
     with clock.stage("init"):
         _present.extend(graph.new)
-        for library in order:
-            if graph.policy.init:
-                initialise_library(graph, library)
+        if graph.policy.init:
+            # All are read before any runs: a page of the file that is gone must not be met half-way.
+            constructors = [read_life(library) for library in order]
+            for library, addresses in zip(order, constructors, strict=True):
+                initialise_library(graph, library, addresses)
     return root
 
 
@@ -278,7 +280,7 @@ def _undo(graph: Graph) -> None:
     """Take back everything of a load that failed."""
     for library in reversed(graph.new):
         if library in _present:
-            _present.remove(library)
+            _finalise(library)  # whoever listens has raised between two constructors
         library.discard()
         library.image.source.close()
 
@@ -315,7 +317,7 @@ def _finalise(library: Loaded) -> None:
     _present.remove(library)
     if library.initialised:
         library.initialised = False
-        for address in life.destructors(library.image, library.mapped):
+        for address in library.destructors:
             life.run_destructor(address)
 
 

@@ -23,6 +23,7 @@ from miniloader.elf.dynamic import (
     DT_INIT_ARRAY,
     DT_INIT_ARRAYSZ,
 )
+from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader.memory import Memory
 
 __all__ = [
@@ -71,8 +72,7 @@ def _array(image: ElfImage, memory: Memory, tag: int, size_tag: int) -> list[int
 @lru_cache(maxsize=1)
 def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
     """argc and a copy of argv that lives as long as the process."""
-    with open("/proc/self/cmdline", "rb") as file:
-        words = file.read().split(b"\0")[:-1]
+    words = read_proc_file("/proc/self/cmdline").split(b"\0")[:-1]
     return len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)
 
 

@@ -27,7 +27,7 @@ from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 
-__all__ = ["initialise_library", "link_library", "map_library", "thread_exits", "used"]
+__all__ = ["initialise_library", "link_library", "map_library", "read_life", "thread_exits", "used"]
 
 #: They register a destructor for a thread's object and are told, third, to which library it belongs.
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
@@ -186,6 +186,9 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     restore = read_only if image.dynamic.text_relocations else []
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
+    if len(relocations.lazy):  # before an IFUNC's resolver calls through them
+        library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
+        library.slots.connect()
     copied = apply(image, memory, relocations, bindings, addresses, thread_local, may_run)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
@@ -194,25 +197,28 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
         text = f"module {own.module}, {image.tls.memsz} bytes a thread"
         graph.event("tls", image.path, text, module=own.module, bytes=image.tls.memsz)
     if len(relocations.lazy):
-        library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
-        library.slots.connect()
         graph.event("bind", image.path, f"{len(relocations.lazy)} PLT slots left for their first call")
     total = len(image.relocations)
     where = ", in read-only segments too" if restore else ""
     graph.event("relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied)
 
 
-def initialise_library(graph: Graph, library: Loaded) -> None:
-    """Run its constructors."""
+def read_life(library: Loaded) -> list[int]:
+    """Note its destructors; the addresses of its constructors."""
+    library.destructors = life.destructors(library.image, library.mapped)
+    return life.constructors(library.image, library.mapped)
 
-    def told(addresses: list[int]) -> Iterator[int]:
+
+def initialise_library(graph: Graph, library: Loaded, constructors: Sequence[int]) -> None:
+    """Run its constructors.  Its destructors run even if that does not come to its end, as with ld.so."""
+
+    def told(addresses: Sequence[int]) -> Iterator[int]:
         for address in addresses:
             graph.event("initialise", library.name, f"call {address:#x}", address=address)
             yield address
 
-    addresses = life.constructors(library.image, library.mapped)
-    life.run_constructors(addresses if graph.tell is None else told(addresses))
     library.initialised = True
+    life.run_constructors(constructors if graph.tell is None else told(constructors))
 
 
 def _check_versions(library: Loaded) -> None:

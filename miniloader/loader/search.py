@@ -22,6 +22,7 @@ import numpy as np
 from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.errors import ElfError, LoadError
+from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader import host
 
 __all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]
@@ -201,8 +202,7 @@ class _Serpath(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _library_path() -> tuple[str, ...]:
     """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
-    with open("/proc/self/environ", "rb") as file:
-        entries = file.read().split(b"\0")
+    entries = read_proc_file("/proc/self/environ").split(b"\0")
     value = next((entry[16:] for entry in entries if entry.startswith(b"LD_LIBRARY_PATH=")), b"")
     return tuple(re.split("[:;]", os.fsdecode(value))) if value else ()
 
@@ -227,9 +227,8 @@ def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
     if platform.machine() != "x86_64":
         return ()
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        line = next((line for line in file if line.startswith("flags")), "")
-    features = set(line.split())
+    lines = read_proc_file("/proc/cpuinfo").decode("ascii", "replace").split("\n")
+    features = set(next((line for line in lines if line.startswith("flags")), "").split())
     names: list[str] = []
     for level, needs in reversed(_LEVELS):  # each level includes the ones before it
         if not features.issuperset(needs.split()):
