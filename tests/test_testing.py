@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,6 +308,41 @@ def test_what_forks_still_share(server: Workers) -> None:
             assert_shared(alone, section=".text")
 
 
+def test_one_path_that_is_two_files(
+    crew: StartCrew, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library was replaced between two starts: what looks shared is there twice."""
+    library = tmp_path / "libtwice.so"
+    shutil.copy(demo, library)
+    (tmp_path / "opened.py").write_text(
+        f"import ctypes\ndef use():\n    return ctypes.CDLL({str(library)!r}).demo_add(1, 1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    workers = crew(4, module="opened")
+    assert workers[:2].call("use") == [2, 2]
+    assert_shared(workers[:2].snapshot(library="libtwice"), section=".text")
+    shutil.copy(demo, tmp_path / "new")
+    (tmp_path / "new").replace(library)
+    assert workers[2:].call("use") == [2, 2]
+    if os.geteuid() != 0:
+        with pytest.raises(EvidenceError, match=r"libtwice\.so: the file is deleted or replaced"):
+            workers.snapshot(library="libtwice")
+        return
+    for level in ("flags", None):
+        looked = workers.snapshot(library="libtwice", level=level)
+        message = failure(assert_shared, looked, section=".text")
+        assert "shared in 4" in message
+        assert "▓" in message  # the grid's sign for a second file
+
+
+@needs_frames
+def test_two_families_have_two_copies(crew: StartCrew, server: Workers) -> None:
+    """Each is shared, but not by all."""
+    looked = crew(2, module="served").fork(2).snapshot(library="libdemo")
+    message = failure(assert_shared, looked, symbols=["demo_operations"])
+    assert "copied-shared in 4" in message
+
+
 @needs_frames
 def test_frames_prove_what_flags_suggest(server: Workers) -> None:
     children = server.fork(2)
@@ -405,7 +441,7 @@ def example() -> dict[str, str]:
 @pytest.fixture
 def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pytest.RunResult]:
     """A run of pytest in a process of its own, with our plugin and all warnings as errors."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
 
@@ -491,7 +527,7 @@ def test_however_a_test_ends_its_processes_do(
 
 
 def test_an_interrupted_run_leaves_nobody(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     pytester.makepyfile(
         """
 import sys
