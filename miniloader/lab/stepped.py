@@ -1,7 +1,7 @@
 """A worker that a test leads: it opens a library or imports a module, calls, writes, and forks.
 
-Its program for a :class:`~miniloader.lab.crew.Crew` is :func:`main`.  A process that it forks is asked through
-it: requests and replies go down and up the line of descent, and each process answers one at a time.
+:func:`main` is its program, for a :class:`~miniloader.lab.crew.Crew`.  A process that it forks is asked
+through it: requests and replies go down and up the line of descent, and each process answers one at a time.
 """
 
 from __future__ import annotations
