@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 import miniloader
+from fixtures import build
 from miniloader.elf import LoadPlan
 from miniloader.elf.plan import PlannedMapping, Span
 from miniloader.evidence.sharing import STATES
@@ -538,3 +539,14 @@ def test_a_page_that_cannot_be_written_says_so(proof: Proof, tmp_path: Path) -> 
     with pytest.raises(miniloader.MiniloaderError, match=r"page\.html: cannot write the page: No such file"):
         write_proof(proof, target)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ the gallery
+@pytest.mark.parametrize("name", ["grid.svg", "page.webp"])
+def test_the_pictures_of_the_gallery_are_small_and_load_nothing(name: str) -> None:
+    picture = (build.ROOT / ".gallery" / name).read_bytes()
+    assert 10_000 < len(picture) < 150_000
+    if name.endswith(".svg"):
+        assert b"<script" not in picture
+        assert b"url(http" not in picture
+        assert b"href" not in picture
