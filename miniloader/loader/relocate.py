@@ -89,9 +89,10 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
             relative.append(rows[:head])
             rows = rows[head:]
         if lazy and table.name == "DT_JMPREL":
-            slots = rows["type"] == code_of_slot
-            later.append(rows[slots])
-            rows = rows[~slots]
+            slots = rows["type"] == code_of_slot  # the PLT counts them, so none may be left out between them
+            count = len(rows) if slots.all() else int(np.argmin(slots))
+            later.append(rows[:count])
+            rows = rows[count:]
         others = rows["type"] != code_of_relative
         relative.append(rows[~others])
         rest.append(rows[others])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import miniloader
+from fixtures import build
 from miniloader.elf.symbols import SHN_ABS
 from tests.loader.test_results import Api, InChild, both
 
@@ -108,6 +109,24 @@ def test_ifunc_chosen_by_the_environment(
         monkeypatch.setenv("MINILOADER_IFUNC", wish)
     names = ("call_chosen", "call_chosen_pointer", "chosen", "call_wished", "call_wished_pointer")
     assert results(in_child, path, *names) == [2, 2, 2, wished, wished]
+
+
+@pytest.mark.parametrize(("wish", "wished"), [("special", 2), ("something", 1)])
+def test_a_resolver_calls_through_lazy_slots(
+    in_child: InChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str, wished: int
+) -> None:
+    """They have to be connected before it runs, though nothing else is bound yet."""
+    source = (build.HERE / "ifunc.c").read_text()
+    path = gcc(tmp_path / "libifunc_lazy.so", source, "-Wl,-z,lazy")
+    monkeypatch.setenv("MINILOADER_IFUNC", wish)
+
+    def work() -> list[int]:
+        library = miniloader.load(path, bind="lazy")
+        assert library.loaded.slots is not None
+        names = ("call_chosen", "call_chosen_pointer", "call_wished", "call_wished_pointer")
+        return [library.function(name)() for name in names]
+
+    assert in_child(work) == [2, 2, wished, wished]
 
 
 @of("ifunc")
