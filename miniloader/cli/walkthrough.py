@@ -122,9 +122,10 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
 
         dump({"chapters": [result.to_json() for result in results]})
     else:
+        from miniloader.report.terminal import safe
         from miniloader.report.walkthrough import page, summary
 
-        page().print(summary(results))
+        page().print(summary(results), safe(f"The page is {arguments.html}"), sep="\n\n")
     return _status(results)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -283,7 +284,7 @@ def closing(result: Result) -> Group:
     """The claims and their verdicts, why it is so, and what to try."""
     chapter, facts = result.chapter, result.facts
     parts: list[RenderableType] = [_part("What was claimed, and what was seen")]
-    parts += map(_claim, result.claims)
+    parts += _claims(result.claims)
     if facts.file_systems:
         parts.append(Text(f"Its files were on {_one_line(', '.join(facts.file_systems))}.", "dim"))
     parts += [Text(""), _part("Why")]
@@ -305,22 +306,19 @@ def closing(result: Result) -> Group:
     return Group(*parts)
 
 
-def _claim(claim: Claim) -> RenderableType:
-    sign, style = _SIGNS[claim.verdict]
-    title = Text.assemble(
-        (sign, style),
-        " ",
-        claim.statement,
-        ("" if claim.verdict == "proven" else f"  {claim.verdict}", style),
-    )
-    rows: list[tuple[str, Text | str]] = []
-    if claim.verdict != "unknown":
-        rows.append(("seen", safe(claim.observed)))
-    if claim.verdict == "refuted":
-        rows.insert(0, ("expected", safe(claim.expected)))
-    if claim.reason:
-        rows.append(("cannot tell", safe(claim.reason)))
-    return Group(title, pairs(rows))
+def _claims(claims: Iterable[Claim]) -> Iterator[RenderableType]:
+    """Each claim and what was seen; why some could not be told, once for all that follow each other."""
+    for reason, alike in groupby(claims, lambda claim: claim.reason):
+        for claim in alike:
+            sign, style = _SIGNS[claim.verdict]
+            yield Text.assemble((sign, style), f" {claim.statement}")
+            seen = [("seen", safe(claim.observed))]
+            if claim.verdict == "refuted":
+                seen.insert(0, ("refuted: expected", safe(claim.expected)))
+            if not reason:
+                yield pairs(seen)
+        if reason:
+            yield pairs([("unknown", safe(reason))])
 
 
 def summary(results: Sequence[Result]) -> Group:
@@ -335,7 +333,7 @@ def summary(results: Sequence[Result]) -> Group:
     for result in results:
         amiss = [claim for claim in result.claims if claim.verdict != "proven"]
         if amiss:
-            parts += [Text(""), Text(result.chapter.title, "bold"), *map(_claim, amiss)]
+            parts += [Text(""), Text(result.chapter.title, "bold"), *_claims(amiss)]
     if results:
         parts += [Text(""), pairs([*_evidence(results[0].facts.level)], indent=0)]
     return Group(*parts)

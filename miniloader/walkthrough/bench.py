@@ -110,15 +110,13 @@ class Bench(Calls):
     @property
     def facts(self) -> Facts:
         """Kernel, file systems used so far, privilege and evidence."""
-        system, rights = os.uname(), privileges()
-        held = [name for name in rights.capabilities if name == "CAP_SYS_ADMIN"]
-        who = "root" if rights.uid == 0 else f"uid {rights.uid}"
+        system, uid = os.uname(), os.geteuid()
         return Facts(
             kernel=f"{system.sysname} {system.release}",
             machine=system.machine,
             page_size=PAGE_SIZE,
             file_systems=tuple(dict.fromkeys(map(str, self._used))),
-            privilege=f"{who}, {'with' if held else 'without'} CAP_SYS_ADMIN",
+            privilege=f"{'root' if uid == 0 else f'uid {uid}'}, {_right()}",
             level=self.level,
             shows=next(known.shows for known in LEVELS if known.name == self.level),
         )
@@ -240,6 +238,15 @@ def shipped(name: str) -> Path:
     return path
 
 
+def _right() -> str:
+    """Whether we hold the one capability that matters, as far as ``/proc`` tells."""
+    try:
+        held = "CAP_SYS_ADMIN" in privileges().capabilities
+    except EvidenceError:
+        return "capabilities not known"
+    return f"{'with' if held else 'without'} CAP_SYS_ADMIN"
+
+
 # ----------------------------------------------------------------------------------------- places
 def _find_place(kind: str) -> Place:
     """A directory that we may write, on the kind of file system asked for if there is any."""
@@ -263,7 +270,11 @@ def _find_place(kind: str) -> Place:
 def file_system_of(path: str) -> str:
     """The type of the file system that ``path`` is on, from ``/proc/self/mountinfo``; "?" when not told."""
     best, kind = "", "?"
-    for line in os.fsdecode(read_process_file(None, "mountinfo")).splitlines():
+    try:
+        mounts = os.fsdecode(read_process_file(None, "mountinfo"))
+    except EvidenceError:
+        return kind
+    for line in mounts.splitlines():
         fields, _, after = line.partition(" - ")
         point = fields.split()[4].encode().decode("unicode_escape")
         if f"{os.path.realpath(path)}/".startswith(point.rstrip("/") + "/") and len(point) >= len(best):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from miniloader.errors import EvidenceError, WorkerError
+from miniloader.errors import MiniloaderError
 from miniloader.evidence.verdict import Claim, judge
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.walkthrough.bench import Bench
@@ -35,7 +35,7 @@ def perform(
                     on_step(step)
         except StopIteration as done:
             claims = judged(chapter, done.value, bench.level)
-        except (EvidenceError, WorkerError, OSError) as error:
+        except (MiniloaderError, OSError) as error:
             claims = tuple(_not_judged(one, str(error)) for one in chapter.claims)
         return Result(chapter, bench.facts, tuple(steps), claims)
 
