@@ -24,9 +24,11 @@ def blocks(language: str) -> list[str]:
 
 
 def masked(text: str) -> list[str]:
-    """Lines without what differs from run to run: process numbers, addresses, where the checkout lies."""
+    """Lines without what differs from run to run: process numbers (and how wide their column is), addresses,
+    where the checkout lies.
+    """
     text = re.sub(r"^ *\d+ [0-9a-f]{6,} ", "PID BASE ", text.replace(f"{ROOT}/", ""), flags=re.MULTILINE)
-    return [line.rstrip() for line in text.splitlines()]
+    return [line.strip() for line in text.splitlines()]
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
