@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self, get_args
 
-from miniloader.errors import UsageError
+from miniloader.errors import MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
+from miniloader.kernel.files import write_whole
 
 __all__ = [
     "Audit",
@@ -184,9 +185,12 @@ class Audit:
             raise UsageError(f"no audit as --save or --json writes it: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file."""
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file)
+        """Write it to a file: all of it, or nothing; MiniloaderError says why not."""
+        text = json.dumps(self.to_json())  # ASCII, whatever the names
+        try:
+            write_whole(path, [text.encode()])
+        except OSError as error:
+            raise MiniloaderError(f"{os.fspath(path)}: cannot write the audit: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

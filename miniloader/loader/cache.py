@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from miniloader.errors import LoadError
+from miniloader.kernel.files import write_whole
 
 __all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "write_file"]
 
@@ -71,20 +72,7 @@ def write_file(name: str, parts: Iterable[Any]) -> None:
     """Write ``parts`` (bytes, arrays) as the file ``name``: all or nothing; :class:`LoadError`."""
     try:
         with _opened(create=True) as place:
-            new = f"{name}.{secrets.token_hex(8)}"
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
-            try:
-                with open(fd, "wb", closefd=False) as file:
-                    file.writelines(parts)
-                os.fchmod(fd, 0o400)
-                os.fsync(fd)
-                os.rename(new, name, src_dir_fd=place, dst_dir_fd=place)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(new, dir_fd=place)
-                raise
-            finally:
-                os.close(fd)
+            write_whole(name, parts, mode=0o400, dir_fd=place)
             os.fsync(place)
     except OSError as error:
         raise LoadError(f"{os.path.join(directory(), name)}: {error.strerror}") from None

@@ -11,7 +11,6 @@ import base64
 import errno
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -22,6 +21,7 @@ from markupsafe import Markup
 
 from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
+from miniloader.kernel.files import write_whole
 from miniloader.report.film import Film, encode, table_of
 from miniloader.report.terminal import size
 
@@ -70,7 +70,11 @@ def refuse_unwritable(path: Path) -> None:
 
 def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:
     """Render ``template`` with ``view`` and write it to ``path``: all of it, or nothing."""
-    _write(_environment().get_template(template).render(view), path)
+    text = _environment().get_template(template).render(view)
+    try:
+        write_whole(path, [text.encode()])
+    except OSError as error:
+        raise MiniloaderError(f"{os.fspath(path)}: cannot write the page: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------- rendering
@@ -126,38 +130,3 @@ def _text(name: str) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-# ------------------------------------------------------------------------------------------ writing
-def _write(text: str, path: Path) -> None:
-    """Write a file whole: under another name beside it, to the disk, then renamed."""
-    path = os.fspath(path)
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, a pipe
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-            return
-        _replace(text, os.path.realpath(path))
-    except OSError as error:
-        raise MiniloaderError(f"{path}: cannot write the page: {error.strerror}") from error
-
-
-def _replace(text: str, path: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".miniloader-", suffix=".html")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, 0o666 & ~_umask())
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    """The mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,74 @@
+"""Writing files whole: whoever reads one finds all of it, or what was there before.
+
+The bytes go to another name beside it, to the disk, and only then take the name (rename(2) is atomic).  A
+full disk, a limit or an interrupt on the way leaves nothing behind.  Everything that miniloader keeps in a
+file is written here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final
+
+__all__ = ["write_whole"]
+
+_STREAMS: Final = ("/dev/", "/proc/")
+
+
+def write_whole(
+    path: str | os.PathLike[str], parts: Iterable[Any], *, mode: int | None = None, dir_fd: int | None = None
+) -> None:
+    """Write ``parts`` (bytes, arrays) as the file ``path``, relative to ``dir_fd`` if that is given.
+
+    The permissions are ``mode``; else those of the file that is replaced, or what the umask leaves.  Where a
+    symbolic link leads is replaced, not the link.  What is no regular file (a pipe, ``/dev/stdout``) is
+    written to as it is.  Raises OSError.
+    """
+    name = os.fspath(path)
+    if dir_fd is None:
+        if _is_stream(name):
+            with open(name, "wb") as file:
+                file.writelines(parts)
+            return
+        name = os.path.realpath(name)
+    mode = _mode_of(name, dir_fd) if mode is None else mode
+    new = os.path.join(os.path.dirname(name), f".miniloader-{secrets.token_hex(8)}")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+    try:
+        with open(fd, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        os.rename(new, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new, dir_fd=dir_fd)
+        raise
+
+
+def _is_stream(path: str) -> bool:
+    """Whether there is something that cannot be replaced; standard output is not, even if it is a file."""
+    try:
+        return path.startswith(_STREAMS) or not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _mode_of(name: str, dir_fd: int | None) -> int:
+    """The permissions of the file that is there; of a new one those that open(2) would give it."""
+    try:
+        return stat.S_IMODE(os.stat(name, dir_fd=dir_fd).st_mode)
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    """The mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
