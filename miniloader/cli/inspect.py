@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from miniloader.errors import UsageError
+
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage
 
@@ -15,9 +17,15 @@ HELP = "show what the file says, and the mmap calls that will map it"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The library, and which of the long lists to show."""
-    parser.add_argument("library", metavar="LIB", help="a path, or a name such as libz.so.1; of any machine")
+    parser.add_argument(
+        "library", metavar="LIB", nargs="?", help="a path, or a name such as libz.so.1; of any machine"
+    )
     parser.add_argument("--symbols", action="store_true", help="list the dynamic symbols")
-    parser.add_argument("--checks", action="store_true", help="list every rule and whether the file keeps it")
+    parser.add_argument(
+        "--checks",
+        action="store_true",
+        help="list every rule and whether the file keeps it; without LIB, what the rules are",
+    )
     parser.add_argument(
         "--search", action="store_true", help="show where each library it needs is looked for"
     )
@@ -30,6 +38,8 @@ def _bytes(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the file; print it as JSON or for a person."""
+    if arguments.library is None:
+        return _reference(arguments)
     from miniloader.elf import inspect
     from miniloader.kernel.syscalls import PAGE_SIZE
 
@@ -39,6 +49,22 @@ def run(arguments: argparse.Namespace) -> int:
         _print_json(image, page_size, arguments)
     else:
         _print(image, page_size, arguments)
+    return 0
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    """What the rules are."""
+    if not arguments.checks:
+        raise UsageError("the following arguments are required: LIB", hint="see miniloader inspect --help")
+    from miniloader.report import inspect as say
+    from miniloader.report import inspect_view
+    from miniloader.report.json import dump
+    from miniloader.report.lines import room, show
+
+    if arguments.json:
+        dump({"checks": say.rules_json()})
+    else:
+        show(inspect_view.rules(room()[1]))
     return 0
 
 

@@ -307,6 +307,8 @@ def read_symbols(
     dtype = symbol_dtype(elf_class, order)
     if strings is None:
         strings = read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB") if DT_STRTAB in tags else b""
+    if DT_SYMTAB not in tags and at_least > 1:
+        raise ElfError(name, "DT_SYMTAB", "none", f"a table of {at_least} symbols, which relocations use")
     if DT_SYMTAB not in tags:
         return SymbolTable(np.empty(0, dtype), strings, None, np.empty(0, np.uint16))
     if tags.get(DT_SYMENT, dtype.itemsize) != dtype.itemsize:

@@ -64,7 +64,9 @@ def _records(
         vaddr += step
 
 
-def _text(strings: Bytes, offset: int) -> str:
+def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
+    if offset >= len(strings):
+        raise ElfError(name, what, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes")
     return string_at(strings, offset).decode("utf-8", "backslashreplace")
 
 
@@ -79,10 +81,13 @@ def _needed(
         total += count
         if total > _MOST:
             raise ElfError(name, "DT_VERNEED", f"{total} versions", f"at most {_MOST}")
-        library = _text(strings, file)
+        library = _text(strings, file, "DT_VERNEED", name)
         for _, (_, flags, index, label, _) in _records(read, at + aux, count, auxiliary, "DT_VERNEED", name):
             weak = bool(flags & _VER_FLG_WEAK)
-            yield index & ~VERSION_HIDDEN, Version(_text(strings, label), library, weak=weak)
+            yield (
+                index & ~VERSION_HIDDEN,
+                Version(_text(strings, label, "DT_VERNEED", name), library, weak=weak),
+            )
 
 
 def _defined(
@@ -95,4 +100,7 @@ def _defined(
         read, tags[DT_VERDEF], number, define, "DT_VERDEF", name
     ):
         label, _ = auxiliary.unpack(read(at + aux, auxiliary.size, "DT_VERDEF"))
-        yield index & ~VERSION_HIDDEN, Version(_text(strings, label), None, base=bool(flags & _VER_FLG_BASE))
+        yield (
+            index & ~VERSION_HIDDEN,
+            Version(_text(strings, label, "DT_VERDEF", name), None, base=bool(flags & _VER_FLG_BASE)),
+        )

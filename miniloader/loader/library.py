@@ -290,7 +290,8 @@ def _sweep() -> None:
     kept = [
         library
         for library in _present
-        if library.handles or library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE)
+        if library.handles
+        or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
     ]
     _add_what_they_use(kept)
     gone = [library for library in _in_destructor_order() if library not in kept]

@@ -311,7 +311,8 @@ class Graph:
         if mine is not None:
             self.event("need", library.name, f"{name}: loaded already", needed=name, path=mine.name)
             return mine
-        handle = host.open_host(name, load=is_one_of(name, _FROM_HOST))
+        # A path could lead to any file, which dlopen would run.
+        handle = host.open_host(name, load="/" not in name and is_one_of(name, _FROM_HOST))
         if handle is not None:
             return self._from_host(name, library, handle)
         found = find(name, library.asker())

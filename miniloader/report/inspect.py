@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping, Span
 from miniloader.errors import ElfError
+
+if TYPE_CHECKING:
+    from miniloader.elf.checks import Rule
 
 __all__ = [
     "Call",
@@ -19,6 +22,7 @@ __all__ = [
     "checks_json",
     "machine_name",
     "readable",
+    "rules_json",
     "to_json",
     "type_name",
 ]
@@ -83,16 +87,29 @@ def symbol_counts(image: ElfImage) -> tuple[int, int]:
     return int(image.symbols.defined.sum()), int(image.symbols.undefined.sum())
 
 
+def rules_json() -> list[dict[str, str]]:
+    """Every rule: ``name, protects, source, severity``."""
+    from miniloader.elf.checks import RULES
+
+    return [_rule(rule) for rule in RULES]
+
+
+def _rule(rule: Rule) -> dict[str, str]:
+    return {
+        "name": rule.name,
+        "protects": rule.protects,
+        "source": rule.source,
+        "severity": rule.severity,
+    }
+
+
 def checks_json(image: ElfImage) -> list[dict[str, Any]]:
     """Every rule with its outcome: ``name, protects, source, severity, outcome, problems``."""
     from miniloader.elf.checks import outcomes
 
     return [
         {
-            "name": rule.name,
-            "protects": rule.protects,
-            "source": rule.source,
-            "severity": rule.severity,
+            **_rule(rule),
             "outcome": "broken" if broken else "holds",
             "problems": [asdict(problem) for problem in broken],
         }

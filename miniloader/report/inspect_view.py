@@ -19,7 +19,7 @@ from miniloader.report.lines import Line, Piece, columns, heading, legend
 from miniloader.report.symbols import symbol_list
 from miniloader.report.words import PROTECTION_STYLES, count, level, size
 
-__all__ = ["checks", "page", "symbols"]
+__all__ = ["checks", "page", "rules", "symbols"]
 
 #: Columns from which on there is room for remarks beside the calls.
 _ROOMY: Final = 130
@@ -243,6 +243,16 @@ def checks(image: ElfImage, width: int | None) -> Iterator[Line]:
         outcome = ("  broken", _STYLES[broken[0].severity]) if broken else ("  holds", "green")
         rows.append((outcome, rule.name, f"{rule.protects} ({rule.source})"))
         rows += [("", "", (_fault(problem), "bold")) for problem in broken]
+    yield from columns(rows, width)
+
+
+def rules(width: int | None) -> Iterator[Line]:
+    """Every rule: what it protects from, and who asks for it."""
+    yield heading("Checks", "what must hold before anything is mapped")
+    rows: list[tuple[Piece, ...]] = [
+        ((f"  {rule.severity}", _STYLES[rule.severity]), rule.name, f"{rule.protects} ({rule.source})")
+        for rule in RULES
+    ]
     yield from columns(rows, width)
 
 
