@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import json
 import os
 import re
@@ -110,6 +111,9 @@ def test_a_module_is_led_too_and_its_forks(server: Workers) -> None:
     assert len({*server.pids, *children.pids, *grandchildren.pids}) == 7
     assert grandchildren[0].call("handle", 0) == [102]
     assert (server + children + grandchildren).call("handle", 0) == [101, 102, 102, 103, 102, 102, 102]
+    for pid in grandchildren.pids:  # none has its relatives' connections
+        ends = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        assert len([end for end in ends if end.startswith("socket:")]) == 1
     assert grandchildren.call("os:getppid") == [pid for pid in children.pids for _ in range(2)]
     assert server.call("Shop.handle") == ["{1}"]  # no JSON: its repr
     children[0].write("demo_counters", 7, library="libdemo")
@@ -165,10 +169,10 @@ def test_what_a_crew_cannot_do(crew: StartCrew, workers: Workers) -> None:
 
 
 def test_a_death_is_reported_and_nobody_is_left(crew: StartCrew, demo: Path) -> None:
-    workers = crew(2, library=demo)
+    workers = crew(2, library=demo, by="dlopen")
     with pytest.raises(WorkerError, match=r"\(pid \d+\): killed by SIGSEGV at step write demo_greeting$"):
         workers.write("demo_greeting", 1)
-    others = crew(2, library=demo)
+    others = crew(2, library=demo, by="dlopen")
     os.kill(others.pids[1], signal.SIGKILL)
     os.waitid(os.P_PID, others.pids[1], os.WEXITED | os.WNOWAIT)
     with pytest.raises(WorkerError, match=r"worker 2 of 2 .*: killed by SIGKILL at step looked"):
@@ -183,6 +187,22 @@ def test_the_death_of_a_fork(server: Workers) -> None:
         children[0].call("sys:exit", 3)
     with pytest.raises(ProcessGone):
         children.snapshot(library="libdemo")
+
+
+def test_forks_are_reaped_as_well(crew: StartCrew) -> None:
+    """By their parents, at the end: nothing waits for whoever reaps orphans here."""
+    adopt_orphans = 36  # PR_SET_CHILD_SUBREAPER
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(adopt_orphans, 1, 0, 0, 0) == 0
+    try:
+        workers = crew(2, module="json")
+        children = workers.fork(2)
+        workers._crew.close()
+        for pid in children.pids:
+            with pytest.raises(ChildProcessError):
+                os.waitpid(pid, 0)
+    finally:
+        libc.prctl(adopt_orphans, 0, 0, 0, 0)
 
 
 def test_what_a_function_raises(server: Workers) -> None:
@@ -204,11 +224,13 @@ def test_the_budget_is_the_kernel_s_count(workers: Workers, demo: Path) -> None:
     for step, written in (("loaded", 0), ("written", 1)):
         if written:
             workers[0].write("demo_spare", 1)
+            workers[0].write("demo_history", 1, offset=2 * PAGE_SIZE)  # bss was never the file's
         looked = workers.snapshot(step)
         most = RELOCATED + written
         counts = [anonymous_pages(pid, demo.resolve()) for pid in workers.pids]
         assert counts == [most, RELOCATED, RELOCATED]
         assert_private_pages(looked, at_most=most)
+        assert_copied_only(looked, symbols=["demo_spare"])
         message = failure(assert_private_pages, looked, at_most=most - 1, library="libdemo")
         who = 1 if written else 3
         assert message.startswith(
@@ -285,7 +307,7 @@ def test_bytes_that_belong_to_no_symbol(server: Workers) -> None:
     memory = server.snapshot(library="libdemo").library()
     (_, end), (history, _) = memory.symbol("demo_current")[0], memory.symbol("demo_history")[0]
     assert end < history
-    server.call("ctypes:memset", memory.look.processes[0].base + end, 1, 8)
+    server.call("ctypes:memset", memory.look.processes[0].base + end, 1, 1)
     message = failure(assert_copied_only, server.snapshot(library="libdemo"), symbols=["demo_current"])
     assert f"{end:#x}  what has no symbol was written by 1 of 1 process" in message
 
@@ -396,7 +418,8 @@ def test_pages_that_nobody_has_are_no_evidence(workers: Workers) -> None:
 
 
 def test_a_library_that_cannot_be_told_about(crew: StartCrew, fixture_library: Callable[[str], Path]) -> None:
-    looked = crew(2, library=fixture_library("demo_no_sections")).snapshot("bare")
+    bare = fixture_library("demo_no_sections")
+    looked = crew(2, library=bare, by="dlopen").snapshot("bare")
     with pytest.raises(UsageError, match=r"no section \.text in memory; it has none at all"):
         assert_shared(looked, section=".text")
     with pytest.raises(UsageError, match="no symbol demo_none in memory"):
@@ -407,7 +430,7 @@ def test_a_library_that_cannot_be_told_about(crew: StartCrew, fixture_library: C
         assert_private_pages(looked, at_most=1, library="libnosuch")
     with pytest.raises(UsageError, match="no snapshot to judge"):
         assert_shared([])
-    others = crew(2, library=fixture_library("demo_no_sections")).snapshot()
+    others = crew(2, library=bare, by="dlopen").snapshot()
     with pytest.raises(UsageError, match="different processes"):
         assert_copied_only([looked, others])
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from miniloader.errors import EvidenceError, UsageError, printable
-from miniloader.evidence.cause import bit
 from miniloader.evidence.sharing import (
     CHANGED,
     COPIED,
@@ -283,9 +282,6 @@ def _changed(old: NDArray[np.void], new: NDArray[np.void]) -> Iterable[int]:
     for vaddr in sorted({*was, *now}):
         word = now.get(vaddr, was.get(vaddr))
         if word is None or (vaddr in was and vaddr in now and was[vaddr]["live"] == now[vaddr]["live"]):
-            continue
-        if int(word["cause"]) & bit("overwritten"):  # what was there before is relocated, and not known here
-            yield vaddr
             continue
         first, second = (
             int(words[vaddr]["live"]) if vaddr in words else int(word["file"]) for words in (was, now)
