@@ -138,10 +138,13 @@ def _encoded(film: Film, left_out: Sequence[str]) -> dict[str, Any]:
     before: dict[str, Table] = {}
     flag_sets: dict[int, int] = {0: 0}
     mappings: dict[str, int] = {}
+    drawn = np.concatenate([np.arange(one.start, one.stop) for one in film.groups] or [np.arange(0)])
+    found: set[int] = set()  # states
     scenes = []
     for scene in film.scenes:
         sharing = analyse(scene.snapshot)
         partners = sharing.partners.astype(np.int64)
+        found.update(np.unique(sharing.states[:, drawn]).tolist())
         told = _told(_aligned(scene.snapshot, sharing), flag_sets)
         tables = {"cells": _cells(sharing, partners)} | {
             name: values for called, name, values in told if called not in left_out
@@ -184,6 +187,7 @@ def _encoded(film: Film, left_out: Sequence[str]) -> dict[str, Any]:
         "pages": len(vaddrs),
         "at": film.start,
         "groups": [[one.start, one.stop, one.name, one.about] for one in film.groups],
+        "legend": sorted(found),
         "states": [[state.name, state.sign, state.help] for state in STATES],
         "level": level,
         "shows": next(one.shows for one in LEVELS if one.name == level),

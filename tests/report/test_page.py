@@ -33,6 +33,7 @@ from tests.report.conftest import Open, Opened
 
 NAMES = [step.name for step in STEPS]
 HOSTILE = "<img src=x onerror=document.title=1>&\x1b[2J\u202e.so"
+HOSTILE_NAME = "<b>\x1b[2J&\"'"  # of a process
 PAGES = ("proof", "audit", "walkthrough", "big")
 
 needs_pages = pytest.mark.skipif(
@@ -80,6 +81,7 @@ def walkthrough_page(directory: Path) -> Path:
 def load_demo(demo: Path) -> None:
     library = miniloader.load(demo)
     library.function("demo_next", ctypes.c_long)()  # writes demo_counters
+    Path("/proc/self/comm").write_text(HOSTILE_NAME)
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +369,9 @@ def test_an_audit_is_drawn_as_it_was_found(audit_page: Path, open_page: Open) ->
     opened = open_page(audit_page)
     names = opened.film("film => film.data.scenes.map((one) => one.name)")
     assert names == ["start", "1 s later"]
+    shown = HOSTILE_NAME.replace("\x1b", "\\x1b")
+    assert [name.rpartition(" ")[0] for name in opened.film("film => film.data.rows")] == [shown] * 2
+    assert opened.page.locator("main td b").count() == 0
     copied = next(state.code for state in STATES if state.name == "copied")
     pages = opened.film(
         "(film, copied) => film.data.columns.filter((page) => film.data.state(0, 0, page) === copied)",

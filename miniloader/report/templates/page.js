@@ -65,39 +65,34 @@
       });
       this.decoded = [];
     }
-    // {cells, frames, flags, counts}: each an array of rows, one a process; decoded when first looked at.
-    scene(step) {
-      for (let at = this.decoded.length; at <= step; at++) {
-        const told = this.scenes[at], before = this.decoded[at - 1], scene = {};
-        const partner = (row, page) => (scene.cells[row][page] / CELL | 0) - 2;
-        for (const name of ["cells", "frames", "flags", "counts"]) {
-          if (!told[name]) continue;
-          scene[name] = [];
-          told[name].forEach((number, row) => {
-            const values = expand(this.encoded[number], new Float64Array(this.pages));
-            for (let page = 0; page < values.length; page++) {
-              if (values[page] === SAME_AS_BEFORE) values[page] = before[name][row][page];
-              else if (values[page] === SAME_AS_PARTNER) values[page] = scene[name][partner(row, page)][page];
-            }
-            scene[name].push(values);
-          });
+    // One of cells, frames, flags, counts: an array of rows, one a process; decoded when first looked at.
+    table(step, name) {
+      const known = this.decoded[step] ??= {};
+      if (known[name] || !this.scenes[step][name]) return known[name];
+      const cells = name === "cells" ? null : this.table(step, "cells"), rows = known[name] = [];
+      this.scenes[step][name].forEach((number, row) => {
+        const values = expand(this.encoded[number], new Float64Array(this.pages));
+        const before = values.includes(SAME_AS_BEFORE) ? this.table(step - 1, name)[row] : null;
+        for (let page = 0; page < values.length; page++) {
+          if (values[page] === SAME_AS_BEFORE) values[page] = before[page];
+          else if (values[page] === SAME_AS_PARTNER) values[page] = rows[(cells[row][page] / CELL | 0) - 2][page];
         }
-        this.decoded.push(scene);
-      }
-      return this.decoded[step];
+        rows.push(values);
+      });
+      return rows;
     }
-    state(step, row, page) { return this.scene(step).cells[row][page] % CELL; }
+    state(step, row, page) { return this.table(step, "cells")[row][page] % CELL; }
     // The first process that has the same frame for this page (maybe itself), -1: no frame.
     owner(step, row, page) {
-      const code = this.scene(step).cells[row][page] / CELL | 0;
+      const code = this.table(step, "cells")[row][page] / CELL | 0;
       return code === 0 ? -1 : code === 1 ? row : code - 2;
     }
     frame(step, row, page) {
-      const frames = this.scene(step).frames;
+      const frames = this.table(step, "frames");
       return frames && frames[row][page] ? frames[row][page] + page - this.pages : 0;
     }
-    flagsOf(step, row, page) { const all = this.scene(step).flags; return all ? this.flags[all[row][page]] : ""; }
-    count(step, row, page) { const all = this.scene(step).counts; return all ? all[row][page] - 1 : -1; }
+    flagsOf(step, row, page) { const all = this.table(step, "flags"); return all ? this.flags[all[row][page]] : ""; }
+    count(step, row, page) { const all = this.table(step, "counts"); return all ? all[row][page] - 1 : -1; }
     holders(step, row, page) {
       const owner = this.owner(step, row, page);
       return owner < 0 ? [] : this.rows.map((_, other) => other).filter((other) => this.owner(step, other, page) === owner);
@@ -369,7 +364,7 @@
       if (this.whole) { scale.textContent = data.groups.length > 1 ? "All pages are shown, one cell each; gaps between mappings are left out." : ""; return; }
       const rows = data.rows.length, height = Math.max(2, Math.min(9, Math.floor(110 / rows)));
       const to = prepare(this.over, this.width, rows * height + 24), spans = this.spans();
-      const rank = [0, 2, 1, 4, 3, 0.5, 5, 6, 5], cells = data.scene(this.step).cells;  // what is shown where several pages fall on one pixel
+      const rank = [0, 2, 1, 4, 3, 0.5, 5, 6, 5], cells = data.table(this.step, "cells");  // what is shown where several pages fall on one pixel
       for (const [group, span] of spans.entries()) {
         to.fillStyle = palette.ink; to.font = '11px ui-monospace, "DejaVu Sans Mono", monospace'; to.textBaseline = "middle"; to.textAlign = "left";
         const name = data.groups[group][2];
@@ -565,9 +560,8 @@
       return make("table", {}, make("thead", {}, head), body);
     }
     legend() {
-      const { data } = this, used = new Set();
-      data.scenes.forEach((_, step) => data.scene(step).cells.forEach((row) => { for (const page of data.columns) used.add(row[page] % CELL); }));
-      $(this.figure, ".legend").replaceChildren(...[...used].sort((one, other) => one - other).map((state) => {
+      const { data } = this;
+      $(this.figure, ".legend").replaceChildren(...data.legend.map((state) => {
         const canvas = make("canvas", { ariaHidden: "true" });
         const item = make("li", {}, canvas, make("span", { textContent: `${data.states[state][0]}: ${data.states[state][2]}` }));
         const owner = state === COPIED ? 1 : state === COPIED_SHARED ? 0 : -1;
