@@ -6,6 +6,7 @@ with the calls it made.  No child outlives its ``with`` block, nor the thread th
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import pickle
@@ -113,6 +114,7 @@ def _be_the_child(body: Body, turns: int, answers: int) -> NoReturn:
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its crash is part of the lesson
         calls = Calls()
         steps = body(calls)

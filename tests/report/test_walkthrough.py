@@ -1,0 +1,208 @@
+"""The parts of the walkthrough as they are printed: each at every width, and what a reader may rely on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from functools import cache
+from io import StringIO
+
+import pytest
+from rich.console import Console, RenderableType
+
+from miniloader.evidence.snapshot import Target, take
+from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
+from miniloader.report import walkthrough
+from miniloader.report.grid import explained, matrix, matrix_legend
+from miniloader.walkthrough import cow, relocation
+from miniloader.walkthrough.bench import Bench
+from miniloader.walkthrough.model import (
+    Answer,
+    Call,
+    Choice,
+    Evidence,
+    Line,
+    Listing,
+    PageBytes,
+    Question,
+    Result,
+    Row,
+    Step,
+    Table,
+    Word,
+)
+from miniloader.walkthrough.perform import perform
+
+QUESTION = Question("Which?", (Choice("this", "It is not."), Choice("that", "It is.")), 1)
+
+
+def lines(part: RenderableType, width: int = 80) -> list[str]:
+    out = Console(file=StringIO(), width=width, markup=False, emoji=False, highlight=False)
+    out.print(part)
+    text = out.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def step(width: int = 80, told: Collection[int] = (), **seen: object) -> list[str]:
+    return lines(walkthrough.step_view(1, Step("name", "did.", **seen), width, told), width)[2:]  # type: ignore[arg-type]
+
+
+@cache
+def result(level: str | None = None) -> Result:
+    return perform(cow.CHAPTER, level=level)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ the question
+def test_a_wrong_answer_is_explained() -> None:
+    wrong = lines(walkthrough.correction(QUESTION, 0))
+    assert wrong == ["✘ not so", "1: this. It is not.", "The answer is 2: that. It is."]
+    assert lines(walkthrough.correction(QUESTION, 1)) == ["✔ right", "The answer is 2: that. It is."]
+    assert lines(walkthrough.correction(QUESTION, None)) == ["The answer is 2: that. It is."]
+
+
+def test_the_choices_are_numbered() -> None:
+    assert lines(walkthrough.question(QUESTION)) == [
+        "── What do you expect?",
+        "Which?",
+        "  1  this",
+        "  2  that",
+    ]
+
+
+# ---------------------------------------------------------------------------------------- the experiment
+def test_calls_and_accesses_are_told_apart_and_by_whom() -> None:
+    calls = (Call("open(x)", "3"), Call("p[0]", '"a"', "child", access=True), Call("close(3)", "0", "child"))
+    assert step(calls=calls) == [
+        "",
+        "  this process open(x) = 3",
+        '  child        p[0] → "a"',
+        "               close(3) = 0",
+    ]
+    alone = (Call("open(x)", "3"), Call("note"))
+    assert step(calls=alone) == ["", "   open(x) = 3", "   note"]
+
+
+def test_what_changed_is_marked_without_colour() -> None:
+    rows = (Row("page 0", "here", "here"), Row("page 1", "here", "there"))
+    shown = step(evidence=(Evidence("Pages", "/proc", rows),))
+    assert shown[-2:] == ["     page 0  here    here", "  ≠  page 1  here    there"]
+
+
+@pytest.mark.parametrize(("width", "row"), [(80, 16), (60, 8)])
+def test_bytes_are_marked_below(width: int, row: int) -> None:
+    page = PageBytes("page", 0x1000, bytes(32), bytes(9) + b"\x01\x02" + bytes(21), (Word(9, 2, "a store"),))
+    shown = step(width, bytes=(page,))
+    start = shown.index("   page") + 1
+    first, after, marks, name = shown[start : start + 4]
+    address = 0x1000 + 9 // row * row
+    assert first == f"   {address:#x}  before  {' '.join(['00'] * row)}"
+    assert after[marks.index("^") : marks.rindex("^") + 1] == "01 02"
+    assert (marks.count("^"), name.strip()) == (5, "a store")
+    assert len(shown) == start + 4  # no other row has changed
+
+
+def test_a_listing_leads_to_its_slots() -> None:
+    code = (
+        Line(0x10, b"\xff", "jmp slot", 0x80),
+        Line(0x12, b"\xff", "jmp slot", 0x80),
+        Line(0x14, b"\xc3", "ret"),
+    )
+    shown = step(listing=Listing("code", code, ((0x80, "puts", "stub", "libc"),)))
+    assert shown[1:] == [
+        "   code",
+        "   10  jmp slot  → slot 0x80",
+        "         ↳ puts",
+        "           before: stub",
+        "           after:  libc",
+        "   12  jmp slot  → slot 0x80",
+        "   14  ret",
+    ]
+
+
+def test_nothing_from_outside_acts_on_the_terminal() -> None:
+    evil = "\x1b[31m"
+    page = PageBytes(evil, 0, b"\0", b"\1", (Word(0, 1, evil),))
+    seen = {
+        "calls": (Call(evil, evil, evil),),
+        "saw": (evil,),
+        "evidence": (Evidence(evil, "", (Row(evil, evil, evil),)),),
+        "tables": (Table(evil, ("a",), ((evil,),)),),
+        "bytes": (page,),
+        "listing": Listing(evil, (Line(0, b"", evil, 0),), ((0, evil, evil, evil),)),
+    }
+    shown = "\n".join(step(**seen))
+    assert "\x1b" not in shown
+    assert shown.count(r"\x1b") == 17
+
+
+# -------------------------------------------------------------------------------------------- the grid
+def test_the_grid_is_what_the_kernel_says() -> None:
+    """Page 2 of four is written: its sign is another, in that row and column only."""
+    with Bench() as bench:
+        fd = bench.keep_open(bench.open(bench.file("file", bytes(4 * PAGE_SIZE)), os.O_RDONLY))
+        both = [bench.keep(bench.mmap(4 * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)) for _ in "ab"]
+        for mapping in both:
+            for page in range(4):
+                bench.load(mapping.page(page))
+        bench.store(both[1].page(2), b"x")
+        targets = [Target(os.getpid(), one.address, 0, one.length) for one in both]
+        snapshot = take(targets, level=bench.level)
+    shown = lines(matrix(snapshot, ("one", "the other"), ((0, "begin"), (2 * PAGE_SIZE, "end")), 80))
+    assert shown == [
+        "           begin end",
+        "           rw-   rw-",
+        "one        ██    ▒█",
+        "the other  ██    B█",
+    ]
+    legend = lines(matrix_legend(snapshot, ()))
+    assert [line[0] for line in legend] == ["█", "▒", "B"]
+    told = explained(snapshot, ())
+    assert matrix_legend(snapshot, (), told).row_count == 0
+
+
+def grids(found: Result, width: int) -> Sequence[str]:
+    told: set[int] = set()
+    shown = []
+    for number, one in enumerate(found.steps, 1):
+        shown += lines(walkthrough.step_view(number, one, width, told), width)
+        told |= walkthrough.told_by(one)
+    return shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_steps_fit(width: int) -> None:
+    for chapter in (cow.CHAPTER, relocation.CHAPTER):
+        shown = grids(perform(chapter), width)
+        assert max(map(len, shown)) <= width
+
+
+def test_a_sign_is_explained_once() -> None:
+    shown = grids(result(), 80)
+    assert sum("a frame of this process alone" in line for line in shown) == 1
+    assert sum("pages in the run below the number" in line for line in shown) == 1
+
+
+def test_a_grid_without_evidence_says_so() -> None:
+    shown = grids(result("totals"), 80)
+    assert any("the kernel does not say at this level" in line for line in shown)
+
+
+# ------------------------------------------------------------------------------------------ what follows
+def test_the_summary_says_what_is_unknown_and_why() -> None:
+    shown = lines(walkthrough.summary([result("totals")]))
+    assert shown[1] == "?  3  MAP_PRIVATE: copy on write  5 proven, 4 unknown"
+    assert "  unknown  evidence here is totals, and this needs flags" in shown
+    assert any(line.startswith("for more  flags") for line in shown)
+
+
+def test_a_snippet_is_python_with_its_task() -> None:
+    text = walkthrough.snippet(cow.CHAPTER)
+    compile(text, "snippet", "exec")
+    assert text.endswith(cow.CHAPTER.exercise.snippet)
+    task = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    assert task.startswith(cow.CHAPTER.exercise.task)
+
+
+def test_what_a_learner_printed_cannot_act() -> None:
+    shown = lines(walkthrough.checked(Answer(False, "\x1b[2J"), "a\n\x1b[2J\n"))
+    assert shown == ["It printed:", "  a", r"  \x1b[2J", "", r"✘ not yet  \x1b[2J"]
