@@ -34,9 +34,12 @@ def address_of(memory: mmap.mmap) -> int:
 
 
 def states_of(memory: mmap.mmap) -> tuple[str, ...]:
-    """The state of each page of a mapping of Python's; EvidenceError where the kernel does not tell."""
+    """The state of each page of a mapping of Python's; EvidenceError where the kernel does not tell.
+
+    By flags, even where frames are told: one process's frames do not say who else has them.
+    """
     start = address_of(memory)
-    snapshot = take([Target(os.getpid(), start, 0, len(memory))])
+    snapshot = take([Target(os.getpid(), start, 0, len(memory))], level="flags")
     if snapshot.processes[0].reason:
         raise EvidenceError(snapshot.processes[0].reason)
     return tuple(STATES[code].name for code in analyse(snapshot).states[0].tolist())

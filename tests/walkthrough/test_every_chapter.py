@@ -1,0 +1,76 @@
+"""What is true of every chapter: its claims hold here, for root and others, and its exercise can be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miniloader.evidence.verdict import Verdict
+from miniloader.kernel.probe import best_level
+from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
+from miniloader.walkthrough.model import Result
+from miniloader.walkthrough.perform import perform
+from miniloader.walkthrough.practice import check_file
+from tests.conftest import AsNobody
+
+
+def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
+    return {
+        claim.id: (claim.verdict, claim.reason or claim.observed) for claim in perform(chapter(name)).claims
+    }
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_claim_holds(name: str) -> None:
+    found = verdicts(name)
+    assert [claim.id for claim in chapter(name).claims] == list(found)
+    amiss = {id: said for id, said in found.items() if said[0] != "proven"}
+    if best_level() != "frames":
+        amiss = {id: said for id, said in amiss.items() if not said[1].endswith("this needs frames")}
+    assert amiss == {}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_an_ordinary_user_sees_nothing_else(name: str, as_nobody: AsNobody) -> None:
+    """What frames prove is unknown to them, and what needs a Python that they cannot read."""
+    verdicts(name)  # imports what such a user may not be able to read
+    found = as_nobody(verdicts, name)
+    assert {id: said for id, said in found.items() if said[0] == "refuted"} == {}
+    for verdict, reason in found.values():
+        assert verdict == "proven" or "this needs frames" in reason or "cannot be started" in reason
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_an_exercise_is_not_done_before_it_is(name: str, tmp_path: Path) -> None:
+    exercise = chapter(name).exercise
+    for text, passed in ((exercise.snippet, False), (exercise.solution, True)):
+        (tmp_path / "try.py").write_text(text)
+        answer, printed = check_file(chapter(name), str(tmp_path / "try.py"))
+        assert answer.passed is passed, (answer.message, printed)
+        assert answer.message
+
+
+def test_a_question_has_one_right_answer_of_several_and_reasons() -> None:
+    for one in chapters():
+        asked = one.question
+        assert 0 <= asked.answer < len(asked.choices) > 1
+        assert len({choice.text for choice in asked.choices}) == len(asked.choices)
+        assert all(choice.why for choice in asked.choices)
+
+
+def test_ids_are_names_of_modules_and_all_different() -> None:
+    for name, one in zip(CHAPTERS, chapters(), strict=True):
+        assert one.id == name
+        assert one.sources
+        assert len({claim.id for claim in one.claims}) == len(one.claims)
+
+
+def test_less_evidence_is_never_a_refutation() -> None:
+    for one in chapters():
+        result: Result = perform(one, level="totals")
+        assert "refuted" not in {claim.verdict for claim in result.claims}
+        levels: dict[str, Any] = {claim.id: claim.level for claim in one.claims}
+        unknown = {claim.id for claim in result.claims if claim.verdict == "unknown"}
+        assert unknown >= {id for id, level in levels.items() if level in ("frames", "flags")}
