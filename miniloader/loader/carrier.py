@@ -153,8 +153,10 @@ def _build(
 
     foreign = list(dict.fromkeys(q.symbol for q in questions if q.symbol is not None))
     symbols = [bytes(SYM.size)]
+    # An empty PT_TLS is none for glibc, which would divide by its alignment, 0.
+    size = max(tls.memsz, 1) if tls is not None else 0
     if tls is not None:
-        symbols.append(SYM.pack(string(name.replace("-", "_")), _GLOBAL_TLS, 0, 1, 0, tls.memsz))
+        symbols.append(SYM.pack(string(name.replace("-", "_")), _GLOBAL_TLS, 0, 1, 0, size))
     first_foreign = len(symbols)
     symbols += (SYM.pack(string(text), _GLOBAL_TLS, 0, 0, 0, 0) for text in foreign)
     # One bucket with a chain through every symbol.
@@ -175,10 +177,10 @@ def _build(
         "dynamic": (len(names) + 9) * DYN.size,
         "answers": 16 * len(questions),
     }
-    for part, size in sizes.items():
+    for part, length in sizes.items():
         at = -(-at // 16) * 16
         places[part] = at
-        at += size
+        at += length
     relocations = b"".join(
         _RELA.pack(
             places["answers"] + 16 * number,
@@ -209,7 +211,7 @@ def _build(
         PHDR.pack(1, 6, 0, 0, 0, end, end, page),
         PHDR.pack(2, 6, *(places["dynamic"],) * 3, len(dynamic), len(dynamic), 8),
         PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),
-        PHDR.pack(7, 4, *(template_at,) * 3, len(template), tls.memsz, align) if tls else bytes(PHDR.size),
+        PHDR.pack(7, 4, *(template_at,) * 3, len(template), size, align) if tls else bytes(PHDR.size),
     ]
     ident = b"\x7fELF\2\1\1" + bytes(9)
     header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size, 0, 0, 64, PHDR.size, 4, 64, 0, 0)
