@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Final
 
 from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf.plan import PlannedMapping
 from miniloader.errors import MiniloaderError
 from miniloader.lab.proof import DECISIVE, STEPS, Proof
 from miniloader.loader import inspect
@@ -16,6 +19,14 @@ from miniloader.report.film import Film, Group, Scene
 from miniloader.report.jumps import jumps
 
 __all__ = ["groups_of", "view_of"]
+
+_WHAT: Final = {
+    "r--": "constants",
+    "r-x": "code",
+    "rw-": "data",
+    "rwx": "writable code",
+    "---": "nothing",
+}
 
 
 def view_of(proof: Proof) -> dict[str, Any]:
@@ -66,17 +77,29 @@ def names_of(proof: Proof) -> tuple[str, ...]:
 
 
 def groups_of(plan: LoadPlan) -> tuple[Group, ...]:
-    """The mappings of ``plan`` without its gaps, each a group of pages."""
-    what = {"r--": "constants", "r-x": "code", "rw-": "data", "rwx": "writable code", "---": "nothing"}
+    """The mappings of ``plan`` without its gaps, each a group of pages; RELRO is one of its own."""
     return tuple(
         Group(
-            (mapping.start - plan.start) // plan.page_size,
-            (mapping.end - plan.start) // plan.page_size,
-            f"{mapping.protection} bss"
-            if mapping.kind == "zero"
-            else f"{mapping.protection} {what.get(mapping.protection, '')}".strip(),
-            "anonymous memory" if mapping.kind == "zero" else f"file offset {mapping.file_offset:#x}",
+            (start - plan.start) // plan.page_size, (end - plan.start) // plan.page_size, *_named(one, relro)
         )
-        for mapping in plan.mappings
-        if mapping.kind != "gap"
+        for one in plan.mappings
+        if one.kind != "gap"
+        for start, end, relro in _parts(one, plan)
     )
+
+
+def _parts(mapping: PlannedMapping, plan: LoadPlan) -> Iterator[tuple[int, int, bool]]:
+    """The mapping in at most three parts: before RELRO, RELRO (True), and after it."""
+    page = plan.page_size
+    low, high = plan.relro.start // page * page, plan.relro.end // page * page
+    edges = sorted({mapping.start, mapping.end, *(e for e in (low, high) if mapping.start < e < mapping.end)})
+    for start, end in pairwise(edges):
+        yield start, end, "w" in mapping.protection and low <= start < high
+
+
+def _named(mapping: PlannedMapping, relro: bool) -> tuple[str, str]:
+    """What a group is called, and what is said about it."""
+    if mapping.kind == "zero":
+        return f"{mapping.protection} bss", "anonymous memory"
+    name = "r-- relro" if relro else f"{mapping.protection} {_WHAT.get(mapping.protection, '')}".strip()
+    return name, f"file offset {mapping.file_offset:#x}"
