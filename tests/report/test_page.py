@@ -36,9 +36,9 @@ HOSTILE = "<img src=x onerror=document.title=1>&\x1b[2J\u202e.so"
 HOSTILE_NAME = "<b>\x1b[2J&\"'"  # of a process
 PAGES = ("proof", "audit", "walkthrough", "big")
 
-needs_pages = pytest.mark.skipif(
-    best_level() not in ("frames", "flags"), reason="this kernel lacks a pagemap that tells of pages"
-)
+LACKS = "this kernel lacks a pagemap that tells of pages"
+has_pages = best_level() in ("frames", "flags")
+needs_pages = pytest.mark.skipif(not has_pages, reason=LACKS)
 
 
 # --------------------------------------------------------------------------------------------- the pages
@@ -86,6 +86,8 @@ def load_demo(demo: Path) -> None:
 
 @pytest.fixture(scope="module")
 def audit_page(demo: Path, directory: Path) -> Path:
+    if not has_pages:
+        pytest.skip(LACKS)
     path = directory / "audit.html"
     with still_child(load_demo, demo) as (one, _), still_child(load_demo, demo) as (other, _):
         audit = miniloader.audit([one, other], library=demo.name)
@@ -187,9 +189,8 @@ def test_the_slider_changes_the_matrix_as_the_data_say(
     assert all(one != other for one, other in pairwise(pictures))
 
 
+@needs_pages
 def test_the_table_says_what_the_matrix_shows(proof: Proof, proof_page: Path, open_page: Open) -> None:
-    if proof.evidence not in ("frames", "flags"):
-        pytest.skip("this kernel lacks a pagemap that tells of pages")
     opened = open_page(proof_page)
     opened.page.locator(".as-text summary").click()
     states = {page["vaddr"]: page["state"] for page in proof.to_json()["steps"][3]["pages"]}
@@ -205,6 +206,7 @@ def test_the_table_says_what_the_matrix_shows(proof: Proof, proof_page: Path, op
     assert told == sum(set(one) != {"absent"} for one in states.values())
 
 
+@needs_pages
 def test_animation_ends_where_the_step_is(proof_page: Path, open_page: Open) -> None:
     still = open_page(proof_page)
     moving = open_page(proof_page, reduced_motion="no-preference", bypass_csp=True)  # to wait for a value
@@ -218,6 +220,7 @@ def test_animation_ends_where_the_step_is(proof_page: Path, open_page: Open) -> 
     assert moving.film(CELLS, argument=0.15) == still.film(CELLS, argument=0.15)
 
 
+@needs_pages
 def test_playing_goes_through_the_steps(proof_page: Path, open_page: Open) -> None:
     opened = open_page(proof_page, bypass_csp=True)  # to wait for a value
     play, pause = (opened.page.get_by_role("button", name=name) for name in ("Play", "Pause"))
@@ -343,9 +346,8 @@ def test_a_page_opens_to_its_bytes(demo: Path, proof: Proof, proof_page: Path, o
     assert section.locator("mark").count() == 0
 
 
+@needs_pages
 def test_code_stands_beside_its_slots(proof: Proof, proof_page: Path, open_page: Open) -> None:
-    if not proof.contents:
-        pytest.skip("this kernel lacks a pagemap that tells of pages")
     opened = open_page(proof_page)
     first = opened.page.locator(".jumps li").first
     assert "rip" in first.locator("mark").inner_text() or os.uname().machine != "x86_64"
@@ -358,6 +360,7 @@ def test_code_stands_beside_its_slots(proof: Proof, proof_page: Path, open_page:
     assert values == [f"{one.base + vaddr:#x}" for one in proof.processes]
 
 
+@needs_pages
 def test_questions_reveal_when_asked(proof_page: Path, open_page: Open) -> None:
     opened = open_page(proof_page)
     choices = opened.page.locator(".question details")
@@ -426,6 +429,7 @@ def brightness(colour: str) -> float:
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
+@needs_pages
 def test_dark_and_light(proof_page: Path, open_page: Open) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     light, dark = (open_page(proof_page, color_scheme=scheme) for scheme in ("light", "dark"))
@@ -437,10 +441,9 @@ def test_dark_and_light(proof_page: Path, open_page: Open) -> None:
     assert light.film(CELLS, argument=0.15) == dark.film(CELLS, argument=0.15)
 
 
+@needs_pages
 def test_without_colour_a_copy_still_differs(proof_page: Path, open_page: Open) -> None:
     """Shape and number: as grey as the shared page is, a copied one has a cut corner."""
-    if best_level() not in ("frames", "flags"):
-        pytest.skip("this kernel lacks a pagemap that tells of pages")
     opened = open_page(proof_page)
     picture = """(film, wanted) => {
       const { data } = film, page = data.columns.findIndex((one) => data.state(film.step, 1, one) === wanted);
