@@ -1,0 +1,128 @@
+"""Files with something wrong: a result or an error that says what, never a crash; glibc's crash list."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fixtures.build import ROOT, build
+from fixtures.campaign import Campaign, minimised
+from fixtures.hostile import Outcome, outcomes_of
+from fixtures.malformed import MALFORMED, dlopened, malformed
+
+
+def test_two_thousand_mutations() -> None:
+    """``tools/fuzz`` tries more of them, with any seed."""
+    campaign = Campaign.of_everything(seed=6)
+    found = list(campaign.outcomes(2000))
+    counts = Counter((outcome.step, outcome.kind) for outcome in found)
+    bad = [outcome for outcome in found if not outcome.allowed]
+    assert not bad, bad[:3]
+    assert counts.total() == 4 * 2000
+    # Not all of them are refused at the first look.
+    assert counts["inspect", "result"] > 1000
+    assert counts["load", "result"] > 300
+    assert counts["load", "ElfError"] > 500
+    assert counts["load", "SymbolError"] > 0
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_each_file_of_the_crash_list_is_refused_by_name_or_harmless(name: str) -> None:
+    found = {outcome.step: outcome for outcome in outcomes_of(malformed(name))}
+    assert all(outcome.allowed for outcome in found.values()), found
+    assert found["load"].kind == ("ElfError" if MALFORMED[name].message else "result")
+    assert MALFORMED[name].message in found["load"].detail
+    assert "\n" not in found["load"].detail
+
+
+def test_what_dlopen_makes_of_the_crash_list() -> None:
+    """The notes are true where they were taken; elsewhere they are only notes."""
+    assert dlopened(build("demo").read_bytes()) == "loads"
+    if os.confstr("CS_GNU_LIBC_VERSION") == "glibc 2.36":
+        for name, each in MALFORMED.items():
+            assert dlopened(malformed(name)).startswith(each.glibc), name
+
+
+def test_a_bad_outcome_is_found_and_minimised() -> None:
+    """With a class of outcome that is not bad, as there is no bad one: the bytes that matter are few."""
+    good = build("demo").read_bytes()
+    bad = bytearray(good)
+    bad[18] = 183  # e_machine
+    bad[0x2000:0x2100] = bytes(range(256))
+    (outcome,) = outcomes_of(bytes(bad), ("load",))
+    small = minimised(bytes(bad), good, outcome)
+    assert [at for at in range(len(good)) if small[at] != good[at]] == [18]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"signal", "signal SIGSEGV"), (b"foreign", "foreign ValueError"), (b"left", "foreign Left")],
+)
+def test_what_is_bad_is_seen(monkeypatch: pytest.MonkeyPatch, data: bytes, kind: str) -> None:
+    """A fuzzer that finds nothing must be one that could."""
+    from fixtures import hostile
+
+    def step(data: bytes) -> None:
+        if data == b"signal":
+            os.kill(os.getpid(), 11)
+        if data == b"foreign":
+            raise ValueError
+        if data == b"left":
+            raise hostile.Left
+
+    outcomes_of(b"")  # everything is imported by now
+    monkeypatch.setitem(hostile.STEPS, "load", step)
+    found = list(hostile.run(3, lambda index: data if index == 1 else b"fine", ("load",)))
+    assert [(one.index, one.kind) for one in found] == [(0, "result"), (1, kind), (2, "result")]
+    assert [one.allowed for one in found] == [True, False, True]
+    assert isinstance(found[1], Outcome)
+
+
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """``tools/fuzz`` in this process, with these arguments."""
+    script = ROOT / "tools" / "fuzz"
+    namespace = runpy.run_path(str(script), run_name="fuzz")
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["fuzz", "--keep", str(tmp_path / "crashers"), *arguments])
+        return int(namespace["main"]())
+
+    return run
+
+
+def test_the_tool_tables_what_it_finds(
+    fuzz: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert fuzz("--runs", "60", "--seed", "9") == 0
+    said = capfd.readouterr().out
+    assert "60 files made of" in said
+    assert "BAD" not in said
+    assert not (tmp_path / "crashers").exists()
+
+
+def test_the_tool_keeps_crashers_and_minimises_them(
+    fuzz: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fixtures import hostile
+
+    def step(data: bytes) -> None:
+        if data[:4] != b"\x7fELF":
+            raise ZeroDivisionError
+
+    outcomes_of(build("demo").read_bytes())  # everything is imported by now
+    monkeypatch.setitem(hostile.STEPS, "plan", step)
+    assert fuzz("--runs", "400", "--seed", "9") == 1
+    assert "foreign ZeroDivisionError" in capfd.readouterr().out
+    small = next((tmp_path / "crashers").glob("plan-foreign-ZeroDivisionError-9-*-small.so"))
+    whole = small.with_name(small.name.replace("-small", ""))
+    assert whole.read_bytes()[:4] != b"\x7fELF" != small.read_bytes()[:4]
