@@ -3,7 +3,8 @@ r"""``/proc/PID/maps``: which ranges of a process's memory are mapped, and from 
 Names come from the kernel as bytes.  It escapes only the newline, as ``\012`` (``seq_file_path``), so a
 name that holds those four characters itself reads the same; and it appends `` (deleted)`` to the name
 of a file that has been unlinked, so a file that is called so reads as deleted.  Both are the kernel's
-ambiguity.  Source: proc_pid_maps(5), ``fs/proc/task_mmu.c``.
+ambiguity; :func:`as_named` settles them where the file is there to be asked.
+Source: proc_pid_maps(5), ``fs/proc/task_mmu.c``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
 
-__all__ = ["Vma", "mappings_of", "parse_vma", "read_maps", "within"]
+__all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
 
@@ -88,7 +89,25 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     EvidenceError where it may not be read.
     """
     lines = read_process_file(pid, "maps").split(b"\n")
-    return tuple(parse_vma(line) for line in lines if line and _overlaps(line, start, end))
+    return tuple(as_named(parse_vma(line)) for line in lines if line and _overlaps(line, start, end))
+
+
+def as_named(vma: Vma) -> Vma:
+    """``vma`` with the name that its file really has, where the kernel's could be read in two ways."""
+    if vma.deleted and _is_named(vma, vma.path + os.fsdecode(_DELETED)):
+        return replace(vma, path=vma.path + os.fsdecode(_DELETED), deleted=False)
+    if "\n" in vma.path and _is_named(vma, vma.path.replace("\n", r"\012")):
+        return replace(vma, path=vma.path.replace("\n", r"\012"))
+    return vma
+
+
+def _is_named(vma: Vma, path: str) -> bool:
+    """Whether the file called ``path`` is the one that is mapped."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == (*vma.device, vma.inode)
 
 
 def _overlaps(line: bytes, start: int, end: int) -> bool:

@@ -13,7 +13,15 @@ from typing import Final
 
 from miniloader.errors import EvidenceError, ProcessGone
 
-__all__ = ["NO_MEMORY", "open_process_file", "process_file", "read_proc_file", "read_process_file", "refusal"]
+__all__ = [
+    "NO_MEMORY",
+    "open_process_file",
+    "process_file",
+    "read_proc_file",
+    "read_process_file",
+    "refusal",
+    "require_proc",
+]
 
 NO_MEMORY: Final = "has no memory (it has ended or executed another program, or is a kernel thread)"
 
@@ -41,6 +49,12 @@ def process_file(pid: int | None, name: str) -> str:
     return f"/proc/{'self' if pid is None or pid == os.getpid() else pid}/{name}"
 
 
+def require_proc() -> None:
+    """Raise EvidenceError where ``/proc`` is not mounted: then nobody can say what there is."""
+    if not os.path.exists("/proc/self"):
+        raise EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
+
+
 def _lives(pid: int | None) -> bool:
     """Whether there is such a process, asked without ``/proc``."""
     try:
@@ -58,8 +72,10 @@ def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
     if error.errno == errno.ESRCH:
         return ProcessGone(pid, NO_MEMORY)
     if error.errno == errno.ENOENT:
-        if not os.path.exists("/proc/self"):
-            return _not_mounted()
+        try:
+            require_proc()
+        except EvidenceError as absent:
+            return absent
         if os.path.exists(process_file(pid, "")):
             return EvidenceError(f"{path}: this kernel has no such file")
         if _lives(pid):
@@ -107,13 +123,8 @@ def read_proc_file(path: str) -> bytes:
         finally:
             os.close(fd)
     except OSError as error:
-        if error.errno == errno.ENOENT and not os.path.exists("/proc/self"):
-            raise _not_mounted() from error
+        require_proc()
         raise EvidenceError(f"{path}: {error.strerror}") from error
-
-
-def _not_mounted() -> EvidenceError:
-    return EvidenceError("/proc: not mounted here", hint="mount it: mount -t proc proc /proc")
 
 
 def _whole(fd: int) -> bytes:

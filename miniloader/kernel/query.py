@@ -14,7 +14,7 @@ from typing import Final
 
 from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.kernel import syscalls
-from miniloader.kernel.maps import Vma
+from miniloader.kernel.maps import Vma, as_named
 from miniloader.kernel.procfs import NO_MEMORY, open_process_file
 
 __all__ = ["MappedVma", "query_vma"]
@@ -76,19 +76,21 @@ def query_vma(pid: int | None, address: int) -> MappedVma | None:
         os.close(fd)
     path = name.value
     return MappedVma(
-        vma=Vma(
-            start=query.vma_start,
-            end=query.vma_end,
-            protection="".join(
-                letter if query.vma_flags & bit else "-"
-                for letter, bit in (("r", _READABLE), ("w", _WRITABLE), ("x", _EXECUTABLE))
-            ),
-            shared=bool(query.vma_flags & _SHARED),
-            file_offset=query.vma_offset,
-            device=(query.dev_major, query.dev_minor),
-            inode=query.inode,
-            path=os.fsdecode(path.removesuffix(_DELETED)),
-            deleted=path.endswith(_DELETED),
+        vma=as_named(
+            Vma(
+                start=query.vma_start,
+                end=query.vma_end,
+                protection="".join(
+                    letter if query.vma_flags & bit else "-"
+                    for letter, bit in (("r", _READABLE), ("w", _WRITABLE), ("x", _EXECUTABLE))
+                ),
+                shared=bool(query.vma_flags & _SHARED),
+                file_offset=query.vma_offset,
+                device=(query.dev_major, query.dev_minor),
+                inode=query.inode,
+                path=os.fsdecode(path.removesuffix(_DELETED)),
+                deleted=path.endswith(_DELETED),
+            )
         ),
         page_size=query.vma_page_size,
         build_id=build_id.raw[: query.build_id_size] if query.build_id_size else None,

@@ -18,6 +18,7 @@ from miniloader.evidence.slots import LOADER, Facts
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.frames import KPF, frame_flags, map_counts
 from miniloader.kernel.probe import best_level
+from miniloader.kernel.procfs import require_proc
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audited import (
     Audit,
@@ -97,6 +98,7 @@ def _wanted(library: str | None) -> Callable[[Identity], bool]:
 
 
 def _chosen(level: LevelName | None) -> LevelName:
+    require_proc()
     names = [known.name for known in LEVELS]
     best = best_level()
     chosen = best if level is None or names.index(level) < names.index(best) else level

@@ -7,7 +7,7 @@ import pwd
 from dataclasses import dataclass
 
 from miniloader.errors import EvidenceError, UsageError
-from miniloader.kernel.procfs import process_file, read_process_file
+from miniloader.kernel.procfs import process_file, read_process_file, require_proc
 from miniloader.lab.audit import matches
 
 __all__ = ["choose"]
@@ -26,8 +26,9 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
 
     ``name`` is a shell pattern (or a part) of the name or the program's file name, ``user`` a name or a
     number, ``tree`` a process whose descendants are meant, itself included.  Raises UsageError for an
-    unknown user, or when there is no process ``tree``.
+    unknown user, or when there is no process ``tree``; EvidenceError where ``/proc`` is not mounted.
     """
+    require_proc()
     every = {one.pid: one for one in _all()}
     chosen = set(every)
     if tree is not None:

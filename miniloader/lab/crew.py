@@ -50,11 +50,11 @@ class Worker:
 
     def __init__(self, number: int, of: int, program: str) -> None:
         with ExitStack() as undo:
-            self._socket, theirs = map(undo.enter_context, socket.socketpair())
-            # What it prints, to be quoted when it dies; a file, so that it never has to wait for a reader.
-            self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
-            undo.callback(os.close, self._output)
             try:
+                self._socket, theirs = map(undo.enter_context, socket.socketpair())
+                # What it prints, to be quoted when it dies; a file, so that it never waits for a reader.
+                self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
+                undo.callback(os.close, self._output)
                 self._process = subprocess.Popen(
                     _command(program, theirs.fileno()),
                     env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from miniloader.elf import LoadPlan, Source
-from miniloader.errors import EvidenceError
+from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import Snapshot, Target, take
 from miniloader.kernel.features import LevelName
@@ -152,14 +152,17 @@ def _threads(pid: int) -> int:
 
 
 def _state_of(path: str) -> FileState:
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ElfError(path, "file", str(error.strerror), "a readable ELF file") from None
     return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
 
 
 def _state_if_there(path: str) -> FileState | None:
     try:
         return _state_of(path)
-    except OSError:
+    except ElfError:
         return None

@@ -17,7 +17,7 @@ from miniloader.loader import Event, Library
 from miniloader.loader.call import Outcome, Value, Written
 from miniloader.loader.events import Stage
 from miniloader.loader.host import HostLibrary
-from miniloader.report.terminal import console
+from miniloader.report.terminal import console, safe
 
 __all__ = ["Narrator", "Used", "View", "as_json", "show", "view_of"]
 
@@ -140,7 +140,9 @@ def _plain(value: Value) -> Value:
 def show(view: View) -> None:
     """Print it."""
     out = console()
-    out.print(Text.assemble((view.path, "bold"), f", load bias {view.base:#x}: as the kernel has it mapped"))
+    out.print(
+        Text.assemble(safe(view.path, "bold"), f", load bias {view.base:#x}: as the kernel has it mapped")
+    )
     out.print(_mappings(view.mappings))
     out.print()
     out.print(_libraries(view.libraries))
@@ -150,9 +152,9 @@ def show(view: View) -> None:
         out.print()
     for outcome in view.outcomes:
         shown = described(outcome.value, outcome.call.result)
-        out.print(Text.assemble(outcome.call.text, " = ", (shown, "bold")), soft_wrap=True)
+        out.print(Text.assemble(safe(outcome.call.text), " = ", (shown, "bold")), soft_wrap=True)
         for written in outcome.written:
-            out.print(f"  {written.argument.text} = {_written(written)}", soft_wrap=True)
+            out.print(safe(f"  {written.argument.text} = {_written(written)}"), soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:
@@ -176,7 +178,7 @@ def _libraries(libraries: Sequence[Used]) -> Table:
     table = _table("library", "base", "loaded by", "file")
     for used in libraries:
         who = "miniloader" if used.ours else "the system's loader"
-        table.add_row(used.name, f"{used.base:x}", who, used.path)
+        table.add_row(safe(used.name), f"{used.base:x}", who, safe(used.path))
     return table
 
 
@@ -226,4 +228,4 @@ class Narrator:
             self._out.print(line, soft_wrap=True)
             head = ""
         name = os.path.basename(event.library)
-        self._out.print(Text.assemble((f"{head:<11}", "bold"), f"{name}: {event.text}"), soft_wrap=True)
+        self._out.print(Text.assemble((f"{head:<11}", "bold"), safe(f"{name}: {event.text}")), soft_wrap=True)

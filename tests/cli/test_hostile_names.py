@@ -1,0 +1,138 @@
+"""Names that want to be more than names: inert in a terminal, whole in JSON, in every command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import build
+from miniloader import cli
+
+#: What a name may do, and the bytes that would do it.
+NAMES: dict[str, bytes] = {
+    "space": b"lib with  spaces .so",
+    "newline": b"lib\nminiloader: proven\n.so",
+    "deleted": b"lib.so (deleted)",
+    "not UTF-8": b"lib\xff\xfe.so",
+    "escape sequence": b"lib\x1b[31m\x1b]0;title\x07\x1b[2J.so",
+    "markup": b"lib[bold red]x[!]<script>alert(1)<b>&amp;:smile:.so",
+    "octal": b"lib\\012x.so",
+    "right to left": "lib\u202egnp.so".encode(),
+    "C1 and line separator": "lib\x9b31m\u2028.so".encode(),
+    "formula": b'=cmd|"x",y.so',
+}
+HOLD = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); print(flush=True); sys.stdin.read()"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A library with such a name, and a process that has it."""
+
+    path: bytes
+    pid: int
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Named]:
+    path = os.fsencode(tmp_path_factory.mktemp("names")) + b"/" + NAMES[request.param]
+    shutil.copy(os.fsencode(build.build("demo")), path)
+    command = [sys.executable, "-c", HOLD, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield Named(path, process.pid)
+        process.kill()
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """What a command prints, when nothing in it can act on a terminal."""
+
+    def run(*words: str | bytes) -> str:
+        assert cli.main([os.fsdecode(word) for word in words]) == 0
+        captured = capfd.readouterr()
+        for text in captured:
+            assert all(line.isprintable() for line in text.split("\n")), text
+            text.encode()  # no surrogates
+        assert captured.err == ""
+        return captured.out
+
+    return run
+
+
+#: The commands that take a library, and what they are asked.
+COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("inspect", "{}"),
+    ("inspect", "{}", "--search"),
+    ("load", "{}", "--trace", "--call", "demo_add(2, 3)->long"),
+    ("disasm", "{}", "demo_add"),
+    ("disasm", "{}", "demo_add", "--loaded"),
+)
+
+
+def filled(command: Sequence[str], path: bytes) -> list[str | bytes]:
+    return [path if word == "{}" else word for word in command]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_for_people_it_is_inert(named: Named, run: Run, command: tuple[str, ...]) -> None:
+    text = run(*filled(command, named.path))
+    assert "miniloader: proven" not in text.splitlines()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--trace" not in c], ids=" ".join)
+def test_json_has_it_whole(named: Named, run: Run, command: tuple[str, ...]) -> None:
+    answer = json.loads(run(*filled(command, named.path), "--json"))
+    assert os.fsencode(answer["path"]) == named.path
+
+
+def test_a_proof_and_its_page(named: Named, run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    run("prove", named.path, "-n", "2", "--html", os.fspath(page))
+    text = page.read_text(encoding="utf-8")
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "<script>alert" not in text
+
+
+def audited(answer: dict[str, Any], named: Named) -> list[bytes]:
+    paths = [os.fsencode(library["path"]) for library in answer["libraries"]]
+    return [path for path in paths if path.startswith(os.path.dirname(named.path))]
+
+
+def test_an_audit_saved_and_compared(named: Named, run: Run, tmp_path: Path) -> None:
+    pid, saved = str(named.pid), os.fspath(tmp_path / "saved")
+    run("audit", pid, "--library", "names", "--save", saved)
+    assert audited(json.loads(Path(saved).read_text()), named) == [named.path]
+    assert audited(json.loads(run("audit", pid, "--library", "names", "--json")), named) == [named.path]
+    run("diff", saved, saved)
+    rows = list(csv.reader(io.StringIO(run("audit", pid, "--library", "names", "--csv"))))
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("command", ["inspect", "load", "disasm", "prove"])
+def test_an_error_about_it_is_one_inert_line(
+    named: Named, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = os.fsdecode(named.path) + ".missing"
+    assert cli.main([command, path, *(["x"] if command == "disasm" else [])]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err[:-1].isprintable()
+    assert re.match("miniloader: .*No such file or directory", err)
