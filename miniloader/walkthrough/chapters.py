@@ -22,6 +22,7 @@ CHAPTERS: Final = (
     "unmappable",
     "segments",
     "relocation",
+    "processes",
     "fork",
 )
 
