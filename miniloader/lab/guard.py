@@ -72,8 +72,9 @@ def _be_the_child(body: Callable[[Doing], int], shared: mmap.mmap) -> None:
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                status = status or 1  # nobody reads it any more, or it is closed
+                if stream is not None:  # as it is where it was closed from the start
+                    stream.flush()
+            except (OSError, ValueError):
+                status = status or 1  # nobody reads it any more
         flush_c_output()
         os._exit(status)

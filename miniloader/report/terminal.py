@@ -35,6 +35,14 @@ _PIPE_WIDTH: Final = 10_000
 _PIPE_DRAWING: Final = 100
 
 
+class _Console(Console):
+    """When nobody reads any more it says so as everything else does; rich's own would leave by SystemExit."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the BrokenPipeError is being handled: let it through."""
+        raise
+
+
 def console(*, stderr: bool = False) -> Console:
     """Standard output (or error) for people.
 
@@ -42,7 +50,7 @@ def console(*, stderr: bool = False) -> Console:
     plain text, and lines as long as they need to be unless ``COLUMNS`` says otherwise.  Strings are shown as
     they are: markup and emoji codes are off, since names such as ``[heap]`` come from outside.
     """
-    out = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    out = _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _PIPE_WIDTH
     return out

@@ -1,0 +1,156 @@
+"""Where a command runs: without /proc, with one that hides processes; who reads what it prints."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from fixtures import build
+from miniloader import cli
+from tests.conftest import become_nobody
+
+COMMAND = [sys.executable, "-m", "miniloader"]
+NO_PROC = "miniloader: /proc: not mounted here; mount it: mount -t proc proc /proc\n"
+DEMO = "{demo}"
+
+#: What can be said without /proc, and what cannot.
+WITHOUT_PROC: tuple[tuple[tuple[str, ...], int], ...] = (
+    (("inspect", DEMO), 0),
+    (("disasm", DEMO, "demo_add"), 0),
+    (("inspect", "libz.so.1"), 3),  # LD_LIBRARY_PATH as it was at the start is in /proc
+    (("load", DEMO), 3),
+    (("load", DEMO, "--no-init"), 3),
+    (("disasm", DEMO, "demo_add", "--loaded"), 3),
+    (("prove", DEMO), 3),
+    (("audit", "1"), 3),
+    (("audit", "--name", "python"), 3),
+    (("doctor",), 3),
+)
+
+
+def words(command: Sequence[str]) -> list[str]:
+    return [str(build.build("demo")) if word == DEMO else word for word in command]
+
+
+@pytest.mark.needs_root("it unmounts /proc in a namespace of its own")
+@pytest.mark.parametrize(("command", "status"), WITHOUT_PROC, ids=[" ".join(c) for c, _ in WITHOUT_PROC])
+def test_without_proc(command: tuple[str, ...], status: int) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("this machine lacks unshare(1)")
+    script = [unshare, "--mount", "sh", "-c", 'umount -l /proc && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*script, *COMMAND, *words(command)], capture_output=True, text=True, check=False, cwd=build.ROOT
+    )
+    assert (done.returncode, done.stderr) == (status, NO_PROC if status else "")
+    assert bool(done.stdout) == (status == 0)
+
+
+@pytest.mark.needs_root("it mounts a /proc of its own")
+def test_a_proc_that_hides_processes() -> None:
+    """hidepid=invisible: the processes of others are not there; one's own can be audited and proven."""
+    with redirect_stdout(io.StringIO()):  # an ordinary user may not be able to import what it needs
+        assert cli.main(["audit", str(os.getpid())]) == 0
+    reading, writing = os.pipe()
+    others = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os._exit(_hidden(others, writing))
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        lines = pipe.read().split("\n")
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77:
+        pytest.skip("this kernel lacks hidepid for a mount of its own")
+    assert lines[0] == "3", lines
+    assert "hides process" in lines[1]
+    assert lines[2] == "2 miniloader: no process fits"
+    assert lines[3] == "0"
+
+
+def _hidden(others: int, writing: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newns, ms_rec, ms_private = 0x20000, 1 << 14, 1 << 18
+    if libc.unshare(clone_newns) or libc.mount(b"none", b"/", None, ms_rec | ms_private, None):
+        return 77
+    if libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=2"):
+        return 77
+    own = os.fork()
+    if own == 0:
+        become_nobody()
+        signal.pause()
+    become_nobody()
+    said = []
+    for command in (["audit", str(others)], ["audit", "--name", "init"], ["audit", str(own)]):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = cli.main(command)
+        said.append((status, out.getvalue(), err.getvalue()))
+    os.kill(own, signal.SIGKILL)
+    os.waitpid(own, 0)
+    hidden = next((line for line in said[0][1].splitlines() if "hides" in line), said[0][1] + said[0][2])
+    lines = [str(said[0][0]), hidden, f"{said[1][0]} {said[1][2].strip()}", str(said[2][0])]
+    os.write(writing, "\n".join(lines).encode())
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- the output
+OUTPUTS = (
+    ("inspect", "libcrypto.so.3"),
+    ("load", DEMO, "--trace"),
+    ("disasm", "libcrypto.so.3", "SHA256"),
+    ("prove", DEMO, "-n", "2", "--steps"),
+    ("audit", str(os.getpid())),
+    ("doctor",),
+)
+
+
+@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+def test_a_reader_that_goes_after_the_first_line(command: tuple[str, ...]) -> None:
+    """``| head -1``: nothing on standard error, no traceback, no signal."""
+    with subprocess.Popen(
+        [*COMMAND, *words(command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=build.ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+def test_a_full_disk_and_no_output_at_all(command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *words(command)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=build.ROOT,
+        )
+    assert (done.returncode, done.stderr) == (1, "miniloader: No space left on device\n")
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *words(command)]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False, cwd=build.ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+def test_a_locale_that_knows_ascii_only(command: tuple[str, ...]) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*COMMAND, *words(command)], capture_output=True, check=False, cwd=build.ROOT, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+    assert done.stdout
