@@ -291,6 +291,7 @@ def _sweep() -> None:
         library
         for library in _present
         if library.handles
+        or library.stays
         or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
     ]
     _add_what_they_use(kept)

@@ -140,7 +140,7 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         name = os.fsencode(ready.names[place])
         values[place], owner = unique.settled(name, int(values[place]), definer)
         if owner is not None:
-            _hold(library, owner)
+            _share(library, owner)
     return values
 
 
@@ -245,7 +245,7 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
     addresses = bindings.addresses()
     for definer in unique.settle(library.symbols, bindings, addresses):
-        _hold(library, definer)
+        _share(library, definer)
     for definer in used(library, bindings):
         _hold(library, definer)
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
@@ -265,6 +265,16 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
         first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}
         owners.sort(key=lambda owner: first[owner])
     return [bindings.scope[owner] for owner in owners]
+
+
+def _share(library: Loaded, definer: Definer) -> None:
+    """Note that ``library`` is bound to a unique symbol of ``definer``, which stays for whoever comes later.
+
+    As glibc's, who does not unload such a library either; without its code nothing can refer to it.
+    """
+    _hold(library, definer)
+    if isinstance(definer, Loaded) and library.policy.init:
+        definer.stays = True
 
 
 def _hold(library: Loaded, definer: Definer) -> None:

@@ -88,6 +88,7 @@ class Loaded:
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.host_handles: list[int] = []  # of what it needs from the system's loader
         self.handles = 0  # how many callers hold it
+        self.stays = False  # until the process ends, whoever closes it
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
 

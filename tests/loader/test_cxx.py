@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,23 +47,62 @@ def test_casts_by_rtti(cxx: miniloader.Library) -> None:
     assert cxx.function("casts")() == 1
 
 
-def test_a_unique_symbol_is_one_per_process(fixture_library: Callable[[str], Path]) -> None:
+def test_a_unique_symbol_is_one_per_process(
+    fixture_library: Callable[[str], Path], in_child: Callable[..., Any]
+) -> None:
     """Whoever came first: here the system's loader, whose copy ours has to bind to."""
-    path = fixture_library("cxx")
-    theirs = ctypes.CDLL(str(path))
-    theirs.unique_counter.restype = ctypes.c_void_p
-    with miniloader.load(path) as ours:
-        assert ours.function("unique_counter", ctypes.c_void_p)() == theirs.unique_counter()
-        assert ours.function("static_text", ctypes.c_void_p)() != 0
-        # Any other symbol is our own.
-        assert ours.address("casts") != ctypes.cast(theirs.casts, ctypes.c_void_p).value
+    path = fixture_library("unique")
+
+    def work() -> tuple[bool, bool]:
+        theirs = ctypes.CDLL(str(path))
+        theirs.unique_counter.restype = ctypes.c_void_p
+        with miniloader.load(path) as ours:
+            one = ours.function("unique_counter", ctypes.c_void_p)() == theirs.unique_counter()
+            other = ctypes.cast(theirs.tell_destruction, ctypes.c_void_p).value
+            return one, ours.address("tell_destruction") == other
+
+    assert in_child(work) == (True, False)  # any other symbol is our own
+
+
+def test_who_defines_a_unique_symbol_stays(
+    fixture_library: Callable[[str], Path], in_child: Callable[..., Any]
+) -> None:
+    """Closing neither unmaps it nor runs its destructors; loading it again finds it as it was."""
+    path = str(fixture_library("unique"))
+
+    def story(load: Callable[[], Any], close: Callable[[Any], None], get: Callable[[Any, str], Any]) -> Any:
+        destroyed = ctypes.c_int(0)
+        library = load()
+        get(library, "tell_destruction")(ctypes.c_void_p(ctypes.addressof(destroyed)))
+        counter = get(library, "unique_counter")
+        counter.restype = ctypes.POINTER(ctypes.c_int)
+        counter()[0] = 7
+        close(library)
+        again = get(load(), "unique_counter")
+        again.restype = ctypes.POINTER(ctypes.c_int)
+        return destroyed.value, path in Path("/proc/self/maps").read_text(), again()[0]
+
+    def ours() -> Any:
+        return story(
+            lambda: miniloader.load(path), lambda lib: lib.close(), lambda lib, name: lib.function(name)
+        )
+
+    def theirs() -> Any:
+        dlclose = ctypes.CDLL(None).dlclose
+        return story(
+            lambda: ctypes.CDLL(path),
+            lambda lib: dlclose(ctypes.c_void_p(lib._handle)),
+            lambda lib, name: lib[name],
+        )
+
+    assert in_child(ours) == in_child(theirs) == (0, True, 7)
 
 
 def test_two_of_ours_share_a_unique_symbol(fixture_library: Callable[[str], Path]) -> None:
     """In a process where ld.so never loaded the library, the first of ours is everybody's, and stays."""
     program = (
         "import ctypes, miniloader\n"
-        f"data = open({str(fixture_library('cxx'))!r}, 'rb').read()\n"
+        f"data = open({str(fixture_library('unique'))!r}, 'rb').read()\n"
         "one = miniloader.load(miniloader.Source.from_bytes(data))\n"
         "two = miniloader.load(miniloader.Source.from_bytes(data))\n"
         "first, second = (lib.function('unique_counter', ctypes.c_void_p) for lib in (one, two))\n"
