@@ -24,6 +24,9 @@ CHAPTERS: Final = (
     "relocation",
     "processes",
     "fork",
+    "textrel",
+    "relro",
+    "tls",
 )
 
 
