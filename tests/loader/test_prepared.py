@@ -30,7 +30,7 @@ from tests.loader.conftest import call_in_child
 
 Words = NDArray[np.uint64]
 
-_FIXTURES = ("demo", "demo_relr", "relocations", "ifunc", "symbols", "cxx", "lazy")
+_FIXTURES = ("demo", "demo_relr", "relocations", "ifunc", "symbols", "cxx", "unique", "lazy")
 _THREAD_LOCAL = ("tls_general", "tls_local", "tls_initial", "tls_descriptors")
 _SYSTEM = ("libz.so.1", "libcrypto.so.3", "libexpat.so.1", "libsqlite3.so.0", "libstdc++.so.6")
 
