@@ -82,6 +82,9 @@ class Memory:
         self, call: Callable[[int, int, int, int], int], advice: int, vaddr: int, data: NDArray[Any]
     ) -> None:
         address, local, length = self.bias + vaddr, data.ctypes.data, data.nbytes
+        if not self.plan.start <= vaddr <= vaddr + length <= self.plan.end:  # somebody else's memory
+            found, expected = f"{vaddr:#x} to {vaddr + length:#x}", "inside the PT_LOADs"
+            raise ElfError(self.name, "vaddrs", found, expected)
         done = 0
         while done < length:
             try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -371,7 +372,8 @@ def _write(memory: Memory, writes: list[Write]) -> None:
     """Store words, which need not be in any order."""
     writes = [write for write in writes if len(write[0])]
     if writes:
-        pages = Pages(memory, (vaddrs for vaddrs, _, _ in writes))
+        lasts = (vaddrs + np.uint64(size - 1) for vaddrs, _, size in writes)  # may be on the page after
+        pages = Pages(memory, chain((vaddrs for vaddrs, _, _ in writes), lasts))
         for vaddrs, values, size in writes:
             pages.put(vaddrs, values, size)
         pages.write()

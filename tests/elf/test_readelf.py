@@ -158,6 +158,7 @@ SYMBOL = re.compile(
 
 def symbols_of(said: str) -> list[tuple[Any, ...]]:
     rows = []
+    said = said.replace("<OS specific>: 10", "UNIQUE")  # in files whose EI_OSABI is not GNU's
     for index, value, size, kind, bind, visibility, section, name in SYMBOL.findall(said):
         plain = "" if kind == "SECTION" else re.sub(r" \(\d+\)$", "", name)
         kind = {"REGISTER": "13"}.get(kind, kind)  # of SPARC only
