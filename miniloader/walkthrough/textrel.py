@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miniloader.elf import ElfImage, inspect
-from miniloader.errors import MiniloaderError
+from miniloader.errors import EvidenceError, MiniloaderError, WorkerError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import load
 from miniloader.walkthrough.bench import Bench, shipped
@@ -41,7 +41,7 @@ class Seen:
     changed: tuple[int, ...]  # vaddrs of bytes of code that are not the file's
     words: tuple[int, ...]  # vaddrs of the relocated words in code
     differ: tuple[bool, ...]  # for each page of code, whether its bytes are not the file's
-    several: Several
+    several: Several | str  # why not
 
 
 def _run(bench: Bench) -> Generator[Step, None, Seen]:
@@ -105,7 +105,22 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         ),
     )
 
-    proof, several = in_several(bench, path, text_relocations=True)
+    several = yield from _in_several(bench, path)
+    return Seen(
+        refused,
+        changed,
+        words,
+        tuple(after[: len(before)] != before for before, after in pages.values()),
+        several,
+    )
+
+
+def _in_several(bench: Bench, path: str) -> Generator[Step, None, Several | str]:
+    try:
+        proof, several = in_several(bench, path, text_relocations=True)
+    except (WorkerError, EvidenceError) as error:
+        yield Step("in several processes", "The same in several processes.", saw=(f"Not here: {error}.",))
+        return str(error)
     yield from shown_steps(
         proof,
         {
@@ -118,13 +133,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         },
         {"written": (memory_table(several),) if several.text else ()},
     )
-    return Seen(
-        refused,
-        changed,
-        words,
-        tuple(after[: len(before)] != before for before, after in pages.values()),
-        several,
-    )
+    return several
 
 
 def _file_page(image: ElfImage, page: int) -> bytes:
@@ -159,22 +168,22 @@ def _every_page(seen: Seen) -> Finding:
 
 
 def _private(seen: Seen) -> Finding:
-    all_of_them = seen.several
+    expected = f"every page of code another frame in each of {PROCESSES} processes"
+    if isinstance(seen.several, str):
+        return Finding(None, expected, "nothing", seen.several)
+    code, states, groups = seen.several.code, seen.several.states, seen.several.groups
     of_own = [
         page
-        for page in all_of_them.code
-        if {row[page] for row in all_of_them.states} == {"copied"}
-        and len({row[page] for row in all_of_them.groups}) == len(all_of_them.groups)
+        for page in code
+        if {row[page] for row in states} == {"copied"} and len({row[page] for row in groups}) == len(groups)
     ]
-    return Finding(
-        len(of_own) == len(all_of_them.code) > 0,
-        f"{len(all_of_them.code)} pages of code, each another frame in each of {PROCESSES} processes",
-        f"{len(of_own)} of {len(all_of_them.code)}",
-    )
+    return Finding(len(of_own) == len(code) > 0, expected, f"{len(of_own)} of {len(code)}")
 
 
 def _pss(seen: Seen) -> Finding:
     expected = "Pss = Rss in each process"
+    if isinstance(seen.several, str):
+        return Finding(None, expected, "nothing", seen.several)
     text = seen.several.text
     if not text:
         return Finding(None, expected, "nothing", "smaps does not tell")
@@ -183,8 +192,11 @@ def _pss(seen: Seen) -> Finding:
 
 
 def _file(seen: Seen) -> Finding:
+    expected = "the file as it was"
+    if isinstance(seen.several, str):
+        return Finding(None, expected, "nothing", seen.several)
     holds, observed = seen.several.claims["file-unchanged"]
-    return Finding(holds, "the file as it was", observed, observed)
+    return Finding(holds, expected, observed, observed)
 
 
 _SNIPPET = """\
