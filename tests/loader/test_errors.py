@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios  # noqa: F401 - pytest imports it while tests run: it would count as left behind
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import miniloader
 from fixtures import build
 from miniloader.errors import ElfError, LoadError, SymbolError, UsageError
 from miniloader.kernel import syscalls
+from tests.faults import Footprint, failing
 
 Build = Callable[[Path], Path]
 SOURCE = "int value = 1; int function(void) { return value; }\n"
@@ -134,38 +134,6 @@ CASES: tuple[tuple[str, Build, type[Exception], str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What this process has of the kernel: mappings of files, descriptors, anonymous memory.
-
-    ``code`` is how many anonymous mappings are executable; ``anonymous`` is bytes, not compared exactly, as
-    Python maps some now and then.
-    """
-
-    files: tuple[str, ...]
-    descriptors: tuple[str, ...]
-    code: int
-    anonymous: int = field(compare=False)
-
-    @classmethod
-    def now(cls) -> Footprint:
-        lines = [line.split(None, 5) for line in Path("/proc/self/maps").read_text().splitlines()]
-        unnamed = [line for line in lines if len(line) == 5]
-        ends = [[int(part, 16) for part in line[0].split("-")] for line in unnamed]
-        return cls(
-            tuple(" ".join(line) for line in lines if len(line) == 6 and not line[5].startswith("[")),
-            tuple(sorted(os.listdir("/proc/self/fd"))),
-            sum("x" in line[1] for line in unnamed),
-            sum(high - low for low, high in ends),
-        )
-
-    def check(self) -> None:
-        """Fail unless it is as it was."""
-        now = Footprint.now()
-        assert now == self
-        assert now.anonymous - self.anonymous < 4 << 20  # a library's would be 8 MiB or more
-
-
 @pytest.fixture(scope="module", autouse=True)
 def warm() -> None:
     """Have everything imported and opened that stays."""
@@ -260,20 +228,6 @@ VICTIMS: dict[str, dict[str, Any]] = {
 }
 
 
-class Failing:
-    """A system call that fails, with ``number``, the ``at``-th time it is made."""
-
-    def __init__(self, name: str, number: int, at: int) -> None:
-        self.real, self.number, self.at, self.calls = syscalls._LIBC[name], number, at, 0
-
-    def __call__(self, *arguments: Any) -> int:
-        self.calls += 1
-        if self.calls == self.at:
-            ctypes.set_errno(self.number)
-            return -1
-        return int(self.real(*arguments) or 0)
-
-
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize(
     ("call", "number"),
@@ -285,9 +239,8 @@ def test_whichever_call_fails_everything_is_undone(victim: str, call: str, numbe
     miniloader.load(path, **VICTIMS[victim]).close()  # what stays (libstdc++) is there now
     before = Footprint.now()
     for at in range(1, 200):
-        failing = Failing(call, number, at)
         try:
-            with syscalls.injected(call, failing):
+            with failing(call, number, at) as fault:
                 library = miniloader.load(path, **VICTIMS[victim])
         except (LoadError, ElfError) as error:
             message = str(error)
@@ -298,7 +251,7 @@ def test_whichever_call_fails_everything_is_undone(victim: str, call: str, numbe
         before.check()
     else:
         pytest.fail(f"{call} is called more than {at} times")
-    assert failing.calls < at, "it fails each time that it is called"
+    assert fault.calls < at, "it fails each time that it is called"
     assert at > 1 or call == "mprotect" or victim.startswith("overaligned"), f"{call} was never called"
     before.check()
 
