@@ -8,7 +8,6 @@ file is written here.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -36,7 +35,7 @@ def write_whole(
             return
         name = os.path.realpath(name)
     mode = _mode_of(name, dir_fd) if mode is None else mode
-    new = os.path.join(os.path.dirname(name), f".miniloader-{secrets.token_hex(8)}")
+    new = os.path.join(os.path.dirname(name), f".miniloader-{os.urandom(8).hex()}")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
     try:
         with open(fd, "wb") as file:

@@ -227,6 +227,7 @@ def _in_process(one: _InProcess) -> LibraryProcess:
         inherited=int(np.count_nonzero(~here.exclusive)),
         bss=len(here.bss_vaddrs),
         swapped=here.swapped,
+        beforehand=here.beforehand,
     )
 
 

@@ -57,8 +57,8 @@ class LibraryProcess:
     """One library in one process, in pages of the file's mappings; ``base`` is the load bias.
 
     ``present`` = ``shared`` (the file's own pages, one frame for all who map them) + ``private`` (copies).
-    Of the private ones ``inherited`` are still shared with a relative by fork.  ``bss`` are anonymous pages
-    beyond the file's.
+    Of the shared ones ``beforehand`` were relocated beforehand (prepared).  Of the private ones
+    ``inherited`` are still shared with a relative by fork.  ``bss`` are anonymous pages beyond the file's.
     """
 
     pid: int
@@ -70,6 +70,7 @@ class LibraryProcess:
     inherited: int
     bss: int
     swapped: int
+    beforehand: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from miniloader.evidence.slots import Facts, Names
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
+from miniloader.lab.beforehand import Beforehand
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
@@ -53,6 +54,7 @@ class MappedFiles:
     def __init__(self) -> None:
         self._known: dict[Identity, MappedFile] = {}
         self._names = Names()
+        self.beforehand = Beforehand()
 
     def __iter__(self) -> Iterator[MappedFile]:
         return iter(self._known.values())

@@ -41,7 +41,8 @@ class FileInProcess:
     nobody asked; ``reasons`` says of some pages (by index) why they are unknown; ``written`` has a row
     (page, symbol number, cause bit) for each symbol that was written to.  ``file_frames`` are the frames of
     the pages that are still the file's own, ``own_offsets`` their places in it.
-    ``bss_vaddrs`` are the present anonymous pages of the image's bss.
+    ``bss_vaddrs`` are the present anonymous pages of the image's bss.  ``beforehand`` is how many present
+    pages are not the file's but a prepared copy's, relocated and shared (:mod:`miniloader.lab.beforehand`).
     """
 
     file: MappedFile
@@ -61,6 +62,7 @@ class FileInProcess:
     causes: NDArray[np.uint8]
     reasons: dict[int, str]
     written: NDArray[np.int64]
+    beforehand: int = 0
 
     @property
     def addresses(self) -> NDArray[np.uint64]:
@@ -111,7 +113,7 @@ def survey(
         vmas, pages, found = locate(pid, pagemap, files, frames=frames)
         chosen = [one for one in found if wanted(one.file.identity)]
         if causes:
-            _explain(pid, vmas, pages, found, chosen)
+            _explain(pid, files, vmas, pages, found, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         return pages.survey(pid, name, parent, started, tuple(chosen))
 
@@ -120,10 +122,20 @@ def locate(
     pid: int, pagemap: PageMap, files: MappedFiles, *, frames: bool
 ) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
-    vmas = tuple(vma for vma in read_maps(pid) if vma.start < _TOP)
+    vmas, beforehand = _mappings(pid, files)
     pages = Pages(pagemap, vmas, frames=frames)
     found = [one for indices in _by_file(vmas).values() for one in _placed(pid, files, vmas, indices, pages)]
+    if beforehand:
+        for one in found:
+            inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
+            own = inside & pages.counted & pages.file
+            one.beforehand = _number(np.isin(pages.vma[own], list(beforehand)))
     return vmas, pages, found
+
+
+def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[int]]:
+    """All mappings, and which of them have pages relocated beforehand."""
+    return files.beforehand.in_place(pid, [vma for vma in read_maps(pid) if vma.start < _TOP])
 
 
 def _status(pid: int) -> tuple[str, int, int]:
@@ -326,7 +338,12 @@ def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: Pages) -> NDAr
 
 
 def _explain(
-    pid: int, vmas: Sequence[Vma], pages: Pages, found: list[FileInProcess], chosen: list[FileInProcess]
+    pid: int,
+    files: MappedFiles,
+    vmas: Sequence[Vma],
+    pages: Pages,
+    found: list[FileInProcess],
+    chosen: list[FileInProcess],
 ) -> None:
     """Fill in the causes, and take back what may have changed meanwhile."""
     space = space_of(vmas, found)
@@ -341,7 +358,7 @@ def _explain(
             _unknown(one, np.arange(len(one.vaddrs)), str(error))
         return
     changed = pages.addresses[pages.changed()]
-    after = {vma.start: vma for vma in read_maps(pid)}
+    after = {vma.start: vma for vma in _mappings(pid, files)[0]}
     moved = [vma for vma in vmas if vma.is_file and after.get(vma.start) != vma]
     for one in chosen:
         addresses = one.addresses

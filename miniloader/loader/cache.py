@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,7 +96,7 @@ def secret(boot: str) -> bytes:
     written_at, _, key = kept.partition(b"\n")
     if written_at == boot.encode() and len(key) == 32:
         return key
-    key = secrets.token_bytes(32)
+    key = os.urandom(32)
     write_file(_SECRET, [boot.encode(), b"\n", key])
     return key
 

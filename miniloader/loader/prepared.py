@@ -51,6 +51,7 @@ __all__ = [
     "identities",
     "open_prepared",
     "pack",
+    "read_index",
     "sums",
 ]
 
@@ -137,12 +138,16 @@ class Prepared:
 
     def lay(self, memory: Memory) -> None:
         """Map the cached pages over those of the file."""
-        for first, last in _runs(self.pages):
-            vaddr, length = int(self.pages[first]), (last - first) * sys.PAGE_SIZE
-            under = memory.plan.at(vaddr)
-            protection = protection_bits(under.protection if under is not None else "rw-")
-            flags = sys.MAP_PRIVATE | sys.MAP_FIXED
-            sys.mmap(memory.bias + vaddr, length, protection, flags, self.fd, self.at + first * sys.PAGE_SIZE)
+        flags = sys.MAP_PRIVATE | sys.MAP_FIXED
+        for mapping in memory.plan.mappings:
+            low, high = np.searchsorted(
+                self.pages, np.array([mapping.start, mapping.end], np.uint64)
+            ).tolist()
+            for first, last in _runs(self.pages[low:high]):
+                address = memory.bias + int(self.pages[low + first])
+                offset = self.at + (low + first) * sys.PAGE_SIZE
+                bits = protection_bits(mapping.protection)
+                sys.mmap(address, (last - first) * sys.PAGE_SIZE, bits, flags, self.fd, offset)
 
     def fill(self, memory: Memory, values: NDArray[np.uint64]) -> int:
         """Store the words that differ, ``values`` being those of the index; how many pages that copies."""
@@ -254,13 +259,14 @@ def open_prepared(name: str) -> Prepared:
     except OSError as error:
         raise LoadError(f"{name}: {error.strerror}") from None
     try:
-        return _read(fd, status.st_size)
+        return read_index(fd, status.st_size)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _read(fd: int, size: int) -> Prepared:
+def read_index(fd: int, size: int) -> Prepared:
+    """What the file ``fd`` of ``size`` bytes says, all but its pages; :class:`LoadError` if it is damaged."""
     head = os.pread(fd, _HEAD.size, 0)
     if len(head) < _HEAD.size or not head.startswith(_MAGIC):
         raise LoadError("its file in the cache is of another kind")

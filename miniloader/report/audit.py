@@ -142,9 +142,14 @@ def sentence(library: AuditedLibrary) -> Text:
     for kind, words in _KINDS.items():
         if kind in by_kind:
             numbers = [by_kind[kind].get(pid, 0) for pid in pids]
+            if kind == "relocated" and any(one.beforehand for one in library.processes):
+                words = "relocated in each process, with addresses in other libraries"
             parts.append(f"{_span(numbers)} {words}")
             if kind == "written" and symbols:
                 parts[-1] += f", {_named(sorted(symbols, key=lambda name: (-symbols[name], name)))}"
+    beforehand = [one.beforehand for one in library.processes]
+    if any(beforehand):
+        parts.append(f"{_span(beforehand)} besides, relocated beforehand, are shared")
     return text.append_text(safe("; ".join(parts)))
 
 

@@ -1,4 +1,4 @@
-"""Prepared libraries: the words that a plain load writes, shared; the plain way whenever anything is amiss."""
+"""Prepared libraries: the words that a plain load writes, shared; the plain way if anything is amiss."""
 
 from __future__ import annotations
 
@@ -384,6 +384,30 @@ def test_without_privilege(as_nobody: Callable[..., object], demo: Path) -> None
             return loading.used, loading.reasons, os.stat(cache.directory()).st_uid == os.geteuid() != 0
 
     assert as_nobody(use) == (True, [], True)
+
+
+def test_an_audit_says_which_pages_were_relocated_beforehand() -> None:
+    prepare("libcrypto.so.3")
+    code = "import miniloader; miniloader.load('libcrypto.so.3', prepared=True); print('there'); input()"
+    command = [sys.executable, "-c", code]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=build.ROOT)
+        for _ in range(2)
+    ]
+    try:
+        assert [one.stdout.readline() for one in running if one.stdout] == [b"there\n"] * 2
+        audit = miniloader.audit([one.pid for one in running], library="libcrypto*")
+    finally:
+        for one in running:
+            one.communicate(b"\n")
+    (library,) = audit.libraries
+    assert [one.beforehand > 0 for one in library.processes] == [True, True]
+    assert {one.pid: one.shared >= one.beforehand for one in library.processes} == dict.fromkeys(
+        (one.pid for one in running), True
+    )
+    causes = {cause for page in library.private_pages for cause in page.causes}
+    assert "relocation" in causes
+    assert causes <= {"relocation", "bss", "write"}
 
 
 # -------------------------------------------------------------------------------------- command line
