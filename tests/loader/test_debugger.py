@@ -22,15 +22,15 @@ from miniloader.loader import debugger
 ROOT = Path(miniloader.__file__).parents[1]
 
 _SOURCE = """\
-static int inner(int number) {
+static int made_inner(int number) {
     return number * 3;
 }
-int outer(int number) {
-    int result = inner(number) + 1;
+int made_outer(int number) {
+    int result = made_inner(number) + 1;
     return result;
 }
-int shared = 77;
-long sum(const char *data, long size) {
+int made_shared = 77;
+long made_sum(const char *data, long size) {
     long total = 0;
     for (long at = 0; at < size; at += 4096)
         total += data[at];
@@ -87,19 +87,26 @@ def shown(library: Path) -> Iterator[miniloader.Library]:
 
 
 def test_gdb_sees_functions_lines_and_data_by_itself(shown: miniloader.Library) -> None:
-    said = ask_gdb("info line outer", "break inner", f"info symbol {shown.address('sum') + 1:#x}", "p shared")
-    assert re.search(rf'Line 4 of ".*made.c" starts at address {shown.address("outer"):#x} <outer>', said)
+    said = ask_gdb(
+        "info line made_outer",
+        "break made_inner",
+        f"info symbol {shown.address('made_sum') + 1:#x}",
+        "p made_shared",
+    )
+    assert re.search(
+        rf'Line 4 of ".*made.c" starts at address {shown.address("made_outer"):#x} <made_outer>', said
+    )
     assert re.search(r"Breakpoint 1 at 0x[0-9a-f]+: file .*made.c, line 2\.", said)
-    assert "sum + 1 in section .text of" in said
+    assert "made_sum + 1 in section .text of" in said
     assert "$1 = 77" in said
 
 
 def test_gdb_is_told_what_it_does_not_see(library: Path) -> None:
     with miniloader.load(library) as loaded:
-        assert "made.c" not in ask_gdb("info line outer")
-        said = ask_gdb(*loaded.gdb_commands(), "info line outer", "info line sum")
-        assert re.search(rf'Line 4 of ".*made.c" starts at address {loaded.address("outer"):#x}', said)
-        assert re.search(rf'Line 9 of ".*made.c" starts at address {loaded.address("sum"):#x}', said)
+        assert "made.c" not in ask_gdb("info line made_outer")
+        said = ask_gdb(*loaded.gdb_commands(), "info line made_outer", "info line made_sum")
+        assert re.search(rf'Line 4 of ".*made.c" starts at address {loaded.address("made_outer"):#x}', said)
+        assert re.search(rf'Line 9 of ".*made.c" starts at address {loaded.address("made_sum"):#x}', said)
 
 
 def test_one_command_for_each_that_is_ours(fixture_library: Callable[[str], Path]) -> None:
@@ -113,19 +120,19 @@ def test_one_command_for_each_that_is_ours(fixture_library: Callable[[str], Path
 
 
 def test_a_breakpoint_set_before_anything_is_loaded_stops_there(library: Path) -> None:
-    call = ("load", str(library), "--gdb", "--call", "outer(5)->int")
+    call = ("load", str(library), "--gdb", "--call", "made_outer(5)->int")
     said = ask_gdb(
         "set breakpoint pending on",
         "set follow-fork-mode child",
-        "break inner",
+        "break made_inner",
         "run",
         "backtrace 2",
         "continue",
         arguments=("--args", sys.executable, "-m", "miniloader", *call),
     )
-    assert re.search(r"hit Breakpoint 1(\.1)?, inner \(number=5\) at .*made.c:2", said)
-    assert re.search(r"#1 .* outer \(number=5\) at .*made.c:5", said)
-    assert "outer(5)->int = 16" in said
+    assert re.search(r"hit Breakpoint 1(\.1)?, made_inner \(number=5\) at .*made.c:2", said)
+    assert re.search(r"#1 .* made_outer \(number=5\) at .*made.c:5", said)
+    assert "made_outer(5)->int = 16" in said
 
 
 def test_a_file_that_has_no_name_or_no_sections(
@@ -139,7 +146,7 @@ def test_a_file_that_has_no_name_or_no_sections(
         path = f"/proc/{os.getpid()}/fd/{unnamed.image.source.fd}"
         assert unnamed.gdb_commands() == (f'add-symbol-file "{path}" -o {unnamed.base:#x}',)
         place = sectionless.address("demo_add")
-        said = ask_gdb("info line outer", f"info symbol {place + 1:#x}")
+        said = ask_gdb("info line made_outer", f"info symbol {place + 1:#x}")
     assert re.search(r'Line 4 of ".*made.c" starts at address', said)
     assert "demo_add + 1 in section load" in said
 
@@ -153,9 +160,9 @@ def test_a_library_inside_a_larger_file(library: Path, tmp_path: Path) -> None:
         miniloader.load(Source.from_fd(file.fileno(), start=PAGE_SIZE), gdb=True) as loaded,
     ):
         assert loaded.gdb_commands() == ()
-        said = ask_gdb(f"info symbol {loaded.address('outer') + 1:#x}", "info address inner")
-    assert "outer + 1 in section .text of" in said
-    assert 'Symbol "inner" is at 0x' in said
+        said = ask_gdb(f"info symbol {loaded.address('made_outer') + 1:#x}", "info address made_inner")
+    assert "made_outer + 1 in section .text of" in said
+    assert 'Symbol "made_inner" is at 0x' in said
 
 
 def entries() -> list[int]:
@@ -248,12 +255,12 @@ _PERF = """
 import ctypes, mmap, sys, miniloader
 with miniloader.load(sys.argv[1]) as library, mmap.mmap(-1, 4 << 20) as memory:
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    library.function("sum", ctypes.c_long, [ctypes.c_size_t, ctypes.c_long])(start, 4 << 20)
+    library.function("made_sum", ctypes.c_long, [ctypes.c_size_t, ctypes.c_long])(start, 4 << 20)
 """
 
 
 def test_perf_names_our_functions(library: Path, tmp_path: Path) -> None:
-    """Each page that ``sum`` touches first is a page fault in it, which perf counts: no clock is needed."""
+    """Each page that ``made_sum`` touches first is a page fault, which perf counts: no clock is needed."""
     perf, data = tool("perf"), tmp_path / "perf.data"
     record = [perf, "record", "-q", "-e", "page-faults:u", "-c", "1", "-o", str(data), "--"]
     recorded = subprocess.run(
@@ -268,4 +275,4 @@ def test_perf_names_our_functions(library: Path, tmp_path: Path) -> None:
     assert recorded.returncode == 0, recorded.stderr
     script = [perf, "script", "-i", str(data), "-F", "ip,sym,dso"]
     said = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    assert len(re.findall(r"\bsum \(.*libmade\.so\)", said)) >= (4 << 20) // PAGE_SIZE // 2
+    assert len(re.findall(r"\bmade_sum \(.*libmade\.so\)", said)) >= (4 << 20) // PAGE_SIZE // 2
