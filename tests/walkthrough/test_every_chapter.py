@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
     }
 
 
+seen_here = cache(verdicts)
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_every_claim_holds(name: str) -> None:
-    found = verdicts(name)
+    found = seen_here(name)
     assert {claim.id for claim in chapter(name).claims} == found.keys() | (
         BY_CLOCK if name == "copies" else set()
     )
@@ -40,7 +44,7 @@ def test_every_claim_holds(name: str) -> None:
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_an_ordinary_user_sees_nothing_else(name: str, as_nobody: AsNobody) -> None:
     """What frames prove is unknown to them, and what needs a Python that they cannot read."""
-    verdicts(name)  # imports what such a user may not be able to read
+    seen_here(name)  # imports what such a user may not be able to read
     found = as_nobody(verdicts, name)
     assert {id: said for id, said in found.items() if said[0] == "refuted"} == {}
     for verdict, reason in found.values():
