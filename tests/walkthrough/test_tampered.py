@@ -70,6 +70,8 @@ def not_proven(claim: str) -> Callable[[Any], Any]:
     return lambda claims: claims | {claim: (False, "something else")}
 
 
+FRAMES = tuple(range(1, 9))
+
 #: What to see instead, by chapter and claim; several for a claim with several halves.
 TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
     "mapping": {
@@ -171,12 +173,28 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
         "pss": (but(text=((12288, 12288),) * 4), but(text=((0, 0),) * 4)),
         "saved": (but(used=1 << 20, unshared=1 << 20),),
     },
+    "prepared": {
+        "private-otherwise": (
+            but(plain=same_frame("relocated")),
+            but(plain=lambda seen: replace(seen, states=at(0, at(seen.relocated[0], "shared"))(seen.states))),
+        ),
+        "relocated-one-copy": (
+            but(shared=another_frame("relocated")),
+            but(
+                shared=lambda seen: replace(seen, states=at(1, at(seen.relocated[0], "copied"))(seen.states))
+            ),
+            but(filled=4),
+        ),
+        "same-address": (but(shared=but(bases=at(1, 1 << 40))), but(address=1 << 40)),
+        "saved": (but(plain=lambda seen: replace(seen, used=0)), but(filled=4)),
+        "isolated": (but(shared=but(claims=not_proven("writes-isolated"))),),
+    },
     "fork": {
         "all-shared": (but(forked=at(1, at(3, "copied"))), but(forked_frames=at(1, at(3, 5)))),
         "own-when-written": (but(written=at(0, at(5, "copied-shared"))), but(written=at(1, at(0, "copied")))),
         "first-writer-moves": (
-            lambda seen: replace(seen, written_frames=seen.forked_frames),
-            but(written_frames=lambda both: (both[1], both[0])),
+            but(forked_frames=(FRAMES, FRAMES), written_frames=(FRAMES, FRAMES)),
+            but(forked_frames=(FRAMES, FRAMES), written_frames=(at(2, 99)(FRAMES), at(5, 99)(FRAMES))),
         ),
         "isolated": (but(parent_reads=b"child"), but(child_reads=b"mine!")),
         "last-owner-stays": (but(alone_frames=at(2, 5)),),
