@@ -66,6 +66,15 @@ def _lives(pid: int | None) -> bool:
     return True
 
 
+def _is_zombie(pid: int | None) -> bool:
+    """Whether it has ended and waits for its parent: the state in ``stat``, which everybody may read."""
+    try:
+        with open(process_file(pid, "stat"), "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] == b"Z"
+    except OSError:
+        return False
+
+
 def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
     """Why ``/proc/PID/name`` cannot be read, and what would be needed; to be raised."""
     path = process_file(pid, name)
@@ -82,6 +91,8 @@ def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
             return EvidenceError(f"{path}: /proc hides process {pid} (hidepid, or another pid namespace)")
         return ProcessGone(pid, "there is none (any more)")
     if error.errno in _DENIED:
+        if _is_zombie(pid):  # it belongs to nobody any more: denied to its owner, empty for root
+            return ProcessGone(pid, NO_MEMORY)
         return EvidenceError(f"{path}: {error.strerror}", hint=f"to read it: {_NEEDS.get(name, _PTRACE)}")
     return EvidenceError(f"{path}: {error.strerror}")
 
