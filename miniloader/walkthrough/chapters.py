@@ -27,6 +27,7 @@ CHAPTERS: Final = (
     "textrel",
     "relro",
     "tls",
+    "prepared",
 )
 
 

@@ -46,7 +46,9 @@ class Several:
     claims: dict[str, tuple[bool | None, str]]  # whether it holds, what was observed or why not
 
 
-def in_several(bench: Bench, path: str, *, text_relocations: bool = False) -> tuple[Proof, Several]:
+def in_several(
+    bench: Bench, path: str, *, text_relocations: bool = False, prepared: bool = False
+) -> tuple[Proof, Several]:
     """Load ``path`` in PROCESSES processes, step by step.
 
     Raises what :func:`miniloader.lab.prove.prove` raises.
@@ -57,7 +59,14 @@ def in_several(bench: Bench, path: str, *, text_relocations: bool = False) -> tu
         if step == "exited":  # about to be: until now all have written and are there
             text.extend(_text(pid, path) for pid in pids)
 
-    proof = prove(path, PROCESSES, level=bench.level, on_step=listen, text_relocations=text_relocations)
+    proof = prove(
+        path,
+        PROCESSES,
+        level=bench.level,
+        on_step=listen,
+        text_relocations=text_relocations,
+        prepared=prepared,
+    )
     seen = views(Grid("", _names(proof), proof.snapshot(DECISIVE)))
     sharing = seen[0].grid.sharing
     memory = proof.memory
