@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,7 +112,11 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
 
 
 def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
-    named = [one for one in found if matches(library, one.file.identity.path)]
+    named = [
+        one
+        for one in found
+        if matches(library, one.file.identity.path, os.path.basename(one.file.identity.path))
+    ]
     inside = [one for one in named if one.start <= one.base + vaddr < one.end]
     if not named:
         raise UsageError(f"--library {library!r}: this process has no such file mapped")

@@ -1,0 +1,166 @@
+"""``miniloader audit`` as it is used: what it prints, how it exits, how it is interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fixtures import build
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audited import Audit
+from tests.lab.audited import Told, told, told_children
+
+_COMMAND = [sys.executable, "-m", "miniloader"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*_COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=build.ROOT,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+
+
+@pytest.fixture(scope="module")
+def family() -> Iterator[tuple[Told, list[int]]]:
+    """A process with the demonstration library, and its two children."""
+    path = str(build.build("demo"))
+    with told(f"lib = ctypes.CDLL({path!r})") as parent, told_children(parent, 2) as children:
+        yield parent, children
+
+
+def test_the_answer_comes_first(family: tuple[Told, list[int]]) -> None:
+    parent, _ = family
+    done = run("audit", "--tree", parent.pid)
+    assert (done.returncode, done.stderr) == (0, "")
+    first = done.stdout.splitlines()[0]
+    assert re.match(r"3 processes, \d+ files: .*, where separate copies would take ", first)
+    assert "evidence: " in done.stdout
+    assert "only relocated (sharable with prepared pages or fork)" in done.stdout
+    assert any(row.split()[:1] == [str(parent.pid)] for row in done.stdout.splitlines())
+
+
+def test_json_keeps_its_keys(family: tuple[Told, list[int]], demo: Path) -> None:
+    parent, children = family
+    done = run("audit", parent.pid, *children, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    value = json.loads(done.stdout)
+    assert value["unreadable"] == []
+    (library,) = [one for one in value["libraries"] if one["path"] == str(demo)]
+    assert {"path", "build_id", "processes", "private_pages"} <= library.keys()
+    assert [row["pid"] for row in library["processes"]] == [parent.pid, *children]
+    for row in library["processes"]:
+        assert {"pid", "base", "present", "shared", "private", "bss"} <= row.keys()
+        assert all(isinstance(number, int) for number in row.values())
+        assert row["present"] == row["shared"] + row["private"]
+    for page in library["private_pages"]:
+        assert {"vaddr", "section", "symbols", "causes", "pids"} <= page.keys()
+        assert page["pids"] == [parent.pid, *children]
+        assert page["vaddr"] % PAGE_SIZE == 0
+    assert Audit.from_json(value).library(str(demo)).present == sum(
+        row["present"] for row in library["processes"]
+    )
+
+
+def test_csv_has_a_row_for_each_library_and_process(family: tuple[Told, list[int]], demo: Path) -> None:
+    parent, children = family
+    done = run("audit", "--tree", parent.pid, "--csv", "--no-causes")
+    rows = [row for row in csv.DictReader(done.stdout.splitlines()) if row["path"] == str(demo)]
+    assert sorted(int(row["pid"]) for row in rows) == sorted([parent.pid, *children])
+    assert all(int(row["present"]) == int(row["shared"]) + int(row["private"]) for row in rows)
+
+
+def test_one_library_and_one_page(family: tuple[Told, list[int]], demo: Path) -> None:
+    parent, _ = family
+    done = run("audit", parent.pid, "--library", "libdemo*")
+    assert done.returncode == 0
+    assert ".data.rel.ro" in done.stdout
+    found = json.loads(run("audit", parent.pid, "--library", "libdemo*", "--json").stdout)
+    assert [one["path"] for one in found["libraries"]] == [str(demo)]
+    vaddr = next(
+        page["vaddr"] for page in found["libraries"][0]["private_pages"] if page["section"] == ".data.rel.ro"
+    )
+    done = run("audit", parent.pid, "--library", "libdemo*", "--page", hex(vaddr))
+    assert done.returncode == 0
+    assert "demo_operations" in done.stdout
+    view = json.loads(
+        run("audit", parent.pid, "--library", "libdemo*", "--page", hex(vaddr), "--json").stdout
+    )
+    assert view["causes"] == ["relocation"]
+    assert {word["symbol"] for word in view["words"]} == {"demo_operations"}
+
+
+def test_over_time_and_saved(demo: Path, tmp_path: Path) -> None:
+    """What is written between two looks is what differs; ``diff`` says the same of the saved files."""
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as one:
+        assert run("audit", one.pid, "--save", before).returncode == 0
+        one("lib.demo_next()")
+        done = run("audit", one.pid, "--every", "100ms", "--for", "300ms", "--save", after)
+        assert done.returncode == 0
+        assert "as at the start" in done.stdout
+        assert "no page went private" in done.stdout
+    assert Audit.load(after).page_size == PAGE_SIZE
+    done = run("diff", before, after)
+    assert done.returncode == 0
+    assert "1 page went private" in done.stdout
+    assert "demo_counters" in done.stdout
+    (change,) = json.loads(run("diff", before, after, "--json").stdout)["changes"]
+    assert (change["path"], change["change"], change["causes"]) == (str(demo), "private", ["write"])
+
+
+def test_interrupted_it_ends_with_the_summary(demo: Path) -> None:
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as one, subprocess.Popen(
+        [*_COMMAND, "audit", str(one.pid), "--every", "100ms"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()  # it has looked once more
+        one("lib.demo_next()")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "stopped" in out
+    assert "since the start" in out
+    assert "1 page went private" in out
+    assert "demo_counters" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no process"),
+        (("1", "--for", "1s"), "--for needs --every"),
+        (("1", "--csv", "--json"), "one of them"),
+        (("1", "2", "--page", "0"), "one process"),
+        (("x",), "no process number"),
+        (("1", "--every", "soon"), "no time"),
+        (("--user", "nobody-is-called-so"), "no such user"),
+        (("--name", "nothing-is-called-so"), "no process fits"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
+    done = run("audit", *arguments)
+    assert done.returncode == 2
+    assert message in (done.stdout if "--json" in arguments else done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_nobody_left_to_audit() -> None:
+    with told() as one:
+        pass
+    done = run("audit", one.pid)
+    assert done.returncode == 3
+    assert "not audited" in done.stdout

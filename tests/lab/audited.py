@@ -1,0 +1,100 @@
+"""Processes to be audited: each does what it is told, a line of Python at a time, and holds still between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fixtures import build
+
+_LISTEN = """
+import ctypes, json, os, signal, sys
+scope = {"ctypes": ctypes, "os": os, "signal": signal, "sys": sys}
+for line in sys.stdin:
+    scope["answer"] = None
+    exec(json.loads(line), scope)
+    print(json.dumps(scope["answer"]), flush=True)
+"""
+
+
+class Told:
+    """A process; ``told("answer = 1 + 1")`` is 2."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.pid = process, process.pid
+
+    def __call__(self, code: str) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the process has ended"
+        return json.loads(line)
+
+
+@contextmanager
+def told(*lines: str, python: str = sys.executable, **options: Any) -> Iterator[Told]:
+    """A fresh Python that has done what ``lines`` say; its children end with it."""
+    environment = {**os.environ, "PYTHONPATH": str(build.ROOT)}
+    process = subprocess.Popen(
+        [python, "-c", _LISTEN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **{"env": environment, **options},
+    )
+    with process:
+        try:
+            one = Told(process)
+            for line in ("answer = 0", *lines):
+                one(line)
+            yield one
+        finally:
+            process.kill()
+
+
+@contextmanager
+def told_children(parent: Told, count: int) -> Iterator[list[int]]:
+    """Children of ``parent`` by fork, which hold still."""
+    pids = parent(
+        "answer = []\n"
+        f"for _ in range({count}):\n"
+        "    reading, writing = os.pipe()\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.close(reading); os.write(writing, b'x')\n"
+        "        while True: signal.pause()\n"
+        "    os.close(writing); os.read(reading, 1); os.close(reading); answer.append(child)"
+    )
+    try:
+        yield pids
+    finally:
+        parent(f"for child in {pids}: os.kill(child, 9), os.waitpid(child, 0)")
+
+
+def smaps_of(pid: int) -> dict[int, Mapping[str, int]]:
+    """The kernel's own counts in kB by start of the mapping (proc_pid_smaps(5)), of all mappings."""
+    found: dict[int, dict[str, int]] = {}
+    here: dict[str, int] = {}
+    for line in Path(f"/proc/{pid}/smaps").read_text(errors="surrogateescape").splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            here = found[int(words[0].partition("-")[0], 16)] = {}
+            here["file"] = int(words[4] != "0" and words[1].endswith("p"))
+        elif words[-1] == "kB":
+            here[words[0][:-1]] = int(words[1])
+    return found
+
+
+def rollup_of(pid: int) -> Mapping[str, int]:
+    """The kernel's sums over a process, in kB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {words[0][:-1]: int(words[1]) for words in map(str.split, lines)}

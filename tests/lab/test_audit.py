@@ -1,0 +1,440 @@
+"""Audits against the kernel's own sums, and of what happens to processes meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import miniloader
+from miniloader.errors import EvidenceError, UsageError
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.probe import best_level
+from miniloader.kernel.scan import IS_FILE, IS_GUARD, IS_PRESENT, IS_ZERO, scan
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audited import Audit
+from miniloader.lab.choose import choose
+from miniloader.lab.mapped import MappedFiles
+from miniloader.lab.survey import survey
+from tests.conftest import NOBODY, AsNobody
+from tests.lab.audited import Told, rollup_of, smaps_of, told, told_children
+
+KB = 1024
+needs_frames = pytest.mark.skipif(best_level() != "frames", reason="needs root: frames")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[int]]:
+    """Two Pythons with ssl and sqlite3, one of them with two children, and a bash."""
+    with ExitStack() as stack:
+        two = [stack.enter_context(told("import ssl, sqlite3")) for _ in range(2)]
+        children = stack.enter_context(told_children(two[0], 2))
+        bash = stack.enter_context(
+            subprocess.Popen(
+                ["bash", "-c", "echo ready; read line"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        stack.callback(bash.kill)
+        assert bash.stdout is not None
+        bash.stdout.readline()
+        yield [*(one.pid for one in two), *children, bash.pid]
+
+
+# ------------------------------------------------------------------------------- the kernel's own sums
+def test_sums_are_those_of_smaps(servers: list[int]) -> None:
+    found = miniloader.audit(servers, causes=False)
+    assert found.unreadable == ()
+    assert [one.pid for one in found.processes] == servers
+    for one in found.processes:
+        kernel = rollup_of(one.pid)
+        assert one.rss == kernel["Rss"] * KB
+        assert one.uss == (kernel["Private_Clean"] + kernel["Private_Dirty"]) * KB
+        assert one.anonymous * PAGE_SIZE == kernel["Anonymous"] * KB
+        assert one.swapped * PAGE_SIZE == kernel["Swap"] * KB
+
+
+@pytest.mark.skipif(best_level() != "frames", reason="needs root: map counts")
+def test_pss_is_that_of_smaps(servers: list[int]) -> None:
+    """To the page.  Who else maps the C library changes it, so it is compared with before and after."""
+    for pid in servers:
+        for _ in range(30):
+            before = rollup_of(pid)["Pss"] * KB
+            pss = miniloader.audit([pid], causes=False).processes[0].pss
+            after = rollup_of(pid)["Pss"] * KB
+            assert pss is not None
+            if min(before, after) - PAGE_SIZE < pss < max(before, after) + PAGE_SIZE:
+                break
+        else:
+            raise AssertionError(f"{pss} bytes, between {before} and {after} as the kernel says")
+
+
+def test_each_library_s_sums_are_those_of_smaps(servers: list[int]) -> None:
+    found = miniloader.audit(servers, causes=False)
+    for pid in servers:
+        mappings = [one for one in smaps_of(pid).values() if one["file"]]
+        rows = [row for one in found.libraries for row in one.processes if row.pid == pid]
+        assert sum(row.mapped for row in rows) * PAGE_SIZE == sum(one["Size"] for one in mappings) * KB
+        assert sum(row.present for row in rows) * PAGE_SIZE == sum(one["Rss"] for one in mappings) * KB
+        assert sum(row.private for row in rows) * PAGE_SIZE == sum(one["Anonymous"] for one in mappings) * KB
+        assert all(row.shared + row.private == row.present for row in rows)
+
+
+def test_both_readings_of_the_page_table_agree(servers: list[int]) -> None:
+    """The copied pages by pagemap's bits, and by PAGEMAP_SCAN."""
+    for pid in servers:
+        seen = survey(pid, MappedFiles(), causes=False)
+        with PageMap(pid) as pagemap:
+            for one in seen.files:
+                try:
+                    regions = scan(
+                        pagemap,
+                        one.start,
+                        one.end,
+                        required=IS_PRESENT,
+                        excluded=IS_FILE | IS_ZERO | IS_GUARD,
+                    )
+                except EvidenceError as error:
+                    pytest.skip(f"this kernel lacks PAGEMAP_SCAN: {error}")
+                pages = [np.arange(start, end, PAGE_SIZE) for start, end, _ in regions.tolist()]
+                scanned = np.concatenate([np.empty(0, np.int64), *pages]).astype(np.uint64)
+                ours = one.addresses
+                within = scanned[np.isin(scanned, ours)]
+                bss = one.bss_vaddrs + np.uint64(one.base)
+                assert np.array_equal(within, ours)
+                assert {*scanned.tolist()} - {*ours.tolist()} <= {*bss.tolist()}
+
+
+def test_nothing_is_mapped_into_the_audited(servers: list[int]) -> None:
+    def populated(pid: int) -> list[tuple[int, int, int]]:
+        return [(start, one["Rss"], one["Anonymous"]) for start, one in smaps_of(pid).items()]
+
+    before = {pid: populated(pid) for pid in servers}
+    for _ in range(2):
+        miniloader.audit(servers)
+    assert {pid: populated(pid) for pid in servers} == before
+
+
+def test_every_private_page_has_causes(servers: list[int]) -> None:
+    found = miniloader.audit(servers)
+    for library in found.libraries:
+        for row in library.processes:
+            mine = [page for page in library.private_pages if row.pid in page.pids]
+            assert len(mine) == row.private
+            assert all(page.causes and ("unknown" not in page.causes) for page in mine), library.path
+    assert Audit.from_json(found.to_json()) == found
+
+
+# --------------------------------------------------------------------------------------- after a fork
+def test_a_family_after_fork(demo: Path) -> None:
+    """What relatives still have as one frame, and who has written since."""
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as parent, told_children(parent, 2) as children:
+        found = miniloader.audit([parent.pid, *children]).library(str(demo))
+        assert all(row.private == row.inherited > 0 for row in found.processes)
+        if best_level() == "frames":
+            assert {page.groups for page in found.private_pages} == {((parent.pid, *children),)}
+        parent("ctypes.c_long.in_dll(lib, 'demo_spare').value = 7")
+        found = miniloader.audit([parent.pid, *children]).library(str(demo))
+        (page,) = [one for one in found.private_pages if "write" in one.causes]
+        assert (page.pids, page.written) == ((parent.pid,), ("demo_spare",))
+        parent("ctypes.c_long.in_dll(lib, 'demo_current').value += 8")  # inherited, erased by the parent
+        found = miniloader.audit([parent.pid, *children]).library(str(demo))
+        (page,) = [one for one in found.private_pages if "demo_current" in one.written]
+        assert page.pids == (parent.pid,)
+        (still,) = [one for one in found.private_pages if one.vaddr == page.vaddr and one is not page]
+        assert still.pids == tuple(children)
+        if best_level() == "frames":
+            assert still.groups == (tuple(children),)
+
+
+# ------------------------------------------------------------------------------- which file it really is
+def test_a_replaced_file_is_another_of_the_same_build(demo: Path, tmp_path: Path) -> None:
+    path = copy(demo, tmp_path / "lib.so")
+    with told(f"lib = ctypes.CDLL({str(path)!r})") as old:
+        os.rename(copy(demo, tmp_path / "new.so"), path)
+        with told(f"lib = ctypes.CDLL({str(path)!r})") as new:
+            found = miniloader.audit([old.pid, new.pid]).library(str(path))
+    assert found.files == 2
+    assert found.build_id == miniloader.inspect(demo).build_id
+    assert [row.pid for row in found.processes] == [old.pid, new.pid]
+    if best_level() == "frames":
+        assert found.frames == found.present
+
+
+def test_two_names_of_one_file_are_one(demo: Path, tmp_path: Path) -> None:
+    path = copy(demo, tmp_path / "one.so")
+    os.link(path, tmp_path / "two.so")
+    one = told(f"lib = ctypes.CDLL({str(path)!r})")
+    two = told(f"lib = ctypes.CDLL({str(tmp_path / 'two.so')!r})")
+    with one as first, two as second:
+        (found,) = miniloader.audit([first.pid, second.pid], library=str(tmp_path)).libraries
+    assert found.files == 1
+    assert len(found.processes) == 2
+
+
+def test_a_deleted_file(demo: Path, tmp_path: Path) -> None:
+    path = copy(demo, tmp_path / "gone.so")
+    with told(f"lib = ctypes.CDLL({str(path)!r})") as one:
+        path.unlink()
+        found = miniloader.audit([one.pid]).library("gone.so")
+    assert found.build_id == miniloader.inspect(demo).build_id
+    causes = {cause for page in found.private_pages for cause in page.causes}
+    if best_level() == "frames":  # CAP_SYS_ADMIN opens it through /proc/PID/map_files
+        assert causes == {"relocation", "loader", "bss"}
+    else:
+        assert causes == {"unknown"}
+        assert all("deleted" in page.reason for page in found.private_pages)
+
+
+@needs_frames
+def test_the_same_file_through_an_overlay(demo: Path, tmp_path: Path) -> None:
+    """As in containers: maps tells another device, the frames are the same."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    path = copy(demo, tmp_path / "lower" / "lib.so")
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    command = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this kernel lacks overlayfs here")
+    try:
+        inside = told(f"lib = ctypes.CDLL({str(tmp_path / 'merged' / 'lib.so')!r})")
+        with told(f"lib = ctypes.CDLL({str(path)!r})") as outer, inside as inner:
+            (found,) = miniloader.audit([outer.pid, inner.pid], library=str(tmp_path)).libraries
+        assert found.files == 1
+        assert found.frames < found.present
+    finally:
+        subprocess.run(["umount", str(tmp_path / "merged")], check=True)
+
+
+def copy(source: Path, to: Path) -> Path:
+    """A file of the test's own, written to the disk."""
+    shutil.copy(source, to)
+    with to.open("rb") as file:
+        os.fsync(file.fileno())
+    return to
+
+
+# -------------------------------------------------------------------------------- what counts as what
+ANONYMOUS = """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+number = ctypes.c_int
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def mapped(length): return libc.mmap(None, length, 3, 0x22, -1, 0)
+"""
+
+
+def counted(one: Told) -> miniloader.lab.audited.AuditedProcess:
+    return miniloader.audit([one.pid], causes=False).processes[0]
+
+
+def test_pages_of_zeros_cost_nothing() -> None:
+    with told(ANONYMOUS) as one:
+        one(f"at = mapped(8 * {PAGE_SIZE})")
+        one(f"[ctypes.string_at(at + n * {PAGE_SIZE}, 1) for n in range(8)]")
+        before = counted(one)
+        one(f"[ctypes.memset(at + n * {PAGE_SIZE}, 1, 1) for n in range(8)]")
+        after = counted(one)
+    if best_level() == "frames" or before.zero:
+        assert before.zero - after.zero == 8
+        assert after.anonymous - before.anonymous >= 8
+
+
+def test_huge_pages() -> None:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text():
+        pytest.skip("this kernel lacks transparent huge pages")
+    huge = 2 << 20
+    with told(ANONYMOUS) as one:
+        one(f"at = -(-mapped(2 * {huge}) // {huge}) * {huge}; libc.madvise(at, {huge}, 14)")
+        one("ctypes.memset(at, 1, 1)")
+        kernel = rollup_of(one.pid)["AnonHugePages"] * KB
+        assert counted(one).huge * PAGE_SIZE == kernel
+    if kernel == 0:
+        pytest.skip("this machine lacks a free huge page")
+
+
+@needs_frames
+def test_ksm() -> None:
+    run = Path("/sys/kernel/mm/ksm/run")
+    if not run.exists() or run.read_text().strip() != "1":
+        pytest.skip("this kernel lacks KSM, or it does not run")
+    with told(ANONYMOUS) as one:
+        one(f"at = mapped(64 * {PAGE_SIZE}); ctypes.memset(at, 7, 64 * {PAGE_SIZE})")
+        one(f"libc.madvise(at, 64 * {PAGE_SIZE}, 12)")
+        ksm = counted(one).ksm
+        assert ksm is not None
+        assert ksm <= 64
+
+
+@needs_frames
+def test_swapped_pages() -> None:
+    if len(Path("/proc/swaps").read_text().splitlines()) < 2:
+        pytest.skip("this machine lacks swap space")
+    with told(ANONYMOUS) as one:
+        one(f"at = mapped(64 * {PAGE_SIZE}); ctypes.memset(at, 7, 64 * {PAGE_SIZE})")
+        one(f"libc.madvise(at, 64 * {PAGE_SIZE}, 21)")  # MADV_PAGEOUT
+        assert counted(one).swapped * PAGE_SIZE == rollup_of(one.pid)["Swap"] * KB
+
+
+# ------------------------------------------------------------------------------------ without privilege
+def test_an_ordinary_user_on_its_own(demo: Path, as_nobody: AsNobody) -> None:
+    level, causes, written = as_nobody(_own_child, str(demo))
+    assert level == "flags"
+    assert causes == {"relocation", "loader", "bss", "write"}
+    assert written == {"demo_counters"}
+
+
+def _own_child(path: str) -> tuple[str, set[str], set[str]]:
+    import ctypes
+
+    library = ctypes.CDLL(path)
+    library.demo_next()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"x")
+        while True:
+            signal.pause()
+    try:
+        os.read(reading, 1)
+        found = miniloader.audit([child])
+        pages = found.library(path).private_pages
+        causes = {cause for page in pages for cause in page.causes}
+        return found.level, causes, {name for page in pages for name in page.written}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.needs_root("another user's process")
+def test_another_user_s_process_is_listed(servers: list[int], as_nobody: AsNobody) -> None:
+    found = as_nobody(_audit, servers[:1])
+    assert found.processes == ()
+    (one,) = found.unreadable
+    assert one.pid == servers[0]
+    assert "CAP_SYS_PTRACE" in one.needed
+
+
+def _audit(pids: Sequence[int]) -> Audit:
+    """With one of its own: the rest is still audited."""
+    found = miniloader.audit([*pids, os.getpid()])
+    assert [one.pid for one in found.processes] == [os.getpid()]
+    return Audit.from_json({**found.to_json(), "processes": [], "libraries": []})
+
+
+def test_level_flags_says_the_same_of_one_process(servers: list[int]) -> None:
+    best, flags = miniloader.audit(servers[:1]), miniloader.audit(servers[:1], level="flags")
+    assert flags.level == "flags"
+    assert flags.processes[0].pss is None
+    assert [(one.path, one.private) for one in flags.libraries] == [
+        (one.path, one.private) for one in best.libraries
+    ]
+    for one, other in zip(flags.libraries, best.libraries, strict=True):
+        assert [(page.vaddr, page.causes, page.written) for page in one.private_pages] == [
+            (page.vaddr, page.causes, page.written) for page in other.private_pages
+        ]
+
+
+# ---------------------------------------------------------------------------------- while they live on
+CROWD = """
+import os, random, signal, sys, time
+random.seed(int(sys.argv[1]))
+os.setpgid(0, 0)
+end = time.monotonic() + float(sys.argv[2])
+print("go", flush=True)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+living = 0
+while time.monotonic() < end:
+    if os.fork() == 0:
+        what = random.Random(os.getpid()).randrange(4)
+        if what == 0: os.execv("/bin/true", ["true"])
+        if what == 1: os.execv("/bin/sleep", ["sleep", "0.05"])
+        if what == 2:
+            if os.fork() == 0:
+                import mmap
+                for _ in range(20): mmap.mmap(-1, 1 << 16).close()
+            os._exit(0)
+        junk = bytearray(1 << 20)
+        os._exit(0)
+    time.sleep(0.01)
+"""
+
+
+def test_a_crowd_that_does_not_hold_still() -> None:
+    """Processes that fork, execute and exit at random: no error, nothing is left behind."""
+    seconds = float(os.environ.get("MINILOADER_CROWD_SECONDS", "3"))
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", CROWD, str(seed), str(seconds)], stdout=subprocess.PIPE, text=True
+        )
+        for seed in range(int(os.environ.get("MINILOADER_CROWD", "4")))
+    ]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    try:
+        for one in crowd:
+            assert one.stdout is not None
+            one.stdout.readline()
+        audits = 0
+        while any(one.poll() is None for one in crowd):
+            try:
+                pids = [pid for one in crowd if one.poll() is None for pid in choose(tree=one.pid)]
+            except UsageError:  # it has just ended
+                continue
+            found = miniloader.audit(pids)
+            assert {one.pid for one in found.processes} | {one.pid for one in found.unreadable} == {*pids}
+            assert all(page.reason for library in found.libraries for page in unknown(library.private_pages))
+            audits += 1
+        assert audits
+        assert [one.returncode for one in crowd] == [0] * len(crowd)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+    finally:
+        for one in crowd:
+            if one.poll() is None:
+                os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+            assert one.stdout is not None
+            one.stdout.close()
+
+
+def unknown(pages: Sequence[miniloader.lab.audited.PrivatePage]) -> list[miniloader.lab.audited.PrivatePage]:
+    return [page for page in pages if "unknown" in page.causes]
+
+
+def test_a_process_that_has_gone() -> None:
+    with told() as one:
+        pass
+    found = miniloader.audit([one.pid])
+    assert found.processes == ()
+    assert [(each.pid, each.needed) for each in found.unreadable] == [(one.pid, "")]
+
+
+def test_progress_is_told(servers: list[int]) -> None:
+    told_of: list[tuple[int, int]] = []
+    progress: Callable[[int, int], None] = lambda done, of: told_of.append((done, of))  # noqa: E731
+    miniloader.audit(servers, causes=False, on_progress=progress)
+    assert told_of == [(number, len(servers)) for number in range(len(servers))]
+
+
+# ------------------------------------------------------------------------------------ which processes
+def test_choosing() -> None:
+    with told() as parent, told_children(parent, 2) as children:
+        assert choose(tree=parent.pid) == tuple(sorted([parent.pid, *children]))
+        assert {parent.pid, *children} <= {*choose(name="*python*")}
+        assert parent.pid in choose(user=str(os.geteuid()), tree=parent.pid)
+        assert choose(user=str(NOBODY + 1), tree=parent.pid) == ()
+    with pytest.raises(UsageError, match="no such user"):
+        choose(user="nobody-is-called-so")
+    with pytest.raises(UsageError, match="no such process"):
+        choose(tree=parent.pid)

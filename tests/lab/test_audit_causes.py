@@ -1,0 +1,172 @@
+"""Causes against truth: a process writes what it is told to, and the audit names exactly that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader.errors import UsageError
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audited import AuditedLibrary, PrivatePage, diff
+from miniloader.lab.page import view_page
+from tests.lab.audited import Told, told
+
+_BY = {
+    "the system's loader": "lib = ctypes.CDLL({path!r}); base = None",
+    "us": "import miniloader; ours = miniloader.load({path!r})",
+}
+_AT = """
+def at(name):
+    if {by!r} == "us": return ours.address(name)
+    return ctypes.addressof(ctypes.c_char.in_dll(lib, name))
+def store(name, value, offset=0, size=8):
+    ctypes.memmove(at(name) + offset, value.to_bytes(size, "little"), size)
+def word(name, offset=0): return int.from_bytes(ctypes.string_at(at(name) + offset, 8), "little")
+"""
+
+
+@pytest.fixture(params=list(_BY))
+def loaded(request: pytest.FixtureRequest, demo: Path) -> Iterator[Told]:
+    """A process with the demonstration library, loaded by us or by the system's loader."""
+    by = request.param
+    with told(_BY[by].format(path=str(demo)), _AT.format(by=by)) as one:
+        yield one
+
+
+def library(one: Told, path: Path) -> AuditedLibrary:
+    return miniloader.audit([one.pid]).library(str(path))
+
+
+def by_vaddr(found: AuditedLibrary) -> dict[int, PrivatePage]:
+    assert len({page.vaddr for page in found.private_pages}) == len(found.private_pages)
+    return {page.vaddr: page for page in found.private_pages}
+
+
+def vaddr_of(path: Path, name: str) -> int:
+    symbols = miniloader.inspect(path).symbols
+    number = symbols.find(name)
+    assert number is not None
+    return int(symbols.rows["value"][number])
+
+
+def page_of(path: Path, name: str) -> int:
+    return vaddr_of(path, name) & -PAGE_SIZE
+
+
+def test_only_relocated(loaded: Told, demo: Path) -> None:
+    pages = by_vaddr(library(loaded, demo))
+    table = pages[page_of(demo, "demo_operations")]
+    assert (table.causes, table.section, table.written) == (("relocation",), ".data.rel.ro", ())
+    assert table.only_relocated
+    assert "demo_operations" in table.symbols
+    assert table.kinds == {"R_X86_64_RELATIVE": PAGE_SIZE // (PAGE_SIZE // 16)} or table.kinds
+    assert "relocation" in pages[page_of(demo, "demo_current")].causes
+    assert not any({"write", "overwritten"} & {*page.causes} for page in pages.values())
+
+
+def test_the_program_s_writes(loaded: Told, demo: Path) -> None:
+    before = miniloader.audit([loaded.pid])
+    loaded("store('demo_settings', 77, 16); store('demo_counters', 5)")
+    after = miniloader.audit([loaded.pid])
+    pages = by_vaddr(after.library(str(demo)))
+    written = {page.vaddr: (page.causes, page.written) for page in pages.values() if page.written}
+    assert written == {
+        page_of(demo, name): (("write",), (name,)) for name in ("demo_counters", "demo_settings")
+    }
+    changes = [(one.vaddr, one.change, one.symbols) for one in diff(before, after) if one.path == str(demo)]
+    assert changes == [
+        (page_of(demo, name), "private", (name,)) for name in ("demo_counters", "demo_settings")
+    ]
+
+
+def test_an_overwritten_slot(loaded: Told, demo: Path) -> None:
+    right = loaded("answer = word('demo_current')")
+    loaded("store('demo_current', word('demo_current') + 8)")
+    page = by_vaddr(library(loaded, demo))[page_of(demo, "demo_current")]
+    assert "overwritten" in page.causes
+    assert "relocation" not in page.causes
+    assert page.written == ("demo_current",)
+    view = view_page(loaded.pid, vaddr_of(demo, "demo_current"), str(demo))
+    (word,) = [one for one in view.words if one.cause == "overwritten"]
+    assert (word.vaddr, word.symbol) == (vaddr_of(demo, "demo_current"), "demo_current")
+    assert (word.kind, word.new) == ("R_X86_64_64", right + 8)
+
+
+def test_copied_but_identical(loaded: Told, demo: Path) -> None:
+    loaded("store('demo_spare', word('demo_spare'))")
+    page = by_vaddr(library(loaded, demo))[page_of(demo, "demo_spare")]
+    assert (page.causes, page.written) == (("identical",), ())
+
+
+def test_only_bss(loaded: Told, demo: Path) -> None:
+    before = library(loaded, demo)
+    loaded(f"store('demo_history', 1, 2 * {PAGE_SIZE})")
+    after = library(loaded, demo)
+    assert after.private_pages == before.private_pages
+    added = {page.vaddr for page in after.bss_pages} - {page.vaddr for page in before.bss_pages}
+    assert added == {(vaddr_of(demo, "demo_history") + 2 * PAGE_SIZE) & -PAGE_SIZE}
+    (page,) = [page for page in after.bss_pages if page.vaddr in added]
+    assert (page.causes, page.symbols) == (("bss",), ("demo_history",))
+
+
+@pytest.mark.parametrize("by", list(_BY))
+def test_the_tail_of_bss(fixture_library: Callable[[str], Path], by: str) -> None:
+    path = fixture_library("bss")
+    with told(_BY[by].format(path=str(path)), _AT.format(by=by)) as one:
+        quiet = by_vaddr(library(one, path))[page_of(path, "data_before")]
+        one("store('large', 9, size=1)")
+        written = by_vaddr(library(one, path))[page_of(path, "data_before")]
+    assert "write" not in quiet.causes
+    assert quiet.written == ()
+    assert "bss" in written.causes
+    assert "write" not in written.causes
+    assert written.written == ("large",)
+
+
+def test_by_us_as_by_the_system_s_loader(fixture_library: Callable[[str], Path]) -> None:
+    """Whoever loaded it, the same pages are private for the same causes."""
+    for name in ("demo", "demo_relr", "relocations", "ifunc", "tls_general"):
+        path = fixture_library(name)
+        seen = []
+        for by, code in _BY.items():
+            with told(code.format(path=str(path)), _AT.format(by=by)) as one:
+                pages = library(one, path).private_pages
+                assert not any({"unknown", "overwritten"} & {*page.causes} for page in pages), (name, by)
+                seen.append({page.vaddr: {*page.causes} - {"loader"} for page in pages})
+        both = seen[0].keys() & seen[1].keys()
+        assert {vaddr: seen[0][vaddr] for vaddr in both} == {vaddr: seen[1][vaddr] for vaddr in both}, name
+        # What only one of the two has copied holds the loader's own bookkeeping, or was stored as it was.
+        for vaddr in seen[0].keys() ^ seen[1].keys():
+            assert {**seen[0], **seen[1]}[vaddr] <= {"identical"}, (name, hex(vaddr))
+
+
+def test_a_whole_library_of_the_system() -> None:
+    """Every page that differs from the file says why; nothing is unknown or taken for a program's write."""
+    with told("import ssl") as one:
+        found = miniloader.audit([one.pid], library="libcrypto.so")
+        if not found.libraries:
+            pytest.skip("this machine lacks a Python with a shared libcrypto")
+        (crypto,) = found.libraries
+    relocated = [page for page in crypto.private_pages if page.only_relocated]
+    assert len(relocated) > len(crypto.private_pages) / 2
+    assert all(page.kinds for page in relocated)
+    assert not any("unknown" in page.causes for page in crypto.private_pages)
+    assert not any(page.written for page in relocated)
+
+
+def test_one_page_of_each_state(loaded: Told, demo: Path) -> None:
+    loaded("ctypes.string_at(at('demo_greeting'), 1)")
+    shared = view_page(loaded.pid, vaddr_of(demo, "demo_greeting"), str(demo))
+    assert (shared.state, shared.causes, shared.words) == ("shared", (), ())
+    private = view_page(loaded.pid, vaddr_of(demo, "demo_operations"), str(demo))
+    assert (private.state, private.causes) == ("private", ("relocation",))
+    assert {word.cause for word in private.words} == {"relocation"}
+    assert {word.symbol for word in private.words} == {"demo_operations"}
+    assert all(word.new == word.old == private.base + word.file or word.file == 0 for word in private.words)
+    with pytest.raises(UsageError, match="not in"):
+        view_page(loaded.pid, 1 << 40, str(demo))
+    with pytest.raises(UsageError, match="no such file"):
+        view_page(loaded.pid, 0, "nothing-is-called-so")
