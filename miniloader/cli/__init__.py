@@ -91,6 +91,9 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         case MiniloaderError():
             status, message = error.exit_status, str(error)
         case KeyboardInterrupt():
+            # Python remembers an interrupt out of exec() as unhandled (a dataclass is made by one), and would
+            # end by SIGINT after all, but for another exec().
+            exec("")
             status, message = 1, "interrupted"
         case OSError(strerror=str(reason)):
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
