@@ -253,3 +253,19 @@ def test_version_needs_neither_argparse_nor_typing() -> None:
     command = [sys.executable, "-S", "-c", code]  # without what the environment itself imports
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_an_interrupt_out_of_exec_ends_with_1_too(tmp_path: Path) -> None:
+    """As when a dataclass is just being made; ``python -m`` would end by SIGINT after all."""
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        "from miniloader.cli import reported\n"
+        "def interrupted():\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "sys.exit(reported(interrupted, as_json=False, debug=False))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(miniloader.__file__).parents[1])])
+    command = [sys.executable, "-m", "program"]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (1, "miniloader: interrupted\n")
