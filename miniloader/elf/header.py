@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from elftools.elf import enums
 from elftools.elf.structs import ELFStructs
 
-from miniloader.elf.source import Source
+from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
 
 __all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_sections", "read_segments"]
@@ -22,6 +22,9 @@ __all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_se
 PF_X: Final = 1
 PF_W: Final = 2
 PF_R: Final = 4
+_MOST_HEADERS: Final = 1 << 16  # bytes: load_elf_phdrs of the kernel's fs/binfmt_elf.c
+_MOST_SECTIONS: Final = 4096
+_SECTION_NAME: Final = 256
 _PN_XNUM: Final = 0xFFFF
 _SHN_XINDEX: Final = 0xFFFF
 
@@ -193,6 +196,10 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
     if header.phnum == _PN_XNUM:
         raise ElfError(source.name, "e_phnum", "PN_XNUM", "fewer than 65535 program headers")
+    most = _MOST_HEADERS // record.size
+    if header.phnum > most:
+        expected = f"at most {most}: Linux maps no file with more"
+        raise ElfError(source.name, "e_phnum", str(header.phnum), expected)
     if header.phentsize != record.size:
         raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(record.size))
     table = source.read(header.phoff, record.size * header.phnum, "program headers")
@@ -234,6 +241,8 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
         first = structs.Elf_Shdr.parse(bytes(source.read(header.shoff, size, "section headers")))
         count = header.shnum or first.sh_size  # gABI: more than SHN_LORESERVE sections
         strings_index = first.sh_link if header.shstrndx == _SHN_XINDEX else header.shstrndx
+        if count > _MOST_SECTIONS:
+            return ()
         table = source.read(header.shoff, size * count, "section headers")
         rows = [structs.Elf_Shdr.parse(table[at : at + size]) for at in range(0, len(table), size)]
         if not 0 < strings_index < len(rows):
@@ -244,7 +253,7 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
     return tuple(
         Section(
             index=index,
-            name=names[row.sh_name : names.find(b"\0", row.sh_name)].decode("utf-8", "backslashreplace"),
+            name=_section_name(names, row.sh_name),
             type=row.sh_type if isinstance(row.sh_type, str) else f"{row.sh_type:#x}",
             vaddr=row.sh_addr,
             file_offset=row.sh_offset,
@@ -254,3 +263,8 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
         )
         for index, row in enumerate(rows)
     )
+
+
+def _section_name(names: Bytes, offset: int) -> str:
+    end = names.find(b"\0", offset, offset + _SECTION_NAME)
+    return names[offset : end if end >= 0 else offset + _SECTION_NAME].decode("utf-8", "backslashreplace")

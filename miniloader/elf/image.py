@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from miniloader.elf.dynamic import (
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["NT_GNU_BUILD_ID", "ElfImage", "Tls", "inspect", "notes_in", "read_image"]
 
 NT_GNU_BUILD_ID: Final = 3
+_PATH: Final = 4096  # PATH_MAX of limits.h
+_MOST_NOTES: Final = 4096
+_MOST_NOTE_SEGMENTS: Final = 16
 _NAME: Final = 1 << 9  # names are rarely longer
 
 
@@ -146,7 +150,13 @@ class ElfImage:
     @cached_property
     def needed(self) -> tuple[str, ...]:
         """``DT_NEEDED``, in order."""
-        return tuple(self._string(value, "DT_NEEDED") for value in self.dynamic.all(DT_NEEDED))
+        names = []
+        for value in self.dynamic.all(DT_NEEDED):
+            names.append(self._string(value, "DT_NEEDED"))
+            if len(names[-1]) >= _PATH:
+                found = f"a name of {len(names[-1])} bytes"
+                raise ElfError(self.path, "DT_NEEDED", found, f"less than {_PATH}")
+        return tuple(names)
 
     @cached_property
     def soname(self) -> str | None:
@@ -166,7 +176,7 @@ class ElfImage:
     @cached_property
     def build_id(self) -> str | None:
         """The ``NT_GNU_BUILD_ID`` note in hexadecimal."""
-        for note_name, note_type, description in self._notes():
+        for note_name, note_type, description in islice(self._notes(), _MOST_NOTES):
             if note_name == b"GNU\0" and note_type == NT_GNU_BUILD_ID:
                 return description.hex()
         return None
@@ -218,8 +228,9 @@ class ElfImage:
 
     def _notes(self) -> Iterator[tuple[bytes, int, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""
-        for segment in self.segments:
-            if segment.type != "PT_NOTE" or segment.filesz > 1 << 20:
+        noted = (segment for segment in self.segments if segment.type == "PT_NOTE")
+        for segment in islice(noted, _MOST_NOTE_SEGMENTS):
+            if segment.filesz > 1 << 20:
                 continue
             try:
                 data = self.source.read(segment.file_offset, segment.filesz, "PT_NOTE")

@@ -35,6 +35,7 @@ __all__ = [
     "GnuHash",
     "SymbolTable",
     "SysvHash",
+    "check_names",
     "gnu_hash",
     "gnu_hashes",
     "read_symbols",
@@ -58,6 +59,7 @@ STV_INTERNAL: Final = 1
 STV_HIDDEN: Final = 2
 STV_PROTECTED: Final = 3
 SHN_UNDEF: Final = 0
+_LONG_NAMES: Final = 1 << 24
 _CHAIN: Final = 8  # most chains are shorter
 SHN_ABS: Final = 0xFFF1
 
@@ -325,12 +327,29 @@ def read_symbols(
         count = max(count, len(sysv.chains))
         table = table or sysv
     rows = np.frombuffer(read(tags[DT_SYMTAB], count * dtype.itemsize, "DT_SYMTAB"), dtype)
+    check_names(rows, strings, name)
     versym = np.empty(0, np.uint16)
     versions: Mapping[int, Version] = {}
     if DT_VERSYM in tags:
         versym = np.frombuffer(read(tags[DT_VERSYM], count * 2, "DT_VERSYM"), f"{order}u2")
         versions = read_versions(read, tags, strings, order=order, name=name)
     return SymbolTable(rows, strings, table, versym, versions)
+
+
+def check_names(rows: Table, strings: Bytes, name: str | None) -> None:
+    """Raise :class:`ElfError` where the names together are far longer than the table they lie in.
+
+    Linkers let names share their ends; that every symbol has one as long as the file is an attack.
+    """
+    if len(rows) * len(strings) <= _LONG_NAMES:
+        return
+    ends = np.flatnonzero(np.frombuffer(strings, np.uint8) == 0)
+    offsets = np.minimum(rows["name"], len(strings)).astype(np.int64)
+    places = np.searchsorted(ends, offsets)
+    total = int((np.append(ends, len(strings))[places] - offsets).sum())
+    most = 16 * len(strings) + _LONG_NAMES
+    if total > most:
+        raise ElfError(name, "DT_STRTAB", f"names of {total:#x} bytes in all", f"at most {most:#x}")
 
 
 def _read_gnu_hash(read: Reader, vaddr: int, elf_class: int, order: str, name: str | None) -> GnuHash:

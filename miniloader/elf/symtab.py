@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from miniloader.elf.image import ElfImage
-from miniloader.elf.symbols import SymbolTable
+from miniloader.elf.symbols import SymbolTable, check_names
 from miniloader.elf.tables import symbol_dtype
 from miniloader.errors import ElfError
 
@@ -26,6 +26,8 @@ def read_symtab(image: ElfImage) -> SymbolTable:
     try:
         data = image.source.read(table.file_offset, table.size - table.size % dtype.itemsize, ".symtab")
         strings = image.source.read(names.file_offset, names.size, ".strtab")
+        rows = np.frombuffer(data, dtype)
+        check_names(rows, strings, image.path)
     except ElfError:
         return nothing
-    return SymbolTable(np.frombuffer(data, dtype), strings, None, np.empty(0, np.uint16))
+    return SymbolTable(rows, strings, None, np.empty(0, np.uint16))

@@ -25,6 +25,7 @@ VER_NDX_LOCAL: Final = 0
 VER_NDX_GLOBAL: Final = 1
 _VER_FLG_BASE: Final = 1
 _VER_FLG_WEAK: Final = 2
+_LONGEST: Final = 4096
 _MOST: Final = 0x8000  # a version index has 15 bits
 
 
@@ -67,6 +68,8 @@ def _records(
 def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
     if offset >= len(strings):
         raise ElfError(name, what, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes")
+    if strings.find(b"\0", offset, offset + _LONGEST) < 0 and offset + _LONGEST < len(strings):
+        raise ElfError(name, what, f"a name of more than {_LONGEST} bytes", "a shorter one")
     return string_at(strings, offset).decode("utf-8", "backslashreplace")
 
 

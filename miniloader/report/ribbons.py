@@ -79,6 +79,10 @@ class _Part:
     style: str
 
 
+#: Linkers write four to nine PT_LOADs; of a thousand, drawing all beside each would take a while.
+_MOST_OTHERS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """``pages`` pages from page ``first`` on, drawn one by one (1) or as their number."""
@@ -190,7 +194,7 @@ def _file_parts(image: ElfImage, load: Segment, slack: int, end: int) -> list[_P
     """What the segment's whole pages hold of the file: its own bytes, others', and what none loads."""
     origin = load.file_offset - slack
     known = [_Part(slack, slack + load.filesz, _OWN, _style(load.flags))]
-    for other in image.loads:
+    for other in image.loads[:_MOST_OTHERS]:
         if other is not load and other.filesz:
             low, high = other.file_offset - origin, other.file_offset + other.filesz - origin
             for first, last in ((low, min(high, slack)), (max(low, slack + load.filesz), high)):

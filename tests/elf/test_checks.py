@@ -161,7 +161,7 @@ def test_headers_that_make_a_file_unreadable(path: Path) -> None:
     for column, value, field in (
         (0, 0x7E, "magic"), (4, 7, "EI_CLASS"), (5, 7, "EI_DATA"), (6, 7, "EI_VERSION"), (18, 7, "e_version"),
         (20, HUGE, "program headers"), (24, 7, "e_phentsize"), (25, 0, "e_phnum"), (25, 0xFFFF, "e_phnum"),
-        (25, 0xFFFE, "program headers"),
+        (25, 0xFFFE, "e_phnum"),
     ):  # fmt: skip
         editor = Editor(path.read_bytes())
         editor.field("header", 0, column, value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.bombs import BOMBS, SIZE, bomb
 from fixtures.build import ROOT, build
 from fixtures.campaign import Campaign, minimised
 from fixtures.hostile import Outcome, outcomes_of
@@ -39,6 +40,16 @@ def test_each_file_of_the_crash_list_is_refused_by_name_or_harmless(name: str) -
     assert found["load"].kind == ("ElfError" if MALFORMED[name].message else "result")
     assert MALFORMED[name].message in found["load"].detail
     assert "\n" not in found["load"].detail
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_read_is_in_proportion_to_the_file(name: str) -> None:
+    """A megabyte that asks for gigabytes: at most 2 s of processor time and 500 MB."""
+    data = bomb(name)
+    assert len(data) == SIZE
+    found = outcomes_of(data)
+    assert [outcome for outcome in found if not outcome.allowed] == []
+    assert len(found) == 4
 
 
 def test_what_dlopen_makes_of_the_crash_list() -> None:
