@@ -66,13 +66,14 @@ def ask_gdb(*commands: str, options: tuple[str, ...] = (), arguments: tuple[str,
     """What gdb says, attached to this process unless there are other ``arguments``."""
     words = [word for command in commands for word in ("-ex", command)]
     target = arguments or ("-p", str(os.getpid()))
+    # Attached, it stops this process, which then cannot end a gdb that hangs.
+    command = [tool("timeout"), "-s", "KILL", "60", tool("gdb"), "-q", "-nx", "-batch"]
     done = subprocess.run(
-        [tool("gdb"), "-q", "-nx", "-batch", "-ex", "set debuginfod enabled off", *options, *words, *target],
+        [*command, "-ex", "set debuginfod enabled off", *options, *words, *target],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        timeout=120,
         cwd=ROOT,
     )
     if "ptrace" in done.stderr and "not permitted" in done.stderr:
