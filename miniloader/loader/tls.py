@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import Tls
+from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import Table
 from miniloader.errors import LoadError
 from miniloader.loader import host
@@ -72,6 +73,9 @@ def answer(
         if definer is me:
             return True, Question(_KIND[kind], None, value)
         if isinstance(definer, HostLibrary):
+            if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
+                label = bindings.label(place)
+                raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
             if definer.path:
                 needed[definer.path] = None
             return False, Question(_KIND[kind], bindings.label(place), value - int(starts[place]))
