@@ -29,22 +29,9 @@ from typing import Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC, STT_TLS
 from miniloader.elf.tables import Table
-from miniloader.evidence.slots import (
-    ARGUMENT,
-    COPY,
-    DESCRIPTOR,
-    INDIRECT,
-    LOADER,
-    MODULE,
-    MODULE_OFFSET,
-    OTHER,
-    RELATIVE,
-    SYMBOL,
-    THREAD_OFFSET,
-    Facts,
-)
+from miniloader.evidence.layout import Layout, Symbolic, layout_of
+from miniloader.evidence.slots import Facts
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 __all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "Placed", "Space", "bit", "cause_names", "classify"]
@@ -52,6 +39,8 @@ __all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "Placed", "Space", "bi
 Cause = Literal["relocation", "overwritten", "loader", "bss", "write", "identical", "unknown"]
 CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 """Every cause; cause ``CAUSES[i]`` is bit ``i`` of a set."""
+
+Words = Literal["none", "own", "every"]
 
 WORD_DTYPE: Final = np.dtype(
     [
@@ -105,6 +94,7 @@ class Space:
         self._placed = sorted(placed, key=lambda one: one.start)
         self._starts = np.array([one.start for one in self._placed], dtype=np.uint64)
         self._ends = np.array([one.end for one in self._placed], dtype=np.uint64)
+        self._bias = {one.facts: one.bias for one in self._placed if one.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
 
@@ -114,14 +104,15 @@ class Space:
 
     def defines(
         self, names: NDArray[np.uint64], addresses: NDArray[np.uint64], values: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.intp]]:
         """Whether the file at each of ``addresses`` (``values`` less the addend) defines the name there.
 
-        The second answer: which cannot be told, since that file cannot be read.
+        The second answer: which cannot be told, since that file cannot be read.  The third: which of the
+        files that is (for :meth:`remember`), -1: none.
         """
-        good, hidden = np.zeros(len(names), np.bool_), np.zeros(len(names), np.bool_)
+        good, hidden = np.zeros((2, len(names)), np.bool_)
         if not len(self._starts):
-            return good, hidden
+            return good, hidden, np.full(len(names), -1)
         # The end belongs to it, too: that is where symbols such as _end are.
         at = np.searchsorted(self._starts, addresses, side="right") - 1
         at = np.where((at >= 0) & (addresses <= self._ends[at]), at, -1)
@@ -142,7 +133,32 @@ class Space:
         if len(in_vdso):
             every = [one.facts.indirect_names for one in self._placed if one.facts is not None]
             good[in_vdso] |= np.isin(names[in_vdso], np.concatenate(every))
-        return good, hidden
+        return good, hidden, at
+
+    def remember(
+        self,
+        slots: Symbolic,
+        rows: NDArray[np.intp],
+        addresses: NDArray[np.uint64],
+        where: NDArray[np.intp],
+    ) -> None:
+        """Keep with ``slots`` that the files ``where`` define what their ``rows`` want, at ``addresses``."""
+        for index in np.flatnonzero(np.bincount(where[where >= 0], minlength=0)).tolist():
+            facts, here = self._placed[index].facts, where == index
+            if facts is None:
+                continue
+            if facts not in slots.targets:
+                slots.targets.append(facts)
+            slots.target[rows[here]] = slots.targets.index(facts)
+            vaddrs = addresses[here] - np.uint64(self._placed[index].bias)
+            slots.target_vaddr[rows[here]] = vaddrs + slots.addend[rows[here]]
+
+    def as_known(self, slots: Symbolic, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which slots hold the address of a definition that was found before, in whatever process."""
+        biases = [self._bias.get(facts) for facts in slots.targets]
+        bias = np.array([bias or 0 for bias in (*biases, None)], np.uint64)  # the last is for -1
+        there = np.array([bias is not None for bias in (*biases, None)])
+        return np.asarray(there[slots.target] & (values == bias[slots.target] + slots.target_vaddr))
 
 
 def _inside(values: NDArray[np.uint64], spans: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -181,12 +197,13 @@ def classify(
     file_offsets: NDArray[np.uint64],
     live: NDArray[np.uint8],
     *,
-    every_word: bool = False,
+    words: Words = "own",
 ) -> Classified:
     """Why the copied pages at ``vaddrs`` are what they are.
 
     ``live`` are their bytes in the process, shape (pages, PAGE_SIZE); they are changed in place.
-    ``file_offsets`` say which page of the file each was.  ``every_word`` asks for all slots in ``words``.
+    ``file_offsets`` say which page of the file each was.  ``words``: which of them to list: those with a
+    cause of their own, every slot, too, or none (the quickest).
     """
     pages = len(vaddrs)
     causes = np.zeros(pages, np.uint8)
@@ -194,72 +211,117 @@ def classify(
     if facts.trouble:
         empty = np.empty((0, 3), np.int64)
         return Classified(causes | np.uint8(_UNKNOWN), ~unreadable, np.empty(0, WORD_DTYPE), empty)
-    expected = facts.pages(file_offsets)
-    tails = _zero_tails(facts, vaddrs, expected, live, causes)
-    here = _Here(facts, space, bias, vaddrs, live, expected)
-    slot_words = here.judge()
-    for value in (_RELOCATION, _OVERWRITTEN, _LOADER, _UNKNOWN):
-        causes[slot_words["page"][slot_words["cause"] == value]] |= np.uint8(value)
-    unreadable[slot_words["page"][slot_words["cause"] == _UNKNOWN]] = True
-    here.undo()
-    words, octets = _differing(vaddrs, live, expected)
+    tails, zeroed = _tails(facts, vaddrs, file_offsets, live)
+    causes[zeroed < PAGE_SIZE] = _BSS
+    layout = layout_of(facts, vaddrs, file_offsets, zeroed)
+    values = layout.values(live)
+    cause = _judged(facts, layout, space, np.uint64(bias), values)
+    # Nearly every slot is as its relocation made it: only the others are looked at one by one.
+    others = np.flatnonzero(cause != _RELOCATION)
+    relocated = layout.on_page > np.bincount(layout.page[others], minlength=pages)
+    causes[relocated] |= np.uint8(_RELOCATION)
+    for value in (_OVERWRITTEN, _LOADER, _UNKNOWN):
+        causes[layout.page[others[cause[others] == value]]] |= np.uint8(value)
+    unreadable[layout.page[others[cause[others] == _UNKNOWN]]] = True
+    layout.undo(live)
+    differing = np.flatnonzero(live.view(np.uint64) != layout.expected.view(np.uint64))
     own = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
-    octet_cause = np.where(_in_tail(octets, vaddrs, tails), np.uint8(_BSS), own)
-    np.bitwise_or.at(causes, octets["page"], octet_cause)
-    words["cause"] = np.where(_in_tail(words, vaddrs, tails), np.uint8(_BSS), own)
-    changed = slot_words[np.isin(slot_words["cause"], (_OVERWRITTEN, _LOADER))]
+    places = _places(facts, vaddrs, tails, live, layout.expected, differing)
+    place_cause = np.where(_in_tail(*places, vaddrs, tails), np.uint8(_BSS), own)
+    for value in (_BSS, int(own)):
+        causes[places[0][place_cause == value]] |= np.uint8(value)
+    changed = others[(cause[others] == _OVERWRITTEN) | (cause[others] == _LOADER)]
     written = _symbols(
         facts,
-        np.concatenate([octets["page"], changed["page"]]),
-        np.concatenate([octets["vaddr"], changed["vaddr"]]),
-        np.concatenate([octet_cause, changed["cause"]]),
+        np.concatenate([places[0], layout.page[changed]]),
+        np.concatenate([places[1], layout.vaddr[changed]]),
+        np.concatenate([place_cause, cause[changed]]),
     )
     causes[causes == 0] = _IDENTICAL
-    both = np.concatenate([slot_words if every_word else changed, words])
-    return Classified(causes, unreadable, both[np.lexsort((both["vaddr"], both["page"]))], written)
+    listed = np.empty(0, WORD_DTYPE)
+    if words != "none":
+        slots = _slot_words(layout, np.arange(len(cause)) if words == "every" else changed, cause, values)
+        beside = _differing_words(vaddrs, live, layout.expected, differing)
+        inside = _in_tail(beside["page"], beside["vaddr"], vaddrs, tails)
+        beside["cause"] = np.where(inside, np.uint8(_BSS), own)
+        listed = np.concatenate([slots, beside])
+        listed = listed[np.lexsort((listed["vaddr"], listed["page"]))]
+    return Classified(causes, unreadable, listed, written)
 
 
-def _zero_tails(
-    facts: Facts,
-    vaddrs: NDArray[np.uint64],
-    expected: NDArray[np.uint8],
-    live: NDArray[np.uint8],
-    causes: NDArray[np.uint8],
-) -> NDArray[np.int64]:
-    """Zero in ``expected`` what the loader zeroes; where each page's tail begins (PAGE_SIZE: none)."""
+def _tails(
+    facts: Facts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], live: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each page's bss tail begins (PAGE_SIZE: none), and the same of those that were zeroed."""
     tails = np.full(len(vaddrs), PAGE_SIZE, np.int64)
+    zeroed = tails.copy()
     for span in facts.plan.zeroed if facts.plan is not None else ():
         at = span.start % PAGE_SIZE
         for row in np.flatnonzero(vaddrs == span.start - at).tolist():
             tails[row] = at
-            untouched = expected[row, at:].any() and np.array_equal(expected[row, at:], live[row, at:])
-            if not untouched:
-                causes[row] |= _BSS
-                expected[row, at:] = 0
-    return tails
+            tail = facts.pages(file_offsets[row : row + 1])[0, at:]
+            untouched = tail.any() and np.array_equal(tail, live[row, at:])
+            zeroed[row] = PAGE_SIZE if untouched else at
+    return tails, zeroed
 
 
-def _in_tail(words: Table, vaddrs: NDArray[np.uint64], tails: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which words begin in the bss tail of their page."""
-    offset = (words["vaddr"] - vaddrs[words["page"]]).astype(np.int64)
-    return np.asarray(offset >= tails[words["page"]])
+def _in_tail(
+    pages: NDArray[np.integer],
+    places: NDArray[np.uint64],
+    vaddrs: NDArray[np.uint64],
+    tails: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Which of these vaddrs are in the bss tail of their page."""
+    return np.asarray((places - vaddrs[pages]).astype(np.int64) >= tails[pages])
 
 
-def _differing(
-    vaddrs: NDArray[np.uint64], live: NDArray[np.uint8], expected: NDArray[np.uint8]
-) -> tuple[Table, Table]:
-    """The words, and the single bytes (fields page and vaddr), that are not as expected."""
-    now, then = live.view(np.uint64), expected.view(np.uint64)
-    page, word = np.nonzero(now != then)
-    words = np.zeros(len(page), WORD_DTYPE)
+def _places(
+    facts: Facts,
+    vaddrs: NDArray[np.uint64],
+    tails: NDArray[np.int64],
+    live: NDArray[np.uint8],
+    expected: NDArray[np.uint8],
+    differing: NDArray[np.intp],
+) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+    """Page and vaddr of what differs: each word where one symbol (or none) has all of it, else each byte."""
+    page, word = np.divmod(differing, PAGE_SIZE // _WORD)
+    start = vaddrs[page] + (word * _WORD).astype(np.uint64)
+    last = start + np.uint64(_WORD - 1)
+    mixed = ~facts.uniform(start, _WORD)
+    mixed |= _in_tail(page, start, vaddrs, tails) != _in_tail(page, last, vaddrs, tails)
+    at = differing[mixed]
+    bits = live.view(np.uint64).reshape(-1)[at] ^ expected.view(np.uint64).reshape(-1)[at]
+    row, octet = np.divmod(np.flatnonzero(bits.view(np.uint8)), _WORD)
+    return (
+        np.concatenate([page[~mixed], page[mixed][row]]).astype(np.int32),
+        np.concatenate([start[~mixed], start[mixed][row] + octet.astype(np.uint64)]),
+    )
+
+
+def _differing_words(
+    vaddrs: NDArray[np.uint64],
+    live: NDArray[np.uint8],
+    expected: NDArray[np.uint8],
+    differing: NDArray[np.intp],
+) -> Table:
+    """The words (by their number from the first page on) that are not as expected; no cause yet."""
+    words = np.zeros(len(differing), WORD_DTYPE)
+    page, word = np.divmod(differing, PAGE_SIZE // _WORD)
     words["page"], words["slot"], words["size"] = page, -1, _WORD
     words["vaddr"] = vaddrs[page] + (word * _WORD).astype(np.uint64)
-    words["live"], words["file"] = now[page, word], then[page, word]
-    differs = (words["live"] ^ words["file"])[:, np.newaxis].view(np.uint8)
-    row, octet = np.nonzero(differs)
-    octets = np.zeros(len(row), np.dtype([("page", np.int32), ("vaddr", np.uint64)]))
-    octets["page"], octets["vaddr"] = words["page"][row], words["vaddr"][row] + octet.astype(np.uint64)
-    return words, octets
+    words["live"] = live.view(np.uint64).reshape(-1)[differing]
+    words["file"] = expected.view(np.uint64).reshape(-1)[differing]
+    return words
+
+
+def _slot_words(
+    layout: Layout, rows: NDArray[np.intp], cause: NDArray[np.uint8], values: NDArray[np.uint64]
+) -> Table:
+    words = np.zeros(len(rows), WORD_DTYPE)
+    words["page"], words["slot"] = layout.page[rows], layout.slot[rows]
+    words["vaddr"], words["size"] = layout.vaddr[rows], layout.size[rows]
+    words["live"], words["file"], words["cause"] = values[rows], layout.file[rows], cause[rows]
+    return words
 
 
 def _symbols(
@@ -268,122 +330,68 @@ def _symbols(
     """The distinct (page, symbol, cause) of these places, where a symbol covers them."""
     symbols = facts.symbols_at(vaddrs)
     found = symbols >= 0
-    packed = (pages[found].astype(np.int64) << 32 | symbols[found]) << 8 | causes[found]
-    packed = np.unique(packed)
+    packed = np.sort((pages[found].astype(np.int64) << 32 | symbols[found]) << 8 | causes[found])
+    first = np.ones(len(packed), np.bool_)
+    first[1:] = packed[1:] != packed[:-1]
+    packed = packed[first]
     return np.stack([packed >> 40, packed >> 8 & 0xFFFFFFFF, packed & 0xFF], axis=1)
 
 
-class _Here:
-    """The slots on some pages of one file in one process."""
+# ------------------------------------------------------------------------------------------ the slots
+def _judged(
+    facts: Facts, layout: Layout, space: Space, bias: np.uint64, values: NDArray[np.uint64]
+) -> NDArray[np.uint8]:
+    """The cause of every slot that holds ``values``: 0 where it is still as in the file."""
+    cause = np.full(len(values), _RELOCATION, np.uint8)
+    changed = _LOADER if facts.is_dynamic_loader else _OVERWRITTEN
+    plain = layout.relative
+    wrong = plain[values[plain] != layout.relative_addend + bias]
+    cause[wrong] = np.where(values[wrong] == layout.file[wrong], 0, changed)
+    live, file = values[layout.other], layout.file[layout.other]
+    same = live == file
+    good, hidden = _verified(layout, space, bias, live, same)
+    # What counts most comes last.
+    others = np.full(len(live), changed, np.uint8)
+    others[hidden] = _UNKNOWN
+    others[same] = 0
+    others[good] = _RELOCATION
+    others[layout.loader] = np.where(same[layout.loader], 0, _LOADER)
+    cause[layout.other] = others
+    return cause
 
-    def __init__(
-        self,
-        facts: Facts,
-        space: Space,
-        bias: int,
-        vaddrs: NDArray[np.uint64],
-        live: NDArray[np.uint8],
-        expected: NDArray[np.uint8],
-    ) -> None:
-        self._facts, self._space, self._bias = facts, space, np.uint64(bias)
-        self._live, self._expected = live, expected
-        starts = facts.slots["vaddr"]
-        low = np.searchsorted(starts, vaddrs)
-        count = np.searchsorted(starts, vaddrs + np.uint64(PAGE_SIZE)) - low
-        self._page = np.repeat(np.arange(len(vaddrs), dtype=np.int32), count)
-        first = np.repeat(low - (np.cumsum(count) - count), count)
-        self._slot = first + np.arange(len(first))
-        slots = facts.slots[self._slot]
-        # What goes over the end of its page is judged there by its first bytes only.
-        offset = (slots["vaddr"] - vaddrs[self._page]).astype(np.int64)
-        self._size = np.minimum(slots["size"], PAGE_SIZE - offset)
-        self._slots, self._offset = slots, offset
-        self._odd = bool(np.any((offset % _WORD != 0) | (self._size != _WORD)))
 
-    def judge(self) -> Table:
-        """Every slot as WORD_DTYPE, with its cause: 0 where it is still as in the file."""
-        words = np.zeros(len(self._slots), WORD_DTYPE)
-        words["page"], words["slot"] = self._page, self._slot
-        words["vaddr"], words["size"] = self._slots["vaddr"], self._size
-        live, file = self._gather(self._live), self._gather(self._expected)
-        words["live"], words["file"] = live, file
-        good, hidden = self._verified(live, file)
-        what = self._slots["what"]
-        same = live == file
-        words["cause"] = np.select(
-            [what == LOADER, good, same, hidden],
-            [np.where(same, 0, _LOADER), _RELOCATION, 0, _UNKNOWN],
-            _LOADER if self._facts.is_dynamic_loader else _OVERWRITTEN,
-        )
-        return words
+def _verified(
+    layout: Layout, space: Space, bias: np.uint64, live: NDArray[np.uint64], same: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the other slots hold what their relocation computes; which nobody can tell about."""
+    good, hidden = np.zeros((2, len(live)), np.bool_)
+    good[layout.uneven] = live[layout.uneven] == bias + layout.uneven_addend
+    good[layout.anything] = ~same[layout.anything]
+    good[layout.thread] = live[layout.thread].view(np.int64) < 0
+    good[layout.module] = (live[layout.module] > 0) & (live[layout.module] < _MOST_MODULES)
+    if len(layout.code):
+        good[layout.code] |= space.in_code(live[layout.code])
+    rows = layout.symbolic.rows
+    if len(rows):
+        good[rows], hidden[rows] = _bound(layout.symbolic, space, bias, live[rows])
+    return good, hidden
 
-    def undo(self) -> None:
-        """Put back what the file has at every slot."""
-        if not self._odd:
-            word = self._offset // _WORD
-            self._live.view(np.uint64)[self._page, word] = self._expected.view(np.uint64)[self._page, word]
-            return
-        for octet in range(_WORD):
-            has = self._size > octet
-            at = self._page[has], self._offset[has] + octet
-            self._live[at] = self._expected[at]
 
-    def _gather(self, pages: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        """The value at every slot."""
-        if not self._odd:
-            return np.asarray(pages.view(np.uint64)[self._page, self._offset // _WORD])
-        values = np.zeros((len(self._page), _WORD), np.uint8)
-        for octet in range(_WORD):
-            has = self._size > octet
-            values[has, octet] = pages[self._page[has], self._offset[has] + octet]
-        return values.view(np.uint64)[:, 0]
-
-    def _verified(
-        self, live: NDArray[np.uint64], file: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which slots hold what their relocation computes; which nobody can tell about."""
-        what, signed = self._slots["what"], live.view(np.int64)
-        addend = self._slots["addend"].view(np.uint64)
-        good = (what == RELATIVE) & (live == self._bias + addend)
-        hidden = np.zeros(len(live), np.bool_)
-        rest = np.flatnonzero(what != RELATIVE)
-        kind = what[rest]
-        good[rest] |= np.isin(kind, (OTHER, COPY)) & (live != file)[rest]
-        good[rest] |= (self._size < _WORD)[rest] & (live != file)[rest]
-        code = rest[np.isin(kind, (INDIRECT, DESCRIPTOR))]
-        good[code] |= self._space.in_code(live[code])
-        good[rest] |= (kind == ARGUMENT) & (live != file)[rest]
-        good[rest] |= (kind == THREAD_OFFSET) & (signed[rest] < 0)
-        good[rest] |= (kind == MODULE) & (live[rest] > 0) & (live[rest] < _MOST_MODULES)
-        symbolic = rest[np.isin(kind, (SYMBOL, MODULE_OFFSET))]
-        if len(symbolic):
-            good[symbolic], hidden[symbolic] = self._bound(symbolic, live, file, addend)
-        return good, hidden
-
-    def _bound(
-        self,
-        rows: NDArray[np.intp],
-        live: NDArray[np.uint64],
-        file: NDArray[np.uint64],
-        addends: NDArray[np.uint64],
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """The same for slots that hold a symbol's address, or its offset in a module's block."""
-        table, symbol = self._facts.symbols, self._slots["symbol"][rows]
-        if table is None or (symbol >= len(table)).any():  # it cannot be read, or makes no sense
-            return np.zeros(len(rows), np.bool_), np.ones(len(rows), np.bool_)
-        value, addend = live[rows], addends[rows]
-        own = table.rows["value"][symbol].astype(np.uint64)
-        kind, undefined = table.type[symbol], table.rows["shndx"][symbol] == SHN_UNDEF
-        offset = self._slots["what"][rows] == MODULE_OFFSET
-        local = ~undefined & (kind != STT_GNU_IFUNC) & (kind != STT_TLS)
-        good = local & (value == self._bias + own + addend)
-        good |= offset & (value == own + addend)
-        good |= undefined & (table.bind[symbol] == STB_WEAK) & (value == addend)
-        good |= (file[rows] != 0) & (value == self._bias + file[rows])  # its own PLT entry: not bound yet
-        hidden = np.zeros(len(rows), np.bool_)
-        left = np.flatnonzero(~good & ~offset)
-        if len(left):
-            names = self._facts.name_numbers[symbol[left]]
-            target = value[left] - addend[left]
-            good[left], hidden[left] = self._space.defines(names, target, value[left])
-        return good, hidden
+def _bound(
+    slots: Symbolic, space: Space, bias: np.uint64, value: NDArray[np.uint64]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The same for slots that hold a symbol's address, or its offset in a module's block."""
+    hidden = np.zeros(len(value), np.bool_)
+    if slots.names is None:
+        return hidden, ~hidden
+    good = slots.local & (value == bias + slots.own)
+    good |= slots.offset & (value == slots.own)
+    good |= slots.weak & (value == slots.addend)
+    good |= (slots.file != 0) & (value == bias + slots.file)  # its own PLT entry: not bound yet
+    good |= space.as_known(slots, value)
+    left = np.flatnonzero(~good & ~slots.offset)
+    if len(left):
+        target = value[left] - slots.addend[left]
+        good[left], hidden[left], where = space.defines(slots.names[left], target, value[left])
+        space.remember(slots, left[good[left]], target[good[left]], where[good[left]])
+    return good, hidden

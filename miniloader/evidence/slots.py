@@ -116,6 +116,7 @@ class Facts:
         self.source, self.image, self._names = source, image, names
         self.plan: LoadPlan | None = None
         self.trouble = ""
+        self.layouts: dict[object, object] = {}  # miniloader.evidence.layout keeps its work here
         if image is None:
             return
         try:
@@ -266,6 +267,17 @@ class Facts:
             return np.full(len(vaddrs), -1, np.int64)
         at = np.searchsorted(starts, vaddrs, side="right") - 1
         return np.where((at >= 0) & (vaddrs < ends[at]), at, -1)
+
+    def uniform(self, vaddrs: NDArray[np.uint64], size: int) -> NDArray[np.bool_]:
+        """Of which [vaddr, vaddr + ``size``) every byte is the same symbol's, or no symbol's."""
+        starts, ends, _ = self._named
+        if not len(starts):
+            return np.ones(len(vaddrs), np.bool_)
+        past, last = np.searchsorted(starts, vaddrs, side="right"), vaddrs + np.uint64(size)
+        next_one = starts[np.minimum(past, len(starts) - 1)]
+        end = np.where(past > 0, ends[past - 1], np.uint64(0))
+        alone = (past == len(starts)) | (next_one >= last)
+        return np.asarray(alone & ((end >= last) | (end <= vaddrs)))
 
     def symbol_name(self, number: int) -> str:
         """The name of a symbol."""

@@ -86,7 +86,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
                 here.vaddrs[row],
                 here.file_offsets[row],
                 live,
-                every_word=True,
+                words="every",
             )
             causes = cause_names(int(answer.causes[0]))
             words = tuple(_word(facts, here.base, one) for one in answer.words)

@@ -388,7 +388,9 @@ def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> Non
         return
     live, read = memory.pages(one.addresses)
     try:
-        answer: Classified = classify(one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live)
+        answer: Classified = classify(
+            one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live, words="none"
+        )
     except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
         _unknown(one, np.arange(len(one.vaddrs)), str(error))
         return

@@ -1,0 +1,168 @@
+"""The slots on a set of pages of one file, laid out for comparison: made once, used for every process.
+
+Processes that run the same program have copied nearly the same pages, so what depends on the file and the
+pages alone is kept: where the slots are, what the file has there, what each would hold but for addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.tables import Table
+from miniloader.evidence.slots import (
+    ARGUMENT,
+    COPY,
+    DESCRIPTOR,
+    INDIRECT,
+    LOADER,
+    MODULE,
+    MODULE_OFFSET,
+    OTHER,
+    RELATIVE,
+    SYMBOL,
+    THREAD_OFFSET,
+    Facts,
+)
+from miniloader.kernel.syscalls import PAGE_SIZE
+
+__all__ = ["Layout", "Symbolic", "layout_of"]
+
+_WORD: Final = 8
+_KEPT: Final = 4  # sets of pages for each file
+
+
+class Layout:
+    """The slots on the pages at ``vaddrs``, by page and vaddr; all arrays are by slot but where said.
+
+    ``expected`` are the file's pages, shape (pages, PAGE_SIZE), with zeroes where ``tails`` begin: what a
+    process has that nobody wrote to.  ``page`` is an index into them, ``slot`` one into ``Facts.slots``,
+    ``file`` the value that ``expected`` has there.  ``on_page`` counts the slots of each page.
+
+    ``relative`` are the slots (indices) that take the bias + ``relative_addend``, ``other`` all the rest.  Of
+    those (indices into ``other``) ``uneven`` do the same but are not aligned words, ``anything`` may take
+    any value, ``code`` an address in code.  The rest are what their names say.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        vaddrs: NDArray[np.uint64],
+        file_offsets: NDArray[np.uint64],
+        tails: NDArray[np.int64],
+    ) -> None:
+        self.expected = facts.pages(file_offsets)
+        for row in np.flatnonzero(tails < PAGE_SIZE).tolist():
+            self.expected[row, tails[row] :] = 0
+        starts = facts.slots["vaddr"]
+        low = np.searchsorted(starts, vaddrs)
+        self.on_page = np.searchsorted(starts, vaddrs + np.uint64(PAGE_SIZE)) - low
+        self.page = np.repeat(np.arange(len(vaddrs), dtype=np.int32), self.on_page)
+        first = np.repeat(low - (np.cumsum(self.on_page) - self.on_page), self.on_page)
+        self.slot = first + np.arange(len(first))
+        slots = facts.slots[self.slot]
+        self.vaddr = slots["vaddr"].copy()
+        self._offset = (self.vaddr - vaddrs[self.page]).astype(np.int64)
+        # What goes over the end of its page is judged there by its first bytes only.
+        self.size = np.minimum(slots["size"], PAGE_SIZE - self._offset)
+        self._odd = (self._offset % _WORD != 0) | (self.size != _WORD)
+        self._any_odd = bool(self._odd.any())
+        self._word = self.page.astype(np.int64) * (PAGE_SIZE // _WORD) + self._offset // _WORD
+        self.file = self.values(self.expected)
+        plain = (slots["what"] == RELATIVE) & ~self._odd
+        self.relative, self.other = np.flatnonzero(plain), np.flatnonzero(~plain)
+        self.relative_addend = slots["addend"].view(np.uint64)[self.relative]
+        self._sort(facts, slots[self.other])
+
+    def _sort(self, facts: Facts, slots: Table) -> None:
+        """Tell the other slots apart by how they are judged."""
+        what, short = slots["what"], self.size[self.other] < _WORD
+        symbolic = np.isin(what, (SYMBOL, MODULE_OFFSET))
+        self.uneven = np.flatnonzero(what == RELATIVE)
+        self.uneven_addend = slots["addend"].view(np.uint64)[self.uneven]
+        self.anything = np.flatnonzero(
+            np.isin(what, (OTHER, COPY, ARGUMENT)) | (short & ~np.isin(what, (RELATIVE, LOADER)) & ~symbolic)
+        )
+        self.thread = np.flatnonzero((what == THREAD_OFFSET) & ~short)
+        self.module = np.flatnonzero((what == MODULE) & ~short)
+        self.code = np.flatnonzero(np.isin(what, (INDIRECT, DESCRIPTOR)))
+        self.loader = np.flatnonzero(what == LOADER)
+        self.symbolic = _symbolic(facts, slots, np.flatnonzero(symbolic), self.file[self.other])
+
+    def values(self, pages: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """The value that ``pages`` have at every slot."""
+        if not self._any_odd:
+            return np.asarray(pages.view(np.uint64).reshape(-1)[self._word])
+        values = np.zeros((len(self.page), _WORD), np.uint8)
+        for octet in range(_WORD):
+            has = self.size > octet
+            values[has, octet] = pages[self.page[has], self._offset[has] + octet]
+        return values.view(np.uint64)[:, 0]
+
+    def undo(self, pages: NDArray[np.uint8]) -> None:
+        """Put into ``pages`` what is expected at every slot."""
+        if not self._any_odd:
+            pages.view(np.uint64).reshape(-1)[self._word] = self.file
+            return
+        for octet in range(_WORD):
+            has = self.size > octet
+            at = self.page[has], self._offset[has] + octet
+            pages[at] = self.expected[at]
+
+
+@dataclass(slots=True, eq=False)
+class Symbolic:
+    """The slots that hold a symbol's address, or (``offset``) its offset in a module's block.
+
+    ``rows`` are indices into ``Layout.other``.
+    ``names`` are None where the symbols cannot be read, or make no sense.  ``own`` is the file's own value of
+    the symbol + addend; ``local``: which bind to it for certain, ``weak``: to nothing, if need be.
+    A definition once found is one in every process: the file ``targets[target]`` (-1: not known) defines
+    what the slot wants at ``target_vaddr``, the addend added.
+    """
+
+    rows: NDArray[np.intp]
+    addend: NDArray[np.uint64]
+    file: NDArray[np.uint64]
+    names: NDArray[np.uint64] | None = None
+    own: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    local: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    offset: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    weak: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    target: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    target_vaddr: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    targets: list[Facts] = field(default_factory=list)
+
+
+def _symbolic(facts: Facts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
+    chosen = slots[rows]
+    made = Symbolic(rows, chosen["addend"].view(np.uint64).copy(), file[rows])
+    table, symbol = facts.symbols, chosen["symbol"]
+    if table is None or (symbol >= len(table)).any():
+        return made
+    kind, undefined = table.type[symbol], table.rows["shndx"][symbol] == SHN_UNDEF
+    made.names = facts.name_numbers[symbol]
+    made.own = table.rows["value"][symbol].astype(np.uint64) + made.addend
+    made.offset = chosen["what"] == MODULE_OFFSET
+    made.local = ~undefined & (kind != STT_GNU_IFUNC) & (kind != STT_TLS)
+    made.weak = undefined & (table.bind[symbol] == STB_WEAK)
+    made.target, made.target_vaddr = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint64)
+    return made
+
+
+def layout_of(
+    facts: Facts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], tails: NDArray[np.int64]
+) -> Layout:
+    """The layout of these pages; of the last few sets for each file it is kept."""
+    key = (vaddrs.tobytes(), file_offsets.tobytes(), tails.tobytes())
+    kept = facts.layouts.pop(key, None)
+    if not isinstance(kept, Layout):
+        kept = Layout(facts, vaddrs, file_offsets, tails)
+    facts.layouts[key] = kept  # the last used is the last
+    while len(facts.layouts) > _KEPT:
+        del facts.layouts[next(iter(facts.layouts))]
+    return kept
