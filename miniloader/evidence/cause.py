@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ WORD_DTYPE: Final = np.dtype(
 """A word that the loader writes, or that differs from the file."""
 
 _WORD: Final = 8
+_PAGE_WORDS: Final = PAGE_SIZE // _WORD
 _MOST_MODULES: Final = 1 << 20
 
 
@@ -227,14 +228,13 @@ def classify(
     differing = np.flatnonzero(live.view(np.uint64) != layout.expected.view(np.uint64))
     own = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
     places = _places(facts, vaddrs, tails, live, layout.expected, differing)
-    place_cause = np.where(_in_tail(*places, vaddrs, tails), np.uint8(_BSS), own)
+    place_cause = np.where(_in_tail(places.page, places.vaddr, vaddrs, tails), np.uint8(_BSS), own)
     for value in (_BSS, int(own)):
-        causes[places[0][place_cause == value]] |= np.uint8(value)
+        causes[places.page[place_cause == value]] |= np.uint8(value)
     changed = others[(cause[others] == _OVERWRITTEN) | (cause[others] == _LOADER)]
-    written = _symbols(
-        facts,
-        np.concatenate([places[0], layout.page[changed]]),
-        np.concatenate([places[1], layout.vaddr[changed]]),
+    written = _written(
+        np.concatenate([places.page, layout.page[changed]]),
+        np.concatenate([places.symbol, facts.symbols_at(layout.vaddr[changed])]),
         np.concatenate([place_cause, cause[changed]]),
     )
     causes[causes == 0] = _IDENTICAL
@@ -272,7 +272,18 @@ def _in_tail(
     tails: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
     """Which of these vaddrs are in the bss tail of their page."""
-    return np.asarray((places - vaddrs[pages]).astype(np.int64) >= tails[pages])
+    inside = np.zeros(len(pages), np.bool_)
+    for row in np.flatnonzero(tails < PAGE_SIZE).tolist():
+        inside |= (pages == row) & (places >= vaddrs[row] + np.uint64(tails[row]))
+    return inside
+
+
+class _Places(NamedTuple):
+    """What differs, in pieces of one symbol (its number, -1: none): words, and single bytes."""
+
+    page: NDArray[np.intp]
+    vaddr: NDArray[np.uint64]
+    symbol: NDArray[np.int64]
 
 
 def _places(
@@ -282,20 +293,30 @@ def _places(
     live: NDArray[np.uint8],
     expected: NDArray[np.uint8],
     differing: NDArray[np.intp],
-) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
-    """Page and vaddr of what differs: each word where one symbol (or none) has all of it, else each byte."""
-    page, word = np.divmod(differing, PAGE_SIZE // _WORD)
-    start = vaddrs[page] + (word * _WORD).astype(np.uint64)
-    last = start + np.uint64(_WORD - 1)
-    mixed = ~facts.uniform(start, _WORD)
-    mixed |= _in_tail(page, start, vaddrs, tails) != _in_tail(page, last, vaddrs, tails)
-    at = differing[mixed]
+) -> _Places:
+    """The ``differing`` words, and instead of those that are not one symbol's alone the bytes that differ."""
+    page, start = _at(vaddrs, differing)
+    symbol, alone = facts.symbols_of(start, _WORD)
+    border = np.flatnonzero((tails < PAGE_SIZE) & (tails % _WORD != 0))
+    for straddling in border * _PAGE_WORDS + tails[border] // _WORD:
+        alone &= differing != straddling
+    if alone.all():
+        return _Places(page, start, symbol)
+    at = differing[~alone]
     bits = live.view(np.uint64).reshape(-1)[at] ^ expected.view(np.uint64).reshape(-1)[at]
     row, octet = np.divmod(np.flatnonzero(bits.view(np.uint8)), _WORD)
-    return (
-        np.concatenate([page[~mixed], page[mixed][row]]).astype(np.int32),
-        np.concatenate([start[~mixed], start[mixed][row] + octet.astype(np.uint64)]),
+    octets = start[~alone][row] + octet.astype(np.uint64)
+    return _Places(
+        np.concatenate([page[alone], page[~alone][row]]),
+        np.concatenate([start[alone], octets]),
+        np.concatenate([symbol[alone], facts.symbols_at(octets)]),
     )
+
+
+def _at(vaddrs: NDArray[np.uint64], words: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+    """Page and vaddr of words by their number from the first page on."""
+    page = words // _PAGE_WORDS
+    return page, vaddrs[page] + ((words - page * _PAGE_WORDS) * _WORD).astype(np.uint64)
 
 
 def _differing_words(
@@ -306,9 +327,8 @@ def _differing_words(
 ) -> Table:
     """The words (by their number from the first page on) that are not as expected; no cause yet."""
     words = np.zeros(len(differing), WORD_DTYPE)
-    page, word = np.divmod(differing, PAGE_SIZE // _WORD)
-    words["page"], words["slot"], words["size"] = page, -1, _WORD
-    words["vaddr"] = vaddrs[page] + (word * _WORD).astype(np.uint64)
+    words["page"], words["vaddr"] = _at(vaddrs, differing)
+    words["slot"], words["size"] = -1, _WORD
     words["live"] = live.view(np.uint64).reshape(-1)[differing]
     words["file"] = expected.view(np.uint64).reshape(-1)[differing]
     return words
@@ -324,17 +344,21 @@ def _slot_words(
     return words
 
 
-def _symbols(
-    facts: Facts, pages: NDArray[np.int32], vaddrs: NDArray[np.uint64], causes: NDArray[np.uint8]
+def _written(
+    pages: NDArray[np.intp], symbols: NDArray[np.int64], causes: NDArray[np.uint8]
 ) -> NDArray[np.int64]:
-    """The distinct (page, symbol, cause) of these places, where a symbol covers them."""
-    symbols = facts.symbols_at(vaddrs)
+    """The distinct (page, symbol, cause) of places, where a symbol covers them."""
     found = symbols >= 0
-    packed = np.sort((pages[found].astype(np.int64) << 32 | symbols[found]) << 8 | causes[found])
-    first = np.ones(len(packed), np.bool_)
-    first[1:] = packed[1:] != packed[:-1]
-    packed = packed[first]
+    packed = (pages[found] << 32 | symbols[found]) << 8 | causes[found]
+    packed = _changing(np.sort(_changing(packed)))  # neighbours are mostly alike: few are left to sort
     return np.stack([packed >> 40, packed >> 8 & 0xFFFFFFFF, packed & 0xFF], axis=1)
+
+
+def _changing(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those that are not as the one before."""
+    first = np.ones(len(values), np.bool_)
+    first[1:] = values[1:] != values[:-1]
+    return values[first]
 
 
 # ------------------------------------------------------------------------------------------ the slots

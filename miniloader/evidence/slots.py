@@ -88,6 +88,7 @@ _OF_FORMULA: Final[dict[Formula, int]] = {
 }
 _RELR, _NO_KIND = -1, -2
 _WORD: Final = 8
+_NOWHERE: Final = np.uint64(2**64 - 1)
 _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
 _MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
 
@@ -262,22 +263,25 @@ class Facts:
 
     def symbols_at(self, vaddrs: NDArray[np.uint64]) -> NDArray[np.int64]:
         """For each vaddr the number of the symbol that covers it (for :meth:`symbol_name`), -1: none."""
-        starts, ends, _ = self._named
-        if not len(starts):
-            return np.full(len(vaddrs), -1, np.int64)
-        at = np.searchsorted(starts, vaddrs, side="right") - 1
-        return np.where((at >= 0) & (vaddrs < ends[at]), at, -1)
+        return self.symbols_of(vaddrs, 1)[0]
 
-    def uniform(self, vaddrs: NDArray[np.uint64], size: int) -> NDArray[np.bool_]:
-        """Of which [vaddr, vaddr + ``size``) every byte is the same symbol's, or no symbol's."""
+    def symbols_of(
+        self, vaddrs: NDArray[np.uint64], size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The same, and of which [vaddr, vaddr + ``size``) every byte is that symbol's, or no symbol's."""
         starts, ends, _ = self._named
         if not len(starts):
-            return np.ones(len(vaddrs), np.bool_)
-        past, last = np.searchsorted(starts, vaddrs, side="right"), vaddrs + np.uint64(size)
-        next_one = starts[np.minimum(past, len(starts) - 1)]
-        end = np.where(past > 0, ends[past - 1], np.uint64(0))
-        alone = (past == len(starts)) | (next_one >= last)
-        return np.asarray(alone & ((end >= last) | (end <= vaddrs)))
+            return np.full(len(vaddrs), -1, np.int64), np.ones(len(vaddrs), np.bool_)
+        at = np.searchsorted(starts, vaddrs, side="right") - 1
+        last, end = vaddrs + np.uint64(size), ends[at]
+        covered = (at >= 0) & (vaddrs < end)
+        alone = self._following[at + 1] >= last
+        return np.where(covered, at, -1), alone & (~covered | (end >= last))
+
+    @cached_property
+    def _following(self) -> NDArray[np.uint64]:
+        """Where each symbol starts, and where none does."""
+        return np.append(self._named[0], _NOWHERE)
 
     def symbol_name(self, number: int) -> str:
         """The name of a symbol."""

@@ -48,7 +48,7 @@ class ProcessMemory:
 
         Neighbours are read at once.  Raises ProcessGone, or EvidenceError.
         """
-        data = np.zeros((len(addresses), PAGE_SIZE), np.uint8)
+        data = np.empty((len(addresses), PAGE_SIZE), np.uint8)
         done = np.zeros(len(addresses), np.bool_)
         view = data.reshape(-1).data
         edges = np.flatnonzero(np.diff(addresses) != PAGE_SIZE) + 1
@@ -58,6 +58,7 @@ class ProcessMemory:
                 count = self._read(view[first * PAGE_SIZE : last * PAGE_SIZE], int(addresses[first]))
                 done[first : first + count // PAGE_SIZE] = True
                 first += max(count // PAGE_SIZE, 1)  # a page that cannot be read is left out
+        data[~done] = 0
         return data, done
 
     def _read(self, buffer: memoryview, address: int) -> int:
