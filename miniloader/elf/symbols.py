@@ -60,6 +60,7 @@ STV_HIDDEN: Final = 2
 STV_PROTECTED: Final = 3
 SHN_UNDEF: Final = 0
 _LONG_NAMES: Final = 1 << 24
+_LONG_NAME: Final = 1 << 12  # bytes; those of C++ templates come near
 _CHAIN: Final = 8  # most chains are shorter
 SHN_ABS: Final = 0xFFF1
 
@@ -341,7 +342,7 @@ def check_names(rows: Table, strings: Bytes, name: str | None) -> None:
 
     Linkers let names share their ends; that every symbol has one as long as the file is an attack.
     """
-    if len(rows) * len(strings) <= _LONG_NAMES:
+    if len(rows) * len(strings) <= _LONG_NAMES or not _has_long(strings):
         return
     ends = np.flatnonzero(np.frombuffer(strings, np.uint8) == 0)
     offsets = np.minimum(rows["name"], len(strings)).astype(np.int64)
@@ -350,6 +351,17 @@ def check_names(rows: Table, strings: Bytes, name: str | None) -> None:
     most = 16 * len(strings) + _LONG_NAMES
     if total > most:
         raise ElfError(name, "DT_STRTAB", f"names of {total:#x} bytes in all", f"at most {most:#x}")
+
+
+def _has_long(strings: Bytes) -> bool:
+    """Whether any stretch without NUL is longer than names are; in steps of that length, from its end."""
+    at = 0
+    while at + _LONG_NAME < len(strings):
+        end = strings.rfind(b"\0", at, at + _LONG_NAME)
+        if end < 0:
+            return True
+        at = end + 1
+    return False
 
 
 def _read_gnu_hash(read: Reader, vaddr: int, elf_class: int, order: str, name: str | None) -> GnuHash:

@@ -37,7 +37,7 @@ def main() -> NoReturn:
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     settle(parent)
     gc.disable()  # what a worker makes it keeps
-    import miniloader.loader  # noqa: F401 - now, while the parent is importing as well
+    import miniloader.loader.library  # noqa: F401 - now, while the parent is importing as well
 
     with socket.socket(fileno=descriptor) as connection:
         _Commands(connection).serve()

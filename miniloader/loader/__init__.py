@@ -1,7 +1,28 @@
-"""How does a file become running code?  Mapping, symbol scope, relocation, life; nothing is ld.so's."""
+"""How does a file become running code?  Mapping, symbol scope, relocation, life; nothing is ld.so's.
 
-from miniloader.loader.events import Event
-from miniloader.loader.library import Library, load
-from miniloader.loader.search import inspect
+Its names are imported when first used: who only searches, or asks ld.so what it has, needs no loader.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from miniloader.loader.events import Event as Event
+    from miniloader.loader.library import Library as Library
+    from miniloader.loader.library import load as load
+    from miniloader.loader.search import inspect as inspect
 
 __all__ = ["Event", "Library", "inspect", "load"]
+
+_HOMES: Final = {"Event": "events", "Library": "library", "inspect": "search", "load": "library"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
+from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.kernel import syscalls as sys
@@ -192,6 +193,8 @@ class _Recorded(Bindings):
     names: Sequence[str]
 
     def field(self, name: str) -> NDArray[Any]:
+        if name == "info":  # as it was seen to be when it was prepared
+            return np.where(self.wanted > 0, np.uint64(STT_TLS), np.uint64(0))
         return self.values if name == "value" else super().field(name)
 
     def label(self, place: int) -> str:

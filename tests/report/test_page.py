@@ -89,8 +89,9 @@ def audit_page(demo: Path, directory: Path) -> Path:
     if not has_pages:
         pytest.skip(LACKS)
     path = directory / "audit.html"
-    with still_child(load_demo, demo) as (one, _), still_child(load_demo, demo) as (other, _):
-        audit = miniloader.audit([one, other], library=demo.name)
+    drawn = Path(shutil.copy(demo, directory / "libdrawn.so"))  # the children may have the other already
+    with still_child(load_demo, drawn) as (one, _), still_child(load_demo, drawn) as (other, _):
+        audit = miniloader.audit([one, other], library=drawn.name)
         sights = look_again(look(audit, "start"), audit, "1 s later")
         write_audit(audit, sights, path)
     return path
