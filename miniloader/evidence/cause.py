@@ -95,7 +95,7 @@ class Space:
         self._placed = sorted(placed, key=lambda one: one.start)
         self._starts = np.array([one.start for one in self._placed], dtype=np.uint64)
         self._ends = np.array([one.end for one in self._placed], dtype=np.uint64)
-        self._bias = {one.facts: one.bias for one in self._placed if one.facts is not None}
+        self._bias = {one.facts.token: one.bias for one in self._placed if one.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
 
@@ -148,15 +148,15 @@ class Space:
             facts, here = self._placed[index].facts, where == index
             if facts is None:
                 continue
-            if facts not in slots.targets:
-                slots.targets.append(facts)
-            slots.target[rows[here]] = slots.targets.index(facts)
+            if facts.token not in slots.targets:
+                slots.targets.append(facts.token)
+            slots.target[rows[here]] = slots.targets.index(facts.token)
             vaddrs = addresses[here] - np.uint64(self._placed[index].bias)
             slots.target_vaddr[rows[here]] = vaddrs + slots.addend[rows[here]]
 
     def as_known(self, slots: Symbolic, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which slots hold the address of a definition that was found before, in whatever process."""
-        biases = [self._bias.get(facts) for facts in slots.targets]
+        biases = [self._bias.get(token) for token in slots.targets]
         bias = np.array([bias or 0 for bias in (*biases, None)], np.uint64)  # the last is for -1
         there = np.array([bias is not None for bias in (*biases, None)])
         return np.asarray(there[slots.target] & (values == bias[slots.target] + slots.target_vaddr))

@@ -121,8 +121,8 @@ class Symbolic:
     ``rows`` are indices into ``Layout.other``.
     ``names`` are None where the symbols cannot be read, or make no sense.  ``own`` is the file's own value of
     the symbol + addend; ``local``: which bind to it for certain, ``weak``: to nothing, if need be.
-    A definition once found is one in every process: the file ``targets[target]`` (-1: not known) defines
-    what the slot wants at ``target_vaddr``, the addend added.
+    A definition once found is one in all processes: the file whose token is ``targets[target]`` (-1: none)
+    has what the slot wants at ``target_vaddr``, the addend added.
     """
 
     rows: NDArray[np.intp]
@@ -135,7 +135,7 @@ class Symbolic:
     weak: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     target: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     target_vaddr: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    targets: list[Facts] = field(default_factory=list)
+    targets: list[object] = field(default_factory=list)
 
 
 def _symbolic(facts: Facts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:

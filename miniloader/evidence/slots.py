@@ -118,6 +118,7 @@ class Facts:
         self.plan: LoadPlan | None = None
         self.trouble = ""
         self.layouts: dict[object, object] = {}  # miniloader.evidence.layout keeps its work here
+        self.token = object()  # stands for this in what this may itself keep: a circle would keep it open
         if image is None:
             return
         try:

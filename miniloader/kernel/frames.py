@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
 
-__all__ = ["KPF", "FrameFlag", "flag_names", "frame_flags", "map_counts"]
+__all__ = ["KPF", "FrameFlag", "flag_names", "frame_flags", "has_merged", "map_counts"]
 
 _WORD: Final = 8
 _CHUNK: Final = (2 << 20) // _WORD  # frames a read
@@ -107,6 +107,23 @@ def frame_flags(frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
     Raises EvidenceError where ``/proc/kpageflags`` may not be read.
     """
     return _lookup("/proc/kpageflags", frames)
+
+
+def has_merged() -> bool:
+    """Whether there may be merged pages (KSM) at all: not on a kernel without, or where it never ran.
+
+    Source: Documentation/admin-guide/mm/ksm.rst.
+    """
+    for name in ("run", "pages_shared", "full_scans"):
+        try:
+            with open(f"/sys/kernel/mm/ksm/{name}", "rb") as file:
+                if file.read().strip() != b"0":
+                    return True
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True
+    return False
 
 
 def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -10,8 +10,10 @@ Source: proc_pid_maps(5), ``fs/proc/task_mmu.c``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
@@ -19,6 +21,10 @@ from miniloader.kernel.procfs import read_process_file
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
+_LINE = re.compile(
+    rb"([0-9a-f]+)-([0-9a-f]+)\s+([rwx-]{3}[sp])\s+([0-9a-f]+)\s+([0-9a-f]+:[0-9a-f]+\s+[0-9]{1,20}(?:\s.*)?)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +67,22 @@ def parse_vma(line: bytes) -> Vma:
 
     Raises EvidenceError for a line that is not one.
     """
-    try:
-        span, mode, offset, device, inode, *rest = line.split(None, 5)
-        start, end = (int(part, 16) for part in span.split(b"-"))
-        major, minor = (int(part, 16) for part in device.split(b":"))
-        name = rest[0] if rest else b""
-        return Vma(
-            start=start,
-            end=end,
-            protection=mode[:3].decode("ascii"),
-            shared=mode[3:4] == b"s",
-            file_offset=int(offset, 16),
-            device=(major, minor),
-            inode=int(inode),
-            path=os.fsdecode(name.removesuffix(_DELETED).replace(rb"\012", b"\n")),
-            deleted=name.endswith(_DELETED),
-        )
-    except ValueError as error:
-        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping") from error
+    found = _LINE.fullmatch(line)
+    if found is None:
+        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
+    start, end, mode, offset, file = found.groups()
+    protection, shared = mode[:3].decode("ascii"), mode[3:] == b"s"
+    return Vma(int(start, 16), int(end, 16), protection, shared, int(offset, 16), *_file(file))
+
+
+@lru_cache(maxsize=4096)
+def _file(text: bytes) -> tuple[tuple[int, int], int, str, bool]:
+    """Device, inode, path and ``deleted`` from the end of a line; of the same few files, most often."""
+    device, inode, *rest = text.split(None, 2)
+    major, minor = (int(part, 16) for part in device.split(b":"))
+    name = rest[0] if rest else b""
+    path = os.fsdecode(name.removesuffix(_DELETED).replace(rb"\012", b"\n"))
+    return (major, minor), int(inode), path, name.endswith(_DELETED)
 
 
 def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> tuple[Vma, ...]:
@@ -89,7 +93,10 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     EvidenceError where it may not be read.
     """
     lines = read_process_file(pid, "maps").split(b"\n")
-    return tuple(as_named(parse_vma(line)) for line in lines if line and _overlaps(line, start, end))
+    whole = start <= 0 and end >= 1 << 64
+    return tuple(
+        as_named(parse_vma(line)) for line in lines if line and (whole or _overlaps(line, start, end))
+    )
 
 
 def as_named(vma: Vma) -> Vma:

@@ -16,7 +16,7 @@ from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.evidence.cause import bit, cause_names
 from miniloader.evidence.slots import LOADER, Facts
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.kernel.frames import KPF, frame_flags, map_counts
+from miniloader.kernel.frames import KPF, frame_flags, has_merged, map_counts
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import require_proc
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -115,14 +115,13 @@ def _costs(surveys: Sequence[Survey], level: LevelName) -> tuple[AuditedProcess,
     pss: list[int | None] = [None] * len(surveys)
     ksm: list[int | None] = [None] * len(surveys)
     if level == "frames" and surveys:
-        distinct = _distinct([one.frames for one in surveys])
-        anonymous = _distinct([one.anonymous_frames for one in surveys])
+        shared = _distinct([one.frames for one in surveys])
         try:
             # A page that has been given up since counts as its own, not as infinitely shared.
-            share = PAGE_SIZE / np.maximum(map_counts(distinct), np.uint64(1)).astype(np.float64)
-            pss = [round(float(share[np.searchsorted(distinct, one.frames)].sum())) for one in surveys]
-            merged = anonymous[(frame_flags(anonymous) & KPF["ksm"].mask).astype(np.bool_)]
-            ksm = [int(np.isin(one.anonymous_frames, merged).sum()) for one in surveys]
+            share = PAGE_SIZE / np.maximum(map_counts(shared), np.uint64(1)).astype(np.float64)
+            shares = [float(share[np.searchsorted(shared, one.frames)].sum()) for one in surveys]
+            pss = [round(one.exclusive * PAGE_SIZE + part) for one, part in zip(surveys, shares, strict=True)]
+            ksm = [*_merged(surveys)]
         except EvidenceError:
             pass  # kpagecount is for root alone: PSS stays unknown
     return tuple(
@@ -145,9 +144,22 @@ def _costs(surveys: Sequence[Survey], level: LevelName) -> tuple[AuditedProcess,
     )
 
 
+def _merged(surveys: Sequence[Survey]) -> list[int]:
+    """How many pages of each process KSM has merged; it need not be asked of each where KSM never ran."""
+    if not has_merged():
+        return [0] * len(surveys)
+    anonymous = _distinct([one.anonymous_frames for one in surveys])
+    merged = anonymous[(frame_flags(anonymous) & KPF["ksm"].mask).astype(np.bool_)]
+    return [int(np.isin(one.anonymous_frames, merged).sum()) for one in surveys]
+
+
 def _distinct(arrays: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """The different values, sorted.  Sorting beats the hashing of ``np.unique`` tenfold on these."""
-    ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *arrays]))
+    """The different values, sorted.  Sorting beats the hashing of ``np.unique`` tenfold on these.
+
+    Processes that run the same program often have just the same arrays: one of them is enough.
+    """
+    different = {array.tobytes(): array for array in arrays}
+    ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *different.values()]))
     first = np.ones(len(ordered), np.bool_)
     first[1:] = ordered[1:] != ordered[:-1]
     return ordered[first]
@@ -187,10 +199,12 @@ def _grouped(surveys: Sequence[Survey]) -> list[list[_InProcess]]:
 
 def _with_common_frames(every: Sequence[_InProcess]) -> Iterable[tuple[int, int]]:
     """Pairs of file numbers that have a frame of the page cache in common: one file under two names."""
-    frames = np.concatenate([np.empty(0, np.uint64), *(one.here.file_frames for one in every)])
+    different = {
+        (one.here.file.number, one.here.file_frames.tobytes()): one.here.file_frames for one in every
+    }
+    frames = np.concatenate([np.empty(0, np.uint64), *different.values()])
     number = np.repeat(
-        np.array([one.here.file.number for one in every], np.int64),
-        [len(one.here.file_frames) for one in every],
+        np.array([number for number, _ in different], np.int64), [len(one) for one in different.values()]
     )
     frames, number = frames[frames != 0], number[frames != 0]
     order = np.argsort(frames, kind="stable")
@@ -234,6 +248,8 @@ def _in_process(one: _InProcess) -> LibraryProcess:
 def _separate_files(mine: Sequence[_InProcess]) -> int:
     """How many files they are: those with a frame in common are one."""
     numbers = {one.here.file.number: one.here.file.number for one in mine}
+    if len(numbers) == 1:
+        return 1
     for first, second in _with_common_frames(mine):
         joined, other = numbers[first], numbers[second]
         numbers = {key: joined if value == other else value for key, value in numbers.items()}

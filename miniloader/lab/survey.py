@@ -75,8 +75,8 @@ class Survey:
     """One process; page counts over all its mappings.
 
     ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
-    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames``
-    are those of the rss pages.
+    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames`` are those of
+    the rss pages that are not exclusive.
     """
 
     pid: int
@@ -128,7 +128,7 @@ def locate(
     if beforehand:
         for one in found:
             inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
-            own = inside & pages.counted & pages.file
+            own = inside & pages.own
             one.beforehand = _number(np.isin(pages.vma[own], list(beforehand)))
     return vmas, pages, found
 
@@ -149,24 +149,36 @@ class Pages:
     """Every page of a process that is worth a word: flat arrays over all mappings."""
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
-        self._pagemap, self.with_frames = pagemap, frames
+        self._pagemap = pagemap
         self._ranges = _ranges(pagemap, vmas)
         self.entries = self._read()
-        size, page = np.uint64(PAGE_SIZE), [
-            np.arange(start, end, PAGE_SIZE, dtype=np.uint64) for _, start, end in self._ranges
-        ]  # fmt: skip
-        self.addresses = np.concatenate(page) if page else np.empty(0, np.uint64)
-        lengths = [(end - start) // PAGE_SIZE for _, start, end in self._ranges]
-        self.vma = np.repeat([index for index, _, _ in self._ranges], lengths)
-        self.ends = np.searchsorted(self.vma, np.arange(len(vmas) + 1))
+        lengths = np.array([(end - start) // PAGE_SIZE for _, start, end in self._ranges], np.int64)
+        self.vma = np.repeat(np.array([index for index, _, _ in self._ranges], np.int64), lengths)
+        # Of each range the address of a page 0, were it that long: one sum gives all addresses.
+        before = (np.cumsum(lengths) - lengths).astype(np.uint64) * np.uint64(PAGE_SIZE)
+        zeroth = np.array([start for _, start, _ in self._ranges], np.uint64) - before
+        self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
+        self.addresses += np.repeat(zeroth, lengths)
+        self.ends = np.searchsorted(self.vma, np.arange(len(vmas) + 1)).tolist()
         self.present = (self.entries & PRESENT).astype(np.bool_)
         self.file = (self.entries & FILE).astype(np.bool_)
-        self.zero, self.huge = self._scanned(vmas, size)
+        self.zero, self.huge = self._scanned(vmas)
         unreal = np.array([vma.path in _NOT_PAGES for vma in vmas])
         self.counted = self.present & ~self.zero & ~unreal[self.vma]
         self.copied = self.counted & ~self.file
+        self.own = self.counted & self.file
+        self.anonymous = self.copied & np.array([not vma.is_file for vma in vmas])[self.vma]
         self.exclusive = (self.entries & EXCLUSIVE).astype(np.bool_)
         self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
+        self.frames = self.entries & FRAME if frames else np.zeros(len(self.entries), np.uint64)
+        # What is to be added to an address for its place in the file.
+        self.shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
+
+    def rows(self, indices: Sequence[int]) -> NDArray[np.intp]:
+        """The pages (their indices) of these mappings, which are in order."""
+        if indices[-1] - indices[0] == len(indices) - 1:
+            return np.arange(self.ends[indices[0]], self.ends[indices[-1] + 1])
+        return np.concatenate([np.arange(self.ends[index], self.ends[index + 1]) for index in indices])
 
     def _read(self) -> NDArray[np.uint64]:
         """The entries of all ranges; those that touch are read at once."""
@@ -183,7 +195,7 @@ class Pages:
         """Which entries are not what they were."""
         return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
 
-    def _scanned(self, vmas: Sequence[Vma], size: np.uint64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which are the page of zeros, and which are part of a huge page; as PAGEMAP_SCAN (6.7) says."""
         zero, huge = np.zeros((2, len(self.addresses)), np.bool_)
         try:
@@ -202,7 +214,6 @@ class Pages:
         self, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
     ) -> Survey:
         """The counts of the whole process."""
-        frames = self.entries & FRAME if self.with_frames else np.zeros(len(self.entries), np.uint64)
         return Survey(
             pid=pid,
             name=name,
@@ -215,8 +226,8 @@ class Pages:
             zero=_number(self.zero),
             huge=_number(self.huge & self.counted),
             swapped=_number(self.swapped),
-            frames=frames[self.counted],
-            anonymous_frames=frames[self.copied],
+            frames=self.frames[self.counted & ~self.exclusive],
+            anonymous_frames=self.frames[self.copied],
             files=files,
         )
 
@@ -292,13 +303,8 @@ def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bo
 def _file_in_process(
     file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: Pages
 ) -> FileInProcess:
-    rows = np.concatenate([np.arange(pages.ends[index], pages.ends[index + 1]) for index in indices])
-    shift = np.zeros(len(vmas), np.uint64)
-    for index in indices:
-        shift[index] = (vmas[index].file_offset - vmas[index].start) % 2**64
-    copied = rows[pages.copied[rows]]
-    own = rows[pages.counted[rows] & pages.file[rows]]
-    frames = pages.entries & FRAME if pages.with_frames else np.zeros(len(pages.entries), np.uint64)
+    rows = pages.rows(indices)
+    copied, own = rows[pages.copied[rows]], rows[pages.own[rows]]
     count = len(copied)
     return FileInProcess(
         file=file,
@@ -309,19 +315,19 @@ def _file_in_process(
         present=len(copied) + len(own),
         swapped=_number(pages.swapped[rows]),
         vaddrs=pages.addresses[copied] - np.uint64(bias % 2**64),
-        file_offsets=pages.addresses[copied] + shift[pages.vma[copied]],
-        frames=frames[copied],
+        file_offsets=pages.addresses[copied] + pages.shift[pages.vma[copied]],
+        frames=pages.frames[copied],
         exclusive=pages.exclusive[copied],
-        file_frames=frames[own],
-        own_offsets=pages.addresses[own] + shift[pages.vma[own]],
-        bss_vaddrs=_bss(file, bias, vmas, pages),
+        file_frames=pages.frames[own],
+        own_offsets=pages.addresses[own] + pages.shift[pages.vma[own]],
+        bss_vaddrs=_bss(file, bias, pages),
         causes=np.zeros(count, np.uint8),
         reasons={},
         written=np.empty((0, 3), np.int64),
     )
 
 
-def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: Pages) -> NDArray[np.uint64]:
+def _bss(file: MappedFile, bias: int, pages: Pages) -> NDArray[np.uint64]:
     """The vaddrs of the present anonymous pages of the image's bss."""
     plan = file.facts.plan if file.facts is not None else None
     found = [np.empty(0, np.uint64)]
@@ -330,10 +336,8 @@ def _bss(file: MappedFile, bias: int, vmas: Sequence[Vma], pages: Pages) -> NDAr
             low, high = np.searchsorted(
                 pages.addresses, np.array([bias + mapping.start, bias + mapping.end], np.uint64)
             )
-            here = np.arange(low, high)
-            anonymous = np.array([not vma.is_file for vma in vmas])[pages.vma[here]]
-            here = here[pages.copied[here] & anonymous]
-            found.append(pages.addresses[here] - np.uint64(bias))
+            here = pages.addresses[low:high][pages.anonymous[low:high]]
+            found.append(here - np.uint64(bias))
     return np.concatenate(found)
 
 
