@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     gc.set_threshold(1_000_000)  # imports make many objects and no garbage to look for
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # importing numpy starts threads, for nothing here
     _escape_what_cannot_be_printed()
     return reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
 

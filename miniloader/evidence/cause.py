@@ -136,6 +136,16 @@ class Space:
             good[in_vdso] |= np.isin(names[in_vdso], np.concatenate(every))
         return good, hidden, at
 
+    def address_of(self, name: int) -> int | None:
+        """The address of the symbol so called; None where none, several or only an IFUNC define it."""
+        found = {
+            one.bias + vaddr
+            for one in self._placed
+            if one.facts is not None
+            for vaddr in one.facts.defined(name)
+        }
+        return found.pop() if len(found) == 1 else None
+
     def remember(
         self,
         slots: Symbolic,

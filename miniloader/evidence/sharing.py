@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.evidence.snapshot import ProcessPages, Snapshot
 from miniloader.kernel.features import LevelName
+from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 __all__ = [
@@ -123,7 +124,7 @@ class Sharing:
     def distinct_frames(self) -> int:
         """Frames behind those pages.  A copy whose partners are not known counts as its own."""
         groups = self.frame_group[np.isin(self.states, _IN_FRAMES)]
-        return len(_distinct(groups[groups > 0])) + int(np.count_nonzero(groups == 0))
+        return len(distinct(groups[groups > 0])) + int(np.count_nonzero(groups == 0))
 
     @property
     def used_bytes(self) -> int:
@@ -173,7 +174,7 @@ class Sharing:
 def analyse(snapshot: Snapshot) -> Sharing:
     """What the processes of ``snapshot`` share."""
     processes, level = snapshot.processes, snapshot.level
-    vaddrs = _distinct(np.concatenate([one.pages["vaddr"] for one in processes] or [_no_vaddrs()]))
+    vaddrs = distinct(np.concatenate([one.pages["vaddr"] for one in processes] or [_no_vaddrs()]))
     shape = (len(processes), len(vaddrs))
     states = np.full(shape, UNKNOWN, dtype=np.uint8)
     exclusive = np.zeros(shape, dtype=np.bool_)
@@ -204,17 +205,6 @@ def analyse(snapshot: Snapshot) -> Sharing:
     for array in (vaddrs, states, groups):
         array.flags.writeable = False
     return Sharing(level, tuple(one.pid for one in processes), vaddrs, states, groups)
-
-
-_Number = TypeVar("_Number", bound=np.generic)
-
-
-def _distinct(values: NDArray[_Number]) -> NDArray[_Number]:
-    """The different values, sorted.  Sorting beats the hashing of ``np.unique`` tenfold on these."""
-    ordered = np.sort(values, axis=None)
-    first = np.ones(len(ordered), dtype=np.bool_)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[first]
 
 
 def _no_vaddrs() -> NDArray[np.uint64]:
@@ -261,7 +251,7 @@ class _Places:
     def __init__(self, processes: Collection[ProcessPages]) -> None:
         self._files: dict[object, int] = {}
         offsets = [one.pages["file_offset"] for one in processes]
-        self._offsets = _distinct(np.concatenate(offsets or [_no_vaddrs()]))
+        self._offsets = distinct(np.concatenate(offsets or [_no_vaddrs()]))
 
     def keys(self, process: ProcessPages) -> NDArray[np.int64]:
         """A number from 1 for each page of a file mapping, else 0."""
@@ -292,7 +282,7 @@ def _numbered(keys: NDArray[np.int64]) -> NDArray[np.int32]:
 def _processes_of(groups: NDArray[np.int32]) -> NDArray[np.intp]:
     """By group number: in how many processes (rows) it occurs; 0 for group 0."""
     count, (rows, _) = int(groups.max(initial=0)) + 1, groups.shape
-    pairs = _distinct(groups.astype(np.int64) * rows + np.arange(rows)[:, np.newaxis])
+    pairs = distinct(groups.astype(np.int64) * rows + np.arange(rows)[:, np.newaxis])
     occurrences = np.bincount(pairs // max(rows, 1), minlength=count)
     occurrences[0] = 0
     return occurrences

@@ -28,6 +28,7 @@ from miniloader.elf.symbols import (
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
 from miniloader.errors import ElfError, MiniloaderError
+from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.machine.relocation import KINDS, Formula
 
@@ -222,13 +223,21 @@ class Facts:
         usable &= (table.type != STT_TLS) & (rows["shndx"] != SHN_ABS)
         return np.sort(self.keys(rows["value"][usable].astype(np.uint64), self.name_numbers[usable]))
 
+    def defined(self, name: int) -> tuple[int, ...]:
+        """The vaddrs at which it defines the name of this number, other than by an IFUNC."""
+        if name in self.indirect_names:
+            return ()
+        known = self.definitions
+        here = known & np.uint64((1 << _NAME_BITS) - 1) == np.uint64(name)
+        return tuple((known[here] >> np.uint64(_NAME_BITS)).tolist())
+
     @cached_property
     def indirect_names(self) -> NDArray[np.uint64]:
         """The names of its IFUNC symbols: their address is what a resolver returned."""
         if self.symbols is None:
             return np.empty(0, np.uint64)
         rows = self.symbols.rows
-        return np.unique(
+        return distinct(
             self.name_numbers[(self.symbols.type == STT_GNU_IFUNC) & (rows["shndx"] != SHN_UNDEF)]
         )
 
@@ -328,7 +337,7 @@ def _relocated(image: ElfImage) -> Table:
     made = [np.empty(0, SLOT_DTYPE)]
     for table in image.relocations.tables:
         rows = table.rows
-        for code in np.unique(rows["type"]).tolist():
+        for code in distinct(rows["type"]).tolist():
             kind = kinds.get(code)
             if kind is not None and kind.formula in ("none", "copy"):
                 continue

@@ -16,7 +16,7 @@ from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.evidence.cause import bit, cause_names
 from miniloader.evidence.slots import LOADER, Facts
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.kernel.frames import KPF, frame_flags, has_merged, map_counts
+from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import require_proc
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -154,15 +154,12 @@ def _merged(surveys: Sequence[Survey]) -> list[int]:
 
 
 def _distinct(arrays: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """The different values, sorted.  Sorting beats the hashing of ``np.unique`` tenfold on these.
+    """The different values in all arrays, sorted.
 
     Processes that run the same program often have just the same arrays: one of them is enough.
     """
     different = {array.tobytes(): array for array in arrays}
-    ordered = np.sort(np.concatenate([np.empty(0, np.uint64), *different.values()]))
-    first = np.ones(len(ordered), np.bool_)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[first]
+    return distinct(np.concatenate([np.empty(0, np.uint64), *different.values()]))
 
 
 # -------------------------------------------------------------------------------------------- libraries
@@ -210,8 +207,8 @@ def _with_common_frames(every: Sequence[_InProcess]) -> Iterable[tuple[int, int]
     order = np.argsort(frames, kind="stable")
     frames, number = frames[order], number[order]
     common = (frames[1:] == frames[:-1]) & (number[1:] != number[:-1])
-    pairs = np.unique(np.stack([number[:-1][common], number[1:][common]], axis=1), axis=0)
-    return [(first, second) for first, second in pairs.tolist()]
+    pairs = distinct(number[:-1][common] << 32 | number[1:][common])
+    return [(pair >> 32, pair & 0xFFFFFFFF) for pair in pairs.tolist()]
 
 
 def _library(mine: Sequence[_InProcess], level: LevelName, causes: bool) -> AuditedLibrary:
@@ -312,8 +309,8 @@ def _on_page(facts: Facts | None, vaddr: int) -> _OnPage:
     slots = facts.slots[low:high]
     slots = slots[slots["what"] != LOADER]
     numbers = facts.symbols_at(slots["vaddr"])
-    kinds, counts = np.unique(slots["kind"], return_counts=True)
-    named = {facts.kind_name(kind): n for kind, n in zip(kinds.tolist(), counts.tolist(), strict=True)}
+    counts = sorted(Counter(slots["kind"].tolist()).items())
+    named = {facts.kind_name(kind): count for kind, count in counts}
     return _OnPage(facts.section_on(vaddr), frozenset(numbers[numbers >= 0].tolist()), named)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from miniloader.errors import UsageError
-from miniloader.evidence.cause import Cause, cause_names, classify
-from miniloader.evidence.slots import RELATIVE, Facts
+from miniloader.evidence.cause import Cause, Space, cause_names, classify
+from miniloader.evidence.slots import RELATIVE, SYMBOL, Facts
 from miniloader.kernel.memory import ProcessMemory
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -79,9 +79,10 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         if len(row) and facts is not None:
             with ProcessMemory(pid) as memory:
                 live, _ = memory.pages(here.addresses[row])
+            space = space_of(vmas, found)
             answer = classify(
                 facts,
-                space_of(vmas, found),
+                space,
                 here.base,
                 here.vaddrs[row],
                 here.file_offsets[row],
@@ -89,7 +90,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
                 words="every",
             )
             causes = cause_names(int(answer.causes[0]))
-            words = tuple(_word(facts, here.base, one) for one in answer.words)
+            words = tuple(_word(facts, space, here.base, one) for one in answer.words)
             reason = facts.trouble
         elif len(row):
             causes, reason = ("unknown",), here.file.trouble
@@ -129,12 +130,13 @@ def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
     return inside[0]
 
 
-def _word(facts: Facts, base: int, row: np.void) -> Word:
+def _word(facts: Facts, space: Space, base: int, row: np.void) -> Word:
     number = int(facts.symbols_at(np.array([row["vaddr"]], np.uint64))[0])
     slot = facts.slots[row["slot"]] if row["slot"] >= 0 else None
-    old = int(row["file"])
-    if slot is not None and slot["what"] == RELATIVE:
-        old = (base + int(slot["addend"])) % 2**64
+    put = base if slot is not None and slot["what"] == RELATIVE else None
+    if slot is not None and slot["what"] == SYMBOL and slot["symbol"] < len(facts.name_numbers):
+        put = space.address_of(int(facts.name_numbers[slot["symbol"]]))
+    old = int(row["file"]) if slot is None or put is None else (put + int(slot["addend"])) % 2**64
     return Word(
         vaddr=int(row["vaddr"]),
         size=int(row["size"]),

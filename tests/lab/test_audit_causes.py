@@ -92,7 +92,7 @@ def test_an_overwritten_slot(loaded: Told, demo: Path) -> None:
     view = view_page(loaded.pid, vaddr_of(demo, "demo_current"), str(demo))
     (word,) = [one for one in view.words if one.cause == "overwritten"]
     assert (word.vaddr, word.symbol) == (vaddr_of(demo, "demo_current"), "demo_current")
-    assert (word.kind, word.new) == ("R_X86_64_64", right + 8)
+    assert (word.kind, word.old, word.new) == ("R_X86_64_64", right, right + 8)
 
 
 def test_copied_but_identical(loaded: Told, demo: Path) -> None:
