@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from miniloader.elf.tables import Table
 from miniloader.evidence.layout import Layout, Symbolic, layout_of
 from miniloader.evidence.slots import Facts
+from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 __all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "Placed", "Space", "bit", "cause_names", "classify"]
@@ -133,7 +134,9 @@ class Space:
         in_vdso = np.flatnonzero(_inside(values, self._vdso))
         if len(in_vdso):
             every = [one.facts.indirect_names for one in self._placed if one.facts is not None]
-            good[in_vdso] |= np.isin(names[in_vdso], np.concatenate(every))
+            known = distinct(np.concatenate(every))
+            if len(known):
+                good[in_vdso] |= _contains(known, names[in_vdso])
         return good, hidden, at
 
     def address_of(self, name: int) -> int | None:
