@@ -249,27 +249,32 @@ class Facts:
         return np.array(spans, dtype=np.uint64).reshape(-1, 2)
 
     @cached_property
-    def _named(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], list[bytes]]:
-        """Objects and functions by vaddr: start, end, name; of several at one place the largest."""
-        starts, ends, names = [], [], list[bytes]()
-        tables = [] if self.image is None else [read_symtab(self.image), self.symbols]
-        for table in tables:
-            if table is None or not len(table):
-                continue
+    def _tables(self) -> tuple[SymbolTable, ...]:
+        """The symbols that names are looked up in: .symtab, where there is one, before the dynamic ones."""
+        tables = () if self.image is None else (read_symtab(self.image), self.symbols)
+        return tuple(table for table in tables if table is not None and len(table))
+
+    @cached_property
+    def _named(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
+        """Objects and functions by vaddr: start, end, (table, row); of several at one place the largest."""
+        starts, ends, places = (
+            [np.empty(0, np.uint64)],
+            [np.empty(0, np.uint64)],
+            [np.empty((0, 2), np.int64)],
+        )
+        for number, table in enumerate(self._tables):
             usable = np.isin(table.type, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC)) & (table.rows["size"] > 0)
             usable &= (table.rows["shndx"] != SHN_UNDEF) & (table.rows["shndx"] != SHN_ABS)
             chosen = np.flatnonzero(usable)
             starts.append(table.rows["value"][chosen].astype(np.uint64))
             ends.append(starts[-1] + table.rows["size"][chosen].astype(np.uint64))
-            names += table.names(chosen)
-        if not starts:
-            return np.empty(0, np.uint64), np.empty(0, np.uint64), []
+            places.append(np.stack([np.full(len(chosen), number), chosen], axis=1))
         start, end = np.concatenate(starts), np.concatenate(ends)
         order = np.lexsort((np.arange(len(start)), end, start))
         last = np.ones(len(order), np.bool_)
         last[:-1] = start[order][1:] != start[order][:-1]
         order = order[last]
-        return start[order], end[order], [names[index] for index in order.tolist()]
+        return start[order], end[order], np.concatenate(places)[order]
 
     def symbols_at(self, vaddrs: NDArray[np.uint64]) -> NDArray[np.int64]:
         """For each vaddr the number of the symbol that covers it (for :meth:`symbol_name`), -1: none."""
@@ -295,7 +300,9 @@ class Facts:
 
     def symbol_name(self, number: int) -> str:
         """The name of a symbol."""
-        return self._named[2][number].decode("utf-8", "backslashreplace")
+        table, row = self._named[2][number]
+        name: bytes = self._tables[table].names(np.array([row]))[0]
+        return name.decode("utf-8", "backslashreplace")
 
     def symbols_between(self, start: int, end: int) -> tuple[int, ...]:
         """The numbers of the symbols with a byte in the vaddrs [start, end), in order."""
