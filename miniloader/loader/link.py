@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.prepared import RESOLVER, THREAD_EXIT, UNIQUE, Prepared
 from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound, sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared import Prepared
 
 __all__ = ["initialise_library", "link_library", "map_library", "read_life", "thread_exits", "used"]
 
@@ -109,13 +111,13 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
             for vaddr, word in zip(vaddrs.tolist(), words.tolist(), strict=True):
                 memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
-    table = ready.arrays["values"]
-    resolvers = table["how"] == RESOLVER
-    own = table["definer"] == order.index(library)
+    definers = ready.arrays["values"]["definer"].tolist()
+    resolvers = ready.places("resolver")
+    own = [place for place in resolvers if order[definers[place]] is library]
     # When all else is there, since the library's own code runs: others' first, which it may call.
-    for places in (np.flatnonzero(resolvers & ~own).tolist(), np.flatnonzero(resolvers & own).tolist()):
+    for places in ([place for place in resolvers if place not in own], own):
         for place in places:
-            definer = order[int(table["definer"][place])]
+            definer = order[definers[place]]
             may_run = graph.policy.init or not isinstance(definer, Loaded)
             values[place] = call_resolver(int(values[place])) if may_run else 0
         if places:
@@ -133,9 +135,9 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
     biases = np.array([definer.bias for definer in order], np.uint64)
     with np.errstate(over="ignore"):
         values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
-    for place in np.flatnonzero(table["how"] == THREAD_EXIT).tolist():
+    for place in ready.places("thread exit"):
         values[place] = library.stub_for(int(values[place])).address
-    for place in np.flatnonzero(table["how"] == UNIQUE).tolist():
+    for place in ready.places("unique"):
         definer = order[int(table["definer"][place])]
         name = os.fsencode(ready.names[place])
         values[place], owner = unique.settled(name, int(values[place]), definer)

@@ -21,14 +21,13 @@ from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.memory import Memory
-from miniloader.loader.prepared import Prepared
-from miniloader.loader.prepared import find as find_prepared
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
 from miniloader.loader.tls import Blocks
 
 if TYPE_CHECKING:
     from miniloader.loader.debugger import Registered
+    from miniloader.loader.prepared import Prepared
 
 __all__ = ["Graph", "Loaded", "Policy", "open_image"]
 
@@ -281,6 +280,8 @@ class Graph:
             _refuse(image, self.policy)
             if self.policy.prepared:
                 try:
+                    from miniloader.loader.prepared import find as find_prepared
+
                     ready = find_prepared(image)
                 except LoadError as error:
                     reason = str(error)

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,11 @@ class Prepared:
         for ends in (vaddrs, vaddrs + np.uint64(_WORD - 1), self.arrays["tls_rows"]["offset"]):
             touched[np.searchsorted(self.pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
         return touched
+
+    def places(self, meant: Literal["resolver", "unique", "thread exit"]) -> list[int]:
+        """The numbers of the values that are meant so."""
+        how = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}[meant]
+        return np.flatnonzero(self.arrays["values"]["how"] == how).tolist()
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""
