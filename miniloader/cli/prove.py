@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -38,7 +37,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prove, and print how it went; the exit status is that of the verdict."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or numpy's import starts threads and waits for them
     from miniloader.lab.prove import prove
     from miniloader.report.progress import progress
 

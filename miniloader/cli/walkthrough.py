@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 TYPE_CHECKING = False  # typing is slow to import, and --help needs this module
@@ -50,7 +49,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """List, tell, check or write; the exit status is that of the verdicts."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or numpy's import starts threads and waits for them
     _sensible(arguments)
     from miniloader.walkthrough.chapters import chapter, chapters
     from miniloader.walkthrough.interrupts import interruptible

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -142,29 +141,30 @@ def has_merged() -> bool:
 def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The words of ``path`` at the indices ``frames``, in their shape."""
     wanted = distinct(frames)
-    words = np.zeros(len(wanted), dtype=np.uint64)
     skip = int(len(wanted) > 0 and wanted[0] == 0)
     # A run ends where the gap to the next frame is wide, and where it would exceed one read.
     known = wanted[skip:]
     ends = (np.diff(known) > _GAP) | (np.diff(known // _CHUNK) != 0)
-    breaks = np.flatnonzero(ends) + 1 + skip
+    breaks = np.flatnonzero(ends) + 1
+    firsts = known[np.concatenate([np.zeros(min(len(known), 1), np.intp), breaks])]
+    lasts = known[np.concatenate([breaks - 1, np.full(min(len(known), 1), len(known) - 1, np.intp)])]
+    lengths = (lasts - firsts + np.uint64(1)) * np.uint64(_WORD)
     try:
         with open(path, "rb", buffering=0) as file:
-            for first, last in pairwise([skip, *breaks.tolist(), len(wanted)]):
-                _read_run(file.fileno(), wanted[first:last], words[first:last])
+            fd = file.fileno()
+            # Frames beyond the end of the table are 0.
+            parts = [
+                os.pread(fd, length, first * _WORD).ljust(length, b"\0")
+                for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True)
+            ]
     except OSError as error:
         raise _refused(path, error) from error
+    table = np.frombuffer(b"".join(parts), np.uint64)
+    run = np.searchsorted(firsts, known, side="right") - 1
+    before = np.concatenate([np.zeros(1, np.uint64), np.cumsum(lengths // np.uint64(_WORD))]).astype(np.intp)
+    words = np.zeros(len(wanted), np.uint64)
+    words[skip:] = table[before[run] + (known - firsts[run]).astype(np.intp)]
     return words[np.searchsorted(wanted, frames)]
-
-
-def _read_run(fd: int, wanted: NDArray[np.uint64], words: NDArray[np.uint64]) -> None:
-    """Fill ``words`` for the sorted frames ``wanted``; frames beyond the end of the table stay 0."""
-    if not len(wanted):
-        return
-    start = int(wanted[0])
-    table = np.zeros(int(wanted[-1]) + 1 - start, dtype=np.uint64)
-    os.preadv(fd, [table.data], start * _WORD)
-    words[:] = table[wanted - np.uint64(start)]
 
 
 def _refused(path: str, error: OSError) -> EvidenceError:
