@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -29,18 +30,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prepare each in a process of its own: several of them need not have room in one."""
+    """Prepare each in a process of its own, as several need not have room in one; stop where one fails."""
     from miniloader.cli import reported
     from miniloader.lab.guard import in_child
-    from miniloader.loader.prepare import prepare
+    from miniloader.loader import inspect
+    from miniloader.loader.prepare import entries, prepare
     from miniloader.report.prepared import show
 
-    def body(library: str) -> int:
+    def prepared(library: str, doing: object) -> int:
         def work() -> int:
-            entry = prepare(library)
-            show([entry], as_json=arguments.json)
+            prepare(library)
             return 0
 
-        return in_child(lambda doing: reported(work, as_json=arguments.json, debug=arguments.debug))
+        return reported(work, as_json=arguments.json, debug=arguments.debug)
 
-    return max(body(library) for library in arguments.libraries)
+    for library in arguments.libraries:
+        status = in_child(partial(prepared, library))
+        if status:
+            return status
+    made = {inspect(library).build_id for library in arguments.libraries}
+    show([entry for entry in entries() if entry.build_id in made], as_json=arguments.json)
+    return 0

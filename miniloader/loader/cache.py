@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from miniloader.errors import LoadError
 from miniloader.kernel.files import write_whole
+from miniloader.kernel.procfs import read_proc_file
 
 __all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "write_file"]
 
@@ -33,8 +34,7 @@ def directory() -> str:
 
 def boot_id() -> str:
     """What tells this run of the kernel from all others (random(4))."""
-    with open(_BOOT_ID) as file:
-        return file.read().strip()
+    return read_proc_file(_BOOT_ID).decode().strip()
 
 
 def names() -> list[str]:
@@ -44,6 +44,8 @@ def names() -> list[str]:
             return sorted(name for name in os.listdir(place) if name.endswith(SUFFIX))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise LoadError(f"{directory()}: {error.strerror}") from None
 
 
 def open_file(name: str) -> tuple[int, os.stat_result]:

@@ -113,9 +113,9 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
                 memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
     definers = ready.arrays["values"]["definer"].tolist()
     resolvers = ready.places("resolver")
-    own = [place for place in resolvers if order[definers[place]] is library]
     # When all else is there, since the library's own code runs: others' first, which it may call.
-    for places in ([place for place in resolvers if place not in own], own):
+    for own in (False, True):
+        places = [place for place in resolvers if (order[definers[place]] is library) == own]
         for place in places:
             definer = order[definers[place]]
             may_run = graph.policy.init or not isinstance(definer, Loaded)

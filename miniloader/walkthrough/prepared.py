@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader.prepare import Entry, prepare
+from miniloader.loader.prepare import prepare
 from miniloader.walkthrough.bench import Bench, shipped
 from miniloader.walkthrough.model import (
     Answer,
@@ -71,11 +71,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         },
         {"written": (_table(plain, shared),)},
     )
-    return Seen(plain, shared, entry.address, *_pages(entry))
-
-
-def _pages(entry: Entry) -> tuple[int, int]:
-    return entry.pages, entry.filled
+    return Seen(plain, shared, entry.address, entry.pages, entry.filled)
 
 
 @contextmanager

@@ -424,6 +424,9 @@ def test_commands(demo: Path, own_cache: Path) -> None:
     done = run("prepare", demo)
     assert (done.returncode, done.stderr) == (0, "")
     assert "4 pages of 4" in done.stdout
+    both = json.loads(run("prepare", demo, build.build("symbols"), "--json").stdout)["libraries"]
+    assert {one["path"] for one in both} == {str(demo), str(build.build("symbols"))}
+    (own_cache / next(one["name"] for one in both if one["path"] != str(demo))).unlink()
     (listed,) = json.loads(run("cache", "--verify", "--json").stdout)["libraries"]
     assert (listed["path"], listed["pages"], listed["filled"], listed["fault"]) == (str(demo), 4, 0, None)
     trace = run("load", demo, "--prepared", "--trace", "--call", "demo_add(40, 2)->int")
