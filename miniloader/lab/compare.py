@@ -303,7 +303,8 @@ def _start_server() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "miniloader.lab.compare"]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # One thread: of several only the calling one lives on in a fork.
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": package}
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -263,7 +263,7 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
         used = np.concatenate([table.rows["symbol"] for table in library.image.relocations.tables])
         used = used[np.isin(used, bindings.wanted)]
-        owner_of = bindings.owner[bindings.place(used)]
+        owner_of = bindings.owner[bindings.place(used, call=True)]
         first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}
         owners.sort(key=lambda owner: first[owner])
     return [bindings.scope[owner] for owner in owners]

@@ -244,7 +244,7 @@ def _index(
     }
     slots = [np.empty(0, SLOT)]
     for kind, rows in relocations.of("S", "S + A", "S + A - P"):
-        place = bindings.place(rows["symbol"])
+        place = bindings.place(rows["symbol"], call=kind.call)
         rows, place = rows[differs[place]], place[differs[place]]
         if len(rows) and kind.size != SLOT["addend"].itemsize:
             raise LoadError(

@@ -79,7 +79,7 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
     code_of_relative = next(code for code, kind in kinds.items() if kind.formula == _RELATIVE)
-    code_of_slot = next(code for code, kind in kinds.items() if kind.name.endswith("JUMP_SLOT"))
+    code_of_slot = next(code for code, kind in kinds.items() if kind.call)
     relative, rest, later = [], [], []
     for table in image.relocations.tables:
         if not table.addends:
@@ -284,7 +284,7 @@ def _put_symbolic(
     addresses: NDArray[np.uint64],
     late: NDArray[np.bool_],
 ) -> None:
-    place = bindings.place(rows["symbol"])
+    place = bindings.place(rows["symbol"], call=kind.call)
     if kind.formula != "Z + A" and late.any():
         now = ~late[place]
         rows, place = rows[now], place[now]
@@ -346,7 +346,7 @@ def _put_indirect(
         addresses[places[runs]] = resolve(addresses[places[runs]])
         words: list[Write] = []
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):
-            place = bindings.place(rows["symbol"])
+            place = bindings.place(rows["symbol"], call=kind.call)
             rows, place = rows[group[place]], place[group[place]]
             values = _values(kind, rows, place, addresses, bindings, memory.bias)
             words.append((rows["offset"], values, kind.size))

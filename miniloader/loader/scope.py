@@ -13,7 +13,7 @@ for the lowest bit).  So other libraries' Bloom filters reject them all in a few
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Final, Protocol
 
@@ -82,12 +82,16 @@ class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
     ``owner`` is the position in ``scope``, -1 for none; ``symbol`` the index in that library's table.
+
+    The last ``pointers`` of them are there a second time, as all but calls are bound: a program that is not
+    position-independent takes the entry in its own PLT for a function's address, and so everybody has to.
     """
 
     wanted: NDArray[np.int64]
     scope: Sequence[Definer]
     owner: NDArray[np.int64]
     symbol: NDArray[np.int64]
+    pointers: int = field(default=0, kw_only=True)
 
     def addresses(self) -> NDArray[np.uint64]:
         """Bias + value of each definition; the plain value of an absolute symbol; 0 for none."""
@@ -104,14 +108,23 @@ class Bindings:
         """The name of the symbol that ``wanted[place]`` is bound to."""
         return self.scope[int(self.owner[place])].symbols.name(int(self.symbol[place]))
 
-    def place(self, symbols: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """Where each of ``symbols`` is in ``wanted``; all of them must be."""
-        return self._places[symbols]
+    def place(self, symbols: NDArray[np.uint32], *, call: bool = False) -> NDArray[np.int64]:
+        """Where each of ``symbols`` is in ``wanted``, all of which must be, as it is bound for a ``call``."""
+        return (self._called if call else self._pointed)[symbols]
 
     @cached_property
-    def _places(self) -> NDArray[np.int64]:
-        table = np.zeros(int(self.wanted[-1]) + 1 if len(self.wanted) else 0, np.int64)
-        table[self.wanted] = np.arange(len(self.wanted))
+    def _called(self) -> NDArray[np.int64]:
+        wanted = self.wanted[: len(self.wanted) - self.pointers]
+        table = np.zeros(int(wanted[-1]) + 1 if len(wanted) else 0, np.int64)
+        table[wanted] = np.arange(len(wanted))
+        return table
+
+    @cached_property
+    def _pointed(self) -> NDArray[np.int64]:
+        if not self.pointers:
+            return self._called
+        table, first = self._called.copy(), len(self.wanted) - self.pointers
+        table[self.wanted[first:]] = np.arange(first, len(self.wanted))
         return table
 
     def _owners(self) -> list[int]:
@@ -140,16 +153,51 @@ def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer]
     owner[at_home], symbol[at_home] = own, wanted[at_home]
 
     defined = (rows["shndx"] != SHN_UNDEF) & ~at_home
-    _search(table, wanted, np.flatnonzero(~defined & ~at_home), scope, owner, symbol)
-    earlier = scope[:own]
-    _search(table, wanted, _suspects(table, wanted, np.flatnonzero(defined), earlier), earlier, owner, symbol)
+    undefined = np.flatnonzero(~defined & ~at_home)
+    tables = tuple(definer.symbols for definer in scope)
+    _search(table, wanted, undefined, tables, owner, symbol)
+    suspects = _suspects(table, wanted, np.flatnonzero(defined), tables[:own])
+    _search(table, wanted, suspects, tables[:own], owner, symbol)
     rest = defined & (owner == _NOWHERE)
     owner[rest], symbol[rest] = own, wanted[rest]
-    return Bindings(wanted, scope, owner, symbol)
+    calls = Bindings(wanted, scope, owner, symbol)
+    # Only what lies where it was linked can have given away the addresses of its PLT's entries.
+    program = next((place for place, definer in enumerate(scope) if definer.bias == 0), None)
+    return calls if program is None else _with_pointers(table, calls, program, ~at_home)
+
+
+def _with_pointers(table: SymbolTable, calls: Bindings, program: int, visible: NDArray[np.bool_]) -> Bindings:
+    """The same, and what ``scope[program]`` has PLT entries for, unless an earlier library defines it."""
+    entries = (_plt_entries(calls.scope[program].symbols),)
+    later = np.flatnonzero(visible & ((calls.owner > program) | (calls.owner == _NOWHERE)))
+    defined = table.rows["shndx"][calls.wanted[later]] != SHN_UNDEF
+    open_ = np.concatenate([later[~defined], _suspects(table, calls.wanted, later[defined], entries)])
+    owner, symbol = np.full_like(calls.owner, _NOWHERE), np.zeros_like(calls.symbol)
+    _search(table, calls.wanted, open_, entries, owner, symbol)
+    found = np.flatnonzero(owner != _NOWHERE)
+    return Bindings(
+        np.concatenate([calls.wanted, calls.wanted[found]]),
+        calls.scope,
+        np.concatenate([calls.owner, np.full_like(found, program)]),
+        np.concatenate([calls.symbol, symbol[found]]),
+        pointers=len(found),
+    )
+
+
+@lru_cache(maxsize=1)
+def _plt_entries(table: SymbolTable) -> SymbolTable:
+    """The same with undefined symbols that have a value as defined ones, and no others.
+
+    Such a value is the address of an entry in the PLT (glibc's ``ELF_RTYPE_CLASS_PLT``).
+    """
+    rows = table.rows.copy()
+    entry = (rows["shndx"] == SHN_UNDEF) & (rows["value"] != 0)
+    rows["shndx"] = np.where(entry, SHN_ABS, SHN_UNDEF)
+    return replace(table, rows=rows)
 
 
 def _suspects(
-    table: SymbolTable, wanted: NDArray[np.int64], defined: NDArray[np.intp], earlier: Sequence[Definer]
+    table: SymbolTable, wanted: NDArray[np.int64], defined: NDArray[np.intp], earlier: Sequence[SymbolTable]
 ) -> NDArray[np.intp]:
     """Which symbols that are ``defined`` by their own library an ``earlier`` one may define, too.
 
@@ -160,9 +208,9 @@ def _suspects(
         known = _known_hashes(table.hash, wanted[defined])
     if known is None:
         return defined
-    if any(not isinstance(definer.symbols.hash, GnuHash) for definer in earlier):
+    if any(not isinstance(other.hash, GnuHash) for other in earlier):
         return defined
-    theirs = _all_hashes(tuple(definer.symbols for definer in earlier))
+    theirs = _all_hashes(tuple(earlier))
     place = np.minimum(np.searchsorted(theirs, known), len(theirs) - 1)
     return defined[theirs[place] == known] if len(theirs) else defined[:0]
 
@@ -199,23 +247,23 @@ def _search(
     table: SymbolTable,
     wanted: NDArray[np.int64],
     open_: NDArray[np.intp],
-    scope: Sequence[Definer],
+    tables: Sequence[SymbolTable],
     owner: NDArray[np.int64],
     symbol: NDArray[np.int64],
 ) -> None:
-    """Look the symbols at positions ``open_`` up in ``scope`` and note who defines them."""
+    """Look the symbols at positions ``open_`` up in ``tables`` and note which defines them."""
     if len(open_) < _FEW:
-        _search_few(table, wanted, open_, scope, owner, symbol)
+        _search_few(table, wanted, open_, tables, owner, symbol)
         return
     positions = open_.tolist()
     names = table.names(wanted[open_])
     labels = table.version_names(wanted[open_])
     hashes = gnu_hashes(names)
     left = np.arange(len(positions))
-    for place, definer in enumerate(scope):
+    for place, other in enumerate(tables):
         if not len(left):
             return
-        found = find_all(definer.symbols, left, names, labels, hashes)
+        found = find_all(other, left, names, labels, hashes)
         for item, index in found.items():
             owner[positions[item]], symbol[positions[item]] = place, index
         if found:
@@ -226,7 +274,7 @@ def _search_few(
     table: SymbolTable,
     wanted: NDArray[np.int64],
     open_: NDArray[np.intp],
-    scope: Sequence[Definer],
+    tables: Sequence[SymbolTable],
     owner: NDArray[np.int64],
     symbol: NDArray[np.int64],
 ) -> None:
@@ -234,7 +282,7 @@ def _search_few(
 
     The Bloom filters (see ``GnuHash.candidates``) are read here, since nearly every look-up ends there.
     """
-    filters = [(place, definer.symbols, *_filter(definer.symbols)) for place, definer in enumerate(scope)]
+    filters = [(place, other, *_filter(other)) for place, other in enumerate(tables)]
     names, labels = table.names(wanted[open_]), table.version_names(wanted[open_])
     for position, name, label in zip(open_.tolist(), names, labels, strict=True):
         hashed = gnu_hash(name)
@@ -336,7 +384,7 @@ def _match(table: SymbolTable, candidates: list[int], name: bytes, version: str 
                 versioned.append(index)
             continue
         label = table.versions.get(raw & ~VERSION_HIDDEN)
-        if label is not None and not label.base and label.file is None:
+        if label is not None and not label.base:
             if label.name == version:
                 return index
         elif not raw & VERSION_HIDDEN:

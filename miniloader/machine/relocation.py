@@ -29,12 +29,13 @@ Formula = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One relocation kind: its psABI name, what is stored, and in how many bytes."""
+    """One relocation kind: its psABI name, what is stored, in how many bytes, whether for calls only."""
 
     name: str
     formula: Formula
     size: int = 8
     signed: bool = False
+    call: bool = False
 
 
 KINDS: Final[dict[str, dict[int, Kind]]] = {
@@ -46,7 +47,7 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
         4: Kind("R_X86_64_PLT32", "S + A - P", 4, signed=True),
         5: Kind("R_X86_64_COPY", "copy"),
         6: Kind("R_X86_64_GLOB_DAT", "S"),
-        7: Kind("R_X86_64_JUMP_SLOT", "S"),
+        7: Kind("R_X86_64_JUMP_SLOT", "S", call=True),
         8: Kind("R_X86_64_RELATIVE", "B + A"),
         10: Kind("R_X86_64_32", "S + A", 4),
         11: Kind("R_X86_64_32S", "S + A", 4, signed=True),
