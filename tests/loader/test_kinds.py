@@ -17,10 +17,10 @@ from miniloader.lab.compare import Comparer
 LOW = 0x2000_0000
 
 _SOURCE = """
-extern char **environ;
+extern int getdate_err; /* of libc, and nobody has a copy of it that lies low */
 char *target[3] = {(char *)target};
 void *slot = &target[1];
-void *far_slot = &environ;
+void *far_slot = &getdate_err;
 unsigned long guard = 0x1122334455667788;
 int function(void) { return 5; }
 """
