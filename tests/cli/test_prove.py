@@ -42,7 +42,9 @@ def test_the_proof_fits_the_terminal(demo: Path, width: int) -> None:
     done = run(demo, "-n", 3, env={"COLUMNS": str(width)})
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == f"✔ proven  {demo}"
+    assert (
+        "".join(lines[:2]).replace(" ", "").startswith(f"✔proven{demo}")
+    )  # a long path has a line of its own
     assert max(map(len, lines)) <= width
     assert not any("\x1b" in line for line in lines)
     for id in IDS:

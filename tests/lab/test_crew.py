@@ -91,7 +91,7 @@ def test_the_loader_s_own_error_arrives_as_it_was_raised(tmp_path: Path) -> None
         ("crash", "killed by SIGSEGV at step load$"),
         ("abort", "killed by SIGABRT at step load, its last words: I cannot go on$"),
         ("exit", "ended with status 7 at step load$"),
-        ("close", "ended with status 1 at step load$"),
+        ("close", "ended with status (1|120) at step load$"),  # 120: Python could not flush what is closed
     ],
 )
 def test_a_death_is_reported_with_its_cause(misbehaves: Callable[[str], str], how: str, message: str) -> None:
