@@ -9,6 +9,7 @@ import ctypes
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,9 @@ import pytest
 from fixtures import build
 
 pytest_plugins = ["pytester", "miniloader.testing"]
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and what is ignored is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NOBODY = 65534
 T = TypeVar("T")
