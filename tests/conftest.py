@@ -23,8 +23,10 @@ from fixtures import build
 
 pytest_plugins = ["pytester", "miniloader.testing"]
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and what is ignored is inherited.
+# Shells and nohup start what they run in the background with these ignored, and what is ignored is inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _ignored in (signal.SIGQUIT, signal.SIGHUP):
+    signal.signal(_ignored, signal.SIG_DFL)
 
 NOBODY = 65534
 T = TypeVar("T")
