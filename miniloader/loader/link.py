@@ -105,12 +105,11 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         return False
     ready.lay(memory)
     values = _values(library, ready, order)
-    copied = ready.fill(memory, values)
+    ready.fill(memory, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
-            for vaddr, word in zip(vaddrs.tolist(), words.tolist(), strict=True):
-                memory.write(vaddr, np.array([word], np.uint64).view(np.uint8)[:size])
+            ready.store(memory, vaddrs, words, size)
     definers = ready.arrays["values"]["definer"].tolist()
     resolvers = ready.places("resolver")
     # When all else is there, since the library's own code runs: others' first, which it may call.
@@ -124,8 +123,9 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
             ready.fill(memory, values)
     for position in ready.held:
         _hold(library, order[position])
-    text = f"{len(ready.pages)} pages from the cache, {copied} of them copied for what differs here"
-    graph.event("relocate", library.name, text, words=ready.words, pages=copied, prepared=len(ready.pages))
+    text = f"{len(ready.pages)} pages from the cache, {ready.filled} of them copied for what differs here"
+    numbers = {"words": ready.words, "pages": ready.filled, "prepared": len(ready.pages)}
+    graph.event("relocate", library.name, text, **numbers)
     return True
 
 

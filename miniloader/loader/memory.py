@@ -22,7 +22,7 @@ from miniloader.elf import LoadPlan, PlannedMapping, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 
-__all__ = ["Memory", "map_plan", "protection_bits"]
+__all__ = ["Memory", "map_plan", "protection_bits", "put_words"]
 
 _BITS: Final = {"r": sys.PROT_READ, "w": sys.PROT_WRITE, "x": sys.PROT_EXEC, "-": 0, "p": 0}
 
@@ -115,6 +115,17 @@ class Memory:
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )
+
+
+def put_words(
+    buffer: NDArray[np.uint8], offsets: NDArray[np.int64], values: NDArray[np.uint64], size: int = 8
+) -> None:
+    """Store the low ``size`` bytes of each value at its offset in ``buffer``, which need not be aligned."""
+    if size == 8 and not (offsets & 7).any():
+        buffer.view(np.uint64)[offsets >> 3] = values
+    else:
+        octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8)[:, :size]
+        buffer[offsets[:, None] + np.arange(size)] = octets
 
 
 def map_plan(plan: LoadPlan, source: Source, *, address: int | None = None) -> Memory:

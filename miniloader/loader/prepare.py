@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,18 @@ from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import cache, unwind
 from miniloader.loader.events import Event, OnEvent
+from miniloader.loader.host import HostLibrary
 from miniloader.loader.library import Library, load
 from miniloader.loader.link import thread_exits, used
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.prepared import (
     ADDRESS,
     RESOLVER,
-    SLOT,
     THREAD_EXIT,
     UNIQUE,
     VALUE,
     check_file,
+    differing,
     file_name,
     file_state,
     identities,
@@ -42,7 +43,7 @@ from miniloader.loader.prepared import (
     sums,
 )
 from miniloader.loader.relocate import TLS, Sorted, sort_relocations
-from miniloader.loader.scope import Bindings
+from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.search import find_path, inspect
 
 __all__ = ["Entry", "entries", "prepare", "verify"]
@@ -51,6 +52,10 @@ __all__ = ["Entry", "entries", "prepare", "verify"]
 _LOWEST: Final = 0x1000_0000_0000
 _HIGHEST: Final = 0x4000_0000_0000
 _ALIGNMENT: Final = 1 << 21
+
+#: A word that differs: where it is, the place among the bindings of the symbol it refers to, what is added.
+_WORD: Final = np.dtype([("vaddr", "<u8"), ("place", "<i8"), ("addend", "<u8")])
+_ITS_OWN: Final = -1  # the place of the resolver of the library itself that is at vaddr ``addend``
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,6 @@ def _entry(name: str, *, pages: bool) -> Entry:
         fault = str(error)
     finally:
         ready.close()
-    filled = ready.filled
     length = ready.end - ready.address
     return Entry(
         name,
@@ -141,7 +145,7 @@ def _entry(name: str, *, pages: bool) -> Entry:
         length,
         ready.words,
         len(ready.pages),
-        filled,
+        ready.filled,
         size,
         fault,
     )
@@ -172,11 +176,10 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
     image, memory = loaded.image, loaded.mapped
     relocations = sort_relocations(image)
     pages = _pages(loaded, relocations)
-    own = bindings.scope.index(loaded)
-    slots, values, names = _index(loaded, relocations, bindings, own)
+    index, names = _index(loaded, relocations, bindings)
     tls_rows = np.concatenate([np.empty(0, RELOCATION), *(rows for _, rows in relocations.of(*TLS))])
     data = np.concatenate([memory.read(int(vaddr), PAGE_SIZE) for vaddr in pages] or [np.empty(0, np.uint8)])
-    for vaddrs in (slots["vaddr"], *_thread_local(relocations)):  # the same bytes whoever prepares it
+    for vaddrs in (index["slots"], *_thread_local(relocations)):  # the same bytes whoever prepares it
         data[_places(pages, vaddrs).astype(np.int64)[:, None] + np.arange(8)] = 0
     facts = {
         "path": os.path.abspath(image.path),
@@ -191,13 +194,13 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         ],
         "held": [bindings.scope.index(definer) for definer in used(loaded, bindings)],
         "words": len(image.relocations),
+        "filled": int(differing(pages, index["slots"], tls_rows).sum()),
         "unwind_table": unwind.eh_frame(image),
     }
     arrays = {
         "pages": pages,
         "sums": sums(data),
-        "slots": slots,
-        "values": values,
+        **index,
         "tls_rows": tls_rows,
         "tls_symbols": _thread_local_symbols(tls_rows, bindings).reshape(-1),
     }
@@ -220,58 +223,68 @@ def _places(pages: NDArray[np.uint64], vaddrs: NDArray[np.uint64]) -> NDArray[np
 
 
 def _index(
-    library: Loaded, relocations: Sorted, bindings: Bindings, own: int
-) -> tuple[Table, Table, dict[int, str]]:
+    library: Loaded, relocations: Sorted, bindings: Bindings
+) -> tuple[dict[str, NDArray[Any]], dict[int, str]]:
     """The words that differ from process to process, their values, and the names of unique symbols.
 
-    A symbol of the library itself is where it is, and an absolute one too; so is none (weak and undefined).
+    A symbol of what is at the same address in every process is where it is, and an absolute one too; so is
+    none (weak and undefined).
     """
-    info, defined = bindings.field("info"), bindings.owner >= 0
-    how = np.full(len(bindings.wanted), ADDRESS, np.uint32)
+    info, owner = bindings.field("info"), bindings.owner
+    defined = owner >= 0
+    how = np.full(len(owner), ADDRESS, np.uint32)
     how[defined & (info & np.uint64(0xF) == STT_GNU_IFUNC)] = RESOLVER
     how[defined & (info >> np.uint64(4) == STB_GNU_UNIQUE)] = UNIQUE
     if library.image.tls is not None:
         how[thread_exits(library, bindings)] = THREAD_EXIT
-    elsewhere = defined & (bindings.owner != own) & (bindings.field("shndx") != SHN_ABS)
+    wanders = np.array([not _stays(definer, library) for definer in bindings.scope], bool)
+    elsewhere = defined & wanders[owner] & (bindings.field("shndx") != SHN_ABS)
     differs = elsewhere | (how != ADDRESS)
-    number = np.cumsum(differs) - 1
-    values = np.zeros(int(differs.sum()), VALUE)
-    values["definer"], values["how"] = bindings.owner[differs], how[differs]
-    values["offset"] = bindings.field("value")[differs]
-    names = {
-        int(number[place]): library.symbols.name(int(bindings.wanted[place]))
-        for place in np.flatnonzero(how == UNIQUE)
-    }
-    slots = [np.empty(0, SLOT)]
+    words = [np.empty(0, _WORD)]
     for kind, rows in relocations.of("S", "S + A", "S + A - P"):
         place = bindings.place(rows["symbol"], call=kind.call)
         rows, place = rows[differs[place]], place[differs[place]]
-        if len(rows) and kind.size != SLOT["addend"].itemsize:
+        if len(rows) and kind.size != 8:
             raise LoadError(
                 f"{library.name}: {kind.name} refers to other libraries, and so cannot be prepared"
             )
-        slots.append(_slots(rows, number[place]))
-        with np.errstate(over="ignore"):
-            if kind.formula != "S":
-                slots[-1]["addend"] += rows["addend"].view(np.uint64)
-            if kind.formula == "S + A - P":
-                slots[-1]["addend"] -= rows["offset"] + np.uint64(library.bias)
+        addends = rows["addend"].view(np.uint64) if kind.formula != "S" else np.zeros(len(rows), np.uint64)
+        if kind.formula == "S + A - P":
+            with np.errstate(over="ignore"):
+                addends = addends - (rows["offset"] + np.uint64(library.bias))
+        words.append(_words(rows["offset"], place, addends))
     for _, rows in relocations.of("indirect"):
-        slots.append(_slots(rows, len(values) + np.arange(len(rows))))
-        resolvers = np.zeros(len(rows), VALUE)
-        resolvers["offset"], resolvers["definer"], resolvers["how"] = (
-            rows["addend"].view(np.uint64),
-            own,
-            RESOLVER,
-        )
-        values = np.concatenate([values, resolvers])
-    return np.concatenate(slots), values, names
+        words.append(_words(rows["offset"], _ITS_OWN, rows["addend"].view(np.uint64)))
+    every = np.concatenate(words)
+    meanings, numbers = np.unique(every[["place", "addend"]], return_inverse=True)
+    values = np.zeros(len(meanings), VALUE)
+    values["offset"], values["definer"] = meanings["addend"], bindings.scope.index(library)
+    values["how"] = RESOLVER
+    symbolic = meanings["place"] != _ITS_OWN
+    place = meanings["place"][symbolic]
+    for key, of in (("offset", bindings.field("value")), ("definer", owner), ("how", how)):
+        values[key][symbolic] = of[place]
+    values["addend"][symbolic] = meanings["addend"][symbolic]
+    names = {
+        number: library.symbols.name(int(bindings.wanted[meanings["place"][number]]))
+        for number in np.flatnonzero(values["how"] == UNIQUE).tolist()
+    }
+    return {"slots": every["vaddr"], "numbers": numbers, "values": values}, names
 
 
-def _slots(rows: Table, values: NDArray[np.intp]) -> Table:
-    slots = np.zeros(len(rows), SLOT)
-    slots["vaddr"], slots["value"] = rows["offset"], values
-    return slots
+def _stays(definer: Definer, library: Loaded) -> bool:
+    """Whether ``definer`` is at the same address in every process that uses the prepared ``library``.
+
+    So is the library itself, and a main program that is not position-independent.
+    """
+    program = isinstance(definer, HostLibrary) and not definer.path
+    return definer is library or (program and definer.bias == 0)
+
+
+def _words(vaddrs: NDArray[np.uint64], place: NDArray[np.int64] | int, addends: NDArray[np.uint64]) -> Table:
+    words = np.zeros(len(vaddrs), _WORD)
+    words["vaddr"], words["place"], words["addend"] = vaddrs, place, addends
+    return words
 
 
 def _thread_local(relocations: Sorted) -> Iterator[NDArray[np.uint64]]:

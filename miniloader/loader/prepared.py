@@ -33,19 +33,19 @@ from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.loader import cache
-from miniloader.loader.memory import Memory, protection_bits
+from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import KINDS, Kind
 
 __all__ = [
     "ADDRESS",
     "RESOLVER",
-    "SLOT",
     "THREAD_EXIT",
     "UNIQUE",
     "VALUE",
     "Prepared",
     "check_file",
+    "differing",
     "file_name",
     "file_state",
     "find",
@@ -56,16 +56,15 @@ __all__ = [
     "sums",
 ]
 
-#: A word that differs: its vaddr, the value's number, what is added to it.
-SLOT: Final = np.dtype([("vaddr", "<u8"), ("addend", "<u8"), ("value", "<u8")])
-#: A value: ``offset`` from the bias of the library at position ``definer`` of the scope, and how it is meant.
-VALUE: Final = np.dtype([("offset", "<u8"), ("definer", "<u4"), ("how", "<u4")])
+#: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, how that
+#: is meant, and what is added to what it means.  Many slots have the same.
+VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u4"), ("how", "<u4")])
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
 
 _AGAIN: Final = "miniloader prepare LIB"
 _CHANGED: Final = "its file has changed since it was prepared"
 _MAGIC: Final = b"miniprep"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _WORD: Final = 8
 _HEAD: Final = struct.Struct(
     "<8sIIQ"
@@ -73,7 +72,8 @@ _HEAD: Final = struct.Struct(
 _ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
     "pages": np.dtype("<u8"),  # the vaddr of each cached page
     "sums": np.dtype("<u8"),  # see sums()
-    "slots": SLOT,
+    "slots": np.dtype("<u8"),  # the vaddr of each word that differs
+    "numbers": np.dtype("<u4"),  # of its value
     "values": VALUE,
     "tls_rows": RELOCATION,
     "tls_symbols": np.dtype("<i8"),  # rows of four: symbol, owner, the owner's symbol, its value
@@ -95,6 +95,7 @@ class Prepared:
     tls_names: tuple[str, ...]  # of the symbols of thread-local relocations
     held: tuple[int, ...]  # positions in the scope: who defines what it is bound to
     words: int  # relocated in all
+    filled: int  # how many pages hold words that each process writes itself
     unwind_table: int | None
     at: int  # of the pages in the file
     arrays: Mapping[str, NDArray[Any]]
@@ -105,17 +106,9 @@ class Prepared:
         return self.arrays["pages"]
 
     @property
-    def filled(self) -> int:
-        """How many of them hold words that each process writes itself."""
-        return int(self.differing.sum())
-
-    @property
     def differing(self) -> NDArray[np.bool_]:
-        """Which of them do."""
-        vaddrs, touched = self.arrays["slots"]["vaddr"], np.zeros(len(self.pages), bool)
-        for ends in (vaddrs, vaddrs + np.uint64(_WORD - 1), self.arrays["tls_rows"]["offset"]):
-            touched[np.searchsorted(self.pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
-        return touched
+        """Which of them hold words that each process writes itself."""
+        return differing(self.pages, self.arrays["slots"], self.arrays["tls_rows"])
 
     def places(self, meant: Literal["resolver", "unique", "thread exit"]) -> list[int]:
         """The numbers of the values that are meant so."""
@@ -155,26 +148,22 @@ class Prepared:
                 bits = protection_bits(mapping.protection)
                 sys.mmap(address, (last - first) * sys.PAGE_SIZE, bits, flags, self.fd, offset)
 
-    def fill(self, memory: Memory, values: NDArray[np.uint64]) -> int:
-        """Store the words that differ, ``values`` being those of the index; how many pages that copies."""
-        slots = self.arrays["slots"]
-        vaddrs = slots["vaddr"]
-        if not len(slots):
-            return 0
+    def fill(self, memory: Memory, values: NDArray[np.uint64]) -> None:
+        """Store the words that differ, ``values`` being those of the index."""
         with np.errstate(over="ignore"):
-            words = values[slots["value"]] + slots["addend"]
-        # By plain stores: these pages are the cache's, and cannot be gone as those of the library can.
-        start = int(vaddrs.min()) & -sys.PAGE_SIZE
-        length = int(vaddrs.max()) + _WORD - start
-        there = np.frombuffer(
-            memoryview((ctypes.c_uint8 * length).from_address(memory.bias + start)), np.uint8
-        )
-        offsets = (vaddrs - np.uint64(start)).astype(np.int64)
-        if not (offsets & 7).any():
-            there[: length & -_WORD].view(np.uint64)[offsets >> 3] = words
-        else:
-            there[offsets[:, None] + np.arange(_WORD)] = words.view(np.uint8).reshape(-1, _WORD)
-        return self.filled
+            words = values + self.arrays["values"]["addend"]
+        self.store(memory, self.arrays["slots"], words[self.arrays["numbers"]])
+
+    def store(
+        self, memory: Memory, vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int = _WORD
+    ) -> None:
+        """Store the low ``size`` bytes of ``words`` on cached pages."""
+        if len(vaddrs):
+            # By plain stores: these pages are the cache's, and cannot be gone as those of the library can.
+            first, last = int(self.pages[0]), int(self.pages[-1])
+            room = (ctypes.c_uint8 * (last + sys.PAGE_SIZE - first)).from_address(memory.bias + first)
+            offsets = (vaddrs - np.uint64(first)).astype(np.int64)
+            put_words(np.frombuffer(memoryview(room), np.uint8), offsets, words, size)
 
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
@@ -204,6 +193,14 @@ class _Recorded(Bindings):
 
     def label(self, place: int) -> str:
         return self.names[place]
+
+
+def differing(pages: NDArray[np.uint64], slots: NDArray[np.uint64], tls_rows: Table) -> NDArray[np.bool_]:
+    """Which of ``pages`` hold words that each process writes itself: at ``slots``, or thread-local ones."""
+    touched = np.zeros(len(pages), bool)
+    for ends in (slots, slots + np.uint64(_WORD - 1), tls_rows["offset"]):
+        touched[np.searchsorted(pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
+    return touched
 
 
 def identities(scope: Sequence[Definer]) -> tuple[str, ...]:
@@ -304,6 +301,7 @@ def read_index(fd: int, size: int) -> Prepared:
         tls_names=tuple(facts["tls_names"]),
         held=tuple(facts["held"]),
         words=facts["words"],
+        filled=facts["filled"],
         unwind_table=facts["unwind_table"],
         at=at,
         arrays=arrays,

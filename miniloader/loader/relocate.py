@@ -23,7 +23,7 @@ from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError, SymbolError
-from miniloader.loader.memory import Memory
+from miniloader.loader.memory import Memory, put_words
 from miniloader.loader.scope import Bindings
 from miniloader.loader.tls import Write
 from miniloader.machine.relocation import KINDS, Kind
@@ -162,7 +162,6 @@ class Pages:
             for first, last in self.runs:
                 memory.read_into(low + first, self.buffer[first:last])
         self.memory = memory
-        self.words = self.buffer.view(np.uint64)
 
     @property
     def count(self) -> int:
@@ -173,17 +172,12 @@ class Pages:
         """The 8-byte words at ``vaddrs``."""
         offsets = (vaddrs - np.uint64(self.start)).astype(np.int64)
         if not (offsets & 7).any():
-            return np.asarray(self.words[offsets >> 3], np.uint64)
+            return np.asarray(self.buffer.view(np.uint64)[offsets >> 3], np.uint64)
         return np.asarray(self.buffer[offsets[:, None] + np.arange(_WORD)].view(np.uint64).reshape(-1))
 
     def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int = _WORD) -> None:
         """Store the low ``size`` bytes of each value at its vaddr, which need not be aligned."""
-        offsets = (vaddrs - np.uint64(self.start)).astype(np.int64)
-        if size == _WORD and not (offsets & 7).any():
-            self.words[offsets >> 3] = values
-        else:
-            octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, _WORD)[:, :size]
-            self.buffer[offsets[:, None] + np.arange(size)] = octets
+        put_words(self.buffer, (vaddrs - np.uint64(self.start)).astype(np.int64), values, size)
 
     def bytes_at(self, vaddr: int, length: int) -> NDArray[np.uint8]:
         """``length`` bytes as they will be, from here where they are changed, else from memory."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import miniloader
 from fixtures import build
+from miniloader.elf import Source, read_image
 from miniloader.errors import LoadError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, cache
@@ -295,6 +296,39 @@ def test_after_the_machine_has_booted(demo: Path, monkeypatch: pytest.MonkeyPatc
 def test_lazy_binding_is_another_thing(demo: Path) -> None:
     with pytest.raises(UsageError, match="lazy"):
         miniloader.load(demo, bind="lazy", prepared=True)
+
+
+# Whether the page with pointers into the program is as it was prepared, and they are right.
+_POINTERS = """
+import ctypes, mmap, sys, miniloader
+from miniloader.loader.prepare import prepare
+prepare(sys.argv[1])
+library = miniloader.load(sys.argv[1], prepared=True)
+ready, address = library.loaded.ready, library.address("pointers")
+shared = ready.pages[~ready.differing].tolist()
+names = "PyList_Type", "PyDict_Type"
+wanted = [ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, name)) for name in names]
+found = list((ctypes.c_void_p * 2).from_address(address))
+print((address - library.base) & -mmap.PAGESIZE in shared, found == wanted)
+"""
+
+
+@pytest.mark.parametrize("program", [sys.executable, "/usr/bin/python3"])
+def test_what_leads_into_a_program_at_a_fixed_address_is_shared(program: str, tmp_path: Path) -> None:
+    if not os.path.exists(program):
+        pytest.skip(f"no {program}")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    if version.split(".")[:2] != f"Python {sys.version}".split(".")[:2]:
+        pytest.skip(f"{program} is another version than this one, whose numpy it needs")
+    fixed = read_image(Source.open(program)).header.type == "EXEC"
+    library = tmp_path / "libpointers.so"
+    source = "extern char PyList_Type[], PyDict_Type[]; void *pointers[512] = {PyList_Type, PyDict_Type};"
+    compiler = ["gcc", "-shared", "-fPIC", "-Wl,--build-id", "-xc", "-", "-o", str(library)]
+    subprocess.run(compiler, input=source, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": f"{build.ROOT}:{Path(np.__file__).parents[1]}"}
+    command = [program, "-c", _POINTERS, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(fixed), "True"]
 
 
 # ------------------------------------------------------------------------------------------- the cache
