@@ -79,7 +79,8 @@ def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
 def run_constructors(addresses: Iterable[int]) -> None:
     """Call the constructors of one library as ld.so does: all of them get the same argc, argv and envp."""
     count, words = _arguments()
-    arguments = count, ctypes.addressof(words), ctypes.c_void_p.in_dll(_libc, "environ").value
+    # Made once: a large library has hundreds.
+    arguments = ctypes.c_int(count), ctypes.byref(words), ctypes.c_void_p.in_dll(_libc, "environ")
     for address in addresses:
         _CONSTRUCTOR(address)(*arguments)
 

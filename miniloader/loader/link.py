@@ -110,15 +110,12 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
             ready.store(memory, vaddrs, words, size)
-    definers = ready.arrays["values"]["definer"].tolist()
-    resolvers = ready.places("resolver")
+    resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
     for own in (False, True):
-        places = [place for place in resolvers if (order[definers[place]] is library) == own]
+        places = [place for place, definer in resolvers if (definer is library) == own]
         for place in places:
-            definer = order[definers[place]]
-            may_run = graph.policy.init or not isinstance(definer, Loaded)
-            values[place] = call_resolver(int(values[place])) if may_run else 0
+            values[place] = call_resolver(int(values[place])) if graph.policy.init else 0
         if places:
             ready.fill(memory, values)
     for position in ready.held:
@@ -130,15 +127,17 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
 
 
 def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
-    """What the words that differ are in this process; of an IFUNC, its resolver's address."""
+    """What the words that differ are in this process; of an IFUNC of ours, its resolver's address."""
     table = ready.arrays["values"]
     biases = np.array([definer.bias for definer in order], np.uint64)
     with np.errstate(over="ignore"):
         values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
-    for place in ready.places("thread exit"):
+    for place, definer in ready.meant("resolver", order):
+        if not isinstance(definer, Loaded):
+            values[place] = call_resolver(int(values[place]))
+    for place, _ in ready.meant("thread exit", order):
         values[place] = library.stub_for(int(values[place])).address
-    for place in ready.places("unique"):
-        definer = order[int(table["definer"][place])]
+    for place, definer in ready.meant("unique", order):
         name = os.fsencode(ready.names[place])
         values[place], owner = unique.settled(name, int(values[place]), definer)
         if owner is not None:

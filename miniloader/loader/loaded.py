@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -186,18 +186,17 @@ class Loaded:
     def local_scope(self) -> list[Loaded | HostLibrary]:
         """It and everything it needs, breadth first, each once."""
         found: list[Loaded | HostLibrary] = [self]
-        seen = {id(self)}
+        seen, of_host = {id(self)}, host.by_name()
         for library in found:
-            for needed in library.needs if isinstance(library, Loaded) else _needs_of_host(library):
+            for needed in library.needs if isinstance(library, Loaded) else _needs_of_host(library, of_host):
                 if id(needed) not in seen:
                     seen.add(id(needed))
                     found.append(needed)
         return found
 
 
-def _needs_of_host(library: HostLibrary) -> list[HostLibrary]:
+def _needs_of_host(library: HostLibrary, by_name: Mapping[str, HostLibrary]) -> list[HostLibrary]:
     """What ld.so found for the needs of one of its libraries: by soname, or by file name."""
-    by_name = host.by_name()
     return [by_name[name] for name in library.needed if name in by_name]
 
 

@@ -60,6 +60,7 @@ __all__ = [
 #: is meant, and what is added to what it means.  Many slots have the same.
 VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u4"), ("how", "<u4")])
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
+_HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}
 
 _AGAIN: Final = "miniloader prepare LIB"
 _CHANGED: Final = "its file has changed since it was prepared"
@@ -110,10 +111,14 @@ class Prepared:
         """Which of them hold words that each process writes itself."""
         return differing(self.pages, self.arrays["slots"], self.arrays["tls_rows"])
 
-    def places(self, meant: Literal["resolver", "unique", "thread exit"]) -> list[int]:
-        """The numbers of the values that are meant so."""
-        how = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}[meant]
-        return np.flatnonzero(self.arrays["values"]["how"] == how).tolist()
+    def meant(
+        self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
+    ) -> list[tuple[int, Definer]]:
+        """The numbers of the values that are meant so, and who defines each."""
+        table = self.arrays["values"]
+        numbers = np.flatnonzero(table["how"] == _HOW[how])
+        definers = table["definer"][numbers].tolist()
+        return [(number, scope[at]) for number, at in zip(numbers.tolist(), definers, strict=True)]
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""
