@@ -213,13 +213,11 @@ def read_life(library: Loaded) -> list[int]:
 def initialise_library(graph: Graph, library: Loaded, constructors: Sequence[int]) -> None:
     """Run its constructors.  Its destructors run even if that does not come to its end, as with ld.so."""
 
-    def told(addresses: Sequence[int]) -> Iterator[int]:
-        for address in addresses:
-            graph.event("initialise", library.name, f"call {address:#x}", address=address)
-            yield address
+    def tell(address: int) -> None:
+        graph.event("initialise", library.name, f"call {address:#x}", address=address)
 
     library.initialised = True
-    life.run_constructors(constructors if graph.tell is None else told(constructors))
+    life.run_constructors(constructors, tell if graph.tell is not None else None)
 
 
 def _check_versions(library: Loaded) -> None:

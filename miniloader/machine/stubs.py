@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["SAVE_AREA", "lazy_trampoline", "with_third_argument"]
+__all__ = ["SAVE_AREA", "call_each", "lazy_trampoline", "with_third_argument"]
 
 #: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
 SAVE_AREA = 0xA80
@@ -22,6 +22,28 @@ def with_third_argument(function: int, value: int) -> bytes:
         b"\x48\xba" + struct.pack("<Q", value),  # mov rdx, value
         b"\x48\xb8" + struct.pack("<Q", function),  # mov rax, function
         b"\xff\xe0",  # jmp rax
+    ))  # fmt: skip
+
+
+def call_each() -> bytes:
+    """``void f(void (**functions)(int, void *, void *), size_t count, int, void *, void *)``, which calls all
+    ``functions`` with its last three arguments.
+    """
+    return b"".join((
+        b"\xf3\x0f\x1e\xfa",  # endbr64
+        b"\x55\x48\x89\xe5",  # push rbp; mov rbp, rsp
+        b"\x53\x41\x54\x41\x55\x41\x56\x41\x57\x50",  # push rbx, r12, r13, r14, r15, rax
+        b"\x48\x89\xfb",  # mov rbx, rdi
+        b"\x4c\x8d\x24\xf7",  # lea r12, [rdi + rsi * 8]
+        b"\x41\x89\xd5\x49\x89\xce\x4d\x89\xc7",  # mov r13d, edx; mov r14, rcx; mov r15, r8
+        b"\xeb\x0f",  # jmp to the comparison
+        b"\x44\x89\xef\x4c\x89\xf6\x4c\x89\xfa",  # mov edi, r13d; mov rsi, r14; mov rdx, r15
+        b"\xff\x13",  # call [rbx]
+        b"\x48\x83\xc3\x08",  # add rbx, 8
+        b"\x4c\x39\xe3",  # cmp rbx, r12
+        b"\x72\xec",  # jb to the first mov
+        b"\x58\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5b\x5d",  # pop rax, r15, r14, r13, r12, rbx, rbp
+        b"\xc3",  # ret
     ))  # fmt: skip
 
 

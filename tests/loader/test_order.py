@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import pytest
 
 import miniloader
+from miniloader.loader import life
 from miniloader.loader.life import constructor_order
 
 
@@ -255,6 +256,38 @@ def test_constructors_get_what_mains_get_and_destructors_all_run(
 
 
 # -------------------------------------------------------------------------------- counting references
+# Constructors that note whether they were called in order, as main is, and with the stack as it has to be.
+_MANY = """
+#include <stdint.h>
+#include <stdlib.h>
+extern char **environ;
+int calls, wrong;
+static void note(int number, int argc, char **argv, char **envp, void *frame) {
+    wrong += number != calls++ || argc < 1 || argv[argc] || envp != environ || (uintptr_t)frame % 16;
+}
+#define ONE(n) static __attribute__((constructor)) void c##n(int argc, char **argv, char **envp) { \\
+    note(0##n, argc, argv, envp, __builtin_frame_address(0)); }
+#define EIGHT(n) ONE(n##0) ONE(n##1) ONE(n##2) ONE(n##3) ONE(n##4) ONE(n##5) ONE(n##6) ONE(n##7)
+#define ALL(n) EIGHT(n##0) EIGHT(n##1) EIGHT(n##2) EIGHT(n##3) EIGHT(n##4) EIGHT(n##5) EIGHT(n##6) EIGHT(n##7)
+ALL(0) ALL(1) ALL(2) ALL(3)
+"""
+
+
+def test_hundreds_of_constructors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "libmany.so"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-fno-omit-frame-pointer", "-xc", "-", "-o", str(path)]
+    subprocess.run(command, input=_MANY, text=True, check=True)
+
+    def counts(**options: Any) -> list[int]:
+        with miniloader.load(path, **options) as library:
+            return [ctypes.c_int.from_address(library.address(name)).value for name in ("calls", "wrong")]
+
+    assert counts() == [256, 0]
+    assert counts(on_event=lambda event: None) == [256, 0]  # each by itself
+    monkeypatch.setattr(life, "_call_each", lambda: None)  # no page may become executable
+    assert counts() == [256, 0]
+
+
 def mapped(path: Path) -> bool:
     return os.path.realpath(path) in Path("/proc/self/maps").read_text()
 
