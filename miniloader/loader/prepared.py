@@ -4,7 +4,8 @@ Relocation writes the same words in every process that has the library at the sa
 that refer to other libraries, which are at addresses of their own.  So the relocated pages are kept in a
 file, with an index of the words that differ; :func:`miniloader.loader.prepare.prepare` makes it.  A process
 that loads the library maps those pages over the library's own, and writes only the words that differ: only
-their pages become private copies.
+their pages become private copies.  A main program that is not position-independent is where it was, and so
+are its symbols: when it overrides a library's, next to nothing of that library differs.
 
 What is in the index holds for one scope: the same libraries, told by their build-ids, in the same order.
 Then every look-up has the outcome it had, and none is made.  (bionic shares relocated pages between processes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +125,8 @@ def test_library_waits_for_threads_that_have_its_objects(fixture_library: Callab
     assert _mapped(start, end), "the thread's destructor would run in unmapped memory"
     may_end.set()
     thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # joined, but its destructors may yet run
+        time.sleep(0.001)
     miniloader.load(fixture_library("demo")).close()  # any load or close looks again
     assert not _mapped(start, end)
 
