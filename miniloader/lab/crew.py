@@ -43,6 +43,7 @@ Reply = Mapping[str, Any]
 _START: Final = "import sys; sys.path[:] = sys.argv[3:]; from {} import main; main()"
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
 _LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to its own
+_MEMORY: Final = 16 << 20  # bytes that a worker needs for itself: 12 MiB were seen, loading nothing yet
 
 
 class Worker:
@@ -165,14 +166,20 @@ class Crew:
     def __init__(
         self, processes: int, *, timeout: float = 60.0, program: str = "miniloader.lab.worker"
     ) -> None:
-        """Start them.  Raises UsageError for no process, WorkerError when one cannot be started."""
+        """Start them.
+
+        Raises UsageError for no process, or for more than the memory has room for; WorkerError when one
+        cannot be started.
+        """
         if processes < 1:
             raise UsageError(f"{processes} processes: expected at least 1")
+        if processes > (most := _memory_available() // _MEMORY):
+            raise UsageError(f"{processes} processes: expected at most {most}, which fit in memory now")
         self._timeout = timeout
         self._workers: list[Worker] = []
         try:
-            with _uninterrupted():  # an interrupt comes when it ends
-                for number in range(1, processes + 1):
+            for number in range(1, processes + 1):
+                with _uninterrupted():  # an interrupt comes between two of them
                     self._workers.append(Worker(number, processes, program))
         except BaseException:
             self.close()
@@ -261,6 +268,15 @@ def _command(program: str, descriptor: int) -> list[str]:
         raise WorkerError("cannot start workers: this program is no Python interpreter (sys.executable)")
     start = _START.format(program)
     return [sys.executable, *flags, "-c", start, str(descriptor), str(os.getpid()), *path]
+
+
+def _memory_available() -> int:
+    """Bytes that can be taken without swapping: MemAvailable of proc_meminfo(5); endless if it is hidden."""
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for name, size, *_ in map(str.split, lines):
+            if name == "MemAvailable:":
+                return int(size) * 1024
+    return sys.maxsize
 
 
 def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:

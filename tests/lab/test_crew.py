@@ -144,6 +144,14 @@ def test_it_cannot_be_started() -> None:
         Crew(0)
 
 
+def test_more_than_fit_in_memory_are_refused_before_one_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("one is started"))
+    with pytest.raises(
+        UsageError, match=r"999999999 processes: expected at most \d+, which fit in memory now"
+    ):
+        Crew(999_999_999)
+
+
 def test_no_interpreter_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
     with pytest.raises(WorkerError, match="cannot start worker 1 of 2: No such file or directory"):
@@ -212,5 +220,5 @@ def test_ctrl_c_waits_until_nothing_is_half_done(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(subprocess, "Popen", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt), Crew(2):
         pytest.fail("the interrupt is delivered before")
-    assert len(started) == 2
+    assert len(started) == 1, "there is no waiting for the others"
     assert not any(map(lives, started))
