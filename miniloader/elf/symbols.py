@@ -61,7 +61,6 @@ STV_PROTECTED: Final = 3
 SHN_UNDEF: Final = 0
 _LONG_NAMES: Final = 1 << 24
 _LONG_NAME: Final = 1 << 12  # bytes; those of C++ templates come near
-_CHAIN: Final = 8  # most chains are shorter
 SHN_ABS: Final = 0xFFF1
 
 
@@ -120,7 +119,13 @@ class GnuHash:
     @cached_property
     def bloom_list(self) -> list[int]:
         """The Bloom filter's words as Python's own numbers: a single look-up is several times faster."""
-        return [int(word) for word in self.bloom.tolist()]
+        words: list[int] = self.bloom.tolist()
+        return words
+
+    @cached_property
+    def _lists(self) -> tuple[list[int], list[int]]:
+        """Buckets and chains, likewise."""
+        return self.buckets.tolist(), self.chains.tolist()
 
     def candidates(self, name: bytes, hashed: int | None = None) -> list[int]:
         """The symbols whose hash is ``name``'s (``hashed``, where that is known), in chain order."""
@@ -135,15 +140,16 @@ class GnuHash:
 
     def chain(self, hashed: int) -> list[int]:
         """The symbols with this hash (which the Bloom filter lets through), in chain order."""
-        at = int(self.buckets[hashed % len(self.buckets)]) - self.first
+        buckets, chains = self._lists
         found: list[int] = []
-        while 0 <= at < len(self.chains):
-            for value in self.chains[at : at + _CHAIN].tolist():
-                if value | 1 == hashed | 1:
-                    found.append(at + self.first)
-                if value & 1:
-                    return found
-                at += 1
+        at, wanted = buckets[hashed % len(buckets)] - self.first, hashed | 1
+        while 0 <= at < len(chains):
+            value = chains[at]
+            if value | 1 == wanted:
+                found.append(at + self.first)
+            if value & 1:
+                break
+            at += 1
         return found
 
 

@@ -95,8 +95,10 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
             later.append(rows[:count])
             rows = rows[count:]
         others = rows["type"] != code_of_relative
-        relative.append(rows[~others])
-        rest.append(rows[others])
+        if not others.all():
+            relative.append(rows[~others])
+            rows = rows[others]
+        rest.append(rows)
     left = np.concatenate(rest) if rest else np.empty(0, RELOCATION)
     grouped = []
     for code in _distinct(left["type"]):
@@ -148,14 +150,14 @@ class Pages:
             low = min(int(array.min()) for array in arrays) & -size
             high = max(int(array.max()) for array in arrays) + 1
             try:
-                touched = np.zeros((high - low) // size + 3, np.int8)
+                touched = np.zeros((high - low) // size + 3, np.int8)  # with a page before and one behind
                 self.buffer = np.empty(-(-(high - low) // size) * size, np.uint8)
             except MemoryError:
                 found = f"relocated words from vaddr {low:#x} to {high:#x}"
                 raise LoadError(f"{memory.name}: {found}: not enough memory for a copy of them") from None
             shift = np.uint64(size.bit_length() - 1)
             for array in arrays:
-                touched[((array - np.uint64(low)) >> shift) + np.uint64(1)] = 1
+                touched[1:][((array - np.uint64(low)) >> shift).view(np.int64)] = 1
             edges = np.flatnonzero(np.diff(touched)).reshape(-1, 2)
             self.start = low
             self.runs = [(first * size, last * size) for first, last in edges.tolist()]
@@ -358,7 +360,7 @@ def _by_turns(image: ElfImage, bindings: Bindings, late: NDArray[np.bool_]) -> l
     if not late.any():
         return []
     ours = [place for place, definer in enumerate(bindings.scope) if definer.symbols is image.symbols]
-    own = np.isin(bindings.owner, ours)
+    own = np.logical_or.reduce([bindings.owner == place for place in ours])
     return [group for group in (late & ~own, late & own) if group.any()]
 
 

@@ -49,6 +49,7 @@ _BINDS: Final = (STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE)
 _TYPES: Final = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_COMMON, STT_TLS, STT_GNU_IFUNC)
 _INVISIBLE: Final = (STV_INTERNAL, STV_HIDDEN)
 _NOWHERE: Final = -1
+_LOW: Final = 15  # bits of a hash that are left out where most are told apart by the others
 _FEW: Final = 300  # names up to which looking up one by one is faster
 _FEW_CHAINS: Final = 100  # chains up to which walking them one by one is
 
@@ -99,9 +100,9 @@ class Bindings:
         for position in self._owners():
             definer = self.scope[position]
             here = self.owner == position
-            rows = definer.symbols.rows[self.symbol[here]]
-            bias = np.where(rows["shndx"] == SHN_ABS, np.uint64(0), np.uint64(definer.bias))
-            found[here] = rows["value"] + bias
+            rows, symbol = definer.symbols.rows, self.symbol[here]
+            absolute = rows["shndx"][symbol] == SHN_ABS
+            found[here] = rows["value"][symbol] + np.where(absolute, np.uint64(0), np.uint64(definer.bias))
         return found
 
     def label(self, place: int) -> str:
@@ -146,14 +147,14 @@ def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer]
     """
     owner = np.full(len(wanted), _NOWHERE, np.int64)
     symbol = np.zeros(len(wanted), np.int64)
-    rows = table.rows[wanted]
-    visibility = rows["other"] & 3
-    at_home = (rows["info"] >> 4 == STB_LOCAL) | (visibility == STV_INTERNAL) | (visibility == STV_HIDDEN)
-    at_home |= (visibility == STV_PROTECTED) & (rows["shndx"] != SHN_UNDEF)
+    binding, visibility = table.rows["info"][wanted] >> 4, table.rows["other"][wanted] & 3
+    known = table.rows["shndx"][wanted] != SHN_UNDEF
+    at_home = (binding == STB_LOCAL) | (visibility == STV_INTERNAL) | (visibility == STV_HIDDEN)
+    at_home |= (visibility == STV_PROTECTED) & known
     owner[at_home], symbol[at_home] = own, wanted[at_home]
 
-    defined = (rows["shndx"] != SHN_UNDEF) & ~at_home
-    undefined = np.flatnonzero(~defined & ~at_home)
+    defined = known & ~at_home
+    undefined = np.flatnonzero(~known & ~at_home)
     tables = tuple(definer.symbols for definer in scope)
     _search(table, wanted, undefined, tables, owner, symbol)
     suspects = _suspects(table, wanted, np.flatnonzero(defined), tables[:own])
@@ -210,21 +211,25 @@ def _suspects(
         return defined
     if any(not isinstance(other.hash, GnuHash) for other in earlier):
         return defined
-    theirs = _all_hashes(tuple(earlier))
+    theirs, high = _all_hashes(tuple(earlier))
+    maybe = np.flatnonzero(high[known >> _LOW])
+    known, defined = known[maybe], defined[maybe]
     place = np.minimum(np.searchsorted(theirs, known), len(theirs) - 1)
-    return defined[theirs[place] == known] if len(theirs) else defined[:0]
+    return defined[theirs[place] == known] if len(theirs) else defined
 
 
 @lru_cache(maxsize=4)
-def _all_hashes(tables: tuple[SymbolTable, ...]) -> NDArray[np.uint32]:
-    """The hashes of all symbols of ``tables`` without their lowest bit, ascending.
+def _all_hashes(tables: tuple[SymbolTable, ...]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """The hashes of all symbols of ``tables`` without their lowest bit, ascending; which upper bits occur.
 
     Kept, because the tables of the process's global scope are the same from load to load.
     """
     hashes = (table.hash.chains for table in tables if isinstance(table.hash, GnuHash))
     found = np.concatenate([np.empty(0, np.uint32), *hashes]) & np.uint32(0xFFFFFFFE)
     found.sort()
-    return found
+    high = np.zeros(1 << (32 - _LOW), bool)
+    high[found >> _LOW] = True
+    return found, high
 
 
 def _known_hashes(table: GnuHash, symbols: NDArray[np.int64]) -> NDArray[np.uint32] | None:
