@@ -28,7 +28,6 @@ from miniloader.loader import host
 
 __all__ = ["DYN", "EHDR", "PHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
 
-DTPMOD64: Final = 16
 TPOFF64: Final = 18
 TLSDESC: Final = 36
 

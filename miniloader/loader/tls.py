@@ -9,7 +9,7 @@ Source: "ELF Handling For Thread-Local Storage" (Drepper) and the AMD64 psABI.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -22,14 +22,14 @@ from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import Table
 from miniloader.errors import LoadError
 from miniloader.loader import host
-from miniloader.loader.carrier import DTPMOD64, TLSDESC, TPOFF64, Carrier, Question, open_carrier
+from miniloader.loader.carrier import TLSDESC, TPOFF64, Carrier, Question, open_carrier
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
 
 __all__ = ["Blocks", "Write", "address_of", "answer"]
 
-_KIND: Final = {"module": DTPMOD64, "thread offset": TPOFF64, "descriptor": TLSDESC}
+_KIND: Final = {"thread offset": TPOFF64, "descriptor": TLSDESC}
 
 Write = tuple[NDArray[np.uint64], NDArray[np.uint64], int]
 """The vaddrs, values and size of words to write."""
@@ -68,30 +68,45 @@ def answer(
     foreign: dict[Question, None] = {}
     needed: dict[str, None] = {}
 
+    def owner(definer: Definer, place: int) -> _Block:
+        """Who has the block that a symbol is in."""
+        if definer is me:
+            if tls is None:
+                raise LoadError(f"{me.name}: relocations of its own thread-local storage, but no PT_TLS")
+            return None
+        if not isinstance(definer, HostLibrary):
+            carrier = carrier_of(definer)
+            if carrier is None:
+                text = f"{me.name}: thread-local storage of {definer.name} is not there yet"
+                raise LoadError(text, hint=_CYCLE)
+            return carrier
+        if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
+            label = bindings.label(place)
+            raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
+        return definer
+
     def question(kind: str, definer: Definer, place: int, value: int) -> tuple[bool, Question]:
         """Whose carrier is asked what: own block by offset, others' by their symbols."""
-        if definer is me:
+        block = owner(definer, place)
+        if block is None:
             return True, Question(_KIND[kind], None, value)
-        if isinstance(definer, HostLibrary):
-            if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
-                label = bindings.label(place)
-                raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
-            if definer.path:
-                needed[definer.path] = None
-            return False, Question(_KIND[kind], bindings.label(place), value - int(starts[place]))
-        carrier = carrier_of(definer)
-        if carrier is None:
-            raise LoadError(
-                f"{me.name}: thread-local storage of {definer.name} is not there yet", hint=_CYCLE
-            )
-        needed[carrier.name] = None
-        return False, Question(_KIND[kind], carrier.symbol, value)
+        if isinstance(block, Carrier):
+            needed[block.name] = None
+            return False, Question(_KIND[kind], block.symbol, value)
+        if block.path:
+            needed[block.path] = None
+        return False, Question(_KIND[kind], bindings.label(place), value - int(starts[place]))
 
+    def module(block: _Block) -> int:
+        """Its module, for which nobody has to be asked."""
+        block = block or mine
+        assert block is not None
+        return block.tls_module if isinstance(block, HostLibrary) else block.module
+
+    blocks = [item.blocks(owner) for item in asked]
     for item in asked:
         for is_own, asks in item.questions(question):
             (own if is_own else foreign)[asks] = None
-    if own and tls is None:
-        raise LoadError(f"{me.name}: relocations of its own thread-local storage, but no PT_TLS")
     mine = open_carrier(me.name, list(own), tls=tls, template=template()) if tls is not None else None
     try:
         asking = open_carrier(me.name, list(foreign), needed=list(needed)) if foreign else None
@@ -102,11 +117,13 @@ def answer(
     known = {(True, asks): mine.answers[place] for place, asks in enumerate(own)} if mine else {}
     if asking is not None:
         known |= {(False, asks): asking.answers[place] for place, asks in enumerate(foreign)}
-    writes = [write for item in asked for write in item.writes(question, known)]
+    modules = [[module(block) for block in of] for of in blocks]
+    writes = [w for item, of in zip(asked, modules, strict=True) for w in item.writes(question, known, of)]
     return Blocks(mine, asking), writes
 
 
 _CYCLE: Final = "the two libraries need each other"
+_Block = Carrier | HostLibrary | None  # None: the library's own
 _Ask = Callable[[str, Definer, int, int], tuple[bool, Question]]
 
 
@@ -127,9 +144,9 @@ class _Asked:
             self.offset = starts[self.place] + self.rows["addend"].view(np.uint64)
 
     def _each(self, ask: _Ask) -> list[tuple[bool, Question]]:
-        """The question of each row.  All but descriptors ask about the beginning: offsets are added."""
+        """The question of each row.  A thread offset is asked for the beginning: offsets are added."""
         formula = self.kind.formula
-        if formula == "module offset":
+        if formula not in _KIND:
             return []
         about = self.offset if formula == "descriptor" else self.start
         rows = zip(self.owner.tolist(), self.place.tolist(), about.view(np.int64).tolist(), strict=True)
@@ -138,17 +155,27 @@ class _Asked:
     def questions(self, ask: _Ask) -> Iterable[tuple[bool, Question]]:
         return self._each(ask)
 
-    def writes(self, ask: _Ask, known: dict[tuple[bool, Question], Any]) -> Iterable[Write]:
+    def blocks(self, owner: Callable[[Definer, int], _Block]) -> list[_Block]:
+        """Whose block each row is about, if it wants the module."""
+        if self.kind.formula != "module":
+            return []
+        rows = zip(self.owner.tolist(), self.place.tolist(), strict=True)
+        return [owner(self.scope[definer], place) for definer, place in rows]
+
+    def writes(
+        self, ask: _Ask, known: dict[tuple[bool, Question], Any], modules: Sequence[int]
+    ) -> Iterable[Write]:
         if not len(self.rows):
             return
         vaddrs, formula = self.rows["offset"], self.kind.formula
         if formula == "module offset":
             yield vaddrs, self.offset, self.kind.size
             return
-        answers = np.array([known[key] for key in self._each(ask)], np.uint64)
         if formula == "module":
-            yield vaddrs, answers[:, 0], self.kind.size
-        elif formula == "thread offset":
+            yield vaddrs, np.array(modules, np.uint64), self.kind.size
+            return
+        answers = np.array([known[key] for key in self._each(ask)], np.uint64)
+        if formula == "thread offset":
             with np.errstate(over="ignore"):
                 yield vaddrs, answers[:, 0] + (self.offset - self.start), self.kind.size
         else:
