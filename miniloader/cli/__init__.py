@@ -19,7 +19,9 @@ from miniloader.errors import MiniloaderError, printable
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Callable, Sequence
+    from types import FrameType
 
 __all__ = ["COMMANDS", "main", "reported"]
 
@@ -79,8 +81,33 @@ def _dispatch(words: list[str]) -> int:
     if arguments.run is None:
         parser.print_help(sys.stderr)
         return 2
-    status: int = arguments.run(arguments)
-    return status
+    return _interruptible(arguments.run, arguments)
+
+
+def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int:
+    """``run``'s status.  numpy makes of an interrupt while it is imported an ImportError that hides it."""
+    import signal
+    from contextlib import suppress
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return run(arguments)
+    heard = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
+
+    with suppress(ValueError):  # a thread gets no signals
+        signal.signal(signal.SIGINT, note)
+    try:
+        return run(arguments)
+    except ImportError as error:
+        if heard:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:

@@ -273,6 +273,7 @@ def page_view(view: PageView) -> RenderableType:
         parts.append(Text("  no copy: every byte is the file's own"))
         return Group(*parts)
     shown = table(">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation")
+    shown.padding = (0, 1, 0, 0)  # or 80 columns are too few for two addresses, which would be broken
     for word in view.words:
         shown.add_row(
             f"{word.vaddr:#x}",

@@ -122,7 +122,7 @@ def as_json(listing: Listing) -> dict[str, Any]:
         "symbol": span.name,
         "vaddr": span.vaddr,
         "size": span.size,
-        "machine": listing.machine,
+        "machine": listing.machine.lower(),  # as inspect has it
         "ifunc": span.ifunc,
         "base": listing.base,
         "instructions": [

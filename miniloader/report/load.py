@@ -29,6 +29,8 @@ _KINDS: Final[dict[Kind, str]] = {
     "gap": "nothing: a gap",
 }
 
+_WRAPPED: Final = ("what", "library", "loaded by", "file")
+
 #: What each stage is for.
 _EXPLAINED: Final[dict[Stage, str]] = {
     "parse": "Read the file's headers. Nothing is mapped yet.",
@@ -158,9 +160,11 @@ def show(view: View) -> None:
 
 
 def _table(*headings: str) -> Table:
+    """Where a terminal is narrow names take several lines; numbers are never cut."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
+        justify: Literal["left", "right"] = "right" if heading == "size" else "left"
+        table.add_column(heading, no_wrap=heading not in _WRAPPED, overflow="fold", justify=justify)
     return table
 
 
@@ -224,8 +228,10 @@ class Narrator:
         self._last = event.stage
         if event.stage not in self._explained:
             self._explained.add(event.stage)
-            line = Text.assemble((f"{head:<11}", "bold"), (_EXPLAINED[event.stage], "italic"))
-            self._out.print(line, soft_wrap=True)
+            line = Table.grid()
+            line.add_column(width=11)
+            line.add_row(Text(head, "bold"), Text(_EXPLAINED[event.stage], "italic"))
+            self._out.print(line)
             head = ""
         name = os.path.basename(event.library)
         self._out.print(Text.assemble((f"{head:<11}", "bold"), safe(f"{name}: {event.text}")), soft_wrap=True)

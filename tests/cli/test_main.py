@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -255,6 +256,28 @@ def test_version_needs_neither_argparse_nor_typing() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+def test_an_interrupt_that_an_import_hides_is_one_all_the_same(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As numpy's does; an import that fails without one is a fault."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("bad install") from None
+        return 0
+
+    before = signal.getsignal(signal.SIGINT)
+    command(run)
+    assert cli.main(["fake"]) == 1
+    assert capsys.readouterr().err == "miniloader: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    command(raising(ImportError("bad install")))
+    assert cli.main(["fake"]) == 1
+    assert "bad install" in capsys.readouterr().err
+
+
 def test_an_interrupt_out_of_exec_ends_with_1_too(tmp_path: Path) -> None:
     """As when a dataclass is just being made; ``python -m`` would end by SIGINT after all."""
     (tmp_path / "program.py").write_text(
@@ -269,3 +292,15 @@ def test_an_interrupt_out_of_exec_ends_with_1_too(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (1, "miniloader: interrupted\n")
+
+
+def test_in_80_columns_load_cuts_no_address(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names take several lines there; the addresses are what one came for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["load", "libz.so.1", "--no-init"]) == 0
+    shown = capfd.readouterr().out
+    assert "libz.so.1" in shown
+    assert "…" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
