@@ -76,7 +76,10 @@ def write_file(name: str, parts: Iterable[Any]) -> None:
             write_whole(name, parts, mode=0o400, dir_fd=place)
             os.fsync(place)
     except OSError as error:
-        raise LoadError(f"{os.path.join(directory(), name)}: {error.strerror}") from None
+        raise LoadError(
+            f"{os.path.join(directory(), name)}: cannot be written: {error.strerror}",
+            hint="choose another directory with XDG_CACHE_HOME",
+        ) from None
 
 
 def clear() -> None:

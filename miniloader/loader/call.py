@@ -30,8 +30,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
-from miniloader.errors import LoadError, UsageError
+from miniloader.errors import LoadError, SymbolError, UsageError
 from miniloader.kernel import syscalls
+from miniloader.kernel.maps import read_maps
 
 __all__ = ["TYPES", "Argument", "Call", "HasSymbols", "Outcome", "Written", "parse_call", "run_call"]
 
@@ -257,11 +258,13 @@ class HasSymbols(Protocol):
 def run_call(library: HasSymbols, call: Call) -> Outcome:
     """Call the function in this thread.
 
-    Raises :class:`~miniloader.errors.SymbolError` when there is no such function, :class:`LoadError` when it
-    returns a ``str`` that is not readable.  What else a wrong call does is up to the code that is called: it
-    can crash the process.
+    Raises :class:`~miniloader.errors.SymbolError` when there is no such function, or it is data, and
+    :class:`LoadError` when it returns a ``str`` that is not readable.  What else a wrong call does is up to
+    the code that is called: it can crash the process.
     """
     address = library.address(call.name, call.version)
+    if not any("x" in mapping.protection for mapping in read_maps(start=address, end=address + 1)):
+        raise SymbolError(f"{call.name} is no function: the memory at {address:#x} is not executable")
     passed = [_pass(argument) for argument in call.arguments]
     function = ctypes.CFUNCTYPE(TYPES[call.result], *(type(value) for value in passed))(address)
     returned = function(*passed)

@@ -201,6 +201,11 @@ def test_a_version_is_looked_up(libz: miniloader.Library) -> None:
         run(libz, "memcpy@GLIBC_0()->int")
 
 
+def test_data_is_not_called() -> None:
+    with miniloader.load("libm.so.6") as libm, pytest.raises(SymbolError, match="signgam is no function"):
+        run(libm, "signgam()->int")
+
+
 def test_a_text_that_is_not_there_is_an_error_and_no_crash(libz: miniloader.Library) -> None:
     with pytest.raises(LoadError, match="returned 0x2a, where no text can be read"):
         run(libz, "labs(42)->str")
