@@ -323,29 +323,34 @@ _last: list[_Listing] = []
 
 def libraries() -> tuple[HostLibrary, ...]:
     """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
-    if _last and (_last[0].adds, _last[0].subs) == _counts():
+    adds, subs = _counts()
+    if _last and (_last[0].adds, _last[0].subs) == (adds, subs):
         return _last[0].found
-    rows: list[tuple[str, int, list[tuple[int, int, int, int]], int]] = []
+    before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
+    all_stay = bool(_last) and _last[0].subs == subs
+    found: list[HostLibrary] = []
 
     def visit(pointer: Any, _size: int, _data: Any) -> int:
         info = pointer.contents
-        headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in info.phdr[: info.phnum]]
-        rows.append((os.fsdecode(info.name or b""), info.address, headers, info.tls_modid))
+        path, bias = os.fsdecode(info.name or b""), info.address
+        old = before.get((path, bias))
+        if old is not None and all_stay:
+            found.append(old)
+        elif not path.startswith("linux-vdso"):
+            new = _described(path, bias, info)
+            found.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
         return 0
 
-    adds, subs = _counts()
     _iterate(_CALLBACK(visit), None)
-    before = {(old.path, old.bias, old.dynamic_vaddr): old for old in (_last[0].found if _last else ())}
-    found = []
-    for path, bias, headers, module in rows:
-        if path.startswith("linux-vdso"):
-            continue
-        vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
-        notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
-        new = HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
-        found.append(before.get((path, bias, vaddr), new))
     _last[:] = [_Listing(adds, subs, tuple(found))]
     return _last[0].found
+
+
+def _described(path: str, bias: int, info: _PhdrInfo) -> HostLibrary:
+    headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in info.phdr[: info.phnum]]
+    vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
+    notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
+    return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, info.tls_modid, notes)
 
 
 def by_name() -> dict[str, HostLibrary]:
