@@ -144,7 +144,7 @@ def test_whatever_the_kernel_refuses_is_an_error_and_undone(scenario: str, quiet
 
 @pytest.mark.parametrize(
     ("call", "number", "at"),
-    [("open", errno.EMFILE, 9), ("read", errno.EIO, 7), ("ioctl", errno.EINVAL, 2), ("preadv", errno.EIO, 5),
+    [("open", errno.EMFILE, 9), ("read", errno.EIO, 9), ("ioctl", errno.EINVAL, 2), ("preadv", errno.EIO, 5),
      ("memfd_create", errno.EMFILE, 2)],
 )  # fmt: skip
 def test_a_proof_that_the_kernel_refuses_leaves_nobody(call: str, number: int, at: int) -> None:

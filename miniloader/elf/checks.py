@@ -10,20 +10,20 @@ a file: only ``load`` refuses it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from miniloader.elf import faults
 from miniloader.elf.faults import Fault
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = ["RULES", "Problem", "Rule", "outcomes", "problems_of", "refuse_problems"]
 
 Severity = Literal["error", "warning"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """A broken rule: ``error`` keeps the file from being loaded, ``warning`` is worth knowing."""
 
@@ -34,7 +34,7 @@ class Problem:
     expected: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """One thing that must hold: what it ``protects`` and the ``source`` that asks for it."""
 

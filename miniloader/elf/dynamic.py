@@ -6,7 +6,7 @@ Source: gABI chapter 5, "Dynamic Section".  Tags are numbers here; :func:`tag_na
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from miniloader.elf.source import Bytes
 from miniloader.elf.tables import dynamic_dtype
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = ["Dynamic", "Reader", "parse_dynamic", "string_at", "tag_name"]
 

@@ -7,7 +7,6 @@ is read, names what is wrong, and turns its containers into frozen values.  Sour
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal
 
@@ -16,6 +15,7 @@ from elftools.elf.structs import ELFStructs
 
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_sections", "read_segments"]
 
@@ -29,7 +29,7 @@ _PN_XNUM: Final = 0xFFFF
 _SHN_XINDEX: Final = 0xFFFF
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
     """The ELF header.  ``machine`` and ``type`` are named as the gABI names them, without ``EM_``."""
 
@@ -61,7 +61,7 @@ class Header:
         return "<" if self.byte_order == "little" else ">"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segment:
     """A program header.  ``flags`` reads like ``r-x``; sizes are bytes."""
 
@@ -85,7 +85,7 @@ class Segment:
         return self.vaddr + self.filesz
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Section:
     """A section header.  ``allocated`` sections are in memory at ``vaddr``."""
 

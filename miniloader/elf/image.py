@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -29,6 +28,7 @@ from miniloader.elf.relocations import Relocations, read_relocations
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Problem
@@ -42,7 +42,7 @@ _MOST_NOTE_SEGMENTS: Final = 16
 _NAME: Final = 1 << 9  # names are rarely longer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tls:
     """``PT_TLS``: the template of each thread's block.  Sizes are bytes."""
 

@@ -23,11 +23,11 @@ inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from miniloader.elf.header import Segment
 from miniloader.errors import ElfError, UsageError
+from miniloader.values import dataclass
 
 __all__ = ["LoadPlan", "PlannedMapping", "Span", "plan_segments"]
 
@@ -35,7 +35,7 @@ Kind = Literal["file", "zero", "gap"]
 _LAST: Final = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Span:
     """The vaddrs from ``start`` up to but not including ``end``."""
 
@@ -46,7 +46,7 @@ class Span:
         return self.end > self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlannedMapping:
     """One range of whole pages: ``file`` from ``file_offset``, ``zero`` (anonymous), or ``gap``.
 
@@ -66,7 +66,7 @@ class PlannedMapping:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoadPlan:
     """What goes where, relative to the load bias.
 

@@ -6,7 +6,6 @@ Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -32,6 +31,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, rel_dtype, rela_dtype
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = ["RelocationTable", "Relocations", "kind_name", "read_relocations"]
 

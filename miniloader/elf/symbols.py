@@ -8,7 +8,7 @@ table), the LSB (symbol versions), and binutils' description of ``DT_GNU_HASH``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version, read_versions
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = [
     "GnuHash",

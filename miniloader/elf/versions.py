@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from miniloader.elf.dynamic import (
@@ -17,6 +16,7 @@ from miniloader.elf.dynamic import (
 )
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 __all__ = ["VERSION_HIDDEN", "VER_NDX_GLOBAL", "VER_NDX_LOCAL", "Version", "read_versions"]
 
@@ -29,7 +29,7 @@ _LONGEST: Final = 4096
 _MOST: Final = 0x8000  # a version index has 15 bits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Version:
     """A symbol version; ``file`` is the library it is needed from, ``None`` when defined here."""
 

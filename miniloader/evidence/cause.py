@@ -23,7 +23,6 @@ Whether the first of several definitions was chosen is not decided again here: t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -34,6 +33,7 @@ from miniloader.evidence.layout import Layout, Symbolic, layout_of
 from miniloader.evidence.slots import Facts
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 __all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "Placed", "Space", "bit", "cause_names", "classify"]
 
@@ -74,7 +74,7 @@ def cause_names(causes: int) -> tuple[Cause, ...]:
 _RELOCATION, _OVERWRITTEN, _LOADER, _BSS, _WRITE, _IDENTICAL, _UNKNOWN = map(bit, CAUSES)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placed:
     """A file in a process: ``bias`` is address - vaddr, [``start``, ``end``) are addresses.
 
@@ -188,7 +188,7 @@ def _contains(ordered: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArra
     return np.asarray(ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Classified:
     """``causes``: a set of bits for each page; ``unreadable``: unknown, for a file could not be read.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from miniloader.elf import Source, read_image
@@ -13,11 +12,12 @@ from miniloader.errors import ElfError
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.machine.landmarks import Landmarks
+from miniloader.values import dataclass
 
 __all__ = ["Owner", "owner_of"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Owner:
     """Whose an address is.
 

@@ -10,7 +10,6 @@ then says that nobody else maps it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
@@ -21,6 +20,7 @@ from miniloader.evidence.snapshot import ProcessPages, Snapshot
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 __all__ = [
     "ABSENT",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """What one page is in one process: its code in :attr:`Sharing.states`, a name, a sign, what it says."""
 
@@ -76,7 +76,7 @@ ABSENT, SHARED, SOLE, COPIED, COPIED_SHARED, ZERO, SWAPPED, CHANGED, UNKNOWN = (
 _IN_FRAMES: Final = (SHARED, SOLE, COPIED, COPIED_SHARED)  # the states of pages that use memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """Neighbouring pages [``start``, ``stop``) (indices) that look the same in every process.
 
@@ -96,7 +96,7 @@ class Run:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Sharing:
     """What the processes of a snapshot share, page by page; all arrays are read-only.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -28,6 +28,7 @@ from miniloader.kernel.query import query_vma
 from miniloader.kernel.scan import IS_ZERO, categories_of, scan
 from miniloader.kernel.smaps import read_smaps, sum_sizes
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 __all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "Snapshot", "Target", "take"]
 
@@ -54,7 +55,7 @@ _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 """What must not change between the two readings; bits 55 to 57 may (others map and unmap the page)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """What to look at: the pages [``vaddr_start``, ``vaddr_end``) of an image in process ``pid``.
 
@@ -68,7 +69,7 @@ class Target:
     vaddr_end: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Backing:
     """A mapping that the image touches, and the build-id of its file (None: it has none, or not known)."""
 
@@ -76,13 +77,13 @@ class Backing:
     build_id: bytes | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ProcessPages:
     """The pages of the image in one process.
 
     ``pages`` has a PAGE_DTYPE record for each page of the range, read-only.  ``reason`` is "" where it
     holds what the kernel said; else it says why not (``gone``: the process has ended), and every
-    record but its vaddr is blank.  ``totals`` are the ``smaps`` sums of the mappings in bytes, at level
+    record but its vaddr is blank.  ``totals`` are the ``smaps`` sums of its own mappings in bytes, at level
     ``totals`` only.
     """
 
@@ -101,7 +102,7 @@ class ProcessPages:
         return np.uint64(self.base) + self.pages["vaddr"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """What the kernel said at one moment: ``when`` in seconds since the epoch, ``step`` a name for it."""
 
@@ -111,7 +112,7 @@ class Snapshot:
     when: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Reading:
     """What was read of one process before its frames were asked about."""
 
@@ -195,17 +196,17 @@ def _blank(target: Target, *, reason: str, gone: bool = False) -> ProcessPages:
 
 
 def _totals(target: Target) -> ProcessPages:
-    """The sums of the mappings that the image touches, for level ``totals``."""
-    inside = [one for one in read_smaps(target.pid) if _touches(one.vma, target)]
+    """The sums of the image's mappings, for level ``totals``.
+
+    The kernel may have merged its bss with somebody else's memory behind it: that mapping says nothing of it.
+    """
+    start, end = target.base + target.vaddr_start, target.base + target.vaddr_end
+    inside = [one for one in read_smaps(target.pid) if start <= one.vma.start and one.vma.end <= end]
     return replace(
         _blank(target, reason="sums of mappings say nothing about a page"),
         mappings=tuple(Backing(one.vma, None) for one in inside),
         totals=MappingProxyType(sum_sizes(inside)),
     )
-
-
-def _touches(vma: Vma, target: Target) -> bool:
-    return vma.start < target.base + target.vaddr_end and target.base + target.vaddr_start < vma.end
 
 
 def _touched(target: Target) -> tuple[Vma, ...]:
@@ -238,7 +239,7 @@ def _first(target: Target, files: ExitStack) -> _Reading:
     return _Reading(target, pagemap, vmas, table, categories_of(regions, start, end).astype(np.bool_))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Facts:
     """What is known of the frames of one process's pages; None: not known."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from miniloader.values import dataclass
 
 __all__ = ["EXIT_STATUS", "Claim", "Verdict", "combine", "judge"]
 
@@ -14,7 +15,7 @@ EXIT_STATUS: Final[dict[Verdict, int]] = {"proven": 0, "refuted": 1, "unknown": 
 """The exit status of the command line for each verdict."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Claim:
     """One statement about what the kernel does, what was expected of it, and what was observed.
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
+from miniloader.values import dataclass
 
 __all__ = ["KPF", "FrameFlag", "distinct", "flag_names", "frame_flags", "has_merged", "map_counts"]
 
@@ -27,7 +27,7 @@ _CHUNK: Final = (2 << 20) // _WORD  # frames a read
 _GAP: Final = 64  # reading that many unwanted frames costs less than another system call
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FrameFlag:
     """One bit of ``kpageflags``: its letter in page-types(1), its name there, and what it says."""
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
+from miniloader.values import dataclass
 
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
@@ -27,7 +28,7 @@ _LINE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Vma:
     """One virtual memory area: a line of ``maps``.
 

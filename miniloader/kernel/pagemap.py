@@ -7,7 +7,6 @@ once (:class:`PageTable`).  Source: Documentation/admin-guide/mm/pagemap.rst; ``
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from miniloader.errors import ProcessGone, UsageError
 from miniloader.kernel.procfs import NO_MEMORY, open_process_file, refusal
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 __all__ = [
     "EXCLUSIVE",
@@ -53,7 +53,7 @@ _WORD: Final = 8
 _CHUNK: Final = 2 << 20  # bytes a read; larger reads gain nothing
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PageTable:
     """The page table entries of the pages from address ``start`` on; each property is one array.
 

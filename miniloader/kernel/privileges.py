@@ -7,10 +7,10 @@ Documentation/admin-guide/LSM/Yama.rst (ptrace_scope).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Final
 
 from miniloader.kernel.procfs import read_process_file
+from miniloader.values import dataclass
 
 __all__ = ["CAPABILITIES", "Privileges", "privileges"]
 
@@ -24,7 +24,7 @@ CAPABILITIES: Final = {
 _WHOLE_RANGE: Final = ["0", "0", "4294967295"]  # the uid_map of the initial user namespace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Privileges:
     """Who we are; None where ``/proc`` does not say.
 

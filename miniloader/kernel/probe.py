@@ -10,7 +10,6 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -24,11 +23,12 @@ from miniloader.kernel.query import query_vma
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteWatch
+from miniloader.values import dataclass
 
 __all__ = ["Capabilities", "Finding", "best_level", "probe"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Finding:
     """Whether ``feature`` works here; ``why`` says why not, "" where it does."""
 
@@ -37,7 +37,7 @@ class Finding:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Capabilities:
     """What works here, one finding for each of FEATURES, in their order."""
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from dataclasses import dataclass
 from typing import Final
 
 from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import Vma, as_named
 from miniloader.kernel.procfs import NO_MEMORY, open_process_file
+from miniloader.values import dataclass
 
 __all__ = ["MappedVma", "query_vma"]
 
@@ -41,7 +41,7 @@ _BUILD_ID_SIZE: Final = 20  # BUILD_ID_SIZE_MAX
 _DELETED: Final = b" (deleted)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MappedVma:
     """A mapping, the size of its pages in bytes, and the build-id of its file (None: it has none)."""
 

@@ -8,17 +8,17 @@ mapping is: it counts the present pages whose ``pagemap`` bit 61 is clear.  Sour
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import Vma, parse_vma
 from miniloader.kernel.procfs import read_process_file
+from miniloader.values import dataclass
 
 __all__ = ["VmaTotals", "read_rollup", "read_smaps", "sum_sizes"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VmaTotals:
     """The sums of one mapping.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Final
 
@@ -30,6 +29,7 @@ from miniloader.lab.audited import (
 )
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.survey import FileInProcess, Survey, survey
+from miniloader.values import dataclass
 
 __all__ = ["audit", "matches"]
 
@@ -163,7 +163,7 @@ def _distinct(arrays: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 # -------------------------------------------------------------------------------------------- libraries
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _InProcess:
     """A file in a process, and whose it is."""
 
@@ -292,7 +292,7 @@ def _private_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[Privat
     return tuple(pages)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _OnPage:
     """What the file says of one page: its section, the symbols that are relocated on it, the kinds."""
 

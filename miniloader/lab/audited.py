@@ -6,12 +6,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.files import write_whole
+from miniloader.values import dataclass
 
 __all__ = [
     "Audit",
@@ -27,7 +28,7 @@ __all__ = [
 _FORMAT = "miniloader audit 1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AuditedProcess:
     """What one process costs; ``rss``, ``pss``, ``uss`` in bytes, the rest in pages.
 
@@ -52,7 +53,7 @@ class AuditedProcess:
     swapped: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LibraryProcess:
     """One library in one process, in pages of the file's mappings; ``base`` is the load bias.
 
@@ -73,7 +74,7 @@ class LibraryProcess:
     beforehand: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrivatePage:
     """A page that some processes have a copy of, for the same causes.
 
@@ -98,7 +99,7 @@ class PrivatePage:
         return "relocation" in self.causes and set(self.causes) <= {"relocation", "loader"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AuditedLibrary:
     """One file in all processes.
 
@@ -131,7 +132,7 @@ class AuditedLibrary:
         return sum(one.private for one in self.processes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unreadable:
     """A process that could not be audited: why, and what would be needed ("" where nothing helps)."""
 
@@ -140,7 +141,7 @@ class Unreadable:
     needed: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Audit:
     """What was found at ``when`` (seconds since the epoch), at evidence ``level``.
 
@@ -220,7 +221,7 @@ def _page(value: Mapping[str, Any]) -> PrivatePage:
 
 
 # ----------------------------------------------------------------------------------------- differences
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageChange:
     """A page that is not what it was in the audit before.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from miniloader.elf import LoadPlan, inspect
 from miniloader.errors import MiniloaderError
@@ -18,6 +18,7 @@ from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import cache
 from miniloader.loader.prepared import Prepared, read_index
+from miniloader.values import dataclass
 
 __all__ = ["Beforehand"]
 

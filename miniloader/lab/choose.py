@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass
 
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.kernel.procfs import process_file, read_process_file, require_proc
 from miniloader.lab.audit import matches
+from miniloader.values import dataclass
 
 __all__ = ["choose"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Process:
     pid: int
     parent: int

@@ -9,9 +9,8 @@ or the claim about it is refuted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +22,18 @@ from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, judge
 from miniloader.kernel.features import LEVELS
 from miniloader.lab.word import Word
-from miniloader.loader.prepared import Prepared
-from miniloader.loader.relocate import sort_relocations
+from miniloader.loader.sorting import sort_relocations
+from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared import Prepared
 
 __all__ = ["Evidence", "FileState", "judge_claims"]
 
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileState:
     """What must not change of the library's file: ``size`` in bytes, ``modified`` in ns since the epoch."""
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import numpy as np
@@ -29,14 +29,16 @@ from miniloader.kernel.maps import read_maps, within
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.held import Held, RemoteMemory, load_and_hold, open_and_hold
 from miniloader.lab.names import Names
-from miniloader.loader.relocate import Pages, Sorted, sort_relocations
+from miniloader.loader.relocate import Pages
+from miniloader.loader.sorting import Sorted, sort_relocations
+from miniloader.values import dataclass
 
 __all__ = ["Comparer", "Comparison", "Difference", "compare"]
 
 _SHOWN: Final = 20  # differing words that are listed; all are counted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Difference:
     """One thing that is not alike: the word or range ``where``, as dlopen has it and as ours is."""
 
@@ -45,7 +47,7 @@ class Difference:
     ours: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Comparison:
     """How a library compares.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,6 +12,7 @@ from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing
 from miniloader.kernel.procfs import process_file
+from miniloader.values import dataclass
 
 __all__ = ["Contents", "read_contents", "slot_vaddrs", "worth_reading"]
 
@@ -20,7 +20,7 @@ _MOST_PAGES: Final = 32
 _MOST_PROCESSES: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Contents:
     """What some pages held at one ``step``.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from miniloader.elf import LoadPlan, Source
+from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import Snapshot, Target, take
@@ -23,9 +23,11 @@ from miniloader.lab.crew import Crew
 from miniloader.lab.proof import Proof, Worked
 from miniloader.lab.prove import OnStep
 from miniloader.lab.word import choose_word
-from miniloader.loader.loaded import Policy, open_image
-from miniloader.loader.prepared import find as find_prepared
+from miniloader.loader.policy import Policy, open_image
 from miniloader.loader.search import find_path
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared import Prepared
 
 __all__ = ["experiment"]
 
@@ -38,7 +40,7 @@ def experiment(
     image = open_image(Source.open(path), Policy(**allow))
     plan = image.plan(PAGE_SIZE)
     level = level or _best_level()
-    prepared = find_prepared(image) if allow.get("prepared") else None
+    prepared = _prepared(image) if allow.get("prepared") else None
     before = _state_of(path)
     readable = [(mapping.start, mapping.end) for mapping in plan.mappings if "r" in mapping.protection]
     led = _Led(crew, plan, level, on_step)
@@ -104,6 +106,12 @@ def experiment(
         claims=judge_claims(evidence),
         contents=tuple(contents),
     )
+
+
+def _prepared(image: ElfImage) -> Prepared | None:
+    from miniloader.loader.prepared import find
+
+    return find(image)
 
 
 class _Led:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit import matches
 from miniloader.lab.mapped import MappedFiles
 from miniloader.lab.survey import CHANGED, FileInProcess, locate, space_of
+from miniloader.values import dataclass
 
 __all__ = ["PageView", "Word", "view_page"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Word:
     """One word that the loader writes or that differs; ``cause`` "" while it is as in the file.
 
@@ -39,7 +40,7 @@ class Word:
     new: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageView:
     """A page of a file in process ``pid``.
 

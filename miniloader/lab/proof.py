@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,11 +15,12 @@ from miniloader.evidence.verdict import Claim, Verdict, combine
 from miniloader.kernel.features import LevelName
 from miniloader.lab.contents import Contents
 from miniloader.lab.word import Word
+from miniloader.values import dataclass
 
 __all__ = ["DECISIVE", "STEPS", "MemoryUse", "Proof", "Step", "Worked"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One step that all processes take together: its name, and what has happened when it is done."""
 
@@ -41,7 +41,7 @@ DECISIVE: Final = "written"
 """The step whose snapshot decides: all processes are there, and all have written."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Worked:
     """A process that took part, and its load bias."""
 
@@ -49,7 +49,7 @@ class Worked:
     base: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MemoryUse:
     """Bytes: what the library's pages really ``use``, and what they would use ``unshared``.
 
@@ -66,7 +66,7 @@ class MemoryUse:
         return self.unshared - self.used
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Proof:
     """What several processes share of the library ``path``, and how that was seen.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from miniloader.elf import ElfImage, LoadPlan
@@ -15,6 +15,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audited import Audit, AuditedLibrary, LibraryProcess
 from miniloader.lab.contents import Contents, read_contents, slot_vaddrs, worth_reading
 from miniloader.lab.mapped import MappedFiles
+from miniloader.values import dataclass
 
 __all__ = ["Sight", "look", "look_again"]
 
@@ -22,7 +23,7 @@ _MOST_LIBRARIES: Final = 6
 _MOST_PROCESSES: Final = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Sight:
     """One library of an audit in the first ``processes`` that have it, those with the most copies first.
 

@@ -15,11 +15,11 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miniloader.errors import LoadError, SymbolError, UsageError, WorkerError
 from miniloader.lab.worker import Commands, settle
+from miniloader.values import dataclass
 
 if TYPE_CHECKING:
     from miniloader.loader.call import HasSymbols
@@ -30,7 +30,7 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """``argv``: the descriptor of the connection, and the pid of the parent."""
     settle(int(sys.argv[2]))
-    _serve(_Steps(socket.socket(fileno=int(sys.argv[1]))))
+    _serve(_Steps(int(sys.argv[1])))
 
 
 def _serve(steps: _Steps) -> NoReturn:
@@ -46,7 +46,7 @@ def _serve(steps: _Steps) -> NoReturn:
         os._exit(status)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Opened:
     """A library that dlopen(3) has opened."""
 
@@ -66,7 +66,7 @@ class _Opened:
 class _Steps(Commands):
     """The commands."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: int) -> None:
         super().__init__(connection)
         self._children: dict[int, socket.socket] = {}
         self._library: HasSymbols | None = None
@@ -163,9 +163,10 @@ class _Steps(Commands):
         if pid == 0:
             try:
                 settle(parent)
-                for end in (self._connection, ours, *self._children.values()):
-                    os.close(end.detach())
-                steps = _Steps(theirs)
+                os.close(self._connection)
+                for end in (ours, *self._children.values()):
+                    end.close()
+                steps = _Steps(theirs.detach())
                 steps._library, steps._module = self._library, self._module
                 _serve(steps)
             finally:

@@ -6,9 +6,9 @@ after everything else; a copied page whose entry differs is ``unknown``, as "cha
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -23,6 +23,7 @@ from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles, identity_of
+from miniloader.values import dataclass
 
 __all__ = ["CHANGED", "FileInProcess", "Pages", "Survey", "locate", "space_of", "survey"]
 
@@ -33,7 +34,7 @@ _NOT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})  # coun
 _TOP: Final = 1 << 63  # above is the kernel's half
 
 
-@dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class FileInProcess:
     """A file as it lies in one process; all arrays are by copied page, ascending by vaddr.
 
@@ -70,7 +71,7 @@ class FileInProcess:
         return self.vaddrs + np.uint64(self.base % 2**64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Survey:
     """One process; page counts over all its mappings.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,13 +10,14 @@ from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
 from miniloader.elf.plan import Span
+from miniloader.values import dataclass
 
 __all__ = ["Word", "choose_word"]
 
 _SIZE: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Word:
     """Eight aligned bytes at ``vaddr`` that can be written.
 

@@ -27,12 +27,12 @@ import ctypes
 import errno
 import os
 import re
-from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from miniloader.errors import LoadError, SymbolError, UsageError
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
+from miniloader.values import dataclass
 
 __all__ = ["TYPES", "Argument", "Call", "HasSymbols", "Outcome", "Written", "parse_call", "run_call"]
 
@@ -75,7 +75,7 @@ _NAMED: Final = {"NULL": 0, "true": 1, "false": 0}
 _MOST: Final = 1 << 30  # bytes of an output buffer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Argument:
     """One value to pass, and its ``text`` as written.  The ``value`` of ``out`` is its size in bytes."""
 
@@ -84,7 +84,7 @@ class Argument:
     value: int | float | bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """A parsed call; ``result`` is a name of :data:`TYPES`."""
 
@@ -95,7 +95,7 @@ class Call:
     result: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Written:
     """What a pointer argument points to after the call: a buffer's bytes, or a variable's value."""
 
@@ -103,7 +103,7 @@ class Written:
     value: bytes | int | float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
     """What a call returned (``None``: nothing, or a NULL ``str``) and wrote."""
 

@@ -16,7 +16,6 @@ import itertools
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from miniloader.elf import Tls
 from miniloader.errors import LoadError
 from miniloader.loader import host
+from miniloader.values import dataclass
 
 __all__ = ["DYN", "EHDR", "PHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
 
@@ -41,7 +41,7 @@ _GLOBAL_TLS: Final = (1 << 4) | 6
 _numbers: Final = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
     """A relocation for glibc to do: of ``kind``, against ``symbol`` (``None``: the carrier's own block)."""
 

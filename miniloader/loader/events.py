@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
+
+from miniloader.values import dataclass
 
 __all__ = ["Event", "OnEvent", "Stage"]
 
@@ -14,7 +16,7 @@ Stage = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """One step: what was done to which ``library``, in a sentence, and its numbers in ``data``."""
 

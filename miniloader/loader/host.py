@@ -10,7 +10,6 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -32,6 +31,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
 from miniloader.elf.symbols import STB_GNU_UNIQUE, STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
+from miniloader.values import dataclass
 
 __all__ = ["HostLibrary", "global_handle", "libraries", "open_host", "thread_pointer"]
 

@@ -21,7 +21,8 @@ from miniloader.loader import host, life, tls
 from miniloader.loader.events import OnEvent
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.link import initialise_library, link_library, map_library, read_life
-from miniloader.loader.loaded import Binding, Graph, Loaded, Policy
+from miniloader.loader.loaded import Graph, Loaded
+from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import Definer
 from miniloader.loader.search import find_path

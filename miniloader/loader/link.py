@@ -21,8 +21,9 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound, sort_relocations
+from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound
 from miniloader.loader.scope import Bindings, Definer, bind
+from miniloader.loader.sorting import sort_relocations
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 

@@ -6,21 +6,19 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.checks import refuse_problems
-from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.symbols import SymbolTable
-from miniloader.errors import ElfError, LoadError, MiniloaderError
+from miniloader.errors import LoadError, MiniloaderError
 from miniloader.loader import host, unique, unwind
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.memory import Memory
+from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
 from miniloader.loader.tls import Blocks
@@ -29,42 +27,7 @@ if TYPE_CHECKING:
     from miniloader.loader.debugger import Registered
     from miniloader.loader.prepared import Prepared
 
-__all__ = ["Graph", "Loaded", "Policy", "open_image"]
-
-Binding = Literal["now", "lazy"]
-
-#: Libraries with state that a process may have only once: when another library needs them they come from
-#: the system's loader, and what it has already is not loaded again.
-_ONLY_ONCE: Final = (
-    "ld-linux", "ld64.so", "libc.so", "libpthread.so", "libdl.so", "librt.so", "libthread_db.so",
-    "libresolv.so", "libnss_", "libanl.so", "libutil.so", "libBrokenLocale.so",
-)  # fmt: skip
-#: Libraries that, when another library needs them, come from the system's loader too.
-_FROM_HOST: Final = (
-    *_ONLY_ONCE,
-    "libm.so",
-    "libmvec.so",
-    "libstdc++.so",
-    "libgcc_s.so",
-    "libc++.so",
-    "libc++abi.so",
-)
-
-_KINDS: Final = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What a caller allows and asks for; see :func:`load`."""
-
-    init: bool = True
-    bind: Binding = "now"
-    address: int | None = None
-    text_relocations: bool = False
-    executable_stack: bool = False
-    writable_code: bool = False
-    prepared: bool = False
-    gdb: bool = False
+__all__ = ["Graph", "Loaded"]
 
 
 class Loaded:
@@ -200,55 +163,6 @@ def _needs_of_host(library: HostLibrary, by_name: Mapping[str, HostLibrary]) -> 
     return [by_name[name] for name in library.needed if name in by_name]
 
 
-def is_one_of(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a file name begins like one of ``prefixes``."""
-    return os.path.basename(name).startswith(tuple(prefixes))
-
-
-def open_image(source: Source, policy: Policy) -> ElfImage:
-    """Read and check what is to be loaded; :class:`ElfError` or :class:`LoadError` says why it cannot be."""
-    image = read_image(source)
-    _refuse(image, policy)
-    refuse_problems(image)
-    return image
-
-
-def _refuse(image: ElfImage, policy: Policy) -> None:
-    path, header = image.path, image.header
-    if header.type != "DYN":
-        found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
-        raise ElfError(path, "e_type", found, "ET_DYN, a shared object")
-    here = platform.machine()
-    if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or here != "x86_64":
-        found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
-        raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {here})")
-    if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
-        raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
-    if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
-        raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
-    if is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):
-        raise LoadError(f"{path}: a process can have it only once, and has it already")
-    if image.executable_stack and not policy.executable_stack:
-        hint = "allow it with executable_stack=True (--allow-executable-stack)"
-        raise ElfError(path, "PT_GNU_STACK.p_flags", "an executable stack", "one that is not", hint=hint)
-    for load in image.loads:
-        if "w" in load.flags and "x" in load.flags and not policy.writable_code:
-            hint = "allow it with writable_code=True (--allow-writable-code)"
-            field = f"PT_LOAD[{load.index}].p_flags"
-            raise ElfError(path, field, load.flags, "writable or executable, not both", hint=hint)
-    if image.dynamic.text_relocations and not policy.text_relocations:
-        hint = "allow them with text_relocations=True (--allow-text-relocations)"
-        raise ElfError(path, "DT_TEXTREL", "relocations of read-only segments", "none", hint=hint)
-
-
-def _is_present(name: str) -> bool:
-    """Whether the system's loader has the library ``name``, a soname or a path."""
-    handle = host.open_host(name, load=False)
-    if handle is not None:
-        host.close_host(handle)
-    return handle is not None
-
-
 class Graph:
     """The libraries that one call of ``load`` brings: ``new`` holds them breadth first.
 
@@ -276,7 +190,7 @@ class Graph:
         reason, ready = "", None
         try:
             image = read_image(source)
-            _refuse(image, self.policy)
+            refuse(image, self.policy)
             if self.policy.prepared:
                 try:
                     from miniloader.loader.prepared import find as find_prepared
@@ -313,7 +227,7 @@ class Graph:
             self.event("need", library.name, f"{name}: loaded already", needed=name, path=mine.name)
             return mine
         # A path could lead to any file, which dlopen would run.
-        handle = host.open_host(name, load="/" not in name and is_one_of(name, _FROM_HOST))
+        handle = host.open_host(name, load="/" not in name and comes_from_host(name))
         if handle is not None:
             return self._from_host(name, library, handle)
         found = find(name, library.asker())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
 
@@ -42,9 +41,10 @@ from miniloader.loader.prepared import (
     pack,
     sums,
 )
-from miniloader.loader.relocate import TLS, Sorted, sort_relocations
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.search import find_path, inspect
+from miniloader.loader.sorting import TLS, Sorted, sort_relocations
+from miniloader.values import dataclass
 
 __all__ = ["Entry", "entries", "prepare", "verify"]
 
@@ -58,7 +58,7 @@ _WORD: Final = np.dtype([("vaddr", "<u8"), ("place", "<i8"), ("addend", "<u8")])
 _ITS_OWN: Final = -1  # the place of the resolver of the library itself that is at vaddr ``addend``
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """A prepared library: where every process has it, and how much of it they share.
 

@@ -21,7 +21,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -37,6 +36,7 @@ from miniloader.loader import cache
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import KINDS, Kind
+from miniloader.values import dataclass
 
 __all__ = [
     "ADDRESS",

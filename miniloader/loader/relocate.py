@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
@@ -18,119 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
-from miniloader.elf.dynamic import DT_RELACOUNT
-from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
-from miniloader.elf.tables import RELOCATION, Table
+from miniloader.elf.tables import Table
 from miniloader.errors import LoadError, SymbolError
 from miniloader.loader.memory import Memory, put_words
 from miniloader.loader.scope import Bindings
+from miniloader.loader.sorting import TLS, Sorted
 from miniloader.loader.tls import Write
-from miniloader.machine.relocation import KINDS, Kind
+from miniloader.machine.relocation import Kind
 
-__all__ = ["TLS", "Pages", "Sorted", "apply", "call_resolver", "refuse_unbound", "sort_relocations"]
+__all__ = ["Pages", "apply", "call_resolver", "refuse_unbound"]
 
-_RELATIVE: Final = "B + A"
 _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
-#: Formulas of thread-local storage.
-TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _WORD: Final = 8
 _ITSELF: Final = -1
-_SMALL: Final = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Sorted:
-    """A library's relocations by what they need: ``rows`` of each formula, in table order.
-
-    ``relative`` are the offsets and addends of B + A, ``lazy`` the PLT slots that are left for their first
-    call; ``wanted`` the symbols (ascending) that the others use.
-    """
-
-    relr: NDArray[np.uint64]
-    relative: Table
-    lazy: Table
-    others: tuple[tuple[Kind, Table], ...]
-    wanted: NDArray[np.int64]
-
-    def of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
-        """The kinds with one of ``formulas``, and their rows."""
-        return ((kind, rows) for kind, rows in self.others if kind.formula in formulas)
-
-    def targets(self) -> Iterator[NDArray[np.uint64]]:
-        """The vaddrs written, an array for each kind; and the last byte of those that are longer."""
-        yield self.relr
-        relative = self.relative["offset"]
-        yield relative
-        yield self.lazy["offset"]
-        if (relative & np.uint64(7)).any():
-            yield relative + np.uint64(_WORD - 1)
-        for kind, rows in self.others:
-            yield rows["offset"]
-            yield rows["offset"] + np.uint64(kind.size - 1)
-
-
-def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
-    """Sort the relocations of ``image`` by kind; :class:`LoadError` for a kind that is not known here.
-
-    With ``lazy`` the PLT's slots (``S`` in ``DT_JMPREL``) are kept apart.
-    """
-    kinds = KINDS.get(image.header.machine)
-    if kinds is None:
-        raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
-    code_of_relative = next(code for code, kind in kinds.items() if kind.formula == _RELATIVE)
-    code_of_slot = next(code for code, kind in kinds.items() if kind.call)
-    relative, rest, later = [], [], []
-    for table in image.relocations.tables:
-        if not table.addends:
-            raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
-        rows = table.rows
-        head = min(image.dynamic.tags.get(DT_RELACOUNT, 0), len(rows)) if table.name == "DT_RELA" else 0
-        if head and bool((rows["type"][:head] == code_of_relative).all()):
-            relative.append(rows[:head])
-            rows = rows[head:]
-        if lazy and table.name == "DT_JMPREL":
-            slots = rows["type"] == code_of_slot  # the PLT counts them, so none may be left out between them
-            count = len(rows) if slots.all() else int(np.argmin(slots))
-            later.append(rows[:count])
-            rows = rows[count:]
-        others = rows["type"] != code_of_relative
-        if not others.all():
-            relative.append(rows[~others])
-            rows = rows[others]
-        rest.append(rows)
-    left = np.concatenate(rest) if rest else np.empty(0, RELOCATION)
-    grouped = []
-    for code in _distinct(left["type"]):
-        kind = kinds.get(code)
-        if kind is None:
-            raise LoadError(
-                f"{image.path}: relocation kind {kind_name(image.header.machine, code)}: not supported here"
-            )
-        if kind.formula == "copy":
-            first = image.symbols.name(int(left["symbol"][left["type"] == code][0]))
-            raise LoadError(
-                f"{image.path}: {kind.name} of {first}: a library cannot ask for one",
-                hint="only a program that is not position-independent can; link it with -shared -fPIC",
-            )
-        if kind.formula != "none":
-            grouped.append((kind, left[left["type"] == code]))
-    filled = [rows for rows in relative if len(rows)]
-    head_rows = filled[0] if len(filled) == 1 else np.concatenate(filled or [left[:0]])
-    used = [rows["symbol"] for kind, rows in grouped if kind.formula != "indirect"]
-    marked = np.zeros(len(image.symbols), bool)
-    for symbols in used:
-        marked[symbols] = True
-    wanted = np.flatnonzero(marked)
-    slots_left = np.concatenate(later) if later else left[:0]
-    return Sorted(image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
-
-
-def _distinct(codes: NDArray[np.uint32]) -> list[int]:
-    """The different values among ``codes``: most are small, and numpy's ``unique`` would sort all of them."""
-    small = codes[codes < _SMALL]
-    distinct = np.flatnonzero(np.bincount(small)).tolist()
-    return distinct if len(small) == len(codes) else [*distinct, *set(codes[codes >= _SMALL].tolist())]
 
 
 class Pages:

@@ -13,7 +13,7 @@ for the lowest bit).  So other libraries' Bloom filters reject them all in a few
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Final, Protocol
 
@@ -42,6 +42,7 @@ from miniloader.elf.symbols import (
     gnu_hashes,
 )
 from miniloader.elf.versions import VERSION_HIDDEN
+from miniloader.values import dataclass
 
 __all__ = ["Bindings", "Definer", "bind"]
 

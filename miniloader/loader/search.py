@@ -13,7 +13,6 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -24,6 +23,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader import host
+from miniloader.values import dataclass
 
 __all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]
 
@@ -40,7 +40,7 @@ _LEVELS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Asker:
     """A library that needs others: its file, its paths as written, and who loaded it."""
 
@@ -50,7 +50,7 @@ class Asker:
     loader: Asker | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One place that was looked at: by which rule, the file there, and what it was."""
 
@@ -59,7 +59,7 @@ class Step:
     outcome: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """The ``path`` found, ``None`` for none, after ``steps``."""
 

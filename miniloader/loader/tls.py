@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from miniloader.loader.carrier import TLSDESC, TPOFF64, Carrier, Question, open_
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
+from miniloader.values import dataclass
 
 __all__ = ["Blocks", "Write", "address_of", "answer"]
 

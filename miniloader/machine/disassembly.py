@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import capstone
@@ -19,6 +18,7 @@ from miniloader.machine.flow import Flow, Memory, Operand, Reference, Step, refe
 from miniloader.machine.landmarks import Landmarks, Target
 from miniloader.machine.processors import PROCESSORS, Processor, Value
 from miniloader.machine.spans import Span
+from miniloader.values import dataclass
 
 __all__ = ["Instruction", "disassemble", "processor_of"]
 
@@ -35,7 +35,7 @@ _PARTS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instruction:
     """One instruction, or data among instructions (mnemonic ``.word``, ``.short`` or ``.byte``).
 
@@ -176,7 +176,7 @@ def _thunk_of(image: ElfImage) -> Any:
 
 
 # ---------------------------------------------------------------------------------------- capstone
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Decoded:
     """What capstone says of one instruction: for people, and for :mod:`miniloader.machine.flow`."""
 

@@ -8,11 +8,11 @@ the function, and what paths disagree on is not known: no name is better than a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal
 
 from miniloader.machine.processors import Processor, Value
+from miniloader.values import dataclass
 
 __all__ = ["Flow", "Memory", "Operand", "Reference", "Step", "references"]
 
@@ -20,7 +20,7 @@ Flow = Literal["next", "call", "branch", "jump", "stop"]
 """Where an instruction leads: to the next; there and back; there or to the next; there; nowhere."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Memory:
     """A memory operand: the word at base + index x scale + offset (which includes pc, where that is part)."""
 
@@ -34,7 +34,7 @@ class Memory:
 Operand = str | Value | Memory | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """An instruction as this module needs it; ``direct`` is the vaddr that a branch names itself."""
 
@@ -48,7 +48,7 @@ class Step:
     conditional: bool  # it may do nothing at all
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reference:
     """A vaddr that an instruction refers to, and whether it takes the address rather than what is there."""
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
 
@@ -30,6 +29,7 @@ from miniloader.elf.symbols import (
 from miniloader.elf.symtab import read_symtab
 from miniloader.errors import ElfError
 from miniloader.machine.plt import find_stubs
+from miniloader.values import dataclass
 
 __all__ = ["Landmarks", "Slot", "Stub", "Symbol", "Target"]
 
@@ -45,7 +45,7 @@ _HIGHEST: Final = np.uint64(2**64 - 1)
 _GOT_KINDS: Final = ("GLOB_DAT", "JUMP_SLOT", "JMP_SLOT", "IRELATIVE", "TLSDESC", "TLS_DESC")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """A word that a relocation fills when the library is loaded.
 
@@ -59,7 +59,7 @@ class Slot:
     addend: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stub:
     """A stub of the procedure linkage table, and the slot through which it jumps."""
 
@@ -68,7 +68,7 @@ class Stub:
     slot: Slot
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Symbol:
     """A named range.  ``size`` is 0 where the file does not say; ``type`` is the gABI's STT number.
 
@@ -82,7 +82,7 @@ class Symbol:
     thumb: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """What lies at ``vaddr``; ``slot`` is the relocated word there, or the one a PLT stub goes through."""
 

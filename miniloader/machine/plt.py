@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.values import dataclass
 
 __all__ = ["STUB", "find_stubs"]
 

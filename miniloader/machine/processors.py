@@ -8,8 +8,10 @@ elsewhere two or three work together (``adrp`` and ``add``, ``auipc`` and ``ld``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final, NamedTuple
+
+from miniloader.values import dataclass
 
 __all__ = ["PROCESSORS", "Processor", "Rule", "Value"]
 

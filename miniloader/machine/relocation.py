@@ -6,8 +6,9 @@ Z the symbol's size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from miniloader.values import dataclass
 
 __all__ = ["KINDS", "Formula", "Kind"]
 
@@ -27,7 +28,7 @@ Formula = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kind:
     """One relocation kind: its psABI name, what is stored, in how many bytes, whether for calls only."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError, UsageError
 from miniloader.machine.landmarks import Landmarks, Symbol
+from miniloader.values import dataclass
 
 __all__ = ["Span", "locate"]
 
@@ -21,7 +21,7 @@ _MOST: Final = 1 << 20  # bytes
 _MOST_UNSIZED: Final = 1 << 12
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Span:
     """``size`` bytes of code at ``vaddr``.
 

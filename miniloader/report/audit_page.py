@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from miniloader.lab.audited import Audit, AuditedLibrary, PrivatePage
@@ -16,6 +15,7 @@ from miniloader.report.film import Film, Scene
 from miniloader.report.jumps import jumps
 from miniloader.report.proof_page import groups_of
 from miniloader.report.words import count
+from miniloader.values import dataclass
 
 __all__ = ["view_of"]
 
@@ -27,7 +27,7 @@ _LOOKS: Final = ("the page tables as they were found", "what was written since h
 Range = tuple[int, int, str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Drawn:
     """A library that is drawn: what is said of it, and its pages."""
 

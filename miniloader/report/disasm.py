@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from miniloader.errors import printable
@@ -16,6 +15,7 @@ from miniloader.machine.landmarks import Landmarks, Slot, Target
 from miniloader.machine.relocation import KINDS
 from miniloader.machine.spans import Span, locate
 from miniloader.report.lines import Line, heading, plain
+from miniloader.values import dataclass
 
 __all__ = ["Held", "Listing", "as_json", "listing_of", "page"]
 
@@ -37,7 +37,7 @@ _MOST_STRING: Final = 48
 _ADDRESSES: Final = ("B + A", "S + A", "S", "indirect")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Held:
     """What a slot holds in memory, and whose that address is (None: it is no address, or nobody's)."""
 
@@ -45,7 +45,7 @@ class Held:
     owner: Owner | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Listing:
     """The code of ``span``.
 

@@ -12,7 +12,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from miniloader.evidence.snapshot import PAGE_DTYPE, ProcessPages, Snapshot
 from miniloader.kernel.features import LEVELS
 from miniloader.kernel.frames import flag_names
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 __all__ = ["Film", "Group", "Scene", "encode", "pack", "table_of"]
 
@@ -37,7 +38,7 @@ _MOST_RUNS: Final = 120  # rows of the text table for one step
 Table = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Group:
     """Neighbouring pages [``start``, ``stop``) (indices) that are drawn together, and what they are."""
 
@@ -47,7 +48,7 @@ class Group:
     about: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scene:
     """The matrix at one step."""
 

@@ -8,7 +8,6 @@ on its own can still be seen beside a thousand.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, groupby
 from math import ceil, log2
 from string import ascii_letters
@@ -32,6 +31,7 @@ from miniloader.evidence.sharing import (
 )
 from miniloader.evidence.snapshot import ProcessPages, Snapshot
 from miniloader.report.terminal import PROTECTION_STYLES
+from miniloader.values import dataclass
 
 __all__ = ["Mark", "explained", "grid_legend", "matrix", "matrix_legend", "page_grid"]
 
@@ -44,7 +44,7 @@ _FILE_SIGNS: Final = "█▓▚▞"  # more than the first only if processes hav
 _COPY_STYLES: Final = ("yellow", "cyan", "magenta", "bright_blue", "bright_red", "bright_cyan")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mark:
     """A page to point at from below the grid, by its vaddr, and what to say of it."""
 
@@ -52,7 +52,7 @@ class Mark:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Block:
     """Neighbouring runs under one heading: their protection, and what they are."""
 

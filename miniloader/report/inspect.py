@@ -7,11 +7,12 @@ everything else is still shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping, Span
 from miniloader.errors import ElfError
+from miniloader.values import dataclass
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Rule
@@ -118,7 +119,7 @@ def checks_json(image: ElfImage) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------- load plan
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One call that carries out a load plan: the step it belongs to, as strace(1) would show it, and why."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
@@ -17,6 +16,7 @@ from miniloader.machine.disassembly import Instruction, disassemble
 from miniloader.machine.landmarks import Landmarks, Slot
 from miniloader.machine.spans import Span, locate
 from miniloader.report.facts import in_file, short
+from miniloader.values import dataclass
 
 __all__ = ["Jump", "jumps"]
 
@@ -27,7 +27,7 @@ _LONGEST: Final = 96  # bytes of a function
 _WORD: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Jump:
     """The ``code`` of a stub or a function, and the slot where it finds an address.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from rich.console import Console
@@ -18,6 +17,7 @@ from miniloader.loader.call import Outcome, Value, Written
 from miniloader.loader.events import Stage
 from miniloader.loader.host import HostLibrary
 from miniloader.report.terminal import console, safe
+from miniloader.values import dataclass
 
 __all__ = ["Narrator", "Used", "View", "as_json", "show", "view_of"]
 
@@ -51,7 +51,7 @@ _EXPLAINED: Final[dict[Stage, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Used:
     """A library in use; ``ours`` when it was not the system's loader that loaded it."""
 
@@ -61,7 +61,7 @@ class Used:
     ours: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """What there is to show of a loaded library.  ``mappings`` are the kernel's, of the library's span."""
 

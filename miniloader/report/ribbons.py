@@ -14,7 +14,6 @@ middle of a segment are folded into their number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
 
@@ -22,6 +21,7 @@ from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.header import Segment
 from miniloader.report.lines import Line, Piece, legend
 from miniloader.report.words import PROTECTION_STYLES, count
+from miniloader.values import dataclass
 
 __all__ = ["label", "overview", "ribbon_legend", "segment_ribbons", "shared_file_pages"]
 
@@ -69,7 +69,7 @@ def _scaled(
 
 
 # ------------------------------------------------------------------------------------------- segments
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Part:
     """The bytes from ``start`` up to ``end`` of a segment's pages, counted from the start of the first."""
 
@@ -83,7 +83,7 @@ class _Part:
 _MOST_OTHERS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Unit:
     """``pages`` pages from page ``first`` on, drawn one by one (1) or as their number."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from miniloader.elf import ElfImage
+from miniloader.values import dataclass
 
 __all__ = ["Symbol", "symbol_list"]
 
@@ -17,7 +17,7 @@ _TYPES: Final = {
 _VISIBILITIES: Final = ("default", "internal", "hidden", "protected")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Symbol:
     """One dynamic symbol, in words.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from miniloader.evidence.verdict import combine
 from miniloader.report.film import Film, Group, Scene
+from miniloader.values import dataclass
 from miniloader.walkthrough.model import Grid, Line, Listing, PageBytes, Result, Step
 
 __all__ = ["view_of"]
@@ -19,7 +19,7 @@ _ROW: Final = 16  # bytes
 _MOST_ROWS: Final = 24
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DumpRow:
     """One row of bytes: each (text, whether it changed), before and after, and what the changed words are."""
 
@@ -29,7 +29,7 @@ class DumpRow:
     names: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Move:
     """An instruction, and the slot that it goes through, told at the first instruction that does."""
 

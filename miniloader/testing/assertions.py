@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, NoReturn
 
 import numpy as np
@@ -31,6 +30,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.grid import Mark, grid_legend, page_grid
 from miniloader.report.terminal import count
 from miniloader.testing.memory import LibraryMemory, MemorySnapshot
+from miniloader.values import dataclass
 
 __all__ = ["assert_copied_only", "assert_private", "assert_private_pages", "assert_shared"]
 
@@ -44,7 +44,7 @@ _MOST: Final = 8  # pages, words or symbols that a message lists
 _WIDTH: Final = range(60, 121)  # columns of a message
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Finding:
     """Something that is not as it should be: at which vaddr, and what."""
 

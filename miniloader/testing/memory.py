@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Final
 
@@ -28,13 +28,14 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit import matches
 from miniloader.lab.mapped import MappedFiles
 from miniloader.lab.survey import CHANGED, FileInProcess, locate, space_of
+from miniloader.values import dataclass
 
 __all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
 
 _BY_PROGRAM: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Copies:
     """The copied pages of one library's file in one process, by vaddr.
 
@@ -48,7 +49,7 @@ class Copies:
     words: Table
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LibraryMemory:
     """One library in several processes; ``look`` has a row for each of them, as ``copies`` has."""
 
@@ -115,7 +116,7 @@ class LibraryMemory:
         return sorted(spans)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class MemorySnapshot:
     """The chosen libraries in the processes ``pids`` at one moment; ``step`` is a name for it.
 

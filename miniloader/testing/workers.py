@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from miniloader.errors import MiniloaderError, UsageError
@@ -14,6 +13,7 @@ from miniloader.kernel.features import LevelName
 from miniloader.lab.crew import Crew, Reply, Worker
 from miniloader.loader.search import find_path
 from miniloader.testing.memory import MemorySnapshot, address_of, snapshot
+from miniloader.values import dataclass
 
 __all__ = ["By", "Workers", "start"]
 
@@ -21,7 +21,7 @@ By = Literal["miniloader", "dlopen"]
 """Who loads the library: this package, or the system's loader."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Member:
     """A process: which worker to ask, and the way down from there, by pid."""
 

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
@@ -24,6 +23,7 @@ from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 from miniloader.walkthrough.calls import Calls, Made, Mapping
 from miniloader.walkthrough.children import Body, Child, Program
 from miniloader.walkthrough.interrupts import uninterrupted
@@ -35,7 +35,7 @@ _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NOT_FOR_FILES: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """A directory for fresh files, and the type of its file system."""
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from miniloader.kernel.syscalls import (
     mmap,
     munmap,
 )
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, rows_of
 from miniloader.walkthrough.calls import Mapping
 from miniloader.walkthrough.model import (

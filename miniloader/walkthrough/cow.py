@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, rows_of
 from miniloader.walkthrough.calls import Calls
 from miniloader.walkthrough.model import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.kernel.syscalls import (
@@ -15,6 +14,7 @@ from miniloader.kernel.syscalls import (
     PROT_READ,
     PROT_WRITE,
 )
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, rows_of
 from miniloader.walkthrough.calls import Calls
 from miniloader.walkthrough.model import (

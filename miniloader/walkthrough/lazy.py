@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from miniloader.kernel.frames import KPF
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, mincore
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View
 from miniloader.walkthrough.calls import Mapping
 from miniloader.walkthrough.model import (

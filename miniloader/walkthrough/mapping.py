@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.errors import EvidenceError
@@ -18,6 +17,7 @@ from miniloader.kernel.syscalls import (
     PROT_READ,
     PROT_WRITE,
 )
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, rows_of
 from miniloader.walkthrough.calls import Mapping
 from miniloader.walkthrough.model import (

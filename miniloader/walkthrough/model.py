@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, Verdict, combine
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import dataclass
 
 if TYPE_CHECKING:
     from miniloader.walkthrough.bench import Bench
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Statement(Generic[Seen]):
     """A claim before it is judged: ``finding`` judges it by what the chapter has seen.
 
@@ -72,7 +73,7 @@ class Statement(Generic[Seen]):
     level: LevelName = "none"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Choice:
     """One answer to a question, and why it is right or wrong."""
 
@@ -80,7 +81,7 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
     """What to predict before the experiment; ``choices[answer]`` is right."""
 
@@ -96,7 +97,7 @@ class Answer(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exercise:
     """A small change to a ``snippet`` of Python that runs as it is.
 
@@ -111,7 +112,7 @@ class Exercise:
 
 
 # ----------------------------------------------------------------------------------- what is seen
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One thing that a process did, as strace(1) would write it.
 
@@ -129,7 +130,7 @@ class Call:
         return {"text": self.text, "result": self.result, "process": self.process, "access": self.access}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """Rows of text under ``columns``; a column whose name starts with ``>`` is aligned to the right."""
 
@@ -143,7 +144,7 @@ class Table:
         return {"title": self.title, "columns": columns, "rows": [list(row) for row in self.rows]}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Row:
     """What the kernel said of ``name`` before and after a step; it ``changed`` when the two differ."""
 
@@ -157,7 +158,7 @@ class Row:
         return self.before != self.after
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evidence:
     """The kernel's answers before and after, to be shown side by side; ``source`` says where from."""
 
@@ -173,7 +174,7 @@ class Evidence:
         return {"title": self.title, "source": self.source, "rows": rows}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """A named part of a grid: it begins at ``vaddr``."""
 
@@ -219,7 +220,7 @@ class Grid:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Word:
     """``length`` bytes of a page, from byte ``offset`` on, that changed, what they are and why."""
 
@@ -228,7 +229,7 @@ class Word:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageBytes:
     """Some bytes of memory before and after; ``start`` is the address (or vaddr) of the first."""
 
@@ -250,7 +251,7 @@ class PageBytes:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Line:
     """One instruction; ``slot`` is the vaddr of the GOT slot that it reads (None: it reads none)."""
 
@@ -260,7 +261,7 @@ class Line:
     slot: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Listing:
     """Code, and the slots it goes through: ``slots`` are (vaddr, name, value before, value after)."""
 
@@ -283,7 +284,7 @@ class Listing:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One step of an experiment: what was done, and what was seen.
 
@@ -316,7 +317,7 @@ class Step:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """Where a chapter ran: its header.  ``file_systems`` read like ``ext4 (/var/tmp)``."""
 
@@ -341,7 +342,7 @@ class Facts:
 
 
 # --------------------------------------------------------------------------------------- a chapter
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chapter(Generic[Seen]):
     """One chapter.  ``claim`` is its one sentence, ``claims`` the statements that are judged.
 
@@ -367,7 +368,7 @@ class Chapter(Generic[Seen]):
         return inspect.getsource(self.run)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Result:
     """What came of running ``chapter``: the steps, and the claims judged by what was seen."""
 

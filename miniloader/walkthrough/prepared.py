@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.prepare import prepare
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, shipped
 from miniloader.walkthrough.model import (
     Answer,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.elf import inspect
@@ -14,6 +13,7 @@ from miniloader.loader import Event, load
 from miniloader.machine.disassembly import disassemble
 from miniloader.machine.landmarks import Landmarks, Stub
 from miniloader.machine.spans import Span, locate
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, rows_of, shipped
 from miniloader.walkthrough.model import (
     Answer,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, load
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, rows_of, shipped
 from miniloader.walkthrough.calls import Calls
 from miniloader.walkthrough.model import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.elf import ElfImage, inspect
@@ -19,6 +18,7 @@ from miniloader.kernel.syscalls import (
     PROT_NONE,
 )
 from miniloader.loader.memory import protection_bits
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, rows_of, shipped
 from miniloader.walkthrough.model import (
     Answer,

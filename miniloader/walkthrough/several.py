@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 
 from miniloader.elf import LoadPlan
 from miniloader.kernel.smaps import read_smaps, sum_sizes
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.proof import DECISIVE, Proof
 from miniloader.lab.prove import prove
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, views
 from miniloader.walkthrough.model import Call, Grid, Part, Step, Table
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import MAP_SHARED, PAGE_SIZE, PROT_READ
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, rows_of
 from miniloader.walkthrough.model import (
     Answer,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.elf import ElfImage, inspect
 from miniloader.errors import EvidenceError, MiniloaderError, WorkerError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import load
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, shipped
 from miniloader.walkthrough.model import (
     Answer,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 from miniloader.elf import inspect
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import load
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, shipped
 from miniloader.walkthrough.calls import Made
 from miniloader.walkthrough.model import (

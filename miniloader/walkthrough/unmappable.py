@@ -9,11 +9,11 @@ import select
 import socket
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE
+from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench
 from miniloader.walkthrough.calls import Calls
 from miniloader.walkthrough.model import (

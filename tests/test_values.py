@@ -1,0 +1,96 @@
+"""Our frozen dataclasses against the standard library's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, field
+from typing import Any
+
+import pytest
+
+from miniloader import values
+
+
+def _defined(decorate: Callable[..., Any]) -> tuple[type, type, type]:
+    @decorate(frozen=True)
+    class Point:
+        """Two numbers, a list, a secret, a name."""
+
+        x: int
+        y: int = 2
+        many: list[int] = field(default_factory=list, compare=False)
+        secret: str = field(default="", repr=False)
+        name: str = field(default="", kw_only=True)
+
+        @property
+        def sum(self) -> int:
+            return self.x + self.y
+
+    @decorate(frozen=True)
+    class Further(Point):
+        """And one more."""
+
+        z: int = 3
+
+    @decorate(frozen=True, eq=False)
+    class Alone:
+        """Equal to itself only."""
+
+        x: int
+
+        def __repr__(self) -> str:
+            return "alone"
+
+    return Point, Further, Alone
+
+
+OURS, THEIRS = _defined(values.dataclass), _defined(dataclasses.dataclass)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_as_the_standard_library_does(number: int) -> None:
+    ours, theirs = OURS[number], THEIRS[number]
+    assert [one.name for one in dataclasses.fields(ours)] == [one.name for one in dataclasses.fields(theirs)]
+    assert ours.__match_args__ == theirs.__match_args__  # type: ignore[attr-defined]
+    for arguments, named in (((1,), {}), ((1, 5, [4], "s"), {"name": "n"}), ((), {"x": 3, "many": [1]})):
+        one, other = ours(*arguments, **named), theirs(*arguments, **named)
+        assert repr(one) == repr(other)
+        assert dataclasses.asdict(one) == dataclasses.asdict(other)
+        assert hash(one) == hash(other)
+        assert one.sum == other.sum
+        for same in (ours(*arguments, **named), copy.deepcopy(one), dataclasses.replace(one)):
+            assert one == same
+            assert hash(one) == hash(same)
+        assert one == dataclasses.replace(one, many=[7])
+        assert one != dataclasses.replace(one, y=9)
+        assert one != other
+        for change in (lambda one: setattr(one, "x", 1), lambda one: setattr(one, "new", 1)):
+            with pytest.raises(FrozenInstanceError):
+                change(one)
+        with pytest.raises(FrozenInstanceError):
+            del one.x
+    assert ours(1).many is not ours(1).many
+    for wrong in (lambda kind: kind(), lambda kind: kind(1, 2, [], "", 5, 6), lambda kind: kind(1, w=2)):
+        with pytest.raises(TypeError):
+            wrong(ours)
+        with pytest.raises(TypeError):
+            wrong(theirs)
+
+
+def test_without_equality() -> None:
+    for kind in (OURS[2], THEIRS[2]):
+        one = kind(1)
+        assert one != kind(1)
+        assert one == one
+        assert len({one, kind(1)}) == 2
+        assert repr(one) == "alone"
+
+
+def test_values_can_be_pickled() -> None:
+    from miniloader.kernel.maps import read_maps
+
+    first = read_maps()[0]
+    assert pickle.loads(pickle.dumps(first)) == first
