@@ -27,7 +27,8 @@ _MEANING = {
 
 def show(audit: Audit, out: Console, *, pages: bool = False) -> None:
     """Print an audit; ``pages`` also lists each private page and each process of the libraries."""
-    out.print(summary(audit))
+    if audit.processes or not audit.unreadable:
+        out.print(summary(audit))
     if audit.libraries:
         out.print()
         out.print(library_rows(audit))
@@ -45,7 +46,8 @@ def show(audit: Audit, out: Console, *, pages: bool = False) -> None:
         out.print()
         out.print(_processes(audit.processes))
     if audit.unreadable:
-        out.print()
+        if audit.processes:
+            out.print()
         _show_unreadable(audit.unreadable, out)
 
 
