@@ -58,7 +58,9 @@ def test_what_dlopen_makes_of_the_crash_list() -> None:
     assert dlopened(build("demo").read_bytes()) == "loads"
     if os.confstr("CS_GNU_LIBC_VERSION") == "glibc 2.36":
         for name, each in MALFORMED.items():
-            assert dlopened(malformed(name)).startswith(each.glibc), name
+            # What it writes over depends on where the kernel puts it, so that once in a while it survives.
+            data = malformed(name)
+            assert any(dlopened(data).startswith(each.glibc) for _ in range(10)), name
 
 
 def test_a_bad_outcome_is_found_and_minimised() -> None:
