@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,10 @@ def at_terminal(
         output += data.decode()
         while prompt := re.compile(r"\[Enter: [^]]*\] |show it\): ").search(output, end):
             end, asked = prompt.end(), asked + 1
-            os.write(terminal, next(waiting, "\n").encode())
+            answer = next(waiting, "\n")
+            if answer == "\x03":  # Python misses a signal that comes just before it reads
+                time.sleep(0.3)
+            os.write(terminal, answer.encode())
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), output.replace("\r\n", "\n"), asked
