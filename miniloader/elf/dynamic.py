@@ -5,16 +5,15 @@ Source: gABI chapter 5, "Dynamic Section".  Tags are numbers here; :func:`tag_na
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
+from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Final, Protocol
 
-import numpy as np
-
 from miniloader.elf.source import Bytes
-from miniloader.elf.tables import dynamic_dtype
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
@@ -98,7 +97,7 @@ class Dynamic:
 
     def all(self, tag: int) -> tuple[int, ...]:
         """Every value of ``tag``, in order."""
-        return tuple(value for entry, value in self.entries if entry == tag)
+        return tuple([value for entry, value in self.entries if entry == tag])
 
     def flag(self, tag: int, bit: int) -> bool:
         """Whether ``bit`` is set in the value of ``tag``."""
@@ -123,13 +122,13 @@ class Dynamic:
 
 def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = None) -> Dynamic:
     """Decode the bytes of ``PT_DYNAMIC`` up to ``DT_NULL`` or the end."""
-    dtype = dynamic_dtype(elf_class, order)
-    rows = np.frombuffer(data, dtype, count=len(data) // dtype.itemsize)
-    ends = np.flatnonzero(rows["tag"] == DT_NULL)
-    rows = rows[: ends[0]] if len(ends) else rows
-    if len(rows) > _MOST_ENTRIES:
-        raise ElfError(name, "PT_DYNAMIC", f"{len(rows)} entries", f"at most {_MOST_ENTRIES}")
-    entries = tuple(zip(rows["tag"].tolist(), rows["value"].tolist(), strict=True))
+    record = struct.Struct(order + ("qQ" if elf_class == 64 else "iI"))
+    rows = record.iter_unpack(memoryview(data)[: len(data) // record.size * record.size])
+    entries: tuple[tuple[int, int], ...] = tuple(
+        islice(takewhile(lambda entry: entry[0] != DT_NULL, rows), _MOST_ENTRIES + 1)
+    )
+    if len(entries) > _MOST_ENTRIES:
+        raise ElfError(name, "PT_DYNAMIC", "more entries", f"at most {_MOST_ENTRIES}")
     return Dynamic(entries, MappingProxyType(dict(entries)))
 
 

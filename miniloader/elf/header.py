@@ -104,6 +104,7 @@ class Section:
         return self.vaddr + self.size
 
 
+@lru_cache(maxsize=8)
 def protection(flags: int) -> str:
     """``p_flags`` written like /proc/PID/maps writes a protection."""
     return "".join(sign if flags & bit else "-" for sign, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))

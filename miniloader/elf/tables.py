@@ -19,7 +19,6 @@ __all__ = [
     "Table",
     "decode_relocations",
     "decode_relr",
-    "dynamic_dtype",
     "rel_dtype",
     "rela_dtype",
     "symbol_dtype",
@@ -30,13 +29,6 @@ Table = NDArray[Any]
 
 RELOCATION: Final = np.dtype([("offset", "u8"), ("type", "u4"), ("symbol", "u4"), ("addend", "i8")])
 """A relocation of any class: on a little-endian machine this is ``Elf64_Rela`` as it lies in the file."""
-
-
-@lru_cache(maxsize=4)
-def dynamic_dtype(elf_class: int, order: str) -> np.dtype[Any]:
-    """``Elf*_Dyn``: tag, value."""
-    word = elf_class // 8
-    return np.dtype([("tag", f"{order}i{word}"), ("value", f"{order}u{word}")])
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Final
 
 from miniloader.errors import LoadError
@@ -32,6 +33,7 @@ def directory() -> str:
     return os.path.join(os.path.abspath(parent), "miniloader", "prepared")
 
 
+@lru_cache(maxsize=1)
 def boot_id() -> str:
     """What tells this run of the kernel from all others (random(4))."""
     return read_proc_file(_BOOT_ID).decode().strip()

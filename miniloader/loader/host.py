@@ -228,7 +228,7 @@ class HostLibrary:
     @cached_property
     def needed(self) -> tuple[str, ...]:
         """``DT_NEEDED``, in order."""
-        return tuple(self._string(offset) for offset in self.dynamic.all(DT_NEEDED))
+        return tuple([self._string(offset) for offset in self.dynamic.all(DT_NEEDED)])
 
     @cached_property
     def soname(self) -> str | None:
@@ -312,6 +312,11 @@ class _Listing:
     found: tuple[HostLibrary, ...]
 
     @cached_property
+    def by_bias(self) -> dict[int, HostLibrary]:
+        """By load bias; without the main program, whose bias may be that of nothing, 0."""
+        return {library.bias: library for library in self.found if library.path}
+
+    @cached_property
     def by_name(self) -> dict[str, HostLibrary]:
         """By soname and by file name; the first of each."""
         pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
@@ -351,6 +356,12 @@ def _described(path: str, bias: int, info: _PhdrInfo) -> HostLibrary:
     vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
     notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
     return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, info.tls_modid, notes)
+
+
+def by_bias() -> dict[int, HostLibrary]:
+    """:func:`libraries` by load bias, without the main program."""
+    libraries()
+    return _last[0].by_bias
 
 
 def by_name() -> dict[str, HostLibrary]:

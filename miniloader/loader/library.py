@@ -253,7 +253,9 @@ def _quoted(path: str) -> str:
 
 def _sort(root: Loaded) -> list[Loaded]:
     """``root`` and what of ours it needs, in the order they are initialised, which is noted in it."""
-    items = [library for library in root.local_scope() if isinstance(library, Loaded)]
+    items = [root]
+    for library in items:  # grows meanwhile: breadth first
+        items += (other for other in library.ours if other not in items)
     order = life.constructor_order(items, lambda library: library.before)
     root.before = order[::-1]
     return order

@@ -40,6 +40,10 @@ __all__ = [
 
 _CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
+#: The functions, how many, and what each is called with.
+_CALL_EACH: Final = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
+)
 _libc: Final = ctypes.CDLL(None)
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
 _MANY: Final = 100  # constructors from which on code of our own calls them
@@ -108,8 +112,7 @@ def _call_each() -> Any:
         stub.fill(call_each())
     except LoadError:
         return None
-    kinds = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-    return ctypes.CFUNCTYPE(None, *kinds)(stub.address)
+    return _CALL_EACH(stub.address)
 
 
 def run_destructor(address: int) -> None:

@@ -261,10 +261,7 @@ class Graph:
 
     def _from_host(self, name: str, library: Loaded, handle: int) -> HostLibrary:
         library.host_handles.append(handle)
-        bias = host.load_address(handle)
-        same = next(
-            (other for other in host.libraries() if other.bias == bias and not _is_program(other)), None
-        )
+        same = host.by_bias().get(host.load_address(handle))
         if same is None:
             raise LoadError(f"{library.name}: needs {name}, which the system's loader has, but does not list")
         self.event(
@@ -284,10 +281,6 @@ class Graph:
             if status is not None and (status.st_dev, status.st_ino) == source.identity:
                 return other
         return None
-
-
-def _is_program(library: HostLibrary) -> bool:
-    return not library.path
 
 
 def _fields(step: Any) -> dict[str, str]:

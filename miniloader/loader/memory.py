@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = ["Memory", "map_plan", "protection_bits", "put_words"]
 _BITS: Final = {"r": sys.PROT_READ, "w": sys.PROT_WRITE, "x": sys.PROT_EXEC, "-": 0, "p": 0}
 
 
+@lru_cache(maxsize=16)
 def protection_bits(protection: str) -> int:
     """``r-x`` as mmap(2) wants it."""
     return sum(_BITS[sign] for sign in protection)

@@ -21,6 +21,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -116,10 +117,15 @@ class Prepared:
         self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
     ) -> list[tuple[int, Definer]]:
         """The numbers of the values that are meant so, and who defines each."""
+        return [(number, scope[at]) for number, meant, at in self._marked if meant == _HOW[how]]
+
+    @cached_property
+    def _marked(self) -> list[tuple[int, int, int]]:
+        """The few values that are no plain addresses: number, how it is meant, its definer."""
         table = self.arrays["values"]
-        numbers = np.flatnonzero(table["how"] == _HOW[how])
-        definers = table["definer"][numbers].tolist()
-        return [(number, scope[at]) for number, at in zip(numbers.tolist(), definers, strict=True)]
+        numbers = np.flatnonzero(table["how"] != ADDRESS)
+        columns = (numbers, table["how"][numbers], table["definer"][numbers])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""
@@ -144,14 +150,14 @@ class Prepared:
     def lay(self, memory: Memory) -> None:
         """Map the cached pages over those of the file."""
         flags = sys.MAP_PRIVATE | sys.MAP_FIXED
-        for mapping in memory.plan.mappings:
-            low, high = np.searchsorted(
-                self.pages, np.array([mapping.start, mapping.end], np.uint64)
-            ).tolist()
+        mappings = memory.plan.mappings
+        ends = np.array([(mapping.start, mapping.end) for mapping in mappings], np.uint64)
+        places = np.searchsorted(self.pages, ends).tolist()
+        for mapping, (low, high) in zip(mappings, places, strict=True):
+            bits = protection_bits(mapping.protection)
             for first, last in _runs(self.pages[low:high]):
                 address = memory.bias + int(self.pages[low + first])
                 offset = self.at + (low + first) * sys.PAGE_SIZE
-                bits = protection_bits(mapping.protection)
                 sys.mmap(address, (last - first) * sys.PAGE_SIZE, bits, flags, self.fd, offset)
 
     def fill(self, memory: Memory, values: NDArray[np.uint64]) -> None:
