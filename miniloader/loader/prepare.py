@@ -256,6 +256,7 @@ def _index(
     for _, rows in relocations.of("indirect"):
         words.append(_words(rows["offset"], _ITS_OWN, rows["addend"].view(np.uint64)))
     every = np.concatenate(words)
+    every = every[np.argsort(every["vaddr"], kind="stable")]  # page by page, as they will be filled
     meanings, numbers = np.unique(every[["place", "addend"]], return_inverse=True)
     values = np.zeros(len(meanings), VALUE)
     values["offset"], values["definer"] = meanings["addend"], bindings.scope.index(library)
