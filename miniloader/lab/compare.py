@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -54,7 +55,8 @@ class Comparison:
     ``dlopen`` and ``ours`` are "loaded", or why not.  ``words`` are the relocated ones; of these ``equal``
     are alike, ``rewritten`` were changed by the library's own code afterwards, to the same or to something
     that has no name (the heap) in both, and ``stubs`` are alike but for a stub of ours in front, through
-    which a thread's destructors are registered.  At most 20 of the others are in ``differing``.
+    which a thread's destructors are registered.  At most 20 of the others are in ``differing``.  ``plain``
+    is why it was not loaded from prepared pages, where that was asked for.
     """
 
     path: str
@@ -66,6 +68,7 @@ class Comparison:
     stubs: int = 0
     layout: tuple[Difference, ...] = ()
     differing: tuple[Difference, ...] = ()
+    plain: str | None = None
 
     @property
     def both_load(self) -> bool:
@@ -85,11 +88,15 @@ class Comparison:
         return self.words - self.equal - self.rewritten - self.stubs
 
 
-def compare(path: str, *, seconds: float = 60) -> Comparison:
-    """Load ``path`` both ways, in children that have ``seconds`` each."""
+def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -> Comparison:
+    """Load ``path`` both ways, in children that have ``seconds`` each.
+
+    With ``prepared_in``, a directory, ours is prepared and loaded so; its layout is another, then, and not
+    compared.
+    """
     path = os.path.abspath(path)
     theirs = open_and_hold(path, seconds)
-    with theirs, load_and_hold(path, seconds) as ours:
+    with theirs, load_and_hold(path, seconds, prepared_in=prepared_in) as ours:
         first, answer = _report(ours), _report(theirs)
         dlopen, mine = (report.get("error", "loaded") for report in (answer, first))
         if dlopen != "loaded" or mine != "loaded":
@@ -111,9 +118,10 @@ def compare(path: str, *, seconds: float = 60) -> Comparison:
         files: dict[str, int] = {}
         their_names = Names(theirs.pid, answer, files)
         our_names = Names(ours.pid, found, files)
-        layout = tuple(_layout(plan, theirs.pid, answer["bias"], ours.pid, bias))
+        places = (theirs.pid, answer["bias"], ours.pid, bias)
+        layout = tuple(_layout(plan, *places)) if prepared_in is None else ()
         return _judged(
-            Comparison(path, dlopen, mine, layout=layout),
+            Comparison(path, dlopen, mine, layout=layout, plain=found["plain"]),
             words,
             (their_names, peer),
             (our_names, before, after),
@@ -258,11 +266,12 @@ def _same(
 class Comparer:
     """Comparisons in a process of their own, started when first needed and again when it died.
 
-    A context manager that ends it.
+    A context manager that ends it.  ``prepared``: each library is prepared first, and loaded so.
     """
 
-    def __init__(self, *, seconds: float = 60) -> None:
+    def __init__(self, *, seconds: float = 60, prepared: bool = False) -> None:
         self._seconds = seconds
+        self._cache = TemporaryDirectory(prefix="miniloader-compare-") if prepared else None
         self._server: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Comparer:
@@ -270,6 +279,8 @@ class Comparer:
 
     def __exit__(self, *_: object) -> None:
         self._end()
+        if self._cache is not None:
+            self._cache.cleanup()
 
     def _end(self) -> None:
         if self._server is not None:
@@ -285,7 +296,8 @@ class Comparer:
         assert server.stdin is not None
         assert server.stdout is not None
         try:
-            server.stdin.write(json.dumps([path, self._seconds]) + "\n")
+            cache = self._cache.name if self._cache is not None else None
+            server.stdin.write(json.dumps([path, self._seconds, cache]) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()
         except OSError:
@@ -320,9 +332,9 @@ def _start_server() -> subprocess.Popen[str]:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        path, seconds = json.loads(line)
+        path, seconds, cache = json.loads(line)
         try:
-            answer = asdict(compare(path, seconds=seconds))
+            answer = asdict(compare(path, seconds=seconds, prepared_in=cache))
         except (MiniloaderError, OSError) as error:
             answer = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

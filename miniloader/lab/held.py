@@ -20,10 +20,11 @@ from miniloader.elf import LoadPlan
 from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.lab import dlopened
-from miniloader.loader import Event, host, load
+from miniloader.loader import Event, cache, host, load
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.memory import Memory
+from miniloader.loader.prepare import prepare
 from miniloader.loader.tls import address_of
 
 __all__ = ["Held", "RemoteMemory", "load_and_hold", "open_and_hold"]
@@ -118,27 +119,35 @@ def open_and_hold(path: str, seconds: float = 60) -> Held:
     return _start(body, seconds)
 
 
-def load_and_hold(path: str, seconds: float = 60) -> Held:
+def load_and_hold(path: str, seconds: float = 60, *, prepared_in: str | None = None) -> Held:
     """A forked child that loads ``path`` with miniloader, allowing what dlopen allows.
 
     It reports, and holds still, twice: when everything is relocated (its ``start`` only), and when the
     constructors have run.  It is a fork, not a fresh interpreter, because that costs a fraction; whoever
-    calls has to see to it that the calling process itself has loaded nothing.
+    calls has to see to it that the calling process itself has loaded nothing.  With ``prepared_in``, a
+    directory for a cache of its own, ``path`` is prepared first; the last report says as ``plain`` why that
+    was of no use.
     """
-    return _start(lambda report, hold: _load(path, report, hold), seconds)
+    return _start(lambda report, hold: _load(path, report, hold, prepared_in), seconds)
 
 
-def _load(path: str, report: int, hold: int) -> None:
+def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
     start: int | None = None
     held = False
+    plain = None
+    if prepared_in is not None:
+        os.environ["XDG_CACHE_HOME"] = prepared_in
+        plain = _prepare(path)
 
     def tell(what: Report) -> None:
         os.write(report, json.dumps(what).encode() + b"\n")
         os.read(hold, 1)
 
     def on_event(event: Event) -> None:
-        nonlocal start, held
-        if event.stage == "reserve" and start is None:  # the library itself is mapped first
+        nonlocal start, held, plain
+        if event.stage == "prepared" and event.library == path:
+            plain = plain or event.text
+        elif event.stage == "reserve" and start is None:  # the library itself is mapped first
             start = event.data["address"]
         elif event.stage == "initialise" and not held:
             held = True
@@ -146,8 +155,15 @@ def _load(path: str, report: int, hold: int) -> None:
 
     try:
         library = load(
-            path, on_event=on_event, text_relocations=True, executable_stack=True, writable_code=True
+            path,
+            on_event=on_event,
+            text_relocations=True,
+            executable_stack=True,
+            writable_code=True,
+            prepared=prepared_in is not None,
         )
+        if prepared_in is not None:
+            cache.clear()  # what is mapped stays
     except MiniloaderError as error:
         tell({"error": str(error)})
         return
@@ -159,7 +175,25 @@ def _load(path: str, report: int, hold: int) -> None:
     ours = [other for other in library.libraries if not isinstance(other, HostLibrary)]
     stubs = [(stub.address, function) for other in ours for function, stub in other.stubs.items()]
     used = dlopened.libraries() + [_described(other) for other in ours]
-    tell({"bias": library.base, "libraries": used, "stubs": stubs})
+    tell({"bias": library.base, "libraries": used, "stubs": stubs, "plain": plain})
+
+
+def _prepare(path: str) -> str | None:
+    """Prepare ``path`` in a child, as no process can that has it already; why it could not be done."""
+    answers, answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare(path)
+        except MiniloaderError as error:
+            os.write(answer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(answer)
+    with open(answers, "rb") as file:
+        text = file.read().decode()
+    os.waitpid(pid, 0)
+    return text or None
 
 
 def _described(library: Loaded) -> Report:

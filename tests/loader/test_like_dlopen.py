@@ -111,6 +111,26 @@ def test_every_relocated_word_is_the_same(comparer: Comparer, name: str) -> None
     assert comparison.both_load or name in ("tls_large_initial", "libasan.so.8"), comparison
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_so_is_every_word_of_a_prepared_library(name: str) -> None:
+    with Comparer(prepared=True) as comparer:
+        comparison = comparer.compare(path_of(name))
+        assert comparison.alike, comparison
+        assert not comparison.both_load or comparison.plain is None
+        assert comparison.words > 0 or not comparison.both_load or name == "libicudata.so.72"
+
+
+def test_what_cannot_be_prepared_is_compared_and_says_why(tmp_path: Path) -> None:
+    source, library = tmp_path / "made.c", tmp_path / "made.so"
+    source.write_text("int here; int *there = &here;\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,--build-id=none", source, "-o", library], check=True)
+    with Comparer(prepared=True) as comparer:
+        comparison = comparer.compare(str(library))
+    assert comparison.alike
+    assert comparison.plain is not None
+    assert "no build-id" in comparison.plain
+
+
 def test_a_sample_of_the_system_libraries(comparer: Comparer, system_libraries: list[Path]) -> None:
     """One in sixty; tools/corpus takes them all."""
     sample = system_libraries[::60]
