@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from miniloader.lab.audited import Audit
     from miniloader.lab.sights import Sight
@@ -115,7 +116,6 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool = True) -> Audit:
     from miniloader.lab.audit import audit
-    from miniloader.report.terminal import console
 
     def look(on_progress: Callable[[int, int], None] | None) -> Audit:
         explain = causes and not arguments.no_causes
@@ -123,9 +123,11 @@ def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool
             pids, library=arguments.library, causes=explain, level=arguments.level, on_progress=on_progress
         )
 
-    errors = console(stderr=True)
-    if len(pids) < 8 or not errors.is_terminal:
+    if len(pids) < 8 or not sys.stderr.isatty():
         return look(None)
+    from miniloader.report.terminal import console
+
+    errors = console(stderr=True)
     with errors.status("looking at processes") as status:
         return look(lambda done, of: status.update(f"looking at processes: {done} of {of}"))
 
@@ -136,15 +138,13 @@ def _print(arguments: argparse.Namespace, found: Audit) -> None:
 
         dump(found.to_json())
         return
-    import sys
-
-    from miniloader.report.audit import show, write_csv
-    from miniloader.report.terminal import console
+    from miniloader.report.audit import lines, write_csv
+    from miniloader.report.lines import show
 
     if arguments.csv:
         write_csv(found, sys.stdout)
     else:
-        show(found, console(), pages=arguments.library is not None)
+        show(lines(found, pages=arguments.library is not None))
 
 
 def _save(arguments: argparse.Namespace, found: Audit) -> None:
@@ -181,9 +181,9 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         dump(view.to_json())
         return 0
     from miniloader.report.audit import page_view
-    from miniloader.report.terminal import console
+    from miniloader.report.lines import show
 
-    console().print(page_view(view))
+    show(page_view(view))
     return 0
 
 
@@ -216,10 +216,10 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         _print(arguments, last)
         if not arguments.csv:
             from miniloader.report.audit import changes_view
+            from miniloader.report.lines import show
 
-            out.print()
-            out.print(f"since the start, {last.when - first.when:.0f} s ago:")
-            out.print(changes_view(changes, last.page_size))
+            show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
+            show(changes_view(changes, last.page_size))
     _save(arguments, last)
     if sights:
         from miniloader.lab.sights import look_again
@@ -240,10 +240,15 @@ def _follow(arguments: argparse.Namespace, first: Audit, pids: tuple[int, ...], 
     from rich.live import Live
 
     from miniloader.report.audit import library_rows, tick
+    from miniloader.report.lines import plain
+    from miniloader.report.terminal import rendered
+
+    def view(now: Audit) -> RenderableType:
+        return rendered(library_rows(now, first), out.width)
 
     end = None if arguments.duration is None else time.monotonic() + arguments.duration
     due = time.monotonic()
-    with Live(library_rows(first, first), console=out, auto_refresh=False, transient=True) as live:
+    with Live(view(first), console=out, auto_refresh=False, transient=True) as live:
         while True:
             due = max(due + arguments.every, time.monotonic())
             if end is not None and due > end:
@@ -254,6 +259,6 @@ def _follow(arguments: argparse.Namespace, first: Audit, pids: tuple[int, ...], 
             if not now.processes:  # nobody is left
                 return
             if out.is_terminal:
-                live.update(library_rows(now, first), refresh=True)
+                live.update(view(now), refresh=True)
             else:
-                out.print(tick(now, first))
+                out.print(plain(tick(now, first)))

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         dump({"since": before.when, "until": after.when, "changes": [asdict(change) for change in changes]})
         return 0
     from miniloader.report.audit import changes_view
-    from miniloader.report.terminal import console
+    from miniloader.report.lines import show
 
-    console().print(changes_view(changes, after.page_size))
+    show(changes_view(changes, after.page_size))
     return 0

@@ -23,8 +23,9 @@ __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
 _LINE = re.compile(
-    rb"([0-9a-f]+)-([0-9a-f]+)\s+([rwx-]{3}[sp])\s+([0-9a-f]+)\s+([0-9a-f]+:[0-9a-f]+\s+[0-9]{1,20}(?:\s.*)?)",
-    re.DOTALL,
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3})([sp]) ([0-9a-f]+) "
+    rb"([0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$",
+    re.MULTILINE,
 )
 
 
@@ -71,9 +72,13 @@ def parse_vma(line: bytes) -> Vma:
     found = _LINE.fullmatch(line)
     if found is None:
         raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
-    start, end, mode, offset, file = found.groups()
-    protection, shared = mode[:3].decode("ascii"), mode[3:] == b"s"
-    return Vma(int(start, 16), int(end, 16), protection, shared, int(offset, 16), *_file(file))
+    return _vma(*found.groups())
+
+
+def _vma(start: bytes, end: bytes, protection: bytes, shared: bytes, offset: bytes, file: bytes) -> Vma:
+    return Vma(
+        int(start, 16), int(end, 16), protection.decode(), shared == b"s", int(offset, 16), *_file(file)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -93,11 +98,15 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
     EvidenceError where it may not be read.
     """
-    lines = read_process_file(pid, "maps").split(b"\n")
-    whole = start <= 0 and end >= 1 << 64
-    return tuple(
-        as_named(parse_vma(line)) for line in lines if line and (whole or _overlaps(line, start, end))
-    )
+    text = read_process_file(pid, "maps")
+    rows = _LINE.findall(text)
+    if len(rows) != text.count(b"\n"):
+        for line in text.split(b"\n"):
+            parse_vma(line)  # raises at the one that is none
+    if start > 0 or end < 1 << 64:
+        rows = [row for row in rows if int(row[0], 16) < end and start < int(row[1], 16)]
+    vmas = [_vma(*row) for row in rows]
+    return tuple([as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas])
 
 
 def as_named(vma: Vma) -> Vma:
@@ -116,12 +125,6 @@ def _is_named(vma: Vma, path: str) -> bool:
     except OSError:
         return False
     return (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) == (*vma.device, vma.inode)
-
-
-def _overlaps(line: bytes, start: int, end: int) -> bool:
-    """Whether a line of ``maps`` is worth to be parsed."""
-    low, high = line[: line.find(b" ")].split(b"-")
-    return int(low, 16) < end and start < int(high, 16)
 
 
 def mappings_of(vmas: Iterable[Vma], path: str | os.PathLike[str]) -> tuple[Vma, ...]:

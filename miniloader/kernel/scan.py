@@ -90,7 +90,7 @@ def scan(
     categories to report.  A process that has ended has no pages: the answer is empty.  Raises EvidenceError
     where the kernel does not have PAGEMAP_SCAN.
     """
-    buffer = np.zeros(_REGIONS, dtype=REGION_DTYPE)
+    buffer = np.empty(_REGIONS, dtype=REGION_DTYPE)
     found = []
     while start < end:
         argument = _ScanArgument(

@@ -160,7 +160,7 @@ class Pages:
         zeroth = np.array([start for _, start, _ in self._ranges], np.uint64) - before
         self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self.addresses += np.repeat(zeroth, lengths)
-        self.ends = np.searchsorted(self.vma, np.arange(len(vmas) + 1)).tolist()
+        self._mappings = len(vmas)
         self.present = (self.entries & PRESENT).astype(np.bool_)
         self.file = (self.entries & FILE).astype(np.bool_)
         self.zero, self.huge = self._scanned(vmas)
@@ -168,18 +168,26 @@ class Pages:
         self.counted = self.present & ~self.zero & ~unreal[self.vma]
         self.copied = self.counted & ~self.file
         self.own = self.counted & self.file
-        self.anonymous = self.copied & np.array([not vma.is_file for vma in vmas])[self.vma]
+        nameless = self.copied & np.array([not vma.is_file for vma in vmas])[self.vma]
+        self.anonymous = self.addresses[nameless]
         self.exclusive = (self.entries & EXCLUSIVE).astype(np.bool_)
         self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
+        self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
         self.frames = self.entries & FRAME if frames else np.zeros(len(self.entries), np.uint64)
         # What is to be added to an address for its place in the file.
-        self.shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
+        shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
+        self.copies, self.originals = self._some(self.copied, shift), self._some(self.own, shift)
 
-    def rows(self, indices: Sequence[int]) -> NDArray[np.intp]:
-        """The pages (their indices) of these mappings, which are in order."""
-        if indices[-1] - indices[0] == len(indices) - 1:
-            return np.arange(self.ends[indices[0]], self.ends[indices[-1] + 1])
-        return np.concatenate([np.arange(self.ends[index], self.ends[index + 1]) for index in indices])
+    def _some(self, mask: NDArray[np.bool_], shift: NDArray[np.uint64]) -> _Some:
+        rows = np.flatnonzero(mask)
+        addresses, vma = self.addresses[rows], self.vma[rows]
+        return _Some(
+            addresses,
+            addresses + shift[vma],
+            self.frames[rows],
+            self.exclusive[rows],
+            np.searchsorted(vma, np.arange(self._mappings + 1)).tolist(),
+        )
 
     def _read(self) -> NDArray[np.uint64]:
         """The entries of all ranges; those that touch are read at once."""
@@ -231,6 +239,25 @@ class Pages:
             anonymous_frames=self.frames[self.copied],
             files=files,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Some of the pages, a column for what is asked of each; those of mapping ``i`` begin at ``ends[i]``."""
+
+    addresses: NDArray[np.uint64]
+    file_offsets: NDArray[np.uint64]
+    frames: NDArray[np.uint64]
+    exclusive: NDArray[np.bool_]
+    ends: Sequence[int] = ()
+
+    def of(self, indices: Sequence[int]) -> _Some:
+        """Those of these mappings, which are in order and most often follow one another."""
+        first, last, ends = indices[0], indices[-1], self.ends
+        rows: slice | NDArray[np.intp] = slice(ends[first], ends[last + 1])
+        if last - first != len(indices) - 1:
+            rows = np.concatenate([np.arange(ends[index], ends[index + 1]) for index in indices])
+        return _Some(self.addresses[rows], self.file_offsets[rows], self.frames[rows], self.exclusive[rows])
 
 
 def _number(mask: NDArray[np.bool_]) -> int:
@@ -304,23 +331,22 @@ def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bo
 def _file_in_process(
     file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: Pages
 ) -> FileInProcess:
-    rows = pages.rows(indices)
-    copied, own = rows[pages.copied[rows]], rows[pages.own[rows]]
-    count = len(copied)
+    copied, own = pages.copies.of(indices), pages.originals.of(indices)
+    count = len(copied.frames)
     return FileInProcess(
         file=file,
         base=bias,
         start=min(vmas[index].start for index in indices),
         end=max(vmas[index].end for index in indices),
         mapped=sum(vmas[index].size for index in indices) // PAGE_SIZE,
-        present=len(copied) + len(own),
-        swapped=_number(pages.swapped[rows]),
-        vaddrs=pages.addresses[copied] - np.uint64(bias % 2**64),
-        file_offsets=pages.addresses[copied] + pages.shift[pages.vma[copied]],
-        frames=pages.frames[copied],
-        exclusive=pages.exclusive[copied],
-        file_frames=pages.frames[own],
-        own_offsets=pages.addresses[own] + pages.shift[pages.vma[own]],
+        present=count + len(own.frames),
+        swapped=sum(pages.swapped_in[index] for index in indices),
+        vaddrs=copied.addresses - np.uint64(bias % 2**64),
+        file_offsets=copied.file_offsets,
+        frames=copied.frames,
+        exclusive=copied.exclusive,
+        file_frames=own.frames,
+        own_offsets=own.file_offsets,
         bss_vaddrs=_bss(file, bias, pages),
         causes=np.zeros(count, np.uint8),
         reasons={},
@@ -334,12 +360,10 @@ def _bss(file: MappedFile, bias: int, pages: Pages) -> NDArray[np.uint64]:
     found = [np.empty(0, np.uint64)]
     for mapping in plan.mappings if plan is not None else ():
         if mapping.kind == "zero":
-            low, high = np.searchsorted(
-                pages.addresses, np.array([bias + mapping.start, bias + mapping.end], np.uint64)
-            )
-            here = pages.addresses[low:high][pages.anonymous[low:high]]
-            found.append(here - np.uint64(bias))
-    return np.concatenate(found)
+            ends = np.array([bias + mapping.start, bias + mapping.end], np.uint64)
+            low, high = np.searchsorted(pages.anonymous, ends)
+            found.append(pages.anonymous[low:high] - np.uint64(bias))
+    return np.concatenate(found) if len(found) > 1 else found[0]
 
 
 def _explain(

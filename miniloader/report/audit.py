@@ -5,17 +5,25 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Iterable, Sequence
-from typing import IO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.text import Text
+from miniloader.errors import printable
+from miniloader.report.lines import Line, Part, Piece, Table, heading
+from miniloader.report.words import count, size
 
-from miniloader.lab.audited import Audit, AuditedLibrary, AuditedProcess, PageChange, PrivatePage, Unreadable
-from miniloader.lab.page import PageView
-from miniloader.report.terminal import count, heading, safe, size, table
+if TYPE_CHECKING:
+    from miniloader.lab.audited import (
+        Audit,
+        AuditedLibrary,
+        AuditedProcess,
+        PageChange,
+        PrivatePage,
+        Unreadable,
+    )
+    from miniloader.lab.page import PageView
 
-__all__ = ["changes_view", "library_rows", "page_view", "sentence", "show", "summary", "tick", "write_csv"]
+__all__ = ["changes_view", "library_rows", "lines", "page_view", "sentence", "summary", "tick", "write_csv"]
 
 _MOST_SYMBOLS = 4
 _MOST_SENTENCES = 8
@@ -25,72 +33,64 @@ _MEANING = {
 }
 
 
-def show(audit: Audit, out: Console, *, pages: bool = False) -> None:
-    """Print an audit; ``pages`` also lists each private page and each process of the libraries."""
+def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
+    """An audit; ``pages`` also lists each private page and each process of the libraries."""
     if audit.processes or not audit.unreadable:
-        out.print(summary(audit))
+        yield from summary(audit)
     if audit.libraries:
-        out.print()
-        out.print(library_rows(audit))
+        yield ()
+        yield library_rows(audit)
     said = [text for one in audit.libraries if one.private and (text := sentence(one))]
     if audit.explained and said:
-        out.print()
-        for text in said if pages else said[:_MOST_SENTENCES]:
-            out.print(text)
+        yield ()
+        yield from said if pages else said[:_MOST_SENTENCES]
         if len(said) > _MOST_SENTENCES and not pages:
-            out.print(Text(f"… and {len(said) - _MOST_SENTENCES} more; --library NAME tells of one", "dim"))
+            yield ((f"… and {len(said) - _MOST_SENTENCES} more; --library NAME tells of one", "dim"),)
     if pages:
         for library in audit.libraries:
-            _show_library(library, out)
+            yield from _library(library)
     if audit.processes:
-        out.print()
-        out.print(_processes(audit.processes))
+        yield ()
+        yield _processes(audit.processes)
     if audit.unreadable:
         if audit.processes:
-            out.print()
-        _show_unreadable(audit.unreadable, out)
+            yield ()
+        yield from _unreadable(audit.unreadable)
 
 
-def summary(audit: Audit) -> RenderableType:
+def summary(audit: Audit) -> Iterator[Line]:
     """The answer in a few lines."""
     page = audit.page_size
     present = sum(one.present for one in audit.libraries)
     frames = sum(one.frames for one in audit.libraries)
     private = sum(one.private for one in audit.libraries)
     exact = "" if audit.level == "frames" else "at most "
-    lines = [
-        Text.assemble(
-            (f"{count(len(audit.processes), 'process', 'processes')}", "bold"),
-            f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
-            f"where separate copies would take {size(present * page)}",
-        ),
-        Text(f"  {size(private * page)} of it are private copies"),
-    ]
+    yield (
+        (count(len(audit.processes), "process", "processes"), "bold"),
+        f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
+        f"where separate copies would take {size(present * page)}",
+    )
+    yield (f"  {size(private * page)} of it are private copies",)
     if audit.processes:
         pss = [one.pss for one in audit.processes if one.pss is not None]
         known = len(pss) == len(audit.processes)
-        lines.append(
-            Text(
-                f"  in all, with heaps and stacks: RSS {size(sum(one.rss for one in audit.processes))}, "
-                f"PSS {size(sum(pss)) if known else 'unknown'}, "
-                f"USS {size(sum(one.uss for one in audit.processes))}"
-            )
+        yield (
+            f"  in all, with heaps and stacks: RSS {size(sum(one.rss for one in audit.processes))}, "
+            f"PSS {size(sum(pss)) if known else 'unknown'}, "
+            f"USS {size(sum(one.uss for one in audit.processes))}",
         )
-    lines.append(Text(f"  evidence: {audit.level} ({_MEANING.get(audit.level, '')})", "dim"))
-    return Group(*lines)
+    yield ((f"  evidence: {audit.level} ({_MEANING.get(audit.level, '')})", "dim"),)
 
 
-def library_rows(audit: Audit, before: Audit | None = None) -> RenderableType:
+def library_rows(audit: Audit, before: Audit | None = None) -> Table:
     """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
-    columns = ["library", ">in", ">mapped", ">present", ">shared", ">private", ">bss", ">takes", ">apart"]
-    shown = table(*columns, *([">since start"] if before is not None else []))
+    columns = ("library", ">in", ">mapped", ">present", ">shared", ">private", ">bss", ">takes", ">apart")
     old = {one.build_id or one.path: one for one in before.libraries} if before is not None else {}
+    rows = []
     for one in audit.libraries:
-        name = safe(one.name)
-        if one.files > 1:
-            name.append(f" ({one.files} separate files)", "yellow")
-        cells: list[RenderableType] = [
-            name,
+        several = f" ({one.files} separate files)" if one.files > 1 else ""
+        cells: list[Piece] = [
+            (printable(one.name) + several, "yellow") if several else printable(one.name),
             f"{len({process.pid for process in one.processes}):,}",
             *(f"{sum(getattr(process, field) for process in one.processes):,}" for field in _COUNTED),
             size(one.frames * audit.page_size),
@@ -99,29 +99,29 @@ def library_rows(audit: Audit, before: Audit | None = None) -> RenderableType:
         if before is not None:
             was = old.get(one.build_id or one.path)
             change = one.private - (was.private if was is not None else 0)
-            cells.append(Text(f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
-        shown.add_row(*cells)
-    return shown
+            cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
+        rows.append(cells)
+    return Table((*columns, ">since start") if before is not None else columns, rows)
 
 
-def tick(audit: Audit, before: Audit) -> Text:
+def tick(audit: Audit, before: Audit) -> Line:
     """One look of many, on one line."""
     old = {one.build_id or one.path: one.private for one in before.libraries}
     grown = [(one, one.private - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
     changed = ", ".join(f"{one.name} {number:+,}" for one, number in grown if number)
     total = sum(one.private for one in audit.libraries)
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
-    return safe(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}")
+    return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
 
 
 _COUNTED = ("mapped", "present", "shared", "private", "bss")
 
 
 # ------------------------------------------------------------------------------------------- sentences
-def sentence(library: AuditedLibrary) -> Text:
+def sentence(library: AuditedLibrary) -> Line:
     """``libcrypto.so.3: 101 private pages in each process: 97 only relocated (…), 4 written …``."""
     if not library.private_pages:
-        return Text()
+        return ()
     by_kind: dict[str, dict[int, int]] = {}
     symbols: dict[str, int] = {}
     for page in library.private_pages:
@@ -137,9 +137,7 @@ def sentence(library: AuditedLibrary) -> Text:
     for one in library.processes:
         private[one.pid] += one.private
     each = " in each process" if len(pids) > 1 else ""
-    text = Text.assemble(
-        (safe(library.name).plain, "bold"), f": {_span(private.values(), 'private page')}{each}: "
-    )
+    pages = f": {_span(private.values(), 'private page')}{each}: "
     parts = []
     for kind, words in _KINDS.items():
         if kind in by_kind:
@@ -152,7 +150,7 @@ def sentence(library: AuditedLibrary) -> Text:
     beforehand = [one.beforehand for one in library.processes]
     if any(beforehand):
         parts.append(f"{_span(beforehand)} besides, relocated beforehand, are shared")
-    return text.append_text(safe("; ".join(parts)))
+    return ((printable(library.name), "bold"), pages + printable("; ".join(parts)))
 
 
 _KINDS = {
@@ -193,8 +191,9 @@ def _named(names: Sequence[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- tables
-def _processes(processes: Sequence[AuditedProcess]) -> RenderableType:
-    shown = table("process", "name", ">RSS", ">PSS", ">USS", ">anonymous", ">of it shared", "also")
+def _processes(processes: Sequence[AuditedProcess]) -> Table:
+    columns = ("process", "name", ">RSS", ">PSS", ">USS", ">anonymous", ">of it shared", "also")
+    rows = []
     for one in sorted(processes, key=lambda one: (-one.uss, one.pid)):
         also = [
             f"{number:,} {name}"
@@ -206,41 +205,49 @@ def _processes(processes: Sequence[AuditedProcess]) -> RenderableType:
             )
             if number
         ]
-        shown.add_row(
-            str(one.pid),
-            safe(one.name),
-            size(one.rss),
-            "?" if one.pss is None else size(one.pss),
-            size(one.uss),
-            f"{one.anonymous:,}",
-            f"{one.anonymous_shared:,}",
-            ", ".join(also),
+        rows.append(
+            (
+                str(one.pid),
+                printable(one.name),
+                size(one.rss),
+                "?" if one.pss is None else size(one.pss),
+                size(one.uss),
+                f"{one.anonymous:,}",
+                f"{one.anonymous_shared:,}",
+                ", ".join(also),
+            )
         )
-    return shown
+    return Table(columns, rows)
 
 
-def _show_library(library: AuditedLibrary, out: Console) -> None:
-    out.print()
-    out.print(heading(safe(library.path).plain, f"build-id {library.build_id or 'none'}"))
-    shown = table("process", "base", *(f">{name}" for name in (*_COUNTED[:4], "inherited", "bss", "swapped")))
-    for one in library.processes:
-        numbers = (one.mapped, one.present, one.shared, one.private, one.inherited, one.bss, one.swapped)
-        shown.add_row(str(one.pid), f"{one.base:#x}", *(f"{number:,}" for number in numbers))
-    out.print(shown)
+def _library(library: AuditedLibrary) -> Iterator[Part]:
+    yield ()
+    yield heading(printable(library.path), f"build-id {library.build_id or 'none'}")
+    numbers = (*_COUNTED[:4], "inherited", "bss", "swapped")
+    yield Table(
+        ("process", "base", *(f">{name}" for name in numbers)),
+        [
+            (str(one.pid), f"{one.base:#x}", *(f"{getattr(one, name):,}" for name in numbers))
+            for one in library.processes
+        ],
+    )
     if not library.private_pages and not library.bss_pages:
         return
-    out.print()
-    shown = table(">vaddr", "section", ">in", "causes", "relocations", "written, or else on it")
-    for page in (*library.private_pages, *library.bss_pages):
-        shown.add_row(
-            f"{page.vaddr:#x}",
-            safe(page.section),
-            f"{len(page.pids):,}{_family(page)}",
-            ", ".join(page.causes) + (f": {page.reason}" if page.reason else ""),
-            ", ".join(f"{number:,} {name.removeprefix('R_X86_64_')}" for name, number in page.kinds.items()),
-            safe(_shortened(page.written or page.symbols)),
-        )
-    out.print(shown)
+    yield ()
+    yield Table(
+        (">vaddr", "section", ">in", "causes", "relocations", "written, or else on it"),
+        [
+            (
+                f"{page.vaddr:#x}",
+                printable(page.section),
+                f"{len(page.pids):,}{_family(page)}",
+                printable(", ".join(page.causes) + (f": {page.reason}" if page.reason else "")),
+                ", ".join(f"{n:,} {name.removeprefix('R_X86_64_')}" for name, n in page.kinds.items()),
+                printable(_shortened(page.written or page.symbols)),
+            )
+            for page in (*library.private_pages, *library.bss_pages)
+        ],
+    )
 
 
 def _family(page: PrivatePage) -> str:
@@ -253,66 +260,67 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_SYMBOLS]) + (f" and {more} more" if more > 0 else "")
 
 
-def _show_unreadable(unreadable: Sequence[Unreadable], out: Console) -> None:
-    out.print(heading("not audited"))
+def _unreadable(unreadable: Sequence[Unreadable]) -> Iterator[Line]:
+    yield heading("not audited")
     for one in unreadable:
-        text = safe(f"  {one.pid}: {one.reason}")
-        out.print(text.append_text(safe(f"; {one.needed}")) if one.needed else text)
+        yield (printable(f"  {one.pid}: {one.reason}" + (f"; {one.needed}" if one.needed else "")),)
 
 
 # ------------------------------------------------------------------------------------------- one page
-def page_view(view: PageView) -> RenderableType:
+def page_view(view: PageView) -> Iterator[Part]:
     """One page, word by word."""
-    title = f"{view.path} at {view.vaddr:#x} in process {view.pid}"
-    parts: list[RenderableType] = [
-        heading(safe(title).plain, f"{view.section}, {view.state}" if view.section else view.state)
-    ]
+    title = printable(f"{view.path} at {view.vaddr:#x} in process {view.pid}")
+    yield heading(title, printable(f"{view.section}, {view.state}" if view.section else view.state))
     if view.causes:
-        parts.append(
-            safe(f"  causes: {', '.join(view.causes)}" + (f" ({view.reason})" if view.reason else ""))
-        )
+        reason = f" ({view.reason})" if view.reason else ""
+        yield (printable(f"  causes: {', '.join(view.causes)}{reason}"),)
     if view.state != "private":
-        parts.append(Text("  no copy: every byte is the file's own"))
-        return Group(*parts)
-    shown = table(">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation")
-    shown.padding = (0, 1, 0, 0)  # or 80 columns are too few for two addresses, which would be broken
-    for word in view.words:
-        shown.add_row(
-            f"{word.vaddr:#x}",
-            word.cause or "as in the file",
-            f"{word.file:#x}",
-            f"{word.old:#x}",
-            f"{word.new:#x}",
-            safe(word.symbol),
-            word.kind.removeprefix("R_X86_64_"),
-        )
-    parts.append(shown)
-    return Group(*parts)
+        yield ("  no copy: every byte is the file's own",)
+        return
+    yield Table(
+        (">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation"),
+        [
+            (
+                f"{word.vaddr:#x}",
+                word.cause or "as in the file",
+                f"{word.file:#x}",
+                f"{word.old:#x}",
+                f"{word.new:#x}",
+                printable(word.symbol),
+                word.kind.removeprefix("R_X86_64_"),
+            )
+            for word in view.words
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------------ differences
-def changes_view(changes: Sequence[PageChange], page_size: int) -> RenderableType:
+def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part]:
     """What differs between two audits."""
     if not changes:
-        return Text("no page went private, was rewritten, or returned")
+        yield ("no page went private, was rewritten, or returned",)
+        return
     number = {kind: sum(one.processes for one in changes if one.change == kind) for kind in _CHANGES}
     said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]
     grown = (number["private"] - number["returned"]) * page_size
-    lead = Text.assemble(
-        ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
+    yield ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
+    yield ()
+    order = list(_CHANGES)
+    yield Table(
+        ("library", ">vaddr", "section", "change", ">in", "causes", "symbols"),
+        [
+            (
+                printable(os.path.basename(one.path)),
+                f"{one.vaddr:#x}",
+                printable(one.section),
+                one.change,
+                f"{one.processes:,}",
+                ", ".join(one.causes),
+                printable(_shortened(one.symbols)),
+            )
+            for one in sorted(changes, key=lambda one: (order.index(one.change), -one.processes, one.vaddr))
+        ],
     )
-    shown = table("library", ">vaddr", "section", "change", ">in", "causes", "symbols")
-    for one in sorted(changes, key=lambda one: (list(_CHANGES).index(one.change), -one.processes, one.vaddr)):
-        shown.add_row(
-            safe(os.path.basename(one.path)),
-            f"{one.vaddr:#x}",
-            safe(one.section),
-            one.change,
-            f"{one.processes:,}",
-            ", ".join(one.causes),
-            safe(_shortened(one.symbols)),
-        )
-    return Group(lead, Text(), shown)
 
 
 _CHANGES = {"private": "went private", "rewritten": "written again", "returned": "returned to the file"}
@@ -327,4 +335,4 @@ def write_csv(audit: Audit, file: IO[str]) -> None:
     for library in audit.libraries:
         for one in library.processes:
             numbers = [getattr(one, name) for name in fields]
-            writer.writerow([safe(library.path).plain, library.build_id or "", one.pid, *numbers])
+            writer.writerow([printable(library.path), library.build_id or "", one.pid, *numbers])

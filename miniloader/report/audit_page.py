@@ -13,6 +13,7 @@ from miniloader.report.audit import sentence
 from miniloader.report.facts import bytes_of_pages, ranges
 from miniloader.report.film import Film, Scene
 from miniloader.report.jumps import jumps
+from miniloader.report.lines import plain
 from miniloader.report.proof_page import groups_of
 from miniloader.report.words import count
 from miniloader.values import dataclass
@@ -74,7 +75,7 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
         ranges=(*_causes(audit, sight), *_named(audit, sight)),
         pages=bytes_of_pages(landmarks, sight.plan, sight.contents, None),
     )
-    return _Drawn(library, sentence(library).plain, film)
+    return _Drawn(library, plain(sentence(library)), film)
 
 
 def _named(audit: Audit, sight: Sight) -> Iterator[Range]:

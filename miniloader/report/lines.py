@@ -1,4 +1,4 @@
-"""Text for people as plain values: lines of styled pieces, and columns made of such lines.
+"""Text for people as plain values: lines of styled pieces, columns made of such lines, and tables.
 
 A terminal gets them through rich.  A pipe needs no more than their text, and does without importing rich,
 which costs as much as reading a library.
@@ -13,11 +13,43 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Final
 
-__all__ = ["Line", "Piece", "columns", "heading", "legend", "plain", "room", "show"]
+from miniloader.values import dataclass
+
+__all__ = ["Line", "Part", "Piece", "Table", "columns", "heading", "legend", "plain", "room", "show"]
 
 Piece = str | tuple[str, str]
 """A text, or a text and its style."""
 Line = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below the names of their columns; one whose name starts with ``>`` is flush right."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[Piece]]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """Every row as text, that of the names first."""
+        names = [name.removeprefix(">") for name in self.columns]
+        return [names, *([plain((cell,)) for cell in row] for row in self.rows)]
+
+    @property
+    def widths(self) -> list[int]:
+        """How wide each column would like to be."""
+        return [max(map(len, column)) for column in zip(*self.texts, strict=True)]
+
+    def aligned(self) -> Iterator[str]:
+        """Its lines, each as long as it needs to be."""
+        sides = [str.rjust if name.startswith(">") else str.ljust for name in self.columns]
+        layout = tuple(zip(sides, self.widths, strict=True))
+        for row in self.texts:
+            cells = (side(text, width) for text, (side, width) in zip(row, layout, strict=True))
+            yield "  ".join(cells).rstrip()
+
+
+Part = Line | Table
 
 #: What makes rich write anything but plain text, in lines of any length, into a pipe.
 _ASKS_FOR_RICH: Final = ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE")
@@ -87,17 +119,17 @@ def room() -> tuple[int, int | None]:
     return min(width, _MOST), width
 
 
-def show(lines: Iterable[Line]) -> None:
-    """Print lines on standard output."""
+def show(parts: Iterable[Part]) -> None:
+    """Print lines and tables on standard output."""
     if _is_plain():
-        for line in lines:
-            print(plain(line).rstrip())
+        for part in parts:
+            for line in part.aligned() if isinstance(part, Table) else (plain(part).rstrip(),):
+                print(line)
         return
-    from rich.text import Text
+    from miniloader.report.terminal import console, rendered
 
-    from miniloader.report.terminal import console
-
-    console().print(*(Text.assemble(*line) for line in lines), sep="\n")
+    out = console()
+    out.print(*(rendered(part, out.width) for part in parts), sep="\n")
 
 
 def _is_plain() -> bool:

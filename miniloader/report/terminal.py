@@ -10,11 +10,13 @@ import os
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from miniloader.errors import printable
+from miniloader.report import lines
+from miniloader.report.lines import Part
 from miniloader.report.words import PROTECTION_STYLES, count, size
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "drawing_width",
     "heading",
     "pairs",
+    "rendered",
     "safe",
     "size",
     "table",
@@ -80,6 +83,18 @@ def table(*columns: str) -> Table:
     for name in columns:
         side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
         made.add_column(name.removeprefix(">"), justify=side, overflow="fold")
+    return made
+
+
+def rendered(part: Part, width: int) -> RenderableType:
+    """A line or a table for rich; a table that needs all of ``width`` has its columns closer together."""
+    if not isinstance(part, lines.Table):
+        return Text.assemble(*part)
+    made = table(*part.columns)
+    if sum(part.widths) + 2 * len(part.columns) - 2 > width:
+        made.padding = (0, 1, 0, 0)
+    for row in part.rows:
+        made.add_row(*(cell if isinstance(cell, str) else Text(*cell) for cell in row))
     return made
 
 
