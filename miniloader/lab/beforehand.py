@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from miniloader.elf import LoadPlan, inspect
 from miniloader.errors import MiniloaderError
@@ -17,8 +18,10 @@ from miniloader.kernel.maps import Vma
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import cache
-from miniloader.loader.prepared import Prepared, read_index
 from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared import Prepared
 
 __all__ = ["Beforehand"]
 
@@ -80,6 +83,8 @@ class Beforehand:
 
 def _read(path: str, vma: Vma) -> _Kept | None:
     """What ``path`` says, if it is the file mapped at ``vma``: it may be anybody's, and hold anything."""
+    from miniloader.loader.prepared import read_index
+
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

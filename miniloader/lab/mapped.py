@@ -38,7 +38,9 @@ class MappedFile:
     """A file that is mapped somewhere.
 
     ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
-    itself cannot be read, for the reason ``trouble``.
+    itself cannot be read, for the reason ``trouble``.  ``arrangements`` is for who looks at its mappings: for
+    their extents and file offsets, from the first one's start on, the load bias from there and which of them
+    belong together; it holds for these ``facts``.
     """
 
     def __init__(self, number: int, identity: Identity) -> None:
@@ -46,6 +48,7 @@ class MappedFile:
         self.build_id: str | None = None
         self.facts: Facts | None = None
         self.trouble = ""
+        self.arrangements: dict[tuple[tuple[int, int, int], ...], tuple[int, list[int]]] = {}
 
 
 class MappedFiles:
@@ -91,6 +94,7 @@ class MappedFiles:
             facts = _facts(source, self._names)
             if facts is not None and (sure or _is(source, facts, file)):
                 file.facts, file.trouble = facts, ""
+                file.arrangements.clear()
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -22,7 +22,7 @@ from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SW
 from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.mapped import Identity, MappedFile, MappedFiles, identity_of
+from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.values import dataclass
 
 __all__ = ["CHANGED", "FileInProcess", "Pages", "Survey", "locate", "space_of", "survey"]
@@ -32,6 +32,7 @@ _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 _LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
 _NOT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})  # counted by nobody
 _TOP: Final = 1 << 63  # above is the kernel's half
+_LOW: Final = 1 << 40  # below, there may be no room for a load bias
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -125,7 +126,7 @@ def locate(
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
     vmas, beforehand = _mappings(pid, files)
     pages = Pages(pagemap, vmas, frames=frames)
-    found = [one for indices in _by_file(vmas).values() for one in _placed(pid, files, vmas, indices, pages)]
+    found = [one for indices in _by_file(vmas) for one in _placed(pid, files, vmas, indices, pages)]
     if beforehand:
         for one in found:
             inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
@@ -136,7 +137,8 @@ def locate(
 
 def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[int]]:
     """All mappings, and which of them have pages relocated beforehand."""
-    return files.beforehand.in_place(pid, [vma for vma in read_maps(pid) if vma.start < _TOP])
+    vmas = read_maps(pid)
+    return files.beforehand.in_place(pid, vmas[:-1] if vmas and vmas[-1].start >= _TOP else vmas)
 
 
 def _status(pid: int) -> tuple[str, int, int]:
@@ -153,11 +155,12 @@ class Pages:
         self._pagemap = pagemap
         self._ranges = _ranges(pagemap, vmas)
         self.entries = self._read()
-        lengths = np.array([(end - start) // PAGE_SIZE for _, start, end in self._ranges], np.int64)
-        self.vma = np.repeat(np.array([index for index, _, _ in self._ranges], np.int64), lengths)
+        index, start, end = np.array(self._ranges, np.uint64).reshape(-1, 3).T
+        lengths = ((end - start) // np.uint64(PAGE_SIZE)).astype(np.int64)
+        self.vma = np.repeat(index.astype(np.int64), lengths)
         # Of each range the address of a page 0, were it that long: one sum gives all addresses.
         before = (np.cumsum(lengths) - lengths).astype(np.uint64) * np.uint64(PAGE_SIZE)
-        zeroth = np.array([start for _, start, _ in self._ranges], np.uint64) - before
+        zeroth = start - before
         self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self.addresses += np.repeat(zeroth, lengths)
         self._mappings = len(vmas)
@@ -168,7 +171,7 @@ class Pages:
         self.counted = self.present & ~self.zero & ~unreal[self.vma]
         self.copied = self.counted & ~self.file
         self.own = self.counted & self.file
-        nameless = self.copied & np.array([not vma.is_file for vma in vmas])[self.vma]
+        nameless = self.copied & np.array([not vma.inode for vma in vmas])[self.vma]
         self.anonymous = self.addresses[nameless]
         self.exclusive = (self.entries & EXCLUSIVE).astype(np.bool_)
         self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
@@ -268,7 +271,7 @@ def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]
     """Which addresses to read: (mapping, start, end); of a very large mapping what is populated."""
     ranges = []
     for index, vma in enumerate(vmas):
-        if vma.size <= _LARGE:
+        if vma.end - vma.start <= _LARGE:
             ranges.append((index, vma.start, vma.end))
             continue
         try:
@@ -280,13 +283,13 @@ def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]
     return ranges
 
 
-def _by_file(vmas: Sequence[Vma]) -> dict[Identity, list[int]]:
+def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
     """The private mappings of each file, by address."""
-    found: dict[Identity, list[int]] = {}
+    found: dict[tuple[object, ...], list[int]] = {}  # as Identity, of which it would be one for each mapping
     for index, vma in enumerate(vmas):
-        if vma.is_file and not vma.shared:
-            found.setdefault(identity_of(vma), []).append(index)
-    return found
+        if vma.inode and not vma.shared:
+            found.setdefault((vma.device, vma.inode, vma.path, vma.deleted), []).append(index)
+    return found.values()
 
 
 def _placed(
@@ -296,11 +299,27 @@ def _placed(
     file = files.of(pid, vmas[indices[0]])
     found, left = [], indices
     while left:
-        bias, span = _bias(file, vmas[left[0]])
-        mine = [index for index in left if index == left[0] or _belongs(file, vmas[index], bias, span)]
+        bias, places = _together(file, [vmas[index] for index in left])
+        mine = [left[place] for place in places]
         found.append(_file_in_process(file, bias, vmas, mine, pages))
-        left = [index for index in left if index not in mine]
+        left = [index for index in left if index not in mine] if len(mine) < len(left) else []
     return found
+
+
+def _together(file: MappedFile, vmas: Sequence[Vma]) -> tuple[int, list[int]]:
+    """The load bias of the first mapping, and which ones (by place) belong to the same image.
+
+    The same file is mapped in the same way by most processes, but for where it begins.
+    """
+    first = vmas[0].start
+    known = file.arrangements
+    key = tuple([(vma.start - first, vma.end - first, vma.file_offset) for vma in vmas])
+    if key not in known or first < _LOW:
+        bias, span = _bias(file, vmas[0])
+        places = [at for at, vma in enumerate(vmas) if at == 0 or _belongs(file, vma, bias, span)]
+        known[key] = bias - first, places
+    past, places = known[key]
+    return first + past, places
 
 
 def _bias(file: MappedFile, vma: Vma) -> tuple[int, tuple[int, int]]:
@@ -336,11 +355,11 @@ def _file_in_process(
     return FileInProcess(
         file=file,
         base=bias,
-        start=min(vmas[index].start for index in indices),
-        end=max(vmas[index].end for index in indices),
-        mapped=sum(vmas[index].size for index in indices) // PAGE_SIZE,
+        start=vmas[indices[0]].start,
+        end=vmas[indices[-1]].end,
+        mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
         present=count + len(own.frames),
-        swapped=sum(pages.swapped_in[index] for index in indices),
+        swapped=sum([pages.swapped_in[index] for index in indices]),
         vaddrs=copied.addresses - np.uint64(bias % 2**64),
         file_offsets=copied.file_offsets,
         frames=copied.frames,

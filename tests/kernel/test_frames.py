@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from miniloader.errors import EvidenceError
-from miniloader.kernel.frames import KPF, flag_names, frame_flags, map_counts
+from miniloader.kernel.frames import KPF, distinct, flag_names, frame_flags, map_counts
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from tests.memory import map_anonymous, map_file, still_child, store, touch
@@ -94,3 +94,12 @@ def test_the_table_has_every_flag_of_the_header() -> None:
     assert len(published) > 20
     assert published <= {flag.bit for flag in KPF.values()}
     assert [flag.bit for flag in KPF.values()] == sorted({flag.bit for flag in KPF.values()})
+
+
+@pytest.mark.parametrize(("highest", "how_many"), [(10, 1000), (1 << 40, 1000), (5, 1), (1, 0)])
+def test_distinct_values_are_found_however_dense_they_lie(highest: int, how_many: int) -> None:
+    values = np.random.default_rng(7).integers(0, highest, how_many, np.uint64)
+    found = distinct(values)
+    assert found.dtype == values.dtype
+    assert found.tolist() == sorted(set(values.tolist()))
+    assert distinct(values.astype(np.int64) - 3).tolist() == sorted({value - 3 for value in values.tolist()})
