@@ -43,9 +43,8 @@ else:
 
 def _initialiser(cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> Callable[..., None]:
     """``__init__`` of the class: the one method that is compiled, since it takes what the class has."""
-    names: dict[str, Any] = {"_missing": MISSING}
-    # Into the dictionary: object.__setattr__, the other way past our own, takes three times as long.
-    positional, by_name, body = ["self"], ["*"], [" _values = self.__dict__"]
+    names: dict[str, Any] = {"_set": object.__setattr__, "_missing": MISSING}
+    positional, by_name, body = ["self"], ["*"], []
     for field in fields:
         value, declared = field.name, field.name
         if field.default is not MISSING:
@@ -56,12 +55,12 @@ def _initialiser(cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> Calla
             declared += "=_missing"
             value = f"_make_{field.name}() if {field.name} is _missing else {field.name}"
         (by_name if field.kw_only else positional).append(declared)
-        body.append(f" _values[{field.name!r}] = {value}")
+        body.append(f" _set(self, {field.name!r}, {value})")
     if hasattr(cls, "__post_init__"):
         body.append(" self.__post_init__()")
     arguments = ", ".join(positional + (by_name if len(by_name) > 1 else []))
     made: dict[str, Any] = {}
-    exec(f"def __init__({arguments}):\n" + "\n".join(body), names, made)
+    exec(f"def __init__({arguments}):\n" + "\n".join(body or [" pass"]), names, made)
     initialise: Callable[..., None] = made["__init__"]
     initialise.__qualname__ = f"{cls.__qualname__}.__init__"
     return initialise
