@@ -39,7 +39,7 @@ NT_GNU_BUILD_ID: Final = 3
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
 _MOST_NOTE_SEGMENTS: Final = 16
-_NAME: Final = 1 << 9  # names are rarely longer
+_PART: Final = 1 << 12  # bytes; a name is rarely longer
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,21 @@ class ElfImage:
         size = tags.get(DT_STRSZ, 0) if DT_STRTAB in tags else 0
         if offset >= size:
             raise ElfError(self.path, what, f"string offset {offset:#x}", f"inside the {size:#x} bytes")
-        # Of a table of megabytes the part that matters.
-        part = self.read(tags[DT_STRTAB] + offset, min(size - offset, _NAME), "DT_STRTAB")
-        return os.fsdecode(string_at(part, 0) if b"\0" in part[:] else string_at(self._string_table, offset))
+        # Of a table of megabytes the part that matters; the names that are asked for lie together.
+        start = offset // _PART * _PART
+        if start not in self._parts:
+            length = min(size - start, 2 * _PART)
+            self._parts[start] = self.read(tags[DT_STRTAB] + start, length, "DT_STRTAB")
+        part = self._parts[start]
+        within = part.find(b"\0", offset - start) >= 0
+        return os.fsdecode(
+            string_at(part, offset - start) if within else string_at(self._string_table, offset)
+        )
+
+    @cached_property
+    def _parts(self) -> dict[int, Bytes]:
+        """Parts of the string table, by where they begin."""
+        return {}
 
     def _strings(self, tag: int, what: str) -> Iterator[str]:
         if tag in self.dynamic.tags:

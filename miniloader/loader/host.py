@@ -228,7 +228,8 @@ class HostLibrary:
     @cached_property
     def needed(self) -> tuple[str, ...]:
         """``DT_NEEDED``, in order."""
-        return tuple([self._string(offset) for offset in self.dynamic.all(DT_NEEDED)])
+        strings = self.bias + self.dynamic.tags.get(DT_STRTAB, 0)
+        return tuple([os.fsdecode(ctypes.string_at(strings + at)) for at in self.dynamic.all(DT_NEEDED)])
 
     @cached_property
     def soname(self) -> str | None:

@@ -39,6 +39,7 @@ from miniloader.loader.prepared import (
     identities,
     open_prepared,
     pack,
+    runs,
     sums,
 )
 from miniloader.loader.scope import Bindings, Definer
@@ -199,6 +200,7 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
     }
     arrays = {
         "pages": pages,
+        "runs": runs(pages, memory.plan),
         "sums": sums(data),
         **index,
         "tls_rows": tls_rows,

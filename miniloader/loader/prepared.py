@@ -28,7 +28,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf import ElfImage
+from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
@@ -55,25 +55,30 @@ __all__ = [
     "open_prepared",
     "pack",
     "read_index",
+    "runs",
     "sums",
 ]
 
 #: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, how that
 #: is meant, and what is added to what it means.  Many slots have the same.
 VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u4"), ("how", "<u4")])
+#: Pages that are mapped by one call: where the first one belongs, which of the cached ones it is, how many.
+RUN: Final = np.dtype([("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")])
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
 _HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}
 
 _AGAIN: Final = "miniloader prepare LIB"
 _CHANGED: Final = "its file has changed since it was prepared"
 _MAGIC: Final = b"miniprep"
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _WORD: Final = 8
+_SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
 _HEAD: Final = struct.Struct(
     "<8sIIQ"
 )  # magic, checksum of what follows up to the pages, length of JSON, of all
 _ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
     "pages": np.dtype("<u8"),  # the vaddr of each cached page
+    "runs": RUN,
     "sums": np.dtype("<u8"),  # see sums()
     "slots": np.dtype("<u8"),  # the vaddr of each word that differs
     "numbers": np.dtype("<u4"),  # of its value
@@ -150,15 +155,11 @@ class Prepared:
     def lay(self, memory: Memory) -> None:
         """Map the cached pages over those of the file."""
         flags = sys.MAP_PRIVATE | sys.MAP_FIXED
-        mappings = memory.plan.mappings
-        ends = np.array([(mapping.start, mapping.end) for mapping in mappings], np.uint64)
-        places = np.searchsorted(self.pages, ends).tolist()
-        for mapping, (low, high) in zip(mappings, places, strict=True):
-            bits = protection_bits(mapping.protection)
-            for first, last in _runs(self.pages[low:high]):
-                address = memory.bias + int(self.pages[low + first])
-                offset = self.at + (low + first) * sys.PAGE_SIZE
-                sys.mmap(address, (last - first) * sys.PAGE_SIZE, bits, flags, self.fd, offset)
+        for vaddr, first, count in self.arrays["runs"].tolist():
+            mapping = memory.plan.at(vaddr)
+            assert mapping is not None  # the build-id is the same, and so is the plan
+            bits, offset = protection_bits(mapping.protection), self.at + first * sys.PAGE_SIZE
+            sys.mmap(memory.bias + vaddr, count * sys.PAGE_SIZE, bits, flags, self.fd, offset)
 
     def fill(self, memory: Memory, values: NDArray[np.uint64]) -> None:
         """Store the words that differ, ``values`` being those of the index."""
@@ -346,16 +347,19 @@ def pack(
 
 
 def sums(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """A checksum of each page, at the speed of memory: the sum of its words.
+    """A checksum of each 16 pages, at the speed of memory: the sum of their words.
 
     Against damage, not against malice: nobody else can write the file.
     """
-    return np.asarray(data.view(np.uint64).reshape(-1, sys.PAGE_SIZE // _WORD).sum(axis=1, dtype=np.uint64))
+    words = data.view(np.uint64)
+    whole = len(words) // _SUMMED * _SUMMED
+    return np.append(words[:whole].reshape(-1, _SUMMED).sum(axis=1), words[whole:].sum())
 
 
-def _runs(vaddrs: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """The positions [first, last) of pages that follow one another."""
-    if not len(vaddrs):
-        return
-    breaks = np.flatnonzero(np.diff(vaddrs) != np.uint64(sys.PAGE_SIZE)) + 1
-    yield from pairwise([0, *breaks.tolist(), len(vaddrs)])
+def runs(pages: NDArray[np.uint64], plan: LoadPlan) -> NDArray[np.void]:
+    """``pages`` in runs that one call of mmap maps: they follow one another, within one mapping of ``plan``."""
+    starts = np.array([mapping.start for mapping in plan.mappings], np.uint64)
+    breaks = (np.diff(pages) != np.uint64(sys.PAGE_SIZE)) | np.isin(pages[1:], starts)
+    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(pages)]
+    rows = [(int(pages[first]), first, last - first) for first, last in pairwise(ends) if first < last]
+    return np.array(rows, RUN)
