@@ -26,6 +26,7 @@ from miniloader.elf.image import ElfImage
 from miniloader.elf.plan import plan_segments
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SysvHash
+from miniloader.elf.tables import blocks
 from miniloader.errors import ElfError
 
 Fault = tuple[str, str, str]
@@ -212,29 +213,40 @@ def code_pointers(image: ElfImage) -> Iterator[Fault]:
         return
     tags = image.dynamic.tags
     for tag in (DT_INIT, DT_FINI):
-        if tags.get(tag) and not _is_code(image, tags[tag]):
+        if tags.get(tag) and not _are_code(image, np.array([tags[tag]], np.uint64)).all():
             yield tag_name(tag), f"{tags[tag]:#x}", "inside an executable PT_LOAD"
     for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ)):
         if tags.get(start) and tags.get(size):
-            for vaddr, function in _relative(image, tags[start], tags[start] + tags[size]):
-                if not _is_code(image, function):
-                    what = f"{tag_name(start)} at {vaddr:#x}"
-                    yield what, f"a function at {function:#x}", "inside an executable PT_LOAD"
-                    break
+            vaddrs, functions = _relative(image, tags[start], tags[size])
+            outside = np.flatnonzero(~_are_code(image, functions))
+            if len(outside):
+                what = f"{tag_name(start)} at {int(vaddrs[outside[0]]):#x}"
+                found = f"a function at {int(functions[outside[0]]):#x}"
+                yield what, found, "inside an executable PT_LOAD"
 
 
-def _relative(image: ElfImage, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The words from ``start`` to ``end`` that get the load bias by a RELA table, and what it is added to."""
+def _relative(image: ElfImage, start: int, length: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The words of these ``length`` bytes that get the load bias by RELA tables, and what it is added to."""
+    vaddrs, values = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     for table in image.relocations.tables:
-        offsets = table.rows["offset"]
-        inside = (offsets >= np.uint64(start)) & (offsets < np.uint64(min(end, (1 << 64) - 1)))
-        for row in table.rows[inside] if table.addends else ():
-            if kind_name(image.header.machine, int(row["type"])).endswith("_RELATIVE"):
-                yield int(row["offset"]), int(row["addend"]) & ((1 << 64) - 1)
+        for rows in blocks(table.rows) if table.addends else ():
+            # What is before wraps to far behind.
+            inside = rows[rows["offset"] - np.uint64(start) < np.uint64(length)]
+            if len(inside):
+                kinds = [kind_name(image.header.machine, code) for code in inside["type"].tolist()]
+                inside = inside[[kind.endswith("_RELATIVE") for kind in kinds]]
+                vaddrs.append(inside["offset"])
+                values.append(inside["addend"].view(np.uint64))
+    return np.concatenate(vaddrs), np.concatenate(values)
 
 
-def _is_code(image: ElfImage, vaddr: int) -> bool:
-    return any("x" in load.flags and load.vaddr <= vaddr < load.end for load in image.loads)
+def _are_code(image: ElfImage, vaddrs: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    found = np.zeros(len(vaddrs), np.bool_)
+    for load in image.loads:
+        if "x" in load.flags:
+            last = min(load.end, 1 << 64) - 1
+            found |= (vaddrs >= np.uint64(load.vaddr)) & (vaddrs <= np.uint64(last))
+    return found
 
 
 def tls(image: ElfImage) -> Iterator[Fault]:

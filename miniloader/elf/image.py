@@ -224,10 +224,9 @@ class ElfImage:
             length = min(size - start, 2 * _PART)
             self._parts[start] = self.read(tags[DT_STRTAB] + start, length, "DT_STRTAB")
         part = self._parts[start]
-        within = part.find(b"\0", offset - start) >= 0
-        return os.fsdecode(
-            string_at(part, offset - start) if within else string_at(self._string_table, offset)
-        )
+        if part.find(b"\0", offset - start) < 0:
+            part, start = self._string_table, 0
+        return os.fsdecode(string_at(part, offset - start))
 
     @cached_property
     def _parts(self) -> dict[int, Bytes]:

@@ -15,13 +15,14 @@ from typing import Final
 
 from miniloader.errors import ElfError, LoadError
 
-__all__ = ["Bytes", "Source"]
+__all__ = ["LARGE", "Bytes", "Source", "large_room"]
 
 Bytes = bytes | mmap.mmap
 """What is read: both can be indexed, sliced and searched, and given to :func:`numpy.frombuffer`."""
 
 _HEAD: Final = 1 << 16
-_LARGE: Final = 1 << 21
+LARGE: Final = 1 << 21
+"""From so many bytes on :func:`large_room` is worth its call."""
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -132,7 +133,7 @@ class Source:
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
         try:
-            data = os.pread(self.fd, length, at) if length < _LARGE else self._read_large(at, length)
+            data = os.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:
             raise _unreadable(self.name, what, error) from None
         if len(data) < length:
@@ -141,11 +142,8 @@ class Source:
         return data
 
     def _read_large(self, at: int, length: int) -> Bytes:
-        """Into huge pages, since faulting small ones in takes longer than reading; fewer bytes at the end."""
-        room = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-            room.madvise(mmap.MADV_HUGEPAGE)
-        done = 0
+        """Into huge pages; fewer bytes at the end."""
+        room, done = large_room(length), 0
         with memoryview(room) as view:
             while done < length:  # preadv(2) gives at most 2 GiB at a time
                 with view[done:] as rest:
@@ -154,6 +152,14 @@ class Source:
                     return room[:done]
                 done += count
         return room
+
+
+def large_room(length: int) -> mmap.mmap:
+    """Memory for millions of bytes, of huge pages: faulting small ones in takes longer than filling them."""
+    room = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return room
 
 
 def _unreadable(name: str, what: str, error: OSError | ValueError) -> ElfError:

@@ -6,8 +6,9 @@ that decoding is :func:`numpy.frombuffer` and nothing is copied.  Field names ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from miniloader.elf.source import Bytes
 __all__ = [
     "RELOCATION",
     "Table",
+    "blocks",
     "decode_relocations",
     "decode_relr",
     "rel_dtype",
@@ -27,8 +29,22 @@ __all__ = [
 Table = NDArray[Any]
 """A numpy array whose dtype is given by the function that made it."""
 
+_Row = TypeVar("_Row", bound=np.generic)
+
 RELOCATION: Final = np.dtype([("offset", "u8"), ("type", "u4"), ("symbol", "u4"), ("addend", "i8")])
 """A relocation of any class: on a little-endian machine this is ``Elf64_Rela`` as it lies in the file."""
+
+
+_BLOCK: Final = 1 << 13  # rows
+
+
+def blocks(rows: NDArray[_Row]) -> Iterator[NDArray[_Row]]:
+    """``rows`` in parts that are worked on one after the other.
+
+    What is computed for a part takes memory that is there already; for millions of rows the kernel would have
+    to find and clear it page by page, which takes longer than the computing.
+    """
+    return (rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK))
 
 
 @lru_cache(maxsize=4)

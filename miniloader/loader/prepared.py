@@ -357,7 +357,7 @@ def sums(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def runs(pages: NDArray[np.uint64], plan: LoadPlan) -> NDArray[np.void]:
-    """``pages`` in runs that one call of mmap maps: they follow one another, within one mapping of ``plan``."""
+    """``pages`` in runs for one call of mmap: they follow one another, within one mapping of ``plan``."""
     starts = np.array([mapping.start for mapping in plan.mappings], np.uint64)
     breaks = (np.diff(pages) != np.uint64(sys.PAGE_SIZE)) | np.isin(pages[1:], starts)
     ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(pages)]

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
+from miniloader.elf.source import LARGE, large_room
 from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
-from miniloader.elf.tables import Table
+from miniloader.elf.tables import Table, blocks
 from miniloader.errors import LoadError, SymbolError
 from miniloader.loader.memory import Memory, put_words
 from miniloader.loader.scope import Bindings
@@ -51,13 +52,15 @@ class Pages:
             high = max(int(array.max()) for array in arrays) + 1
             try:
                 touched = np.zeros((high - low) // size + 3, np.int8)  # with a page before and one behind
-                self.buffer = np.empty(-(-(high - low) // size) * size, np.uint8)
-            except MemoryError:
+                length = -(-(high - low) // size) * size
+                room = large_room(length) if length >= LARGE else np.empty(length, np.uint8)
+                self.buffer = np.frombuffer(room, np.uint8)
+            except (MemoryError, OSError):
                 found = f"relocated words from vaddr {low:#x} to {high:#x}"
                 raise LoadError(f"{memory.name}: {found}: not enough memory for a copy of them") from None
             shift = np.uint64(size.bit_length() - 1)
-            for array in arrays:
-                touched[1:][((array - np.uint64(low)) >> shift).view(np.int64)] = 1
+            for vaddrs in chain.from_iterable(map(blocks, arrays)):
+                touched[1:][((vaddrs - np.uint64(low)) >> shift).view(np.int64)] = 1
             edges = np.flatnonzero(np.diff(touched)).reshape(-1, 2)
             self.start = low
             self.runs = [(first * size, last * size) for first, last in edges.tolist()]
@@ -115,10 +118,10 @@ def apply(
     pages = Pages(memory, relocations.targets())
     bias = np.uint64(memory.bias)
     with np.errstate(over="ignore"):
-        if len(relocations.relr):
-            pages.put(relocations.relr, pages.get(relocations.relr) + bias)
-        if len(relocations.relative):
-            pages.put(relocations.relative["offset"], relocations.relative["addend"].view(np.uint64) + bias)
+        for vaddrs in blocks(relocations.relr):
+            pages.put(vaddrs, pages.get(vaddrs) + bias)
+        for rows in blocks(relocations.relative):
+            pages.put(rows["offset"], rows["addend"].view(np.uint64) + bias)
         if len(relocations.lazy):
             pages.put(relocations.lazy["offset"], pages.get(relocations.lazy["offset"]) + bias)
         late = _indirect_functions(bindings)

@@ -49,7 +49,7 @@ class Sorted:
         relative = self.relative["offset"]
         yield relative
         yield self.lazy["offset"]
-        if (relative & np.uint64(7)).any():
+        if len(relative) and int(np.bitwise_or.reduce(relative)) & 7:
             yield relative + np.uint64(_WORD - 1)
         for kind, rows in self.others:
             yield rows["offset"]
