@@ -50,17 +50,18 @@ class Pages:
         else:
             low = min(int(array.min()) for array in arrays) & -size
             high = max(int(array.max()) for array in arrays) + 1
+            length, shift = -(-(high - low) // size) * size, np.uint64(size.bit_length() - 1)
             try:
                 touched = np.zeros((high - low) // size + 3, np.int8)  # with a page before and one behind
-                length = -(-(high - low) // size) * size
-                room = large_room(length) if length >= LARGE else np.empty(length, np.uint8)
+                for vaddrs in chain.from_iterable(map(blocks, arrays)):
+                    touched[1:][((vaddrs - np.uint64(low)) >> shift).view(np.int64)] = 1
+                # Huge pages are there as a whole, so most of their small ones should be of use.
+                dense = length >= LARGE and 2 * size * np.count_nonzero(touched) >= length
+                room = large_room(length) if dense else np.empty(length, np.uint8)
                 self.buffer = np.frombuffer(room, np.uint8)
             except (MemoryError, OSError):
                 found = f"relocated words from vaddr {low:#x} to {high:#x}"
                 raise LoadError(f"{memory.name}: {found}: not enough memory for a copy of them") from None
-            shift = np.uint64(size.bit_length() - 1)
-            for vaddrs in chain.from_iterable(map(blocks, arrays)):
-                touched[1:][((vaddrs - np.uint64(low)) >> shift).view(np.int64)] = 1
             edges = np.flatnonzero(np.diff(touched)).reshape(-1, 2)
             self.start = low
             self.runs = [(first * size, last * size) for first, last in edges.tolist()]

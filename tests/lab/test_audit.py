@@ -53,7 +53,7 @@ def servers() -> Iterator[list[int]]:
 
 # ------------------------------------------------------------------------------- the kernel's own sums
 def test_sums_are_those_of_smaps(servers: list[int]) -> None:
-    """To the page.  Who else maps a file changes what one process alone maps, so nobody may have meanwhile."""
+    """To the page.  Who maps a file changes what another process alone maps, so nobody may have meanwhile."""
 
     def sums() -> list[tuple[int, ...]]:
         kernel = map(rollup_of, servers)
