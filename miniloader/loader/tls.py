@@ -63,7 +63,10 @@ def answer(
     library of ours.  Raises :class:`LoadError`, in glibc's words when glibc refuses.
     """
     starts = bindings.field("value")
-    asked = [_Asked(kind, table, bindings, starts) for kind, table in rows]
+    # Of the system's libraries the symbol is asked for; of ours the block, which it has an offset in.
+    of_host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)
+    begins = np.where((bindings.owner >= 0) & of_host[bindings.owner], starts, np.uint64(0))
+    asked = [_Asked(kind, table, bindings, starts, begins) for kind, table in rows]
     own: dict[Question, None] = {}
     foreign: dict[Question, None] = {}
     needed: dict[str, None] = {}
@@ -130,15 +133,19 @@ _Ask = Callable[[str, Definer, int, int], tuple[bool, Question]]
 class _Asked:
     """The relocations of one kind, and what has to be known for each."""
 
-    def __init__(self, kind: Kind, rows: Table, bindings: Bindings, starts: NDArray[np.uint64]) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        rows: Table,
+        bindings: Bindings,
+        starts: NDArray[np.uint64],
+        begins: NDArray[np.uint64],
+    ) -> None:
         self.kind = kind
         place = bindings.place(rows["symbol"])
         bound = bindings.owner[place] >= 0  # what is weak and undefined stays as it is
         self.rows, self.place = rows[bound], place[bound]
-        # Of the system's libraries the symbol is asked for; of ours the block, which it has an offset in.
-        foreign = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)
-        self.owner = bindings.owner[self.place]
-        self.start = np.where(foreign[self.owner], starts[self.place], np.uint64(0))
+        self.owner, self.start = bindings.owner[self.place], begins[self.place]
         self.scope = bindings.scope
         with np.errstate(over="ignore"):
             self.offset = starts[self.place] + self.rows["addend"].view(np.uint64)
