@@ -121,8 +121,8 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
             ready.fill(memory, values)
     for position in ready.held:
         _hold(library, order[position])
-    text = f"{len(ready.pages)} pages from the cache, {ready.filled} of them copied for what differs here"
-    numbers = {"words": ready.words, "pages": ready.filled, "prepared": len(ready.pages)}
+    text = f"{ready.count} pages from the cache, {ready.filled} of them copied for what differs here"
+    numbers = {"words": ready.words, "pages": ready.filled, "prepared": ready.count}
     graph.event("relocate", library.name, text, **numbers)
     return True
 

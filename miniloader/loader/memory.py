@@ -120,7 +120,10 @@ class Memory:
 
 
 def put_words(
-    buffer: NDArray[np.uint8], offsets: NDArray[np.int64], values: NDArray[np.uint64], size: int = 8
+    buffer: NDArray[np.uint8],
+    offsets: NDArray[np.int64] | NDArray[np.uint32],
+    values: NDArray[np.uint64],
+    size: int = 8,
 ) -> None:
     """Store the low ``size`` bytes of each value at its offset in ``buffer``, which need not be aligned."""
     if size == 8 and not (offsets & 7).any():

@@ -145,7 +145,7 @@ def _entry(name: str, *, pages: bool) -> Entry:
         ready.address,
         length,
         ready.words,
-        len(ready.pages),
+        ready.count,
         ready.filled,
         size,
         fault,
@@ -198,11 +198,14 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         "filled": int(differing(pages, index["slots"], tls_rows).sum()),
         "unwind_table": unwind.eh_frame(image),
     }
+    away = index["slots"] - pages[:1]
+    if len(away) and int(away.max()) >> 32:
+        raise LoadError(f"{image.path}: its relocated words are too far apart, and so it cannot be prepared")
     arrays = {
-        "pages": pages,
         "runs": runs(pages, memory.plan),
         "sums": sums(data),
         **index,
+        "slots": away,
         "tls_rows": tls_rows,
         "tls_symbols": _thread_local_symbols(tls_rows, bindings).reshape(-1),
     }

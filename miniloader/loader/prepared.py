@@ -77,10 +77,9 @@ _HEAD: Final = struct.Struct(
     "<8sIIQ"
 )  # magic, checksum of what follows up to the pages, length of JSON, of all
 _ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
-    "pages": np.dtype("<u8"),  # the vaddr of each cached page
     "runs": RUN,
     "sums": np.dtype("<u8"),  # see sums()
-    "slots": np.dtype("<u8"),  # the vaddr of each word that differs
+    "slots": np.dtype("<u4"),  # of each word that differs: how far it is from the first cached page
     "numbers": np.dtype("<u4"),  # of its value
     "values": VALUE,
     "tls_rows": RELOCATION,
@@ -108,15 +107,24 @@ class Prepared:
     at: int  # of the pages in the file
     arrays: Mapping[str, NDArray[Any]]
 
-    @property
+    @cached_property
     def pages(self) -> NDArray[np.uint64]:
         """The vaddr of each cached page, ascending."""
-        return self.arrays["pages"]
+        found = [np.empty(0, np.uint64)]
+        for vaddr, _, count in self.arrays["runs"].tolist():
+            found.append(np.uint64(vaddr) + np.arange(count, dtype=np.uint64) * np.uint64(sys.PAGE_SIZE))
+        return np.concatenate(found)
+
+    @cached_property
+    def count(self) -> int:
+        """How many pages are cached."""
+        return int(self.arrays["runs"]["count"].sum())
 
     @property
     def differing(self) -> NDArray[np.bool_]:
         """Which of them hold words that each process writes itself."""
-        return differing(self.pages, self.arrays["slots"], self.arrays["tls_rows"])
+        slots = self.arrays["slots"] + self.pages[:1]
+        return differing(self.pages, slots, self.arrays["tls_rows"])
 
     def meant(
         self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
@@ -147,7 +155,7 @@ class Prepared:
 
         They are looked at where they are, in the page cache: nobody else can write or shorten the file.
         """
-        length = len(self.pages) * sys.PAGE_SIZE
+        length = self.count * sys.PAGE_SIZE
         room = mmap.mmap(self.fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self.at) if length else b""
         if not np.array_equal(sums(np.frombuffer(room, np.uint8)), self.arrays["sums"]):
             raise LoadError("its pages are damaged")
@@ -165,18 +173,26 @@ class Prepared:
         """Store the words that differ, ``values`` being those of the index."""
         with np.errstate(over="ignore"):
             words = values + self.arrays["values"]["addend"]
-        self.store(memory, self.arrays["slots"], words[self.arrays["numbers"]])
+        if len(self.arrays["slots"]):
+            put_words(self._room(memory), self.arrays["slots"], words[self.arrays["numbers"]])
 
     def store(
         self, memory: Memory, vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int = _WORD
     ) -> None:
         """Store the low ``size`` bytes of ``words`` on cached pages."""
         if len(vaddrs):
-            # By plain stores: these pages are the cache's, and cannot be gone as those of the library can.
-            first, last = int(self.pages[0]), int(self.pages[-1])
-            room = (ctypes.c_uint8 * (last + sys.PAGE_SIZE - first)).from_address(memory.bias + first)
-            offsets = (vaddrs - np.uint64(first)).astype(np.int64)
-            put_words(np.frombuffer(memoryview(room), np.uint8), offsets, words, size)
+            offsets = (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64)
+            put_words(self._room(memory), offsets, words, size)
+
+    def _room(self, memory: Memory) -> NDArray[np.uint8]:
+        """From the first cached page to the last, as they are in memory.
+
+        For plain stores: these pages are the cache's, and cannot be gone as those of the library can.
+        """
+        (first, _, _), (last, _, count) = self.arrays["runs"][[0, -1]].tolist()
+        length = last + count * sys.PAGE_SIZE - first
+        room = (ctypes.c_uint8 * length).from_address(memory.bias + first)
+        return np.frombuffer(memoryview(room), np.uint8)
 
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
@@ -302,6 +318,8 @@ def read_index(fd: int, size: int) -> Prepared:
     for key, dtype in _ARRAYS.items():
         arrays[key] = np.frombuffer(index, dtype, facts["counts"][key], offset)
         offset += -(-arrays[key].nbytes // 8) * 8
+    if int(arrays["runs"]["count"].sum()) * sys.PAGE_SIZE != total - at:
+        raise LoadError("its index is damaged")
     return Prepared(
         fd=fd,
         path=facts["path"],
