@@ -177,8 +177,9 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
     image, memory = loaded.image, loaded.mapped
     relocations = sort_relocations(image)
     pages = _pages(loaded, relocations)
-    index, names = _index(loaded, relocations, bindings)
-    tls_rows = np.concatenate([np.empty(0, RELOCATION), *(rows for _, rows in relocations.of(*TLS))])
+    index, special, names = _index(loaded, relocations, bindings)
+    tls = [rows for _, rows in relocations.of(*TLS)]
+    tls_rows = np.concatenate([np.empty(0, RELOCATION), *tls])
     data = np.concatenate([memory.read(int(vaddr), PAGE_SIZE) for vaddr in pages] or [np.empty(0, np.uint8)])
     for vaddrs in (index["slots"], *_thread_local(relocations)):  # the same bytes whoever prepares it
         data[_places(pages, vaddrs).astype(np.int64)[:, None] + np.arange(8)] = 0
@@ -189,7 +190,9 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         "address": memory.start,
         "end": memory.end,
         "scope": identities(bindings.scope),
+        "special": special,
         "names": names,
+        "tls_kinds": [(int(rows["type"][0]), len(rows)) for rows in tls],
         "tls_names": [
             bindings.label(place) for place in bindings.place(np.unique(tls_rows["symbol"])).tolist()
         ],
@@ -229,8 +232,9 @@ def _places(pages: NDArray[np.uint64], vaddrs: NDArray[np.uint64]) -> NDArray[np
 
 def _index(
     library: Loaded, relocations: Sorted, bindings: Bindings
-) -> tuple[dict[str, NDArray[Any]], dict[int, str]]:
-    """The words that differ from process to process, their values, and the names of unique symbols.
+) -> tuple[dict[str, NDArray[Any]], list[tuple[int, int, int]], dict[int, str]]:
+    """The words that differ from process to process and their values; of these, by number, which are not just
+    addresses (how they are meant, and the definer), and the names of unique symbols.
 
     A symbol of what is at the same address in every process is where it is, and an absolute one too; so is
     none (weak and undefined).
@@ -265,17 +269,25 @@ def _index(
     meanings, numbers = np.unique(every[["place", "addend"]], return_inverse=True)
     values = np.zeros(len(meanings), VALUE)
     values["offset"], values["definer"] = meanings["addend"], bindings.scope.index(library)
-    values["how"] = RESOLVER
+    meant = np.full(len(meanings), RESOLVER, np.uint32)
     symbolic = meanings["place"] != _ITS_OWN
     place = meanings["place"][symbolic]
-    for key, of in (("offset", bindings.field("value")), ("definer", owner), ("how", how)):
-        values[key][symbolic] = of[place]
+    for column, of in (
+        (values["offset"], bindings.field("value")),
+        (values["definer"], owner),
+        (meant, how),
+    ):
+        column[symbolic] = of[place]
     values["addend"][symbolic] = meanings["addend"][symbolic]
     names = {
         number: library.symbols.name(int(bindings.wanted[meanings["place"][number]]))
-        for number in np.flatnonzero(values["how"] == UNIQUE).tolist()
+        for number in np.flatnonzero(meant == UNIQUE).tolist()
     }
-    return {"slots": every["vaddr"], "numbers": numbers, "values": values}, names
+    special = [
+        (number, int(meant[number]), int(values["definer"][number]))
+        for number in np.flatnonzero(meant != ADDRESS).tolist()
+    ]
+    return {"slots": every["vaddr"], "numbers": numbers, "values": values}, special, names
 
 
 def _stays(definer: Definer, library: Loaded) -> bool:

@@ -59,9 +59,9 @@ __all__ = [
     "sums",
 ]
 
-#: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, how that
-#: is meant, and what is added to what it means.  Many slots have the same.
-VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u4"), ("how", "<u4")])
+#: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, and what
+#: is added to what it means.  Many slots have the same; how a few are meant is kept apart.
+VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u8")])
 #: Pages that are mapped by one call: where the first one belongs, which of the cached ones it is, how many.
 RUN: Final = np.dtype([("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")])
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
@@ -98,7 +98,9 @@ class Prepared:
     address: int  # of its first page
     end: int
     scope: tuple[str, ...]
+    special: tuple[tuple[int, int, int], ...]  # values that are no plain addresses: number, how, definer
     names: Mapping[int, str]  # of values that are unique symbols
+    tls_kinds: tuple[tuple[int, int], ...]  # of thread-local relocations, in order: code, how many
     tls_names: tuple[str, ...]  # of the symbols of thread-local relocations
     held: tuple[int, ...]  # positions in the scope: who defines what it is bound to
     words: int  # relocated in all
@@ -130,15 +132,7 @@ class Prepared:
         self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
     ) -> list[tuple[int, Definer]]:
         """The numbers of the values that are meant so, and who defines each."""
-        return [(number, scope[at]) for number, meant, at in self._marked if meant == _HOW[how]]
-
-    @cached_property
-    def _marked(self) -> list[tuple[int, int, int]]:
-        """The few values that are no plain addresses: number, how it is meant, its definer."""
-        table = self.arrays["values"]
-        numbers = np.flatnonzero(table["how"] != ADDRESS)
-        columns = (numbers, table["how"][numbers], table["definer"][numbers])
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        return [(number, scope[at]) for number, meant, at in self.special if meant == _HOW[how]]
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""
@@ -199,9 +193,11 @@ class Prepared:
         table = self.arrays["tls_symbols"].reshape(-1, 4)
         values = table[:, 3].view(np.uint64)
         bindings = _Recorded(table[:, 0], scope, table[:, 1], table[:, 2], values, self.tls_names)
-        rows, kinds = self.arrays["tls_rows"], KINDS["X86_64"]
-        codes = np.flatnonzero(np.bincount(rows["type"])).tolist()
-        return bindings, [(kinds[code], rows[rows["type"] == code]) for code in codes]
+        rows, found, first = self.arrays["tls_rows"], [], 0
+        for code, count in self.tls_kinds:
+            found.append((KINDS["X86_64"][code], rows[first : first + count]))
+            first += count
+        return bindings, found
 
     def close(self) -> None:
         """Close the file; what is mapped stays."""
@@ -328,7 +324,9 @@ def read_index(fd: int, size: int) -> Prepared:
         address=facts["address"],
         end=facts["end"],
         scope=tuple(facts["scope"]),
+        special=tuple(map(tuple, facts["special"])),
         names={int(key): name for key, name in facts["names"].items()},
+        tls_kinds=tuple(map(tuple, facts["tls_kinds"])),
         tls_names=tuple(facts["tls_names"]),
         held=tuple(facts["held"]),
         words=facts["words"],
