@@ -105,12 +105,12 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         _zero(graph, library)
         return False
     ready.lay(memory)
-    values = _values(library, ready, order)
-    ready.fill(memory, values)
+    values, room = _values(library, ready, order), ready.room(memory)
+    ready.fill(room, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
-            ready.store(memory, vaddrs, words, size)
+            ready.store(room, vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
     for own in (False, True):
@@ -118,7 +118,7 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
         for place in places:
             values[place] = call_resolver(int(values[place])) if graph.policy.init else 0
         if places:
-            ready.fill(memory, values)
+            ready.fill(room, values)
     for position in ready.held:
         _hold(library, order[position])
     text = f"{ready.count} pages from the cache, {ready.filled} of them copied for what differs here"

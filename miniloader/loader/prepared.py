@@ -163,30 +163,32 @@ class Prepared:
             bits, offset = protection_bits(mapping.protection), self.at + first * sys.PAGE_SIZE
             sys.mmap(memory.bias + vaddr, count * sys.PAGE_SIZE, bits, flags, self.fd, offset)
 
-    def fill(self, memory: Memory, values: NDArray[np.uint64]) -> None:
+    def room(self, memory: Memory) -> NDArray[np.uint8]:
+        """From the first cached page to the last, as they lie in memory.
+
+        For plain stores: these pages are the cache's, and cannot be gone as those of the library can.
+        """
+        runs = self.arrays["runs"].tolist()
+        if not runs:
+            return np.empty(0, np.uint8)
+        first, (last, _, count) = runs[0][0], runs[-1]
+        length = last + count * sys.PAGE_SIZE - first
+        return np.frombuffer(
+            memoryview((ctypes.c_uint8 * length).from_address(memory.bias + first)), np.uint8
+        )
+
+    def fill(self, room: NDArray[np.uint8], values: NDArray[np.uint64]) -> None:
         """Store the words that differ, ``values`` being those of the index."""
         with np.errstate(over="ignore"):
             words = values + self.arrays["values"]["addend"]
         if len(self.arrays["slots"]):
-            put_words(self._room(memory), self.arrays["slots"], words[self.arrays["numbers"]])
+            put_words(room, self.arrays["slots"], words[self.arrays["numbers"]])
 
     def store(
-        self, memory: Memory, vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int = _WORD
+        self, room: NDArray[np.uint8], vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int
     ) -> None:
         """Store the low ``size`` bytes of ``words`` on cached pages."""
-        if len(vaddrs):
-            offsets = (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64)
-            put_words(self._room(memory), offsets, words, size)
-
-    def _room(self, memory: Memory) -> NDArray[np.uint8]:
-        """From the first cached page to the last, as they are in memory.
-
-        For plain stores: these pages are the cache's, and cannot be gone as those of the library can.
-        """
-        (first, _, _), (last, _, count) = self.arrays["runs"][[0, -1]].tolist()
-        length = last + count * sys.PAGE_SIZE - first
-        room = (ctypes.c_uint8 * length).from_address(memory.bias + first)
-        return np.frombuffer(memoryview(room), np.uint8)
+        put_words(room, (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64), words, size)
 
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
