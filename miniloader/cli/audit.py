@@ -91,9 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.every is not None:
         return _watch(arguments, pids)
     found = _audit(arguments, pids)
-    _draw(arguments, found, _sights(arguments, found))  # before a reader may close the pipe
+    _save(arguments, found)  # before a reader may close the pipe
+    _draw(arguments, found, _sights(arguments, found))
     _print(arguments, found)
-    _save(arguments, found)
     return 0 if found.processes or not found.unreadable else 3
 
 
@@ -206,6 +206,12 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         out.print("stopped")
     last = _audit(arguments, _living(first))
     changes = diff(first, last)
+    _save(arguments, last)  # before a reader may close the pipe
+    if sights:
+        from miniloader.lab.sights import look_again
+
+        sights = look_again(sights, last, f"{last.when - first.when:.0f} s later")
+    _draw(arguments, last, sights)
     if arguments.json:
         from dataclasses import asdict
 
@@ -220,12 +226,6 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
             show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
             show(changes_view(changes, last.page_size))
-    _save(arguments, last)
-    if sights:
-        from miniloader.lab.sights import look_again
-
-        sights = look_again(sights, last, f"{last.when - first.when:.0f} s later")
-    _draw(arguments, last, sights)
     return 0 if first.processes else 3
 
 

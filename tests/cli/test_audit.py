@@ -164,3 +164,16 @@ def test_nobody_left_to_audit() -> None:
     done = run("audit", one.pid)
     assert done.returncode == 3
     assert done.stdout.startswith("not audited")  # and no sums of nothing
+
+
+def test_what_is_saved_is_there_though_nobody_reads_the_rest(tmp_path: Path, demo: Path) -> None:
+    saved = tmp_path / "saved.json"
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as one:
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [*_COMMAND, "audit", str(one.pid), "--save", str(saved)]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, cwd=build.ROOT)
+        os.close(writing)
+    assert done.returncode != 0
+    assert b"Traceback" not in done.stderr
+    assert [found.pid for found in Audit.load(saved).processes] == [one.pid]
