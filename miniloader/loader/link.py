@@ -98,13 +98,13 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
     try:
         if reason is None:
             ready.check_pages()
+            ready.lay(memory)
     except LoadError as error:
         reason = str(error)
     if reason is not None:
         library.give_up(graph, reason)
         _zero(graph, library)
         return False
-    ready.lay(memory)
     values, room = _values(library, ready, order), ready.room(memory)
     ready.fill(room, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:

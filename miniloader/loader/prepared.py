@@ -72,6 +72,8 @@ _CHANGED: Final = "its file has changed since it was prepared"
 _MAGIC: Final = b"miniprep"
 _FORMAT: Final = 3
 _WORD: Final = 8
+_MOST_INDEX: Final = 1 << 28  # bytes
+_MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
 _SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
 _HEAD: Final = struct.Struct(
     "<8sIIQ"
@@ -155,13 +157,18 @@ class Prepared:
             raise LoadError("its pages are damaged")
 
     def lay(self, memory: Memory) -> None:
-        """Map the cached pages over those of the file."""
-        flags = sys.MAP_PRIVATE | sys.MAP_FIXED
+        """Map the cached pages over those of the file.
+
+        Raises :class:`LoadError`, and maps nothing, where one would lie elsewhere.
+        """
+        flags, calls = sys.MAP_PRIVATE | sys.MAP_FIXED, []
         for vaddr, first, count in self.arrays["runs"].tolist():
-            mapping = memory.plan.at(vaddr)
-            assert mapping is not None  # the build-id is the same, and so is the plan
-            bits, offset = protection_bits(mapping.protection), self.at + first * sys.PAGE_SIZE
-            sys.mmap(memory.bias + vaddr, count * sys.PAGE_SIZE, bits, flags, self.fd, offset)
+            mapping, length = memory.plan.at(vaddr), count * sys.PAGE_SIZE
+            if mapping is None or vaddr + length > mapping.end:
+                raise LoadError("its pages are of another library")
+            calls.append((vaddr, length, protection_bits(mapping.protection), first * sys.PAGE_SIZE))
+        for vaddr, length, bits, offset in calls:
+            sys.mmap(memory.bias + vaddr, length, bits, flags, self.fd, self.at + offset)
 
     def room(self, memory: Memory) -> NDArray[np.uint8]:
         """From the first cached page to the last, as they lie in memory.
@@ -306,7 +313,9 @@ def read_index(fd: int, size: int) -> Prepared:
     if total != size:
         raise LoadError(f"its file in the cache is damaged: {size:,} bytes, expected {total:,}")
     at = int.from_bytes(os.pread(fd, 8, _HEAD.size), "little")
-    index = os.pread(fd, max(0, at - _HEAD.size), _HEAD.size)
+    if not _HEAD.size < at <= min(total, _MOST_INDEX) or total - at > _MOST_PAGES:
+        raise LoadError("its index is damaged")
+    index = os.pread(fd, at - _HEAD.size, _HEAD.size)
     if zlib.crc32(index) != checksum:
         raise LoadError("its index is damaged")
     facts = json.loads(index[8 : 8 + length])

@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Final
 
@@ -29,7 +30,7 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[Sequence[Piece]]
 
-    @property
+    @cached_property
     def texts(self) -> list[list[str]]:
         """Every row as text, that of the names first."""
         names = [name.removeprefix(">") for name in self.columns]

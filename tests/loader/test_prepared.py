@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from fixtures import build
 from miniloader.elf import Source, read_image
 from miniloader.errors import LoadError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import Event, Library, cache
+from miniloader.loader import Event, Library, cache, prepared
 from miniloader.loader.prepare import entries, prepare, verify
 from tests.loader.conftest import call_in_child
 
@@ -219,6 +220,31 @@ def _of_another(path: Path, kept: Path) -> None:
     os.rename(kept.with_name(entry.name), kept)
 
 
+def _elsewhere(kept: Path) -> None:
+    """The index, whole, says that the last of the cached pages belong behind the library."""
+    head, data = prepared._HEAD, bytearray(kept.read_bytes())
+    magic, _, length, total = head.unpack_from(data)
+    at = int.from_bytes(data[head.size : head.size + 8], "little")
+    runs = head.size + 8 + -(-length // 8) * 8
+    count = json.loads(data[head.size + 8 :][:length])["counts"]["runs"]
+    last = np.frombuffer(data, prepared.RUN, count, runs)[-1:]
+    last["vaddr"] += 1 << 30
+    del last
+    head.pack_into(data, 0, magic, zlib.crc32(data[head.size : at]), length, total)
+    kept.unlink()
+    kept.write_bytes(data)
+    kept.chmod(0o400)
+
+
+def _endless(kept: Path) -> None:
+    """A file of a terabyte, all of it index."""
+    head, size = prepared._HEAD, 1 << 40
+    kept.unlink()
+    kept.write_bytes(head.pack(b"miniprep", 0, 2, size) + size.to_bytes(8, "little"))
+    os.truncate(kept, size)
+    kept.chmod(0o400)
+
+
 _AMISS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "changed": (_touch, "its file has changed since"),
     "replaced": (lambda path, _: os.replace(shutil.copy(path, f"{path}.new"), path), "has changed since"),
@@ -227,6 +253,8 @@ _AMISS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "head": (lambda _, kept: _spoil(kept, 9), "damaged"),
     "index": (lambda _, kept: _spoil(kept, 200), "index is damaged"),
     "pages": (lambda _, kept: _spoil(kept, -1), "pages are damaged"),
+    "elsewhere": (lambda _, kept: _elsewhere(kept), "its pages are of another library"),
+    "endless": (lambda _, kept: _endless(kept), "index is damaged"),
     "other kind": (_other_kind, "another kind"),
     "writable": (lambda _, kept: kept.chmod(0o600), "mode 0600.*expected .* mode 0400"),
     "for others": (lambda _, kept: kept.chmod(0o444), "mode 0444"),
