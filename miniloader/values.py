@@ -1,13 +1,15 @@
-"""Frozen dataclasses, made in a fifth of the time.
+"""Frozen dataclasses that are made when they are first used.
 
-The standard library's ``dataclass(frozen=True)`` compiles six methods for every class: half a millisecond for
-each of the sixty that a command defines.  All of them but ``__init__`` can be the same for every class.  What
-is made here is a dataclass to :mod:`dataclasses` and to type checkers, and behaves as theirs.
+The standard library's ``dataclass(frozen=True)`` compiles six methods for every class: half a millisecond
+for each of the sixty that a command defines, and uses a few of.  Here only ``__init__`` is compiled, and not
+until the class is called, compared or asked for its fields.  What is made is a dataclass to
+:mod:`dataclasses` and to type checkers, and behaves as theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from _thread import RLock
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError
 from operator import attrgetter
@@ -24,27 +26,77 @@ else:
         assert frozen
 
         def make(cls: type) -> type:
-            inherited = any(dataclasses.is_dataclass(base) for base in cls.__bases__)
-            dataclasses.dataclass(init=False, repr=False, eq=False, frozen=inherited)(cls)
-            fields = dataclasses.fields(cls)
-            methods = _METHODS | {"__init__": _initialiser(cls, fields)}
-            if eq:
-                compared = [field.name for field in fields if field.compare]
-                key = attrgetter(*compared) if compared else lambda _: ()
-                methods |= {"__eq__": _equality(key), "__hash__": lambda self: hash(key(self))}
-            for name, method in methods.items():
-                if name not in cls.__dict__ or name in _FREEZING:
-                    setattr(cls, name, method)
-            cls.__dataclass_params__.frozen = True
+            _Unmade(cls, eq=eq)
             return cls
 
         return make
 
 
+class _Unmade:
+    """A class to be made: until then :class:`_Later` stands for all that it will have."""
+
+    def __init__(self, cls: type, *, eq: bool) -> None:
+        self.cls, self._eq, self._made = cls, eq, False
+        self._inherits = any(_DESCRIBING[0] in base.__dict__ for base in cls.__mro__[1:])
+        wanted = (*_DESCRIBING, "__init__", *(_COMPARING if eq else ()))
+        self._later = [name for name in wanted if name not in cls.__dict__]
+        for name in self._later:
+            setattr(cls, name, _Later(self, name))
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = _repr  # type: ignore[method-assign,assignment]
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.cls.__setattr__ = _refuse_set  # type: ignore[method-assign,assignment]
+        self.cls.__delattr__ = _refuse_delete  # type: ignore[method-assign,assignment]
+
+    def make(self) -> None:
+        """Make it, once."""
+        with _LOCK:
+            if self._made:
+                return
+            cls = self.cls
+            if self._inherits:  # from what is frozen: the standard library insists on freezing it as well
+                del cls.__setattr__, cls.__delattr__
+            cls.__doc__ = (
+                cls.__doc__ or cls.__name__
+            )  # or the standard library asks for the signature, too early
+            make = dataclasses.dataclass(
+                init=False, repr=False, eq=False, match_args=False, frozen=self._inherits
+            )
+            fields = dataclasses.fields(make(cls))
+            self._freeze()
+            cls.__dataclass_params__.frozen = True  # type: ignore[attr-defined]
+            compared = [field.name for field in fields if field.compare]
+            key = attrgetter(*compared) if compared else lambda _: ()
+            made = {
+                "__match_args__": tuple(field.name for field in fields if field.init and not field.kw_only),
+                "__init__": _initialiser(cls, fields),
+                "__eq__": _equality(key),
+                "__hash__": lambda self: hash(key(self)),
+            }
+            for name in self._later:
+                if name in made:
+                    setattr(cls, name, made[name])
+            self._made = True
+
+
+class _Later:
+    """Stands for something of a class; to look at it makes the class."""
+
+    def __init__(self, unmade: _Unmade, name: str) -> None:
+        self._unmade, self._name = unmade, name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        self._unmade.make()
+        made = self._unmade.cls.__dict__[self._name]
+        return made.__get__(instance, owner) if callable(made) else made
+
+
 def _initialiser(cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> Callable[..., None]:
     """``__init__`` of the class: the one method that is compiled, since it takes what the class has."""
-    names: dict[str, Any] = {"_set": object.__setattr__, "_missing": MISSING}
-    positional, by_name, body = ["self"], ["*"], []
+    names: dict[str, Any] = {"_missing": MISSING}
+    positional, by_name, values = ["self"], ["*"], []
     for field in fields:
         value, declared = field.name, field.name
         if field.default is not MISSING:
@@ -55,12 +107,14 @@ def _initialiser(cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> Calla
             declared += "=_missing"
             value = f"_make_{field.name}() if {field.name} is _missing else {field.name}"
         (by_name if field.kw_only else positional).append(declared)
-        body.append(f" _set(self, {field.name!r}, {value})")
+        values.append(f"{field.name}={value}")
+    # One call for all fields: setting them one by one, past the refusal to be set, takes twice as long.
+    body = [f" self.__dict__.update({', '.join(values)})"] if values else [" pass"]
     if hasattr(cls, "__post_init__"):
         body.append(" self.__post_init__()")
     arguments = ", ".join(positional + (by_name if len(by_name) > 1 else []))
     made: dict[str, Any] = {}
-    exec(f"def __init__({arguments}):\n" + "\n".join(body or [" pass"]), names, made)
+    exec(f"def __init__({arguments}):\n" + "\n".join(body), names, made)
     initialise: Callable[..., None] = made["__init__"]
     initialise.__qualname__ = f"{cls.__qualname__}.__init__"
     return initialise
@@ -88,5 +142,6 @@ def _repr(self: Any) -> str:
     return f"{type(self).__qualname__}({', '.join(shown)})"
 
 
-_FREEZING: Final = ("__setattr__", "__delattr__")
-_METHODS: Final = {"__setattr__": _refuse_set, "__delattr__": _refuse_delete, "__repr__": _repr}
+_DESCRIBING: Final = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
+_COMPARING: Final = ("__eq__", "__hash__")
+_LOCK: Final = RLock()

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, field
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -87,6 +89,72 @@ def test_without_equality() -> None:
         assert one == one
         assert len({one, kind(1)}) == 2
         assert repr(one) == "alone"
+
+
+def _first_built(kind: type) -> object:
+    return kind(1)
+
+
+def _first_matched(kind: type) -> object:
+    one = object.__new__(kind)
+    one.__dict__.update(x=1, y=2, many=[], secret="", name="")
+    match one:
+        case kind(x, y):  # type: ignore[misc]
+            assert (x, y) == (1, 2)
+    return one
+
+
+def _first_compared(kind: type) -> object:
+    one, other = object.__new__(kind), object.__new__(kind)  # as unpickling makes them
+    for made in (one, other):
+        made.__dict__.update(x=1, y=2, many=[], secret="", name="")
+    assert one == other
+    return one
+
+
+def _first_hashed(kind: type) -> object:
+    one = object.__new__(kind)
+    one.__dict__.update(x=1, y=2, many=[], secret="", name="")
+    assert isinstance(hash(one), int)
+    return one
+
+
+def _first_asked_for_its_fields(kind: type) -> object:
+    assert [field.name for field in dataclasses.fields(kind)] == ["x", "y", "many", "secret", "name"]
+    return kind(1)
+
+
+@pytest.mark.parametrize(
+    "use", [_first_built, _first_matched, _first_compared, _first_hashed, _first_asked_for_its_fields]
+)
+def test_whatever_is_asked_first_makes_it(use: Callable[[type], object]) -> None:
+    kind, further, _ = _defined(values.dataclass)
+    one = use(kind)
+    assert one == kind(1)
+    assert hash(one) == hash(kind(1))
+    assert further(1, 2, z=4).z == 4
+    with pytest.raises(FrozenInstanceError):
+        setattr(one, "x", 3)  # noqa: B010
+
+
+def test_a_derived_one_may_be_used_first() -> None:
+    kind, further, _ = _defined(values.dataclass)
+    assert further(1).sum == 3
+    assert kind(1).many is not kind(1).many
+
+
+def test_threads_may_use_it_first_together() -> None:
+    for _ in range(20):
+        kind, _, _ = _defined(values.dataclass)
+        together = Barrier(4)
+
+        def build(kind: type = kind, together: Barrier = together) -> object:
+            together.wait()
+            return kind(1)
+
+        with ThreadPoolExecutor(4) as threads:
+            built = [threads.submit(build) for _ in range(4)]
+            assert {one.result() for one in built} == {kind(1)}
 
 
 def test_values_can_be_pickled() -> None:

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(1_000_000)  # imports make many objects and no garbage to look for
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # importing numpy starts threads, for nothing here
     _escape_what_cannot_be_printed()
-    return reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
+    status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
+    if argv is None:  # the process ends with this: it need not look for garbage among all that it holds
+        gc.freeze()
+    return status
 
 
 def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -120,7 +121,12 @@ def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool
     def look(on_progress: Callable[[int, int], None] | None) -> Audit:
         explain = causes and not arguments.no_causes
         return audit(
-            pids, library=arguments.library, causes=explain, level=arguments.level, on_progress=on_progress
+            pids,
+            library=arguments.library,
+            causes=explain,
+            level=arguments.level,
+            on_progress=on_progress,
+            jobs=len(os.sched_getaffinity(0)),
         )
 
     if len(pids) < 8 or not sys.stderr.isatty():

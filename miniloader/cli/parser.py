@@ -34,7 +34,20 @@ class Command(Protocol):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises :class:`UsageError` instead of printing several lines and leaving."""
+    """Raises :class:`UsageError` instead of printing several lines and leaving.
+
+    Each argument that is added is formatted once, to see that it can be: not for the width of the terminal,
+    which argparse would import shutil to find.
+    """
+
+    _shown = False
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        return super()._get_formatter() if self._shown else argparse.HelpFormatter(self.prog, width=80)
+
+    def format_help(self) -> str:
+        self._shown = True
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")

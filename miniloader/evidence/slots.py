@@ -131,6 +131,12 @@ class Facts:
             machine = f"{image.header.machine}, {image.header.elf_class} bits"
             self.trouble = f"the relocation kinds of {machine} are not known"
 
+    @cached_property
+    def zeros(self) -> tuple[tuple[int, int], ...]:
+        """The vaddrs [start, end) of its anonymous pages: bss, but for what the file's last page holds."""
+        mappings = self.plan.mappings if self.plan is not None else ()
+        return tuple((one.start, one.end) for one in mappings if one.kind == "zero")
+
     # -- bytes ------------------------------------------------------------------------------------
 
     def pages(self, file_offsets: NDArray[np.uint64]) -> NDArray[np.uint8]:

@@ -105,8 +105,8 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
             parse_vma(line)  # raises at the one that is none
     if start > 0 or end < 1 << 64:
         rows = [row for row in rows if int(row[0], 16) < end and start < int(row[1], 16)]
-    vmas = tuple([_vma(*row) for row in rows])
-    return tuple(map(as_named, vmas)) if _DELETED in text or rb"\012" in text else vmas
+    vmas = [_vma(*row) for row in rows]
+    return tuple([as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas])
 
 
 def as_named(vma: Vma) -> Vma:

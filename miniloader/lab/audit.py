@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -27,6 +28,7 @@ from miniloader.lab.audited import (
     PrivatePage,
     Unreadable,
 )
+from miniloader.lab.helpers import share_out
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.survey import FileInProcess, Survey, survey
 from miniloader.values import dataclass
@@ -35,6 +37,7 @@ __all__ = ["audit", "matches"]
 
 _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
+_WORTH_A_JOB: Final = 12  # processes; to look at fewer takes no longer than to ask for help
 _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
@@ -45,43 +48,63 @@ def audit(
     causes: bool = True,
     level: LevelName | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    jobs: int = 1,
 ) -> Audit:
     """Look at the processes ``pids`` and say of every file they have privately mapped what is shared.
 
     ``library`` chooses files by a shell pattern, or a part of the path.  ``causes=False`` only counts.
     ``level`` asks for less evidence than the best that works here.  ``on_progress`` is told how many
-    processes are done, of how many.  Nothing is stopped, nothing written, nothing mapped into the processes.
+    processes are done, of how many.  So many ``jobs`` look at once: more than one forks, which is not for a
+    program with threads (fork(2)).  Nothing is stopped, nothing written, nothing mapped into the processes.
 
     A process that ends meanwhile or may not be read is listed as unreadable.  Raises EvidenceError where
     the kernel tells nothing about pages (below level ``flags``), or less than ``level``.
     """
     chosen = _chosen(level)
-    wanted = _wanted(library)
-    files, surveys, unreadable = MappedFiles(), list[Survey](), list[Unreadable]()
-    when, every = time.time(), list(dict.fromkeys(pids))
-    for number, pid in enumerate(every):
-        if on_progress is not None:
-            on_progress(number, len(every))
-        try:
-            surveys.append(survey(pid, files, causes=causes, frames=chosen == "frames", wanted=wanted))
-        except ProcessGone as error:
-            unreadable.append(Unreadable(pid, error.message, ""))
-        except EvidenceError as error:
-            unreadable.append(Unreadable(pid, error.message, error.hint or ""))
+    files, every, when = MappedFiles(), list(dict.fromkeys(pids)), time.time()
+    look = partial(survey, files=files, causes=causes, frames=chosen == "frames", wanted=_wanted(library))
+    shares = max(1, min(jobs, len(every) // _WORTH_A_JOB))
+    done = 0
+
+    def part(of: Sequence[int]) -> list[Survey | Unreadable]:
+        nonlocal done
+        seen = list[Survey | Unreadable]()
+        for pid in of:
+            if on_progress is not None:
+                on_progress(done, len(every))
+            seen.append(_look(pid, look))
+            done = min(done + shares, len(every))
+        return seen
+
+    # The first is looked at before anybody helps: most of the files are known then.
+    seen = [part(every[:1]), *share_out(part, every[1:], shares)]
+    surveys = [one for some in seen for one in some if isinstance(one, Survey)]
+    for here in (here for one in surveys for here in one.files):
+        here.file = files.same(here.file)  # a helper's are its own
+    mine = _by_process(surveys)
     return Audit(
         level=chosen,
         when=when,
         page_size=PAGE_SIZE,
         explained=causes,
-        processes=_costs(surveys, chosen),
+        processes=_costs(surveys, mine, chosen),
         libraries=tuple(
             sorted(
-                (_library(mine, chosen, causes) for mine in _grouped(surveys)),
+                (_library(group, chosen, causes) for group in _grouped(mine)),
                 key=lambda one: (-one.private, -one.present, one.path),
             )
         ),
-        unreadable=tuple(unreadable),
+        unreadable=tuple(one for some in seen for one in some if isinstance(one, Unreadable)),
     )
+
+
+def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
+    try:
+        return look(pid)
+    except ProcessGone as error:
+        return Unreadable(pid, error.message, "")
+    except EvidenceError as error:
+        return Unreadable(pid, error.message, error.hint or "")
 
 
 def matches(pattern: str, *texts: str) -> bool:
@@ -110,17 +133,15 @@ def _chosen(level: LevelName | None) -> LevelName:
 
 
 # -------------------------------------------------------------------------------------------- processes
-def _costs(surveys: Sequence[Survey], level: LevelName) -> tuple[AuditedProcess, ...]:
-    """What each process costs; all frames are asked about at once, since most are shared."""
+def _costs(
+    surveys: Sequence[Survey], files: Sequence[Sequence[_InProcess]], level: LevelName
+) -> tuple[AuditedProcess, ...]:
+    """What each process costs, with its ``files``."""
     pss: list[int | None] = [None] * len(surveys)
     ksm: list[int | None] = [None] * len(surveys)
     if level == "frames" and surveys:
-        shared = _distinct([one.frames for one in surveys])
         try:
-            # A page that has been given up since counts as its own, not as infinitely shared.
-            share = PAGE_SIZE / np.maximum(map_counts(shared), np.uint64(1)).astype(np.float64)
-            shares = [float(share[np.searchsorted(shared, one.frames)].sum()) for one in surveys]
-            pss = [round(one.exclusive * PAGE_SIZE + part) for one, part in zip(surveys, shares, strict=True)]
+            pss = [*_proportional(surveys, files)]
             ksm = [*_merged(surveys)]
         except EvidenceError:
             pass  # kpagecount is for root alone: PSS stays unknown
@@ -144,36 +165,66 @@ def _costs(surveys: Sequence[Survey], level: LevelName) -> tuple[AuditedProcess,
     )
 
 
+def _proportional(surveys: Sequence[Survey], files: Sequence[Sequence[_InProcess]]) -> list[int]:
+    """The PSS of each process in bytes.
+
+    The kernel is asked at once about the frames of all, and each array of them is looked up only once.
+    """
+    others = [one.frames_outside_files for one in surveys]
+    arrays = {id(one.own): one.own for mine in files for one in mine} | {id(one): one for one in others}
+    frames = _distinct(arrays.values())
+    # A page that has been given up since counts as its own, not as infinitely shared.
+    shares = PAGE_SIZE / np.maximum(map_counts(frames), np.uint64(1)).astype(np.float64)
+    part = {key: float(shares[np.searchsorted(frames, array)].sum()) for key, array in arrays.items()}
+    return [
+        round(survey.alone * PAGE_SIZE + part[id(other)] + sum([part[id(one.own)] for one in mine]))
+        for survey, other, mine in zip(surveys, others, files, strict=True)
+    ]
+
+
 def _merged(surveys: Sequence[Survey]) -> list[int]:
     """How many pages of each process KSM has merged; it need not be asked of each where KSM never ran."""
     if not has_merged():
         return [0] * len(surveys)
-    anonymous = _distinct([one.anonymous_frames for one in surveys])
+    anonymous = _distinct([one.copies.frames for one in surveys])
     merged = anonymous[(frame_flags(anonymous) & KPF["ksm"].mask).astype(np.bool_)]
-    return [int(np.isin(one.anonymous_frames, merged).sum()) for one in surveys]
+    return [int(np.isin(one.copies.frames, merged).sum()) for one in surveys]
 
 
-def _distinct(arrays: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """The different values in all arrays, sorted.
-
-    Processes that run the same program often have just the same arrays: one of them is enough.
-    """
-    different = {array.tobytes(): array for array in arrays}
-    return distinct(np.concatenate([np.empty(0, np.uint64), *different.values()]))
+def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """The different values in all arrays, sorted."""
+    return distinct(np.concatenate([np.empty(0, np.uint64), *arrays]))
 
 
 # -------------------------------------------------------------------------------------------- libraries
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _InProcess:
-    """A file in a process, and whose it is."""
+    """A file in a process, whose it is, and the frames of the pages that are its own.
+
+    Processes that run the same program often have just the same: then it is one array.
+    """
 
     pid: int
     here: FileInProcess
+    own: NDArray[np.uint64]
 
 
-def _grouped(surveys: Sequence[Survey]) -> list[list[_InProcess]]:
+def _by_process(surveys: Sequence[Survey]) -> list[list[_InProcess]]:
+    """The files of each process."""
+    known: dict[tuple[int, bytes], NDArray[np.uint64]] = {}
+    found = []
+    for one in surveys:
+        found.append(list[_InProcess]())
+        for here in one.files:
+            frames = here.file_frames
+            own = known.setdefault((here.file.number, frames.tobytes()), frames)
+            found[-1].append(_InProcess(one.pid, here, own))
+    return found
+
+
+def _grouped(files: Sequence[Sequence[_InProcess]]) -> list[list[_InProcess]]:
     """What belongs to one library: files with one build-id, or with a frame in common."""
-    every = [_InProcess(one.pid, here) for one in surveys for here in one.files]
+    every = [one for mine in files for one in mine]
     leader: dict[int, int] = {}
 
     def root(number: int) -> int:
@@ -182,10 +233,9 @@ def _grouped(surveys: Sequence[Survey]) -> list[list[_InProcess]]:
         return number
 
     by_build_id: dict[str, int] = {}
-    for one in every:
-        build_id, number = one.here.file.build_id, one.here.file.number
-        if build_id is not None:
-            leader[root(number)] = root(by_build_id.setdefault(build_id, number))
+    for file in {one.here.file.number: one.here.file for one in every}.values():
+        if file.build_id is not None:
+            leader[root(file.number)] = root(by_build_id.setdefault(file.build_id, file.number))
     for first, second in _with_common_frames(every):
         leader[root(first)] = root(second)
     groups: dict[int, list[_InProcess]] = {}
@@ -196,12 +246,10 @@ def _grouped(surveys: Sequence[Survey]) -> list[list[_InProcess]]:
 
 def _with_common_frames(every: Sequence[_InProcess]) -> Iterable[tuple[int, int]]:
     """Pairs of file numbers that have a frame of the page cache in common: one file under two names."""
-    different = {
-        (one.here.file.number, one.here.file_frames.tobytes()): one.here.file_frames for one in every
-    }
-    frames = np.concatenate([np.empty(0, np.uint64), *different.values()])
+    different = {id(one.own): one for one in every}.values()
+    frames = np.concatenate([np.empty(0, np.uint64), *[one.own for one in different]])
     number = np.repeat(
-        np.array([number for number, _ in different], np.int64), [len(one) for one in different.values()]
+        np.array([one.here.file.number for one in different], np.int64), [len(one.own) for one in different]
     )
     frames, number = frames[frames != 0], number[frames != 0]
     order = np.argsort(frames, kind="stable")
@@ -215,7 +263,7 @@ def _library(mine: Sequence[_InProcess], level: LevelName, causes: bool) -> Audi
     paths = Counter(one.here.file.identity.path for one in mine)
     file = next((one.here.file for one in mine if one.here.file.facts is not None), mine[0].here.file)
     return AuditedLibrary(
-        path=paths.most_common(1)[0][0],
+        path=max(paths, key=paths.__getitem__),
         build_id=next((one.here.file.build_id for one in mine if one.here.file.build_id), None),
         files=_separate_files(mine),
         frames=_frames(mine, level),
@@ -227,15 +275,14 @@ def _library(mine: Sequence[_InProcess], level: LevelName, causes: bool) -> Audi
 
 def _in_process(one: _InProcess) -> LibraryProcess:
     here = one.here
-    private = len(here.vaddrs)
     return LibraryProcess(
         pid=one.pid,
         base=here.base,
         mapped=here.mapped,
-        present=here.present,
-        shared=here.present - private,
-        private=private,
-        inherited=int(np.count_nonzero(~here.exclusive)),
+        present=here.shared + here.private,
+        shared=here.shared,
+        private=here.private,
+        inherited=len(here.inherited_frames),
         bss=len(here.bss_vaddrs),
         swapped=here.swapped,
         beforehand=here.beforehand,
@@ -258,13 +305,14 @@ def _separate_files(mine: Sequence[_InProcess]) -> int:
 def _frames(mine: Sequence[_InProcess], level: LevelName) -> int:
     """The pages of memory behind all present pages."""
     if level == "frames":
-        return len(_distinct([array for one in mine for array in (one.here.file_frames, one.here.frames)]))
+        # A copy that is mapped once is a frame of its own; the others may be anybody's.
+        several = [one.here.inherited_frames for one in mine]
+        alone = sum([one.here.private for one in mine]) - sum([len(frames) for frames in several])
+        return alone + len(_distinct([*{id(one.own): one.own for one in mine}.values(), *several]))
     places: dict[int, list[NDArray[np.uint64]]] = {}
     for one in mine:
         places.setdefault(one.here.file.number, []).append(one.here.own_offsets)
-    return sum(len(_distinct(offsets)) for offsets in places.values()) + sum(
-        len(one.here.vaddrs) for one in mine
-    )
+    return sum(len(_distinct(offsets)) for offsets in places.values()) + sum(one.here.private for one in mine)
 
 
 # ------------------------------------------------------------------------------------------------ pages

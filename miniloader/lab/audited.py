@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -188,6 +187,8 @@ class Audit:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file: all of it, or nothing; MiniloaderError says why not."""
+        import json
+
         text = json.dumps(self.to_json())  # ASCII, whatever the names
         try:
             write_whole(path, [text.encode()])
@@ -197,6 +198,8 @@ class Audit:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what :meth:`save` wrote; UsageError, or OSError."""
+        import json
+
         with open(path, encoding="utf-8") as file:
             try:
                 return cls.from_json(json.load(file))

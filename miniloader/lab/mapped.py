@@ -35,20 +35,24 @@ def identity_of(vma: Vma) -> Identity:
 
 
 class MappedFile:
-    """A file that is mapped somewhere.
+    """A file that is mapped somewhere: by process ``pid`` at ``vma``, where it was met first.
 
     ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
     itself cannot be read, for the reason ``trouble``.  ``arrangements`` is for who looks at its mappings: for
     their extents and file offsets, from the first one's start on, the load bias from there and which of them
-    belong together; it holds for these ``facts``.
+    belong together; it holds for these ``facts``.  Pickled, it is only where it was met.
     """
 
-    def __init__(self, number: int, identity: Identity) -> None:
-        self.number, self.identity = number, identity
+    def __init__(self, number: int, pid: int, vma: Vma) -> None:
+        self.number, self.pid, self.vma = number, pid, vma
+        self.identity = identity_of(vma)
         self.build_id: str | None = None
         self.facts: Facts | None = None
         self.trouble = ""
         self.arrangements: dict[tuple[tuple[int, int, int], ...], tuple[int, list[int]]] = {}
+
+    def __reduce__(self) -> tuple[type[MappedFile], tuple[int, int, Vma]]:
+        return MappedFile, (self.number, self.pid, self.vma)
 
 
 class MappedFiles:
@@ -67,11 +71,15 @@ class MappedFiles:
         identity = identity_of(vma)
         file = self._known.get(identity)
         if file is None:
-            file = self._known[identity] = MappedFile(len(self._known), identity)
+            file = self._known[identity] = MappedFile(len(self._known), pid, vma)
             self._look(file, pid, vma)
         elif file.facts is None:  # another process may offer a way to it
             self._open(file, pid, vma)
         return file
+
+    def same(self, file: MappedFile) -> MappedFile:
+        """The file that another process has met, as this one knows it."""
+        return self._known.get(file.identity) or self.of(file.pid, file.vma)
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -15,7 +16,10 @@ from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, sca
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 
-__all__ = ["Pages", "Some", "number"]
+__all__ = ["Pages", "Rows", "Some", "length", "number"]
+
+#: Which rows of an array: most often one after another.
+Rows = slice | NDArray[np.intp]
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 _LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
@@ -23,7 +27,12 @@ _NOT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})  # coun
 
 
 class Pages:
-    """Every page of a process that is worth a word: flat arrays over all mappings."""
+    """Every page of a process that is worth a word: flat arrays over all mappings.
+
+    ``copied`` and ``own`` (pages of files, and of shared memory) are the two kinds that are counted; of them
+    ``copies`` and ``originals`` keep what an audit asks for.  ``anonymous`` are the addresses of the copied
+    pages that lie in no file's mapping, ``swapped_in`` how many of each mapping are swapped out.
+    """
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
         self._pagemap = pagemap
@@ -38,32 +47,30 @@ class Pages:
         self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self.addresses += np.repeat(zeroth, lengths)
         self._mappings = len(vmas)
-        self.present = (self.entries & PRESENT).astype(np.bool_)
-        self.file = (self.entries & FILE).astype(np.bool_)
+        present = (self.entries & PRESENT).astype(np.bool_)
+        file = (self.entries & FILE).astype(np.bool_)
         self.zero, self.huge = self._scanned(vmas)
-        unreal = np.array([vma.path in _NOT_PAGES for vma in vmas])
-        self.counted = self.present & ~self.zero & ~unreal[self.vma]
-        self.copied = self.counted & ~self.file
-        self.own = self.counted & self.file
-        nameless = self.copied & np.array([not vma.inode for vma in vmas])[self.vma]
-        self.anonymous = self.addresses[nameless]
-        self.exclusive = (self.entries & EXCLUSIVE).astype(np.bool_)
+        self.counted = present & ~self.zero
+        self.counted &= np.array([vma.path not in _NOT_PAGES for vma in vmas])[self.vma]
+        self.own = self.counted & file
+        self.copied = self.counted ^ self.own
         self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
-        self.frames = self.entries & FRAME if frames else np.zeros(len(self.entries), np.uint64)
-        # What is to be added to an address for its place in the file.
         shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
-        self.copies, self.originals = self._some(self.copied, shift), self._some(self.own, shift)
+        frame = FRAME if frames else np.uint64(0)
+        copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
+        self.copies, self.originals = self._some(copied, shift, frame), self._some(own, shift, frame)
+        nameless = np.array([not vma.inode for vma in vmas])
+        self.anonymous = self.copies.addresses[nameless[self.vma[copied]]]
 
-    def _some(self, mask: NDArray[np.bool_], shift: NDArray[np.uint64]) -> Some:
-        rows = np.flatnonzero(mask)
-        addresses, vma = self.addresses[rows], self.vma[rows]
+    def _some(self, rows: NDArray[np.intp], shift: NDArray[np.uint64], frame: np.uint64) -> Some:
+        entries = self.entries[rows]
         return Some(
-            addresses,
-            addresses + shift[vma],
-            self.frames[rows],
-            self.exclusive[rows],
-            np.searchsorted(vma, np.arange(self._mappings + 1)).tolist(),
+            addresses=self.addresses[rows],
+            frames=entries & frame,
+            exclusive=(entries & EXCLUSIVE).astype(np.bool_),
+            starts=np.searchsorted(self.vma[rows], np.arange(self._mappings + 1)).tolist(),
+            shift=shift,
         )
 
     def _read(self) -> NDArray[np.uint64]:
@@ -99,21 +106,38 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class Some:
-    """Some of the pages, a column for what is asked of each; those of mapping ``i`` begin at ``ends[i]``."""
+    """Some of the pages, a column for what is asked of each; those of mapping ``i`` begin at ``starts[i]``.
+
+    ``shift`` is for each mapping what is to be added to an address for its place in the file.
+    """
 
     addresses: NDArray[np.uint64]
-    file_offsets: NDArray[np.uint64]
     frames: NDArray[np.uint64]
     exclusive: NDArray[np.bool_]
-    ends: Sequence[int] = ()
+    starts: Sequence[int]
+    shift: NDArray[np.uint64]
 
-    def of(self, indices: Sequence[int]) -> Some:
+    @cached_property
+    def file_offsets(self) -> NDArray[np.uint64]:
+        """The place of each in the file that is mapped there."""
+        return self.addresses + np.repeat(self.shift, np.diff(self.starts))
+
+    def rows(self, indices: Sequence[int]) -> Rows:
         """Those of these mappings, which are in order and most often follow one another."""
-        first, last, ends = indices[0], indices[-1], self.ends
-        rows: slice | NDArray[np.intp] = slice(ends[first], ends[last + 1])
-        if last - first != len(indices) - 1:
-            rows = np.concatenate([np.arange(ends[index], ends[index + 1]) for index in indices])
-        return Some(self.addresses[rows], self.file_offsets[rows], self.frames[rows], self.exclusive[rows])
+        first, last, starts = indices[0], indices[-1], self.starts
+        if last - first == len(indices) - 1:
+            return slice(starts[first], starts[last + 1])
+        return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
+
+    @cached_property
+    def several(self) -> NDArray[np.uint64]:
+        """The frames of those that are mapped more than once."""
+        return self.frames[~self.exclusive]
+
+
+def length(rows: Rows) -> int:
+    """How many they are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def number(mask: NDArray[np.bool_]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
-from miniloader.lab.process_pages import Pages, number
+from miniloader.lab.process_pages import Pages, Rows, Some, length, number
 from miniloader.values import dataclass
 
 __all__ = ["CHANGED", "FileInProcess", "Survey", "locate", "space_of", "survey"]
@@ -30,18 +30,21 @@ __all__ = ["CHANGED", "FileInProcess", "Survey", "locate", "space_of", "survey"]
 CHANGED: Final = "changed while we looked"
 _TOP: Final = 1 << 63  # above is the kernel's half
 _LOW: Final = 1 << 40  # below, there may be no room for a load bias
+_NO_VADDRS: Final = np.empty(0, np.uint64)
+_NO_CAUSES: Final = np.empty(0, np.uint8)
+_NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class FileInProcess:
-    """A file as it lies in one process; all arrays are by copied page, ascending by vaddr.
+    """A file as it lies in one process; its copied pages and its own ones are rows of what the process has.
 
-    ``base`` is the load bias.  ``frames`` are 0 where they are hidden.  ``causes`` are sets of bits, 0 where
-    nobody asked; ``reasons`` says of some pages (by index) why they are unknown; ``written`` has a row
-    (page, symbol number, cause bit) for each symbol that was written to.  ``file_frames`` are the frames of
-    the pages that are still the file's own, ``own_offsets`` their places in it.
-    ``bss_vaddrs`` are the present anonymous pages of the image's bss.  ``beforehand`` is how many present
-    pages are not the file's but a prepared copy's, relocated and shared (:mod:`miniloader.lab.beforehand`).
+    ``base`` is the load bias.  ``mapped`` and ``swapped`` count pages.  ``bss_vaddrs`` are the present
+    anonymous pages of the image's bss.  ``causes`` are sets of bits, one for each copied page (none where
+    nobody asked); ``reasons`` says of some copied pages (by index) why they are unknown; ``written`` has a
+    row (page, symbol number, cause bit) for each symbol that was written to.  ``beforehand`` is how many
+    present pages are not the file's but a prepared copy's, relocated and shared
+    (:mod:`miniloader.lab.beforehand`).
     """
 
     file: MappedFile
@@ -49,24 +52,63 @@ class FileInProcess:
     start: int
     end: int
     mapped: int
-    present: int
     swapped: int
-    vaddrs: NDArray[np.uint64]
-    file_offsets: NDArray[np.uint64]
-    frames: NDArray[np.uint64]
-    exclusive: NDArray[np.bool_]
-    file_frames: NDArray[np.uint64]
-    own_offsets: NDArray[np.uint64]
     bss_vaddrs: NDArray[np.uint64]
+    copies: Some
+    copied: Rows
+    originals: Some
+    own: Rows
     causes: NDArray[np.uint8]
     reasons: dict[int, str]
     written: NDArray[np.int64]
     beforehand: int = 0
 
     @property
+    def private(self) -> int:
+        """How many pages are copies."""
+        return length(self.copied)
+
+    @property
+    def shared(self) -> int:
+        """How many present pages are the file's own."""
+        return length(self.own)
+
+    @property
     def addresses(self) -> NDArray[np.uint64]:
-        """The address of each copied page."""
-        return self.vaddrs + np.uint64(self.base % 2**64)
+        """The address of each copied page, ascending."""
+        return self.copies.addresses[self.copied]
+
+    @property
+    def vaddrs(self) -> NDArray[np.uint64]:
+        """The vaddr of each copied page."""
+        return self.addresses - np.uint64(self.base % 2**64)
+
+    @property
+    def file_offsets(self) -> NDArray[np.uint64]:
+        """The place in the file that each copied page is a copy of."""
+        return self.copies.file_offsets[self.copied]
+
+    @property
+    def frames(self) -> NDArray[np.uint64]:
+        """The frame of each copied page; 0 where it is hidden."""
+        return self.copies.frames[self.copied]
+
+    @property
+    def inherited_frames(self) -> NDArray[np.uint64]:
+        """The frames of the copied pages that a relative by fork has, too."""
+        if not len(self.copies.several):
+            return self.copies.several
+        return self.frames[~self.copies.exclusive[self.copied]]
+
+    @property
+    def file_frames(self) -> NDArray[np.uint64]:
+        """The frames of the pages that are the file's own; 0 where they are hidden."""
+        return self.originals.frames[self.own]
+
+    @property
+    def own_offsets(self) -> NDArray[np.uint64]:
+        """The places of these pages in the file."""
+        return self.originals.file_offsets[self.own]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +116,8 @@ class Survey:
     """One process; page counts over all its mappings.
 
     ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
-    than once, by a family of forks or by KSM) count pages as ``smaps`` does; ``frames`` are those of
-    the rss pages that are not exclusive.
+    than once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous
+    pages, ``originals`` the other ones.
     """
 
     pid: int
@@ -89,9 +131,22 @@ class Survey:
     zero: int
     huge: int
     swapped: int
-    frames: NDArray[np.uint64]
-    anonymous_frames: NDArray[np.uint64]
+    copies: Some
+    originals: Some
     files: tuple[FileInProcess, ...]
+
+    @property
+    def alone(self) -> int:
+        """How many anonymous pages are mapped by nobody else."""
+        return self.anonymous - self.anonymous_shared
+
+    @property
+    def frames_outside_files(self) -> NDArray[np.uint64]:
+        """The frames of the other rss pages, but for the own pages of ``files``."""
+        outside = np.ones(len(self.originals.frames), np.bool_)
+        for one in self.files:
+            outside[one.own] = False
+        return np.concatenate([self.copies.several, self.originals.frames[outside]])
 
 
 def survey(
@@ -123,7 +178,8 @@ def locate(
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
     vmas, beforehand = _mappings(pid, files)
     pages = Pages(pagemap, vmas, frames=frames)
-    found = [one for indices in _by_file(vmas) for one in _placed(pid, files, vmas, indices, pages)]
+    places = [place for indices in _by_file(vmas) for place in _places(pid, files, vmas, indices)]
+    found = _files_in_process(places, vmas, pages)
     if beforehand:
         for one in found:
             inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
@@ -148,14 +204,14 @@ def _summed(
         parent=parent,
         started=started,
         rss=number(pages.counted),
-        exclusive=number(pages.counted & pages.exclusive),
-        anonymous=number(pages.copied),
-        anonymous_shared=number(pages.copied & ~pages.exclusive),
+        exclusive=number(pages.copies.exclusive) + number(pages.originals.exclusive),
+        anonymous=len(pages.copies.exclusive),
+        anonymous_shared=number(~pages.copies.exclusive),
         zero=number(pages.zero),
         huge=number(pages.huge & pages.counted),
         swapped=number(pages.swapped),
-        frames=pages.frames[pages.counted & ~pages.exclusive],
-        anonymous_frames=pages.frames[pages.copied],
+        copies=pages.copies,
+        originals=pages.originals,
         files=files,
     )
 
@@ -176,18 +232,23 @@ def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
     return found.values()
 
 
-def _placed(
-    pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int], pages: Pages
-) -> list[FileInProcess]:
+class _Place(NamedTuple):
+    """A file in the process: its load bias, and its mappings (by index)."""
+
+    file: MappedFile
+    bias: int
+    indices: list[int]
+
+
+def _places(pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int]) -> Iterable[_Place]:
     """Where the file of these mappings lies: once, or several times."""
     file = files.of(pid, vmas[indices[0]])
-    found, left = [], indices
+    left = indices
     while left:
         bias, places = _together(file, [vmas[index] for index in left])
         mine = [left[place] for place in places]
-        found.append(_file_in_process(file, bias, vmas, mine, pages))
+        yield _Place(file, bias, mine)
         left = [index for index in left if index not in mine] if len(mine) < len(left) else []
-    return found
 
 
 def _together(file: MappedFile, vmas: Sequence[Vma]) -> tuple[int, list[int]]:
@@ -231,42 +292,43 @@ def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bo
     return vma.file_offset == mapping.file_offset + (vma.start - bias - mapping.start)
 
 
-def _file_in_process(
-    file: MappedFile, bias: int, vmas: Sequence[Vma], indices: list[int], pages: Pages
-) -> FileInProcess:
-    copied, own = pages.copies.of(indices), pages.originals.of(indices)
-    count = len(copied.frames)
-    return FileInProcess(
-        file=file,
-        base=bias,
-        start=vmas[indices[0]].start,
-        end=vmas[indices[-1]].end,
-        mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
-        present=count + len(own.frames),
-        swapped=sum([pages.swapped_in[index] for index in indices]),
-        vaddrs=copied.addresses - np.uint64(bias % 2**64),
-        file_offsets=copied.file_offsets,
-        frames=copied.frames,
-        exclusive=copied.exclusive,
-        file_frames=own.frames,
-        own_offsets=own.file_offsets,
-        bss_vaddrs=_bss(file, bias, pages),
-        causes=np.zeros(count, np.uint8),
-        reasons={},
-        written=np.empty((0, 3), np.int64),
-    )
+def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Pages) -> list[FileInProcess]:
+    copies, originals = pages.copies, pages.originals
+    found = [
+        FileInProcess(
+            file=file,
+            base=bias,
+            start=vmas[indices[0]].start,
+            end=vmas[indices[-1]].end,
+            mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
+            swapped=sum([pages.swapped_in[index] for index in indices]),
+            bss_vaddrs=_NO_VADDRS,
+            copies=copies,
+            copied=copies.rows(indices),
+            originals=originals,
+            own=originals.rows(indices),
+            causes=_NO_CAUSES,
+            reasons={},
+            written=_NOTHING_WRITTEN,
+        )
+        for file, bias, indices in places
+    ]
+    _find_bss(found, pages.anonymous)
+    return found
 
 
-def _bss(file: MappedFile, bias: int, pages: Pages) -> NDArray[np.uint64]:
-    """The vaddrs of the present anonymous pages of the image's bss."""
-    plan = file.facts.plan if file.facts is not None else None
-    found = [np.empty(0, np.uint64)]
-    for mapping in plan.mappings if plan is not None else ():
-        if mapping.kind == "zero":
-            ends = np.array([bias + mapping.start, bias + mapping.end], np.uint64)
-            low, high = np.searchsorted(pages.anonymous, ends)
-            found.append(pages.anonymous[low:high] - np.uint64(bias))
-    return np.concatenate(found) if len(found) > 1 else found[0]
+def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
+    """Set the vaddrs of the present anonymous pages of each image's bss: all are looked up at once."""
+    whose, ends = list[FileInProcess](), list[int]()
+    for one in found:
+        for start, end in one.file.facts.zeros if one.file.facts is not None else ():
+            whose.append(one)
+            ends += (one.base + start, one.base + end)
+    at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
+    for one, low, high in zip(whose, at[::2], at[1::2], strict=True):
+        if low < high:
+            vaddrs = anonymous[low:high] - np.uint64(one.base)
+            one.bss_vaddrs = np.concatenate([one.bss_vaddrs, vaddrs]) if len(one.bss_vaddrs) else vaddrs
 
 
 def _explain(
@@ -279,6 +341,8 @@ def _explain(
 ) -> None:
     """Fill in the causes, and take back what may have changed meanwhile."""
     space = space_of(vmas, found)
+    for one in chosen:
+        one.causes = np.zeros(one.private, np.uint8)
     try:
         with ProcessMemory(pid) as memory:
             for one in chosen:
@@ -287,7 +351,7 @@ def _explain(
         raise
     except EvidenceError as error:
         for one in chosen:
-            _unknown(one, np.arange(len(one.vaddrs)), str(error))
+            _unknown(one, np.arange(one.private), str(error))
         return
     changed = pages.addresses[pages.changed()]
     after = {vma.start: vma for vma in _mappings(pid, files)[0]}
@@ -313,10 +377,10 @@ def space_of(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
 
 
 def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> None:
-    if not len(one.vaddrs):
+    if not one.private:
         return
     if one.file.facts is None:
-        _unknown(one, np.arange(len(one.vaddrs)), one.file.trouble)
+        _unknown(one, np.arange(one.private), one.file.trouble)
         return
     live, read = memory.pages(one.addresses)
     try:
@@ -324,9 +388,9 @@ def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> Non
             one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live, words="none"
         )
     except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
-        _unknown(one, np.arange(len(one.vaddrs)), str(error))
+        _unknown(one, np.arange(one.private), str(error))
         return
-    one.causes[:], one.written = answer.causes, answer.written
+    one.causes, one.written = answer.causes, answer.written
     trouble = one.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
     one.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
     _unknown(one, np.flatnonzero(~read), CHANGED)

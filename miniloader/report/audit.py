@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -330,6 +329,8 @@ _CHANGES = {"private": "went private", "rewritten": "written again", "returned":
 def write_csv(audit: Audit, file: IO[str]) -> None:
     """A row for each library in each process: pages, as numbers; names as they are."""
     fields = ("base", *_COUNTED, "inherited", "swapped")
+    import csv
+
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "build_id", "pid", *fields])
     for library in audit.libraries:

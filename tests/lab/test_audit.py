@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 import miniloader
 from miniloader.errors import EvidenceError, UsageError
+from miniloader.kernel.features import LevelName
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.scan import IS_FILE, IS_GUARD, IS_PRESENT, IS_ZERO, scan
@@ -437,6 +439,43 @@ def test_progress_is_told(servers: list[int]) -> None:
     progress: Callable[[int, int], None] = lambda done, of: told_of.append((done, of))  # noqa: E731
     miniloader.audit(servers, causes=False, on_progress=progress)
     assert told_of == [(number, len(servers)) for number in range(len(servers))]
+
+
+# ---------------------------------------------------------------------------------- several at a time
+@pytest.mark.parametrize("level", ["frames", "flags"])
+@pytest.mark.parametrize("causes", [True, False])
+def test_several_jobs_find_the_same(causes: bool, level: LevelName, demo: Path, tmp_path: Path) -> None:
+    """A family, some strangers, and at the end, where only a helper looks, a file that nobody else has."""
+    if level == "frames" and best_level() != "frames":
+        pytest.skip("needs root: frames")
+    path = copy(demo, tmp_path / "last.so")
+    load = f"lib = ctypes.CDLL({str(path)!r}); ctypes.c_long.in_dll(lib, 'demo_spare').value = 7"
+    with told("import ssl") as parent, told_children(parent, 30) as children, told(load) as last:
+        nobody = subprocess.Popen(["true"])
+        nobody.wait()
+        pids = [parent.pid, *children, nobody.pid, last.pid]
+        alone, together = (miniloader.audit(pids, causes=causes, level=level, jobs=jobs) for jobs in (1, 3))
+    assert together.libraries == alone.libraries
+    assert together.unreadable == alone.unreadable
+    # Who else maps a file meanwhile changes what somebody alone maps.
+    assert [replace(one, pss=None, uss=0) for one in together.processes] == [
+        replace(one, pss=None, uss=0) for one in alone.processes
+    ]
+    assert [one.pid for one in together.processes] == [parent.pid, *children, last.pid]
+    assert [one.pid for one in together.unreadable] == [nobody.pid]
+    if causes:
+        (page,) = [one for one in together.library(str(path)).private_pages if "write" in one.causes]
+        assert (page.written, page.pids) == (("demo_spare",), (last.pid,))
+
+
+def test_progress_of_several_jobs(demo: Path) -> None:
+    told_of: list[tuple[int, int]] = []
+    progress: Callable[[int, int], None] = lambda done, of: told_of.append((done, of))  # noqa: E731
+    with told() as parent, told_children(parent, 29) as children:
+        miniloader.audit([parent.pid, *children], causes=False, on_progress=progress, jobs=2)
+    assert told_of == sorted(told_of)
+    assert {of for _, of in told_of} == {30}
+    assert told_of[-1][0] in range(26, 31)
 
 
 # ------------------------------------------------------------------------------------ which processes

@@ -1,0 +1,118 @@
+"""Work on a list, done by several processes at once: this one, and helpers that it forks.
+
+A helper knows all that this process knows, and leaves its answer in memory: arrays are used where it has put
+them (pickle protocol 5, PEP 574).  The standard library's pools take longer to import than most work here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from miniloader.kernel import syscalls
+
+__all__ = ["share_out"]
+
+_MINE, _A_HELPER_S = 8, 7  # how large the parts are: a helper has to write its answer, too
+_ALIGNED = 16  # bytes; where an array may begin
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+def share_out(
+    work: Callable[[Sequence[_Item]], _Answer], items: Sequence[_Item], parts: int
+) -> list[_Answer]:
+    """What ``work`` answers for each of so many ``parts`` of ``items``, in order, all done at once.
+
+    Answers of helpers are pickled.  What a helper does not answer, since it cannot be started, fails or dies,
+    is done here in the end, and raises here.  For a program without threads: one of them could hold a lock
+    for ever that ``work`` needs in the helper (fork(2)).
+    """
+    whole = _MINE + _A_HELPER_S * (parts - 1)
+    bounds = [0] + [len(items) * (_MINE + _A_HELPER_S * part) // whole for part in range(parts)]
+    mine, *others = [items[start:end] for start, end in pairwise(bounds)]
+    helpers = list[_Helper]()
+    try:
+        for part in others:
+            helpers.append(_Helper(partial(work, part)))
+        answers = [work(mine)]
+        for helper, part in zip(helpers, others, strict=True):
+            answers.append(helper.answer() if helper.is_done() else work(part))
+        return answers
+    finally:
+        for helper in helpers:
+            helper.end()
+
+
+class _Helper:
+    """A child that does one part."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._answer = os.memfd_create("answer")
+        try:
+            self._pid: int | None = os.fork()
+        except OSError:  # there are too many processes
+            self._pid = None
+        if self._pid == 0:
+            self._help(work)
+
+    def _help(self, work: Callable[[], object]) -> None:
+        """Never returns."""
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who hears it ends this, too
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            _write(work(), self._answer)
+            status = 0
+        finally:
+            os._exit(status)
+
+    def is_done(self) -> bool:
+        """Wait for it; whether it has answered."""
+        if self._pid is None:
+            return False
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = None
+        return status == 0
+
+    def answer(self) -> Any:
+        """What it has answered."""
+        return _read(self._answer)
+
+    def end(self) -> None:
+        """Leave nothing of it."""
+        os.close(self._answer)
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+def _write(value: object, fd: int) -> None:
+    """The value pickled, with the sizes of its arrays, and then these."""
+    buffers = list[pickle.PickleBuffer]()
+    said = pickle.dumps(value, 5, buffer_callback=buffers.append)
+    arrays = [buffer.raw() for buffer in buffers]
+    with open(fd, "wb", closefd=False) as file:
+        pickle.dump((said, [array.nbytes for array in arrays]), file)
+        for array in arrays:
+            file.write(bytes(-file.tell() % _ALIGNED))
+            file.write(array)
+
+
+def _read(fd: int) -> Any:
+    """What was written, its arrays where they are, not to be written to."""
+    memory = mmap.mmap(fd, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+    said, sizes = pickle.load(memory)
+    arrays, end, whole = list[memoryview](), memory.tell(), memoryview(memory)
+    for size in sizes:
+        start = -(-end // _ALIGNED) * _ALIGNED
+        end = start + size
+        arrays.append(whole[start:end])
+    return pickle.loads(said, buffers=arrays)

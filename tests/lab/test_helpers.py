@@ -1,0 +1,92 @@
+"""Work that is shared out among processes: all of it is done, whatever becomes of the helpers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miniloader.lab.helpers import share_out
+
+HERE = os.getpid()
+Work = Callable[[Sequence[int]], list[int]]
+
+
+def _children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def _squares(items: Sequence[int]) -> list[int]:
+    return [item * item for item in items]
+
+
+def _dies(items: Sequence[int]) -> list[int]:
+    if os.getpid() != HERE:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _squares(items)
+
+
+def _fails(items: Sequence[int]) -> list[int]:
+    if os.getpid() != HERE:
+        raise ValueError("only here")
+    return _squares(items)
+
+
+def _answers_what_cannot_be_pickled(items: Sequence[int]) -> object:
+    return _squares(items) if os.getpid() == HERE else lambda: items
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 100])
+def test_every_part_is_answered_in_order(parts: int, count: int) -> None:
+    answers = share_out(_squares, range(count), parts)
+    assert len(answers) == parts
+    assert [item for answer in answers for item in answer] == _squares(range(count))
+
+
+def test_the_parts_are_done_by_different_processes() -> None:
+    pids = share_out(lambda items: os.getpid(), range(9), 3)
+    assert pids[0] == os.getpid()
+    assert len(set(pids)) == 3
+    assert not _children()
+
+
+def test_arrays_come_back_as_they_are() -> None:
+    def arrays(items: Sequence[int]) -> list[np.ndarray]:
+        return [np.arange(3, dtype=np.uint8), np.arange(1000, dtype=np.uint64) * np.uint64(items[0])]
+
+    _, (small, large) = share_out(arrays, range(1, 3), 2)
+    assert np.array_equal(small, [0, 1, 2])
+    assert np.array_equal(large, np.arange(1000) * 2)
+    assert large.flags.aligned
+
+
+@pytest.mark.parametrize("work", [_dies, _fails, _answers_what_cannot_be_pickled])
+def test_what_a_helper_does_not_do_is_done_here(work: Work) -> None:
+    assert share_out(work, range(4), 2) == [[0, 1], [4, 9]]
+    assert not _children()
+
+
+def test_without_a_helper_all_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
+    assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+
+
+def test_an_error_here_leaves_no_helper() -> None:
+    def work(items: Sequence[int]) -> None:
+        if os.getpid() != HERE:
+            signal.pause()
+        raise KeyboardInterrupt
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt):
+        share_out(work, range(4), 2)
+    assert not _children()
+    assert sorted(os.listdir("/proc/self/fd")) == before
