@@ -16,6 +16,7 @@ import sys
 
 from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
+from miniloader.startup import travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback through.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    gc.set_threshold(1_000_000)  # imports make many objects and no garbage to look for
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # importing numpy starts threads, for nothing here
+    travel_light()
     _escape_what_cannot_be_printed()
     status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
     if argv is None:  # the process ends with this: it need not look for garbage among all that it holds

@@ -9,7 +9,6 @@ the loader, until it is told to ``resume``.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from miniloader.errors import LoadError, MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.startup import travel_light
 
 if TYPE_CHECKING:
     from miniloader.loader.events import Event
@@ -34,7 +34,7 @@ def main() -> NoReturn:
     """``argv``: the descriptor of the connection, and the pid of the parent."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     settle(parent)
-    gc.disable()  # what a worker makes it keeps
+    travel_light()
     import miniloader.loader.library  # noqa: F401 - now, while the parent is importing as well
 
     _Commands(descriptor).serve()
