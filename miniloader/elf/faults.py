@@ -23,7 +23,6 @@ from miniloader.elf.dynamic import (
     tag_name,
 )
 from miniloader.elf.image import ElfImage
-from miniloader.elf.plan import plan_segments
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SysvHash
 from miniloader.elf.tables import blocks
@@ -74,7 +73,7 @@ def segments_in_file(image: ElfImage) -> Iterator[Fault]:
 def plan(image: ElfImage) -> Iterator[Fault]:
     """The PT_LOADs can be mapped: sorted, congruent, without overlap, within bounds."""
     try:
-        plan = plan_segments(image.segments, 4096)
+        plan = image.plan(4096)
     except ElfError as error:
         yield error.field, error.found, error.expected
         return

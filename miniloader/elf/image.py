@@ -202,9 +202,16 @@ class ElfImage:
 
     def plan(self, page_size: int = 4096) -> LoadPlan:
         """The mmap calls that load the image with pages of ``page_size`` bytes."""
-        return plan_segments(self.segments, page_size, self.path)
+        if page_size not in self._plans:
+            self._plans[page_size] = plan_segments(self.segments, page_size, self.path)
+        return self._plans[page_size]
 
     # -- inside -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _plans(self) -> dict[int, LoadPlan]:
+        """Those made so far, by page size."""
+        return {}
 
     @cached_property
     def _string_table(self) -> Bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.relocate import Pages, apply, call_resolver, refuse_unbound
+from miniloader.loader.relocate import Pages, apply, call_resolver, indirect_functions, refuse_unbound
 from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.loader.sorting import sort_relocations
 from miniloader.machine.relocation import Kind
@@ -109,7 +109,7 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
     ready.fill(room, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
-        for vaddrs, words, size in _thread_local(library, bindings, iter(rows), memory.read):
+        for vaddrs, words, size in _thread_local(library, bindings, rows, memory.read):
             ready.store(room, vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
@@ -149,11 +149,13 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
 def _thread_local(
     library: Loaded,
     bindings: Bindings,
-    rows: Iterator[tuple[Kind, Table]],
+    rows: Iterable[tuple[Kind, Table]],
     read: Callable[[int, int], NDArray[np.uint8]],
 ) -> list[tls.Write]:
     """Open its carriers; the thread-local words to write."""
-    template = library.image.tls
+    template, rows = library.image.tls, tuple(rows)
+    if template is None and not rows:
+        return []
     library.blocks, writes = tls.answer(
         library,
         template,
@@ -180,10 +182,6 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     def thread_local(pages: Pages, rows: Iterator[tuple[Kind, Table]]) -> list[tls.Write]:
         return _thread_local(library, bindings, rows, pages.bytes_at)
 
-    def may_run(position: int) -> bool:
-        definer = order[position] if position >= 0 else library
-        return graph.policy.init or not isinstance(definer, Loaded)
-
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
     restore = read_only if image.dynamic.text_relocations else []
     for mapping in restore:
@@ -191,7 +189,10 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     if len(relocations.lazy):  # before an IFUNC's resolver calls through them
         library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
         library.slots.connect()
-    copied = apply(image, memory, relocations, bindings, addresses, thread_local, may_run)
+    late = _resolved(bindings, addresses)
+    copied = apply(
+        image, memory, relocations, bindings, addresses, late, thread_local, may_run=graph.policy.init
+    )
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
     own = library.blocks.own
@@ -203,6 +204,21 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     total = len(image.relocations)
     where = ", in read-only segments too" if restore else ""
     graph.event("relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied)
+
+
+def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which symbols are IFUNCs of libraries of ours; ``addresses`` gets what those of the system's choose.
+
+    These are relocated already, so that their resolvers can run before anything of the library is.
+    """
+    late = indirect_functions(bindings)
+    chosen: dict[int, int] = {}
+    for place in np.flatnonzero(late).tolist():
+        if not isinstance(bindings.scope[int(bindings.owner[place])], Loaded):
+            resolver = int(addresses[place])
+            addresses[place] = chosen[resolver] = chosen.get(resolver) or call_resolver(resolver)
+            late[place] = False
+    return late
 
 
 def read_life(library: Loaded) -> list[int]:

@@ -27,11 +27,10 @@ from miniloader.loader.sorting import TLS, Sorted
 from miniloader.loader.tls import Write
 from miniloader.machine.relocation import Kind
 
-__all__ = ["Pages", "apply", "call_resolver", "refuse_unbound"]
+__all__ = ["Pages", "apply", "call_resolver", "indirect_functions", "refuse_unbound"]
 
 _SYMBOLIC: Final = ("S + A", "S", "S + A - P", "Z + A")
 _WORD: Final = 8
-_ITSELF: Final = -1
 
 
 class Pages:
@@ -106,15 +105,17 @@ def apply(
     relocations: Sorted,
     bindings: Bindings,
     addresses: NDArray[np.uint64],
+    late: NDArray[np.bool_],
     thread_local: Callable[[Pages, Iterator[tuple[Kind, Table]]], list[Write]],
-    may_run: Callable[[int], bool],
+    *,
+    may_run: bool,
 ) -> int:
     """Apply ``relocations`` and write the pages; the number of pages copied.
 
-    ``addresses`` are those of the symbols ``bindings.wanted``.  ``thread_local`` computes the thread-local
-    words, once the template they need has been relocated in the pages.  An IFUNC's resolver runs only if its
-    library (a position in the scope; -1 the relocated library itself) ``may_run``; else its words
-    are 0.
+    ``addresses`` are those of the symbols ``bindings.wanted``; of those that are ``late``, IFUNCs of
+    libraries of ours, their resolvers'.  These run only if they ``may_run``; else their words are 0.
+    ``thread_local`` computes the thread-local words, once the template they need has been relocated in the
+    pages.
     """
     pages = Pages(memory, relocations.targets())
     bias = np.uint64(memory.bias)
@@ -125,14 +126,13 @@ def apply(
             pages.put(rows["offset"], rows["addend"].view(np.uint64) + bias)
         if len(relocations.lazy):
             pages.put(relocations.lazy["offset"], pages.get(relocations.lazy["offset"]) + bias)
-        late = _indirect_functions(bindings)
         for kind, rows in relocations.of(*_SYMBOLIC):
             _put_symbolic(image, pages, kind, rows, bindings, addresses, late)
         for vaddrs, values, size in thread_local(pages, relocations.of(*TLS)):
             _refuse_overflow(image, size, vaddrs, values)
             pages.put(vaddrs, values, size)
         pages.write()
-        _put_indirect(image, memory, relocations, bindings, addresses, late, may_run)
+        _put_indirect(image, memory, relocations, bindings, addresses, late, may_run=may_run)
     return pages.count
 
 
@@ -148,7 +148,7 @@ def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
         raise SymbolError(f"{image.path}: undefined symbol {label}{where}")
 
 
-def _indirect_functions(bindings: Bindings) -> NDArray[np.bool_]:
+def indirect_functions(bindings: Bindings) -> NDArray[np.bool_]:
     """Which wanted symbols are bound to an IFUNC, whose address is what its resolver returns."""
     info = bindings.field("info")
     defined = (bindings.owner >= 0) & (bindings.field("shndx") != SHN_UNDEF)
@@ -225,9 +225,10 @@ def _put_indirect(
     bindings: Bindings,
     addresses: NDArray[np.uint64],
     late: NDArray[np.bool_],
-    may_run: Callable[[int], bool],
+    *,
+    may_run: bool,
 ) -> None:
-    """What needs code to run: others' IFUNCs, which our resolvers may call, our own, then IRELATIVE.
+    """What needs our code to run: others' IFUNCs, which its own resolvers may call, its own, then IRELATIVE.
 
     Each is written before the next is resolved, and each resolver runs once.
     """
@@ -241,9 +242,7 @@ def _put_indirect(
 
     for group in _by_turns(image, bindings, late):
         places = np.flatnonzero(group)
-        runs = np.array([may_run(owner) for owner in bindings.owner[places].tolist()], bool)
-        addresses[places[~runs]] = 0
-        addresses[places[runs]] = resolve(addresses[places[runs]])
+        addresses[places] = resolve(addresses[places]) if may_run else 0
         words: list[Write] = []
         for kind, rows in relocations.of("S", "S + A", "S + A - P"):
             place = bindings.place(rows["symbol"], call=kind.call)
@@ -254,7 +253,7 @@ def _put_indirect(
     writes: list[Write] = []
     for kind, rows in relocations.of("indirect"):
         resolvers = rows["addend"].view(np.uint64) + np.uint64(memory.bias)
-        values = resolve(resolvers) if may_run(_ITSELF) else np.zeros(len(rows), np.uint64)
+        values = resolve(resolvers) if may_run else np.zeros(len(rows), np.uint64)
         writes.append((rows["offset"], values, kind.size))
     _write(memory, writes)
 

@@ -50,7 +50,7 @@ _BINDS: Final = (STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE)
 _TYPES: Final = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_COMMON, STT_TLS, STT_GNU_IFUNC)
 _INVISIBLE: Final = (STV_INTERNAL, STV_HIDDEN)
 _NOWHERE: Final = -1
-_LOW: Final = 15  # bits of a hash that are left out where most are told apart by the others
+_LOW: Final = 17  # bits of a hash that are left out where most are told apart by the others
 _FEW: Final = 300  # names up to which looking up one by one is faster
 _FEW_CHAINS: Final = 100  # chains up to which walking them one by one is
 
@@ -210,6 +210,8 @@ def _suspects(
         known = _known_hashes(table.hash, wanted[defined])
     if known is None:
         return defined
+    if len(known) < _FEW_CHAINS:
+        return defined[_let_pass(known.tolist(), earlier)]
     if any(not isinstance(other.hash, GnuHash) for other in earlier):
         return defined
     theirs, high = _all_hashes(tuple(earlier))
@@ -217,6 +219,19 @@ def _suspects(
     known, defined = known[maybe], defined[maybe]
     place = np.minimum(np.searchsorted(theirs, known), len(theirs) - 1)
     return defined[theirs[place] == known] if len(theirs) else defined
+
+
+def _let_pass(hashes: Sequence[int], tables: Sequence[SymbolTable]) -> list[int]:
+    """Which hashes (by position) a table's Bloom filter lets pass, with their lowest bit set or not."""
+    filters = [_filter(table) for table in tables]
+    passed = []
+    for position, hashed in enumerate(hashes):
+        for bloom, mask, shift in filters:
+            word = bloom[(hashed >> 6) & mask]
+            if (word >> (hashed & 63)) & 3 and (not shift or (word >> ((hashed >> shift) & 63)) & 1):
+                passed.append(position)
+                break
+    return passed
 
 
 @lru_cache(maxsize=4)
