@@ -214,14 +214,22 @@ def code_pointers(image: ElfImage) -> Iterator[Fault]:
     for tag in (DT_INIT, DT_FINI):
         if tags.get(tag) and not _are_code(image, np.array([tags[tag]], np.uint64)).all():
             yield tag_name(tag), f"{tags[tag]:#x}", "inside an executable PT_LOAD"
-    for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ)):
-        if tags.get(start) and tags.get(size):
-            vaddrs, functions = _relative(image, tags[start], tags[size])
-            outside = np.flatnonzero(~_are_code(image, functions))
-            if len(outside):
-                what = f"{tag_name(start)} at {int(vaddrs[outside[0]]):#x}"
-                found = f"a function at {int(functions[outside[0]]):#x}"
-                yield what, found, "inside an executable PT_LOAD"
+    arrays = [
+        (tag_name(start), tags[start], tags[size])
+        for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
+        if tags.get(start) and tags.get(size)
+    ]
+    if not arrays:
+        return
+    low, high = min(start for _, start, _ in arrays), max(start + size for _, start, size in arrays)
+    vaddrs, functions = _relative(image, low, min(high - low, (1 << 64) - 1))
+    bad = ~_are_code(image, functions)
+    for name, start, size in arrays if bad.any() else ():
+        outside = np.flatnonzero(bad & (vaddrs - np.uint64(start) < np.uint64(size)))
+        if len(outside):
+            what = f"{name} at {int(vaddrs[outside[0]]):#x}"
+            found = f"a function at {int(functions[outside[0]]):#x}"
+            yield what, found, "inside an executable PT_LOAD"
 
 
 def _relative(image: ElfImage, start: int, length: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

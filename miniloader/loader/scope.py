@@ -211,7 +211,7 @@ def _suspects(
     if known is None:
         return defined
     if len(known) < _FEW_CHAINS:
-        return defined[_let_pass(known.tolist(), earlier)]
+        return defined[_occurring(known.tolist(), earlier)]
     if any(not isinstance(other.hash, GnuHash) for other in earlier):
         return defined
     theirs, high = _all_hashes(tuple(earlier))
@@ -221,17 +221,20 @@ def _suspects(
     return defined[theirs[place] == known] if len(theirs) else defined
 
 
-def _let_pass(hashes: Sequence[int], tables: Sequence[SymbolTable]) -> list[int]:
-    """Which hashes (by position) a table's Bloom filter lets pass, with their lowest bit set or not."""
-    filters = [_filter(table) for table in tables]
-    passed = []
-    for position, hashed in enumerate(hashes):
-        for bloom, mask, shift in filters:
+def _occurring(hashes: Sequence[int], tables: Sequence[SymbolTable]) -> list[int]:
+    """Which hashes (by position) a table has, with their lowest bit set or not; most pass no Bloom filter."""
+    filters = [(table.hash, *_filter(table)) for table in tables]
+
+    def occurs(hashed: int) -> bool:
+        for gnu, bloom, mask, shift in filters:
             word = bloom[(hashed >> 6) & mask]
-            if (word >> (hashed & 63)) & 3 and (not shift or (word >> ((hashed >> shift) & 63)) & 1):
-                passed.append(position)
-                break
-    return passed
+            if not (word >> (hashed & 63)) & 3 or (shift and not (word >> ((hashed >> shift) & 63)) & 1):
+                continue
+            if not isinstance(gnu, GnuHash) or gnu.chain(hashed) or gnu.chain(hashed | 1):
+                return True
+        return False
+
+    return [position for position, hashed in enumerate(hashes) if occurs(hashed)]
 
 
 @lru_cache(maxsize=4)
