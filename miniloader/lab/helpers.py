@@ -11,9 +11,10 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from miniloader.kernel import syscalls
 
@@ -55,19 +56,16 @@ class _Helper:
     """A child that does one part."""
 
     def __init__(self, work: Callable[[], object]) -> None:
-        self._answer = os.memfd_create("answer")
-        try:
-            self._pid: int | None = os.fork()
-        except OSError:  # there are too many processes
-            self._pid = None
-        if self._pid == 0:
-            self._help(work)
+        self._answer, self._pid = -1, 0
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # who hears it ends the helper, too
+        with suppress(OSError):  # too many files, or too many processes
+            self._answer = os.memfd_create("answer")
+            self._pid = os.fork() or self._help(work)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
-    def _help(self, work: Callable[[], object]) -> None:
-        """Never returns."""
+    def _help(self, work: Callable[[], object]) -> NoReturn:
         status = 1
         try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who hears it ends this, too
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             _write(work(), self._answer)
             status = 0
@@ -76,10 +74,10 @@ class _Helper:
 
     def is_done(self) -> bool:
         """Wait for it; whether it has answered."""
-        if self._pid is None:
+        if not self._pid:
             return False
         _, status = os.waitpid(self._pid, 0)
-        self._pid = None
+        self._pid = 0
         return status == 0
 
     def answer(self) -> Any:
@@ -88,10 +86,11 @@ class _Helper:
 
     def end(self) -> None:
         """Leave nothing of it."""
-        os.close(self._answer)
-        if self._pid is not None:
+        if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
+        if self._answer >= 0:
+            os.close(self._answer)
 
 
 def _write(value: object, fd: int) -> None:

@@ -323,11 +323,11 @@ def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> 
     for one in found:
         for start, end in one.file.facts.zeros if one.file.facts is not None else ():
             whose.append(one)
-            ends += (one.base + start, one.base + end)
+            ends += ((one.base + start) % 2**64, (one.base + end) % 2**64)
     at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
     for one, low, high in zip(whose, at[::2], at[1::2], strict=True):
         if low < high:
-            vaddrs = anonymous[low:high] - np.uint64(one.base)
+            vaddrs = anonymous[low:high] - np.uint64(one.base % 2**64)
             one.bss_vaddrs = np.concatenate([one.bss_vaddrs, vaddrs]) if len(one.bss_vaddrs) else vaddrs
 
 

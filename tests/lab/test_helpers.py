@@ -71,12 +71,15 @@ def test_what_a_helper_does_not_do_is_done_here(work: Work) -> None:
     assert not _children()
 
 
-def test_without_a_helper_all_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused() -> int:
+@pytest.mark.parametrize("call", ["fork", "memfd_create"])
+def test_without_a_helper_all_is_done_here(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
         raise BlockingIOError("Resource temporarily unavailable")
 
-    monkeypatch.setattr(os, "fork", refused)
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, call, refused)
     assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_error_here_leaves_no_helper() -> None:
@@ -86,7 +89,9 @@ def test_an_error_here_leaves_no_helper() -> None:
         raise KeyboardInterrupt
 
     before = sorted(os.listdir("/proc/self/fd"))
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(KeyboardInterrupt):
         share_out(work, range(4), 2)
     assert not _children()
     assert sorted(os.listdir("/proc/self/fd")) == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
