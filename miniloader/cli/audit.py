@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -117,25 +116,17 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool = True) -> Audit:
     from miniloader.lab.audit import audit
+    from miniloader.report.progress import progress
 
-    def look(on_progress: Callable[[int, int], None] | None) -> Audit:
-        explain = causes and not arguments.no_causes
+    with progress(steady=True) as say:
         return audit(
             pids,
             library=arguments.library,
-            causes=explain,
+            causes=causes and not arguments.no_causes,
             level=arguments.level,
-            on_progress=on_progress,
+            on_progress=lambda done, of: say(f"looking at processes: {done} of {of}"),
             jobs=len(os.sched_getaffinity(0)),
         )
-
-    if len(pids) < 8 or not sys.stderr.isatty():
-        return look(None)
-    from miniloader.report.terminal import console
-
-    errors = console(stderr=True)
-    with errors.status("looking at processes") as status:
-        return look(lambda done, of: status.update(f"looking at processes: {done} of {of}"))
 
 
 def _print(arguments: argparse.Namespace, found: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -64,13 +65,13 @@ def audit(
     files, every, when = MappedFiles(), list(dict.fromkeys(pids)), time.time()
     look = partial(survey, files=files, causes=causes, frames=chosen == "frames", wanted=_wanted(library))
     shares = max(1, min(jobs, len(every) // _WORTH_A_JOB))
-    done = 0
+    done, this = 0, os.getpid()
 
     def part(of: Sequence[int]) -> list[Survey | Unreadable]:
         nonlocal done
         seen = list[Survey | Unreadable]()
         for pid in of:
-            if on_progress is not None:
+            if on_progress is not None and os.getpid() == this:  # and not in a helper
                 on_progress(done, len(every))
             seen.append(_look(pid, look))
             done = min(done + shares, len(every))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import threading
 
 __all__ = ["progress"]
 
@@ -15,18 +17,22 @@ _PATIENCE: Final = 1.0  # seconds
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def progress(*, steady: bool = False) -> Iterator[Callable[[str], None]]:
     """A function that says what is being done now.
 
-    It is shown only on a terminal, and only when the block takes more than a second.
+    It is shown only on a terminal, and only when the block takes more than a second.  With ``steady``, for a
+    block that always has something new to say, no thread waits for that second: the block may fork.
     """
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    line = _Line()
+    import threading  # which nobody needs elsewhere
+
+    line = _Line(threading.Lock())
     timer = threading.Timer(_PATIENCE, line.show)
     timer.daemon = True
-    timer.start()
+    if not steady:
+        timer.start()
     try:
         yield line.say
     finally:
@@ -37,8 +43,8 @@ def progress() -> Iterator[Callable[[str], None]]:
 class _Line:
     """The line; written to by two threads."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, lock: threading.Lock) -> None:
+        self._due, self._lock = time.monotonic() + _PATIENCE, lock
         self._text = ""
         self._shown = False
         self._over = False
@@ -46,6 +52,7 @@ class _Line:
     def say(self, text: str) -> None:
         with self._lock:
             self._text = text
+            self._shown = self._shown or time.monotonic() >= self._due
             if self._shown:
                 self._write()
 
@@ -63,6 +70,8 @@ class _Line:
                 sys.stderr.flush()
 
     def _write(self) -> None:
+        import shutil  # which few need
+
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{self._text[:width]}")
         sys.stderr.flush()
