@@ -362,7 +362,7 @@ def _offset(name: str, distance: int) -> str:
 
 def _from(symbol: Symbol, vaddr: int) -> int:
     """How far ``vaddr`` is from the symbol's start; a Thumb function's address has its lowest bit set."""
-    return (vaddr - symbol.vaddr) & ~symbol.thumb
+    return (vaddr - symbol.vaddr) & ~int(symbol.thumb)
 
 
 def _in_got(slot: Slot, section: Section | None) -> bool:
