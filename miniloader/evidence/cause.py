@@ -234,9 +234,10 @@ def classify(
     others = np.flatnonzero(cause != _RELOCATION)
     relocated = layout.on_page > np.bincount(layout.page[others], minlength=pages)
     causes[relocated] |= np.uint8(_RELOCATION)
-    for value in (_OVERWRITTEN, _LOADER, _UNKNOWN):
-        causes[layout.page[others[cause[others] == value]]] |= np.uint8(value)
-    unreadable[layout.page[others[cause[others] == _UNKNOWN]]] = True
+    if len(others):
+        for value in (_OVERWRITTEN, _LOADER, _UNKNOWN):
+            causes[layout.page[others[cause[others] == value]]] |= np.uint8(value)
+        unreadable[layout.page[others[cause[others] == _UNKNOWN]]] = True
     layout.undo(live)
     differing = np.flatnonzero(live.view(np.uint64) != layout.expected.view(np.uint64))
     own = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
@@ -402,10 +403,14 @@ def _verified(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which of the other slots hold what their relocation computes; which nobody can tell about."""
     good, hidden = np.zeros((2, len(live)), np.bool_)
-    good[layout.uneven] = live[layout.uneven] == bias + layout.uneven_addend
-    good[layout.anything] = ~same[layout.anything]
-    good[layout.thread] = live[layout.thread].view(np.int64) < 0
-    good[layout.module] = (live[layout.module] > 0) & (live[layout.module] < _MOST_MODULES)
+    if len(layout.uneven):
+        good[layout.uneven] = live[layout.uneven] == bias + layout.uneven_addend
+    if len(layout.anything):
+        good[layout.anything] = ~same[layout.anything]
+    if len(layout.thread):
+        good[layout.thread] = live[layout.thread].view(np.int64) < 0
+    if len(layout.module):
+        good[layout.module] = (live[layout.module] > 0) & (live[layout.module] < _MOST_MODULES)
     if len(layout.code):
         good[layout.code] |= space.in_code(live[layout.code])
     rows = layout.symbolic.rows
