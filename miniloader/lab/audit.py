@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from typing import Final
@@ -17,9 +18,10 @@ from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.evidence.cause import bit, cause_names
 from miniloader.evidence.slots import LOADER, Facts
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts
+from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts, marks_merged
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import require_proc
+from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audited import (
     Audit,
@@ -31,13 +33,14 @@ from miniloader.lab.audited import (
 )
 from miniloader.lab.helpers import share_out
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
-from miniloader.lab.survey import FileInProcess, Survey, survey
+from miniloader.lab.survey import SWAPPED_OUT, FileInProcess, Survey, survey
 from miniloader.values import dataclass
 
 __all__ = ["audit", "matches"]
 
 _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
+_UNKNOWN: Final = bit("unknown")
 _WORTH_A_JOB: Final = 12  # processes; to look at fewer takes no longer than to ask for help
 _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
@@ -82,16 +85,16 @@ def audit(
     surveys = [one for some in seen for one in some if isinstance(one, Survey)]
     for here in (here for one in surveys for here in one.files):
         here.file = files.same(here.file)  # a helper's are its own
-    mine = _by_process(surveys)
+    mine, merged = _by_process(surveys), _merged(surveys, chosen)
     return Audit(
         level=chosen,
         when=when,
         page_size=PAGE_SIZE,
         explained=causes,
-        processes=_costs(surveys, mine, chosen),
+        processes=_costs(surveys, mine, chosen, merged),
         libraries=tuple(
             sorted(
-                (_library(group, chosen, causes) for group in _grouped(mine)),
+                (_library(group, chosen, causes, merged) for group in _grouped(mine)),
                 key=lambda one: (-one.private, -one.present, one.path),
             )
         ),
@@ -135,17 +138,16 @@ def _chosen(level: LevelName | None) -> LevelName:
 
 # -------------------------------------------------------------------------------------------- processes
 def _costs(
-    surveys: Sequence[Survey], files: Sequence[Sequence[_InProcess]], level: LevelName
+    surveys: Sequence[Survey],
+    files: Sequence[Sequence[_InProcess]],
+    level: LevelName,
+    merged: NDArray[np.uint64] | None,
 ) -> tuple[AuditedProcess, ...]:
     """What each process costs, with its ``files``."""
     pss: list[int | None] = [None] * len(surveys)
-    ksm: list[int | None] = [None] * len(surveys)
     if level == "frames" and surveys:
-        try:
+        with suppress(EvidenceError):  # kpagecount is for root alone: PSS stays unknown
             pss = [*_proportional(surveys, files)]
-            ksm = [*_merged(surveys)]
-        except EvidenceError:
-            pass  # kpagecount is for root alone: PSS stays unknown
     return tuple(
         AuditedProcess(
             pid=one.pid,
@@ -157,7 +159,7 @@ def _costs(
             uss=one.exclusive * PAGE_SIZE,
             anonymous=one.anonymous,
             anonymous_shared=one.anonymous_shared,
-            ksm=ksm[index],
+            ksm=_number_merged(one, merged),
             zero=one.zero,
             huge=one.huge,
             swapped=one.swapped,
@@ -183,13 +185,28 @@ def _proportional(surveys: Sequence[Survey], files: Sequence[Sequence[_InProcess
     ]
 
 
-def _merged(surveys: Sequence[Survey]) -> list[int]:
-    """How many pages of each process KSM has merged; it need not be asked of each where KSM never ran."""
+def _merged(surveys: Sequence[Survey], level: LevelName) -> NDArray[np.uint64] | None:
+    """The frames that KSM has merged pages into; None where the kernel does not tell which they are."""
     if not has_merged():
-        return [0] * len(surveys)
-    anonymous = _distinct([one.copies.frames for one in surveys])
-    merged = anonymous[(frame_flags(anonymous) & KPF["ksm"].mask).astype(np.bool_)]
-    return [int(np.isin(one.copies.frames, merged).sum()) for one in surveys]
+        return np.empty(0, np.uint64)
+    try:
+        if level != "frames" or not marks_merged():
+            return None
+        anonymous = _distinct([one.copies.frames for one in surveys])
+        return anonymous[(frame_flags(anonymous) & KPF["ksm"].mask).astype(np.bool_)]
+    except EvidenceError:  # kpageflags is for root alone
+        return None
+
+
+def _number_merged(one: Survey, merged: NDArray[np.uint64] | None) -> int | None:
+    """How many pages of a process KSM has merged: by their frames, else by the kernel's own sum (6.6)."""
+    if merged is not None:
+        return int(np.isin(one.copies.frames, merged).sum()) if len(merged) else 0
+    try:
+        sizes = read_rollup(one.pid)
+    except EvidenceError:
+        return None
+    return sizes["KSM"] // PAGE_SIZE if "KSM" in sizes else None
 
 
 def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
@@ -260,7 +277,9 @@ def _with_common_frames(every: Sequence[_InProcess]) -> Iterable[tuple[int, int]
     return [(pair >> 32, pair & 0xFFFFFFFF) for pair in pairs.tolist()]
 
 
-def _library(mine: Sequence[_InProcess], level: LevelName, causes: bool) -> AuditedLibrary:
+def _library(
+    mine: Sequence[_InProcess], level: LevelName, causes: bool, merged: NDArray[np.uint64] | None
+) -> AuditedLibrary:
     paths = Counter(one.here.file.identity.path for one in mine)
     file = next((one.here.file for one in mine if one.here.file.facts is not None), mine[0].here.file)
     return AuditedLibrary(
@@ -268,14 +287,16 @@ def _library(mine: Sequence[_InProcess], level: LevelName, causes: bool) -> Audi
         build_id=next((one.here.file.build_id for one in mine if one.here.file.build_id), None),
         files=_separate_files(mine),
         frames=_frames(mine, level),
-        processes=tuple(_in_process(one) for one in mine),
+        processes=tuple(_in_process(one, merged) for one in mine),
         private_pages=_private_pages(mine, file) if causes else (),
         bss_pages=_bss_pages(mine, file) if causes else (),
+        swapped_pages=_swapped_pages(mine, file) if causes else (),
     )
 
 
-def _in_process(one: _InProcess) -> LibraryProcess:
-    here = one.here
+def _in_process(one: _InProcess, merged: NDArray[np.uint64] | None) -> LibraryProcess:
+    here, several = one.here, one.here.several_frames
+    by_ksm = int(np.isin(several, merged).sum()) if merged is not None and len(merged) else 0
     return LibraryProcess(
         pid=one.pid,
         base=here.base,
@@ -283,9 +304,10 @@ def _in_process(one: _InProcess) -> LibraryProcess:
         present=here.shared + here.private,
         shared=here.shared,
         private=here.private,
-        inherited=len(here.inherited_frames),
+        inherited=len(several) - by_ksm,
+        merged=None if merged is None and len(several) else by_ksm,
         bss=len(here.bss_vaddrs),
-        swapped=here.swapped,
+        swapped=len(here.swapped_vaddrs),
         beforehand=here.beforehand,
     )
 
@@ -307,7 +329,7 @@ def _frames(mine: Sequence[_InProcess], level: LevelName) -> int:
     """The pages of memory behind all present pages."""
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
-        several = [one.here.inherited_frames for one in mine]
+        several = [one.here.several_frames for one in mine]
         alone = sum([one.here.private for one in mine]) - sum([len(frames) for frames in several])
         return alone + len(_distinct([*{id(one.own): one.own for one in mine}.values(), *several]))
     places: dict[int, list[NDArray[np.uint64]]] = {}
@@ -406,15 +428,30 @@ def _groups(who: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
 
 def _bss_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[PrivatePage, ...]:
     """The anonymous pages of bss; their symbols are all that lie on them."""
-    holders: dict[int, list[tuple[int, int]]] = {}
-    for one in mine:
-        for vaddr in one.here.bss_vaddrs.tolist():
-            holders.setdefault(vaddr, []).append((one.pid, 0))
     nothing = _OnPage(".bss", frozenset(), {})
     return tuple(
         _page(file.facts, nothing, vaddr, _BSS, "", _bss_symbols(file.facts, vaddr), (), who)
-        for vaddr, who in sorted(holders.items())
+        for vaddr, who in _holders((one.pid, one.here.bss_vaddrs) for one in mine)
     )
+
+
+def _swapped_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[PrivatePage, ...]:
+    """The copies that are swapped out, whose cause cannot be known."""
+    return tuple(
+        _page(file.facts, _on_page(file.facts, vaddr), vaddr, _UNKNOWN, SWAPPED_OUT, (), (), who)
+        for vaddr, who in _holders((one.pid, one.here.swapped_vaddrs) for one in mine)
+    )
+
+
+def _holders(
+    vaddrs: Iterable[tuple[int, NDArray[np.uint64]]],
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """By vaddr, ascending: who has that page, as pid and (hidden) frame."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for pid, here in vaddrs:
+        for vaddr in here.tolist():
+            found.setdefault(vaddr, []).append((pid, 0))
+    return sorted(found.items())
 
 
 def _bss_symbols(facts: Facts | None, vaddr: int) -> tuple[int, ...]:

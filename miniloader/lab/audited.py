@@ -31,7 +31,8 @@ _FORMAT = "miniloader audit 1"
 class AuditedProcess:
     """What one process costs; ``rss``, ``pss``, ``uss`` in bytes, the rest in pages.
 
-    ``pss`` and ``ksm`` are None where frames are hidden.  ``anonymous`` pages include copies of file pages;
+    ``pss`` is None where frames are hidden, ``ksm`` (merged pages) where the kernel tells neither which they
+    are nor how many (6.6).  ``anonymous`` pages include copies of file pages;
     of them ``anonymous_shared`` are mapped more than once (a family of forks, or KSM).  ``zero`` is how
     often the page of zeros is mapped, which costs nothing.  ``huge`` pages are mapped by huge entries.
     ``started`` is in clock ticks since boot: with the pid it names a process for good.
@@ -58,7 +59,9 @@ class LibraryProcess:
 
     ``present`` = ``shared`` (the file's own pages, one frame for all who map them) + ``private`` (copies).
     Of the shared ones ``beforehand`` were relocated beforehand (prepared).  Of the private ones
-    ``inherited`` are still shared with a relative by fork.  ``bss`` are anonymous pages beyond the file's.
+    ``inherited`` are still shared with a relative by fork, ``merged`` with anybody by KSM; where that is None
+    the kernel does not tell the two apart, and ``inherited`` counts both.  ``bss`` are anonymous pages beyond
+    the file's.  ``swapped`` are copies, too, yet not present.
     """
 
     pid: int
@@ -71,6 +74,7 @@ class LibraryProcess:
     bss: int
     swapped: int
     beforehand: int = 0
+    merged: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class AuditedLibrary:
 
     ``files`` is how many separate files in the page cache it is (containers, a replaced file): they share
     nothing with each other.  ``frames`` is how many pages of memory all its present pages really take; at
-    level ``flags`` at most so many.
+    level ``flags`` at most so many.  ``swapped_pages`` are private pages that are not present.
     """
 
     path: str
@@ -114,6 +118,7 @@ class AuditedLibrary:
     processes: tuple[LibraryProcess, ...]
     private_pages: tuple[PrivatePage, ...]
     bss_pages: tuple[PrivatePage, ...]
+    swapped_pages: tuple[PrivatePage, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,6 +134,11 @@ class AuditedLibrary:
     def private(self) -> int:
         """Private pages over all processes."""
         return sum(one.private for one in self.processes)
+
+    @property
+    def swapped(self) -> int:
+        """Private pages that are swapped out, over all processes."""
+        return sum(one.swapped for one in self.processes)
 
 
 @dataclass(frozen=True)
@@ -210,8 +220,8 @@ class Audit:
 def _library(value: Mapping[str, Any]) -> AuditedLibrary:
     fields = dict(value)
     fields["processes"] = tuple(LibraryProcess(**one) for one in value["processes"])
-    for name in ("private_pages", "bss_pages"):
-        fields[name] = tuple(_page(one) for one in value[name])
+    for name in ("private_pages", "bss_pages", "swapped_pages"):
+        fields[name] = tuple(_page(one) for one in value.get(name, ()))  # older ones lack the last
     return AuditedLibrary(**fields)
 
 
@@ -230,6 +240,7 @@ class PageChange:
 
     ``change``: ``private`` (it was not), ``rewritten`` (private before, with other causes or symbols) or
     ``returned`` (private no more).  ``causes`` and ``symbols`` are what is new; of a returned page, what was.
+    A page that is swapped out is still private; what was written to it meanwhile cannot be told.
     ``processes`` is in how many more processes; ``pids`` are those, where the same processes were audited.
     """
 
@@ -277,7 +288,7 @@ def _changes(
     before, after = _rows(old, pids), _rows(new, pids)
     # A process that has not had the library before has not eroded: it has just loaded it.
     had, has = _having(old, pids), _having(new, pids)
-    sections = {page.vaddr: page.section for one in (old, new) if one for page in one.private_pages}
+    sections = {page.vaddr: page.section for one in (old, new) if one for page in _every_private(one)}
     found: dict[tuple[int, str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for place in sorted({*before, *after}):
         vaddr, pid = place
@@ -290,7 +301,8 @@ def _changes(
         nothing: _Row = (frozenset(), frozenset())
         first, second = (was or nothing), (now or nothing)
         causes, symbols = first if now is None else (second[0] - first[0], second[1] - first[1])
-        if change == "rewritten" and not causes and not symbols:
+        unknown = "unknown" in first[0] | second[0]
+        if change == "rewritten" and (unknown or not (causes or symbols)):
             continue
         found.setdefault((vaddr, change, tuple(sorted(causes)), tuple(sorted(symbols))), []).append(pid)
     for (vaddr, change, causes_of, symbols_of), who in found.items():
@@ -310,13 +322,17 @@ def _having(library: AuditedLibrary | None, pids: frozenset[int] | None) -> froz
 def _rows(library: AuditedLibrary | None, pids: frozenset[int] | None) -> dict[tuple[int, int], _Row]:
     """Causes and written symbols by vaddr and pid."""
     rows: dict[tuple[int, int], _Row] = {}
-    for page in library.private_pages if library is not None else ():
+    for page in _every_private(library) if library is not None else ():
         what: _Row = (frozenset(page.causes), frozenset(page.written))
         for pid in (0,) if pids is None else page.pids:
             causes, written = rows.get((page.vaddr, pid), (frozenset(), frozenset()))
             if pids is None or pid in pids:
                 rows[page.vaddr, pid] = causes | what[0], written | what[1]
     return rows
+
+
+def _every_private(library: AuditedLibrary) -> Iterable[PrivatePage]:
+    return (*library.private_pages, *library.swapped_pages)
 
 
 def causes_by_process(library: AuditedLibrary) -> dict[int, Counter[str]]:

@@ -16,7 +16,7 @@ from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit import matches
 from miniloader.lab.mapped import MappedFiles
-from miniloader.lab.survey import CHANGED, FileInProcess, locate, space_of
+from miniloader.lab.survey import CHANGED, SWAPPED_OUT, FileInProcess, locate, space_of
 from miniloader.values import dataclass
 
 __all__ = ["PageView", "Word", "view_page"]
@@ -44,8 +44,9 @@ class Word:
 class PageView:
     """A page of a file in process ``pid``.
 
-    ``state`` is ``private`` (a copy), ``shared`` (the file's own page) or ``absent``; only of a private page
-    there are ``causes`` and ``words``.
+    ``state`` is ``private`` (a copy), ``swapped`` (a copy that is swapped out, which is not read, as that
+    would bring it in), ``shared`` (the file's own page) or ``absent``; only of a private page there are
+    ``words``.
     """
 
     pid: int
@@ -76,7 +77,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         vaddr = vaddr & -PAGE_SIZE
         entry = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
         facts, causes, words, reason = here.file.facts, tuple[Cause, ...](), tuple[Word, ...](), ""
-        row = np.flatnonzero(here.vaddrs == vaddr)
+        row, swapped = np.flatnonzero(here.vaddrs == vaddr), bool((here.swapped_vaddrs == vaddr).any())
         if len(row) and facts is not None:
             with ProcessMemory(pid) as memory:
                 live, _ = memory.pages(here.addresses[row])
@@ -95,10 +96,12 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
             reason = facts.trouble
         elif len(row):
             causes, reason = ("unknown",), here.file.trouble
+        elif swapped:
+            causes, reason = ("unknown",), SWAPPED_OUT
         again = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
         if int((entry[0] ^ again[0]) & (PRESENT | FRAME)):
             causes, words, reason = ("unknown",), (), CHANGED
-    present = bool(entry[0] & PRESENT)
+    state = "shared" if entry[0] & PRESENT else "absent"
     return PageView(
         pid=pid,
         path=here.file.identity.path,
@@ -106,7 +109,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         base=here.base,
         vaddr=vaddr,
         section=facts.section_on(vaddr) if facts is not None else "",
-        state="private" if len(row) else "shared" if present else "absent",
+        state="private" if len(row) else "swapped" if swapped else state,
         causes=causes,
         words=words,
         reason=reason,

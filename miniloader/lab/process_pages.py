@@ -54,7 +54,8 @@ class Pages:
         self.counted &= np.array([vma.path not in _NOT_PAGES for vma in vmas])[self.vma]
         self.own = self.counted & file
         self.copied = self.counted ^ self.own
-        self.swapped = (self.entries & (SWAPPED | GUARD)) == SWAPPED
+        # A page of a file that is being moved to another frame is marked like one that is swapped out.
+        self.swapped = (self.entries & (SWAPPED | GUARD | FILE)) == SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
         shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
         frame = FRAME if frames else np.uint64(0)

@@ -25,9 +25,10 @@ from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.process_pages import Pages, Rows, Some, length, number
 from miniloader.values import dataclass
 
-__all__ = ["CHANGED", "FileInProcess", "Survey", "locate", "space_of", "survey"]
+__all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Survey", "locate", "space_of", "survey"]
 
 CHANGED: Final = "changed while we looked"
+SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _TOP: Final = 1 << 63  # above is the kernel's half
 _LOW: Final = 1 << 40  # below, there may be no room for a load bias
 _NO_VADDRS: Final = np.empty(0, np.uint64)
@@ -39,11 +40,11 @@ _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
 class FileInProcess:
     """A file as it lies in one process; its copied pages and its own ones are rows of what the process has.
 
-    ``base`` is the load bias.  ``mapped`` and ``swapped`` count pages.  ``bss_vaddrs`` are the present
-    anonymous pages of the image's bss.  ``causes`` are sets of bits, one for each copied page (none where
-    nobody asked); ``reasons`` says of some copied pages (by index) why they are unknown; ``written`` has a
-    row (page, symbol number, cause bit) for each symbol that was written to.  ``beforehand`` is how many
-    present pages are not the file's but a prepared copy's, relocated and shared
+    ``base`` is the load bias.  ``mapped`` counts pages.  ``swapped_vaddrs`` are the copies that are swapped
+    out, ``bss_vaddrs`` the present anonymous pages of the image's bss.  ``causes`` are sets of bits, one for
+    each copied page (none where nobody asked); ``reasons`` says of some copied pages (by index) why they are
+    unknown; ``written`` has a row (page, symbol number, cause bit) for each symbol that was written to.
+    ``beforehand`` is how many present pages are not the file's but a prepared copy's, relocated and shared
     (:mod:`miniloader.lab.beforehand`).
     """
 
@@ -52,7 +53,7 @@ class FileInProcess:
     start: int
     end: int
     mapped: int
-    swapped: int
+    swapped_vaddrs: NDArray[np.uint64]
     bss_vaddrs: NDArray[np.uint64]
     copies: Some
     copied: Rows
@@ -94,8 +95,8 @@ class FileInProcess:
         return self.copies.frames[self.copied]
 
     @property
-    def inherited_frames(self) -> NDArray[np.uint64]:
-        """The frames of the copied pages that a relative by fork has, too."""
+    def several_frames(self) -> NDArray[np.uint64]:
+        """The frames of the copied pages that are mapped elsewhere, too: by relatives, or by KSM."""
         if not len(self.copies.several):
             return self.copies.several
         return self.frames[~self.copies.exclusive[self.copied]]
@@ -301,7 +302,7 @@ def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Page
             start=vmas[indices[0]].start,
             end=vmas[indices[-1]].end,
             mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
-            swapped=sum([pages.swapped_in[index] for index in indices]),
+            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias),
             bss_vaddrs=_NO_VADDRS,
             copies=copies,
             copied=copies.rows(indices),
@@ -315,6 +316,14 @@ def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Page
     ]
     _find_bss(found, pages.anonymous)
     return found
+
+
+def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.uint64]:
+    """Where the pages of these mappings are that are swapped out: copies, as the file's own would not be."""
+    if not any(pages.swapped_in[index] for index in indices):
+        return _NO_VADDRS
+    rows = np.flatnonzero(pages.swapped & np.isin(pages.vma, indices))
+    return np.asarray(pages.addresses[rows] - np.uint64(bias % 2**64))
 
 
 def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:

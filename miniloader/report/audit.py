@@ -39,7 +39,7 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
     if audit.libraries:
         yield ()
         yield library_rows(audit)
-    said = [text for one in audit.libraries if one.private and (text := sentence(one))]
+    said = [text for one in audit.libraries if (text := sentence(one))]
     if audit.explained and said:
         yield ()
         yield from said if pages else said[:_MOST_SENTENCES]
@@ -63,13 +63,15 @@ def summary(audit: Audit) -> Iterator[Line]:
     present = sum(one.present for one in audit.libraries)
     frames = sum(one.frames for one in audit.libraries)
     private = sum(one.private for one in audit.libraries)
+    swapped = sum(one.swapped for one in audit.libraries)
     exact = "" if audit.level == "frames" else "at most "
     yield (
         (count(len(audit.processes), "process", "processes"), "bold"),
         f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
         f"where separate copies would take {size(present * page)}",
     )
-    yield (f"  {size(private * page)} of it are private copies",)
+    besides = f", and {size(swapped * page)} of copies besides are swapped out" if swapped else ""
+    yield (f"  {size(private * page)} of it are private copies{besides}",)
     if audit.processes:
         pss = [one.pss for one in audit.processes if one.pss is not None]
         known = len(pss) == len(audit.processes)
@@ -83,7 +85,8 @@ def summary(audit: Audit) -> Iterator[Line]:
 
 def library_rows(audit: Audit, before: Audit | None = None) -> Table:
     """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
-    columns = ("library", ">in", ">mapped", ">present", ">shared", ">private", ">bss", ">takes", ">apart")
+    counted = (*_COUNTED, "swapped") if any(one.swapped for one in audit.libraries) else _COUNTED
+    columns = ("library", ">in", *(f">{name}" for name in counted), ">takes", ">apart")
     old = {one.build_id or one.path: one for one in before.libraries} if before is not None else {}
     rows = []
     for one in audit.libraries:
@@ -91,13 +94,13 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
         cells: list[Piece] = [
             (printable(one.name) + several, "yellow") if several else printable(one.name),
             f"{len({process.pid for process in one.processes}):,}",
-            *(f"{sum(getattr(process, field) for process in one.processes):,}" for field in _COUNTED),
+            *(f"{sum(getattr(process, field) for process in one.processes):,}" for field in counted),
             size(one.frames * audit.page_size),
             size(one.present * audit.page_size),
         ]
         if before is not None:
             was = old.get(one.build_id or one.path)
-            change = one.private - (was.private if was is not None else 0)
+            change = _copies(one) - (_copies(was) if was is not None else 0)
             cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
         rows.append(cells)
     return Table((*columns, ">since start") if before is not None else columns, rows)
@@ -105,12 +108,17 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
 
 def tick(audit: Audit, before: Audit) -> Line:
     """One look of many, on one line."""
-    old = {one.build_id or one.path: one.private for one in before.libraries}
-    grown = [(one, one.private - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
+    old = {one.build_id or one.path: _copies(one) for one in before.libraries}
+    grown = [(one, _copies(one) - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
     changed = ", ".join(f"{one.name} {number:+,}" for one, number in grown if number)
-    total = sum(one.private for one in audit.libraries)
+    total = sum(_copies(one) for one in audit.libraries)
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
     return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
+
+
+def _copies(library: AuditedLibrary) -> int:
+    """Its private pages, in memory or swapped out: to be swapped out does not make a page shared again."""
+    return library.private + library.swapped
 
 
 _COUNTED = ("mapped", "present", "shared", "private", "bss")
@@ -119,7 +127,7 @@ _COUNTED = ("mapped", "present", "shared", "private", "bss")
 # ------------------------------------------------------------------------------------------- sentences
 def sentence(library: AuditedLibrary) -> Line:
     """``libcrypto.so.3: 101 private pages in each process: 97 only relocated (…), 4 written …``."""
-    if not library.private_pages:
+    if not library.private_pages and not library.swapped_pages:
         return ()
     by_kind: dict[str, dict[int, int]] = {}
     symbols: dict[str, int] = {}
@@ -136,7 +144,7 @@ def sentence(library: AuditedLibrary) -> Line:
     for one in library.processes:
         private[one.pid] += one.private
     each = " in each process" if len(pids) > 1 else ""
-    pages = f": {_span(private.values(), 'private page')}{each}: "
+    pages = f": {_span(private.values(), 'private page')}{each}"
     parts = []
     for kind, words in _KINDS.items():
         if kind in by_kind:
@@ -149,7 +157,10 @@ def sentence(library: AuditedLibrary) -> Line:
     beforehand = [one.beforehand for one in library.processes]
     if any(beforehand):
         parts.append(f"{_span(beforehand)} besides, relocated beforehand, are shared")
-    return ((printable(library.name), "bold"), pages + printable("; ".join(parts)))
+    swapped = [one.swapped for one in library.processes]
+    if any(swapped):
+        parts.append(f"{_span(swapped)} besides are swapped out, and not read, as that would bring them in")
+    return ((printable(library.name), "bold"), f"{pages}: " + printable("; ".join(parts)))
 
 
 _KINDS = {
@@ -222,15 +233,17 @@ def _processes(processes: Sequence[AuditedProcess]) -> Table:
 def _library(library: AuditedLibrary) -> Iterator[Part]:
     yield ()
     yield heading(printable(library.path), f"build-id {library.build_id or 'none'}")
-    numbers = (*_COUNTED[:4], "inherited", "bss", "swapped")
+    merged = ["merged"] if any(one.merged != 0 for one in library.processes) else []
+    numbers = (*_COUNTED[:4], "inherited", *merged, "bss", "swapped")
     yield Table(
         ("process", "base", *(f">{name}" for name in numbers)),
         [
-            (str(one.pid), f"{one.base:#x}", *(f"{getattr(one, name):,}" for name in numbers))
+            (str(one.pid), f"{one.base:#x}", *(_number(getattr(one, name)) for name in numbers))
             for one in library.processes
         ],
     )
-    if not library.private_pages and not library.bss_pages:
+    pages = (*library.private_pages, *library.bss_pages, *library.swapped_pages)
+    if not pages:
         return
     yield ()
     yield Table(
@@ -244,9 +257,13 @@ def _library(library: AuditedLibrary) -> Iterator[Part]:
                 ", ".join(f"{n:,} {name.removeprefix('R_X86_64_')}" for name, n in page.kinds.items()),
                 printable(_shortened(page.written or page.symbols)),
             )
-            for page in (*library.private_pages, *library.bss_pages)
+            for page in pages
         ],
     )
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def _family(page: PrivatePage) -> str:
@@ -273,6 +290,8 @@ def page_view(view: PageView) -> Iterator[Part]:
     if view.causes:
         reason = f" ({view.reason})" if view.reason else ""
         yield (printable(f"  causes: {', '.join(view.causes)}{reason}"),)
+    if view.state == "swapped":
+        return
     if view.state != "private":
         yield ("  no copy: every byte is the file's own",)
         return
@@ -328,7 +347,7 @@ _CHANGES = {"private": "went private", "rewritten": "written again", "returned":
 # ------------------------------------------------------------------------------------------------- CSV
 def write_csv(audit: Audit, file: IO[str]) -> None:
     """A row for each library in each process: pages, as numbers; names as they are."""
-    fields = ("base", *_COUNTED, "inherited", "swapped")
+    fields = ("base", *_COUNTED, "inherited", "swapped", "merged")
     import csv
 
     writer = csv.writer(file, lineterminator="\n")

@@ -89,7 +89,7 @@ def _causes(audit: Audit, sight: Sight) -> Iterator[Range]:
     """Why each copied page is no longer the file's, as far as the audit says."""
     library = sight.library
     several = len({one.pid for one in library.processes}) > 1
-    for page in (*library.private_pages, *library.bss_pages):
+    for page in (*library.private_pages, *library.bss_pages, *library.swapped_pages):
         index = (page.vaddr - sight.plan.start) // audit.page_size
         where = f"in {count(len(page.pids), 'process', 'processes')}: " if several else ""
         yield index, index + 1, "cause", where + _cause(page)

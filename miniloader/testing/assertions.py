@@ -144,8 +144,8 @@ def assert_copied_only(
     do neighbours on the page, which are copied along.  A page that was copied and is as in the file must
     hold one of the symbols.  bss beyond the file's pages is anonymous from the start: nothing is copied.
 
-    Raises AssertionError naming what else was written, EvidenceError where the cause of a copy is unknown,
-    UsageError when there is no such symbol or library.
+    Raises AssertionError naming what else was written, EvidenceError where the cause of a copy is unknown
+    (one that is swapped out, too), UsageError when there is no such symbol or library.
     """
     __tracebackhide__ = True
     every = _each(snapshots)
@@ -168,6 +168,8 @@ def assert_copied_only(
         raise EvidenceError(
             f"{_at(every[-1])}{what}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
         )
+    swapped = (last.sharing.states == SWAPPED) & last.of_file
+    _refuse_untold(every[-1], last, f"{last.name}: whether more than {named} was written", swapped)
 
 
 def assert_private_pages(

@@ -279,29 +279,6 @@ def test_huge_pages() -> None:
         assert counted(one).huge * PAGE_SIZE == kernel
 
 
-@needs_frames
-def test_ksm() -> None:
-    run = Path("/sys/kernel/mm/ksm/run")
-    if not run.exists() or run.read_text().strip() != "1":
-        pytest.skip("this kernel lacks KSM, or it does not run")
-    with told(ANONYMOUS) as one:
-        one(f"at = mapped(64 * {PAGE_SIZE}); ctypes.memset(at, 7, 64 * {PAGE_SIZE})")
-        one(f"libc.madvise(at, 64 * {PAGE_SIZE}, 12)")
-        ksm = counted(one).ksm
-        assert ksm is not None
-        assert ksm <= 64
-
-
-@needs_frames
-def test_swapped_pages() -> None:
-    if len(Path("/proc/swaps").read_text().splitlines()) < 2:
-        pytest.skip("this machine lacks swap space")
-    with told(ANONYMOUS) as one:
-        one(f"at = mapped(64 * {PAGE_SIZE}); ctypes.memset(at, 7, 64 * {PAGE_SIZE})")
-        one(f"libc.madvise(at, 64 * {PAGE_SIZE}, 21)")  # MADV_PAGEOUT
-        assert counted(one).swapped * PAGE_SIZE == rollup_of(one.pid)["Swap"] * KB
-
-
 # ------------------------------------------------------------------------------------ without privilege
 def test_an_ordinary_user_on_its_own(demo: Path, as_nobody: AsNobody) -> None:
     level, causes, written = as_nobody(_own_child, str(demo))
