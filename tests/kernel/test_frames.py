@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from miniloader.errors import EvidenceError
-from miniloader.kernel.frames import KPF, distinct, flag_names, frame_flags, map_counts
+from miniloader.kernel.frames import KPF, distinct, flag_names, frame_flags, map_counts, marks_merged
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from tests.memory import map_anonymous, map_file, still_child, store, touch
@@ -38,6 +38,23 @@ def test_a_page_of_a_file_and_its_copy(file8: Path) -> None:
     assert {"anonymous", "mmap", "swapbacked"} <= names(address)
     assert "ksm" not in names(address)  # as some kernels have it
     assert map_counts(frames(address)).tolist() == [1]
+
+
+@pytest.mark.parametrize("marked", [{"anonymous", "ksm"}, {"anonymous"}])
+def test_a_kernel_that_marks_every_anonymous_page_as_merged(
+    marked: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of Debian 13 does (6.12); on a kernel that does not, a marked page is merged."""
+    word = np.bitwise_or.reduce([KPF[name].mask for name in marked])
+    merged = KPF["anonymous"].mask | KPF["ksm"].mask
+    answers = iter([np.array([merged]), np.array([word])])  # for the page that was asked for, for a fresh one
+    monkeypatch.setattr("miniloader.kernel.frames._lookup", lambda *_: next(answers))
+    marks_merged.cache_clear()
+    try:
+        flags = flag_names(int(frame_flags(np.array([7], np.uint64))[0]))
+    finally:
+        marks_merged.cache_clear()
+    assert flags == (("anonymous",) if "ksm" in marked else ("anonymous", "ksm"))
 
 
 @needs_root
