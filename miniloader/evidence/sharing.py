@@ -225,7 +225,7 @@ def _states_alone(process: ProcessPages, level: LevelName) -> NDArray[np.uint8]:
         named = np.array([one.vma.is_file for one in process.mappings] + [False])
         file = np.where(named[pages["mapping"]], SOLE, UNKNOWN)
         # In anonymous memory, not exclusive may also mean the page of zeros, where nothing tells.
-        sure = named[pages["mapping"]] | process.zero_known
+        sure = named[pages["mapping"]] | pages["zero_known"]
         copied = np.where(pages["exclusive"], COPIED, np.where(sure, COPIED_SHARED, UNKNOWN))
     return np.select(
         [

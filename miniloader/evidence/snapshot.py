@@ -28,6 +28,7 @@ from miniloader.kernel.query import query_vma
 from miniloader.kernel.scan import IS_ZERO, categories_of, scan
 from miniloader.kernel.smaps import read_smaps, sum_sizes
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.kernel.zeros import doubtful, zeros_by_sums
 from miniloader.values import dataclass
 
 __all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "Snapshot", "Target", "take"]
@@ -45,7 +46,8 @@ PAGE_DTYPE: Final = np.dtype(
         ("file", np.bool_),  # bit 61: the page cache's own page, or shared memory
         ("exclusive", np.bool_),  # bit 56: mapped once over all processes
         ("guard", np.bool_),
-        ("zero", np.bool_),  # the kernel's page of zeros; see ProcessPages.zero_known
+        ("zero", np.bool_),  # the kernel's page of zeros
+        ("zero_known", np.bool_),  # whether that is known
         ("changed", np.bool_),  # its entry, or its mapping, changed while we looked
     ]
 )
@@ -91,7 +93,6 @@ class ProcessPages:
     base: int
     mappings: tuple[Backing, ...]
     pages: NDArray[np.void]
-    zero_known: bool = False
     totals: Mapping[str, int] | None = None
     gone: bool = False
     reason: str = ""
@@ -234,7 +235,7 @@ def _first(target: Target, files: ExitStack) -> _Reading:
     vmas, table = _touched(target), pagemap.table(start, end)
     try:
         regions = scan(pagemap, start, end, required=IS_ZERO, returned=IS_ZERO)
-    except EvidenceError:  # PAGEMAP_SCAN is from 6.7 on; the flags of the frames may still tell
+    except EvidenceError:  # PAGEMAP_SCAN is from 6.7 on; flags of the frames, or sums, may still tell
         return _Reading(target, pagemap, vmas, table, None)
     return _Reading(target, pagemap, vmas, table, categories_of(regions, start, end).astype(np.bool_))
 
@@ -283,14 +284,14 @@ def _second(reading: _Reading, facts: _Facts, *, with_frames: bool) -> ProcessPa
         pages["zero"] = (facts.flags & KPF["zero_page"].mask).astype(np.bool_)
     if reading.zero is not None:
         pages["zero"] |= reading.zero
+    pages["zero_known"] = True
+    if reading.zero is None and facts.flags is None:
+        maybe, answers = doubtful(after.entries), zeros_by_sums(reading.pagemap, vmas).all_or_none
+        answer = np.append(answers, np.int8(0))[mapping]
+        pages["zero"] = maybe & (answer == 1)
+        pages["zero_known"] = ~maybe | (answer >= 0)
     pages.flags.writeable = False
-    return ProcessPages(
-        target.pid,
-        target.base,
-        _backings(target.pid, vmas),
-        pages,
-        zero_known=reading.zero is not None or facts.flags is not None,
-    )
+    return ProcessPages(target.pid, target.base, _backings(target.pid, vmas), pages)
 
 
 def _remapped(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Final
 
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
+from miniloader.kernel.frames import KPF, frame_flags
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
 from miniloader.values import dataclass
 
 __all__ = ["Pages", "Rows", "Some", "length", "number"]
@@ -23,7 +26,7 @@ Rows = slice | NDArray[np.intp]
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 _LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
-_NOT_PAGES: Final = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]"})  # counted by nobody
+_MOST: Final = 1 << 44  # bytes; to find what is populated takes a second a TiB without PAGEMAP_SCAN
 
 
 class Pages:
@@ -31,7 +34,9 @@ class Pages:
 
     ``copied`` and ``own`` (pages of files, and of shared memory) are the two kinds that are counted; of them
     ``copies`` and ``originals`` keep what an audit asks for.  ``anonymous`` are the addresses of the copied
-    pages that lie in no file's mapping, ``swapped_in`` how many of each mapping are swapped out.
+    pages that lie in no file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero``
+    are the page of zeros, which is not counted; where a kernel does not tell all of them from copies,
+    ``zeros_among`` the counted ones are so many more.
     """
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
@@ -49,9 +54,10 @@ class Pages:
         self._mappings = len(vmas)
         present = (self.entries & PRESENT).astype(np.bool_)
         file = (self.entries & FILE).astype(np.bool_)
-        self.zero, self.huge = self._scanned(vmas)
+        told = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
+        self.zero, self.huge, self.zeros_among = told
         self.counted = present & ~self.zero
-        self.counted &= np.array([vma.path not in _NOT_PAGES for vma in vmas])[self.vma]
+        self.counted &= np.array([vma.path not in NOT_PAGES for vma in vmas])[self.vma]
         self.own = self.counted & file
         self.copied = self.counted ^ self.own
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
@@ -89,20 +95,31 @@ class Pages:
         """Which entries are not what they were."""
         return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
 
-    def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which are the page of zeros, and which are part of a huge page; as PAGEMAP_SCAN (6.7) says."""
+    def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], int, int] | None:
+        """Which are the page of zeros, how many are in huge pages, and 0; None before PAGEMAP_SCAN (6.7)."""
         zero, huge = np.zeros((2, len(self.addresses)), np.bool_)
         try:
             kinds = IS_ZERO | IS_HUGE
             regions = scan(self._pagemap, vmas[0].start, vmas[-1].end, any_of=kinds, returned=kinds)
         except EvidenceError:
-            return zero, huge
+            return None
         first = np.searchsorted(self.addresses, regions["start"]).tolist()
         last = np.searchsorted(self.addresses, regions["end"]).tolist()
         for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
             huge[low:high] |= bool(kind & IS_HUGE)
-        return zero, huge
+        return zero, number(huge & ~zero), 0
+
+    def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> tuple[NDArray[np.bool_], int, int]:
+        """The same by the flags of the frames, or by sums; last how many zeros are among the other pages."""
+        sums, maybe = zeros_by_sums(self._pagemap, vmas), doubtful(self.entries)
+        if frames:
+            with suppress(EvidenceError):  # kpageflags is for root alone
+                flags = frame_flags(self.entries[maybe] & FRAME)
+                maybe[maybe] = (flags & KPF["zero_page"].mask).astype(np.bool_)
+                return maybe, sums.huge, 0
+        some = (sums.all_or_none < 0) & (sums.zeros > 0)
+        return maybe & (sums.all_or_none[self.vma] == 1), sums.huge, int(sums.zeros[some].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +170,21 @@ def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]
         if vma.end - vma.start <= _LARGE:
             ranges.append((index, vma.start, vma.end))
             continue
-        try:
-            regions = scan(pagemap, vma.start, vma.end, any_of=IS_PRESENT | IS_SWAPPED, returned=0)
-        except EvidenceError:
-            ranges.append((index, vma.start, vma.end))
-            continue
-        ranges += [(index, start, end) for start, end, _ in regions.tolist()]
+        ranges += [(index, start, end) for start, end in _populated(pagemap, vma)]
     return ranges
+
+
+def _populated(pagemap: PageMap, vma: Vma) -> Iterable[tuple[int, int]]:
+    """The parts of a mapping that have pages."""
+    try:
+        regions = scan(pagemap, vma.start, vma.end, any_of=IS_PRESENT | IS_SWAPPED, returned=0)
+    except EvidenceError:  # before 6.7
+        if vma.size > _MOST:
+            found = f"a mapping of {vma.size >> 30:,} GiB, which this kernel only shows page by page"
+            raise EvidenceError(f"process {pagemap.pid}: {found}", hint="Linux 6.7") from None
+        for start in range(vma.start, vma.end, _LARGE):
+            end = min(start + _LARGE, vma.end)
+            if pagemap.read(start, end).any():
+                yield start, end
+    else:
+        yield from ((start, end) for start, end, _ in regions.tolist())

@@ -41,11 +41,12 @@ def process(
 ) -> ProcessPages:
     """A process with these pages, from page ``first`` on, all in one mapping of a file."""
     table = np.zeros(len(pages), dtype=PAGE_DTYPE)
+    table["zero_known"] = True
     table["vaddr"] = table["file_offset"] = (np.arange(len(pages), dtype=np.uint64) + first) * PAGE_SIZE
     for row, page in zip(table, pages, strict=True):
         for name, value in page.items():
             row[name] = value
-    return ProcessPages(1, 0, (Backing(mapping or vma(), b"id"),), table, **({"zero_known": True} | more))
+    return ProcessPages(1, 0, (Backing(mapping or vma(), b"id"),), table, **more)
 
 
 def snap(level: LevelName, *processes: ProcessPages) -> Snapshot:
@@ -158,9 +159,10 @@ def test_flags_take_a_contradiction_for_unknown() -> None:
 
 def test_flags_without_a_file_or_zeros_do_not_guess() -> None:
     anonymous = vma("", inode=0)
-    one = process([file_page(), copy(), copy(exclusive=False)], mapping=anonymous, zero_known=False)
+    unknown = copy(exclusive=False, zero_known=False)
+    one = process([file_page(), copy(), unknown], mapping=anonymous)
     assert signs(analyse(snap("flags", one))) == ["?◆?"]
-    one = process([copy(exclusive=False)], zero_known=False)  # a page of a file is never the page of zeros
+    one = process([unknown])  # a page of a file is never the page of zeros
     assert signs(analyse(snap("flags", one))) == ["◇"]
 
 
