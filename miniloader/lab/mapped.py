@@ -11,6 +11,7 @@ from miniloader.elf.image import read_image
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError
 from miniloader.evidence.slots import Facts, Names
 from miniloader.kernel.maps import Vma
+from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
 from miniloader.lab.beforehand import Beforehand
@@ -18,6 +19,7 @@ from miniloader.lab.beforehand import Beforehand
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
 _MAGIC: Final = b"\x7fELF"
+_KERNEL: Final = -1  # whose name leads to the mapped file itself
 
 
 class Identity(NamedTuple):
@@ -94,13 +96,13 @@ class MappedFiles:
         """Open the very file that is mapped, not one that has taken its name since."""
         by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
         in_root = process_file(pid, "root") + vma.path
-        for path, sure in ((vma.path, False), (by_kernel, True), (in_root, False)):
+        for path, whose in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
             try:
                 source = Source.open(path)
             except MiniloaderError:
                 continue
             facts = _facts(source, self._names)
-            if facts is not None and (sure or _is(source, facts, file)):
+            if facts is not None and (whose == _KERNEL or _is(source, facts, file, whose)):
                 file.facts, file.trouble = facts, ""
                 file.arrangements.clear()
                 if file.build_id is None and facts.image is not None:
@@ -120,11 +122,35 @@ def _facts(source: Source, names: Names) -> Facts | None:
         return Facts(source, None, names)
 
 
-def _is(source: Source, facts: Facts, file: MappedFile) -> bool:
-    """Whether an open file is the mapped one: by device and inode, or (overlayfs, btrfs) by build-id."""
-    device, inode = source.identity
-    if (os.major(device), os.minor(device)) == file.identity.device and inode == file.identity.inode:
-        return not file.identity.deleted or os.fstat(source.fd).st_nlink > 0
-    if facts.image is None or file.build_id is None or file.identity.deleted:
+def _is(source: Source, facts: Facts, file: MappedFile, pid: int | None) -> bool:
+    """Whether the file that ``pid`` calls so is the mapped one.
+
+    By device and inode; where maps tells another device (overlayfs, btrfs) by the kernel's build-id, and
+    before 6.11 by the inode below.
+    """
+    number, inode = source.identity
+    device, mapped = (os.major(number), os.minor(number)), file.identity
+    if (device, inode) == (mapped.device, mapped.inode):
+        return not mapped.deleted or os.fstat(source.fd).st_nlink > 0
+    if mapped.deleted:
         return False
-    return facts.image.build_id == file.build_id
+    if file.build_id is not None:
+        return facts.image is not None and facts.image.build_id == file.build_id
+    return inode == mapped.inode and _is_below(mapped, device, pid)
+
+
+def _is_below(mapped: Identity, device: tuple[int, int], pid: int | None) -> bool:
+    """Whether maps tells the device below the one that stat(2) tells, and the inode is that of both.
+
+    An overlay gives its own device, and the inode of the file below where all its layers are on one file
+    system (Documentation/filesystems/overlayfs.rst, "Inode properties"); btrfs has a device a subvolume.
+    """
+    try:
+        mount = mount_of(pid, mapped.path)
+    except EvidenceError:
+        return False
+    if mount is None:
+        return False
+    return (mount.kind == "overlay" and mount.device == device) or (
+        mount.kind == "btrfs" and mount.device == mapped.device
+    )

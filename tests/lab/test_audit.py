@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -229,24 +230,58 @@ def test_a_deleted_file(demo: Path, tmp_path: Path) -> None:
         assert all("deleted" in page.reason for page in found.private_pages)
 
 
+@pytest.fixture
+def overlay(demo: Path) -> Iterator[tuple[Path, Path]]:
+    """The demonstration library below an overlay and in it, as in containers, for every user."""
+    if os.geteuid():
+        pytest.skip("needs root: to mount an overlay")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        here = Path(directory)
+        here.chmod(0o755)
+        for name in ("lower", "upper", "work", "merged"):
+            (here / name).mkdir()
+        path = copy(demo, here / "lower" / "lib.so")
+        layers = f"lowerdir={here}/lower,upperdir={here}/upper,workdir={here}/work"
+        command = ["mount", "-t", "overlay", "overlay", "-o", layers, str(here / "merged")]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this kernel lacks overlayfs here")
+        try:
+            yield path, here / "merged" / "lib.so"
+        finally:
+            subprocess.run(["umount", str(here / "merged")], check=True)
+
+
 @needs_frames
-def test_the_same_file_through_an_overlay(demo: Path, tmp_path: Path) -> None:
-    """As in containers: maps tells another device, the frames are the same."""
-    for name in ("lower", "upper", "work", "merged"):
-        (tmp_path / name).mkdir()
-    path = copy(demo, tmp_path / "lower" / "lib.so")
-    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
-    command = ["mount", "-t", "overlay", "overlay", "-o", layers, str(tmp_path / "merged")]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this kernel lacks overlayfs here")
-    try:
-        inside = told(f"lib = ctypes.CDLL({str(tmp_path / 'merged' / 'lib.so')!r})")
-        with told(f"lib = ctypes.CDLL({str(path)!r})") as outer, inside as inner:
-            (found,) = miniloader.audit([outer.pid, inner.pid], library=str(tmp_path)).libraries
-        assert found.files == 1
-        assert found.frames < found.present
-    finally:
-        subprocess.run(["umount", str(tmp_path / "merged")], check=True)
+def test_the_same_file_through_an_overlay(overlay: tuple[Path, Path]) -> None:
+    """Maps tells another device, the frames are the same."""
+    path, merged = overlay
+    inside = told(f"lib = ctypes.CDLL({str(merged)!r})")
+    with told(f"lib = ctypes.CDLL({str(path)!r})") as outer, inside as inner:
+        (found,) = miniloader.audit([outer.pid, inner.pid], library=str(merged.parent.parent)).libraries
+    assert found.files == 1
+    assert found.frames < found.present
+
+
+@KERNELS
+def test_an_overlay_s_file_is_found_without_privilege(
+    overlay: tuple[Path, Path], as_nobody: AsNobody, kernel: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """By the kernel's build-id; before 6.11 by the inode.  Not when another file has taken its name."""
+    _, merged = overlay
+
+    def look() -> tuple[str, set[str], set[str]]:
+        with kernel():
+            return _own_child(str(merged))
+
+    assert as_nobody(look) == ("flags", {"relocation", "loader", "bss", "write"}, {"demo_counters"})
+
+    def look_at_replaced() -> tuple[str, set[str], set[str]]:
+        with kernel():
+            return _own_child(str(merged), replace=True)
+
+    os.chown(merged.parent, NOBODY, NOBODY)
+    level, causes, written = as_nobody(look_at_replaced)
+    assert (level, causes, written) == ("flags", {"unknown"}, set())
 
 
 def copy(source: Path, to: Path) -> Path:
@@ -339,11 +374,14 @@ def test_an_ordinary_user_on_its_own(demo: Path, as_nobody: AsNobody) -> None:
     assert written == {"demo_counters"}
 
 
-def _own_child(path: str) -> tuple[str, set[str], set[str]]:
+def _own_child(path: str, *, replace: bool = False) -> tuple[str, set[str], set[str]]:
     import ctypes
 
     library = ctypes.CDLL(path)
     library.demo_next()
+    if replace:
+        shutil.copy(path, f"{path}.new")
+        os.rename(f"{path}.new", path)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
