@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -21,6 +22,7 @@ import miniloader
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.kernel import syscalls
 from miniloader.kernel.features import LevelName
+from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.scan import IS_FILE, IS_GUARD, IS_PRESENT, IS_ZERO, scan
@@ -253,7 +255,7 @@ def overlay(demo: Path) -> Iterator[tuple[Path, Path]]:
 
 @needs_frames
 def test_the_same_file_through_an_overlay(overlay: tuple[Path, Path]) -> None:
-    """Maps tells another device, the frames are the same."""
+    """Whatever device maps tells, the frames are the same."""
     path, merged = overlay
     inside = told(f"lib = ctypes.CDLL({str(merged)!r})")
     with told(f"lib = ctypes.CDLL({str(path)!r})") as outer, inside as inner:
@@ -267,7 +269,7 @@ def test_an_overlay_s_file_is_found_without_privilege(
     overlay: tuple[Path, Path], as_nobody: AsNobody, kernel: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """By the kernel's build-id; before 6.11 by the inode.  Not when another file has taken its name."""
-    _, merged = overlay
+    path, merged = overlay
 
     def look() -> tuple[str, set[str], set[str]]:
         with kernel():
@@ -278,6 +280,21 @@ def test_an_overlay_s_file_is_found_without_privilege(
     def look_at_replaced() -> tuple[str, set[str], set[str]]:
         with kernel():
             return _own_child(str(merged), replace=True)
+
+    def look_by_the_device_below(inode: int) -> bool:
+        """As maps had it until 6.12."""
+        import ctypes
+
+        library = ctypes.CDLL(str(merged))
+        assert library is not None
+        mine = next(vma for vma in read_maps() if vma.path == str(merged))
+        below = os.stat(path).st_dev
+        vma = dataclasses.replace(mine, device=(os.major(below), os.minor(below)), inode=inode)
+        with before_6_7():
+            return MappedFiles().of(os.getpid(), vma).facts is not None
+
+    assert as_nobody(look_by_the_device_below, os.stat(path).st_ino)
+    assert not as_nobody(look_by_the_device_below, os.stat(path).st_ino + 1)
 
     os.chown(merged.parent, NOBODY, NOBODY)
     level, causes, written = as_nobody(look_at_replaced)
