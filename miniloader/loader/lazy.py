@@ -19,6 +19,7 @@ from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
 from miniloader.errors import MiniloaderError
+from miniloader.kernel.processor import features
 from miniloader.loader.memory import Memory
 from miniloader.loader.stubs import Stub
 from miniloader.machine.stubs import lazy_trampoline
@@ -49,7 +50,8 @@ class Slots:
         """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""
         # Not ctypes.cast: it has the callback refer to itself, a circle that close() could not break.
         function = ctypes.c_void_p.from_buffer(self._callback).value
-        self._stub.fill(lazy_trampoline(function or 0))
+        known = features()
+        self._stub.fill(lazy_trampoline(function or 0, xsave=known is None or "xsave" in known))
         address = self._stub.address
         self._memory.write(self._got + 8, np.array([address, address], np.uint64))
 

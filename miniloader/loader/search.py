@@ -21,6 +21,7 @@ import numpy as np
 from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.errors import ElfError, LoadError
+from miniloader.kernel.processor import features
 from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader import host
 from miniloader.values import dataclass
@@ -227,11 +228,10 @@ def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
     if platform.machine() != "x86_64":
         return ()
-    lines = read_proc_file("/proc/cpuinfo").decode("ascii", "replace").split("\n")
-    features = set(next((line for line in lines if line.startswith("flags")), "").split())
+    known = features() or frozenset()
     names: list[str] = []
     for level, needs in reversed(_LEVELS):  # each level includes the ones before it
-        if not features.issuperset(needs.split()):
+        if not known.issuperset(needs.split()):
             break
         names.insert(0, level)
     return tuple(names)

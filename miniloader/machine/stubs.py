@@ -13,6 +13,9 @@ __all__ = ["SAVE_AREA", "call_each", "lazy_trampoline", "with_third_argument"]
 #: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
 SAVE_AREA = 0xA80
 _SAVED = 0xEE  # SSE, AVX, bounds, opmask and both ZMM parts: what glibc saves, too
+#: How to save and restore these registers: a processor without XSAVE has none but SSE's.
+_XSAVE = b"\x0f\xae\x24\x24", b"\x0f\xae\x2c\x24"  # xsave [rsp], xrstor [rsp]
+_FXSAVE = b"\x0f\xae\x04\x24", b"\x0f\xae\x0c\x24"  # fxsave [rsp], fxrstor [rsp]
 
 
 def with_third_argument(function: int, value: int) -> bytes:
@@ -47,13 +50,14 @@ def call_each() -> bytes:
     ))  # fmt: skip
 
 
-def lazy_trampoline(callback: int) -> bytes:
+def lazy_trampoline(callback: int, *, xsave: bool = True) -> bytes:
     """What ``GOT[2]`` points at while PLT slots are bound lazily.
 
     PLT0 comes here with ``GOT[1]`` and the relocation's index pushed above the return address.  It calls
     ``callback(index)``, which returns the function's address, and jumps there with every argument register as
-    it was.
+    it was.  ``xsave``: whether the processor (and the system) has XSAVE.
     """
+    save, restore = _XSAVE if xsave else _FXSAVE
     header = range(512, 576, 8)  # XRSTOR wants the header's unused part zero
     return b"".join((
         b"\xf3\x0f\x1e\xfa",  # endbr64
@@ -65,14 +69,14 @@ def lazy_trampoline(callback: int) -> bytes:
         b"\x31\xc0\x31\xd2",  # xor eax, eax; xor edx, edx
         *(b"\x48\x89\x84\x24" + struct.pack("<I", at) for at in header),  # mov [rsp + at], rax
         b"\xb8" + struct.pack("<I", _SAVED),  # mov eax, _SAVED
-        b"\x0f\xae\x24\x24",  # xsave [rsp]
+        save,
         b"\x48\x8b\x7d\x10",  # mov rdi, [rbp + 16]: the index
         b"\x48\xb8" + struct.pack("<Q", callback),  # mov rax, callback
         b"\xff\xd0",  # call rax
         b"\x48\x89\x45\x08",  # mov [rbp + 8], rax: over GOT[1]
         b"\xb8" + struct.pack("<I", _SAVED),  # mov eax, _SAVED
         b"\x31\xd2",  # xor edx, edx
-        b"\x0f\xae\x2c\x24",  # xrstor [rsp]
+        restore,
         b"\x48\x8d\x65\xb8",  # lea rsp, [rbp - 72]
         b"\x41\x5b\x41\x5a\x41\x59\x41\x58",  # pop r11, r10, r9, r8
         b"\x59\x5a\x5e\x5f\x58\x5d",  # pop rcx, rdx, rsi, rdi, rax, rbp
