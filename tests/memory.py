@@ -7,15 +7,22 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 from miniloader.kernel import syscalls
+from miniloader.kernel.probe import probe
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 T = TypeVar("T")
 READ_WRITE = syscalls.PROT_READ | syscalls.PROT_WRITE
+MADV_NOHUGEPAGE = 15
+needs_scan = pytest.mark.skipif(
+    not probe().works("pagemap-scan"), reason="this kernel lacks PAGEMAP_SCAN (6.7)"
+)
 
 
 def touch(address: int, pages: int = 1) -> None:
@@ -40,7 +47,12 @@ def failing(number: int) -> Callable[..., int]:
 
 
 def map_anonymous(pages: int, protection: int = READ_WRITE) -> int:
-    return syscalls.mmap(0, pages * PAGE_SIZE, protection, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS)
+    """Private pages that come in one by one, even where the system makes them huge when it can."""
+    length, flags = pages * PAGE_SIZE, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS
+    address = syscalls.mmap(0, length, protection, flags)
+    with suppress(OSError):  # a kernel without huge pages
+        syscalls.madvise(address, length, MADV_NOHUGEPAGE)
+    return address
 
 
 def map_file(path: Path, pages: int, *, page: int = 0, protection: int = READ_WRITE) -> int:

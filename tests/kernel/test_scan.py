@@ -14,7 +14,7 @@ from miniloader.kernel.pagemap import FILE, PRESENT, SOFT_DIRTY, SWAPPED, PageMa
 from miniloader.kernel.scan import REGION_DTYPE, categories_of
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteWatch
-from tests.memory import failing, map_anonymous, map_file, still_child, store, touch
+from tests.memory import failing, map_anonymous, map_file, needs_scan, still_child, store, touch
 
 SAME = {
     scan.IS_PRESENT: PRESENT,
@@ -40,10 +40,12 @@ def compare(pid: int) -> int:
     return present
 
 
+@needs_scan
 def test_agrees_with_pagemap(varied: tuple[int, dict[str, int]]) -> None:
     assert compare(varied[0]) > 500
 
 
+@needs_scan
 def test_agrees_with_pagemap_unprivileged(as_nobody) -> None:
     def look() -> int:
         with still_child(syscalls.prctl, syscalls.PR_SET_DUMPABLE, 1) as (pid, _):
@@ -58,6 +60,7 @@ def pages(regions: np.ndarray, start: int) -> list[int]:
     return [page for low, high in spans for page in range(low // PAGE_SIZE, high // PAGE_SIZE)]
 
 
+@needs_scan
 def test_conditions(varied: tuple[int, dict[str, int]]) -> None:
     pid, addresses = varied
     file, end = addresses["file"], addresses["file"] + 8 * PAGE_SIZE
@@ -75,6 +78,7 @@ def test_conditions(varied: tuple[int, dict[str, int]]) -> None:
         assert both["categories"].tolist() == [scan.IS_ZERO]
 
 
+@needs_scan
 @pytest.mark.parametrize("count", [2 * 511, 2 * 512, 2 * 513, 2 * 4096, 2 * 4097, 12_000])
 def test_more_regions_than_a_buffer_holds(count: int) -> None:
     """The kernel's own buffer holds 512, ours 4096; no page may be lost or come twice."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from miniloader.evidence.verdict import Verdict
+from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.probe import best_level
 from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
 from miniloader.walkthrough.model import Result
@@ -26,6 +29,12 @@ def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
     }
 
 
+def on_memory(reason: str) -> bool:
+    """Whether files for the time being lie in memory here (tmpfs), where no page can be let go of."""
+    kind = mount_of(None, os.path.realpath(tempfile.gettempdir()))
+    return kind is not None and kind.kind == "tmpfs" and "the page cache would not let go" in reason
+
+
 seen_here = cache(verdicts)
 
 
@@ -35,7 +44,7 @@ def test_every_claim_holds(name: str) -> None:
     assert {claim.id for claim in chapter(name).claims} == found.keys() | (
         BY_CLOCK if name == "copies" else set()
     )
-    amiss = {id: said for id, said in found.items() if said[0] != "proven"}
+    amiss = {id: said for id, said in found.items() if said[0] != "proven" and not on_memory(said[1])}
     if best_level() != "frames":
         amiss = {id: said for id, said in amiss.items() if not said[1].endswith("this needs frames")}
     assert amiss == {}
@@ -49,7 +58,8 @@ def test_an_ordinary_user_sees_nothing_else(name: str, as_nobody: AsNobody) -> N
     assert {id: said for id, said in found.items() if said[0] == "refuted"} == {}
     for verdict, reason in found.values():
         not_started = "cannot be started" in reason or "cannot start worker" in reason
-        assert verdict == "proven" or "this needs frames" in reason or not_started
+        excused = "this needs frames" in reason or not_started or on_memory(reason)
+        assert verdict == "proven" or (verdict == "unknown" and excused)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
