@@ -19,9 +19,9 @@ from miniloader.errors import EvidenceError, WorkerError
 from miniloader.evidence.sharing import STATES
 from miniloader.evidence.snapshot import Snapshot, Target, take
 from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
-from miniloader.kernel.procfs import read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 from miniloader.walkthrough.calls import Calls, Made, Mapping
@@ -29,7 +29,10 @@ from miniloader.walkthrough.children import Body, Child, Program
 from miniloader.walkthrough.interrupts import uninterrupted
 from miniloader.walkthrough.model import Call, Facts, Grid, Part, Row
 
-__all__ = ["Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]
+__all__ = ["ZEROS_UNTOLD", "Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]
+
+#: Why a state may be unknown where frames are hidden (before Linux 6.7).
+ZEROS_UNTOLD: Final = "this kernel does not say which pages are the page of zeros"
 
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NOT_FOR_FILES: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue"})
@@ -268,15 +271,9 @@ def _find_place(kind: str) -> Place:
 
 
 def file_system_of(path: str) -> str:
-    """The type of the file system that ``path`` is on, from ``/proc/self/mountinfo``; "?" when not told."""
-    best, kind = "", "?"
+    """The type of the file system that ``path`` is on; "?" when not told."""
     try:
-        mounts = os.fsdecode(read_process_file(None, "mountinfo"))
+        mount = mount_of(None, os.path.realpath(path))
     except EvidenceError:
-        return kind
-    for line in mounts.splitlines():
-        fields, _, after = line.partition(" - ")
-        point = fields.split()[4].encode().decode("unicode_escape")
-        if f"{os.path.realpath(path)}/".startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-            best, kind = point, after.split()[0]
-    return kind
+        return "?"
+    return mount.kind if mount is not None else "?"

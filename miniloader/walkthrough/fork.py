@@ -15,7 +15,7 @@ from miniloader.kernel.syscalls import (
     PROT_WRITE,
 )
 from miniloader.values import dataclass
-from miniloader.walkthrough.bench import Bench, View, rows_of
+from miniloader.walkthrough.bench import ZEROS_UNTOLD, Bench, View, rows_of
 from miniloader.walkthrough.calls import Calls
 from miniloader.walkthrough.model import (
     Answer,
@@ -143,11 +143,19 @@ def _alike(one: View, other: View) -> str:
 
 
 # ---------------------------------------------------------------------------------------- claims
+def _of_states(states: set[str], holds: bool, expected: str, observed: str) -> Finding:
+    """What the states of pages come to; nothing where one could not be told."""
+    if "unknown" in states:
+        return Finding(None, expected, observed, ZEROS_UNTOLD)
+    return Finding(holds, expected, observed)
+
+
 def _all_shared(seen: Seen) -> Finding:
     parent, child = seen.forked
     frames = seen.forked_frames
     same = frames[0] == frames[1]
-    return Finding(
+    return _of_states(
+        {*parent, *child},
         {*parent, *child} == {"copied-shared"} and same,
         f"{_PAGES} pages, each mapped by both",
         f"{', '.join(sorted({*parent, *child}))}; {sum(map(int.__eq__, *frames))} of {_PAGES} frames equal"
@@ -172,7 +180,8 @@ def _others_stay(seen: Seen) -> Finding:
     written = {_BY_CHILD, _BY_PARENT}
     rest = {states[page] for states in (parent, child) for page in range(_PAGES) if page not in written}
     own = {states[page] for states in (parent, child) for page in written}
-    return Finding(
+    return _of_states(
+        rest | own,
         rest == {"copied-shared"} and own == {"copied"},
         "the two written pages are each process's own, the others are still shared",
         f"written: {', '.join(sorted(own))}; others: {', '.join(sorted(rest))}",
@@ -194,8 +203,9 @@ def _never_moved(seen: Seen) -> Finding:
 
 
 def _owner(seen: Seen) -> Finding:
-    return Finding(
-        {*seen.alone} == {"copied"}, "the parent's own, all of them", ", ".join(sorted({*seen.alone}))
+    states = {*seen.alone}
+    return _of_states(
+        states, states == {"copied"}, "the parent's own, all of them", ", ".join(sorted(states))
     )
 
 

@@ -18,7 +18,7 @@ from miniloader.kernel.syscalls import (
     PROT_WRITE,
 )
 from miniloader.values import dataclass
-from miniloader.walkthrough.bench import Bench, View, rows_of
+from miniloader.walkthrough.bench import ZEROS_UNTOLD, Bench, View, rows_of
 from miniloader.walkthrough.calls import Mapping
 from miniloader.walkthrough.model import (
     Answer,
@@ -238,8 +238,7 @@ def _array(seen: Seen) -> Finding:
 def _zero_then_own(seen: Seen) -> Finding:
     wanted = ("absent", "zero", "copied")
     if "unknown" in seen.anonymous_states:
-        reason = "this kernel does not say which pages are the page of zeros"
-        return Finding(None, ", ".join(wanted), ", ".join(seen.anonymous_states), reason)
+        return Finding(None, ", ".join(wanted), ", ".join(seen.anonymous_states), ZEROS_UNTOLD)
     return Finding(seen.anonymous_states == wanted, ", ".join(wanted), ", ".join(seen.anonymous_states))
 
 

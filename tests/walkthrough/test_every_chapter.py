@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 
 from miniloader.evidence.verdict import Verdict
-from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.probe import best_level
+from miniloader.walkthrough.bench import file_system_of
 from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
 from miniloader.walkthrough.model import Result
 from miniloader.walkthrough.perform import perform
@@ -31,8 +30,7 @@ def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
 
 def on_memory(reason: str) -> bool:
     """Whether files for the time being lie in memory here (tmpfs), where no page can be let go of."""
-    kind = mount_of(None, os.path.realpath(tempfile.gettempdir()))
-    return kind is not None and kind.kind == "tmpfs" and "the page cache would not let go" in reason
+    return file_system_of(tempfile.gettempdir()) == "tmpfs" and "the page cache would not let go" in reason
 
 
 seen_here = cache(verdicts)

@@ -273,6 +273,15 @@ def test_a_claim_is_refuted_by_something_else(name: str, claim: str) -> None:
         assert found.observed
 
 
+def test_a_state_that_is_not_told_refutes_nothing() -> None:
+    seen, states = seen_by("fork"), but(forked=at(1, at(3, "unknown")), written=at(0, at(1, "unknown")))
+    other = replace(states(seen), alone=at(2, "unknown")(seen.alone))
+    found = {one.id: one.finding(other) for one in chapter("fork").claims}
+    untold = {id for id, finding in found.items() if finding.holds is None}
+    assert untold == {"all-shared", "own-when-written", "owner-again"}
+    assert {found[id].reason for id in untold} == {bench_module.ZEROS_UNTOLD}
+
+
 @pytest.mark.parametrize("name", [name for name in CHAPTERS if name not in ("copies", "fork")])
 def test_without_a_disk_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All files on tmpfs; that waits for no disk, so nothing can be said of cold files there."""
