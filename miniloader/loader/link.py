@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
 from miniloader.elf.dynamic import DT_PLTGOT
-from miniloader.elf.symbols import STT_GNU_IFUNC
 from miniloader.elf.tables import Table
 from miniloader.elf.versions import Version
 from miniloader.errors import LoadError, SymbolError
@@ -322,17 +321,17 @@ def _count_for_carrier(library: Loaded) -> None:
 
 
 def _finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
-    """Binds one symbol of the library, as binding all of them at once would have."""
+    """Binds one symbol of the library, as binding all of them at once would have.
+
+    Of those in ``order`` some may have been closed since.
+    """
 
     def find(index: int) -> int:
-        bindings = bind(library.symbols, np.array([index], np.int64), order, order.index(library))
+        there = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
+        bindings = bind(library.symbols, np.array([index], np.int64), there, there.index(library))
         refuse_unbound(library.image, bindings)
-        address = int(bindings.addresses()[0])
-        indirect = bindings.owner[0] >= 0 and int(bindings.field("info")[0]) & 0xF == STT_GNU_IFUNC
-        if indirect:
-            return call_resolver(address)
         address = int(_addresses(library, bindings)[0])
         _count_for_carrier(library)
-        return address
+        return call_resolver(address) if indirect_functions(bindings)[0] else address
 
     return find

@@ -36,7 +36,7 @@ class Loaded:
     def __init__(self, image: ElfImage, loader: Loaded | None, policy: Policy) -> None:
         self.image = image
         self.policy = policy
-        self.loader = loader
+        self.above = loader.asker() if loader is not None else None  # and not it, which may be closed before
         self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
         # Of these ours; for what a caller asked for all that are needed, sorted (ld.so's l_initfini).
         self.before: list[Loaded] = []
@@ -63,6 +63,11 @@ class Loaded:
     def plan(self) -> LoadPlan:
         """How it is mapped."""
         return self.mapped.plan
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether its pages are there: not before it is mapped, nor when it is closed."""
+        return self.memory is not None and self.memory.mapped
 
     @property
     def mapped(self) -> Memory:
@@ -102,8 +107,7 @@ class Loaded:
 
     def asker(self) -> Asker:
         """It, as one who needs other libraries."""
-        above = self.loader.asker() if self.loader is not None else None
-        return Asker(self.image.path, self.image.rpath, self.image.runpath, above)
+        return Asker(self.image.path, self.image.rpath, self.image.runpath, self.above)
 
     def discard(self) -> bool:
         """Unmap it and give everything back; ``False`` if a thread has destructors of it yet to run."""

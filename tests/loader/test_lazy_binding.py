@@ -13,7 +13,9 @@ import pytest
 import miniloader
 from miniloader.elf.dynamic import DT_SYMTAB
 from miniloader.kernel.processor import features
+from miniloader.loader.policy import Binding
 from miniloader.machine.relocation import KINDS
+from tests.loader.conftest import InChild
 
 JUMP_SLOT = next(code for code, kind in KINDS["X86_64"].items() if kind.name == "R_X86_64_JUMP_SLOT")
 
@@ -107,3 +109,55 @@ def test_an_undefined_function_ends_the_program_as_in_ld_so(
     assert (done.returncode, done.stdout) == (127, "2\n")
     assert "undefined symbol trlen" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------- what is closed meanwhile
+_FUNCTION = "int f(void) { return 42; }"
+_RESOLVED = "static int real(void) { return 42; }\nvoid *pick(void) { return real; }\n" + (
+    'int f(void) __attribute__((ifunc("pick")));'
+)
+
+
+def linked(output: Path, source: str, *options: str | Path) -> Path:
+    """A library of this source, whose PLT may be bound lazily."""
+    written = output.with_suffix(".c")
+    written.write_text(source)
+    given = ["-Wl,-z,lazy,-rpath,$ORIGIN", f"-Wl,-soname,{output.name}", *options]
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", written, "-o", output, *given], check=True)
+    return output
+
+
+@pytest.mark.parametrize("bind", ["now", "lazy"])
+@pytest.mark.parametrize("source", [_FUNCTION, _RESOLVED], ids=["function", "IFUNC"])
+def test_what_a_slot_is_bound_to_stays(in_child: InChild, tmp_path: Path, bind: Binding, source: str) -> None:
+    """Also without being needed: libr needs both, liba calls libb without naming it."""
+    b = linked(tmp_path / "libb.so", source)
+    a = linked(tmp_path / "liba.so", "int f(void); int a(void) { return f() + 1; }")
+    r = linked(tmp_path / "libr.so", "int a(void); int r(void) { return a(); }", "-Wl,--no-as-needed", a, b)
+
+    def work() -> tuple[int, int]:
+        root = miniloader.load(r, bind=bind)
+        first = root.function("r")()
+        held = miniloader.load(a, bind=bind)
+        root.close()
+        return first, held.function("a")()
+
+    assert in_child(work) == (43, 43)
+
+
+@pytest.mark.parametrize("bind", ["now", "lazy"])
+def test_a_slot_is_bound_after_another_library_has_gone(
+    in_child: InChild, tmp_path: Path, bind: Binding
+) -> None:
+    """It was in the scope when the slots were made; glibc looks only in what is left, too."""
+    source = "#include <stdlib.h>\nint a(int x) { return labs(x); }\nint own(void) { return 7; }\n"
+    a = linked(tmp_path / "liba.so", source + "int other(void) { return own(); }")
+    r = linked(tmp_path / "libr.so", "int a(int); int r(int x) { return a(x); }", a)
+
+    def work() -> tuple[int, int]:
+        root = miniloader.load(r, bind=bind)
+        held = miniloader.load(a, bind=bind)
+        root.close()
+        return held.function("a")(-5), held.function("other")()
+
+    assert in_child(work) == (5, 7)
