@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, field
@@ -144,8 +145,26 @@ def test_a_derived_one_may_be_used_first() -> None:
 
 
 def test_threads_may_use_it_first_together() -> None:
-    for _ in range(20):
-        kind, _, _ = _defined(values.dataclass)
+    """They take turns as often as they can; without the lock most rounds fail."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        _use_first_together()
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _use_first_together() -> None:
+    for _ in range(40):
+
+        @values.dataclass(frozen=True)
+        class Base:
+            x: int
+
+        @values.dataclass(frozen=True)
+        class kind(Base):  # noqa: N801
+            y: int = 2
+
         together = Barrier(4)
 
         def build(kind: type = kind, together: Barrier = together) -> object:

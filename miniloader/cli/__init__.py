@@ -92,6 +92,9 @@ def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int
     import signal
     from contextlib import suppress
 
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # inherited, and nobody could wait for a child
+        with suppress(ValueError):  # a thread sets no handlers
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return run(arguments)
     heard = []

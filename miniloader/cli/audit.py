@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -114,19 +114,20 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
     return found
 
 
-def _audit(arguments: argparse.Namespace, pids: tuple[int, ...], *, causes: bool = True) -> Audit:
-    from miniloader.lab.audit import audit
+def _audit(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
+    from miniloader.lab.audit import jobs_for
     from miniloader.report.progress import progress
 
-    with progress(steady=True) as say:
-        return audit(
-            pids,
-            library=arguments.library,
-            causes=causes and not arguments.no_causes,
-            level=arguments.level,
-            on_progress=lambda done, of: say(f"looking at processes: {done} of {of}"),
-            jobs=len(os.sched_getaffinity(0)),
-        )
+    jobs = min(len(os.sched_getaffinity(0)), jobs_for(pids))
+    with progress(forks=jobs > 1) as say:
+        tell = lambda done, of: say(f"looking at processes: {done} of {of}")  # noqa: E731
+        return _look(arguments, pids, jobs=jobs, causes=not arguments.no_causes, on_progress=tell)
+
+
+def _look(arguments: argparse.Namespace, pids: tuple[int, ...], **options: Any) -> Audit:
+    from miniloader.lab.audit import audit
+
+    return audit(pids, library=arguments.library, level=arguments.level, **options)
 
 
 def _print(arguments: argparse.Namespace, found: Audit) -> None:
@@ -252,7 +253,7 @@ def _follow(arguments: argparse.Namespace, first: Audit, pids: tuple[int, ...], 
                 time.sleep(max(0.0, end - time.monotonic()))
                 return
             time.sleep(max(0.0, due - time.monotonic()))
-            now = _audit(arguments, _living(first), causes=False)
+            now = _look(arguments, _living(first), causes=False)  # the table is the progress
             if not now.processes:  # nobody is left
                 return
             if out.is_terminal:

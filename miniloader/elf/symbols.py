@@ -55,7 +55,6 @@ STT_FILE: Final = 4
 STT_COMMON: Final = 5
 STT_TLS: Final = 6
 STT_GNU_IFUNC: Final = 10
-STV_DEFAULT: Final = 0
 STV_INTERNAL: Final = 1
 STV_HIDDEN: Final = 2
 STV_PROTECTED: Final = 3

@@ -26,7 +26,6 @@ __all__ = [
     "PRESENT",
     "SOFT_DIRTY",
     "SWAPPED",
-    "WRITE_PROTECTED",
     "PageMap",
     "PageTable",
     "read_pagemap",
@@ -38,8 +37,6 @@ SOFT_DIRTY: Final = np.uint64(1 << 55)
 """Bit 55: written since ``clear_refs``; always clear without CONFIG_MEM_SOFT_DIRTY."""
 EXCLUSIVE: Final = np.uint64(1 << 56)
 """Bit 56: mapped once in all processes ("map count is 1"); not the same as private."""
-WRITE_PROTECTED: Final = np.uint64(1 << 57)
-"""Bit 57: write protected through userfaultfd."""
 GUARD: Final = np.uint64(1 << 58)
 """Bit 58: a guard page, MADV_GUARD_INSTALL (6.15)."""
 FILE: Final = np.uint64(1 << 61)
@@ -104,11 +101,6 @@ class PageTable:
     def guard(self) -> NDArray[np.bool_]:
         """A guard page: any access ends in SIGSEGV."""
         return self._has(GUARD)
-
-    @property
-    def write_protected(self) -> NDArray[np.bool_]:
-        """Write protected through userfaultfd."""
-        return self._has(WRITE_PROTECTED)
 
     @property
     def frame(self) -> NDArray[np.uint64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -36,7 +36,7 @@ from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.survey import SWAPPED_OUT, FileInProcess, Survey, survey
 from miniloader.values import dataclass
 
-__all__ = ["audit", "matches"]
+__all__ = ["audit", "jobs_for", "matches"]
 
 _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
@@ -58,8 +58,9 @@ def audit(
 
     ``library`` chooses files by a shell pattern, or a part of the path.  ``causes=False`` only counts.
     ``level`` asks for less evidence than the best that works here.  ``on_progress`` is told how many
-    processes are done, of how many.  So many ``jobs`` look at once: more than one forks, which is not for a
-    program with threads (fork(2)).  Nothing is stopped, nothing written, nothing mapped into the processes.
+    processes are done, about, and of how many.  At most so many ``jobs`` look at once (see :func:`jobs_for`):
+    more than one forks, which is not for a program with threads (fork(2)).  Nothing is stopped, nothing
+    written, nothing mapped into the processes.
 
     A process that ends meanwhile or may not be read is listed as unreadable.  Raises EvidenceError where
     the kernel tells nothing about pages (below level ``flags``), or less than ``level``.
@@ -67,24 +68,29 @@ def audit(
     chosen = _chosen(level)
     files, every, when = MappedFiles(), list(dict.fromkeys(pids)), time.time()
     look = partial(survey, files=files, causes=causes, frames=chosen == "frames", wanted=_wanted(library))
-    shares = max(1, min(jobs, len(every) // _WORTH_A_JOB))
+    shares = min(jobs, jobs_for(every))
     done, this = 0, os.getpid()
 
-    def part(of: Sequence[int]) -> list[Survey | Unreadable]:
+    def tell(more: int) -> None:
         nonlocal done
+        done = min(done + more, len(every))
+        if on_progress is not None and os.getpid() == this:  # and not in a helper
+            on_progress(done, len(every))
+
+    def look_at(part: Sequence[int]) -> list[Survey | Unreadable]:
         seen = list[Survey | Unreadable]()
-        for pid in of:
-            if on_progress is not None and os.getpid() == this:  # and not in a helper
-                on_progress(done, len(every))
+        for pid in part:
             seen.append(_look(pid, look))
-            done = min(done + shares, len(every))
+            tell(shares)
         return seen
 
+    tell(0)
     # The first is looked at before anybody helps: most of the files are known then.
-    seen = [part(every[:1]), *share_out(part, every[1:], shares)]
-    surveys = [one for some in seen for one in some if isinstance(one, Survey)]
-    for here in (here for one in surveys for here in one.files):
-        here.file = files.same(here.file)  # a helper's are its own
+    seen = [_look(pid, look) for pid in every[:1]]
+    tell(len(seen))
+    seen += (one for answer in share_out(look_at, every[1:], shares) for one in answer)
+    surveys = [one for one in seen if isinstance(one, Survey)]
+    _settle(surveys, files)
     mine, merged = _by_process(surveys), _merged(surveys, chosen)
     return Audit(
         level=chosen,
@@ -98,8 +104,25 @@ def audit(
                 key=lambda one: (-one.private, -one.present, one.path),
             )
         ),
-        unreadable=tuple(one for some in seen for one in some if isinstance(one, Unreadable)),
+        unreadable=tuple(one for one in seen if isinstance(one, Unreadable)),
     )
+
+
+def jobs_for(pids: Collection[int]) -> int:
+    """How many jobs are worth their while; 1 where this process is among them, whose memory helpers share."""
+    return 1 if os.getpid() in pids else max(1, len(pids) // _WORTH_A_JOB)
+
+
+def _settle(surveys: Sequence[Survey], files: MappedFiles) -> None:
+    """Have all of them refer to the same ``files``: a helper's are its own.
+
+    What a helper could read may be gone by now, with the process: then the causes stay, without names.
+    """
+    for one in surveys:
+        for here in one.files:
+            here.file = files.same(here.file)
+            if here.file.facts is None:
+                here.reasons = dict.fromkeys(range(len(here.causes)), here.file.trouble) | here.reasons
 
 
 def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Self, get_args
@@ -333,13 +332,3 @@ def _rows(library: AuditedLibrary | None, pids: frozenset[int] | None) -> dict[t
 
 def _every_private(library: AuditedLibrary) -> Iterable[PrivatePage]:
     return (*library.private_pages, *library.swapped_pages)
-
-
-def causes_by_process(library: AuditedLibrary) -> dict[int, Counter[str]]:
-    """For each pid, how many private pages: ``relocated`` only, and with each cause."""
-    found = {one.pid: Counter[str]() for one in library.processes}
-    for page in library.private_pages:
-        for pid in page.pids:
-            found[pid].update(page.causes)
-            found[pid]["relocated"] += page.only_relocated
-    return found

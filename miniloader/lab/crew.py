@@ -26,13 +26,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Final, Self
 
 import miniloader
 from miniloader import errors
 from miniloader.errors import MiniloaderError, UsageError, WorkerError
+from miniloader.lab.offspring import uninterrupted
 
 __all__ = ["Crew", "Reply", "Worker"]
 
@@ -179,7 +180,7 @@ class Crew:
         self._workers: list[Worker] = []
         try:
             for number in range(1, processes + 1):
-                with _uninterrupted():  # an interrupt comes between two of them
+                with uninterrupted():  # an interrupt comes between two of them
                     self._workers.append(Worker(number, processes, program))
         except BaseException:
             self.close()
@@ -220,7 +221,7 @@ class Crew:
 
     def dismiss(self, worker: Worker) -> None:
         """End one of them and reap it; the others stay."""
-        with _uninterrupted():
+        with uninterrupted():
             self._workers.remove(worker)
             worker.kill()
             worker.reap()
@@ -232,7 +233,7 @@ class Crew:
 
     def close(self) -> None:
         """End all of them and reap them; a second call does nothing."""
-        with _uninterrupted():
+        with uninterrupted():
             for worker in self._workers:
                 worker.kill()
             while self._workers:
@@ -294,13 +295,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait: between a process's start and its being known, or half-way through ending them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

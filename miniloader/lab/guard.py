@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from miniloader.errors import WorkerError
-from miniloader.kernel import syscalls
+from miniloader.lab.offspring import die_with, kill
 
 __all__ = ["Doing", "flush_c_output", "in_child"]
 
@@ -32,15 +32,15 @@ def in_child(body: Callable[[Doing], int]) -> int:
     :class:`WorkerError` naming what was being done when the child ends before ``body`` does: by a signal, or
     because the code it runs called exit(3).
     """
+    parent = os.getpid()
     with mmap.mmap(-1, _SIZE) as shared:
         child = os.fork()
         if child == 0:
-            _be_the_child(body, shared)
+            _be_the_child(body, shared, parent)
         try:
             _, status = os.waitpid(child, 0)
         except BaseException:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            kill(child)
             raise
         done, doing = shared[0], shared[1:].partition(b"\0")[0].decode("utf-8", "replace")
     code = os.waitstatus_to_exitcode(status)
@@ -53,12 +53,12 @@ def in_child(body: Callable[[Doing], int]) -> int:
     raise WorkerError(f"{doing}: the process {how}")
 
 
-def _be_the_child(body: Callable[[Doing], int], shared: mmap.mmap) -> None:
+def _be_the_child(body: Callable[[Doing], int], shared: mmap.mmap, parent: int) -> None:
     """Never returns."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
 
         def doing(what: str) -> None:
             text = what.encode("utf-8", "surrogateescape")[: _SIZE - 2].replace(b"\0", b"?") + b"\0"

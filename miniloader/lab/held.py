@@ -20,6 +20,7 @@ from miniloader.elf import LoadPlan
 from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.lab import dlopened
+from miniloader.lab.offspring import die_with
 from miniloader.loader import Event, cache, host, load
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.loaded import Loaded
@@ -181,9 +182,10 @@ def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
 def _prepare(path: str) -> str | None:
     """Prepare ``path`` in a child, as no process can that has it already; why it could not be done."""
     answers, answer = os.pipe()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
+            die_with(parent)
             prepare(path)
         except MiniloaderError as error:
             os.write(answer, str(error).encode())
@@ -211,22 +213,22 @@ def _described(library: Loaded) -> Report:
 def _start(body: Callable[[int, int], None], seconds: float) -> Held:
     reports, report = os.pipe()
     hold, holding = os.pipe()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         os.close(reports)
         os.close(holding)
-        _be_the_child(body, report, hold)
+        _be_the_child(body, report, hold, parent)
     os.close(report)
     os.close(hold)
     return Held(pid, reports, holding, seconds)
 
 
-def _be_the_child(body: Callable[[int, int], None], report: int, hold: int) -> NoReturn:
+def _be_the_child(body: Callable[[int, int], None], report: int, hold: int, parent: int) -> NoReturn:
     """In a session of its own, silent, without a core file, and gone when the parent is."""
     try:
         faulthandler.disable()
         os.setsid()
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         nowhere = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):

@@ -9,18 +9,17 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
-from miniloader.kernel import syscalls
+from miniloader.lab.offspring import die_with, kill, uninterrupted
 
 __all__ = ["share_out"]
 
-_MINE, _A_HELPER_S = 8, 7  # how large the parts are: a helper has to write its answer, too
+_MY_SHARE, _HELPERS_SHARE = 8, 7  # how large the parts are: a helper has to write its answer, too
 _ALIGNED = 16  # bytes; where an array may begin
 
 _Item = TypeVar("_Item")
@@ -36,13 +35,14 @@ def share_out(
     is done here in the end, and raises here.  For a program without threads: one of them could hold a lock
     for ever that ``work`` needs in the helper (fork(2)).
     """
-    whole = _MINE + _A_HELPER_S * (parts - 1)
-    bounds = [0] + [len(items) * (_MINE + _A_HELPER_S * part) // whole for part in range(parts)]
+    whole = _MY_SHARE + _HELPERS_SHARE * (parts - 1)
+    bounds = [0] + [len(items) * (_MY_SHARE + _HELPERS_SHARE * part) // whole for part in range(parts)]
     mine, *others = [items[start:end] for start, end in pairwise(bounds)]
     helpers = list[_Helper]()
     try:
         for part in others:
-            helpers.append(_Helper(partial(work, part)))
+            with uninterrupted():
+                helpers.append(_Helper(partial(work, part)))
         answers = [work(mine)]
         for helper, part in zip(helpers, others, strict=True):
             answers.append(helper.answer() if helper.is_done() else work(part))
@@ -53,20 +53,23 @@ def share_out(
 
 
 class _Helper:
-    """A child that does one part."""
+    """A child that does one part.
+
+    To be made while no interrupt is heard: in the child one would unwind the stack as in the parent, before
+    there is anything to stop it.  There it is never heard; who does hear it ends the helper.
+    """
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._answer, self._pid = -1, 0
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # who hears it ends the helper, too
+        parent = os.getpid()
         with suppress(OSError):  # too many files, or too many processes
             self._answer = os.memfd_create("answer")
-            self._pid = os.fork() or self._help(work)
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+            self._pid = os.fork() or self._help(work, parent)
 
-    def _help(self, work: Callable[[], object]) -> NoReturn:
+    def _help(self, work: Callable[[], object], parent: int) -> NoReturn:
         status = 1
         try:
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with(parent)
             _write(work(), self._answer)
             status = 0
         finally:
@@ -76,8 +79,12 @@ class _Helper:
         """Wait for it; whether it has answered."""
         if not self._pid:
             return False
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = 0
+        status = 1
+        with suppress(ChildProcessError):  # the program ignores SIGCHLD: nobody knows how it has ended
+            os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # interrupted here, it is still ours
+            with uninterrupted():
+                _, status = os.waitpid(self._pid, 0)
+                self._pid = 0
         return status == 0
 
     def answer(self) -> Any:
@@ -87,8 +94,7 @@ class _Helper:
     def end(self) -> None:
         """Leave nothing of it."""
         if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            kill(self._pid)
         if self._answer >= 0:
             os.close(self._answer)
 

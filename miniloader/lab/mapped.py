@@ -42,19 +42,19 @@ class MappedFile:
     ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
     itself cannot be read, for the reason ``trouble``.  ``arrangements`` is for who looks at its mappings: for
     their extents and file offsets, from the first one's start on, the load bias from there and which of them
-    belong together; it holds for these ``facts``.  Pickled, it is only where it was met.
+    belong together; it holds for these ``facts``.  Pickled, it is only where it was met, and its build-id.
     """
 
-    def __init__(self, number: int, pid: int, vma: Vma) -> None:
+    def __init__(self, number: int, pid: int, vma: Vma, build_id: str | None = None) -> None:
         self.number, self.pid, self.vma = number, pid, vma
         self.identity = identity_of(vma)
-        self.build_id: str | None = None
+        self.build_id = build_id
         self.facts: Facts | None = None
         self.trouble = ""
         self.arrangements: dict[tuple[tuple[int, int, int], ...], tuple[int, list[int]]] = {}
 
-    def __reduce__(self) -> tuple[type[MappedFile], tuple[int, int, Vma]]:
-        return MappedFile, (self.number, self.pid, self.vma)
+    def __reduce__(self) -> tuple[type[MappedFile], tuple[int, int, Vma, str | None]]:
+        return MappedFile, (self.number, self.pid, self.vma, self.build_id)
 
 
 class MappedFiles:
@@ -80,8 +80,12 @@ class MappedFiles:
         return file
 
     def same(self, file: MappedFile) -> MappedFile:
-        """The file that another process has met, as this one knows it."""
-        return self._known.get(file.identity) or self.of(file.pid, file.vma)
+        """The file that a helper has met, as this process knows it."""
+        known = self._known.get(file.identity)
+        if known is None or (known.facts is None and known is not file):
+            known = self.of(file.pid, file.vma)
+            known.build_id = known.build_id or file.build_id
+        return known
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
         try:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miniloader.errors import LoadError, SymbolError, UsageError, WorkerError
+from miniloader.lab.offspring import kill
 from miniloader.lab.worker import Commands, settle
 from miniloader.values import dataclass
 
@@ -142,9 +143,7 @@ class _Steps(Commands):
     def do_disband(self) -> dict[str, Any]:
         """End and reap all children."""
         for pid in self._children:
-            with suppress(ProcessLookupError, ChildProcessError):  # the library may reap what it likes
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+            kill(pid)  # unless the library has reaped it, as it may
         return {}
 
     # -- inside -----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from miniloader.errors import LoadError, MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.offspring import die_with
 from miniloader.startup import travel_light
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def main() -> NoReturn:
 
 def settle(parent: int) -> None:
     """Die when ``parent`` does, and show our ``/proc/PID`` to who may see it."""
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we could ask to die with it
-        os._exit(1)
+    die_with(parent)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # an interpreter with privileges would hide its /proc/PID
 
 

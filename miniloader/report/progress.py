@@ -17,11 +17,11 @@ _PATIENCE: Final = 1.0  # seconds
 
 
 @contextmanager
-def progress(*, steady: bool = False) -> Iterator[Callable[[str], None]]:
+def progress(*, forks: bool = False) -> Iterator[Callable[[str], None]]:
     """A function that says what is being done now.
 
-    It is shown only on a terminal, and only when the block takes more than a second.  With ``steady``, for a
-    block that always has something new to say, no thread waits for that second: the block may fork.
+    It is shown only on a terminal, and only when the block takes more than a second.  Where the block
+    ``forks`` no thread waits for that second: it is what is said next that is shown.
     """
     if not sys.stderr.isatty():
         yield lambda text: None
@@ -29,14 +29,15 @@ def progress(*, steady: bool = False) -> Iterator[Callable[[str], None]]:
     import threading  # which nobody needs elsewhere
 
     line = _Line(threading.Lock())
-    timer = threading.Timer(_PATIENCE, line.show)
-    timer.daemon = True
-    if not steady:
+    timer = None if forks else threading.Timer(_PATIENCE, line.show)
+    if timer is not None:
+        timer.daemon = True
         timer.start()
     try:
         yield line.say
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         line.clear()
 
 

@@ -167,11 +167,13 @@ class Bench(Calls):
     # -- who does it
     def child(self, name: str, body: Body) -> Child:
         """A forked child that runs ``body`` a ``yield`` at a time."""
-        return self._undo.enter_context(Child(name, body))
+        with uninterrupted():
+            return self._undo.enter_context(Child(name, body))
 
     def program(self, name: str) -> Program:
         """A freshly started program that maps files when asked to."""
-        return self._undo.enter_context(Program(name))
+        with uninterrupted():
+            return self._undo.enter_context(Program(name))
 
     def fatal(self, child: Child, doing: str) -> str:
         """Let ``child`` do the last thing, noted as ``doing``; the signal that it died by, "" for none."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, Final, NoReturn, Self
 
 from miniloader.errors import EvidenceError, WorkerError
-from miniloader.kernel import syscalls
+from miniloader.lab.offspring import die_with
 from miniloader.walkthrough.calls import Calls, Made
 
 __all__ = ["Body", "Child", "Program"]
@@ -52,25 +52,24 @@ class _Process:
 
 
 class Child(_Process):
-    """A forked child that runs ``body`` a ``yield`` at a time.  ``name`` is what to call it."""
+    """A forked child that runs ``body`` a ``yield`` at a time.  ``name`` is what to call it.
+
+    To be made while no interrupt is heard, and until somebody is bound to end it.
+    """
 
     def __init__(self, name: str, body: Body) -> None:
         reading, answers = os.pipe()
         turns, writing = os.pipe()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            pid = os.fork()
-            if pid == 0:
-                os.close(reading)
-                os.close(writing)
-                _be_the_child(body, turns, answers)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.name, self._answers, self._turns = name, reading, writing
+        self._status: int | None = None
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reading)
+            os.close(writing)
+            _be_the_child(body, turns, answers, parent)
         os.close(turns)
         os.close(answers)
-        self.pid, self.name = pid, name
-        self._answers, self._turns = reading, writing
-        self._status: int | None = None
 
     def next(self) -> tuple[Any, tuple[Made, ...]]:
         """Let it run to its next ``yield``: the value, and the calls that it made.
@@ -108,12 +107,11 @@ class Child(_Process):
             self.died()
 
 
-def _be_the_child(body: Body, turns: int, answers: int) -> NoReturn:
+def _be_the_child(body: Body, turns: int, answers: int, parent: int) -> NoReturn:
     """Never returns."""
     try:
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its crash is part of the lesson
         calls = Calls()
@@ -135,7 +133,6 @@ class Program(_Process):
     """A freshly started Python that carries out requests (:mod:`miniloader.walkthrough.program`)."""
 
     def __init__(self, name: str) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-c", _START, *sys.path, _home()],
@@ -145,8 +142,6 @@ class Program(_Process):
             )
         except OSError as error:
             raise EvidenceError(f"{sys.executable}: cannot be started: {error.strerror}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.name, self.pid = name, self._process.pid
 
     def ask(self, request: str, **arguments: Any) -> tuple[Any, tuple[Made, ...]]:

@@ -20,7 +20,7 @@ import numpy as np
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.evidence.sharing import STATES, analyse
 from miniloader.evidence.snapshot import Target, take
-from miniloader.kernel import syscalls
+from miniloader.lab.offspring import die_with
 from miniloader.walkthrough.model import Answer, Chapter
 
 __all__ = ["address_of", "check_file", "copied_pages", "states_of"]
@@ -61,9 +61,9 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as verdict:
-        pid = os.fork()
+        parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            _be_the_child(chapter, path, output.fileno(), verdict.fileno())
+            _be_the_child(chapter, path, output.fileno(), verdict.fileno(), parent)
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         finally:
@@ -95,11 +95,11 @@ def _end_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def _be_the_child(chapter: Chapter[Any], path: str, output: int, verdict: int) -> None:
+def _be_the_child(chapter: Chapter[Any], path: str, output: int, verdict: int, parent: int) -> None:
     """Never returns."""
     try:
         os.setpgid(0, 0)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

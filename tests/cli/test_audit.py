@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,41 @@ def test_over_time_and_saved(demo: Path, tmp_path: Path) -> None:
     assert "demo_counters" in done.stdout
     (change,) = json.loads(run("diff", before, after, "--json").stdout)["changes"]
     assert (change["path"], change["change"], change["causes"]) == (str(demo), "private", ["write"])
+
+
+def test_over_time_on_a_terminal_the_table_is_all_that_is_shown(demo: Path) -> None:
+    """However long a look takes: no line of progress comes between, which would leave the table standing."""
+    slow = "from miniloader.report import progress; progress._PATIENCE = 0.0"
+    start = f"{slow}; import sys; from miniloader.cli import main; sys.exit(main(sys.argv[1:]))"
+    ours, theirs = pty.openpty()
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as one, subprocess.Popen(
+        [sys.executable, "-c", start, "audit", str(one.pid), "--every", "200ms", "--for", "700ms"],
+        stdout=theirs, stderr=theirs, cwd=build.ROOT, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # EIO: the other side is closed
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        os.close(ours)
+    assert process.returncode == 0
+    tables, rest = shown.split(b"since start")[1:], shown.split(b"\x1b[?25l")[1].split(b"\x1b[?25h")[0]
+    assert len(tables) >= 3
+    assert b"looking at processes" not in rest
+
+
+@pytest.mark.parametrize("command", [("audit",), ("load", "libz.so.1", "--call", "zlibVersion()->str")])
+def test_where_sigchld_is_ignored(command: tuple[str, ...]) -> None:
+    """As some daemons leave it to whom they start: it survives exec(), and nobody could wait for a child."""
+    ignored = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    ignored += "; os.execv(sys.executable, sys.argv[1:])"
+    with told() as parent, told_children(parent, 29) as children:
+        arguments = [*command, *(map(str, children) if command == ("audit",) else ())]
+        done = subprocess.run(
+            [sys.executable, "-c", ignored, *_COMMAND, *arguments],
+            cwd=build.ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_interrupted_it_ends_with_the_summary(demo: Path) -> None:

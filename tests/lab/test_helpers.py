@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fixtures import build
 from miniloader.lab.helpers import share_out
 
 HERE = os.getpid()
@@ -95,3 +99,79 @@ def test_an_error_here_leaves_no_helper() -> None:
     assert not _children()
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "fork", "waitpid"])
+def test_an_interrupt_at_any_moment_leaves_no_helper(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is being started, as it is there, and as it has just been waited for."""
+    original = getattr(os, call)
+
+    def interrupted(*arguments: object) -> object:
+        answer = original(*arguments)
+        if os.getpid() == HERE and call != "fork":
+            os.kill(HERE, signal.SIGINT)
+        elif os.getpid() != HERE and call == "fork":
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does in a terminal: all hear it
+            os.kill(HERE, signal.SIGINT)
+        return answer
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        share_out(_squares, range(4), 2)
+    monkeypatch.undo()
+    assert not _children()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_nobody_is_told_of_a_child_s_end_all_is_done_here() -> None:
+    """SIGCHLD ignored, as a library does not change."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not _children()
+
+
+# ------------------------------------------------------------------------------- whose parent has ended
+_ORPHAN = """
+import os, signal, sys, time
+from miniloader.kernel import syscalls
+ask, here = syscalls.prctl, os.getpid()
+def late(*arguments):
+    print(os.getpid(), flush=True)
+    while os.getppid() == here: time.sleep(0.01)
+    ask(*arguments)
+syscalls.prctl = late
+def work(*_):
+    if os.getpid() == here: os.kill(here, signal.SIGKILL) if sys.stdin.readline() else None
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from miniloader.lab.helpers import share_out; share_out(work, range(4), 2)",
+        "import threading; threading.Thread(target=work, daemon=True).start()\n"
+        "from miniloader.lab.guard import in_child; in_child(work)",
+    ],
+    ids=["helper", "guard"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_ends_when_its_parent_was_killed_before_it_could_ask_to(start: str) -> None:
+    program = f"import warnings; warnings.simplefilter('ignore')\n{_ORPHAN}\n{start}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=build.ROOT
+    ) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        parent.stdin.write(b"end\n")
+        parent.stdin.flush()
+        assert parent.wait() == -signal.SIGKILL
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)

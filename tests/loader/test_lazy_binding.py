@@ -61,7 +61,7 @@ def test_arguments_survive_the_first_call(
 
     Also on a processor without XSAVE, as virtual machines are often given.
     """
-    if known and not known <= (features() or known):
+    if (known is None or "xsave" in known) and "xsave" not in (features() or {"xsave"}):
         pytest.skip("this machine lacks XSAVE")
     monkeypatch.setattr("miniloader.loader.lazy.features", lambda: known)
     with miniloader.load(fixture_library("lazy"), bind="lazy") as library:

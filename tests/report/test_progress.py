@@ -21,8 +21,8 @@ class Terminal(io.StringIO):
 
 def test_who_does_not_wait_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    for steady in (False, True):
-        with progress(steady=steady) as say:
+    for forks in (False, True):
+        with progress(forks=forks) as say:
             say("at once")
     assert terminal.getvalue() == ""
 
@@ -30,16 +30,16 @@ def test_who_does_not_wait_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_who_waits_sees_what_is_said_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
-    with progress(steady=True) as say:
+    with progress(forks=True) as say:
         say("one")
         say("two")
     assert terminal.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
 
 
-def test_a_steady_one_has_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_block_forks_there_is_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     threads = {*threading.enumerate()}
-    with progress(steady=True) as say:
+    with progress(forks=True) as say:
         say("one")
         assert {*threading.enumerate()} <= threads
     with progress():
@@ -49,6 +49,6 @@ def test_a_steady_one_has_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_terminal_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
-    with progress(steady=True) as say:
+    with progress(forks=True) as say:
         say("one")
     assert pipe.getvalue() == ""
