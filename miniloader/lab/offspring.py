@@ -6,20 +6,35 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, Final
 
 from miniloader.kernel import syscalls
 
-__all__ = ["die_with", "kill", "uninterrupted"]
+__all__ = ["INTERRUPTS", "die_with", "kill", "uninterrupted"]
+
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait: between a process's start and its being known, or half-way through ending it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Let Ctrl-C wait: between a process's start and its being known, or half-way through ending it.
+
+    What comes of these signals meanwhile comes at the end; a child that is forked meanwhile takes no notice.
+    Python's handlers wait, not the signals: another thread, whose mask is another, may be given them.
+    """
+    came: list[int] = []
+    heard: dict[int, Any] = {}
+    with suppress(ValueError):  # in other threads than the first, which hear nothing
+        for interrupt in INTERRUPTS:
+            if callable(signal.getsignal(interrupt)):
+                heard[interrupt] = signal.signal(interrupt, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def die_with(parent: int) -> None:

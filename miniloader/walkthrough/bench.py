@@ -23,10 +23,10 @@ from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.offspring import uninterrupted
 from miniloader.values import dataclass
 from miniloader.walkthrough.calls import Calls, Made, Mapping
 from miniloader.walkthrough.children import Body, Child, Program
-from miniloader.walkthrough.interrupts import uninterrupted
 from miniloader.walkthrough.model import Call, Facts, Grid, Part, Row
 
 __all__ = ["ZEROS_UNTOLD", "Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
 
-__all__ = ["interruptible", "uninterrupted"]
+from miniloader.lab.offspring import INTERRUPTS
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+__all__ = ["interruptible"]
 
 
 @contextmanager
@@ -28,14 +27,14 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        for one in _SIGNALS:
+        for one in INTERRUPTS:
             signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
@@ -44,26 +43,3 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in () if interrupted else before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """What comes of these signals meanwhile comes at the end.
-
-    Python's handlers wait, not the signals: another thread, whose mask is another, may be given them.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])

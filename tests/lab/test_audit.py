@@ -526,7 +526,7 @@ def test_progress_is_told(servers: list[int]) -> None:
     told_of: list[tuple[int, int]] = []
     progress: Callable[[int, int], None] = lambda done, of: told_of.append((done, of))  # noqa: E731
     miniloader.audit(servers, causes=False, on_progress=progress)
-    assert told_of == [(number, len(servers)) for number in range(len(servers))]
+    assert told_of == [(number, len(servers)) for number in range(len(servers) + 1)]
 
 
 # ---------------------------------------------------------------------------------- several at a time
