@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
-from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import KPF, frame_flags, map_counts
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap, PageTable
-from miniloader.kernel.probe import best_level
+from miniloader.kernel.probe import level_for
 from miniloader.kernel.query import query_vma
 from miniloader.kernel.scan import IS_ZERO, categories_of, scan
 from miniloader.kernel.smaps import read_smaps, sum_sizes
@@ -136,7 +136,7 @@ def take(targets: Sequence[Target], *, step: str = "", level: LevelName | None =
     ended or may not be read is recorded with its reason.  Raises EvidenceError for a level that does not
     work here, UsageError for a base that is not page-aligned.
     """
-    chosen = _chosen(level)
+    chosen = level_for(level)
     targets = tuple(map(_whole_pages, targets))
     when = time.time()
     match chosen:
@@ -147,15 +147,6 @@ def take(targets: Sequence[Target], *, step: str = "", level: LevelName | None =
         case "none":
             processes = tuple(_blank(target, reason="the kernel tells nothing here") for target in targets)
     return Snapshot(step, chosen, processes, when)
-
-
-def _chosen(level: LevelName | None) -> LevelName:
-    best = best_level()
-    names = [known.name for known in LEVELS]
-    if level is not None and names.index(level) < names.index(best):
-        how = next(known.get for known in LEVELS if known.name == level)
-        raise EvidenceError(f"evidence level {level}: only {best} works here", hint=how)
-    return best if level is None else level
 
 
 def _whole_pages(target: Target) -> Target:

@@ -25,7 +25,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteWatch
 from miniloader.values import dataclass
 
-__all__ = ["Capabilities", "Finding", "best_level", "probe"]
+__all__ = ["Capabilities", "Finding", "best_level", "level_for", "probe"]
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,22 @@ def _try(feature: Feature) -> Finding:
 def probe() -> Capabilities:
     """Try every feature on pages of this process; raises nothing, and leaves nothing behind."""
     return Capabilities(tuple(_try(feature) for feature in FEATURES))
+
+
+def level_for(wanted: LevelName | None, *, at_least: LevelName = "none") -> LevelName:
+    """The level ``wanted`` (None: the best that works here).
+
+    Raises EvidenceError where less works, or it is less than ``at_least``.
+    """
+    names, best = [level.name for level in LEVELS], best_level()
+    chosen = best if wanted is None else wanted
+    needed = min(chosen, at_least, key=names.index)
+    if names.index(needed) < names.index(best):
+        how = next(level.get for level in LEVELS if level.name == needed)
+        raise EvidenceError(f"evidence level {needed}: only {best} works here", hint=how)
+    if needed != chosen:
+        raise EvidenceError(f"evidence level {needed} is needed: {chosen} says nothing about a page")
+    return chosen
 
 
 def best_level() -> LevelName:

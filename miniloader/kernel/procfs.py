@@ -19,6 +19,7 @@ __all__ = [
     "process_file",
     "read_proc_file",
     "read_process_file",
+    "read_stat",
     "refusal",
     "require_proc",
 ]
@@ -103,6 +104,12 @@ def open_process_file(pid: int | None, name: str) -> int:
         return os.open(process_file(pid, name), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise refusal(pid, name, error) from error
+
+
+def read_stat(pid: int) -> tuple[str, list[str]]:
+    """The name of process ``pid``, and the fields of its ``stat`` from ``state`` on (proc_pid_stat(5))."""
+    before, _, after = os.fsdecode(read_process_file(pid, "stat")).rpartition(") ")
+    return before.partition("(")[2], after.split()
 
 
 def read_process_file(pid: int | None, name: str) -> bytes:

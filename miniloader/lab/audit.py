@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.evidence.cause import bit, cause_names
 from miniloader.evidence.slots import LOADER, Facts
-from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts, marks_merged
-from miniloader.kernel.probe import best_level
+from miniloader.kernel.probe import level_for
 from miniloader.kernel.procfs import require_proc
 from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -65,7 +65,8 @@ def audit(
     A process that ends meanwhile or may not be read is listed as unreadable.  Raises EvidenceError where
     the kernel tells nothing about pages (below level ``flags``), or less than ``level``.
     """
-    chosen = _chosen(level)
+    require_proc()
+    chosen = level_for(level, at_least="flags")
     files, every, when = MappedFiles(), list(dict.fromkeys(pids)), time.time()
     look = partial(survey, files=files, causes=causes, frames=chosen == "frames", wanted=_wanted(library))
     shares = min(jobs, jobs_for(every))
@@ -145,18 +146,6 @@ def _wanted(library: str | None) -> Callable[[Identity], bool]:
     if library is None:
         return lambda _: True
     return lambda one: matches(library, one.path, one.path.rpartition("/")[2])
-
-
-def _chosen(level: LevelName | None) -> LevelName:
-    require_proc()
-    names = [known.name for known in LEVELS]
-    best = best_level()
-    chosen = best if level is None or names.index(level) < names.index(best) else level
-    if (level is not None and chosen != level) or chosen not in ("frames", "flags"):
-        wanted = level if level is not None and chosen != level else "flags"
-        how = next(known.get for known in LEVELS if known.name == wanted)
-        raise EvidenceError(f"evidence level {wanted} is needed: only {chosen} is there", hint=how)
-    return chosen
 
 
 # -------------------------------------------------------------------------------------------- processes

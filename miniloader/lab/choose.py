@@ -6,7 +6,7 @@ import os
 import pwd
 
 from miniloader.errors import EvidenceError, UsageError
-from miniloader.kernel.procfs import process_file, read_process_file, require_proc
+from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
 from miniloader.lab.audit import matches
 from miniloader.values import dataclass
 
@@ -55,12 +55,11 @@ def _all() -> list[_Process]:
 
 
 def _read(pid: int) -> _Process:
-    text = os.fsdecode(read_process_file(pid, "stat"))
-    fields = text[text.rindex(")") + 2 :].split()
+    name, fields = read_stat(pid)
     if fields[20] == "0":  # vsize
         raise EvidenceError(f"process {pid}: has no memory")
     command = os.fsdecode(read_process_file(pid, "cmdline")).split("\0")
-    names = (text[text.index("(") + 1 : text.rindex(")")], os.path.basename(command[0]))
+    names = (name, os.path.basename(command[0]))
     return _Process(pid, int(fields[1]), os.stat(process_file(pid, "")).st_uid, names)
 
 

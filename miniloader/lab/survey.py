@@ -7,7 +7,6 @@ after everything else; a copied page whose entry differs is ``unknown``, as "cha
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -19,7 +18,7 @@ from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.memory import ProcessMemory
 from miniloader.kernel.pagemap import PageMap
-from miniloader.kernel.procfs import read_process_file
+from miniloader.kernel.procfs import read_stat
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.process_pages import Pages, Rows, Some, length, number
@@ -218,10 +217,9 @@ def _summed(
 
 
 def _status(pid: int) -> tuple[str, int, int]:
-    """The name, the parent and the start time (clock ticks since boot), from ``stat`` (proc_pid_stat(5))."""
-    text = os.fsdecode(read_process_file(pid, "stat"))
-    fields = text[text.rindex(")") + 2 :].split()
-    return text[text.index("(") + 1 : text.rindex(")")], int(fields[1]), int(fields[19])
+    """The name, the parent and the start time (clock ticks since boot)."""
+    name, fields = read_stat(pid)
+    return name, int(fields[1]), int(fields[19])
 
 
 def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:

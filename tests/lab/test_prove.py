@@ -295,7 +295,7 @@ def test_what_cannot_be_loaded_is_the_loader_s_own_error(tmp_path: Path) -> None
 def test_a_level_that_does_not_work_here(demo: Path, as_nobody: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import miniloader.lab.experiment as experiment
 
-    monkeypatch.setattr("miniloader.evidence.snapshot.best_level", lambda: "flags")
+    monkeypatch.setattr("miniloader.kernel.probe.best_level", lambda: "flags")
     with pytest.raises(EvidenceError, match="evidence level frames: only flags works here"):
         prove(demo, 2, level="frames")
     monkeypatch.setattr(experiment, "best_level", lambda: "none")
