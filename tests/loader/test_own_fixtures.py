@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 import subprocess
@@ -298,3 +299,18 @@ def test_the_first_of_several_weak_or_not_is_taken(in_child: InChild, tmp_path: 
     second = gcc(tmp_path / "libstrong.so", _ASK.format(4), "-fno-inline")
     ask = gcc(tmp_path / "libask.so", _ASK.format(5), "-fno-inline")
     assert interposed(in_child, [first, second], ask) == [3, 3, 5, 3]
+
+
+def test_what_stays_does_not_keep_the_file_of_who_needed_it(in_child: InChild, tmp_path: Path) -> None:
+    stays = gcc(tmp_path / "libstays.so", "int f(void) { return 1; }", "-Wl,-z,nodelete")
+    root = gcc(tmp_path / "libroot.so", "int f(void); int g(void) { return f(); }", stays)
+
+    def work() -> list[str]:
+        with miniloader.load(root) as library:
+            assert library.function("g")() == 1
+        gc.collect()
+        names = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+        opened = [os.readlink(name) for name in names if name.is_symlink()]
+        return sorted(name for name in opened if name.startswith(str(tmp_path)))
+
+    assert in_child(work) == [str(stays)]
