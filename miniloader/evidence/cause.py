@@ -10,7 +10,8 @@ judged by its value, then the file's bytes are put back there, and what still di
   address in code.  Thread-local storage: a module number, a negative offset, an address in code.
   What COPY brings belongs to the program from then on and is never verified, nor are PC-relative words
   in code: any value counts.
-- ``overwritten``: a place of a relocation that holds neither that nor what the file has.
+- ``overwritten``: a place of a relocation that holds something else; what the file has, too, where other
+  places show that the image has been relocated.
 - ``loader``: the dynamic section, GOT[0] to GOT[2], and all that ld.so writes to its own pages.
 - ``bss``: the tail of the last file page, past ``p_filesz``: zeroed by the loader, the program's afterwards.
 - ``write``: anything else that differs.
@@ -382,12 +383,17 @@ def _judged(
     """The cause of every slot that holds ``values``: 0 where it is still as in the file."""
     cause = np.full(len(values), _RELOCATION, np.uint8)
     changed = _LOADER if facts.is_dynamic_loader else _OVERWRITTEN
-    plain = layout.relative
-    wrong = plain[values[plain] != layout.relative_addend + bias]
-    cause[wrong] = np.where(values[wrong] == layout.file[wrong], 0, changed)
+    plain, right = layout.relative, layout.relative_addend + bias
+    right_there = values[plain] == right
+    relocated = bool((right_there & (right != layout.file[plain])).any())
+    wrong = plain[~right_there]
+    cause[wrong] = changed if relocated else np.where(values[wrong] == layout.file[wrong], 0, changed)
     live, file = values[layout.other], layout.file[layout.other]
     same = live == file
     good, hidden = _verified(layout, space, bias, live, same)
+    if relocated:  # no definition is at 0, where ld.so would leave a slot
+        cleared = layout.symbolic.rows[~layout.symbolic.is_offset & (file[layout.symbolic.rows] == 0)]
+        same[cleared] = False
     # What counts most comes last.
     others = np.full(len(live), changed, np.uint8)
     others[hidden] = _UNKNOWN

@@ -137,6 +137,11 @@ class Symbolic:
     target_vaddr: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     targets: list[object] = field(default_factory=list)
 
+    @property
+    def is_offset(self) -> NDArray[np.bool_]:
+        """``offset`` where it is known; else all may be."""
+        return self.offset if self.names is not None else np.ones(len(self.rows), np.bool_)
+
 
 def _symbolic(facts: Facts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
     chosen = slots[rows]

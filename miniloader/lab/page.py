@@ -79,20 +79,13 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         facts, causes, words, reason = here.file.facts, tuple[Cause, ...](), tuple[Word, ...](), ""
         row, swapped = np.flatnonzero(here.vaddrs == vaddr), bool((here.swapped_vaddrs == vaddr).any())
         if len(row) and facts is not None:
-            with ProcessMemory(pid) as memory:
-                live, _ = memory.pages(here.addresses[row])
-            space = space_of(vmas, found)
-            answer = classify(
-                facts,
-                space,
-                here.base,
-                here.vaddrs[row],
-                here.file_offsets[row],
-                live,
-                words="every",
-            )
-            causes = cause_names(int(answer.causes[0]))
-            words = tuple(_word(facts, space, here.base, one) for one in answer.words)
+            with ProcessMemory(pid) as memory:  # all copies: they show whether the image has been relocated
+                live, _ = memory.pages(here.addresses)
+            space, page = space_of(vmas, found), int(row[0])
+            answer = classify(facts, space, here.base, here.vaddrs, here.file_offsets, live, words="every")
+            causes = cause_names(int(answer.causes[page]))
+            of_page = answer.words[answer.words["page"] == page]
+            words = tuple(_word(facts, space, here.base, one) for one in of_page)
             reason = facts.trouble
         elif len(row):
             causes, reason = ("unknown",), here.file.trouble

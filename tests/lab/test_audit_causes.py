@@ -95,6 +95,17 @@ def test_an_overwritten_slot(loaded: Told, demo: Path) -> None:
     assert (word.kind, word.old, word.new) == ("R_X86_64_64", right, right + 8)
 
 
+def test_a_slot_that_is_cleared(loaded: Told, demo: Path) -> None:
+    """It holds what the file has, which is not what ld.so leaves there."""
+    loaded("store('demo_current', 0)")
+    page = by_vaddr(library(loaded, demo))[page_of(demo, "demo_current")]
+    assert "overwritten" in page.causes
+    assert page.written == ("demo_current",)
+    view = view_page(loaded.pid, vaddr_of(demo, "demo_current"), str(demo))
+    (word,) = [one for one in view.words if one.cause == "overwritten"]
+    assert (word.symbol, word.file, word.new) == ("demo_current", 0, 0)
+
+
 def test_copied_but_identical(loaded: Told, demo: Path) -> None:
     loaded("store('demo_spare', word('demo_spare'))")
     page = by_vaddr(library(loaded, demo))[page_of(demo, "demo_spare")]
