@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -353,19 +353,20 @@ def _frames(mine: Sequence[_InProcess], level: LevelName) -> int:
 # ------------------------------------------------------------------------------------------------ pages
 def _private_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[PrivatePage, ...]:
     """The private pages, processes with the same page, causes and symbols together."""
-    found: dict[tuple[int, int, str, tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    found: dict[tuple[int, int, str, tuple[int, ...], tuple[int, ...]], list[_Who]] = {}
     for one in mine:
         here = one.here
         written: dict[int, list[tuple[int, int]]] = {}
         for page, symbol, cause in here.written.tolist():
             written.setdefault(page, []).append((symbol, cause))
-        rows = zip(here.vaddrs.tolist(), here.causes.tolist(), here.frames.tolist(), strict=True)
-        for page, (vaddr, causes, frame) in enumerate(rows):
+        columns = (here.vaddrs, here.causes, here.frames, here.is_common)
+        rows = zip(*[column.tolist() for column in columns], strict=True)
+        for page, (vaddr, causes, frame, common) in enumerate(rows):
             symbols = written.get(page, ())
             changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
             kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
             key = (vaddr, causes, here.reasons.get(page, ""), changed, kept)
-            found.setdefault(key, []).append((one.pid, frame))
+            found.setdefault(key, []).append(_Who(one.pid, frame, common))
     static: dict[int, _OnPage] = {}
     pages = []
     for (vaddr, causes, reason, changed, kept), who in sorted(found.items()):
@@ -373,6 +374,14 @@ def _private_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[Privat
             static[vaddr] = _on_page(file.facts, vaddr)
         pages.append(_page(file.facts, static[vaddr], vaddr, causes, reason, changed, kept, who))
     return tuple(pages)
+
+
+class _Who(NamedTuple):
+    """A process that has a page: in which frame, and whether somebody else has that, too."""
+
+    pid: int
+    frame: int
+    common: bool
 
 
 @dataclass(frozen=True)
@@ -405,7 +414,7 @@ def _page(
     reason: str,
     changed: tuple[int, ...],
     kept: tuple[int, ...],
-    who: Sequence[tuple[int, int]],
+    who: Sequence[_Who],
 ) -> PrivatePage:
     symbols = {*changed, *kept}
     if causes & _RELOCATION:
@@ -417,9 +426,10 @@ def _page(
         written=_names(facts, changed),
         causes=cause_names(causes),
         kinds=on_page.kinds if causes & _RELOCATION else {},
-        pids=tuple(dict.fromkeys(pid for pid, _ in who)),
+        pids=tuple(one.pid for one in who),
         groups=_groups(who),
         reason=reason,
+        common=tuple(one.pid for one in who if one.common),
     )
 
 
@@ -428,11 +438,11 @@ def _names(facts: Facts | None, numbers: Iterable[int]) -> tuple[str, ...]:
     return () if facts is None else tuple(facts.symbol_name(number) for number in sorted(numbers))
 
 
-def _groups(who: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+def _groups(who: Sequence[_Who]) -> tuple[tuple[int, ...], ...]:
     """The pids by frame; () where no two have the same, or frames are hidden."""
     by_frame: dict[int, list[int]] = {}
-    for pid, frame in who:
-        by_frame.setdefault(frame, []).append(pid)
+    for one in who:
+        by_frame.setdefault(one.frame, []).append(one.pid)
     if 0 in by_frame or len(by_frame) == len(who):
         return ()
     return tuple(tuple(pids) for pids in by_frame.values())
@@ -457,12 +467,12 @@ def _swapped_pages(mine: Sequence[_InProcess], file: MappedFile) -> tuple[Privat
 
 def _holders(
     vaddrs: Iterable[tuple[int, NDArray[np.uint64]]],
-) -> list[tuple[int, list[tuple[int, int]]]]:
-    """By vaddr, ascending: who has that page, as pid and (hidden) frame."""
-    found: dict[int, list[tuple[int, int]]] = {}
+) -> list[tuple[int, list[_Who]]]:
+    """By vaddr, ascending: who has that page; its frame is not told."""
+    found: dict[int, list[_Who]] = {}
     for pid, here in vaddrs:
         for vaddr in here.tolist():
-            found.setdefault(vaddr, []).append((pid, 0))
+            found.setdefault(vaddr, []).append(_Who(pid, 0, False))
     return sorted(found.items())
 
 

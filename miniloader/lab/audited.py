@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Self, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
@@ -81,8 +81,10 @@ class PrivatePage:
     """A page that some processes have a copy of, for the same causes.
 
     ``symbols`` are those on the page that loader or program wrote; ``written`` those of them that were
-    written after relocation.  ``kinds`` counts the relocations on the page.  ``groups`` are the pids that
-    still have one frame between them, after fork; () where every process has its own, or frames are hidden.
+    written after relocation.  ``kinds`` counts the relocations on the page.  ``pids`` has a process once for
+    each time it has the file mapped.  ``groups`` are the pids that still have one frame between them, after
+    fork; () where every process has its own, or frames are hidden.  ``common`` are the pids whose copy
+    somebody has as well, whether audited or not.
     """
 
     vaddr: int
@@ -94,6 +96,7 @@ class PrivatePage:
     pids: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     reason: str
+    common: tuple[int, ...] = ()
 
     @property
     def only_relocated(self) -> bool:
@@ -133,6 +136,16 @@ class AuditedLibrary:
     def private(self) -> int:
         """Private pages over all processes."""
         return sum(one.private for one in self.processes)
+
+    @property
+    def common(self) -> int:
+        """Private pages that somebody else has as well, by fork or KSM, over all processes."""
+        return sum(one.inherited + (one.merged or 0) for one in self.processes)
+
+    @property
+    def own(self) -> int:
+        """Pages that a process has for itself, over all: copies, swapped out or not, and bss."""
+        return self.private - self.common + self.swapped + sum(one.bss for one in self.processes)
 
     @property
     def swapped(self) -> int:
@@ -226,8 +239,8 @@ def _library(value: Mapping[str, Any]) -> AuditedLibrary:
 
 def _page(value: Mapping[str, Any]) -> PrivatePage:
     fields = dict(value)
-    for name in ("symbols", "written", "causes", "pids"):
-        fields[name] = tuple(value[name])
+    for name in ("symbols", "written", "causes", "pids", "common"):
+        fields[name] = tuple(value.get(name, ()) if name == "common" else value[name])  # older ones lack it
     fields["groups"] = tuple(tuple(group) for group in value["groups"])
     return PrivatePage(**fields)
 
@@ -239,7 +252,9 @@ class PageChange:
 
     ``change``: ``private`` (it was not), ``rewritten`` (private before, with other causes or symbols) or
     ``returned`` (private no more).  ``causes`` and ``symbols`` are what is new; of a returned page, what was.
-    A page that is swapped out is still private; what was written to it meanwhile cannot be told.
+    A copy that relatives still have in common after a fork goes private when it becomes a process's own.
+    Anonymous pages of bss count as well.  A page that is swapped out is still private; what was written to it
+    meanwhile cannot be told.
     ``processes`` is in how many more processes; ``pids`` are those, where the same processes were audited.
     """
 
@@ -254,7 +269,12 @@ class PageChange:
     pids: tuple[int, ...]
 
 
-_Row = tuple[frozenset[str], frozenset[str]]
+class _Row(NamedTuple):
+    """A private page of a process: why, what was written, and whether nobody else has that copy."""
+
+    causes: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
+    alone: bool = False
 
 
 def diff(before: Audit, after: Audit) -> tuple[PageChange, ...]:
@@ -294,15 +314,15 @@ def _changes(
         if pid not in had or pid not in has:
             continue
         was, now = before.get(place), after.get(place)
-        if was == now:
-            continue
-        change = "private" if was is None else "returned" if now is None else "rewritten"
-        nothing: _Row = (frozenset(), frozenset())
-        first, second = (was or nothing), (now or nothing)
-        causes, symbols = first if now is None else (second[0] - first[0], second[1] - first[1])
-        unknown = "unknown" in first[0] | second[0]
-        if change == "rewritten" and (unknown or not (causes or symbols)):
-            continue
+        if now is None:
+            change, row = "returned", was or _Row()
+        elif was is None or (now.alone and not was.alone):
+            change, row = "private", now
+        else:
+            change, row = "rewritten", _Row(now.causes - was.causes, now.written - was.written)
+            if "unknown" in was.causes | now.causes or not (row.causes or row.written):
+                continue
+        causes, symbols = row.causes, row.written
         found.setdefault((vaddr, change, tuple(sorted(causes)), tuple(sorted(symbols))), []).append(pid)
     for (vaddr, change, causes_of, symbols_of), who in found.items():
         named = () if pids is None else tuple(who)
@@ -319,16 +339,17 @@ def _having(library: AuditedLibrary | None, pids: frozenset[int] | None) -> froz
 
 
 def _rows(library: AuditedLibrary | None, pids: frozenset[int] | None) -> dict[tuple[int, int], _Row]:
-    """Causes and written symbols by vaddr and pid."""
+    """What each process has, by vaddr and pid; where they cannot be compared, what any has."""
     rows: dict[tuple[int, int], _Row] = {}
     for page in _every_private(library) if library is not None else ():
-        what: _Row = (frozenset(page.causes), frozenset(page.written))
-        for pid in (0,) if pids is None else page.pids:
-            causes, written = rows.get((page.vaddr, pid), (frozenset(), frozenset()))
+        for pid in page.pids:
+            place = page.vaddr, 0 if pids is None else pid
             if pids is None or pid in pids:
-                rows[page.vaddr, pid] = causes | what[0], written | what[1]
+                known, alone = rows.get(place, _Row()), pid not in page.common
+                causes, written = known.causes.union(page.causes), known.written.union(page.written)
+                rows[place] = _Row(causes, written, known.alone or alone)
     return rows
 
 
 def _every_private(library: AuditedLibrary) -> Iterable[PrivatePage]:
-    return (*library.private_pages, *library.swapped_pages)
+    return (*library.private_pages, *library.bss_pages, *library.swapped_pages)

@@ -94,11 +94,16 @@ class FileInProcess:
         return self.copies.frames[self.copied]
 
     @property
+    def is_common(self) -> NDArray[np.bool_]:
+        """Which copied pages are mapped elsewhere, too: by relatives, or by KSM."""
+        return ~self.copies.exclusive[self.copied]
+
+    @property
     def several_frames(self) -> NDArray[np.uint64]:
-        """The frames of the copied pages that are mapped elsewhere, too: by relatives, or by KSM."""
+        """The frames of those."""
         if not len(self.copies.several):
             return self.copies.several
-        return self.frames[~self.copies.exclusive[self.copied]]
+        return self.frames[self.is_common]
 
     @property
     def file_frames(self) -> NDArray[np.uint64]:

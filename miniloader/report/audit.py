@@ -70,8 +70,10 @@ def summary(audit: Audit) -> Iterator[Line]:
         f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
         f"where separate copies would take {size(present * page)}",
     )
-    besides = f", and {size(swapped * page)} of copies besides are swapped out" if swapped else ""
-    yield (f"  {size(private * page)} of it are private copies{besides}",)
+    common = sum(one.common for one in audit.libraries)
+    besides = f"; {count(common, 'copy', 'copies')} besides are shared, by fork or KSM" if common else ""
+    besides += f"; {size(swapped * page)} of copies besides are swapped out" if swapped else ""
+    yield (f"  {size((private - common) * page)} of it are private copies{besides}",)
     if audit.processes:
         pss = [one.pss for one in audit.processes if one.pss is not None]
         known = len(pss) == len(audit.processes)
@@ -100,7 +102,7 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
         ]
         if before is not None:
             was = old.get(one.build_id or one.path)
-            change = _copies(one) - (_copies(was) if was is not None else 0)
+            change = one.own - (was.own if was is not None else 0)
             cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
         rows.append(cells)
     return Table((*columns, ">since start") if before is not None else columns, rows)
@@ -108,17 +110,12 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
 
 def tick(audit: Audit, before: Audit) -> Line:
     """One look of many, on one line."""
-    old = {one.build_id or one.path: _copies(one) for one in before.libraries}
-    grown = [(one, _copies(one) - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
+    old = {one.build_id or one.path: one.own for one in before.libraries}
+    grown = [(one, one.own - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
     changed = ", ".join(f"{one.name} {number:+,}" for one, number in grown if number)
-    total = sum(_copies(one) for one in audit.libraries)
+    total = sum(one.own for one in audit.libraries)
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
     return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
-
-
-def _copies(library: AuditedLibrary) -> int:
-    """Its private pages, in memory or swapped out: to be swapped out does not make a page shared again."""
-    return library.private + library.swapped
 
 
 _COUNTED = ("mapped", "present", "shared", "private", "bss")
