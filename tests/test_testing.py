@@ -366,6 +366,20 @@ def test_two_families_have_two_copies(crew: StartCrew, server: Workers) -> None:
 
 
 @needs_frames
+def test_what_forks_write_as_it_was_is_no_more_shared(server: Workers) -> None:
+    """As reference counts go up and down again: the words are the same, the page is another."""
+    server.write("demo_spare", 1, library="libdemo")
+    children = server.fork(2)
+    before = children.snapshot("before", library="libdemo")
+    assert_copied_only([before, children.snapshot("same", library="libdemo")])
+    children[1].write("demo_spare", 1, library="libdemo")
+    after = children.snapshot("after", library="libdemo")
+    assert_copied_only([before, after], symbols=["demo_spare"])
+    message = failure(assert_copied_only, [before, after])
+    assert f"no more shared with relatives by 1 of 2 processes (pid {children.pids[1]})" in message
+
+
+@needs_frames
 def test_frames_prove_what_flags_suggest(server: Workers) -> None:
     children = server.fork(2)
     assert_shared(children.snapshot(library="libdemo"), symbols=["demo_operations"], level="frames")

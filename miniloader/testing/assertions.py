@@ -141,8 +141,9 @@ def assert_copied_only(
 
     With one snapshot: since the library was loaded.  With several: from the first to the last, which must
     have the same processes.  What the loader writes (relocations, its own bookkeeping) does not count, nor
-    do neighbours on the page, which are copied along.  A page that was copied and is as in the file must
-    hold one of the symbols.  bss beyond the file's pages is anonymous from the start: nothing is copied.
+    do neighbours on the page, which are copied along.  A page that was copied and is as in the file, or as
+    it was before relatives had it in common no more (level ``frames``), must hold one of the symbols.  bss
+    beyond the file's pages is anonymous from the start: nothing is copied.
 
     Raises AssertionError naming what else was written, EvidenceError where the cause of a copy is unknown
     (one that is swapped out, too), UsageError when there is no such symbol or library.
@@ -159,6 +160,9 @@ def assert_copied_only(
     named = ", ".join(symbols) or "nothing"
     what = f"{last.name}: more than {named} was written"
     found = [*_written_elsewhere(last, before, allowed), *_identical(last, before, allowed)]
+    if before is not None:
+        told = {finding.vaddr & -PAGE_SIZE for finding in found}
+        found += (one for one in _moved(last, before, allowed) if one.vaddr not in told)
     if found:
         _fail(every[-1], last, what, found)
     untold = {vaddr: reason for copies in last.copies for vaddr, reason in copies.reasons.items()}
@@ -306,6 +310,27 @@ def _identical(
     for vaddr, pids in sorted(found.items()):
         who = _pids(pids, len(last.copies))
         yield _Finding(vaddr, f"{' '.join(_sections(last, vaddr))}: copied by {who}, yet as in the file")
+
+
+def _moved(
+    last: LibraryMemory, before: LibraryMemory, allowed: Collection[tuple[int, int]]
+) -> Iterator[_Finding]:
+    """The pages that were a family's and have gone to frames of their own: somebody wrote what was there."""
+    found: dict[int, list[int]] = {}
+    copied = np.isin(last.sharing.states, (COPIED, COPIED_SHARED)) & last.of_file
+    for row, (was, now) in enumerate(zip(before.look.processes, last.look.processes, strict=True)):
+        if len(was.pages) != len(now.pages):
+            continue
+        first, then = was.pages["frame"], now.pages["frame"]
+        moved = copied[row] & ~was.pages["exclusive"] & now.pages["exclusive"] & ~was.pages["file"]
+        moved &= (first != 0) & (then != 0) & (first != then)
+        for vaddr in last.sharing.vaddrs[np.flatnonzero(moved)].tolist():
+            if not any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in allowed):
+                found.setdefault(vaddr, []).append(now.pid)
+    for vaddr, pids in sorted(found.items()):
+        who = _pids(pids, len(last.copies))
+        text = f"{' '.join(_sections(last, vaddr))}: no more shared with relatives by {who}, yet as it was"
+        yield _Finding(vaddr, text)
 
 
 def _symbol(memory: LibraryMemory, vaddr: int) -> str:
