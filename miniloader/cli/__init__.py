@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     travel_light()
+    if sys.stdout is None:  # closed from the start: who does that wants nothing printed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     _escape_what_cannot_be_printed()
     status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
     if argv is None:  # the process ends with this: it need not look for garbage among all that it holds

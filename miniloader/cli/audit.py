@@ -136,11 +136,13 @@ def _print(arguments: argparse.Namespace, found: Audit) -> None:
 
         dump(found.to_json())
         return
-    from miniloader.report.audit import lines, write_csv
+    from miniloader.report.audit import lines, said_of, write_csv
     from miniloader.report.lines import show
 
     if arguments.csv:
         write_csv(found, sys.stdout)
+        for one in found.unreadable:
+            print(f"not audited: {said_of(one)}", file=sys.stderr)
     else:
         show(lines(found, pages=arguments.library is not None))
 
@@ -196,13 +198,16 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     first = _audit(arguments, pids)
     sights = _sights(arguments, first, "start")
     try:
-        _follow(arguments, first, pids, out)
+        _follow(arguments, first, out)
     except KeyboardInterrupt:
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
         out.print("stopped")
     last = _audit(arguments, _living(first))
+    if first.processes and not last.processes:
+        out.print("all of them have ended: this is what they were at the start")
+        last = first
     changes = diff(first, last)
     _save(arguments, last)  # before a reader may close the pipe
     if sights:
@@ -231,7 +236,7 @@ def _living(first: Audit) -> tuple[int, ...]:
     return tuple(one.pid for one in first.processes)
 
 
-def _follow(arguments: argparse.Namespace, first: Audit, pids: tuple[int, ...], out: Console) -> None:
+def _follow(arguments: argparse.Namespace, first: Audit, out: Console) -> None:
     """A live table in a terminal, else a line for every look."""
     import time
 

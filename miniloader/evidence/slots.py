@@ -317,12 +317,12 @@ class Facts:
 
     @cached_property
     def section_spans(self) -> tuple[tuple[int, int, str], ...]:
-        """Start, end and name of the sections that take memory."""
+        """Start, end and name of the sections that take memory, but for what lld fills a page with."""
         sections = self.image.sections if self.image is not None else ()
         return tuple(
             (one.vaddr, one.end, one.name)
             for one in sections
-            if one.allocated and one.size and one.name != ".tbss"
+            if one.allocated and one.size and one.name not in (".tbss", ".relro_padding")
         )
 
     def section_on(self, vaddr: int) -> str:

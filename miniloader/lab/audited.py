@@ -204,7 +204,9 @@ class Audit:
                 libraries=tuple(_library(one) for one in value["libraries"]),
                 unreadable=tuple(Unreadable(**one) for one in value["unreadable"]),
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise UsageError(f"no audit as --save or --json writes it: it lacks {error}") from error
+        except (TypeError, AttributeError) as error:
             raise UsageError(f"no audit as --save or --json writes it: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -225,6 +227,8 @@ class Audit:
         with open(path, encoding="utf-8") as file:
             try:
                 return cls.from_json(json.load(file))
+            except UsageError as error:
+                raise UsageError(f"{os.fspath(path)}: {error.message}") from error
             except ValueError as error:  # neither JSON nor UTF-8
                 raise UsageError(f"{os.fspath(path)}: no audit as --save writes it: {error}") from error
 
@@ -239,6 +243,8 @@ def _library(value: Mapping[str, Any]) -> AuditedLibrary:
 
 def _page(value: Mapping[str, Any]) -> PrivatePage:
     fields = dict(value)
+    if not isinstance(fields["vaddr"], int):
+        raise TypeError(f"found vaddr {fields['vaddr']!r}, expected a number")
     for name in ("symbols", "written", "causes", "pids", "common"):
         fields[name] = tuple(value.get(name, ()) if name == "common" else value[name])  # older ones lack it
     fields["groups"] = tuple(tuple(group) for group in value["groups"])
@@ -283,6 +289,9 @@ def diff(before: Audit, after: Audit) -> tuple[PageChange, ...]:
     Processes in both audits (the same pid and start) are compared one by one.  Where none is, as after a
     restart, only what any process has is compared.
     """
+    if before.page_size != after.page_size:
+        found = f"pages of {before.page_size} and of {after.page_size} bytes"
+        raise UsageError(f"audits of different machines cannot be compared: found {found}")
     common = {(one.pid, one.started) for one in before.processes}
     common &= {(one.pid, one.started) for one in after.processes}
     pids = frozenset(pid for pid, _ in common) if common else None

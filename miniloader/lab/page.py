@@ -46,7 +46,7 @@ class PageView:
 
     ``state`` is ``private`` (a copy), ``swapped`` (a copy that is swapped out, which is not read, as that
     would bring it in), ``shared`` (the file's own page) or ``absent``; only of a private page there are
-    ``words``.
+    ``words``.  ``unknown``: the file cannot be read, which alone says where in it a vaddr is.
     """
 
     pid: int
@@ -87,14 +87,14 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
             of_page = answer.words[answer.words["page"] == page]
             words = tuple(_word(facts, space, here.base, one) for one in of_page)
             reason = facts.trouble
-        elif len(row):
+        elif facts is None:
             causes, reason = ("unknown",), here.file.trouble
         elif swapped:
             causes, reason = ("unknown",), SWAPPED_OUT
         again = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
         if int((entry[0] ^ again[0]) & (PRESENT | FRAME)):
             causes, words, reason = ("unknown",), (), CHANGED
-    state = "shared" if entry[0] & PRESENT else "absent"
+    state = "unknown" if facts is None else "shared" if entry[0] & PRESENT else "absent"
     return PageView(
         pid=pid,
         path=here.file.identity.path,
@@ -102,7 +102,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         base=here.base,
         vaddr=vaddr,
         section=facts.section_on(vaddr) if facts is not None else "",
-        state="private" if len(row) else "swapped" if swapped else state,
+        state="private" if len(row) and facts is not None else "swapped" if swapped else state,
         causes=causes,
         words=words,
         reason=reason,

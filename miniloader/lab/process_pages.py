@@ -15,6 +15,7 @@ from miniloader.kernel.frames import KPF, frame_flags
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
+from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
 from miniloader.values import dataclass
@@ -25,6 +26,7 @@ __all__ = ["Pages", "Rows", "Some", "length", "number"]
 Rows = slice | NDArray[np.intp]
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
+_HUGE: Final = 2 << 20  # bytes; the pages of hugetlbfs are no smaller
 _LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
 _MOST: Final = 1 << 44  # bytes; to find what is populated takes a second a TiB without PAGEMAP_SCAN
 
@@ -57,7 +59,9 @@ class Pages:
         told = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
         self.zero, self.huge, self.zeros_among = told
         self.counted = present & ~self.zero
-        self.counted &= np.array([vma.path not in NOT_PAGES for vma in vmas])[self.vma]
+        counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
+        counted[self._huge_files(vmas)] = False
+        self.counted &= counted[self.vma]
         self.own = self.counted & file
         self.copied = self.counted ^ self.own
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
@@ -94,6 +98,14 @@ class Pages:
     def changed(self) -> NDArray[np.bool_]:
         """Which entries are not what they were."""
         return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
+
+    def _huge_files(self, vmas: Sequence[Vma]) -> list[int]:
+        """The mappings of hugetlbfs, which the kernel counts apart (Private_Hugetlb), and in no RSS."""
+        asked = [index for index, vma in enumerate(vmas) if not (vma.start | vma.end) % _HUGE and vma.inode]
+        if not asked:
+            return []
+        huge = {one.vma for one in read_smaps(self._pagemap.pid) if "ht" in one.flags}
+        return [index for index in asked if vmas[index] in huge]
 
     def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], int, int] | None:
         """Which are the page of zeros, how many are in huge pages, and 0; None before PAGEMAP_SCAN (6.7)."""

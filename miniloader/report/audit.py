@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     )
     from miniloader.lab.page import PageView
 
-__all__ = ["changes_view", "library_rows", "lines", "page_view", "sentence", "summary", "tick", "write_csv"]
+__all__ = [
+    "changes_view",
+    "library_rows",
+    "lines",
+    "page_view",
+    "said_of",
+    "sentence",
+    "summary",
+    "tick",
+    "write_csv",
+]
 
 _MOST_SYMBOLS = 4
 _MOST_SENTENCES = 8
@@ -276,7 +286,12 @@ def _shortened(names: Sequence[str]) -> str:
 def _unreadable(unreadable: Sequence[Unreadable]) -> Iterator[Line]:
     yield heading("not audited")
     for one in unreadable:
-        yield (printable(f"  {one.pid}: {one.reason}" + (f"; {one.needed}" if one.needed else "")),)
+        yield (f"  {said_of(one)}",)
+
+
+def said_of(one: Unreadable) -> str:
+    """Which process could not be audited, why, and what would be needed."""
+    return printable(f"{one.pid}: {one.reason}" + (f"; {one.needed}" if one.needed else ""))
 
 
 # ------------------------------------------------------------------------------------------- one page
@@ -287,7 +302,7 @@ def page_view(view: PageView) -> Iterator[Part]:
     if view.causes:
         reason = f" ({view.reason})" if view.reason else ""
         yield (printable(f"  causes: {', '.join(view.causes)}{reason}"),)
-    if view.state == "swapped":
+    if view.state in ("swapped", "unknown"):
         return
     if view.state != "private":
         yield ("  no copy: every byte is the file's own",)

@@ -158,6 +158,43 @@ def test_where_sigchld_is_ignored(command: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_who_ends_meanwhile_is_told_as_it_was(demo: Path, tmp_path: Path) -> None:
+    with told(f"lib = ctypes.CDLL({str(demo)!r})") as one:
+        one("import threading; threading.Timer(1, os._exit, [0]).start()")
+        done = run("audit", one.pid, "--every", "200ms", "--for", "3s", "--save", tmp_path / "last.json")
+    assert done.returncode == 0
+    assert "all of them have ended" in done.stdout
+    assert [process.pid for process in Audit.load(tmp_path / "last.json").processes] == [one.pid]
+
+
+def test_csv_says_who_could_not_be_audited(family: tuple[Told, list[int]]) -> None:
+    parent, _ = family
+    done = run("audit", parent.pid, 999_999_999, "--csv")
+    assert done.returncode == 0
+    assert done.stdout.startswith("path,build_id,pid,")
+    assert done.stderr == "not audited: 999999999: process 999999999: there is none (any more)\n"
+
+
+def test_saved_audits_that_cannot_be_compared(family: tuple[Told, list[int]], tmp_path: Path) -> None:
+    parent, _ = family
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    assert run("audit", parent.pid, "--save", good).returncode == 0
+    value = json.loads(good.read_text())
+    for change, said in (
+        ({"page_size": 16384}, f"found pages of {PAGE_SIZE} and of 16384 bytes"),
+        (
+            {"libraries": [{"private_pages": [{"vaddr": "0"}]}]},
+            f"{bad}: no audit as --save or --json writes it: ",
+        ),
+        ({"format": "older"}, f"{bad}: no audit: found format 'older', expected 'miniloader audit 1'"),
+    ):
+        bad.write_text(json.dumps(value | change))
+        done = run("diff", good, bad)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_interrupted_it_ends_with_the_summary(demo: Path) -> None:
     with told(f"lib = ctypes.CDLL({str(demo)!r})") as one, subprocess.Popen(
         [*_COMMAND, "audit", str(one.pid), "--every", "100ms"],

@@ -110,11 +110,14 @@ OUTPUTS = (
     ("disasm", "libcrypto.so.3", "SHA256"),
     ("prove", DEMO, "-n", "2", "--steps"),
     ("audit", str(os.getpid())),
+    ("audit", str(os.getpid()), "--csv"),
+    ("doctor", "--json"),
     ("doctor",),
 )
+NAMES = [" ".join(word for word in command if not word.isdigit()) for command in OUTPUTS]
 
 
-@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+@pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)
 def test_a_reader_that_goes_after_the_first_line(command: tuple[str, ...]) -> None:
     """``| head -1``: nothing on standard error, no traceback, no signal."""
     with subprocess.Popen(
@@ -128,7 +131,7 @@ def test_a_reader_that_goes_after_the_first_line(command: tuple[str, ...]) -> No
     assert process.returncode in (0, 1)
 
 
-@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+@pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)
 def test_a_full_disk_and_no_output_at_all(command: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -145,7 +148,7 @@ def test_a_full_disk_and_no_output_at_all(command: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", OUTPUTS, ids=[command[0] for command in OUTPUTS])
+@pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)
 def test_a_locale_that_knows_ascii_only(command: tuple[str, ...]) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(

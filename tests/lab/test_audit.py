@@ -370,6 +370,38 @@ def test_huge_pages(kernel: Callable[[], AbstractContextManager[None]]) -> None:
             assert counted(one).huge * PAGE_SIZE == in_huge
 
 
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Two huge pages in reserve, for hugetlbfs."""
+    reserve = Path("/proc/sys/vm/nr_hugepages")
+    if not reserve.exists() or os.geteuid():
+        pytest.skip("needs root: to have huge pages kept in reserve")
+    before = reserve.read_text()
+    reserve.write_text(str(int(before) + 2))
+    try:
+        if int(reserve.read_text()) < int(before) + 2:
+            pytest.skip("this machine lacks free huge pages")
+        yield
+    finally:
+        reserve.write_text(before)
+
+
+@KERNELS
+def test_hugetlbfs_is_counted_apart(
+    huge_pages: None, kernel: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """As in smaps, whose RSS and Anonymous leave it out."""
+    with told(ANONYMOUS) as one:
+        one(f"at = libc.mmap(None, {2 << 20}, 3, 0x22 | 0x40000, -1, 0); ctypes.memset(at, 1, 1)")
+        one(f"fd = os.memfd_create('any name', 4); os.ftruncate(fd, {2 << 20})")
+        one(f"shared = libc.mmap(None, {2 << 20}, 3, 1, fd, 0); ctypes.memset(shared, 1, 1)")
+        with kernel():
+            found = counted(one)
+        sums = rollup_of(one.pid)
+        assert sums["Private_Hugetlb"] == 4096
+        assert (found.rss, found.anonymous * PAGE_SIZE) == (sums["Rss"] * KB, sums["Anonymous"] * KB)
+
+
 def test_a_mapping_too_large_to_be_read_page_by_page() -> None:
     """As AddressSanitizer makes them; where PAGEMAP_SCAN finds what is populated it does not matter."""
     with told(ANONYMOUS) as one:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from miniloader.lab.audited import AuditedLibrary, PrivatePage, diff
 from miniloader.lab.page import view_page
 from miniloader.report.audit import summary, tick
 from miniloader.report.lines import plain
+from tests.conftest import AsNobody
 from tests.lab.audited import Told, told, told_children
 
 _BY = {
@@ -107,6 +111,24 @@ def test_a_slot_that_is_cleared(loaded: Told, demo: Path) -> None:
     view = view_page(loaded.pid, vaddr_of(demo, "demo_current"), str(demo))
     (word,) = [one for one in view.words if one.cause == "overwritten"]
     assert (word.symbol, word.file, word.new) == ("demo_current", 0, 0)
+
+
+def test_what_cannot_be_read_is_not_said_to_be_shared(demo: Path, as_nobody: AsNobody) -> None:
+    """Its file is gone: where in it a vaddr is nobody knows, nor where in memory."""
+
+    def look() -> tuple[str, tuple[str, ...], str]:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "gone.so"
+            path.write_bytes(demo.read_bytes())
+            library = ctypes.CDLL(str(path))
+            ctypes.c_long.in_dll(library, "demo_spare").value = 7
+            path.unlink()
+        view = view_page(os.getpid(), vaddr_of(demo, "demo_spare"), "gone.so")
+        return view.state, view.causes, view.reason
+
+    state, causes, reason = as_nobody(look)
+    assert (state, causes) == ("unknown", ("unknown",))
+    assert "deleted" in reason
 
 
 @pytest.mark.parametrize("level", [None, "flags"])
