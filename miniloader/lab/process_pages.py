@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
-from miniloader.kernel.frames import KPF, frame_flags
+from miniloader.kernel.frames import KPF, distinct, frame_flags
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
@@ -60,7 +60,7 @@ class Pages:
         self.zero, self.huge, self.zeros_among = told
         self.counted = present & ~self.zero
         counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
-        counted[self._huge_files(vmas)] = False
+        counted[self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])] = False
         self.counted &= counted[self.vma]
         self.own = self.counted & file
         self.copied = self.counted ^ self.own
@@ -99,9 +99,9 @@ class Pages:
         """Which entries are not what they were."""
         return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
 
-    def _huge_files(self, vmas: Sequence[Vma]) -> list[int]:
+    def _huge_files(self, vmas: Sequence[Vma], aligned: NDArray[np.uint64]) -> list[int]:
         """The mappings of hugetlbfs, which the kernel counts apart (Private_Hugetlb), and in no RSS."""
-        asked = [index for index, vma in enumerate(vmas) if not (vma.start | vma.end) % _HUGE and vma.inode]
+        asked = [index for index in distinct(aligned).tolist() if vmas[index].inode]
         if not asked:
             return []
         huge = {one.vma for one in read_smaps(self._pagemap.pid) if "ht" in one.flags}

@@ -297,7 +297,7 @@ def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bo
 
 
 def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Pages) -> list[FileInProcess]:
-    copies, originals = pages.copies, pages.originals
+    copies, originals, swapping = pages.copies, pages.originals, any(pages.swapped_in)
     found = [
         FileInProcess(
             file=file,
@@ -305,7 +305,7 @@ def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Page
             start=vmas[indices[0]].start,
             end=vmas[indices[-1]].end,
             mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
-            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias),
+            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias) if swapping else _NO_VADDRS,
             bss_vaddrs=_NO_VADDRS,
             copies=copies,
             copied=copies.rows(indices),
@@ -323,8 +323,6 @@ def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Page
 
 def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.uint64]:
     """Where the pages of these mappings are that are swapped out: copies, as the file's own would not be."""
-    if not any(pages.swapped_in[index] for index in indices):
-        return _NO_VADDRS
     rows = np.flatnonzero(pages.swapped & np.isin(pages.vma, indices))
     return np.asarray(pages.addresses[rows] - np.uint64(bias % 2**64))
 
