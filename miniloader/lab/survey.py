@@ -167,9 +167,10 @@ def survey(
     Raises ProcessGone when it ends or executes another program meanwhile, EvidenceError when it may not be
     looked at.
     """
+    name, parent, started, stack = _status(pid)
     with PageMap(pid) as pagemap:
-        name, parent, started = _status(pid)
         vmas, pages, found = locate(pid, pagemap, files, frames=frames)
+        _check_program(pid, vmas, stack)
         chosen = [one for one in found if wanted(one.file.identity)]
         if causes:
             _explain(pid, files, vmas, pages, found, chosen)
@@ -221,10 +222,21 @@ def _summed(
     )
 
 
-def _status(pid: int) -> tuple[str, int, int]:
-    """The name, the parent and the start time (clock ticks since boot)."""
+def _status(pid: int) -> tuple[str, int, int, int]:
+    """The name, the parent, the start time (clock ticks since boot), and where the stack began."""
     name, fields = read_stat(pid)
-    return name, int(fields[1]), int(fields[19])
+    return name, int(fields[1]), int(fields[19]), int(fields[25])
+
+
+def _check_program(pid: int, vmas: Sequence[Vma], stack: int) -> None:
+    """Raise ProcessGone when the mappings are not those of the program whose stack began at ``stack``.
+
+    A page table that was opened before stays the old one, and is alive where the process was made by
+    vfork(2): its parent has it.  The kernel calls ``[stack]`` what holds that address.
+    """
+    stacks = [vma for vma in vmas if vma.path == "[stack]"]
+    if stack and stacks and not any(stack in vma for vma in stacks):
+        raise ProcessGone(pid, "has executed another program meanwhile")
 
 
 def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
