@@ -20,7 +20,7 @@ from miniloader.evidence.slots import LOADER, Facts
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts, marks_merged
 from miniloader.kernel.probe import level_for
-from miniloader.kernel.procfs import require_proc
+from miniloader.kernel.procfs import read_process_file, require_proc
 from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audited import (
@@ -211,14 +211,16 @@ def _merged(surveys: Sequence[Survey], level: LevelName) -> NDArray[np.uint64] |
 
 
 def _number_merged(one: Survey, merged: NDArray[np.uint64] | None) -> int | None:
-    """How many pages of a process KSM has merged: by their frames, else by the kernel's own sum (6.6)."""
+    """How many pages of a process KSM has merged: by their frames, else by the kernel's own sums (6.6, 5.19)."""
     if merged is not None:
         return int(np.isin(one.copies.frames, merged).sum()) if len(merged) else 0
     try:
         sizes = read_rollup(one.pid)
+        if "KSM" in sizes:
+            return sizes["KSM"] // PAGE_SIZE
+        return int(read_process_file(one.pid, "ksm_merging_pages"))
     except EvidenceError:
         return None
-    return sizes["KSM"] // PAGE_SIZE if "KSM" in sizes else None
 
 
 def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:

@@ -31,7 +31,7 @@ class AuditedProcess:
     """What one process costs; ``rss``, ``pss``, ``uss`` in bytes, the rest in pages.
 
     ``pss`` is None where frames are hidden, ``ksm`` (merged pages) where the kernel tells neither which they
-    are nor how many (6.6).  ``anonymous`` pages include copies of file pages;
+    are nor how many (5.19).  ``anonymous`` pages include copies of file pages;
     of them ``anonymous_shared`` are mapped more than once (a family of forks, or KSM).  ``zero`` is how
     often the page of zeros is mapped, which costs nothing.  ``huge`` pages are mapped by huge entries.
     ``started`` is in clock ticks since boot: with the pid it names a process for good.
