@@ -211,7 +211,7 @@ def _merged(surveys: Sequence[Survey], level: LevelName) -> NDArray[np.uint64] |
 
 
 def _number_merged(one: Survey, merged: NDArray[np.uint64] | None) -> int | None:
-    """How many pages of a process KSM has merged: by their frames, else by the kernel's own sums (6.6, 5.19)."""
+    """How many pages of a process KSM has merged: by their frames, else by the kernel's sums (6.6; 5.19)."""
     if merged is not None:
         return int(np.isin(one.copies.frames, merged).sum()) if len(merged) else 0
     try:
