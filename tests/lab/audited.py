@@ -23,6 +23,17 @@ for line in sys.stdin:
 """
 
 
+#: Lines for a process that maps memory of no file.
+ANONYMOUS = """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+number = ctypes.c_int
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def mapped(length): return libc.mmap(None, length, 3, 0x22, -1, 0)
+"""
+
+
 class Told:
     """A process; ``told("answer = 1 + 1")`` is 2."""
 

@@ -36,7 +36,7 @@ from miniloader.lab.choose import choose
 from miniloader.lab.mapped import MappedFiles
 from miniloader.lab.survey import survey
 from tests.conftest import NOBODY, AsNobody
-from tests.lab.audited import Told, rollup_of, smaps_of, told, told_children
+from tests.lab.audited import ANONYMOUS, Told, rollup_of, smaps_of, told, told_children
 from tests.memory import failing
 
 KB = 1024
@@ -314,16 +314,6 @@ def copy(source: Path, to: Path) -> Path:
 
 
 # -------------------------------------------------------------------------------- what counts as what
-ANONYMOUS = """
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-number = ctypes.c_int
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-def mapped(length): return libc.mmap(None, length, 3, 0x22, -1, 0)
-"""
-
-
 def counted(one: Told) -> miniloader.lab.audited.AuditedProcess:
     return miniloader.audit([one.pid], causes=False).processes[0]
 

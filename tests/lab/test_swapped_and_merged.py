@@ -24,18 +24,12 @@ from miniloader.lab.page import view_page
 from miniloader.report.audit import lines, tick
 from miniloader.report.lines import plain
 from miniloader.testing import assert_copied_only, assert_private_pages, snapshot
-from tests.lab.audited import Told, rollup_of, told
+from tests.lab.audited import ANONYMOUS, Told, rollup_of, told
 
 KSM = Path("/sys/kernel/mm/ksm")
 MERGEABLE, PAGEOUT = 12, 21
-SAME = b"\x5a" * PAGE_SIZE
 
-_TOOLS = """
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-number = ctypes.c_int
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_TOOLS = f"""{ANONYMOUS}
 def advise(at, length, advice):
     if libc.madvise(at, length, advice): raise OSError(ctypes.get_errno(), "madvise")
 """
