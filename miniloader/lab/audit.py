@@ -69,7 +69,7 @@ def audit(
     chosen = level_for(level, at_least="flags")
     files, every, when = MappedFiles(), list(dict.fromkeys(pids)), time.time()
     look = partial(survey, files=files, causes=causes, frames=chosen == "frames", wanted=_wanted(library))
-    shares = min(jobs, jobs_for(every))
+    shares = max(1, min(jobs, jobs_for(every)))
     done, this = 0, os.getpid()
 
     def tell(more: int) -> None:

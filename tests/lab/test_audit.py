@@ -628,7 +628,7 @@ def test_several_jobs_find_one_s_own_memory_as_it_is() -> None:
     """Helpers share it, as long as they are there: so this process has none then."""
     with told() as parent, told_children(parent, 29) as children:
         pids = [*children, os.getpid()]
-        alone, together = (miniloader.audit(pids, causes=False, jobs=jobs).processes[-1] for jobs in (1, 2))
+        alone, together = (miniloader.audit(pids, causes=False, jobs=jobs).processes[-1] for jobs in (0, 2))
     assert together.pid == alone.pid == os.getpid()
     assert together.anonymous_shared - alone.anonymous_shared < 100
     assert jobs_for(pids) == 1 < jobs_for(children)
