@@ -36,6 +36,9 @@ from miniloader.values import dataclass
 
 __all__ = ["Comparer", "Comparison", "Difference", "compare"]
 
+#: What stands in place of a relocation's kind where there is none.
+_NO_KIND: Final = {-1: "RELR", -2: "of the dynamic section"}
+_RELR, _DYNAMIC = _NO_KIND
 _SHOWN: Final = 20  # differing words that are listed; all are counted
 
 
@@ -54,9 +57,9 @@ class Comparison:
 
     ``dlopen`` and ``ours`` are "loaded", or why not.  ``words`` are the relocated ones; of these ``equal``
     are alike, ``rewritten`` were changed by the library's own code afterwards, to the same or to something
-    that has no name (the heap) in both, and ``stubs`` are alike but for a stub of ours in front, through
-    which a thread's destructors are registered.  At most 20 of the others are in ``differing``.  ``plain``
-    is why it was not loaded from prepared pages, where that was asked for.
+    that has no name (the heap) in both, and ``stubs`` lead to code of ours that stands for what theirs lead
+    to (see :mod:`miniloader.loader.introspection`).  At most 20 of the others are in ``differing``.
+    ``plain`` is why it was not loaded from prepared pages, where that was asked for.
     """
 
     path: str
@@ -158,7 +161,10 @@ def _layout(plan: LoadPlan, their_pid: int, their_bias: int, our_pid: int, bias:
 # ------------------------------------------------------------------------------------ relocated words
 @dataclass(frozen=True, eq=False)
 class Words:
-    """Every word that an image's relocations write: where, how many bytes, by which formula and kind."""
+    """Every word that an image's relocations write: where, how many bytes, by which formula and kind.
+
+    The addresses in its dynamic section, which ld.so adjusts, are among them.
+    """
 
     image: ElfImage
     vaddrs: NDArray[np.uint64]
@@ -172,8 +178,9 @@ class Words:
         """Those of ``image``.  A descriptor counts as one word, its second."""
         relocations: Sorted = sort_relocations(image)
         parts: list[tuple[NDArray[np.uint64], int, str, int, NDArray[Any]]] = []
-        none = np.zeros(len(relocations.relr), np.int64)
-        parts.append((relocations.relr, 8, "B + A", -1, none))
+        dynamic, relr = relocations.dynamic["offset"], relocations.relr
+        parts.append((dynamic, 8, "B + A", _DYNAMIC, np.zeros(len(dynamic), np.int64)))
+        parts.append((relr, 8, "B + A", _RELR, np.zeros(len(relr), np.int64)))
         relative = relocations.relative
         parts.append((relative["offset"], 8, "B + A", 8, relative["symbol"]))
         for kind, rows in relocations.others:
@@ -210,7 +217,7 @@ class Words:
     def label(self, index: int) -> str:
         """What to call one in a report."""
         kind = int(self.kinds[index])
-        name = "RELR" if kind < 0 else kind_name(self.image.header.machine, kind)
+        name = _NO_KIND.get(kind) or kind_name(self.image.header.machine, kind)
         symbol = int(self.symbols[index])
         of = f" of {self.image.symbols.name(symbol)}" if symbol > 0 else ""
         return f"vaddr {int(self.vaddrs[index]):#x}, {name}{of}"

@@ -8,6 +8,8 @@ thread-local symbols. glibc answers them by relocating the carrier.  All of this
 The whole file is one writable segment, so that vaddr and file offset are the same::
 
     ELF header, program headers │ symbols │ hash │ strings │ relocations │ dynamic │ answers │ template
+
+Section headers follow: ``info symbol`` ends gdb 16 and 17 where a library of the process has none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from miniloader.errors import LoadError
 from miniloader.loader import host
 from miniloader.values import dataclass
 
-__all__ = ["DYN", "EHDR", "PHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
+__all__ = ["DYN", "EHDR", "PHDR", "SHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
 
 TPOFF64: Final = 18
 TLSDESC: Final = 36
@@ -36,6 +38,7 @@ PHDR: Final = struct.Struct("<IIQQQQQQ")
 SYM: Final = struct.Struct("<IBBHQQ")
 _RELA: Final = struct.Struct("<QQq")
 DYN: Final = struct.Struct("<qQ")
+SHDR: Final = struct.Struct("<IIQQQQIIQQ")
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
 _numbers: Final = itertools.count(1)
@@ -213,7 +216,15 @@ def _build(
         PHDR.pack(7, 4, *(template_at,) * 3, len(template), size, align) if tls else bytes(PHDR.size),
     ]
     ident = b"\x7fELF\2\1\1" + bytes(9)
-    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size, 0, 0, 64, PHDR.size, 4, 64, 0, 0)
+    names_of_sections = b"\0.data\0.shstrtab\0"
+    sections_at = -(-(end + len(names_of_sections)) // 8) * 8
+    sections = (
+        bytes(SHDR.size),
+        SHDR.pack(1, 1, 3, headers, headers, end - headers, 0, 0, 1, 0),
+        SHDR.pack(7, 3, 0, 0, end, len(names_of_sections), 0, 0, 1, 0),
+    )
+    sizes_of_headers = (EHDR.size, PHDR.size, len(segments), SHDR.size, len(sections), len(sections) - 1)
+    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size, sections_at, 0, *sizes_of_headers)
     image = bytearray(end)
     image[:headers] = header + b"".join(segments)
     contents = {
@@ -226,4 +237,5 @@ def _build(
     for part, data in contents.items():
         image[places[part] : places[part] + len(data)] = data
     image[template_at:end] = template
+    image += names_of_sections.ljust(sections_at - end, b"\0") + b"".join(sections)
     return bytes(image), places["answers"]

@@ -38,11 +38,10 @@ from miniloader.elf.tables import Table
 from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import host
-from miniloader.loader.carrier import DYN, EHDR, PHDR, SYM, open_bytes
+from miniloader.loader.carrier import DYN, EHDR, PHDR, SHDR, SYM, open_bytes
 
 __all__ = ["Registered", "file_of", "register", "symbol_file"]
 
-_SHDR: Final = struct.Struct("<IIQQQQIIQQ")
 _REGISTER, _UNREGISTER = 1, 2
 _FUNCTION: Final = b"__jit_debug_register_code"
 _DESCRIPTOR: Final = b"__jit_debug_descriptor"
@@ -157,7 +156,7 @@ def symbol_file(image: ElfImage, bias: int) -> bytes:
     local = 1 + int((rows["info"] >> 4 == STB_LOCAL).sum())
     notes = [_build_id(image.build_id)] if image.build_id else []
     path = file_of(image.source)
-    if path is not None:
+    if path is not None and image.sections:  # without them gdb has nothing to find there, and 16 and 17 end
         checksum = zlib.crc32(image.source.read(0, image.source.size, "file"))
         name = os.fsencode(path) + b"\0"
         link = name.ljust(-(-len(name) // 4) * 4, b"\0") + struct.pack("<I", checksum)
@@ -265,7 +264,7 @@ def _elf(sections: Sequence[_Section], segments: Sequence[bytes] = ()) -> bytes:
     names = [os.fsencode(section.name) for section in sections] + [b".shstrtab"]
     joined = b"\0" + b"\0".join(names) + b"\0"
     image = bytearray(EHDR.size) + b"".join(segments)
-    headers = [bytes(_SHDR.size)]
+    headers = [bytes(SHDR.size)]
     name_at = 1
     table = _Section(".shstrtab", _SHT["strtab"], 0, 0, len(joined), joined)
     for name, section in zip(names, [*sections, table], strict=True):
@@ -273,11 +272,11 @@ def _elf(sections: Sequence[_Section], segments: Sequence[bytes] = ()) -> bytes:
         if section.data:
             image += bytes(at - len(image)) + section.data
         fields = (section.type, section.flags, section.address, at, section.size, section.link)
-        headers.append(_SHDR.pack(name_at, *fields, section.locals, 1, section.entry_size))
+        headers.append(SHDR.pack(name_at, *fields, section.locals, 1, section.entry_size))
         name_at += len(name) + 1
     image += bytes(-len(image) % 16)
     ident = b"\x7fELF\2\1\1" + bytes(9)
-    sizes = (EHDR.size, PHDR.size, len(segments), _SHDR.size, len(headers), len(headers) - 1)
+    sizes = (EHDR.size, PHDR.size, len(segments), SHDR.size, len(headers), len(headers) - 1)
     header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size if segments else 0, len(image), 0, *sizes)
     image[: EHDR.size] = header
     return bytes(image + b"".join(headers))

@@ -10,7 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +31,8 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
 from miniloader.elf.symbols import STB_GNU_UNIQUE, STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
+from miniloader.loader.stubs import Stub
+from miniloader.machine.stubs import collect
 from miniloader.values import dataclass
 
 __all__ = ["HostLibrary", "global_handle", "libraries", "open_host", "thread_pointer"]
@@ -46,38 +48,12 @@ _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
 _PROBES: Final = 16
 
 
-class _Phdr(ctypes.Structure):
-    """``Elf64_Phdr``."""
-
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("offset", ctypes.c_uint64),
-        ("vaddr", ctypes.c_uint64),
-        ("paddr", ctypes.c_uint64),
-        ("filesz", ctypes.c_uint64),
-        ("memsz", ctypes.c_uint64),
-        ("align", ctypes.c_uint64),
-    )
-
-
-class _PhdrInfo(ctypes.Structure):
-    """``struct dl_phdr_info``."""
-
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("name", ctypes.c_char_p),
-        ("phdr", ctypes.POINTER(_Phdr)),
-        ("phnum", ctypes.c_uint16),
-        ("adds", ctypes.c_uint64),
-        ("subs", ctypes.c_uint64),
-        ("tls_modid", ctypes.c_size_t),
-        ("tls_data", ctypes.c_void_p),
-    )
-
-
+_INFO: Final = struct.Struct("<QQQH6xQQQQ")  # struct dl_phdr_info
+_PHDR: Final = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr
+_USED_AND_SIZE: Final = struct.Struct("<QQ")
+_START: Final = _USED_AND_SIZE.size
 _SYM: Final = struct.Struct("<IBBHQQ")
-_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_PhdrInfo), ctypes.c_size_t, ctypes.c_void_p)
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc: Final = ctypes.CDLL(None)
 
 
@@ -87,7 +63,7 @@ def _declared(name: str, restype: Any, *argtypes: Any) -> Any:
     return function
 
 
-_iterate: Final = _declared("dl_iterate_phdr", ctypes.c_int, _CALLBACK, ctypes.c_void_p)
+_iterate: Final = _declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _dlopen: Final = _declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
 _dlclose: Final = _declared("dlclose", ctypes.c_int, ctypes.c_void_p)
 _dlsym: Final = _declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
@@ -325,38 +301,80 @@ class _Listing:
 
 
 _last: list[_Listing] = []
+_room: list[int] = [1 << 15]  # bytes that all records took, and some more
 
 
 def libraries() -> tuple[HostLibrary, ...]:
     """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
-    adds, subs = _counts()
+    room, used = _collected()
+    _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
     if _last and (_last[0].adds, _last[0].subs) == (adds, subs):
         return _last[0].found
     before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
     all_stay = bool(_last) and _last[0].subs == subs
     found: list[HostLibrary] = []
-
-    def visit(pointer: Any, _size: int, _data: Any) -> int:
-        info = pointer.contents
-        path, bias = os.fsdecode(info.name or b""), info.address
+    at = _START
+    while at < used:
+        bias, _, _, count, _, _, module, _ = _INFO.unpack_from(room, at)
+        headers, at = at + _INFO.size, at + _INFO.size + count * _PHDR.size
+        end = room.index(b"\0", at)
+        path, at = os.fsdecode(bytes(room[at:end])), -(-(end + 1) // 8) * 8
         old = before.get((path, bias))
         if old is not None and all_stay:
             found.append(old)
         elif not path.startswith("linux-vdso"):
-            new = _described(path, bias, info)
+            new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
             found.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
-        return 0
-
-    _iterate(_CALLBACK(visit), None)
     _last[:] = [_Listing(adds, subs, tuple(found))]
     return _last[0].found
 
 
-def _described(path: str, bias: int, info: _PhdrInfo) -> HostLibrary:
-    headers = [(row.type, row.flags, row.vaddr, row.memsz) for row in info.phdr[: info.phnum]]
+def _collected() -> tuple[bytearray, int]:
+    """A room full of records (see :func:`miniloader.machine.stubs.collect`), and where the last one ends."""
+    while True:
+        room = bytearray(_room[0])
+        _USED_AND_SIZE.pack_into(room, 0, _START, len(room))
+        _iterate(_collector(), ctypes.addressof(ctypes.c_char.from_buffer(room)))
+        used, size = _USED_AND_SIZE.unpack_from(room)
+        if used <= size:
+            return room, used
+        _room[0] = used + used // 2
+
+
+@lru_cache(maxsize=1)
+def _collector() -> Any:
+    """The callback that copies.
+
+    glibc's lock is held while it runs.  A callback in Python waits for the interpreter, which a thread that
+    imports an extension module has, and that one waits for the lock: so it is for where no page may become
+    executable.
+    """
+    try:
+        stub = Stub()
+        stub.fill(collect())
+    except LoadError:
+        return _CALLBACK(_collect)
+    return stub.address
+
+
+def _collect(info: int, _size: int, room: int) -> int:
+    used, size = _USED_AND_SIZE.unpack(ctypes.string_at(room, _USED_AND_SIZE.size))
+    record = ctypes.string_at(info, _INFO.size)
+    _, name, table, count, *_ = _INFO.unpack(record)
+    record += ctypes.string_at(table, count * _PHDR.size) + ctypes.string_at(name) + b"\0"
+    record += bytes(-len(record) % 8)
+    ctypes.c_uint64.from_address(room).value = used + len(record)
+    if used + len(record) <= size:
+        ctypes.memmove(room + used, record, len(record))
+    return 0
+
+
+def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibrary:
+    rows = _PHDR.iter_unpack(table)
+    headers = [(kind, flags, vaddr, memsz) for kind, flags, _, vaddr, _, _, memsz, _ in rows]
     vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
     notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
-    return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, info.tls_modid, notes)
+    return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
 
 
 def by_bias() -> dict[int, HostLibrary]:
@@ -369,19 +387,6 @@ def by_name() -> dict[str, HostLibrary]:
     """:func:`libraries` by soname and by file name."""
     libraries()
     return _last[0].by_name
-
-
-def _counts() -> tuple[int, int]:
-    """How many libraries ld.so has ever loaded and unloaded."""
-    counts: list[tuple[int, int]] = []
-
-    def visit(pointer: Any, _size: int, _data: Any) -> int:
-        info = pointer.contents
-        counts.append((info.adds, info.subs))
-        return 1  # the first says it for all
-
-    _iterate(_CALLBACK(visit), None)
-    return counts[0]
 
 
 def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:

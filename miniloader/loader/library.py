@@ -17,7 +17,7 @@ from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError, UsageError
-from miniloader.loader import host, life, tls
+from miniloader.loader import host, introspection, life, tls
 from miniloader.loader.events import OnEvent
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.link import initialise_library, link_library, map_library, read_life
@@ -140,7 +140,7 @@ class Library:
             loaded, self._loaded = self._loaded, None
             if loaded is not None:
                 loaded.handles -= 1
-                _sweep()
+                _sweep(loaded)
 
 
 def load(
@@ -230,6 +230,8 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     with clock.stage("init"):
         _present.extend(graph.new)
         if graph.policy.init:
+            for library in graph.new:
+                introspection.add(library)
             # All are read before any runs: a page of the file that is gone must not be met half-way.
             constructors = [read_life(library) for library in order]
             for library, addresses in zip(order, constructors, strict=True):
@@ -288,7 +290,7 @@ def _undo(graph: Graph) -> None:
         library.image.source.close()
 
 
-def _sweep() -> None:
+def _sweep(closed: Loaded) -> None:
     """Finalise and unmap what no caller holds any more, nor anything that is held (cycles, too)."""
     kept = [
         library
@@ -298,7 +300,7 @@ def _sweep() -> None:
         or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
     ]
     _add_what_they_use(kept)
-    gone = [library for library in _in_destructor_order() if library not in kept]
+    gone = [library for library in _in_destructor_order(closed) if library not in kept]
     for library in gone:
         _finalise(library)
     gone += (library for library in _lingering if library not in gone)
@@ -314,8 +316,10 @@ def _add_what_they_use(libraries: list[Loaded]) -> None:
         libraries += (other for other in (*library.ours, *library.holds) if other not in libraries)
 
 
-def _in_destructor_order() -> list[Loaded]:
-    return life.destructor_order(_present, lambda library: library.before, lambda library: library.holds)
+def _in_destructor_order(closed: Loaded | None = None) -> list[Loaded]:
+    return life.destructor_order(
+        _present, lambda library: library.before, lambda library: library.holds, closed
+    )
 
 
 def _finalise(library: Loaded) -> None:

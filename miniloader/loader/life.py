@@ -8,6 +8,7 @@ Functions"; the order among libraries is that of glibc's ``elf/dl-sort-maps.c``.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeVar
@@ -47,6 +48,10 @@ _CALL_EACH: Final = ctypes.CFUNCTYPE(
 _libc: Final = ctypes.CDLL(None)
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
 _MANY: Final = 100  # constructors from which on code of our own calls them
+#: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
+_CLOSED_FIRST: Final = tuple(
+    map(int, (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[-1:][0].split("."))
+) >= (2, 39)
 
 T = TypeVar("T")
 
@@ -132,14 +137,22 @@ def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) ->
 
 
 def destructor_order(
-    items: Sequence[T], before: Callable[[T], Sequence[T]], holds: Callable[[T], Sequence[T]]
+    items: Sequence[T],
+    before: Callable[[T], Sequence[T]],
+    holds: Callable[[T], Sequence[T]],
+    closed: T | None = None,
 ) -> list[T]:
     """``items`` (as they were loaded) in the order they are finalised.
 
     ``holds`` gives what each is bound to without needing it.  It counts only where needs leave it open.
+    ``closed`` is the item whose closing ends them; None at the end of the process.
     """
+    first = [item for item in items if item is closed and _CLOSED_FIRST]
+    items = [*first, *(item for item in items if item not in first)]
     order = _dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])
-    return _dependents_first(order, before) if any(holds(item) for item in items) else order
+    if any(holds(item) for item in items):
+        order = _dependents_first(order, before)
+    return [*first, *(item for item in order if item not in first)]
 
 
 def _dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:

@@ -15,7 +15,7 @@ from miniloader.elf.tables import Table
 from miniloader.elf.versions import Version
 from miniloader.errors import LoadError, SymbolError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import life, tls, unique, unwind
+from miniloader.loader import introspection, life, tls, unique, unwind
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
@@ -266,6 +266,7 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
         function = int(addresses[place])
         addresses[place] = library.stub_for(function).address
+    introspection.answer(addresses)
     return addresses
 
 

@@ -13,7 +13,7 @@ from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import LoadError, MiniloaderError
-from miniloader.loader import host, unique, unwind
+from miniloader.loader import host, introspection, unique, unwind
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
@@ -114,6 +114,7 @@ class Loaded:
         if not self.blocks.close():
             return False
         self.blocks = Blocks()
+        introspection.remove(self)
         if self.unwind_table is not None:
             unwind.deregister(self.unwind_table)
             self.unwind_table = None

@@ -120,6 +120,7 @@ def apply(
     pages = Pages(memory, relocations.targets())
     bias = np.uint64(memory.bias)
     with np.errstate(over="ignore"):
+        pages.put(relocations.dynamic["offset"], relocations.dynamic["addend"].view(np.uint64) + bias)
         for vaddrs in blocks(relocations.relr):
             pages.put(vaddrs, pages.get(vaddrs) + bias)
         for rows in blocks(relocations.relative):

@@ -9,7 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
-from miniloader.elf.dynamic import DT_RELACOUNT
+from miniloader.elf.dynamic import (
+    DT_GNU_HASH,
+    DT_HASH,
+    DT_JMPREL,
+    DT_PLTGOT,
+    DT_REL,
+    DT_RELA,
+    DT_RELACOUNT,
+    DT_STRTAB,
+    DT_SYMTAB,
+    DT_VERSYM,
+)
+from miniloader.elf.header import Segment
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
@@ -21,6 +33,10 @@ __all__ = ["TLS", "Sorted", "sort_relocations"]
 #: Formulas of thread-local storage.
 TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _RELATIVE: Final = "B + A"
+#: The addresses in the dynamic section that glibc adds the load bias to, for whoever reads them in memory.
+_LOCATED: Final = frozenset(
+    (DT_HASH, DT_PLTGOT, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_REL, DT_JMPREL, DT_VERSYM, DT_GNU_HASH)
+)
 _WORD: Final = 8
 _SMALL: Final = 256
 
@@ -29,10 +45,12 @@ _SMALL: Final = 256
 class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
-    ``relative`` are the offsets and addends of B + A, ``lazy`` the PLT slots that are left for their first
-    call; ``wanted`` the symbols (ascending) that the others use.
+    ``dynamic`` are the offsets and addends of B + A in the dynamic section, which no relocation asks for,
+    ``relative`` all others of B + A, ``lazy`` the PLT slots left for their first call; ``wanted`` the symbols
+    (ascending) that the others use.
     """
 
+    dynamic: Table
     relr: NDArray[np.uint64]
     relative: Table
     lazy: Table
@@ -45,6 +63,7 @@ class Sorted:
 
     def targets(self) -> Iterator[NDArray[np.uint64]]:
         """The vaddrs written, an array for each kind; and the last byte of those that are longer."""
+        yield self.dynamic["offset"]
         yield self.relr
         relative = self.relative["offset"]
         yield relative
@@ -109,7 +128,24 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
         marked[symbols] = True
     wanted = np.flatnonzero(marked)
     slots_left = np.concatenate(later) if later else left[:0]
-    return Sorted(image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
+    return Sorted(_located(image), image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
+
+
+def _writable(image: ElfImage, part: Segment) -> bool:
+    writable = (load for load in image.loads if "w" in load.flags)
+    return any(load.vaddr <= part.vaddr and part.file_end <= load.file_end for load in writable)
+
+
+def _located(image: ElfImage) -> Table:
+    """The addresses in the dynamic section, unless it is read-only (glibc's ``dl_relocate_ld``)."""
+    segment = image.segment("PT_DYNAMIC")
+    if segment is None or "w" not in segment.flags or not _writable(image, segment):
+        return np.empty(0, RELOCATION)
+    places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
+    rows = np.zeros(len(places), RELOCATION)
+    rows["offset"] = [segment.vaddr + 2 * _WORD * place + _WORD for place in places.values()]
+    rows["addend"] = np.array([image.dynamic.tags[tag] for tag in places], np.uint64).view(np.int64)
+    return rows
 
 
 def _distinct(codes: NDArray[np.uint32]) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["SAVE_AREA", "call_each", "lazy_trampoline", "with_third_argument"]
+__all__ = ["SAVE_AREA", "call_each", "collect", "lazy_trampoline", "with_third_argument"]
 
 #: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
 SAVE_AREA = 0xA80
@@ -47,6 +47,30 @@ def call_each() -> bytes:
         b"\x72\xec",  # jb to the first mov
         b"\x58\x41\x5f\x41\x5e\x41\x5d\x41\x5c\x5b\x5d",  # pop rax, r15, r14, r13, r12, rbx, rbp
         b"\xc3",  # ret
+    ))  # fmt: skip
+
+
+def collect() -> bytes:
+    """A callback for dl_iterate_phdr(3) that copies what it is shown to the room that ``data`` points at.
+
+    The room begins with two words: how much of it is used, and its size.  Each record is the ``struct
+    dl_phdr_info``, its program headers and its name, up to a multiple of 8 bytes.  What does not fit is only
+    counted.
+    """
+    return b"".join((
+        b"\xf3\x0f\x1e\xfa",  # endbr64
+        b"\x44\x0f\xb7\x47\x18\x45\x6b\xc0\x38",  # movzx r8d, word [rdi + 24]; imul r8d, r8d, 56
+        b"\x4c\x8b\x4f\x08\x4d\x89\xca",  # mov r9, [rdi + 8]; mov r10, r9
+        b"\x41\x80\x3a\x00\x4d\x8d\x52\x01\x75\xf6",  # cmp byte [r10], 0; lea r10, [r10 + 1]; jne to cmp
+        b"\x4d\x29\xca",  # sub r10, r9
+        b"\x4b\x8d\x44\x10\x47\x48\x83\xe0\xf8",  # lea rax, [r8 + r10 + 71]; and rax, -8
+        b"\x4c\x8b\x1a\x4c\x01\xd8\x48\x89\x02",  # mov r11, [rdx]; add rax, r11; mov [rdx], rax
+        b"\x48\x3b\x42\x08\x77\x20",  # cmp rax, [rdx + 8]; ja to the end
+        b"\x48\x89\xfe\x4a\x8d\x3c\x1a",  # mov rsi, rdi; lea rdi, [rdx + r11]
+        b"\xb9\x08\x00\x00\x00\xf3\x48\xa5",  # mov ecx, 8; rep movsq
+        b"\x48\x8b\x77\xd0\x44\x89\xc1\xf3\xa4",  # mov rsi, [rdi - 48]; mov ecx, r8d; rep movsb
+        b"\x4c\x89\xce\x44\x89\xd1\xf3\xa4",  # mov rsi, r9; mov ecx, r10d; rep movsb
+        b"\x31\xc0\xc3",  # xor eax, eax; ret
     ))  # fmt: skip
 
 

@@ -124,8 +124,10 @@ def test_headers_segments_and_dynamic_sections(every_library, readelf) -> None:
 
 
 #: Not the second and third kind of a MIPS relocation, which has up to three.
-KIND = re.compile(rb"(?<!Type2:)(?<!Type3:) (R_[A-Za-z0-9_]+|unrecognized: [0-9a-f]+) ")
-RELR = re.compile(rb"\n +(\d+) offsets\n")
+KIND = re.compile(rb"\n[0-9a-f]+ +[0-9a-f]+ (R_[A-Za-z0-9_]+|unrecognized: [0-9a-f]+) ")
+RELR = re.compile(
+    rb"(?:\n +|which relocate )(\d+) (?:offset|location)s?[:\n]"
+)  # binutils before 2.43, and from it on
 
 
 def test_relocations_by_kind(every_library, readelf) -> None:

@@ -14,9 +14,12 @@ import pytest
 import miniloader
 
 
-@pytest.fixture
-def cxx(fixture_library: Callable[[str], Path]) -> Iterator[miniloader.Library]:
-    with miniloader.load(fixture_library("cxx")) as library:
+@pytest.fixture(params=["cxx", "cxx_static_unwinder", "cxx_static"])
+def cxx(
+    request: pytest.FixtureRequest, fixture_library: Callable[[str], Path]
+) -> Iterator[miniloader.Library]:
+    """With the process's unwinder and libstdc++, with an unwinder of its own, and with both its own."""
+    with miniloader.load(fixture_library(request.param)) as library:
         yield library
 
 

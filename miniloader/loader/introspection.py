@@ -1,0 +1,157 @@
+"""Libraries that ask about themselves: dladdr(3), dl_iterate_phdr(3) and their like know ours, too.
+
+The system's loader does not know what we load, and would say so: then a library linked with
+``-static-libgcc`` ends the process with its first exception, since its own unwinder asks ``_dl_find_object``,
+and a run-time that looks for its own image gives up.  So what refers to one of these functions is bound to
+code of ours, which asks glibc's first and then looks into a table of our libraries.  The table is there from
+the first time that somebody asks; see :mod:`miniloader.machine.introspection`.
+
+dlsym(3) and dlvsym(3) are among them for ``RTLD_NEXT``, which glibc refuses to callers that it does not know:
+what comes after a library of ours is the process's global scope.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
+from miniloader.kernel import syscalls as sys
+from miniloader.loader import host
+from miniloader.machine.introspection import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
+
+if TYPE_CHECKING:
+    from miniloader.loader.loaded import Loaded
+
+__all__ = ["add", "answer", "remove", "stand_ins"]
+
+_LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
+_ASKED: Final = (b"dl_iterate_phdr", b"dladdr1", b"_dl_find_object", b"dlsym", b"dlvsym")  # as in HEAD
+_COUNTS: Final = sum(8 for _ in _ASKED)  # where HEAD has its last three words
+_END: Final = 72  # where an entry has the address that makes it valid
+
+_waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
+
+
+class _Table:
+    """The code, and behind it the table; both stay as long as the process."""
+
+    def __init__(self) -> None:
+        anonymous = sys.MAP_PRIVATE | sys.MAP_ANONYMOUS
+        self.base = sys.mmap(0, _LENGTH, sys.PROT_READ | sys.PROT_WRITE, anonymous)
+        try:
+            ctypes.memmove(self.base, CODE, len(CODE))
+            sys.mprotect(self.base, TABLE, sys.PROT_READ | sys.PROT_EXEC)
+        except OSError:
+            sys.munmap(self.base, _LENGTH)
+            raise
+        functions = [_of_host().get(name, 0) for name in _ASKED]
+        ctypes.memmove(self.base + TABLE, HEAD.pack(*functions, 0, 0, 0), HEAD.size)
+        self._counts = (ctypes.c_uint64 * 3).from_address(self.base + TABLE + _COUNTS)
+        self._listed: dict[Loaded, int] = {}  # its entry's number
+        self._free: list[int] = []
+        self._strings: dict[int, tuple[ctypes.Array[ctypes.c_char], ...]] = {}  # what an entry points at
+
+    def add(self, library: Loaded) -> None:
+        """List ``library``: its entry is valid when all of it is there."""
+        image, memory, number = library.image, library.mapped, len(self._listed) + len(self._free)
+        number = self._free.pop() if self._free else number
+        header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
+        table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
+        strings = (
+            ctypes.create_string_buffer(os.fsencode(image.path)),
+            ctypes.create_string_buffer(bytes(table)),
+        )
+        name, headers = map(ctypes.addressof, strings)
+        tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
+        symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
+        entry = ENTRY.pack(
+            *(memory.bias, name, headers, header.phnum, 0, 0),
+            *(library.blocks.own.module if library.blocks.own is not None else 0, 0),
+            *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
+            *(symbols, len(library.symbols.rows) if symbols else 0, names),
+            *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
+        )
+        at = self._at(number)
+        ctypes.memmove(at, entry, ENTRY.size)
+        ctypes.c_uint64.from_address(at + _END).value = memory.end
+        self._strings[number], self._listed[library] = strings, number
+        self._counts[0] = max(self._counts[0], number + 1)
+        self._counts[1] += 1
+
+    def remove(self, library: Loaded) -> None:
+        """Withdraw ``library``, unless it is not listed."""
+        number = self._listed.pop(library, None)
+        if number is None:
+            return
+        ctypes.c_uint64.from_address(self._at(number) + _END).value = 0
+        self._counts[2] += 1
+        host.libraries()  # takes glibc's lock: whoever was being told of it has been told
+        self._free.append(number)
+        del self._strings[number]
+
+    def _at(self, number: int) -> int:
+        return self.base + TABLE + HEAD.size + number * ENTRY.size
+
+
+def add(library: Loaded) -> None:
+    """Make ``library`` known, which is linked, to those of ours that ask, now or later."""
+    if _table.cache_info().currsize and (table := _table()) is not None:
+        table.add(library)
+    else:
+        _waiting.append(library)
+
+
+def remove(library: Loaded) -> None:
+    """``library`` goes: to be called before it is unmapped, whether or not it was added."""
+    if library in _waiting:
+        _waiting.remove(library)
+    elif _table.cache_info().currsize and (table := _table()) is not None:
+        table.remove(library)
+
+
+def answer(addresses: NDArray[np.uint64]) -> None:
+    """Replace, in ``addresses``, those of glibc's functions by what stands for them."""
+    asked = _asked()
+    hits = np.flatnonzero(asked[np.minimum(asked.searchsorted(addresses), len(asked) - 1)] == addresses)
+    if len(hits):
+        pairs = stand_ins()
+        addresses[hits] = [pairs.get(address, address) for address in addresses[hits].tolist()]
+
+
+@lru_cache(maxsize=1)
+def stand_ins() -> dict[int, int]:
+    """What stands for each of glibc's functions, by that one's address; empty where no page may become
+    executable."""
+    table = _table()
+    return (
+        {} if table is None else {there: table.base + FUNCTIONS[name] for name, there in _of_host().items()}
+    )
+
+
+@lru_cache(maxsize=1)
+def _table() -> _Table | None:
+    try:
+        table = _Table()
+    except OSError:
+        return None
+    while _waiting:
+        table.add(_waiting.pop())
+    return table
+
+
+@lru_cache(maxsize=1)
+def _asked() -> NDArray[np.uint64]:
+    return np.array(sorted(_of_host().values()), np.uint64)
+
+
+@lru_cache(maxsize=1)
+def _of_host() -> dict[bytes, int]:
+    """The addresses of glibc's functions, by name."""
+    found = {name: host.symbol_address(host.global_handle(), name) for name in FUNCTIONS}
+    return {name: address for name, address in found.items() if address is not None}

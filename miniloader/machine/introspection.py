@@ -1,0 +1,156 @@
+"""What a library asks the system's loader about itself, answered for libraries that it does not know.
+
+x86-64 code for dladdr(3), dladdr1, dl_iterate_phdr(3), ``_dl_find_object``, dlsym(3) and dlvsym(3) that asks
+glibc's own first, and then looks into a table, which lies a page behind the code.  Nothing here waits for
+Python, since an unwinder may ask in any thread, at any time, even at the end of the process.
+Source: the AMD64 psABI, section 3.2, ``<link.h>`` and ``<dlfcn.h>``, and glibc's manual, "Dynamic Linker
+Introspection".
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+__all__ = ["CODE", "ENTRY", "FUNCTIONS", "HEAD", "TABLE"]
+
+#: Where the table begins, from the beginning of the code.
+TABLE: Final = 0x1000
+#: How it begins: glibc's dl_iterate_phdr, dladdr1, _dl_find_object, dlsym, dlvsym; how many entries follow,
+#: how many libraries have ever been listed, and how many withdrawn.
+HEAD: Final = struct.Struct("<5Q3Q")
+#: A library: its struct dl_phdr_info (whose counts are filled in); at 64 its first address, at 72 the one
+#: behind its last (0: this entry is free), at 80 .eh_frame_hdr, at 88 its symbols, their number and names, at
+#: 112 its struct link_map.
+ENTRY: Final = struct.Struct("<QQQH6xQQQQ 3Q 3Q 5Q")
+
+# dlsym(handle, name): RTLD_NEXT is of no use to a caller that ld.so does not know
+_DLSYM: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x48\x83\xff\xff\x75\x02",  # endbr64; cmp rdi, -1; jne call_dlsym
+    b"\x31\xff",  # xor edi, edi
+    b"\xff\x25\x06\x10\x00\x00",  # call_dlsym: jmp [DLSYM]
+))  # fmt: skip
+
+# dlvsym(handle, name, version)
+_DLVSYM: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x48\x83\xff\xff\x75\x02",  # endbr64; cmp rdi, -1; jne call_dlvsym
+    b"\x31\xff",  # xor edi, edi
+    b"\xff\x25\xee\x0f\x00\x00",  # call_dlvsym: jmp [DLVSYM]
+))  # fmt: skip
+
+# dl_iterate_phdr(callback, data) calls glibc's twice, for those that it knows and for ours: both are told
+# while it holds its lock.  The context of both is callback, data, result.
+_ITERATE: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x6a\x00\x56\x57",  # endbr64; push 0; push rsi; push rdi
+    b"\x48\x89\xe6\x48\x8d\x3d\x2e\x00\x00\x00",  # mov rsi, rsp; lea rdi, [forward]
+    b"\xff\x15\xa8\x0f\x00\x00\x85\xc0\x75\x14",  # call [ITERATE]; test eax, eax; jne iterated
+    b"\x48\x89\xe6\x48\x8d\x3d\x4a\x00\x00\x00",  # mov rsi, rsp; lea rdi, [tell]
+    b"\xff\x15\x94\x0f\x00\x00\x8b\x44\x24\x10",  # call [ITERATE]; mov eax, [rsp + 16]
+    b"\x48\x83\xc4\x18\xc3",  # iterated: add rsp, 24; ret
+))  # fmt: skip
+
+# forward(info, size, context): passes it on, with ours counted
+_FORWARD: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x48\x8b\x05\xa5\x0f\x00\x00",  # endbr64; mov rax, [ADDS]
+    b"\x48\x01\x47\x20\x48\x8b\x05\xa2\x0f\x00\x00",  # add [rdi + 32], rax; mov rax, [SUBS]
+    b"\x48\x01\x47\x28\x48\x89\xd0",  # add [rdi + 40], rax; mov rax, rdx
+    b"\x48\x8b\x50\x08\xff\x20",  # mov rdx, [rax + 8]; jmp [rax]
+))  # fmt: skip
+
+# tell(info, size, context): passes ours on; returns 1, so that it is called once
+_TELL: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x53\x55\x41\x54\x41\x55",  # endbr64; push rbx; push rbp; push r12; push r13
+    b"\x41\x56\x48\x89\xd3\x4c\x8b\x6f\x20",  # push r14; mov rbx, rdx; mov r13, [rdi + 32]
+    b"\x4c\x03\x2d\x66\x0f\x00\x00\x4c\x8b\x77\x28",  # add r13, [ADDS]; mov r14, [rdi + 40]
+    b"\x4c\x03\x35\x63\x0f\x00\x00\x4c\x8d\x25\x64\x0f\x00\x00",  # add r14, [SUBS]; lea r12, [ENTRIES]
+    b"\x48\x8b\x2d\x45\x0f\x00\x00",  # mov rbp, [SLOTS]
+    b"\x48\xff\xcd\x78\x46",  # each_entry: dec rbp; js told_all
+    b"\x49\x83\x7c\x24\x48\x00\x74\x35",  # cmp qword [r12 + 72], 0; je next_entry
+    b"\x48\x83\xec\x40\x4c\x89\xe6\x48\x89\xe7",  # sub rsp, 64; mov rsi, r12; mov rdi, rsp
+    b"\xb9\x08\x00\x00\x00\xf3\x48\xa5",  # mov ecx, 8; rep movsq
+    b"\x4c\x89\x6c\x24\x20\x4c\x89\x74\x24\x28",  # mov [rsp + 32], r13; mov [rsp + 40], r14
+    b"\x48\x89\xe7\xbe\x40\x00\x00\x00",  # mov rdi, rsp; mov esi, 64
+    b"\x48\x8b\x53\x08\xff\x13\x48\x83\xc4\x40",  # mov rdx, [rbx + 8]; call [rbx]; add rsp, 64
+    b"\x89\x43\x10\x85\xc0\x75\x09",  # mov [rbx + 16], eax; test eax, eax; jne told_all
+    b"\x49\x81\xc4\x98\x00\x00\x00\xeb\xb5",  # next_entry: add r12, 152; jmp each_entry
+    b"\xb8\x01\x00\x00\x00\x41\x5e\x41\x5d\x41\x5c",  # told_all: mov eax, 1; pop r14; pop r13; pop r12
+    b"\x5d\x5b\xc3",  # pop rbp; pop rbx; ret
+))  # fmt: skip
+
+# which(address): the entry it lies in, or 0; keeps rdi, rsi
+_WHICH: Final = b"".join((
+    b"\x48\x8d\x05\xf9\x0e\x00\x00\x48\x8b\x0d\xda\x0e\x00\x00",  # lea rax, [ENTRIES]; mov rcx, [SLOTS]
+    b"\x48\xff\xc9\x78\x14\x48\x3b\x78\x40",  # compare: dec rcx; js nowhere; cmp rdi, [rax + 64]
+    b"\x72\x06\x48\x3b\x78\x48\x72\x0a",  # jb no_match; cmp rdi, [rax + 72]; jb found
+    b"\x48\x05\x98\x00\x00\x00\xeb\xe7",  # no_match: add rax, 152; jmp compare
+    b"\x31\xc0",  # nowhere: xor eax, eax
+    b"\xc3",  # found: ret
+))  # fmt: skip
+
+# _dl_find_object(address, result)
+_FIND: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x57\x56\x50",  # endbr64; push rdi; push rsi; push rax
+    b"\xff\x15\x93\x0e\x00\x00\x85\xc0\x74\x3a",  # call [FIND]; test eax, eax; je find_done
+    b"\x48\x8b\x7c\x24\x10\xe8\xb5\xff\xff\xff",  # mov rdi, [rsp + 16]; call which
+    b"\x48\x85\xc0\x74\x30\x48\x8b\x74\x24\x08",  # test rax, rax; je find_none; mov rsi, [rsp + 8]
+    b"\x48\x83\x26\x00\x48\x8b\x48\x40",  # and qword [rsi], 0; mov rcx, [rax + 64]
+    b"\x48\x89\x4e\x08\x48\x8b\x48\x48",  # mov [rsi + 8], rcx; mov rcx, [rax + 72]
+    b"\x48\x89\x4e\x10\x48\x8d\x48\x70",  # mov [rsi + 16], rcx; lea rcx, [rax + 112]
+    b"\x48\x89\x4e\x18\x48\x8b\x48\x50",  # mov [rsi + 24], rcx; mov rcx, [rax + 80]
+    b"\x48\x89\x4e\x20\x31\xc0",  # mov [rsi + 32], rcx; xor eax, eax
+    b"\x48\x83\xc4\x18\xc3",  # find_done: add rsp, 24; ret
+    b"\xff\xc8\xeb\xf7",  # find_none: dec eax; jmp find_done
+))  # fmt: skip
+
+# dladdr(address, info)
+_DLADDR: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa\x31\xc9\xeb\x0c",  # endbr64; xor ecx, ecx; jmp ask
+))  # fmt: skip
+
+# dladdr1(address, info, extra, flags)
+_DLADDR1: Final = b"".join((
+    b"\xf3\x0f\x1e\xfa",  # endbr64
+    b"\x57\x56\x52\x51\x50",  # ask: push rdi; push rsi; push rdx; push rcx; push rax
+    b"\xff\x15\x19\x0e\x00\x00\x85\xc0",  # call [DLADDR1]; test eax, eax
+    b"\x0f\x85\xb6\x00\x00\x00\x48\x8b\x7c\x24\x20",  # jne dladdr_done; mov rdi, [rsp + 32]
+    b"\xe8\x3f\xff\xff\xff\x48\x85\xc0",  # call which; test rax, rax
+    b"\x0f\x84\xa3\x00\x00\x00\x48\x8b\x74\x24\x18",  # je dladdr_done; mov rsi, [rsp + 24]
+    b"\x48\x8b\x48\x08\x48\x89\x0e",  # mov rcx, [rax + 8]; mov [rsi], rcx
+    b"\x48\x8b\x48\x40\x48\x89\x4e\x08",  # mov rcx, [rax + 64]; mov [rsi + 8], rcx
+    b"\x48\x2b\x38\x4c\x8b\x40\x58",  # sub rdi, [rax]; mov r8, [rax + 88]
+    b"\x4c\x8b\x48\x60\x31\xd2",  # mov r9, [rax + 96]; xor edx, edx
+    b"\x49\xff\xc9\x78\x3e\x41\x8a\x48\x04",  # each_symbol: dec r9; js searched; mov cl, [r8 + 4]
+    b"\x80\xe1\x0f\x80\xf9\x06\x74\x2c",  # and cl, 15; cmp cl, 6; je next_symbol
+    b"\x4d\x8b\x50\x08\x41\x0f\xb7\x48\x06",  # mov r10, [r8 + 8]; movzx ecx, word [r8 + 6]
+    b"\x4c\x09\xd1\x74\x1e\x49\x89\xfb",  # or rcx, r10; je next_symbol; mov r11, rdi
+    b"\x4d\x29\xd3\x72\x16\x74\x06",  # sub r11, r10; jb next_symbol; je inside
+    b"\x4d\x3b\x58\x10\x73\x0e",  # cmp r11, [r8 + 16]; jae next_symbol
+    b"\x48\x85\xd2\x74\x06\x4c\x39\x52\x08",  # inside: test rdx, rdx; je better; cmp [rdx + 8], r10
+    b"\x73\x03",  # jae next_symbol
+    b"\x4c\x89\xc2",  # better: mov rdx, r8
+    b"\x49\x83\xc0\x18\xeb\xbd",  # next_symbol: add r8, 24; jmp each_symbol
+    b"\x31\xc9\x45\x31\xc0\x48\x85\xd2",  # searched: xor ecx, ecx; xor r8d, r8d; test rdx, rdx
+    b"\x74\x0d\x8b\x0a\x48\x03\x48\x68",  # je named; mov ecx, [rdx]; add rcx, [rax + 104]
+    b"\x4c\x8b\x42\x08\x4c\x03\x00",  # mov r8, [rdx + 8]; add r8, [rax]
+    b"\x48\x89\x4e\x10\x4c\x89\x46\x18",  # named: mov [rsi + 16], rcx; mov [rsi + 24], r8
+    b"\x48\x8d\x48\x70\x8b\x7c\x24\x08\xff\xcf",  # lea rcx, [rax + 112]; mov edi, [rsp + 8]; dec edi
+    b"\x74\x07\xff\xcf\x75\x0b\x48\x89\xca",  # je extra; dec edi; jne told; mov rdx, rcx
+    b"\x48\x8b\x4c\x24\x10\x48\x89\x11",  # extra: mov rcx, [rsp + 16]; mov [rcx], rdx
+    b"\xb8\x01\x00\x00\x00",  # told: mov eax, 1
+    b"\x48\x83\xc4\x28\xc3",  # dladdr_done: add rsp, 40; ret
+))  # fmt: skip
+
+_ROUTINES: Final = (_DLSYM, _DLVSYM, _ITERATE, _FORWARD, _TELL, _WHICH, _FIND, _DLADDR, _DLADDR1)
+_SIZES: Final = tuple(-(-len(routine) // 16) * 16 for routine in _ROUTINES)
+#: The code, position-independent: each routine at a multiple of 16.
+CODE: Final = b"".join(routine.ljust(size, b"\xcc") for routine, size in zip(_ROUTINES, _SIZES, strict=True))
+_STARTS: Final = tuple(sum(_SIZES[:number]) for number in range(len(_SIZES)))
+#: Where the code is for each of glibc's functions, from its beginning.
+FUNCTIONS: Final = {
+    b"dlsym": _STARTS[0],
+    b"dlvsym": _STARTS[1],
+    b"dl_iterate_phdr": _STARTS[2],
+    b"_dl_find_object": _STARTS[6],
+    b"dladdr": _STARTS[7],
+    b"dladdr1": _STARTS[8],
+}
