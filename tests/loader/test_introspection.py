@@ -64,15 +64,14 @@ def test_libraries_come_and_go(fixture_library: FixtureLibrary, demo: Path) -> N
     """The counts change with them: an unwinder keeps what it found until they do."""
     with miniloader.load(fixture_library("asks_itself")) as library:
         count, adds, subs, place = _listed(library)
-        assert place == count  # the last one, as after dlopen
-        with miniloader.load(demo) as other:
-            assert _listed(library) == [count + 1, adds + 1, subs, place]
-            assert other.base != library.base
+        assert len(host.libraries()) < place <= count  # behind all of the system's loader
+        with miniloader.load(demo):
+            assert _listed(library)[:3] == [count + 1, adds + 1, subs]
         assert _listed(library) == [count, adds + 1, subs + 1, place]
         with miniloader.load(demo):  # takes the entry that is free
-            assert _listed(library)[0] == count + 1
+            assert _listed(library)[:3] == [count + 1, adds + 2, subs + 1]
     with miniloader.load(fixture_library("asks_itself")) as again:
-        assert _listed(again)[3] == count
+        assert _listed(again)[0] == count
 
 
 def test_what_does_not_run_is_not_listed(fixture_library: FixtureLibrary, demo: Path) -> None:
