@@ -14,6 +14,7 @@ from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, load
+from miniloader.loader.sorting import sort_relocations
 from miniloader.values import dataclass
 from miniloader.walkthrough.bench import Bench, View, rows_of, shipped
 from miniloader.walkthrough.calls import Calls
@@ -62,9 +63,9 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     plan = image.plan(PAGE_SIZE)
     relro = plan.relro
     pages = (relro.end - relro.start) // PAGE_SIZE
-    words = tuple(
-        sorted(vaddr for vaddr in map(int, image.relocations.targets()) if relro.start <= vaddr < relro.end)
-    )
+    located = sort_relocations(image).dynamic["offset"].tolist()
+    targets = sorted([*image.relocations.targets().tolist(), *located])
+    words = tuple(vaddr for vaddr in targets if relro.start <= vaddr < relro.end)
     parts = (Part(0, "RELRO"), Part(relro.end - relro.start, "data"))
     meanwhile: list[str] = []
     mapped: list[View] = []
@@ -206,8 +207,9 @@ def _twice(
         "two RELRO areas are compared word by word.",
         bench.calls(),
         (
-            f"{len(words)} relocated words differ by {', '.join(map(hex, differences))}; the distance of "
-            f"the two libraries is {bases[1] - bases[0]:#x}. All other words are equal.",
+            f"{len(words)} relocated words, those of the dynamic section among them, differ by "
+            f"{', '.join(map(hex, differences))}; the distance of the two libraries is "
+            f"{bases[1] - bases[0]:#x}. All other words are equal.",
             "So at one and the same address for all processes these pages would be equal, too: one process "
             "could relocate, and all of them map the result.",
         ),
