@@ -23,7 +23,8 @@ Whether the first of several definitions was chosen is not decided again here: t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -89,10 +90,17 @@ class Placed:
 
 
 class Space:
-    """What is where in one process; ``code`` are the addresses [start, end) of all executable mappings."""
+    """What is where in one process; ``code`` are the addresses [start, end) of all executable mappings.
+
+    ``stand_ins`` are the functions that code of miniloader's stands for, by where it is.
+    """
 
     def __init__(
-        self, placed: Iterable[Placed], code: Iterable[tuple[int, int]], vdso: tuple[int, int] = (0, 0)
+        self,
+        placed: Iterable[Placed],
+        code: Iterable[tuple[int, int]],
+        vdso: tuple[int, int] = (0, 0),
+        stand_ins: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._placed = sorted(placed, key=lambda one: one.start)
         self._starts = np.array([one.start for one in self._placed], dtype=np.uint64)
@@ -100,6 +108,15 @@ class Space:
         self._bias = {one.facts.token: one.bias for one in self._placed if one.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
+        self._stand_ins = np.array(sorted(stand_ins.items()), dtype=np.uint64).reshape(-1, 2)
+
+    def meant(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The same; of code that stands for a function, that function's address."""
+        if not len(self._stand_ins):
+            return values
+        here, functions = self._stand_ins.T
+        at = np.minimum(np.searchsorted(here, values), len(here) - 1)
+        return np.where(here[at] == values, functions[at], values)
 
     def in_code(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which addresses are executable."""
@@ -139,6 +156,19 @@ class Space:
             if len(known):
                 good[in_vdso] |= _contains(known, names[in_vdso])
         return good, hidden, at
+
+    def in_block(
+        self, names: NDArray[np.uint64], offsets: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Whether a thread-local symbol of each name is at its offset in some file's block.
+
+        The second answer: which of the others cannot be told, since some file cannot be read.
+        """
+        good = np.zeros(len(names), np.bool_)
+        for one in self._placed:
+            if one.facts is not None and len(one.facts.thread_local):
+                good |= _contains(one.facts.thread_local, one.facts.keys(offsets, names))
+        return good, ~good & any(one.facts is None for one in self._placed)
 
     def address_of(self, name: int) -> int | None:
         """The address of the symbol so called; None where none, several or only an IFUNC define it."""
@@ -430,6 +460,7 @@ def _bound(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The same for slots that hold a symbol's address, or its offset in a module's block."""
     hidden = np.zeros(len(value), np.bool_)
+    value = space.meant(value)
     if slots.names is None:
         return hidden, ~hidden
     good = slots.local & (value == bias + slots.own)
@@ -442,4 +473,7 @@ def _bound(
         target = value[left] - slots.addend[left]
         good[left], hidden[left], where = space.defines(slots.names[left], target, value[left])
         space.remember(slots, left[good[left]], target[good[left]], where[good[left]])
+    left = np.flatnonzero(~good & slots.offset)
+    if len(left):
+        good[left], hidden[left] = space.in_block(slots.names[left], value[left] - slots.addend[left])
     return good, hidden

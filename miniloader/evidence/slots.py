@@ -229,6 +229,16 @@ class Facts:
         usable &= (table.type != STT_TLS) & (rows["shndx"] != SHN_ABS)
         return np.sort(self.keys(rows["value"][usable].astype(np.uint64), self.name_numbers[usable]))
 
+    @cached_property
+    def thread_local(self) -> NDArray[np.uint64]:
+        """The same for thread-local symbols, with their offsets in the module's block for vaddrs."""
+        table = self.symbols
+        if table is None:
+            return np.empty(0, np.uint64)
+        usable = (table.rows["shndx"] != SHN_UNDEF) & (table.type == STT_TLS)
+        offsets = table.rows["value"][usable].astype(np.uint64)
+        return np.sort(self.keys(offsets, self.name_numbers[usable]))
+
     def defined(self, name: int) -> tuple[int, ...]:
         """The vaddrs at which it defines the name of this number, other than by an IFUNC."""
         if name in self.indirect_names:

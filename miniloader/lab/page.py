@@ -81,7 +81,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         if len(row) and facts is not None:
             with ProcessMemory(pid) as memory:  # all copies: they show whether the image has been relocated
                 live, _ = memory.pages(here.addresses)
-            space, page = space_of(vmas, found), int(row[0])
+            space, page = space_of(pid, vmas, found), int(row[0])
             answer = classify(facts, space, here.base, here.vaddrs, here.file_offsets, live, words="every")
             causes = cause_names(int(answer.causes[page]))
             of_page = answer.words[answer.words["page"] == page]

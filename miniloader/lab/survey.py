@@ -22,6 +22,8 @@ from miniloader.kernel.procfs import read_stat
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.mapped import Identity, MappedFile, MappedFiles
 from miniloader.lab.process_pages import Pages, Rows, Some, length, number
+from miniloader.machine.introspection import CODE, HEAD, TABLE, stand_ins
+from miniloader.machine.stubs import jumps_to
 from miniloader.values import dataclass
 
 __all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Survey", "locate", "space_of", "survey"]
@@ -30,6 +32,7 @@ CHANGED: Final = "changed while we looked"
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _TOP: Final = 1 << 63  # above is the kernel's half
 _LOW: Final = 1 << 40  # below, there may be no room for a load bias
+_MOST_CODE: Final = 1 << 16
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
 _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
@@ -362,10 +365,10 @@ def _explain(
     chosen: list[FileInProcess],
 ) -> None:
     """Fill in the causes, and take back what may have changed meanwhile."""
-    space = space_of(vmas, found)
     for one in chosen:
         one.causes = np.zeros(one.private, np.uint8)
     try:
+        space = space_of(pid, vmas, found)
         with ProcessMemory(pid) as memory:
             for one in chosen:
                 _explain_one(one, memory, space)
@@ -386,8 +389,8 @@ def _explain(
         _unknown(one, np.flatnonzero(now), CHANGED)
 
 
-def space_of(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
-    """What is where in a process."""
+def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+    """What is where in a process; raises ProcessGone, or EvidenceError where its memory must not be read."""
     placed = []
     for one in found:
         plan = one.file.facts.plan if one.file.facts is not None else None
@@ -395,7 +398,29 @@ def space_of(vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
         placed.append(Placed(one.base, one.start, end, one.file.facts))
     code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
     vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
-    return Space(placed, code, vdso)
+    return Space(placed, code, vdso, _stand_ins(pid, vmas))
+
+
+def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
+    """The functions that code of miniloader's stands for in a process, by where it is.
+
+    Such code is in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
+    """
+    code = [vma for vma in vmas if not vma.path and vma.protection == "r-x" and vma.size <= _MOST_CODE]
+    if not code:
+        return {}
+    found: dict[int, int] = {}
+    starts = np.array([at for vma in code for at in range(vma.start, vma.end, PAGE_SIZE)], np.uint64)
+    with ProcessMemory(pid) as memory:
+        for start, page in zip(starts.tolist(), memory.pages(starts)[0], strict=True):
+            function = jumps_to(page.tobytes())
+            if function is not None:
+                found[start] = function
+            elif page.tobytes().startswith(CODE):
+                (table,), _ = memory.pages(np.array([start + TABLE], np.uint64))
+                pairs = stand_ins(start, table[: HEAD.size].tobytes())
+                found |= {stand_in: function for function, stand_in in pairs.items()}
+    return found
 
 
 def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
 from miniloader.kernel import syscalls as sys
 from miniloader.loader import host
+from miniloader.machine import introspection
 from miniloader.machine.introspection import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "answer", "remove", "stand_ins"]
 
 _LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
-_ASKED: Final = (b"dl_iterate_phdr", b"dladdr1", b"_dl_find_object", b"dlsym", b"dlvsym")  # as in HEAD
-_COUNTS: Final = sum(8 for _ in _ASKED)  # where HEAD has its last three words
+_COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
 _END: Final = 72  # where an entry has the address that makes it valid
 
 _waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
@@ -50,8 +50,8 @@ class _Table:
         except OSError:
             sys.munmap(self.base, _LENGTH)
             raise
-        functions = [_of_host().get(name, 0) for name in _ASKED]
-        ctypes.memmove(self.base + TABLE, HEAD.pack(*functions, 0, 0, 0), HEAD.size)
+        self.head = HEAD.pack(*(_of_host().get(name, 0) for name in FUNCTIONS), 0, 0, 0)
+        ctypes.memmove(self.base + TABLE, self.head, HEAD.size)
         self._counts = (ctypes.c_uint64 * 3).from_address(self.base + TABLE + _COUNTS)
         self._listed: dict[Loaded, int] = {}  # its entry's number
         self._free: list[int] = []
@@ -129,9 +129,7 @@ def stand_ins() -> dict[int, int]:
     """What stands for each of glibc's functions, by that one's address; empty where no page may become
     executable."""
     table = _table()
-    return (
-        {} if table is None else {there: table.base + FUNCTIONS[name] for name, there in _of_host().items()}
-    )
+    return {} if table is None else introspection.stand_ins(table.base, table.head)
 
 
 @lru_cache(maxsize=1)

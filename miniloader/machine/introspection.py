@@ -10,15 +10,16 @@ Introspection".
 from __future__ import annotations
 
 import struct
+from itertools import accumulate
 from typing import Final
 
-__all__ = ["CODE", "ENTRY", "FUNCTIONS", "HEAD", "TABLE"]
+__all__ = ["CODE", "ENTRY", "FUNCTIONS", "HEAD", "TABLE", "stand_ins"]
 
 #: Where the table begins, from the beginning of the code.
 TABLE: Final = 0x1000
-#: How it begins: glibc's dl_iterate_phdr, dladdr1, _dl_find_object, dlsym, dlvsym; how many entries follow,
-#: how many libraries have ever been listed, and how many withdrawn.
-HEAD: Final = struct.Struct("<5Q3Q")
+#: How it begins: the addresses of :data:`FUNCTIONS`, in their order; how many entries follow, how many
+#: libraries have ever been listed, and how many withdrawn.
+HEAD: Final = struct.Struct("<6Q3Q")
 #: A library: its struct dl_phdr_info (whose counts are filled in); at 64 its first address, at 72 the one
 #: behind its last (0: this entry is free), at 80 .eh_frame_hdr, at 88 its symbols, their number and names, at
 #: 112 its struct link_map.
@@ -51,8 +52,8 @@ _ITERATE: Final = b"".join((
 
 # forward(info, size, context): passes it on, with ours counted
 _FORWARD: Final = b"".join((
-    b"\xf3\x0f\x1e\xfa\x48\x8b\x05\xa5\x0f\x00\x00",  # endbr64; mov rax, [ADDS]
-    b"\x48\x01\x47\x20\x48\x8b\x05\xa2\x0f\x00\x00",  # add [rdi + 32], rax; mov rax, [SUBS]
+    b"\xf3\x0f\x1e\xfa\x48\x8b\x05\xad\x0f\x00\x00",  # endbr64; mov rax, [ADDS]
+    b"\x48\x01\x47\x20\x48\x8b\x05\xaa\x0f\x00\x00",  # add [rdi + 32], rax; mov rax, [SUBS]
     b"\x48\x01\x47\x28\x48\x89\xd0",  # add [rdi + 40], rax; mov rax, rdx
     b"\x48\x8b\x50\x08\xff\x20",  # mov rdx, [rax + 8]; jmp [rax]
 ))  # fmt: skip
@@ -61,9 +62,9 @@ _FORWARD: Final = b"".join((
 _TELL: Final = b"".join((
     b"\xf3\x0f\x1e\xfa\x53\x55\x41\x54\x41\x55",  # endbr64; push rbx; push rbp; push r12; push r13
     b"\x41\x56\x48\x89\xd3\x4c\x8b\x6f\x20",  # push r14; mov rbx, rdx; mov r13, [rdi + 32]
-    b"\x4c\x03\x2d\x66\x0f\x00\x00\x4c\x8b\x77\x28",  # add r13, [ADDS]; mov r14, [rdi + 40]
-    b"\x4c\x03\x35\x63\x0f\x00\x00\x4c\x8d\x25\x64\x0f\x00\x00",  # add r14, [SUBS]; lea r12, [ENTRIES]
-    b"\x48\x8b\x2d\x45\x0f\x00\x00",  # mov rbp, [SLOTS]
+    b"\x4c\x03\x2d\x6e\x0f\x00\x00\x4c\x8b\x77\x28",  # add r13, [ADDS]; mov r14, [rdi + 40]
+    b"\x4c\x03\x35\x6b\x0f\x00\x00\x4c\x8d\x25\x6c\x0f\x00\x00",  # add r14, [SUBS]; lea r12, [ENTRIES]
+    b"\x48\x8b\x2d\x4d\x0f\x00\x00",  # mov rbp, [SLOTS]
     b"\x48\xff\xcd\x78\x46",  # each_entry: dec rbp; js told_all
     b"\x49\x83\x7c\x24\x48\x00\x74\x35",  # cmp qword [r12 + 72], 0; je next_entry
     b"\x48\x83\xec\x40\x4c\x89\xe6\x48\x89\xe7",  # sub rsp, 64; mov rsi, r12; mov rdi, rsp
@@ -79,7 +80,7 @@ _TELL: Final = b"".join((
 
 # which(address): the entry it lies in, or 0; keeps rdi, rsi
 _WHICH: Final = b"".join((
-    b"\x48\x8d\x05\xf9\x0e\x00\x00\x48\x8b\x0d\xda\x0e\x00\x00",  # lea rax, [ENTRIES]; mov rcx, [SLOTS]
+    b"\x48\x8d\x05\x01\x0f\x00\x00\x48\x8b\x0d\xe2\x0e\x00\x00",  # lea rax, [ENTRIES]; mov rcx, [SLOTS]
     b"\x48\xff\xc9\x78\x14\x48\x3b\x78\x40",  # compare: dec rcx; js nowhere; cmp rdi, [rax + 64]
     b"\x72\x06\x48\x3b\x78\x48\x72\x0a",  # jb no_match; cmp rdi, [rax + 72]; jb found
     b"\x48\x05\x98\x00\x00\x00\xeb\xe7",  # no_match: add rax, 152; jmp compare
@@ -140,17 +141,32 @@ _DLADDR1: Final = b"".join((
     b"\x48\x83\xc4\x28\xc3",  # dladdr_done: add rsp, 40; ret
 ))  # fmt: skip
 
-_ROUTINES: Final = (_DLSYM, _DLVSYM, _ITERATE, _FORWARD, _TELL, _WHICH, _FIND, _DLADDR, _DLADDR1)
-_SIZES: Final = tuple(-(-len(routine) // 16) * 16 for routine in _ROUTINES)
-#: The code, position-independent: each routine at a multiple of 16.
-CODE: Final = b"".join(routine.ljust(size, b"\xcc") for routine, size in zip(_ROUTINES, _SIZES, strict=True))
-_STARTS: Final = tuple(sum(_SIZES[:number]) for number in range(len(_SIZES)))
-#: Where the code is for each of glibc's functions, from its beginning.
-FUNCTIONS: Final = {
-    b"dlsym": _STARTS[0],
-    b"dlvsym": _STARTS[1],
-    b"dl_iterate_phdr": _STARTS[2],
-    b"_dl_find_object": _STARTS[6],
-    b"dladdr": _STARTS[7],
-    b"dladdr1": _STARTS[8],
+_ROUTINES: Final = {
+    b"dlsym": _DLSYM,
+    b"dlvsym": _DLVSYM,
+    b"dl_iterate_phdr": _ITERATE,
+    b"forward": _FORWARD,
+    b"tell": _TELL,
+    b"which": _WHICH,
+    b"_dl_find_object": _FIND,
+    b"dladdr": _DLADDR,
+    b"dladdr1": _DLADDR1,
 }
+_ALIGNED: Final = [routine.ljust(-(-len(routine) // 16) * 16, b"\xcc") for routine in _ROUTINES.values()]
+_STARTS: Final = dict(zip(_ROUTINES, accumulate(map(len, _ALIGNED), initial=0), strict=False))
+#: The code, position-independent: each routine at a multiple of 16.
+CODE: Final = b"".join(_ALIGNED)
+#: Where the code for each of glibc's functions is, from its beginning.
+FUNCTIONS: Final = {
+    name: _STARTS[name]
+    for name in (b"dl_iterate_phdr", b"dladdr1", b"_dl_find_object", b"dlsym", b"dlvsym", b"dladdr")
+}
+
+
+def stand_ins(base: int, head: bytes) -> dict[int, int]:
+    """What stands for each of glibc's functions, by that one's address.
+
+    The code is at ``base``, and its table begins with ``head``.
+    """
+    there = HEAD.unpack(head)
+    return {address: base + at for address, at in zip(there, FUNCTIONS.values(), strict=False) if address}

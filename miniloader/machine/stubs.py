@@ -7,8 +7,9 @@ table), and the AMD64 manual for the encodings.
 from __future__ import annotations
 
 import struct
+from typing import Final
 
-__all__ = ["SAVE_AREA", "call_each", "collect", "lazy_trampoline", "with_third_argument"]
+__all__ = ["SAVE_AREA", "call_each", "collect", "jumps_to", "lazy_trampoline", "with_third_argument"]
 
 #: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
 SAVE_AREA = 0xA80
@@ -18,14 +19,21 @@ _XSAVE = b"\x0f\xae\x24\x24", b"\x0f\xae\x2c\x24"  # xsave [rsp], xrstor [rsp]
 _FXSAVE = b"\x0f\xae\x04\x24", b"\x0f\xae\x0c\x24"  # fxsave [rsp], fxrstor [rsp]
 
 
+#: endbr64; mov rdx, value; mov rax, function; jmp rax
+_WITH_THIRD: Final = struct.Struct("<4s2sQ2sQ2s")
+_THIRD: Final = b"\xf3\x0f\x1e\xfa", b"\x48\xba", b"\x48\xb8", b"\xff\xe0"
+
+
 def with_third_argument(function: int, value: int) -> bytes:
     """Jump to ``function`` with its third argument replaced by ``value``."""
-    return b"".join((
-        b"\xf3\x0f\x1e\xfa",  # endbr64
-        b"\x48\xba" + struct.pack("<Q", value),  # mov rdx, value
-        b"\x48\xb8" + struct.pack("<Q", function),  # mov rax, function
-        b"\xff\xe0",  # jmp rax
-    ))  # fmt: skip
+    marker, into_rdx, into_rax, jump = _THIRD
+    return _WITH_THIRD.pack(marker, into_rdx, value, into_rax, function, jump)
+
+
+def jumps_to(code: bytes) -> int | None:
+    """The function that the code of :func:`with_third_argument` jumps to; ``None`` for any other code."""
+    marker, into_rdx, _, into_rax, function, jump = _WITH_THIRD.unpack(code[: _WITH_THIRD.size])
+    return function if (marker, into_rdx, into_rax, jump) == _THIRD else None
 
 
 def call_each() -> bytes:

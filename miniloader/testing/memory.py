@@ -243,7 +243,7 @@ class _Process:
     @cached_property
     def space(self) -> Space:
         """What is where."""
-        return space_of(self.vmas, self.found)
+        return space_of(self.pid, self.vmas, self.found)
 
 
 def _library(

@@ -102,6 +102,22 @@ def test_an_overwritten_slot(loaded: Told, demo: Path) -> None:
     assert (word.kind, word.old, word.new) == ("R_X86_64_64", right, right + 8)
 
 
+@pytest.mark.parametrize("by", _BY)
+@pytest.mark.parametrize("name", ["asks_itself", "cxx", "tls_user"])
+def test_slots_that_lead_where_they_should(
+    name: str, by: str, fixture_library: Callable[[str], Path]
+) -> None:
+    """To code of ours that stands for a function of glibc's; to a thread-local symbol of another file."""
+    path = fixture_library(name)
+    with told(_BY[by].format(path=str(path)), "") as one:
+        found = library(one, path)
+        slots = [page.vaddr for page in found.private_pages if "relocation" in page.causes]
+        views = [view_page(one.pid, vaddr, str(path)) for vaddr in slots]
+    assert "overwritten" not in {cause for page in found.private_pages for cause in page.causes}
+    kinds = {word.kind for view in views for word in view.words if word.cause == "relocation"}
+    assert ("R_X86_64_DTPOFF64" if name == "tls_user" else "R_X86_64_JUMP_SLOT") in kinds
+
+
 def test_a_slot_that_is_cleared(loaded: Told, demo: Path) -> None:
     """It holds what the file has, which is not what ld.so leaves there."""
     loaded("store('demo_current', 0)")
