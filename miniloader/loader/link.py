@@ -16,6 +16,7 @@ from miniloader.elf.versions import Version
 from miniloader.errors import LoadError, SymbolError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import introspection, life, tls, unique, unwind
+from miniloader.loader.carrier import Carrier
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["initialise_library", "link_library", "map_library", "read_life", "thread_exits", "used"]
 
+CarrierOf = Callable[[Definer], Carrier | None]
 #: They register a destructor for a thread's object and are told, third, to which library it belongs.
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
@@ -73,11 +75,22 @@ def _zero(graph: Graph, library: Loaded) -> None:
 
 
 def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
-    """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder."""
+    """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder; nothing, if that has begun."""
+    if library.linked:
+        return
+    library.linked = True
     image, memory = library.image, library.mapped
     order = [library, *scope] if image.dynamic.symbolic else scope
-    if library.ready is None or not _fill(graph, library, library.ready, order):
-        _link(graph, library, order)
+
+    def carrier_of(other: Definer) -> Carrier | None:
+        """Who has the thread-local storage of a library of ours, which may not have had its turn yet."""
+        if not isinstance(other, Loaded):
+            return None
+        link_library(graph, other, scope)
+        return other.blocks.own
+
+    if library.ready is None or not _fill(graph, library, library.ready, order, carrier_of):
+        _link(graph, library, order, carrier_of)
     relro = memory.plan.relro
     if relro:
         memory.protect(relro.start, relro.end, "r--")
@@ -90,7 +103,9 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
             graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
-def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer]) -> bool:
+def _fill(
+    graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer], carrier_of: CarrierOf
+) -> bool:
     """Relocate it with its cached pages; ``False`` if they do not fit, and the plain way is left."""
     memory = library.mapped
     reason = ready.differs(order)
@@ -108,7 +123,7 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
     ready.fill(room, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
-        for vaddrs, words, size in _thread_local(library, bindings, rows, memory.read):
+        for vaddrs, words, size in _thread_local(library, bindings, rows, memory.read, carrier_of):
             ready.store(room, vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
@@ -150,6 +165,7 @@ def _thread_local(
     bindings: Bindings,
     rows: Iterable[tuple[Kind, Table]],
     read: Callable[[int, int], NDArray[np.uint8]],
+    carrier_of: CarrierOf,
 ) -> list[tls.Write]:
     """Open its carriers; the thread-local words to write."""
     template, rows = library.image.tls, tuple(rows)
@@ -161,13 +177,13 @@ def _thread_local(
         lambda: read(template.vaddr, template.filesz).tobytes() if template is not None else b"",
         bindings,
         rows,
-        lambda other: other.blocks.own if isinstance(other, Loaded) else None,
+        carrier_of,
     )
     _count_for_carrier(library)
     return writes
 
 
-def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
+def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: CarrierOf) -> None:
     """Bind its symbols in ``order`` and relocate."""
     image, memory = library.image, library.mapped
     _check_versions(library)
@@ -179,7 +195,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
     def thread_local(pages: Pages, rows: Iterator[tuple[Kind, Table]]) -> list[tls.Write]:
-        return _thread_local(library, bindings, rows, pages.bytes_at)
+        return _thread_local(library, bindings, rows, pages.bytes_at, carrier_of)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
     restore = read_only if image.dynamic.text_relocations else []

@@ -60,7 +60,8 @@ def answer(
     """Open the carriers that library ``me`` needs and compute its thread-local relocations ``rows``.
 
     ``template`` gives the bytes of its ``PT_TLS``, relocated; ``carrier_of`` the carrier of another
-    library of ours.  Raises :class:`LoadError`, in glibc's words when glibc refuses.
+    library of ours, which may have to be linked for that.  Raises :class:`LoadError`, in glibc's words when
+    glibc refuses.
     """
     starts = bindings.field("value")
     # Of the system's libraries the symbol is asked for; of ours the block, which it has an offset in.
