@@ -142,6 +142,7 @@ def _container(header: Header) -> ELFStructs:
 
 # In use, though not in pyelftools' tables: binutils' include/elf/common.h and mips.h.
 _MACHINES: Final = {0x9026: "ALPHA"}
+_SFRAME: Final = {0x6474E554: "PT_GNU_SFRAME"}  # binutils 2.40
 _SEGMENT_TYPES: Final = {
     "MIPS": {0x70000000: "PT_MIPS_REGINFO", 0x70000001: "PT_MIPS_RTPROC", 0x70000002: "PT_MIPS_OPTIONS"}
 }
@@ -226,7 +227,7 @@ def _segment_types(machine: str) -> dict[int, str]:
     """pyelftools' names of segment types, those of the machine included."""
     table = getattr(enums, f"ENUM_P_TYPE_{machine}", enums.ENUM_P_TYPE_BASE)
     names = {code: name for name, code in reversed(list(table.items())) if isinstance(code, int)}
-    return names | _SEGMENT_TYPES.get(machine, {})
+    return names | _SFRAME | _SEGMENT_TYPES.get(machine, {})
 
 
 def read_sections(source: Source, header: Header) -> tuple[Section, ...]:

@@ -286,8 +286,10 @@ def _undo(graph: Graph) -> None:
     for library in reversed(graph.new):
         if library in _present:
             _finalise(library)  # whoever listens has raised between two constructors
-        library.discard()
-        library.image.source.close()
+    _release(graph.new[::-1])
+    for library in graph.new:
+        if library not in _lingering:
+            library.image.source.close()
 
 
 def _sweep(closed: Loaded) -> None:
@@ -303,6 +305,11 @@ def _sweep(closed: Loaded) -> None:
     gone = [library for library in _in_destructor_order(closed) if library not in kept]
     for library in gone:
         _finalise(library)
+    _release(gone)
+
+
+def _release(gone: list[Loaded]) -> None:
+    """Unmap these, and what had to wait, but for what has to wait still."""
     gone += (library for library in _lingering if library not in gone)
     for library in gone:
         library.blocks.close()  # one carrier may be what another one waits for

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fixtures import build
+from miniloader.kernel.procfs import read_stat
 
 _LISTEN = """
 import ctypes, json, os, signal, sys
@@ -47,6 +49,8 @@ class Told:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the process has ended"
+        while read_stat(self.pid)[1][0] not in "SZ":  # it has answered, and is not yet waiting for the next
+            time.sleep(0.0005)
         return json.loads(line)
 
 

@@ -168,9 +168,11 @@ def test_nothing_is_mapped_into_the_audited(servers: list[int]) -> None:
 def test_every_private_page_has_causes(servers: list[int]) -> None:
     found = miniloader.audit(servers)
     for library in found.libraries:
-        for row in library.processes:
-            mine = [page for page in library.private_pages if row.pid in page.pids]
-            assert len(mine) == row.private
+        for pid in {row.pid for row in library.processes}:
+            mine = [page for page in library.private_pages if pid in page.pids]
+            # Of a file that is there twice (libffi maps a page of its own again), a page may be private twice.
+            images = [row.private for row in library.processes if row.pid == pid]
+            assert max(images) <= len(mine) <= sum(images)
             assert all(page.causes and ("unknown" not in page.causes) for page in mine), library.path
     assert Audit.from_json(found.to_json()) == found
 

@@ -466,8 +466,8 @@ def test_an_audit_says_which_pages_were_relocated_beforehand() -> None:
         for one in running:
             one.communicate(b"\n")
     (library,) = audit.libraries
-    assert [one.beforehand > 0 for one in library.processes] == [True, True]
-    assert {one.pid: one.shared >= one.beforehand for one in library.processes} == dict.fromkeys(
+    ours = [one for one in library.processes if one.beforehand > 0]  # Python may have brought its own
+    assert {one.pid: one.shared >= one.beforehand for one in ours} == dict.fromkeys(
         (one.pid for one in running), True
     )
     causes = {cause for page in library.private_pages for cause in page.causes}

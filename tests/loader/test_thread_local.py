@@ -115,6 +115,26 @@ def test_a_variable_of_a_library_that_has_not_had_its_turn(
     assert in_child(ours) == in_child(theirs) == [142, 242, 242]
 
 
+def test_a_load_that_fails_gives_back_blocks_that_ask_about_each_other(
+    fixture_library: Callable[[str], Path],
+) -> None:
+    """What it needs is linked by then: one library's carrier needs the other's."""
+
+    def held() -> tuple[int, list[str]]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return len(os.listdir("/proc/self/fd")), [line for line in lines if "tls" in line]
+
+    path = fixture_library("tls_unbound")
+    with pytest.raises(miniloader.SymbolError, match="tls_missing"):
+        miniloader.load(path)
+    before = held()
+    for _ in range(3):
+        with pytest.raises(miniloader.SymbolError, match="undefined symbol tls_missing"):
+            miniloader.load(path)
+    assert held() == before
+    assert before[1] == []
+
+
 def test_libc_s_own_thread_local_variable(fixture_library: Callable[[str], Path]) -> None:
     """errno is initial-exec in libc: its place is asked of glibc, too."""
     with miniloader.load("libm.so.6") as libm:
