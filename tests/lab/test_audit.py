@@ -170,7 +170,7 @@ def test_every_private_page_has_causes(servers: list[int]) -> None:
     for library in found.libraries:
         for pid in {row.pid for row in library.processes}:
             mine = [page for page in library.private_pages if pid in page.pids]
-            # Of a file that is there twice (libffi maps a page of its own again), a page may be private twice.
+            # A file may be there twice (libffi maps a page of its own again), and a page of it private twice.
             images = [row.private for row in library.processes if row.pid == pid]
             assert max(images) <= len(mine) <= sum(images)
             assert all(page.causes and ("unknown" not in page.causes) for page in mine), library.path
