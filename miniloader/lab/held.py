@@ -21,7 +21,7 @@ from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.lab import dlopened
 from miniloader.lab.offspring import die_with
-from miniloader.loader import Event, cache, host, introspection, load
+from miniloader.loader import Event, cache, host, load
 from miniloader.loader.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.memory import Memory
@@ -174,8 +174,7 @@ def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
     if not held:
         tell({"start": start})
     ours = [other for other in library.libraries if not isinstance(other, HostLibrary)]
-    stubs = [(stub.address, function) for other in ours for function, stub in other.stubs.items()]
-    stubs += ((stand_in, function) for function, stand_in in introspection.stand_ins().items())
+    stubs = [(here, function) for other in ours for function, here in other.stand_ins.items()]
     used = dlopened.libraries() + [_described(other) for other in ours]
     tell({"bias": library.base, "libraries": used, "stubs": stubs, "plain": plain})
 

@@ -145,6 +145,12 @@ class Loaded:
             self.stubs[function] = Stub()
         return self.stubs[function]
 
+    @property
+    def stand_ins(self) -> dict[int, int]:
+        """Where code is that stands for a function to this library, by the function's address."""
+        own = {function: stub.address for function, stub in self.stubs.items()}
+        return {**introspection.stand_ins(), **own}
+
     def give_up(self, graph: Graph, reason: str) -> None:
         """Its relocated pages are of no use: say why, and go the plain way."""
         if self.ready is not None:

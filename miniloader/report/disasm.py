@@ -39,10 +39,14 @@ _ADDRESSES: Final = ("B + A", "S + A", "S", "indirect")
 
 @dataclass(frozen=True)
 class Held:
-    """What a slot holds in memory, and whose that address is (None: it is no address, or nobody's)."""
+    """What a slot holds in memory, and whose that address is (None: it is no address, or nobody's).
+
+    With ``stand_in`` it is that of code of miniloader's, which stands for what ``owner`` has.
+    """
 
     value: int
     owner: Owner | None
+    stand_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,15 @@ def listing_of(landmarks: Landmarks, name: str, library: Library | None = None) 
         instructions=instructions,
         meanings={slot.vaddr: landmarks.meaning(slot) for slot in slots},
         base=library.base if library else None,
-        held=_held(landmarks, slots, library.base) if library else {},
+        held=_held(landmarks, slots, library) if library else {},
     )
 
 
-def _held(landmarks: Landmarks, slots: Sequence[Slot], base: int) -> dict[int, Held]:
+def _held(landmarks: Landmarks, slots: Sequence[Slot], library: Library) -> dict[int, Held]:
     """What each of ``slots`` holds in memory, by vaddr; without those that are no whole word."""
     kinds = {kind.name: kind for kind in KINDS.get(landmarks.image.header.machine, {}).values()}
     word, vmas = landmarks.image.header.word, read_maps()
+    base, meant = library.base, {here: there for there, here in library.loaded.stand_ins.items()}
     held = {}
     for slot in slots:
         kind = kinds.get(slot.relocation)
@@ -108,8 +113,8 @@ def _held(landmarks: Landmarks, slots: Sequence[Slot], base: int) -> dict[int, H
         owner = None
         if kind is None or kind.formula in _ADDRESSES:
             resolver = landmarks.meaning(slot) if kind is not None and kind.formula == "indirect" else None
-            owner = owner_of(value, vmas, slot.symbol or resolver, slot.version)
-        held[slot.vaddr] = Held(value, owner)
+            owner = owner_of(meant.get(value, value), vmas, slot.symbol or resolver, slot.version)
+        held[slot.vaddr] = Held(value, owner, value in meant)
     return held
 
 
@@ -156,6 +161,7 @@ def _target_json(target: Target, held: Mapping[int, Held]) -> dict[str, Any]:
             "addend": slot.addend,
         },
         "holds": None if now is None else now.value,
+        "stand_in": now is not None and now.stand_in,
         "owner": None
         if owner is None
         else {"path": owner.path, "name": owner.name, "vaddr": owner.vaddr, "ifunc": owner.ifunc},
@@ -241,4 +247,5 @@ def _holding(held: Held | None) -> Line:
     what = "" if owner.name is None else printable(owner.name)
     if owner.ifunc:
         what = f"chosen by IFUNC {what}"
-    return (f"{value}  ", (f"{what} in {path}" if what else path, "cyan"))
+    where = f"{what} in {path}" if what else path
+    return (f"{value}  ", (f"miniloader's, for {where}" if held.stand_in else where, "cyan"))

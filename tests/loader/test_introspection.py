@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -186,3 +188,31 @@ def test_while_another_thread_loads_with_the_interpreter_in_hand(demo: Path, tmp
     root = Path(miniloader.__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "through\n", "")
+
+
+def test_disasm_says_what_it_stands_for(fixture_library: FixtureLibrary) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "miniloader",
+        "disasm",
+        fixture_library("asks_itself"),
+        "listed",
+        "--loaded",
+    ]
+    said = [
+        subprocess.run(
+            [*map(str, command), *more],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(miniloader.__file__).parents[1],
+            env={**os.environ, "COLUMNS": "200"},
+        ).stdout
+        for more in ([], ["--json"])
+    ]
+    assert "miniloader's, for dl_iterate_phdr in libc.so.6" in said[0]
+    targets = [one["target"] for one in json.loads(said[1])["instructions"] if one["target"]]
+    assert [(one["owner"]["name"], one["stand_in"]) for one in targets if one["stand_in"]] == [
+        ("dl_iterate_phdr", True)
+    ]
