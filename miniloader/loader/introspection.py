@@ -7,7 +7,8 @@ code of ours, which asks glibc's first and then looks into a table of our librar
 the first time that somebody asks; see :mod:`miniloader.machine.introspection`.
 
 dlsym(3) and dlvsym(3) are among them for ``RTLD_NEXT``, which glibc refuses to callers that it does not know:
-what comes after a library of ours is the process's global scope.
+what comes after a library of ours is the process's global scope.  dlopen(3) is, for libraries that hold
+themselves or others (``RTLD_NOLOAD``, ``RTLD_NODELETE``): these are kept until they are let go.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from miniloader.machine.introspection import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
 if TYPE_CHECKING:
     from miniloader.loader.loaded import Loaded
 
-__all__ = ["add", "answer", "remove", "stand_ins"]
+__all__ = ["add", "answer", "is_held", "remove", "stand_ins"]
 
 _LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
 _COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
 _END: Final = 72  # where an entry has the address that makes it valid
+_HOLDS: Final = 152  # where it says how often it is held
 
 _waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
 
@@ -63,11 +65,9 @@ class _Table:
         number = self._free.pop() if self._free else number
         header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
         table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
-        strings = (
-            ctypes.create_string_buffer(os.fsencode(image.path)),
-            ctypes.create_string_buffer(bytes(table)),
-        )
-        name, headers = map(ctypes.addressof, strings)
+        words = os.fsencode(image.path), bytes(table), os.fsencode(image.soname or image.path)
+        strings = tuple(map(ctypes.create_string_buffer, words))
+        name, headers, soname = map(ctypes.addressof, strings)
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
         entry = ENTRY.pack(
@@ -76,6 +76,7 @@ class _Table:
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
             *(symbols, len(library.symbols.rows) if symbols else 0, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
+            *(0, soname),
         )
         at = self._at(number)
         ctypes.memmove(at, entry, ENTRY.size)
@@ -95,6 +96,11 @@ class _Table:
         self._free.append(number)
         del self._strings[number]
 
+    def holds(self, library: Loaded) -> bool:
+        """Whether somebody has asked for ``library`` to stay."""
+        number = self._listed.get(library)
+        return number is not None and bool(ctypes.c_uint64.from_address(self._at(number) + _HOLDS).value)
+
     def _at(self, number: int) -> int:
         return self.base + TABLE + HEAD.size + number * ENTRY.size
 
@@ -113,6 +119,13 @@ def remove(library: Loaded) -> None:
         _waiting.remove(library)
     elif _table.cache_info().currsize and (table := _table()) is not None:
         table.remove(library)
+
+
+def is_held(library: Loaded) -> bool:
+    """Whether a library has asked, by dlopen(3), for ``library`` to stay."""
+    if not _table.cache_info().currsize or (table := _table()) is None:
+        return False
+    return table.holds(library)
 
 
 def answer(addresses: NDArray[np.uint64]) -> None:

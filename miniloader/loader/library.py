@@ -299,6 +299,7 @@ def _sweep(closed: Loaded) -> None:
         for library in _present
         if library.handles
         or library.stays
+        or introspection.is_held(library)
         or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
     ]
     _add_what_they_use(kept)

@@ -83,6 +83,45 @@ def test_what_does_not_run_is_not_listed(fixture_library: FixtureLibrary, demo: 
             assert _listed(library) == before
 
 
+@pytest.mark.parametrize("flag", ["RTLD_NOLOAD", "RTLD_NODELETE"])
+def test_who_holds_itself_stays(flag: str, fixture_library: FixtureLibrary, in_child: InChild) -> None:
+    """Until it lets go, with RTLD_NODELETE for ever: unmapping what has patched itself in would crash."""
+    path = fixture_library("asks_itself")
+    for_ever = flag == "RTLD_NODELETE"
+
+    def story(function: Callable[[str], Callable[..., int]], close: Callable[[], None]) -> list[object]:
+        hold, let_go = function("hold"), function("let_go")
+        found: list[object] = [hold(getattr(os, flag)), let_go(0) if for_ever else None]
+        close()
+        return [*found, str(path) in Path("/proc/self/maps").read_text()]
+
+    def ours() -> list[object]:
+        library = miniloader.load(path)
+        return story(lambda name: library.function(name, ctypes.c_int, [ctypes.c_int]), library.close)
+
+    def theirs() -> list[object]:
+        library = ctypes.CDLL(str(path))
+        dlclose = ctypes.CDLL(None).dlclose
+        return story(lambda name: library[name], lambda: dlclose(ctypes.c_void_p(library._handle)))
+
+    assert in_child(ours) == in_child(theirs) == [1, 0 if for_ever else None, True]
+
+
+def test_what_was_let_go_goes(fixture_library: FixtureLibrary, demo: Path, in_child: InChild) -> None:
+    path = fixture_library("asks_itself")
+
+    def ours() -> list[bool]:
+        library = miniloader.load(path)
+        hold, let_go = library.function("hold", ctypes.c_int, [ctypes.c_int]), library.function("let_go")
+        hold(os.RTLD_NOLOAD)
+        library.close()
+        let_go()
+        miniloader.load(demo).close()  # any load or close looks again
+        return [str(path) in Path("/proc/self/maps").read_text()]
+
+    assert in_child(ours) == [False]
+
+
 def test_in_several_threads_while_libraries_come_and_go(fixture_library: FixtureLibrary, demo: Path) -> None:
     stop = threading.Event()
     with miniloader.load(fixture_library("asks_itself")) as library:
