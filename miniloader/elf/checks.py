@@ -43,6 +43,8 @@ class Rule:
     source: str
     severity: Severity
     faults: Callable[[ElfImage], Iterator[Fault]]
+    #: Whether the loader sees to it word by word as it relocates, and so need not look through all words before.
+    when_relocated: bool = False
 
 
 RULES: Final[tuple[Rule, ...]] = (
@@ -116,6 +118,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 4, r_offset",
         "error",
         faults.relocation_targets,
+        when_relocated=True,
     ),
     Rule(
         "relocation-symbols",
@@ -123,6 +126,15 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 4, r_info",
         "error",
         faults.relocation_symbols,
+        when_relocated=True,
+    ),
+    Rule(
+        "relative-relocations",
+        "from taking relocations of another kind for those that only add the load bias",
+        "glibc's elf/dynamic-link.h, DT_RELACOUNT",
+        "error",
+        faults.relative_head,
+        when_relocated=True,
     ),
     Rule(
         "init-arrays",
@@ -137,6 +149,14 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 5, DT_INIT, DT_FINI",
         "error",
         faults.code_pointers,
+    ),
+    Rule(
+        "array-pointers",
+        "from calling what is no code, listed as a constructor or destructor",
+        "gABI 5, DT_INIT_ARRAY",
+        "error",
+        faults.array_pointers,
+        when_relocated=True,
     ),
     Rule("tls-template", "from copying a template that is not there", "gABI 5, PT_TLS", "error", faults.tls),
     Rule("relro", "from protecting pages of something else", "psABI, PT_GNU_RELRO", "error", faults.relro),
@@ -188,9 +208,12 @@ def problems_of(image: ElfImage) -> tuple[Problem, ...]:
     return tuple(found.values())
 
 
-def refuse_problems(image: ElfImage) -> None:
-    """Raise :class:`ElfError` for the first problem of the file that keeps it from being loaded."""
+def refuse_problems(image: ElfImage, *, when_relocated: bool = False) -> None:
+    """Raise :class:`ElfError` for the first problem of the file that keeps it from being loaded.
+
+    ``when_relocated`` says by which rules: those that the loader sees to as it relocates, or all others.
+    """
     for rule in RULES:
-        if rule.severity == "error":
+        if rule.severity == "error" and rule.when_relocated == when_relocated:
             for problem in _broken(rule, image):
                 raise ElfError(image.path, problem.field, problem.found, problem.expected)

@@ -17,7 +17,7 @@ from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
-__all__ = ["Dynamic", "Reader", "parse_dynamic", "string_at", "tag_name"]
+__all__ = ["Dynamic", "Locator", "Reader", "parse_dynamic", "string_at", "tag_name"]
 
 DT_NULL: Final = 0
 DT_NEEDED: Final = 1
@@ -77,6 +77,14 @@ class Reader(Protocol):
 
     def __call__(self, vaddr: int, length: int, what: str, /) -> Bytes:
         """The bytes."""
+        ...
+
+
+class Locator(Protocol):
+    """Finds where in the file the ``length`` bytes at ``vaddr`` are, or raises as :class:`Reader` does."""
+
+    def __call__(self, vaddr: int, length: int, what: str, /) -> int:
+        """The offset of the first."""
         ...
 
 

@@ -206,14 +206,31 @@ def arrays(image: ElfImage) -> Iterator[Fault]:
             yield tag_name(start), f"{vaddr:#x}, {length} bytes", "inside one PT_LOAD"
 
 
+def relative_head(image: ElfImage) -> Iterator[Fault]:
+    """The rows that DT_RELACOUNT counts do nothing but add the load bias."""
+    for table in image.relocations.tables:
+        for code in np.unique(table.rows["type"][: table.head]).tolist():
+            kind = kind_name(image.header.machine, code)
+            if "_RELATIVE" not in kind:
+                yield "DT_RELACOUNT", f"{table.head} rows, {kind} among them", "R_*_RELATIVE alone"
+
+
 def code_pointers(image: ElfImage) -> Iterator[Fault]:
-    """DT_INIT, DT_FINI, and what relocation will write to the arrays."""
+    """DT_INIT and DT_FINI."""
+    if image.header.machine in _DESCRIPTORS:
+        return
+    for tag in (DT_INIT, DT_FINI):
+        vaddr = image.dynamic.tags.get(tag)
+        code = (load for load in image.loads if "x" in load.flags)
+        if vaddr and not any(load.vaddr <= vaddr < load.end for load in code):
+            yield tag_name(tag), f"{vaddr:#x}", "inside an executable PT_LOAD"
+
+
+def array_pointers(image: ElfImage) -> Iterator[Fault]:
+    """What relocation will write to the arrays of constructors and destructors."""
     if image.header.machine in _DESCRIPTORS:
         return
     tags = image.dynamic.tags
-    for tag in (DT_INIT, DT_FINI):
-        if tags.get(tag) and not _are_code(image, np.array([tags[tag]], np.uint64)).all():
-            yield tag_name(tag), f"{tags[tag]:#x}", "inside an executable PT_LOAD"
     arrays = [
         (tag_name(start), tags[start], tags[size])
         for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))

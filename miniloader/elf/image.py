@@ -86,11 +86,13 @@ class ElfImage:
 
     def read(self, vaddr: int, length: int, what: str = "bytes") -> Bytes:
         """The ``length`` bytes of the file that are mapped at ``vaddr``; all within one segment."""
-        if length == 0:
-            return b""
+        return self.source.read(self.locate(vaddr, length, what), length, what) if length else b""
+
+    def locate(self, vaddr: int, length: int, what: str = "bytes") -> int:
+        """Where in the file the ``length`` bytes are that are mapped at ``vaddr``; all within one segment."""
         for load in self.loads:
             if load.vaddr <= vaddr and vaddr + length <= load.file_end:
-                return self.source.read(load.file_offset + vaddr - load.vaddr, length, what)
+                return load.file_offset + vaddr - load.vaddr
         raise ElfError(
             self.path,
             what,
@@ -128,6 +130,8 @@ class ElfImage:
         """Every dynamic relocation."""
         return read_relocations(
             self.read,
+            self.locate,
+            self.source,
             self.dynamic.tags,
             elf_class=self.header.elf_class,
             order=self.header.order,

@@ -5,8 +5,8 @@ Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from miniloader.elf.dynamic import (
     DT_PLTRELSZ,
     DT_REL,
     DT_RELA,
+    DT_RELACOUNT,
     DT_RELAENT,
     DT_RELASZ,
     DT_RELENT,
@@ -25,10 +26,11 @@ from miniloader.elf.dynamic import (
     DT_RELRENT,
     DT_RELRSZ,
     DT_RELSZ,
+    Locator,
     Reader,
     tag_name,
 )
-from miniloader.elf.source import Bytes
+from miniloader.elf.source import Bytes, Source
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, rel_dtype, rela_dtype
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -112,11 +114,28 @@ def kind_name(machine: str, code: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RelocationTable:
-    """One table of the dynamic section.  Without ``addends`` (REL) they lie in the words relocated."""
+    """One table of the dynamic section: ``count`` rows from ``file_offset`` on.
+
+    Without ``addends`` (REL) they lie in the words relocated.  The first ``head`` rows only add the load bias,
+    as ``DT_RELACOUNT`` says; in a large library they are nearly all.
+    """
 
     name: str
-    rows: Table
     addends: bool
+    file_offset: int
+    count: int
+    head: int
+    decode: Callable[[int, int], Table]
+
+    @cached_property
+    def rows(self) -> Table:
+        """All rows."""
+        return self.decode(0, self.count)
+
+    @cached_property
+    def rest(self) -> Table:
+        """The rows behind the ``head``, which is not read for them."""
+        return self.decode(self.head, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +150,7 @@ class Relocations:
     relr: NDArray[np.uint64]
 
     def __len__(self) -> int:
-        return len(self.relr) + sum(len(table.rows) for table in self.tables)
+        return len(self.relr) + sum(table.count for table in self.tables)
 
     def by_kind(self) -> dict[str, int]:
         """How many relocations of each kind, most frequent first; ``RELR`` counts the words it relocates."""
@@ -159,11 +178,20 @@ class Relocations:
     @property
     def highest_symbol(self) -> int:
         """The highest symbol index in use; -1 when there is no relocation."""
-        return max((int(table.rows["symbol"].max()) for table in self.tables if len(table.rows)), default=-1)
+        rest = (int(table.rest["symbol"].max()) for table in self.tables if table.head < table.count)
+        return max(rest, default=0 if self.tables else -1)
 
 
 def read_relocations(
-    read: Reader, tags: Mapping[int, int], *, elf_class: int, order: str, machine: str, name: str | None
+    read: Reader,
+    locate: Locator,
+    source: Source,
+    tags: Mapping[int, int],
+    *,
+    elf_class: int,
+    order: str,
+    machine: str,
+    name: str | None,
 ) -> Relocations:
     """Read ``DT_RELR``, ``DT_REL``, ``DT_RELA`` and ``DT_JMPREL``; :class:`ElfError` where they are wrong."""
     word = elf_class // 8
@@ -192,9 +220,21 @@ def read_relocations(
         if length % sizes[addends]:
             label = "DT_PLTRELSZ" if tag == DT_JMPREL else f"{tag_name(tag)}SZ"
             raise ElfError(name, label, f"{length} bytes", f"a multiple of {sizes[addends]}")
-        data = read(start, length, tag_name(tag))
-        rows = decode_relocations(data, elf_class, order, addends=addends, machine=machine)
-        tables.append(RelocationTable(tag_name(tag), rows, addends))
+        file_offset, count = locate(start, length, tag_name(tag)), length // sizes[addends]
+
+        def decode(
+            first: int,
+            last: int,
+            start: int = file_offset,
+            tag: int = tag,
+            size: int = sizes[addends],
+            addends: bool = addends,
+        ) -> Table:
+            data = source.read(start + first * size, (last - first) * size, tag_name(tag))
+            return decode_relocations(data, elf_class, order, addends=addends, machine=machine)
+
+        head = min(tags.get(DT_RELACOUNT, 0), count) if tag == DT_RELA else 0
+        tables.append(RelocationTable(tag_name(tag), addends, file_offset, count, head, decode))
     return Relocations(machine, tuple(tables), relr)
 
 

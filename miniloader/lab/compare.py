@@ -30,7 +30,6 @@ from miniloader.kernel.maps import read_maps, within
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.held import Held, RemoteMemory, load_and_hold, open_and_hold
 from miniloader.lab.names import Names
-from miniloader.loader.relocate import Pages
 from miniloader.loader.sorting import Sorted, sort_relocations
 from miniloader.values import dataclass
 
@@ -205,13 +204,24 @@ class Words:
 
     def read(self, memory: RemoteMemory) -> NDArray[np.uint64]:
         """What they are in that process."""
-        long = self.sizes == 8
-        pages = Pages(memory, iter((self.vaddrs, self.vaddrs + self.sizes - np.uint64(1))))
         values = np.empty(len(self.vaddrs), np.uint64)
-        values[long] = pages.get(self.vaddrs[long])
-        for index in np.flatnonzero(~long).tolist():  # there are a handful in all the world
-            data = pages.bytes_at(int(self.vaddrs[index]), int(self.sizes[index]))
-            values[index] = int.from_bytes(data, "little")
+        if not len(values):
+            return values
+        # A buffer from the first word to the last, of which the pages that hold none are never touched.
+        size = memory.plan.page_size
+        low, high = int(self.vaddrs.min()) & -size, int((self.vaddrs + self.sizes).max())
+        buffer = np.empty(-(-(high - low) // size) * size, np.uint8)
+        offsets = (self.vaddrs - np.uint64(low)).view(np.int64)
+        touched = np.zeros(len(buffer) // size + 2, np.int8)
+        for ends in (offsets, offsets + self.sizes - 1):
+            touched[ends // size + 1] = 1
+        for first, last in (np.flatnonzero(np.diff(touched)).reshape(-1, 2) * size).tolist():
+            memory.read_into(low + first, buffer[first:last])
+        aligned = (self.sizes == 8) & (offsets & 7 == 0)
+        values[aligned] = buffer.view(np.uint64)[offsets[aligned] >> 3]
+        for index in np.flatnonzero(~aligned).tolist():  # there are a handful in all the world
+            at = int(offsets[index])
+            values[index] = int.from_bytes(buffer[at : at + int(self.sizes[index])], "little")
         return values
 
     def label(self, index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.relocate import Pages, apply, call_resolver, indirect_functions, refuse_unbound
+from miniloader.loader.relocate import Relocation, call_resolver, indirect_functions, refuse_unbound
 from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.loader.sorting import sort_relocations
 from miniloader.machine.relocation import Kind
@@ -189,13 +189,14 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
     _check_versions(library)
     lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
     relocations = sort_relocations(image, lazy=lazy)
-    bindings = bind(image.symbols, relocations.wanted, order, order.index(library))
+    work = Relocation(image, memory, relocations)
+    bindings = bind(image.symbols, work.wanted, order, order.index(library))
     refuse_unbound(image, bindings)
     addresses = _addresses(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
-    def thread_local(pages: Pages, rows: Iterator[tuple[Kind, Table]]) -> list[tls.Write]:
-        return _thread_local(library, bindings, rows, pages.bytes_at, carrier_of)
+    def thread_local(rows: Iterable[tuple[Kind, Table]]) -> list[tls.Write]:
+        return _thread_local(library, bindings, rows, memory.read, carrier_of)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
     restore = read_only if image.dynamic.text_relocations else []
@@ -205,9 +206,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
         library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
         library.slots.connect()
     late = _resolved(bindings, addresses)
-    copied = apply(
-        image, memory, relocations, bindings, addresses, late, thread_local, may_run=graph.policy.init
-    )
+    copied = work.apply(bindings, addresses, late, thread_local, may_run=graph.policy.init)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
     own = library.blocks.own
@@ -291,7 +290,7 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     # Not np.unique, which imports numpy.ma: 10 ms.
     owners = np.flatnonzero(np.bincount(bindings.owner[bindings.owner >= 0])).tolist()
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
-        used = np.concatenate([table.rows["symbol"] for table in library.image.relocations.tables])
+        used = np.concatenate([table.rest["symbol"] for table in library.image.relocations.tables])
         used = used[np.isin(used, bindings.wanted)]
         owner_of = bindings.owner[bindings.place(used, call=True)]
         first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}

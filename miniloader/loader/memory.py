@@ -42,6 +42,8 @@ class Memory:
         self.plan = plan
         self.bias = bias
         self.mapped = True
+        #: The vaddrs of pages that have been written to, and so are not as in the file.
+        self.changed: set[int] = set()
 
     @property
     def start(self) -> int:
@@ -65,7 +67,15 @@ class Memory:
 
     def write(self, vaddr: int, data: NDArray[Any]) -> None:
         """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy."""
+        page = self.plan.page_size
+        self.changed.update(range(vaddr & -page, vaddr + data.nbytes, page))
         self._transfer(sys.process_vm_writev, sys.MADV_POPULATE_WRITE, vaddr, data)
+
+    def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
+        """Store the low ``size`` bytes of each value at its vaddr, which need not be aligned."""
+        octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8)[:, :size]
+        for vaddr, word in zip(vaddrs.tolist(), octets, strict=True):
+            self.write(vaddr, word)
 
     def protect(self, start: int, end: int, protection: str) -> None:
         """mprotect(2) the whole pages from vaddr ``start`` to ``end``."""
@@ -95,7 +105,7 @@ class Memory:
                 if error.errno in (errno.EPERM, errno.ENOSYS):  # forbidden by a seccomp filter
                     self._copy(advice, address + done, local + done, length - done)
                     return
-                raise self._gone(vaddr + done, error) from None
+                raise self.gone(vaddr + done, error.errno or 0) from None
 
     def _copy(self, advice: int, address: int, local: int, length: int) -> None:
         """The same where the calls are forbidden: populate the pages, which fails cleanly, then copy."""
@@ -105,15 +115,16 @@ class Memory:
             sys.madvise(start, end - start, advice)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a kernel before 5.14 does not know the advice
-                raise self._gone(address - self.bias, error) from None
+                raise self.gone(address - self.bias, error.errno or 0) from None
         to, from_ = (address, local) if advice == sys.MADV_POPULATE_WRITE else (local, address)
         ctypes.memmove(to, from_, length)
 
-    def _gone(self, vaddr: int, error: OSError) -> ElfError:
+    def gone(self, vaddr: int, error: int) -> ElfError:
+        """What to raise where the page at ``vaddr`` could not be read or written; ``error`` is errno."""
         return ElfError(
             self.name,
             f"page at vaddr {vaddr & -self.plan.page_size:#x}",
-            str(error.strerror),
+            os.strerror(error),
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )

@@ -36,6 +36,7 @@ from miniloader.kernel import syscalls as sys
 from miniloader.loader import cache
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.scope import Bindings, Definer
+from miniloader.machine.loops import DEFINITION
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.values import dataclass
 
@@ -200,8 +201,10 @@ class Prepared:
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
         table = self.arrays["tls_symbols"].reshape(-1, 4)
-        values = table[:, 3].view(np.uint64)
-        bindings = _Recorded(table[:, 0], scope, table[:, 1], table[:, 2], values, self.tls_names)
+        recorded = np.zeros(len(table), DEFINITION)
+        recorded["owner"], recorded["symbol"], recorded["value"] = table[:, 1], table[:, 2], table[:, 3]
+        recorded["info"] = np.where(table[:, 0] > 0, STT_TLS, 0)  # as it was seen to be when it was prepared
+        bindings = _Recorded(table[:, 0], scope, recorded, self.tls_names)
         rows, found, first = self.arrays["tls_rows"], [], 0
         for code, count in self.tls_kinds:
             found.append((KINDS["X86_64"][code], rows[first : first + count]))
@@ -217,13 +220,7 @@ class Prepared:
 class _Recorded(Bindings):
     """Bindings whose symbols are known without reading the tables they are in."""
 
-    values: NDArray[np.uint64]
     names: Sequence[str]
-
-    def field(self, name: str) -> NDArray[Any]:
-        if name == "info":  # as it was seen to be when it was prepared
-            return np.where(self.wanted > 0, np.uint64(STT_TLS), np.uint64(0))
-        return self.values if name == "value" else super().field(name)
 
     def label(self, place: int) -> str:
         return self.names[place]

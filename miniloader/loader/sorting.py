@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,6 @@ from miniloader.elf.dynamic import (
     DT_PLTGOT,
     DT_REL,
     DT_RELA,
-    DT_RELACOUNT,
     DT_STRTAB,
     DT_SYMTAB,
     DT_VERSYM,
@@ -28,7 +28,7 @@ from miniloader.errors import LoadError
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.values import dataclass
 
-__all__ = ["TLS", "Sorted", "sort_relocations"]
+__all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations"]
 
 #: Formulas of thread-local storage.
 TLS: Final = ("module", "module offset", "thread offset", "descriptor")
@@ -46,16 +46,36 @@ class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
     ``dynamic`` are the offsets and addends of B + A in the dynamic section, which no relocation asks for,
-    ``relative`` all others of B + A, ``lazy`` the PLT slots left for their first call; ``wanted`` the symbols
-    (ascending) that the others use.
+    ``lazy`` the PLT slots left for their first call; ``rest`` all other rows but for the heads of tables, which
+    are of B + A, says the file.
     """
 
+    image: ElfImage
+    kinds: Mapping[int, Kind]
     dynamic: Table
-    relr: NDArray[np.uint64]
-    relative: Table
     lazy: Table
-    others: tuple[tuple[Kind, Table], ...]
-    wanted: NDArray[np.int64]
+    rest: Table
+
+    @property
+    def relr(self) -> NDArray[np.uint64]:
+        """The vaddrs of the words that the load bias is added to."""
+        return self.image.relocations.relr
+
+    @property
+    def head(self) -> tuple[int, int]:
+        """Where in the file the rows begin that are not in ``rest``, and how many there are."""
+        heads = ((t.file_offset, t.head) for t in self.image.relocations.tables if t.head)
+        return next(heads, (0, 0))  # only DT_RELA can have one
+
+    @cached_property
+    def relative(self) -> Table:
+        """All rows of B + A."""
+        return np.concatenate([np.empty(0, RELOCATION), *(rows for kind, rows in self._groups if _adds(kind))])
+
+    @cached_property
+    def others(self) -> tuple[tuple[Kind, Table], ...]:
+        """The kinds of all others, and their rows."""
+        return tuple((kind, rows) for kind, rows in self._groups if not _adds(kind))
 
     def of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
         """The kinds with one of ``formulas``, and their rows."""
@@ -74,6 +94,23 @@ class Sorted:
             yield rows["offset"]
             yield rows["offset"] + np.uint64(kind.size - 1)
 
+    @cached_property
+    def _groups(self) -> tuple[tuple[Kind, Table], ...]:
+        heads = (table.rows[: table.head] for table in self.image.relocations.tables)
+        rows = np.concatenate([*heads, self.rest])
+        codes = _distinct(rows["type"])
+        for code in codes:
+            refuse_kind(self.image, self.kinds, code, int(rows["symbol"][np.argmax(rows["type"] == code)]))
+        return tuple(
+            (self.kinds[code], rows[rows["type"] == code])
+            for code in codes
+            if self.kinds[code].formula != "none"
+        )
+
+
+def _adds(kind: Kind) -> bool:
+    return kind.formula == _RELATIVE
+
 
 def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     """Sort the relocations of ``image`` by kind; :class:`LoadError` for a kind that is not known here.
@@ -83,52 +120,35 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     kinds = KINDS.get(image.header.machine)
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
-    code_of_relative = next(code for code, kind in kinds.items() if kind.formula == _RELATIVE)
-    code_of_slot = next(code for code, kind in kinds.items() if kind.call)
-    relative, rest, later = [], [], []
+    rest, later = [], [np.empty(0, RELOCATION)]
     for table in image.relocations.tables:
         if not table.addends:
             raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
-        rows = table.rows
-        head = min(image.dynamic.tags.get(DT_RELACOUNT, 0), len(rows)) if table.name == "DT_RELA" else 0
-        if head and bool((rows["type"][:head] == code_of_relative).all()):
-            relative.append(rows[:head])
-            rows = rows[head:]
+        rows = table.rest
         if lazy and table.name == "DT_JMPREL":
+            code_of_slot = next(code for code, kind in kinds.items() if kind.call)
             slots = rows["type"] == code_of_slot  # the PLT counts them, so none may be left out between them
             count = len(rows) if slots.all() else int(np.argmin(slots))
             later.append(rows[:count])
             rows = rows[count:]
-        others = rows["type"] != code_of_relative
-        if not others.all():
-            relative.append(rows[~others])
-            rows = rows[others]
         rest.append(rows)
-    left = np.concatenate(rest) if rest else np.empty(0, RELOCATION)
-    grouped = []
-    for code in _distinct(left["type"]):
-        kind = kinds.get(code)
-        if kind is None:
-            raise LoadError(
-                f"{image.path}: relocation kind {kind_name(image.header.machine, code)}: not supported here"
-            )
-        if kind.formula == "copy":
-            first = image.symbols.name(int(left["symbol"][left["type"] == code][0]))
-            raise LoadError(
-                f"{image.path}: {kind.name} of {first}: a library cannot ask for one",
-                hint="only a program that is not position-independent can; link it with -shared -fPIC",
-            )
-        if kind.formula != "none":
-            grouped.append((kind, left[left["type"] == code]))
-    filled = [rows for rows in relative if len(rows)]
-    head_rows = filled[0] if len(filled) == 1 else np.concatenate(filled or [left[:0]])
-    used = [rows["symbol"] for kind, rows in grouped if kind.formula != "indirect"]
-    marked = np.zeros(len(image.symbols), bool)
-    for symbols in used:
-        marked[symbols] = True
-    wanted = np.flatnonzero(marked)
-    slots_left = np.concatenate(later) if later else left[:0]
-    return Sorted(_located(image), image.relocations.relr, head_rows, slots_left, tuple(grouped), wanted)
+    left = rest[0] if len(rest) == 1 else np.concatenate(rest) if rest else later[0]
+    located = _located(image, next(code for code, kind in kinds.items() if _adds(kind)))
+    return Sorted(image, kinds, located, later[-1], left)
+
+
+def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:
+    """Raise :class:`LoadError` for relocations of kind ``code`` (with ``symbol``) if they cannot be applied."""
+    kind = kinds.get(code)
+    if kind is None:
+        raise LoadError(
+            f"{image.path}: relocation kind {kind_name(image.header.machine, code)}: not supported here"
+        )
+    if kind.formula == "copy":
+        raise LoadError(
+            f"{image.path}: {kind.name} of {image.symbols.name(symbol)}: a library cannot ask for one",
+            hint="only a program that is not position-independent can; link it with -shared -fPIC",
+        )
 
 
 def _writable(image: ElfImage, part: Segment) -> bool:
@@ -136,13 +156,14 @@ def _writable(image: ElfImage, part: Segment) -> bool:
     return any(load.vaddr <= part.vaddr and part.file_end <= load.file_end for load in writable)
 
 
-def _located(image: ElfImage) -> Table:
-    """The addresses in the dynamic section, unless it is read-only (glibc's ``dl_relocate_ld``)."""
+def _located(image: ElfImage, relative: int) -> Table:
+    """The addresses in the dynamic section, as relocations of kind ``relative``, unless it is read-only (glibc's ``dl_relocate_ld``)."""
     segment = image.segment("PT_DYNAMIC")
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
         return np.empty(0, RELOCATION)
     places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
     rows = np.zeros(len(places), RELOCATION)
+    rows["type"] = relative
     rows["offset"] = [segment.vaddr + 2 * _WORD * place + _WORD for place in places.values()]
     rows["addend"] = np.array([image.dynamic.tags[tag] for tag in places], np.uint64).view(np.int64)
     return rows

@@ -7,15 +7,14 @@ define the table is ours.  Source: glibc's ``do_lookup_unique``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symbols import STB_GNU_UNIQUE, SymbolTable, gnu_hashes
+from miniloader.elf.symbols import STB_GNU_UNIQUE, SymbolTable
 from miniloader.loader import host
-from miniloader.loader.scope import Bindings, Definer, find_all
+from miniloader.loader.scope import Bindings, Definer, find_names
 
 __all__ = ["forget", "settle", "settled"]
 
@@ -32,8 +31,8 @@ def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]
     )
     if not len(places):
         return []
-    names = [table.name_bytes(int(index)) for index in bindings.wanted[places]]
-    answers = _of_host(names)
+    symbols = bindings.wanted[places]
+    names, answers = table.names(symbols), _of_host(table, symbols)
     used: dict[int, Definer] = {}
     for place, name, answer in zip(places.tolist(), names, answers, strict=True):
         if answer is not None:
@@ -47,8 +46,11 @@ def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]
 
 def settled(name: bytes, address: int, definer: Definer) -> tuple[int, Definer | None]:
     """The process's one ``name``, where a look-up found ``definer``'s at ``address``; who of ours has it."""
-    answer = _of_host([name])[0]
-    return (answer, None) if answer is not None else _ours.setdefault(name, (address, definer))
+    for library in host.libraries():
+        index = library.symbols.find(name) if library.has_unique else None
+        if index is not None and library.symbols.bind[index] == STB_GNU_UNIQUE:
+            return host.symbol_address(library.handle, name) or 0, None
+    return _ours.setdefault(name, (address, definer))
 
 
 def forget(definer: Definer) -> None:
@@ -57,17 +59,16 @@ def forget(definer: Definer) -> None:
         del _ours[name]
 
 
-def _of_host(names: Sequence[bytes]) -> list[int | None]:
-    """The address of each name that one of ld.so's libraries defines as unique."""
-    found: list[int | None] = [None] * len(names)
-    hashes, left = gnu_hashes(names), np.arange(len(names))
-    versions: list[str | None] = [None] * len(names)
+def _of_host(table: SymbolTable, symbols: NDArray[np.int64]) -> list[int | None]:
+    """The address of each of ``symbols`` whose name one of ld.so's libraries defines as unique."""
+    found: list[int | None] = [None] * len(symbols)
+    left = np.arange(len(symbols))
     for library in host.libraries():
-        table = library.symbols
         if not library.has_unique or not len(left):
             continue
-        for item, index in find_all(table, left, names, versions, hashes).items():
-            if int(table.bind[index]) == STB_GNU_UNIQUE:
-                found[item] = host.symbol_address(library.handle, names[item])
-        left = np.array([item for item in left.tolist() if found[item] is None], np.intp)
+        indices = find_names(table, symbols[left], library)
+        unique = (indices >= 0) & (library.symbols.bind[indices] == STB_GNU_UNIQUE)
+        for place in left[unique].tolist():
+            found[place] = host.symbol_address(library.handle, table.name_bytes(int(symbols[place])))
+        left = left[~unique]
     return found
