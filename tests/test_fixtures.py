@@ -23,6 +23,7 @@ class Shape(NamedTuple):
     compiler: bytes
     segments: list[tuple[int, ...]]
     code: bytes
+    needed: set[str]
     dynamic: list[tuple[str, int]]
     symbols: dict[str, tuple[int, int]]
 
@@ -37,10 +38,25 @@ def shape(path: Path) -> Shape:
         code = b"".join(s.data() for s in elf.iter_segments("PT_LOAD") if s["p_flags"] & 1)
         (dynamic,) = elf.iter_segments("PT_DYNAMIC")
         tags = [(tag.entry.d_tag, tag.entry.d_val) for tag in dynamic.iter_tags()]
+        needed = {tag.needed for tag in dynamic.iter_tags("DT_NEEDED")}
         symbols = {
             s.name: (s["st_value"], s["st_size"]) for s in elf.get_section_by_name(".dynsym").iter_symbols()
         }
-        return Shape(elf.get_section_by_name(".comment").data(), segments, code, tags, symbols)
+        return Shape(elf.get_section_by_name(".comment").data(), segments, code, needed, tags, symbols)
+
+
+def test_the_committed_loops_are_what_their_sources_make(tmp_path: Path) -> None:
+    if shutil.which(build.MACHINES["x86_64"].compiler) is None:
+        pytest.skip(f"no compiler: {build.MACHINES['x86_64'].compiler}")
+    build.build_loops(tmp_path / "rebuilt.so")
+    committed, rebuilt = shape(build.LOOPS), shape(tmp_path / "rebuilt.so")
+    assert rebuilt.symbols.keys() == committed.symbols.keys()
+    assert committed.needed <= {"libc.so.6"}
+    if committed.compiler != rebuilt.compiler:
+        pytest.skip(
+            f"this machine lacks {committed.compiler!r}: the code could not be compared, its names were"
+        )
+    assert build.LOOPS.read_bytes() == (tmp_path / "rebuilt.so").read_bytes()
 
 
 COMMITTED = {("demo", machine): how.prebuilt for machine, how in build.MACHINES.items()}

@@ -43,8 +43,9 @@ class Rule:
     source: str
     severity: Severity
     faults: Callable[[ElfImage], Iterator[Fault]]
-    #: Whether the loader sees to it word by word as it relocates, and so need not look through all words before.
-    when_relocated: bool = False
+    #: Whether the loader sees to it word by word as it relocates, and so need not look through all words
+    #: before.
+    when_linked: bool = False
 
 
 RULES: Final[tuple[Rule, ...]] = (
@@ -103,6 +104,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 5, Hash Table; LSB",
         "error",
         faults.symbols,
+        when_linked=True,
     ),
     Rule(
         "hash-links",
@@ -110,15 +112,23 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 5, Hash Table",
         "error",
         faults.hash_links,
+        when_linked=True,
     ),
-    Rule("strings", "from names outside the string table", "gABI 4, String Table", "error", faults.strings),
+    Rule(
+        "strings",
+        "from names outside the string table",
+        "gABI 4, String Table",
+        "error",
+        faults.strings,
+        when_linked=True,
+    ),
     Rule(
         "relocation-targets",
         "from writing outside the image",
         "gABI 4, r_offset",
         "error",
         faults.relocation_targets,
-        when_relocated=True,
+        when_linked=True,
     ),
     Rule(
         "relocation-symbols",
@@ -126,7 +136,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 4, r_info",
         "error",
         faults.relocation_symbols,
-        when_relocated=True,
+        when_linked=True,
     ),
     Rule(
         "relative-relocations",
@@ -134,7 +144,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "glibc's elf/dynamic-link.h, DT_RELACOUNT",
         "error",
         faults.relative_head,
-        when_relocated=True,
+        when_linked=True,
     ),
     Rule(
         "init-arrays",
@@ -156,7 +166,7 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 5, DT_INIT_ARRAY",
         "error",
         faults.array_pointers,
-        when_relocated=True,
+        when_linked=True,
     ),
     Rule("tls-template", "from copying a template that is not there", "gABI 5, PT_TLS", "error", faults.tls),
     Rule("relro", "from protecting pages of something else", "psABI, PT_GNU_RELRO", "error", faults.relro),
@@ -185,6 +195,12 @@ RULES: Final[tuple[Rule, ...]] = (
 """Every rule, in the order they are checked; a later one may rely on the earlier."""
 
 
+_REFUSED: Final = {
+    when: tuple(rule for rule in RULES if rule.severity == "error" and rule.when_linked == when)
+    for when in (False, True)
+}
+
+
 def _broken(rule: Rule, image: ElfImage) -> Iterator[Problem]:
     try:
         for field, found, expected in rule.faults(image):
@@ -208,12 +224,11 @@ def problems_of(image: ElfImage) -> tuple[Problem, ...]:
     return tuple(found.values())
 
 
-def refuse_problems(image: ElfImage, *, when_relocated: bool = False) -> None:
+def refuse_problems(image: ElfImage, *, when_linked: bool = False) -> None:
     """Raise :class:`ElfError` for the first problem of the file that keeps it from being loaded.
 
-    ``when_relocated`` says by which rules: those that the loader sees to as it relocates, or all others.
+    ``when_linked`` says by which rules: those that the loader sees to as it links, or all others.
     """
-    for rule in RULES:
-        if rule.severity == "error" and rule.when_relocated == when_relocated:
-            for problem in _broken(rule, image):
-                raise ElfError(image.path, problem.field, problem.found, problem.expected)
+    for rule in _REFUSED[when_linked]:
+        for problem in _broken(rule, image):
+            raise ElfError(image.path, problem.field, problem.found, problem.expected)

@@ -100,8 +100,9 @@ def dynamic(image: ElfImage) -> Iterator[Fault]:
 
 def one_of_each(image: ElfImage) -> Iterator[Fault]:
     """No two segments of a kind of which there may be one."""
+    kinds = [segment.type for segment in image.segments]
     for kind in ("PT_DYNAMIC", "PT_TLS", "PT_GNU_RELRO", "PT_INTERP"):
-        count = sum(segment.type == kind for segment in image.segments)
+        count = kinds.count(kind)
         if count > 1:
             yield kind, f"{count} of them", "at most one"
 

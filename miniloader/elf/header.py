@@ -119,15 +119,10 @@ def _structs(elf_class: int, little: bool, e_type: Any, e_machine: Any, os_abi: 
 
 
 @lru_cache(maxsize=4)
-def _basic(elf_class: int, little: bool) -> ELFStructs:
-    structs = ELFStructs(little_endian=little, elfclass=elf_class)
-    structs.create_basic_structs()
-    return structs
-
-
-def _name(value: Any, prefix: str) -> str:
-    """pyelftools' name of an enumerated value without its prefix, or the number in hexadecimal."""
-    return value.removeprefix(prefix) if isinstance(value, str) else f"{value:#x}"
+def _names(table: str, prefix: str) -> dict[int, str]:
+    """pyelftools' names of an enumeration, by number, without their prefix; the first of each."""
+    entries = reversed(getattr(enums, table).items())
+    return {code: name.removeprefix(prefix) for name, code in entries if isinstance(code, int)}
 
 
 def _container(header: Header) -> ELFStructs:
@@ -164,28 +159,30 @@ def read_header(source: Source) -> Header:
     if ident[6] != 1:
         raise ElfError(name, "EI_VERSION", str(ident[6]), "1")
     elf_class: Literal[32, 64] = 32 if ident[4] == 1 else 64
-    size = 52 if elf_class == 32 else 64
-    raw = _basic(elf_class, ident[5] == 1).Elf_Ehdr.parse(bytes(source.read(0, size, "ELF header")))
-    if raw.e_version not in ("EV_CURRENT", 1):
-        raise ElfError(name, "e_version", _name(raw.e_version, "EV_"), "1")
-    code = raw.e_machine
+    record = struct.Struct(
+        ("<" if ident[5] == 1 else ">") + ("16xHHIIIIIHHHHHH" if elf_class == 32 else "16xHHIQQQIHHHHHH")
+    )
+    e_type, code, version, *rest = record.unpack(source.read(0, record.size, "ELF header"))
+    if version != 1:
+        raise ElfError(name, "e_version", f"{version:#x}", "1")
+    entry, phoff, shoff, flags, _, phentsize, phnum, shentsize, shnum, shstrndx = rest
     return Header(
         elf_class=elf_class,
         byte_order="little" if ident[5] == 1 else "big",
         os_abi=ident[7],
         abi_version=ident[8],
-        type=_name(raw.e_type, "ET_"),
-        machine=_MACHINES.get(code) or _name(code, "EM_"),
-        machine_code=enums.ENUM_E_MACHINE[code] if isinstance(code, str) else code,
-        entry=raw.e_entry,
-        flags=raw.e_flags,
-        phoff=raw.e_phoff,
-        phentsize=raw.e_phentsize,
-        phnum=raw.e_phnum,
-        shoff=raw.e_shoff,
-        shentsize=raw.e_shentsize,
-        shnum=raw.e_shnum,
-        shstrndx=raw.e_shstrndx,
+        type=_names("ENUM_E_TYPE", "ET_").get(e_type, f"{e_type:#x}"),
+        machine=_MACHINES.get(code) or _names("ENUM_E_MACHINE", "EM_").get(code, f"{code:#x}"),
+        machine_code=code,
+        entry=entry,
+        flags=flags,
+        phoff=phoff,
+        phentsize=phentsize,
+        phnum=phnum,
+        shoff=shoff,
+        shentsize=shentsize,
+        shnum=shnum,
+        shstrndx=shstrndx,
     )
 
 

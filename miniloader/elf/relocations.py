@@ -114,15 +114,15 @@ def kind_name(machine: str, code: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class RelocationTable:
-    """One table of the dynamic section: ``count`` rows from ``file_offset`` on.
+    """One table of the dynamic section: ``count`` rows from ``vaddr`` on.
 
-    Without ``addends`` (REL) they lie in the words relocated.  The first ``head`` rows only add the load bias,
-    as ``DT_RELACOUNT`` says; in a large library they are nearly all.
+    Without ``addends`` (REL) they lie in the words relocated.  The first ``head`` rows only add the load
+    bias, as ``DT_RELACOUNT`` says; in a large library they are nearly all.
     """
 
     name: str
     addends: bool
-    file_offset: int
+    vaddr: int
     count: int
     head: int
     decode: Callable[[int, int], Table]
@@ -225,16 +225,16 @@ def read_relocations(
         def decode(
             first: int,
             last: int,
-            start: int = file_offset,
+            file_offset: int = file_offset,
             tag: int = tag,
             size: int = sizes[addends],
             addends: bool = addends,
         ) -> Table:
-            data = source.read(start + first * size, (last - first) * size, tag_name(tag))
+            data = source.read(file_offset + first * size, (last - first) * size, tag_name(tag))
             return decode_relocations(data, elf_class, order, addends=addends, machine=machine)
 
         head = min(tags.get(DT_RELACOUNT, 0), count) if tag == DT_RELA else 0
-        tables.append(RelocationTable(tag_name(tag), addends, file_offset, count, head, decode))
+        tables.append(RelocationTable(tag_name(tag), addends, start, count, head, decode))
     return Relocations(machine, tuple(tables), relr)
 
 

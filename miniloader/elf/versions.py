@@ -26,6 +26,7 @@ VER_NDX_GLOBAL: Final = 1
 _VER_FLG_BASE: Final = 1
 _VER_FLG_WEAK: Final = 2
 _LONGEST: Final = 4096
+_BLOCK: Final = 1024
 _MOST: Final = 0x8000  # a version index has 15 bits
 
 
@@ -48,21 +49,37 @@ def read_versions(
     return needed | defined
 
 
-def _records(
-    read: Reader, vaddr: int, count: int, record: struct.Struct, what: str, name: str | None
-) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The ``count`` records linked by their last field from ``vaddr`` on; each step goes forward."""
-    if count > _MOST:
-        raise ElfError(name, what, f"{count} records", f"at most {_MOST}")
-    for _ in range(count):
-        fields = record.unpack(read(vaddr, record.size, what))
-        yield vaddr, fields
-        step = fields[-1]
-        if step == 0:
-            return
-        if step < record.size:
-            raise ElfError(name, what, f"a step of {step} bytes", f"0 or at least {record.size}")
-        vaddr += step
+class _Records:
+    """Records that lie close together, read a block at a time."""
+
+    def __init__(self, read: Reader, what: str, name: str | None) -> None:
+        self._read, self._what, self._name = read, what, name
+        self._start, self._block = 0, b""
+
+    def unpack(self, record: struct.Struct, vaddr: int) -> tuple[int, ...]:
+        """The record at ``vaddr``."""
+        if not self._start <= vaddr <= self._start + len(self._block) - record.size:
+            try:
+                block = self._read(vaddr, _BLOCK, self._what)
+            except ElfError:  # not so many before the segment ends
+                block = self._read(vaddr, record.size, self._what)
+            self._start, self._block = vaddr, bytes(block)
+        return record.unpack_from(self._block, vaddr - self._start)
+
+    def linked(self, record: struct.Struct, vaddr: int, count: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The ``count`` records linked by their last field from ``vaddr`` on; each step goes forward."""
+        if count > _MOST:
+            raise ElfError(self._name, self._what, f"{count} records", f"at most {_MOST}")
+        for _ in range(count):
+            fields = self.unpack(record, vaddr)
+            yield vaddr, fields
+            step = fields[-1]
+            if step == 0:
+                return
+            if step < record.size:
+                expected = f"0 or at least {record.size}"
+                raise ElfError(self._name, self._what, f"a step of {step} bytes", expected)
+            vaddr += step
 
 
 def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
@@ -78,14 +95,14 @@ def _needed(
 ) -> Iterator[tuple[int, Version]]:
     # Elf*_Verneed: version, count, file, aux, next; Elf*_Vernaux: hash, flags, other, name, next.
     need, auxiliary = struct.Struct(f"{order}HHIII"), struct.Struct(f"{order}IHHII")
-    total = 0
+    records, total = _Records(read, "DT_VERNEED", name), 0
     number = tags.get(DT_VERNEEDNUM, 0)
-    for at, (_, count, file, aux, _) in _records(read, tags[DT_VERNEED], number, need, "DT_VERNEED", name):
+    for at, (_, count, file, aux, _) in records.linked(need, tags[DT_VERNEED], number):
         total += count
         if total > _MOST:
             raise ElfError(name, "DT_VERNEED", f"{total} versions", f"at most {_MOST}")
         library = _text(strings, file, "DT_VERNEED", name)
-        for _, (_, flags, index, label, _) in _records(read, at + aux, count, auxiliary, "DT_VERNEED", name):
+        for _, (_, flags, index, label, _) in records.linked(auxiliary, at + aux, count):
             weak = bool(flags & _VER_FLG_WEAK)
             yield (
                 index & ~VERSION_HIDDEN,
@@ -98,11 +115,9 @@ def _defined(
 ) -> Iterator[tuple[int, Version]]:
     # Elf*_Verdef: version, flags, index, count, hash, aux, next; Elf*_Verdaux: name, next.
     define, auxiliary = struct.Struct(f"{order}HHHHIII"), struct.Struct(f"{order}II")
-    number = tags.get(DT_VERDEFNUM, 0)
-    for at, (_, flags, index, _, _, aux, _) in _records(
-        read, tags[DT_VERDEF], number, define, "DT_VERDEF", name
-    ):
-        label, _ = auxiliary.unpack(read(at + aux, auxiliary.size, "DT_VERDEF"))
+    records, number = _Records(read, "DT_VERDEF", name), tags.get(DT_VERDEFNUM, 0)
+    for at, (_, flags, index, _, _, aux, _) in records.linked(define, tags[DT_VERDEF], number):
+        label, _ = records.unpack(auxiliary, at + aux)
         yield (
             index & ~VERSION_HIDDEN,
             Version(_text(strings, label, "DT_VERDEF", name), None, base=bool(flags & _VER_FLG_BASE)),

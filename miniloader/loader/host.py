@@ -29,13 +29,14 @@ from miniloader.elf.dynamic import (
     parse_dynamic,
 )
 from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
-from miniloader.elf.symbols import STB_GNU_UNIQUE, STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
 from miniloader.loader.stubs import Stub
+from miniloader.machine.loops import Names, Stopped
 from miniloader.machine.stubs import collect
 from miniloader.values import dataclass
 
-__all__ = ["HostLibrary", "global_handle", "libraries", "open_host", "thread_pointer"]
+__all__ = ["HostLibrary", "Listing", "global_handle", "libraries", "listing", "open_host", "thread_pointer"]
 
 RTLD_LAZY: Final = 1
 RTLD_NOW: Final = 2
@@ -197,9 +198,13 @@ class HostLibrary:
         return read_symbols(self.read, self.dynamic.tags, elf_class=64, order="<", name=self.name)
 
     @cached_property
-    def has_unique(self) -> bool:
-        """Whether it defines any ``STB_GNU_UNIQUE`` symbol."""
-        return bool((self.symbols.bind == STB_GNU_UNIQUE).any())
+    def names(self) -> Names:
+        """The same, to look names up where they lie."""
+        try:
+            return Names(self.bias, self.ranges, self.dynamic.tags)
+        except Stopped as stopped:
+            reason = stopped.reason.name.lower().replace("_", " ")
+            raise ElfError(self.name, "dynamic symbols", reason, "tables inside its segments") from None
 
     @cached_property
     def needed(self) -> tuple[str, ...]:
@@ -281,7 +286,7 @@ class HostLibrary:
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``."""
 
     adds: int
@@ -300,16 +305,21 @@ class _Listing:
         return {name: library for name, library in reversed(pairs) if name}
 
 
-_last: list[_Listing] = []
+_last: list[Listing] = []
 _room: list[int] = [1 << 15]  # bytes that all records took, and some more
 
 
 def libraries() -> tuple[HostLibrary, ...]:
     """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
+    return listing().found
+
+
+def listing() -> Listing:
+    """The same, and what finds one of them."""
     room, used = _collected()
     _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
     if _last and (_last[0].adds, _last[0].subs) == (adds, subs):
-        return _last[0].found
+        return _last[0]
     before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
     all_stay = bool(_last) and _last[0].subs == subs
     found: list[HostLibrary] = []
@@ -325,8 +335,8 @@ def libraries() -> tuple[HostLibrary, ...]:
         elif not path.startswith("linux-vdso"):
             new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
             found.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
-    _last[:] = [_Listing(adds, subs, tuple(found))]
-    return _last[0].found
+    _last[:] = [Listing(adds, subs, tuple(found))]
+    return _last[0]
 
 
 def _collected() -> tuple[bytearray, int]:
@@ -375,18 +385,6 @@ def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibra
     vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
     notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
     return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
-
-
-def by_bias() -> dict[int, HostLibrary]:
-    """:func:`libraries` by load bias, without the main program."""
-    libraries()
-    return _last[0].by_bias
-
-
-def by_name() -> dict[str, HostLibrary]:
-    """:func:`libraries` by soname and by file name."""
-    libraries()
-    return _last[0].by_name
 
 
 def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:

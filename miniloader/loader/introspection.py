@@ -37,6 +37,8 @@ _COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
 _END: Final = 72  # where an entry has the address that makes it valid
 _HOLDS: Final = 152  # where it says how often it is held
 
+_Counts: Final = ctypes.c_uint64 * 3
+
 _waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
 
 
@@ -54,10 +56,10 @@ class _Table:
             raise
         self.head = HEAD.pack(*(_of_host().get(name, 0) for name in FUNCTIONS), 0, 0, 0)
         ctypes.memmove(self.base + TABLE, self.head, HEAD.size)
-        self._counts = (ctypes.c_uint64 * 3).from_address(self.base + TABLE + _COUNTS)
+        self._counts = _Counts.from_address(self.base + TABLE + _COUNTS)
         self._listed: dict[Loaded, int] = {}  # its entry's number
         self._free: list[int] = []
-        self._strings: dict[int, tuple[ctypes.Array[ctypes.c_char], ...]] = {}  # what an entry points at
+        self._texts: dict[int, bytearray] = {}  # what an entry points at
 
     def add(self, library: Loaded) -> None:
         """List ``library``: its entry is valid when all of it is there."""
@@ -65,23 +67,24 @@ class _Table:
         number = self._free.pop() if self._free else number
         header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
         table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
-        words = os.fsencode(image.path), bytes(table), os.fsencode(image.soname or image.path)
-        strings = tuple(map(ctypes.create_string_buffer, words))
-        name, headers, soname = map(ctypes.addressof, strings)
+        path, soname = os.fsencode(image.path), os.fsencode(image.soname or image.path)
+        text = bytearray(b"\0".join((table, path, soname, b"")))
+        headers = ctypes.addressof(ctypes.c_char.from_buffer(text))
+        name = headers + len(table) + 1
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
         entry = ENTRY.pack(
             *(memory.bias, name, headers, header.phnum, 0, 0),
             *(library.blocks.own.module if library.blocks.own is not None else 0, 0),
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
-            *(symbols, len(library.symbols.rows) if symbols else 0, names),
+            *(symbols, len(library.names), names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
-            *(0, soname),
+            *(0, name + len(path) + 1),
         )
         at = self._at(number)
         ctypes.memmove(at, entry, ENTRY.size)
         ctypes.c_uint64.from_address(at + _END).value = memory.end
-        self._strings[number], self._listed[library] = strings, number
+        self._texts[number], self._listed[library] = text, number
         self._counts[0] = max(self._counts[0], number + 1)
         self._counts[1] += 1
 
@@ -94,7 +97,7 @@ class _Table:
         self._counts[2] += 1
         host.libraries()  # takes glibc's lock: whoever was being told of it has been told
         self._free.append(number)
-        del self._strings[number]
+        del self._texts[number]
 
     def holds(self, library: Loaded) -> bool:
         """Whether somebody has asked for ``library`` to stay."""
@@ -131,10 +134,8 @@ def is_held(library: Loaded) -> bool:
 def answer(addresses: NDArray[np.uint64]) -> None:
     """Replace, in ``addresses``, those of glibc's functions by what stands for them."""
     asked = _asked()
-    hits = np.flatnonzero(asked[np.minimum(asked.searchsorted(addresses), len(asked) - 1)] == addresses)
-    if len(hits):
-        pairs = stand_ins()
-        addresses[hits] = [pairs.get(address, address) for address in addresses[hits].tolist()]
+    for address in asked.intersection(addresses.tolist()):
+        addresses[addresses == address] = stand_ins().get(address, address)
 
 
 @lru_cache(maxsize=1)
@@ -157,8 +158,8 @@ def _table() -> _Table | None:
 
 
 @lru_cache(maxsize=1)
-def _asked() -> NDArray[np.uint64]:
-    return np.array(sorted(_of_host().values()), np.uint64)
+def _asked() -> frozenset[int]:
+    return frozenset(_of_host().values())
 
 
 @lru_cache(maxsize=1)

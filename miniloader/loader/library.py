@@ -7,8 +7,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +25,7 @@ from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import Definer
 from miniloader.loader.search import find_path
+from miniloader.machine.loops import functions
 
 __all__ = ["Library", "load"]
 
@@ -175,6 +175,7 @@ def load(
         raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
     policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
     clock = _Clock()
+    functions()  # before it is asked what the process has: they are in a library of their own
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
         known = _known(lambda library: library.key == source.key and library.policy.init == init)
@@ -185,10 +186,11 @@ def load(
             known.handles += 1
             return Library(known, clock.stages)
         graph = Graph(policy, _known, on_event)
-        with ExitStack() as undo:
-            undo.callback(_undo, graph)
+        try:
             root = _load(graph, source, clock)
-            undo.pop_all()
+        except BaseException:
+            _undo(graph)
+            raise
         root.handles += 1
         return Library(root, clock.stages)
 
@@ -198,14 +200,12 @@ class _Clock:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[name] = self.stages.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+    def ends(self, stage: str) -> None:
+        """What has been done since the last one is this ``stage``."""
+        last, self._last = self._last, time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + (self._last - last) * 1e3
 
 
 def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
@@ -213,39 +213,39 @@ def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
 
 
 def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
-    with clock.stage("parse"):
-        root = graph.add(source)
-        graph.complete()
-    with clock.stage("map"):
-        for library in graph.new:
-            map_library(graph, library)
-    with clock.stage("relocate"):
-        scope: list[Definer] = [library for library in host.libraries() if library.is_global]
-        scope += (library for library in root.local_scope() if library not in scope)
-        order = [library for library in _sort(root) if library in graph.new]
-        for library in order:
-            link_library(graph, library, scope)
+    root = graph.add(source)
+    graph.complete()
+    clock.ends("parse")
+    for library in graph.new:
+        map_library(graph, library)
+    clock.ends("map")
+    scope: list[Definer] = [library for library in graph.listing.found if library.is_global]
+    scope += (library for library in root.local_scope(graph.listing) if library not in scope)
+    order = [library for library in _sort(root) if library in graph.new]
+    for library in order:
+        link_library(graph, library, scope)
+    clock.ends("relocate")
     if graph.policy.gdb:
         _show_to_debugger(order, clock)
-    with clock.stage("init"):
-        _present.extend(graph.new)
-        if graph.policy.init:
-            for library in graph.new:
-                introspection.add(library)
-            # All are read before any runs: a page of the file that is gone must not be met half-way.
-            constructors = [read_life(library) for library in order]
-            for library, addresses in zip(order, constructors, strict=True):
-                initialise_library(graph, library, addresses)
+    _present.extend(graph.new)
+    if graph.policy.init:
+        for library in graph.new:
+            introspection.add(library)
+        # All are read before any runs: a page of the file that is gone must not be met half-way.
+        constructors = [read_life(library) for library in order]
+        for library, addresses in zip(order, constructors, strict=True):
+            initialise_library(graph, library, addresses)
+    clock.ends("init")
     return root
 
 
 def _show_to_debugger(libraries: Sequence[Loaded], clock: _Clock) -> None:
     from miniloader.loader.debugger import register
 
-    with clock.stage("gdb"):
-        for library in libraries:
-            if library.debugging is None:
-                library.debugging = register(library.image, library.bias)
+    for library in libraries:
+        if library.debugging is None:
+            library.debugging = register(library.image, library.bias)
+    clock.ends("gdb")
 
 
 def _quoted(path: str) -> str:

@@ -32,9 +32,8 @@ from miniloader.machine.stubs import call_each
 
 __all__ = [
     "constructor_order",
-    "constructors",
     "destructor_order",
-    "destructors",
+    "read_life",
     "run_constructors",
     "run_destructor",
 ]
@@ -46,6 +45,7 @@ _CALL_EACH: Final = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 )
 _libc: Final = ctypes.CDLL(None)
+_WORD: Final = 8
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
 _MANY: Final = 100  # constructors from which on code of our own calls them
 #: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
@@ -56,30 +56,30 @@ _CLOSED_FIRST: Final = tuple(
 T = TypeVar("T")
 
 
-def constructors(image: ElfImage, memory: Memory) -> list[int]:
-    """The addresses to call, in order."""
-    first = _single(image, memory, DT_INIT)
-    return first + _array(image, memory, DT_INIT_ARRAY, DT_INIT_ARRAYSZ)
+def read_life(image: ElfImage, memory: Memory) -> tuple[list[int], list[int]]:
+    """The addresses of the constructors, and of the destructors, in the order in which they are called."""
+    tags = image.dynamic.tags
+    first, last = ([memory.bias + tags[tag]] if tags.get(tag) else [] for tag in (DT_INIT, DT_FINI))
+    arrays = [
+        (tags[start], tags[start] + tags[size]) if start in tags and tags.get(size) else None
+        for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
+    ]
+    init, fini = arrays
+    if init and fini and init[1] == fini[0]:  # linkers put one after the other
+        words = _functions(memory, init[0], fini[1])
+        size = (init[1] - init[0]) // _WORD
+        begins, ends = words[:size], words[size:]
+    else:
+        begins, ends = (_functions(memory, *array) if array else [] for array in arrays)
+    return first + [a for a in begins if a not in _NO_FUNCTION], [
+        a for a in ends[::-1] if a not in _NO_FUNCTION
+    ] + last
 
 
-def destructors(image: ElfImage, memory: Memory) -> list[int]:
-    """The addresses to call, in order."""
-    last = _single(image, memory, DT_FINI)
-    return _array(image, memory, DT_FINI_ARRAY, DT_FINI_ARRAYSZ)[::-1] + last
-
-
-def _single(image: ElfImage, memory: Memory, tag: int) -> list[int]:
-    value = image.dynamic.tags.get(tag, 0)
-    return [memory.bias + value] if value else []
-
-
-def _array(image: ElfImage, memory: Memory, tag: int, size_tag: int) -> list[int]:
-    """The function pointers of an array, as relocation left them in memory."""
-    size = image.dynamic.tags.get(size_tag, 0)
-    if tag not in image.dynamic.tags or not size:
-        return []
-    words = memory.read(image.dynamic.tags[tag], size).view(np.uint64)
-    return [address for address in words.tolist() if address not in _NO_FUNCTION]
+def _functions(memory: Memory, start: int, end: int) -> list[int]:
+    """The function pointers between two vaddrs, as relocation left them in memory."""
+    words: list[int] = memory.read(start, end - start).view(np.uint64).tolist()
+    return words
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from miniloader.elf import LoadPlan
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
-from miniloader.elf.versions import Version
 from miniloader.errors import LoadError, SymbolError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import introspection, life, tls, unique, unwind
@@ -22,8 +21,10 @@ from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
 from miniloader.loader.relocate import Relocation, call_resolver, indirect_functions, refuse_unbound
-from miniloader.loader.scope import Bindings, Definer, bind
+from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.sorting import sort_relocations
+from miniloader.loader.tables import refuse
+from miniloader.machine.loops import Met, Stopped
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 
@@ -44,7 +45,7 @@ def map_library(graph: Graph, library: Loaded) -> None:
     memory = library.memory = _reserve(graph, library, plan)
     text = f"{plan.length:#x} bytes at {memory.start:#x}"
     graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
-    for mapping in plan.mappings:
+    for mapping in plan.mappings if graph.tell is not None else ():
         start, end = memory.bias + mapping.start, memory.bias + mapping.end
         text = f"{start:#x}-{end:#x} {mapping.protection} {mapping.kind}"
         if mapping.kind == "file":
@@ -186,12 +187,17 @@ def _thread_local(
 def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: CarrierOf) -> None:
     """Bind its symbols in ``order`` and relocate."""
     image, memory = library.image, library.mapped
-    _check_versions(library)
     lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
     relocations = sort_relocations(image, lazy=lazy)
     work = Relocation(image, memory, relocations)
-    bindings = bind(image.symbols, work.wanted, order, order.index(library))
-    refuse_unbound(image, bindings)
+    library.names = work.names
+    try:
+        _check_versions(library)
+        bindings = bind(work.wanted, order, order.index(library))
+    except Stopped as stopped:
+        refuse(image, stopped)
+    if bindings.met & Met.UNBOUND:
+        refuse_unbound(image, bindings)
     addresses = _addresses(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
@@ -225,11 +231,14 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
 
     These are relocated already, so that their resolvers can run before anything of the library is.
     """
+    if not bindings.met & Met.INDIRECT_FUNCTION:
+        return np.zeros(len(addresses), np.bool_)
     late = indirect_functions(bindings)
     chosen: dict[int, int] = {}
-    for place in np.flatnonzero(late).tolist():
-        if not isinstance(bindings.scope[int(bindings.owner[place])], Loaded):
-            resolver = int(addresses[place])
+    places = np.flatnonzero(late)
+    resolvers, owners = addresses[places].tolist(), bindings.owner[places].tolist()
+    for place, resolver, owner in zip(places.tolist(), resolvers, owners, strict=True):
+        if not isinstance(bindings.scope[owner], Loaded):
             addresses[place] = chosen[resolver] = chosen.get(resolver) or call_resolver(resolver)
             late[place] = False
     return late
@@ -237,8 +246,8 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
 
 def read_life(library: Loaded) -> list[int]:
     """Note its destructors; the addresses of its constructors."""
-    library.destructors = life.destructors(library.image, library.mapped)
-    return life.constructors(library.image, library.mapped)
+    constructors, library.destructors = life.read_life(library.image, library.mapped)
+    return constructors
 
 
 def initialise_library(graph: Graph, library: Loaded, constructors: Sequence[int]) -> None:
@@ -256,26 +265,21 @@ def _check_versions(library: Loaded) -> None:
 
     As glibc: a library without any versions passes, and so does a version that is needed weakly.
     """
-    needed: dict[str, list[Version]] = {}
-    for version in library.symbols.versions.values():
-        if version.file is not None and not version.weak:
-            needed.setdefault(version.file, []).append(version)
     for other in library.needs:
         soname = other.soname if isinstance(other, HostLibrary) else other.image.soname
-        wanted = needed.get(soname or os.path.basename(other.name))
-        if not wanted:
-            continue
-        defined = {version.name for version in other.symbols.versions.values() if version.file is None}
-        missing = next((version.name for version in wanted if version.name not in defined), None)
-        if defined and missing is not None:
-            raise SymbolError(f"{library.name}: needs version {missing}, which {other.name} does not define")
+        file = os.fsencode(soname or os.path.basename(other.name))
+        missing = library.names.missing_version(file, other.names)
+        if missing is not None:
+            version = missing.decode("utf-8", "backslashreplace")
+            raise SymbolError(f"{library.name}: needs version {version}, which {other.name} does not define")
 
 
 def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
     addresses = bindings.addresses()
-    for definer in unique.settle(library.symbols, bindings, addresses):
-        _share(library, definer)
+    if bindings.met & Met.UNIQUE:
+        for definer in unique.settle(library, bindings, addresses):
+            _share(library, definer)
     for definer in used(library, bindings):
         _hold(library, definer)
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
@@ -287,8 +291,7 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
 
 def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
-    # Not np.unique, which imports numpy.ma: 10 ms.
-    owners = np.flatnonzero(np.bincount(bindings.owner[bindings.owner >= 0])).tolist()
+    owners = list(bindings.owners)
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
         used = np.concatenate([table.rest["symbol"] for table in library.image.relocations.tables])
         used = used[np.isin(used, bindings.wanted)]
@@ -317,10 +320,13 @@ def _hold(library: Loaded, definer: Definer) -> None:
 
 def thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
     """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
-    table = library.symbols
-    wanted = table.rows["name"][bindings.wanted]
-    offsets = [table.strings.find(b"\0" + name + b"\0") + 1 for name in _THREAD_EXIT]
-    return [place for at in offsets if at for place in np.flatnonzero(wanted == at).tolist()]
+    functions = [find_name(name, bindings.scope) for name in _THREAD_EXIT]
+    same = [
+        (bindings.owner == function["owner"]) & (bindings.symbol == function["symbol"])
+        for function in functions
+        if function["owner"][0] >= 0
+    ]
+    return [place for places in same for place in np.flatnonzero(places).tolist()]
 
 
 def _count_for_carrier(library: Loaded) -> None:
@@ -344,7 +350,7 @@ def _finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
 
     def find(index: int) -> int:
         there = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
-        bindings = bind(library.symbols, np.array([index], np.int64), there, there.index(library))
+        bindings = bind(np.array([index], np.int64), there, there.index(library))
         refuse_unbound(library.image, bindings)
         address = int(_addresses(library, bindings)[0])
         _count_for_carrier(library)

@@ -15,13 +15,15 @@ from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import LoadError, MiniloaderError
 from miniloader.loader import host, introspection, unique, unwind
 from miniloader.loader.events import Event, OnEvent, Stage
-from miniloader.loader.host import HostLibrary
+from miniloader.loader.host import HostLibrary, Listing
 from miniloader.loader.lazy import Slots
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
+from miniloader.loader.tables import open_names
 from miniloader.loader.tls import Blocks
+from miniloader.machine.loops import Names
 
 if TYPE_CHECKING:
     from miniloader.loader.debugger import Registered
@@ -41,6 +43,7 @@ class Loaded:
         # Of these ours; for what a caller asked for all that are needed, sorted (ld.so's l_initfini).
         self.before: list[Loaded] = []
         self.memory: Memory | None = None
+        self._names: Names | None = None
         self.blocks = Blocks()  # of thread-local storage
         self.stubs: dict[int, Stub] = {}  # by the function that each stands for
         self.slots: Slots | None = None  # of the PLT, when it is bound lazily
@@ -84,8 +87,19 @@ class Loaded:
 
     @property
     def symbols(self) -> SymbolTable:
-        """Its dynamic symbols."""
+        """Its dynamic symbols, as arrays: read from the file when they are first asked for."""
         return self.image.symbols
+
+    @property
+    def names(self) -> Names:
+        """The same where they lie in memory."""
+        if self._names is None:
+            self._names = open_names(self.image, self.plan, self.bias)
+        return self._names
+
+    @names.setter
+    def names(self, names: Names) -> None:
+        self._names = names
 
     @property
     def build_id(self) -> str | None:
@@ -124,6 +138,7 @@ class Loaded:
             self.debugging = None
         if self.memory is not None:
             self.memory.unmap()
+        self._names = None
         for stub in self.stubs.values():
             stub.unmap()
         if self.slots is not None:
@@ -158,10 +173,10 @@ class Loaded:
             self.ready = None
         graph.event("prepared", self.name, f"not from the cache: {reason}", reason=reason)
 
-    def local_scope(self) -> list[Loaded | HostLibrary]:
-        """It and everything it needs, breadth first, each once."""
+    def local_scope(self, listing: Listing | None = None) -> list[Loaded | HostLibrary]:
+        """It and everything it needs, breadth first, each once; ``listing`` is what ld.so has."""
         found: list[Loaded | HostLibrary] = [self]
-        seen, of_host = {id(self)}, host.by_name()
+        seen, of_host = {id(self)}, (listing or host.listing()).by_name
         for library in found:
             for needed in library.needs if isinstance(library, Loaded) else _needs_of_host(library, of_host):
                 if id(needed) not in seen:
@@ -178,7 +193,8 @@ def _needs_of_host(library: HostLibrary, by_name: Mapping[str, HostLibrary]) -> 
 class Graph:
     """The libraries that one call of ``load`` brings: ``new`` holds them breadth first.
 
-    ``known`` finds a library that an earlier call brought.
+    ``known`` finds a library that an earlier call brought.  ``listing`` is what ld.so had when it was last
+    asked.
     """
 
     def __init__(
@@ -191,6 +207,7 @@ class Graph:
         self.known = known
         self.tell = tell
         self.new: list[Loaded] = []
+        self.listing = host.listing()
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
@@ -239,7 +256,10 @@ class Graph:
             self.event("need", library.name, f"{name}: loaded already", needed=name, path=mine.name)
             return mine
         # A path could lead to any file, which dlopen would run.
-        handle = host.open_host(name, load="/" not in name and comes_from_host(name))
+        handle = host.open_host(name, load=False)
+        if handle is None and "/" not in name and comes_from_host(name):
+            handle = host.open_host(name, load=True)
+            self.listing = host.listing()
         if handle is not None:
             return self._from_host(name, library, handle)
         found = find(name, library.asker())
@@ -273,7 +293,10 @@ class Graph:
 
     def _from_host(self, name: str, library: Loaded, handle: int) -> HostLibrary:
         library.host_handles.append(handle)
-        same = host.by_bias().get(host.load_address(handle))
+        bias = host.load_address(handle)
+        if bias not in self.listing.by_bias:
+            self.listing = host.listing()
+        same = self.listing.by_bias.get(bias)
         if same is None:
             raise LoadError(f"{library.name}: needs {name}, which the system's loader has, but does not list")
         self.event(
@@ -285,7 +308,7 @@ class Graph:
         mine = self._mine(lambda other: other.key == source.key)
         if mine is not None:
             return mine
-        for other in host.libraries():
+        for other in self.listing.found:
             try:
                 status = os.stat(other.path) if other.path else None
             except OSError:

@@ -42,8 +42,6 @@ class Memory:
         self.plan = plan
         self.bias = bias
         self.mapped = True
-        #: The vaddrs of pages that have been written to, and so are not as in the file.
-        self.changed: set[int] = set()
 
     @property
     def start(self) -> int:
@@ -67,8 +65,6 @@ class Memory:
 
     def write(self, vaddr: int, data: NDArray[Any]) -> None:
         """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy."""
-        page = self.plan.page_size
-        self.changed.update(range(vaddr & -page, vaddr + data.nbytes, page))
         self._transfer(sys.process_vm_writev, sys.MADV_POPULATE_WRITE, vaddr, data)
 
     def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:

@@ -62,7 +62,7 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
     image = read_image(source)
     refuse(image, policy)
     refuse_problems(image)
-    refuse_problems(image, when_relocated=True)
+    refuse_problems(image, when_linked=True)
     return image
 
 

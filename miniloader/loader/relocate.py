@@ -1,8 +1,7 @@
 """Relocation: from what the file asks for to the words that are written.
 
 In the order of glibc: RELR, then the tables, then what needs the library's own code to run (IRELATIVE and
-symbols that are IFUNCs).  The words are computed and written by :mod:`miniloader.machine.loops`; only pages
-that hold a relocation become private copies.
+symbols that are IFUNCs).  Nearly all words are computed and written by :mod:`miniloader.machine.loops`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
-from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_FINI_ARRAY, DT_FINI_ARRAYSZ, DT_INIT_ARRAY, DT_INIT_ARRAYSZ
 from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
-from miniloader.elf.tables import Table
+from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import ElfError, LoadError, SymbolError
 from miniloader.loader.memory import Memory
 from miniloader.loader.scope import Bindings
 from miniloader.loader.sorting import TLS, Sorted, refuse_kind
+from miniloader.loader.tables import open_names, readable, refuse, writable
 from miniloader.loader.tls import Write
-from miniloader.machine.loops import Job, Range, Reason, Stopped, kinds_table
+from miniloader.machine.loops import Job, Names, Reason, Stopped, kinds_table
 from miniloader.machine.relocation import KINDS, Kind
 
 __all__ = ["Relocation", "call_resolver", "indirect_functions", "refuse_unbound"]
@@ -36,40 +35,40 @@ _ARRAYS: Final = ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRA
 class Relocation:
     """The relocation of one library that is mapped: first :attr:`wanted` has to be bound.
 
-    Raises :class:`ElfError` or :class:`LoadError` for relocations that cannot be applied.
+    ``names`` are its symbols.  Raises :class:`ElfError` or :class:`LoadError` for relocations that cannot be
+    applied.
     """
 
     def __init__(self, image: ElfImage, memory: Memory, relocations: Sorted) -> None:
         self._image, self._memory, self._relocations = image, memory, relocations
-        plan, source = memory.plan, image.source
-        open_ = image.dynamic.text_relocations
-        tags, size = image.dynamic.tags, plan.page_size
+        plan, tags, parts = memory.plan, image.dynamic.tags, relocations.parts
         self._job = Job(
-            bias=memory.bias,
-            fd=source.fd,
-            page_size=size,
-            kinds=_kinds(image.header.machine),
-            segments=[(load.vaddr, load.end) for load in image.loads if open_ or "w" in load.flags],
+            memory.bias,
+            _kinds(image.header.machine),
+            writable=writable(image, plan),
             code=[(load.vaddr, load.end) for load in image.loads if "x" in load.flags],
             pointers=[
                 (tags[start], tags[start] + tags.get(length, 0)) for start, length in _ARRAYS if start in tags
             ],
-            ranges=[
-                Range(m.start, m.end, source.start + m.file_offset if m.kind == "file" else None)
-                for m in plan.mappings
-                if m.kind != "gap" and (open_ or "w" in m.protection)
-            ],
-            symbols=len(image.symbols),
+            parts=parts,
+            pages=(plan.start, plan.end),
+            page_size=plan.page_size,
         )
+        spans = list(readable(plan))
+        for vaddr, count in (relocations.head, *parts):
+            end = vaddr + count * RELOCATION.itemsize
+            if count and not any(low <= vaddr and end <= high for low, high in spans):
+                found = f"vaddrs {vaddr:#x} to {end:#x}"
+                raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
-            counts, self.wanted = self._job.survey(relocations.rest)
+            counts, highest = self._job.survey()
+            self.names = open_names(image, plan, memory.bias, at_least=highest + 1)
+            self.wanted = self._job.used(len(self.names))
+            self._counts = {relocations.kinds[code]: (code, count) for code, count in counts.items()}
+            for kind, rows in self._rows_of("copy"):
+                refuse_kind(image, relocations.kinds, self._counts[kind][0], int(rows["symbol"][0]))
         except Stopped as stopped:
             self._refuse(stopped)
-        kinds = relocations.kinds
-        self._kinds = {code: kinds[code] for code, count in enumerate(counts) if count}
-        for code, kind in self._kinds.items():
-            if kind.formula == "copy":
-                refuse_kind(image, kinds, code, int(self._of(code)["symbol"][0]))
 
     def apply(
         self,
@@ -89,58 +88,41 @@ class Relocation:
         relocations, job = self._relocations, self._job
         called, pointed = (bindings.places(call=call) for call in (True, False))
         added = np.concatenate([relocations.relr, relocations.lazy["offset"]])
+        words = called, pointed, addresses, bindings.found, late
         try:
-            job.compute(relocations.rest, called, pointed, addresses, bindings.found, late)
-            job.relocate(added, relocations.dynamic, *self._head(), copied=self._memory.changed)
+            job.relocate(relocations.dynamic, added, relocations.head, *words)
+            for vaddrs, values, size in thread_local(self._rows_of(*TLS)):
+                _refuse_overflow(self._image, size, vaddrs, values)
+                self._put(vaddrs, values, size)
+            if late.any() or any(kind.formula == "indirect" for kind in self._counts):
+                self._put_indirect(bindings, addresses, late, may_run=may_run)
         except Stopped as stopped:
             self._refuse(stopped)
-        for vaddrs, values, size in thread_local(self._kinds_of(*TLS)):
-            _refuse_overflow(self._image, size, vaddrs, values)
-            self._put(vaddrs, values, size)
-        if late.any() or any(kind.formula == "indirect" for kind in self._kinds.values()):
-            self._put_indirect(bindings, addresses, late, may_run=may_run)
         return job.pages
 
-    def _head(self) -> tuple[int, int]:
-        offset, count = self._relocations.head
-        return self._image.source.start + offset, count
-
-    def _of(self, code: int) -> Table:
-        rows = self._relocations.rest
-        return rows[rows["type"] == code]
-
-    def _kinds_of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
+    def _rows_of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
         """The kinds with one of ``formulas``, and their rows."""
-        return ((kind, self._of(code)) for code, kind in self._kinds.items() if kind.formula in formulas)
+        return (
+            (kind, self._job.rows(code, count))
+            for kind, (code, count) in self._counts.items()
+            if kind.formula in formulas
+        )
 
     def _put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
         self._memory.put(vaddrs, values, size)
-        self._job.note([*vaddrs.tolist(), *(vaddrs + np.uint64(size - 1)).tolist()])
+        self._job.note(vaddrs, size)
 
     def _refuse(self, stopped: Stopped) -> NoReturn:
-        """Say what is wrong, in the words of the rules that the loader sees to, where it is one of these."""
-        image, reason, where = self._image, stopped.reason, stopped.where
-        rows = self._relocations.rest
-        if reason is Reason.NO_KIND:
-            refuse_kind(image, self._relocations.kinds, int(rows["type"][where]), 0)
-        if reason is Reason.TOO_FAR:
-            raise _too_far(image, int(rows["offset"][where]), stopped.error)
-        if reason is Reason.FAILED:
-            raise self._memory.gone(where, stopped.error)
-        refuse_problems(image, when_relocated=True)
-        name = reason.name.lower().replace("_", " ")
-        raise ElfError(
-            image.path,
-            "relocations",
-            f"{name} at {where:#x}",
-            "what they were before",
-            hint="the file was changed while it was being loaded",
-        )
+        if stopped.reason is Reason.NO_KIND:
+            refuse_kind(self._image, self._relocations.kinds, stopped.what, 0)
+        if stopped.reason is Reason.TOO_FAR:
+            raise _too_far(self._image, stopped.where, stopped.what)
+        refuse(self._image, stopped)
 
     def _put_indirect(
         self, bindings: Bindings, addresses: NDArray[np.uint64], late: NDArray[np.bool_], *, may_run: bool
     ) -> None:
-        """What needs our code to run: others' IFUNCs, which its own resolvers may call, its own, then IRELATIVE.
+        """What needs our code to run: others' IFUNCs, which its own resolvers may call, its own, IRELATIVE.
 
         Each is written before the next is resolved, and each resolver runs once.
         """
@@ -153,16 +135,16 @@ class Relocation:
                     chosen[resolver] = call_resolver(resolver)
             return np.array([chosen[resolver] for resolver in resolvers.tolist()], np.uint64)
 
-        for group in _by_turns(self._image, bindings, late):
+        for group in _by_turns(self.names, bindings, late):
             places = np.flatnonzero(group)
             addresses[places] = resolve(addresses[places]) if may_run else 0
-            for kind, rows in self._kinds_of("S", "S + A", "S + A - P"):
+            for kind, rows in self._rows_of("S", "S + A", "S + A - P"):
                 place = bindings.place(rows["symbol"], call=kind.call)
                 rows, place = rows[group[place]], place[group[place]]
                 values = _values(kind, rows, addresses[place], bias)
                 _refuse_overflow(self._image, kind.size, rows["offset"], values, signed=kind.signed)
                 self._put(rows["offset"], values, kind.size)
-        for kind, rows in self._kinds_of("indirect"):
+        for kind, rows in self._rows_of("indirect"):
             resolvers = rows["addend"].view(np.uint64) + np.uint64(bias)
             values = resolve(resolvers) if may_run else np.zeros(len(rows), np.uint64)
             self._put(rows["offset"], values, kind.size)
@@ -177,7 +159,7 @@ def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
     """Raise :class:`SymbolError` for the first symbol without a definition that is not weak."""
     for place in np.flatnonzero(bindings.owner < 0).tolist():
         index = int(bindings.wanted[place])
-        if index == 0 or int(image.symbols.rows["info"][index]) >> 4 == STB_WEAK:
+        if index == 0 or int(bindings.field("info")[place]) >> 4 == STB_WEAK:
             continue
         version = image.symbols.version(index)
         label = f"{image.symbols.name(index)}" + (f" (version {version.name})" if version else "")
@@ -197,8 +179,10 @@ def _values(kind: Kind, rows: Table, symbols: NDArray[np.uint64], bias: int) -> 
     if kind.formula == "S":
         return symbols
     with np.errstate(over="ignore"):
-        values = symbols + rows["addend"].view(np.uint64)
-        return values - (rows["offset"] + np.uint64(bias)) if kind.formula == "S + A - P" else values
+        values: NDArray[np.uint64] = symbols + rows["addend"].view(np.uint64)
+        if kind.formula == "S + A - P":
+            values -= rows["offset"] + np.uint64(bias)
+        return values
 
 
 def _refuse_overflow(
@@ -227,10 +211,10 @@ def call_resolver(address: int) -> int:
     return int(_RESOLVER(address)())
 
 
-def _by_turns(image: ElfImage, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The symbols that are IFUNCs: others' first, then those of ``image`` itself; no group is empty."""
+def _by_turns(names: Names, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """The symbols that are IFUNCs: others' first, then those of the library ``names``; no group is empty."""
     if not late.any():
         return []
-    ours = [place for place, definer in enumerate(bindings.scope) if definer.symbols is image.symbols]
+    ours = [place for place, definer in enumerate(bindings.scope) if definer.names is names]
     own = np.logical_or.reduce([bindings.owner == place for place in ours])
     return [group for group in (late & ~own, late & own) if group.any()]

@@ -10,30 +10,19 @@ visible one.  The look-ups themselves are in :mod:`miniloader.machine.loops`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field, replace
-from functools import cached_property, lru_cache
-from typing import Any, Final, Protocol
-from weakref import WeakKeyDictionary
+from dataclasses import field
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symbols import (
-    SHN_ABS,
-    SHN_UNDEF,
-    STB_LOCAL,
-    STV_HIDDEN,
-    STV_INTERNAL,
-    STV_PROTECTED,
-    SymbolTable,
-)
+from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
-from miniloader.machine import loops
+from miniloader.machine.loops import Names, look_name_up, look_up
 from miniloader.values import dataclass
 
-__all__ = ["Bindings", "Definer", "bind", "find_names"]
-
-_names: Final[WeakKeyDictionary[SymbolTable, loops.Names]] = WeakKeyDictionary()
+__all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
 
 
 class Definer(Protocol):
@@ -56,7 +45,12 @@ class Definer(Protocol):
 
     @property
     def symbols(self) -> SymbolTable:
-        """Its dynamic symbols."""
+        """Its dynamic symbols, as arrays."""
+        ...
+
+    @property
+    def names(self) -> Names:
+        """The same where they lie in memory."""
         ...
 
 
@@ -64,7 +58,8 @@ class Definer(Protocol):
 class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
-    ``found`` has a row of :data:`~miniloader.machine.loops.DEFINITION` for each.
+    ``found`` has a row of :data:`~miniloader.machine.loops.DEFINITION` for each; ``owners`` are the
+    positions of the libraries that define any, and ``met`` says what is among them.
 
     The last ``pointers`` of them are there a second time, as all but calls are bound: a program that is not
     position-independent takes the entry in its own PLT for a function's address, and so everybody has to.
@@ -73,6 +68,8 @@ class Bindings:
     wanted: NDArray[np.int64]
     scope: Sequence[Definer]
     found: Table
+    owners: Sequence[int] = field(default=(), kw_only=True)
+    met: int = field(default=0, kw_only=True)
     pointers: int = field(default=0, kw_only=True)
 
     @property
@@ -98,7 +95,7 @@ class Bindings:
         return self.places(call=call)[symbols]
 
     def places(self, *, call: bool) -> NDArray[np.int64]:
-        """Where each symbol of the library is in ``wanted``, as it is bound for a ``call``; 0 if it is not."""
+        """Where each symbol of the library is in ``wanted``, as it is bound for a ``call``; else 0."""
         return self._called if call else self._pointed
 
     @cached_property
@@ -121,59 +118,47 @@ class Bindings:
         return self.found[name]
 
 
-def bind(table: SymbolTable, wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindings:
-    """Bind the symbols ``wanted`` of ``table``, whose library is ``scope[own]``.
+def bind(wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindings:
+    """Bind the symbols ``wanted`` of the library ``scope[own]``.
 
     Symbols that are local, hidden or protected bind to the library itself, as does index 0.
     """
-    tables = [_of(definer.symbols) for definer in scope]
-    found = loops.look_up(_of(table), wanted, tables, [definer.bias for definer in scope], own)
-    calls = Bindings(wanted, scope, found)
+    names, biases = _in_memory(scope)
+    rows, owners, met = look_up(names[own], wanted, names, biases, own)
+    calls = Bindings(wanted, scope, rows, owners=owners, met=met)
     # Only what lies where it was linked can have given away the addresses of its PLT's entries.
-    program = next((place for place, definer in enumerate(scope) if definer.bias == 0), None)
-    return calls if program is None else _with_pointers(table, calls, program)
+    program = next((place for place, bias in enumerate(biases) if bias == 0), None)
+    return calls if program is None else _with_pointers(calls, program, own)
 
 
-def find_names(table: SymbolTable, symbols: NDArray[np.int64], other: Definer) -> NDArray[np.int64]:
-    """The indices in the table of ``other`` of what has the names of ``symbols``, of any version; -1: none."""
-    found = loops.look_up(_of(table), symbols, [_of(other.symbols)], [0], None, versioned=False)
-    return np.where(found["owner"] < 0, -1, found["symbol"])
-
-
-def _of(table: SymbolTable) -> loops.Names:
-    names = _names.get(table)
-    if names is None:
-        names = _names[table] = loops.Names(table)
-    return names
-
-
-def _with_pointers(table: SymbolTable, calls: Bindings, program: int) -> Bindings:
+def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
     """The same, and what ``scope[program]`` has PLT entries for, unless an earlier library defines it."""
-    rows = table.rows[calls.wanted]
-    visibility = rows["other"] & 3
-    at_home = (rows["info"] >> 4 == STB_LOCAL) | (visibility == STV_INTERNAL) | (visibility == STV_HIDDEN)
-    at_home |= (visibility == STV_PROTECTED) & (rows["shndx"] != SHN_UNDEF)
-    later = np.flatnonzero(~at_home & ((calls.owner > program) | (calls.owner < 0)))
-    entries = _of(_plt_entries(calls.scope[program].symbols))
-    found = loops.look_up(_of(table), calls.wanted[later], [entries], [0], None)
+    later = np.flatnonzero((calls.owner > program) | (calls.owner < 0))
+    names, wanted = [calls.scope[place].names for place in (own, program)], calls.wanted[later]
+    found = look_up(names[0], wanted, names[1:], [0], None, plt_entries=True).rows
     hits = found["owner"] >= 0
-    found, wanted = found[hits], calls.wanted[later[hits]]
+    found = found[hits]
     found["owner"] = program
+    owners = sorted({*calls.owners, program}) if len(found) else calls.owners
     return Bindings(
-        np.concatenate([calls.wanted, wanted]),
+        np.concatenate([calls.wanted, wanted[hits]]),
         calls.scope,
         np.concatenate([calls.found, found]),
+        owners=owners,
+        met=calls.met,
         pointers=len(found),
     )
 
 
-@lru_cache(maxsize=1)
-def _plt_entries(table: SymbolTable) -> SymbolTable:
-    """The same with undefined symbols that have a value as defined ones, and no others.
+def find_names(library: Definer, symbols: NDArray[np.int64], other: Definer) -> Table:
+    """What defines the names of ``symbols`` of ``library``, in any version, in ``other``: a row for each."""
+    return look_up(library.names, symbols, [other.names], [other.bias], None, versioned=False).rows
 
-    Such a value is the address of an entry in the PLT (glibc's ``ELF_RTYPE_CLASS_PLT``).
-    """
-    rows = table.rows.copy()
-    entry = (rows["shndx"] == SHN_UNDEF) & (rows["value"] != 0)
-    rows["shndx"] = np.where(entry, SHN_ABS, SHN_UNDEF)
-    return replace(table, rows=rows)
+
+def find_name(name: bytes, scope: Sequence[Definer]) -> Table:
+    """What ``name``, in any version, is bound to in ``scope``: one row."""
+    return look_name_up(name, *_in_memory(scope))
+
+
+def _in_memory(scope: Sequence[Definer]) -> tuple[list[Names], list[int]]:
+    return [definer.names for definer in scope], [definer.bias for definer in scope]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -33,11 +34,13 @@ __all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations"]
 #: Formulas of thread-local storage.
 TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _RELATIVE: Final = "B + A"
+_PLT: Final = "DT_JMPREL"
 #: The addresses in the dynamic section that glibc adds the load bias to, for whoever reads them in memory.
 _LOCATED: Final = frozenset(
     (DT_HASH, DT_PLTGOT, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_REL, DT_JMPREL, DT_VERSYM, DT_GNU_HASH)
 )
 _WORD: Final = 8
+_SIGN: Final = 1 << 63
 _SMALL: Final = 256
 
 
@@ -46,15 +49,13 @@ class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
     ``dynamic`` are the offsets and addends of B + A in the dynamic section, which no relocation asks for,
-    ``lazy`` the PLT slots left for their first call; ``rest`` all other rows but for the heads of tables, which
-    are of B + A, says the file.
+    ``lazy`` the PLT slots left for their first call.
     """
 
     image: ElfImage
     kinds: Mapping[int, Kind]
     dynamic: Table
     lazy: Table
-    rest: Table
 
     @property
     def relr(self) -> NDArray[np.uint64]:
@@ -63,14 +64,25 @@ class Sorted:
 
     @property
     def head(self) -> tuple[int, int]:
-        """Where in the file the rows begin that are not in ``rest``, and how many there are."""
-        heads = ((t.file_offset, t.head) for t in self.image.relocations.tables if t.head)
+        """The rows that are of B + A, says the file: vaddr and count."""
+        heads = ((t.vaddr, t.head) for t in self.image.relocations.tables if t.head)
         return next(heads, (0, 0))  # only DT_RELA can have one
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """All other rows but the lazy ones: the vaddr and count of each part."""
+        return [
+            (table.vaddr + first * RELOCATION.itemsize, table.count - first)
+            for table in self.image.relocations.tables
+            if (first := table.head + (len(self.lazy) if table.name == _PLT else 0)) < table.count
+        ]
 
     @cached_property
     def relative(self) -> Table:
         """All rows of B + A."""
-        return np.concatenate([np.empty(0, RELOCATION), *(rows for kind, rows in self._groups if _adds(kind))])
+        return np.concatenate(
+            [np.empty(0, RELOCATION), *(rows for kind, rows in self._groups if _adds(kind))]
+        )
 
     @cached_property
     def others(self) -> tuple[tuple[Kind, Table], ...]:
@@ -96,8 +108,9 @@ class Sorted:
 
     @cached_property
     def _groups(self) -> tuple[tuple[Kind, Table], ...]:
-        heads = (table.rows[: table.head] for table in self.image.relocations.tables)
-        rows = np.concatenate([*heads, self.rest])
+        tables = self.image.relocations.tables
+        parts = (table.rows[len(self.lazy) if table.name == _PLT else 0 :] for table in tables)
+        rows = np.concatenate([np.empty(0, RELOCATION), *parts])
         codes = _distinct(rows["type"])
         for code in codes:
             refuse_kind(self.image, self.kinds, code, int(rows["symbol"][np.argmax(rows["type"] == code)]))
@@ -120,25 +133,22 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     kinds = KINDS.get(image.header.machine)
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
-    rest, later = [], [np.empty(0, RELOCATION)]
+    later = np.empty(0, RELOCATION)
     for table in image.relocations.tables:
         if not table.addends:
             raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
-        rows = table.rest
-        if lazy and table.name == "DT_JMPREL":
+        if lazy and table.name == _PLT:
             code_of_slot = next(code for code, kind in kinds.items() if kind.call)
-            slots = rows["type"] == code_of_slot  # the PLT counts them, so none may be left out between them
-            count = len(rows) if slots.all() else int(np.argmin(slots))
-            later.append(rows[:count])
-            rows = rows[count:]
-        rest.append(rows)
-    left = rest[0] if len(rest) == 1 else np.concatenate(rest) if rest else later[0]
+            slots = (
+                table.rows["type"] == code_of_slot
+            )  # the PLT counts them: none may be left out between them
+            later = table.rows[: len(slots) if slots.all() else int(np.argmin(slots))]
     located = _located(image, next(code for code, kind in kinds.items() if _adds(kind)))
-    return Sorted(image, kinds, located, later[-1], left)
+    return Sorted(image, kinds, located, later)
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:
-    """Raise :class:`LoadError` for relocations of kind ``code`` (with ``symbol``) if they cannot be applied."""
+    """Raise :class:`LoadError` if relocations of kind ``code`` (with ``symbol``) cannot be applied."""
     kind = kinds.get(code)
     if kind is None:
         raise LoadError(
@@ -157,16 +167,18 @@ def _writable(image: ElfImage, part: Segment) -> bool:
 
 
 def _located(image: ElfImage, relative: int) -> Table:
-    """The addresses in the dynamic section, as relocations of kind ``relative``, unless it is read-only (glibc's ``dl_relocate_ld``)."""
+    """The addresses in the dynamic section, as rows of kind ``relative``, unless it is read-only.
+
+    So does glibc (``dl_relocate_ld``).
+    """
     segment = image.segment("PT_DYNAMIC")
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
         return np.empty(0, RELOCATION)
     places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
-    rows = np.zeros(len(places), RELOCATION)
-    rows["type"] = relative
-    rows["offset"] = [segment.vaddr + 2 * _WORD * place + _WORD for place in places.values()]
-    rows["addend"] = np.array([image.dynamic.tags[tag] for tag in places], np.uint64).view(np.int64)
-    return rows
+    vaddrs = (segment.vaddr + 2 * _WORD * place + _WORD for place in places.values())
+    addends = ((image.dynamic.tags[tag] ^ _SIGN) - _SIGN for tag in places)
+    rows = zip(vaddrs, repeat(relative), repeat(0), addends)
+    return np.array(list(rows), RELOCATION)
 
 
 def _distinct(codes: NDArray[np.uint32]) -> list[int]:

@@ -12,19 +12,20 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symbols import STB_GNU_UNIQUE, SymbolTable
+from miniloader.elf.symbols import STB_GNU_UNIQUE
+from miniloader.elf.tables import Table
 from miniloader.loader import host
-from miniloader.loader.scope import Bindings, Definer, find_names
+from miniloader.loader.scope import Bindings, Definer, find_name, find_names
 
 __all__ = ["forget", "settle", "settled"]
 
 _ours: Final[dict[bytes, tuple[int, Definer]]] = {}
 
 
-def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]) -> list[Definer]:
+def settle(library: Definer, bindings: Bindings, addresses: NDArray[np.uint64]) -> list[Definer]:
     """Replace, in ``addresses``, those of unique symbols by the process's one; who of ours defines them.
 
-    ``table`` is the one of the library that is being bound.
+    ``library`` is the one that is being bound.
     """
     places = np.flatnonzero(
         (bindings.owner >= 0) & (bindings.field("info") >> np.uint64(4) == STB_GNU_UNIQUE)
@@ -32,13 +33,14 @@ def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]
     if not len(places):
         return []
     symbols = bindings.wanted[places]
-    names, answers = table.names(symbols), _of_host(table, symbols)
+    answers = _of_host(library, symbols)
     used: dict[int, Definer] = {}
-    for place, name, answer in zip(places.tolist(), names, answers, strict=True):
+    for place, symbol, answer in zip(places.tolist(), symbols.tolist(), answers, strict=True):
         if answer is not None:
             addresses[place] = answer
             continue
         definer = bindings.scope[int(bindings.owner[place])]
+        name = library.names.name(symbol)
         addresses[place], owner = _ours.setdefault(name, (int(addresses[place]), definer))
         used[id(owner)] = owner
     return list(used.values())
@@ -47,8 +49,7 @@ def settle(table: SymbolTable, bindings: Bindings, addresses: NDArray[np.uint64]
 def settled(name: bytes, address: int, definer: Definer) -> tuple[int, Definer | None]:
     """The process's one ``name``, where a look-up found ``definer``'s at ``address``; who of ours has it."""
     for library in host.libraries():
-        index = library.symbols.find(name) if library.has_unique else None
-        if index is not None and library.symbols.bind[index] == STB_GNU_UNIQUE:
+        if _is_unique(find_name(name, [library]))[0]:
             return host.symbol_address(library.handle, name) or 0, None
     return _ours.setdefault(name, (address, definer))
 
@@ -59,16 +60,17 @@ def forget(definer: Definer) -> None:
         del _ours[name]
 
 
-def _of_host(table: SymbolTable, symbols: NDArray[np.int64]) -> list[int | None]:
-    """The address of each of ``symbols`` whose name one of ld.so's libraries defines as unique."""
+def _of_host(library: Definer, symbols: NDArray[np.int64]) -> list[int | None]:
+    """The address of each of ``symbols`` of ``library`` whose name a library of ld.so's defines as unique."""
     found: list[int | None] = [None] * len(symbols)
     left = np.arange(len(symbols))
-    for library in host.libraries():
-        if not library.has_unique or not len(left):
-            continue
-        indices = find_names(table, symbols[left], library)
-        unique = (indices >= 0) & (library.symbols.bind[indices] == STB_GNU_UNIQUE)
+    for other in host.libraries():
+        unique = _is_unique(find_names(library, symbols[left], other))
         for place in left[unique].tolist():
-            found[place] = host.symbol_address(library.handle, table.name_bytes(int(symbols[place])))
+            found[place] = host.symbol_address(other.handle, library.names.name(int(symbols[place])))
         left = left[~unique]
     return found
+
+
+def _is_unique(found: Table) -> NDArray[np.bool_]:
+    return np.asarray((found["owner"] >= 0) & (found["info"] >> np.uint64(4) == STB_GNU_UNIQUE))

@@ -103,6 +103,7 @@ CASES: dict[str, tuple[str, Callable[[Editor], bool]]] = {
     "symbol of a relocation": ("relocation-symbols", lambda e: e.info(0x7FFF)),
     "DT_INIT_ARRAY": ("init-arrays", lambda e: e.entry(dt.DT_INIT_ARRAY, HUGE)),
     "DT_INIT_ARRAYSZ": ("init-arrays", lambda e: e.entry(dt.DT_INIT_ARRAYSZ, 5)),
+    "DT_RELACOUNT": ("relative-relocations", lambda e: e.entry(dt.DT_RELACOUNT, 1 << 20)),
     "DT_INIT": ("code-pointers", lambda e: e.entry(dt.DT_INIT, 8)),
     "DT_FINI": ("code-pointers", lambda e: e.entry(dt.DT_FINI, HUGE)),
     "PT_TLS": ("tls-template", lambda e: e.segment(TLS, align=3)),
@@ -152,7 +153,9 @@ def test_what_breaks_a_rule(name: str) -> None:
 
 
 def test_each_rule_has_a_case() -> None:
-    tested = {rule for rule, _ in CASES.values()} | {"header-sizes", "file-type", "hash-links"}  # below
+    tested = {rule for rule, _ in CASES.values()} | {
+        "header-sizes", "file-type", "hash-links", "array-pointers",  # below
+    }  # fmt: skip
     assert tested == {rule.name for rule in RULES}
 
 
@@ -204,7 +207,7 @@ def test_a_constructor_that_is_no_code() -> None:
         if editor.number("relocations", row, 0) in arrays:
             editor.number("relocations", row, 3, 0)  # the ELF header
             break
-    assert broken(bytes(editor.data)) == {"code-pointers"}
+    assert broken(bytes(editor.data)) == {"array-pointers"}
 
 
 def test_the_reference_is_made_from_the_table(capsys: pytest.CaptureFixture[str]) -> None:

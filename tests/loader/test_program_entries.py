@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from miniloader.elf import Source, read_image
+from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.symbols import SHN_UNDEF, SymbolTable
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.scope import bind
+from miniloader.loader.tables import open_names
+from miniloader.machine.loops import Names
 
 _SOURCES = {
     "given.c": "int given(int n) { return n + 1; }\nint other(int n) { return n + 2; }\n",
@@ -43,8 +48,28 @@ class At:
 
     name: str
     bias: int
-    symbols: SymbolTable
+    image: ElfImage
+    names: Names
     build_id: str | None = None
+
+    @property
+    def symbols(self) -> SymbolTable:
+        return self.image.symbols
+
+
+@pytest.fixture
+def at(built: Path) -> Iterator[Callable[[str, int], At]]:
+    """A library whose bytes are mapped somewhere, and that is said to lie at a bias."""
+    mapped: list[Memory] = []
+
+    def make(name: str, bias: int) -> At:
+        image = read_image(Source.open(built / name))
+        mapped.append(map_plan(image.plan(PAGE_SIZE), image.source))
+        return At(name, bias, image, open_names(image, mapped[-1].plan, mapped[-1].bias))
+
+    yield make
+    for memory in mapped:
+        memory.unmap()
 
 
 def number(table: SymbolTable, name: str) -> int:
@@ -66,31 +91,25 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_only_calls_go_past_the_entry(built: Path) -> None:
+def test_only_calls_go_past_the_entry(built: Path, at: Callable[[str, int], At]) -> None:
     command = [built / "program", built / "libuser.so"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (entry,) = set(map(int, printed.split()))  # ld.so has bound the pointer and the address to the same
 
-    program, user, given = (
-        read_image(Source.open(built / name)).symbols for name in ("program", "libuser.so", "libgiven.so")
-    )
-    function = given.rows["value"][number(given, "given")]
-    other = given.rows["value"][number(given, "other")]
-    index = number(program, "given")
-    assert program.rows[["shndx", "value"]][index].item() == (SHN_UNDEF, entry)
-
     high = 0x7000_0000_0000
-    wanted = np.sort([number(user, "given"), number(user, "other")])
-    for scope, own in (
-        ([At("program", 0, program), At("user", 1, user), At("given", high, given)], 1),
-        ([At("user", 1, user), At("program", 0, program), At("given", high, given)], 0),
-    ):
-        bindings = bind(user, wanted, scope, own)
+    program, user, given = at("program", 0), at("libuser.so", 1), at("libgiven.so", high)
+    rows = given.symbols.rows
+    function, other = (rows["value"][number(given.symbols, name)] for name in ("given", "other"))
+    index = number(program.symbols, "given")
+    assert program.symbols.rows[["shndx", "value"]][index].item() == (SHN_UNDEF, entry)
+
+    symbols = np.array([number(user.symbols, "given"), number(user.symbols, "other")], np.uint32)
+    wanted = np.sort(symbols).astype(np.int64)
+    for scope, own in (([program, user, given], 1), ([user, program, given], 0)):
+        bindings = bind(wanted, scope, own)
         addresses = bindings.addresses()
-        symbols = np.array([number(user, "given"), number(user, "other")], np.uint32)
         assert addresses[bindings.place(symbols)].tolist() == [entry, high + other]
         assert addresses[bindings.place(symbols, call=True)].tolist() == [high + function, high + other]
     # An earlier library's own definition comes first, as for everything else.
-    earlier = [At("given", high, given), At("program", 0, program), At("user", 1, user)]
-    bindings = bind(user, wanted, earlier, 2)
+    bindings = bind(wanted, [given, program, user], 2)
     assert bindings.addresses()[bindings.place(symbols)].tolist() == [high + function, high + other]

@@ -1,0 +1,109 @@
+/* What names.c and words.c share.  See __init__.py, which declares the same for Python, field by field. */
+
+#include <setjmp.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Numbers as they lie in a file, which may be anywhere in it. */
+typedef uint16_t __attribute__((aligned(1))) u16;
+typedef uint32_t __attribute__((aligned(1))) u32;
+typedef uint64_t __attribute__((aligned(1))) u64;
+typedef int64_t __attribute__((aligned(1))) i64;
+
+enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR };
+
+typedef struct {
+    uint64_t start, end; /* vaddrs */
+} Span;
+
+static inline bool inside(const Span *spans, uint64_t count, uint64_t vaddr, uint64_t size)
+{
+    for (uint64_t i = 0; i < count; i++)
+        if (vaddr >= spans[i].start && vaddr < spans[i].end && size <= spans[i].end - vaddr)
+            return true;
+    return false;
+}
+
+/* ------------------------------------------------------------------------------------------- names */
+
+enum { SHN_UNDEF = 0, SHN_ABS = 0xfff1 };
+
+typedef struct { /* Elf64_Sym */
+    u32 name;
+    uint8_t info, other;
+    u16 shndx;
+    u64 value, size;
+} Symbol;
+
+typedef struct { /* the dynamic symbols of one library, in memory */
+    uint64_t bias;
+    const Span *readable; /* what may be read */
+    uint64_t readable_count;
+    /* From the dynamic section: vaddrs, and numbers. */
+    uint64_t strtab, strsz, symtab, gnu_hash, sysv_hash, versym, verneed, verneednum, verdef, verdefnum;
+    uint64_t count;        /* of symbols: at first as many as are known to be there, then all */
+    uint64_t labels_count; /* the highest index of a version, and one more */
+    u32 *labels;           /* of each version by its index: where its name is in strings; 0 for base and none */
+    const Symbol *rows;
+    const char *strings;
+    const u16 *versions; /* of each symbol, or none */
+    const u64 *bloom;
+    const u32 *buckets, *chains, *sysv_buckets, *sysv_chains;
+    uint64_t bloom_mask, shift, bucket_count, chain_count, first, sysv_bucket_count, sysv_chain_count;
+} Table;
+
+typedef struct { /* what a symbol is bound to: a library of the scope (-1 for none), and its symbol */
+    int64_t owner, symbol;
+    uint64_t address, value, size, info, shndx; /* of that one; where there is none, info is its own */
+} Definition;
+
+/* ------------------------------------------------------------------------------------------- words */
+
+enum { UNKNOWN, NONE, B_A, S_A, S, S_A_P, Z_A, INDIRECT }; /* formulas; from INDIRECT on they are Python's */
+enum { KINDS = 256 };
+
+typedef struct { /* Elf64_Rela */
+    u64 offset;
+    u32 type, symbol;
+    i64 addend;
+} Row;
+
+typedef struct {
+    uint8_t formula, size, is_signed, call;
+} Kind;
+
+typedef struct { /* a part of a table of relocations, in memory */
+    uint64_t address, count;
+} Part;
+
+typedef struct {
+    uint64_t bias, page_size, start; /* of the pages that are counted, the first vaddr */
+    const Kind *kinds;
+    const Span *writable; /* what is relocated has to be inside one of them */
+    const Span *code;
+    const Span *pointers; /* what is relocated here has to point to code */
+    const Part *parts;
+    uint64_t writable_count, code_count, pointer_count, part_count;
+    uint8_t *pages; /* of each page: whether it is written to */
+    /* What is wrong: the vaddr that was to be written to, and the kind, or the value that does not fit. */
+    uint64_t where, what;
+} Job;
+
+/* ------------------------------------------------------------------------------------------- guard.c */
+
+/* Run a loop.  A page of the file that is gone, since it has been cut short meanwhile, ends it with GONE. */
+#define GUARDED(loop)                                                                                                  \
+    do {                                                                                                               \
+        int64_t result_ = GONE;                                                                                        \
+        guard_begin();                                                                                                 \
+        if (sigsetjmp(guard_jump, 0) == 0)                                                                             \
+            result_ = (loop);                                                                                          \
+        guard_end();                                                                                                   \
+        return result_;                                                                                                \
+    } while (0)
+
+extern sigjmp_buf guard_jump;
+void guard_begin(void);
+void guard_end(void);

@@ -1,0 +1,206 @@
+/* Relocating: what the rows of the tables make of the words of a library.
+
+   The tables are read, and the words written, where they lie in memory.  The file may change at any time, and with
+   it what has been looked at before; so each row is judged when it is used.
+
+   Sources: gABI chapter 4, "Relocation"; the AMD64 psABI, table 4.9; the order is that of glibc's
+   elf/dynamic-link.h. */
+
+#include "loops.h"
+
+static int64_t fault(Job *job, int64_t reason, uint64_t where, uint64_t what)
+{
+    job->where = where;
+    job->what = what;
+    return reason;
+}
+
+static const Kind *kind_of(const Job *job, const Row *row)
+{
+    return &job->kinds[row->type < KINDS ? row->type : KINDS - 1]; /* the last is UNKNOWN */
+}
+
+static int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest)
+{
+    for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
+        const Row *rows = (const Row *)part->address;
+        for (const Row *row = rows; row < rows + part->count; row++) {
+            const Kind *kind = kind_of(job, row);
+            if (kind->formula == UNKNOWN)
+                return fault(job, NO_KIND, row->offset, row->type);
+            counts[row->type]++;
+            if (kind->formula != NONE && !inside(job->writable, job->writable_count, row->offset, kind->size))
+                return fault(job, OUTSIDE, row->offset, row->type);
+            if (row->symbol > *highest)
+                *highest = row->symbol;
+        }
+    }
+    return FINE;
+}
+
+/* Look through all rows but the heads of the tables: how many there are of each kind, and the highest symbol. */
+int64_t survey(Job *job, uint64_t *counts, uint64_t *highest)
+{
+    GUARDED(survey_rows(job, counts, highest));
+}
+
+static int64_t mark(Job *job, uint8_t *used, uint64_t symbols)
+{
+    for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
+        const Row *rows = (const Row *)part->address;
+        for (const Row *row = rows; row < rows + part->count; row++) {
+            unsigned formula = kind_of(job, row)->formula;
+            if (formula == NONE || formula == B_A || formula == INDIRECT)
+                continue;
+            uint64_t symbol = row->symbol;
+            if (symbol >= symbols)
+                return fault(job, NO_SYMBOL, row->offset, symbol);
+            used[symbol] = 1;
+        }
+    }
+    return FINE;
+}
+
+/* Which of the symbols have to be bound. */
+int64_t use(Job *job, uint8_t *used, uint64_t symbols)
+{
+    GUARDED(mark(job, used, symbols));
+}
+
+static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count)
+{
+    uint64_t found = 0;
+    for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
+        const Row *rows = (const Row *)part->address;
+        for (const Row *row = rows; row < rows + part->count && found < count; row++)
+            if (row->type == type)
+                copies[found++] = *row;
+    }
+    return found == count ? FINE : fault(job, NO_KIND, 0, type);
+}
+
+/* Copy the rows of a kind, of which there are count. */
+int64_t gather(Job *job, uint64_t type, Row *copies, uint64_t count)
+{
+    GUARDED(copy_rows(job, type, copies, count));
+}
+
+/* Whether a word that gets the load bias leads where it has to: constructors and destructors into code. */
+static bool leads(const Job *job, uint64_t vaddr, uint64_t value)
+{
+    return !inside(job->pointers, job->pointer_count, vaddr, 1) || inside(job->code, job->code_count, value, 1);
+}
+
+static void store(Job *job, uint64_t vaddr, uint64_t value, uint64_t size)
+{
+    memcpy((char *)(job->bias + vaddr), &value, size);
+    job->pages[(vaddr - job->start) / job->page_size] = 1;
+    job->pages[(vaddr + size - 1 - job->start) / job->page_size] = 1;
+}
+
+static int64_t add_bias(Job *job, const uint64_t *vaddrs, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t value;
+        if (!inside(job->writable, job->writable_count, vaddrs[i], sizeof value))
+            return fault(job, OUTSIDE, vaddrs[i], 0);
+        memcpy(&value, (const char *)(job->bias + vaddrs[i]), sizeof value);
+        if (!leads(job, vaddrs[i], value))
+            return fault(job, NO_CODE, vaddrs[i], value);
+        store(job, vaddrs[i], job->bias + value, sizeof value);
+    }
+    return FINE;
+}
+
+/* Rows that do nothing but add the load bias: nearly all of a large library's. */
+static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
+{
+    uint64_t bias = job->bias, in_page = job->page_size - 1;
+    uint64_t low = 1, high = 0, last = UINT64_MAX; /* where the last one was: most are near it */
+    for (const Row *row = rows; row < rows + count; row++) {
+        uint64_t vaddr = row->offset, addend = (uint64_t)row->addend, value = bias + addend;
+        if (kind_of(job, row)->formula != B_A)
+            return fault(job, NOT_RELATIVE, vaddr, row->type);
+        if (vaddr < low || vaddr > high) {
+            const Span *span = job->writable;
+            while (span < job->writable + job->writable_count && !inside(span, 1, vaddr, sizeof value))
+                span++;
+            if (span == job->writable + job->writable_count)
+                return fault(job, OUTSIDE, vaddr, row->type);
+            low = span->start;
+            high = span->end - sizeof value;
+        }
+        if (!leads(job, vaddr, addend))
+            return fault(job, NO_CODE, vaddr, addend);
+        if ((vaddr ^ last) & ~in_page || (vaddr & in_page) > in_page + 1 - sizeof value)
+            store(job, vaddr, value, sizeof value);
+        else
+            memcpy((char *)(bias + vaddr), &value, sizeof value);
+        last = vaddr;
+    }
+    return FINE;
+}
+
+/* The rows of the tables but for their heads; places say where in found and addresses each symbol is, for calls and
+   for all else.  What is late, and what is Python's, is left. */
+static int64_t put_symbolic(
+    Job *job, const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
+    const Definition *found, const uint8_t *late)
+{
+    for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
+        const Row *rows = (const Row *)part->address;
+        for (const Row *at = rows; at < rows + part->count; at++) {
+            Row row = *at;
+            const Kind *kind = kind_of(job, &row);
+            if (kind->formula < B_A || kind->formula > Z_A)
+                continue;
+            uint64_t value = (uint64_t)row.addend;
+            if (!inside(job->writable, job->writable_count, row.offset, kind->size))
+                return fault(job, OUTSIDE, row.offset, row.type);
+            if (kind->formula == B_A) {
+                if (!leads(job, row.offset, value))
+                    return fault(job, NO_CODE, row.offset, value);
+                value += job->bias;
+            } else {
+                if (row.symbol >= symbols)
+                    return fault(job, NO_SYMBOL, row.offset, row.symbol);
+                int64_t place = (kind->call ? called : pointed)[row.symbol];
+                if (kind->formula == Z_A)
+                    value += found[place].size;
+                else if (late[place])
+                    continue;
+                else if (kind->formula == S)
+                    value = addresses[place];
+                else
+                    value += addresses[place] - (kind->formula == S_A_P ? job->bias + row.offset : 0);
+            }
+            if (kind->size == 4 && value != (kind->is_signed ? (uint64_t)(int32_t)value : (uint32_t)value))
+                return fault(job, TOO_FAR, row.offset, value);
+            store(job, row.offset, value, kind->size);
+        }
+    }
+    return FINE;
+}
+
+/* Relocate: known rows, then the words at added and the head of the file's table, then all else. */
+static int64_t put_all(
+    Job *job, const Row *known, uint64_t known_count, const uint64_t *added, uint64_t adds, const Part *head,
+    const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
+    const Definition *found, const uint8_t *late)
+{
+    int64_t result = put_relative(job, known, known_count);
+    if (result == FINE)
+        result = add_bias(job, added, adds);
+    if (result == FINE)
+        result = put_relative(job, (const Row *)head->address, head->count);
+    return result == FINE ? put_symbolic(job, called, pointed, symbols, addresses, found, late) : result;
+}
+
+int64_t relocate(
+    Job *job, const Row *known, uint64_t known_count, const uint64_t *added, uint64_t adds, const Part *head,
+    const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
+    const Definition *found, const uint8_t *late)
+{
+    GUARDED(put_all(
+        job, known, known_count, added, adds, head, called, pointed, symbols, addresses, found, late));
+}

@@ -1,0 +1,392 @@
+"""The loops in C: names against dlsym(3), words against the psABI's formulas, and what ends a loop."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixtures.build import build_loops
+from miniloader.elf import Source, read_image
+from miniloader.elf import dynamic as dt
+from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.tables import RELOCATION
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader import host
+from miniloader.loader.memory import Memory, map_plan
+from miniloader.loader.tables import readable
+from miniloader.machine import loops
+from miniloader.machine.loops import (
+    DEFINITION,
+    Job,
+    Met,
+    Names,
+    Reason,
+    Stopped,
+    functions,
+    kinds_table,
+    look_name_up,
+    look_up,
+)
+from miniloader.machine.relocation import KINDS
+
+Opened = tuple[Memory, dict[int, int]]
+
+
+# ----------------------------------------------------------------------------------------------- names
+@pytest.mark.parametrize("name", ["libc.so.6", "libm.so.6", "libz.so.1", "libcrypto.so.3", "libstdc++.so.6"])
+def test_every_name_is_found_where_dlsym_finds_it(name: str) -> None:
+    handle = ctypes.CDLL(name)._handle
+    library = host.listing().by_name[name]
+    table, compared = library.symbols, 0
+    defined = np.flatnonzero(table.defined)
+    several = Counter(table.names(defined))
+    for index in defined.tolist():
+        text, kind = table.name_bytes(index), int(table.type[index])
+        # Of its versions a reference without one means the oldest, even hidden; dlsym(3) the default.
+        if several[text] > 1 or table.hidden(index) or kind in (STT_TLS, STT_GNU_IFUNC):
+            continue
+        (found,) = look_name_up(text, [library.names], [library.bias])
+        # A version's own symbol is absolute, and 0: found, though dlsym(3) cannot say so.
+        assert int(found["address"]) == (host.symbol_address(handle, text) or 0), text
+        compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize("name", ["libc.so.6", "libcrypto.so.3", "libstdc++.so.6"])
+def test_a_version_is_found_where_dlvsym_finds_it(name: str) -> None:
+    """Each of its own symbols with its own version, hidden ones too."""
+    handle = ctypes.CDLL(name)._handle
+    library = host.listing().by_name[name]
+    table = library.symbols
+    plain = table.defined & ~np.isin(table.type, (STT_TLS, STT_GNU_IFUNC)) & (table.rows["value"] != 0)
+    wanted = np.flatnonzero(plain)
+    rows, owners, _ = look_up(library.names, wanted, [library.names], [library.bias], None)
+    assert owners == [0]
+    compared = 0
+    for index, row in zip(wanted.tolist(), rows, strict=True):
+        version = table.version(index)
+        if version is not None:
+            theirs = host.symbol_address(handle, table.name_bytes(index), version.name)
+            assert int(row["address"]) == theirs, (table.name(index), version)
+            compared += 1
+    assert compared > 100
+
+
+def test_what_is_looked_for_is_said() -> None:
+    """A strong need without a definition, an IFUNC, a unique symbol: none of these goes by unseen."""
+    libc, cxx = (host.listing().by_name[name] for name in ("libc.so.6", "libstdc++.so.6"))
+
+    def met(library: Any, kind: Callable[[Any], Any], scope: list[Any]) -> Met:
+        wanted = np.flatnonzero(kind(library.symbols))
+        assert len(wanted)
+        names = [one.names for one in scope]
+        return Met(look_up(library.names, wanted, names, [one.bias for one in scope], None).met)
+
+    assert met(libc, lambda table: table.type == STT_GNU_IFUNC, [libc]) == Met.INDIRECT_FUNCTION
+    assert met(cxx, lambda table: table.bind == 10, [cxx]) == Met.UNIQUE
+    assert met(cxx, lambda table: table.undefined & (table.bind == 1), [cxx]) & Met.UNBOUND
+    weak = met(cxx, lambda table: table.undefined & (table.bind == 2) & (table.rows["name"] != 0), [])
+    assert weak == Met(0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[[str], tuple[Path, Opened]]]:
+    """Maps a copy of a library: its path, its memory, and its dynamic section."""
+    made: list[Memory] = []
+
+    def make(name: str) -> tuple[Path, Opened]:
+        path = Path(shutil.copy(name, tmp_path))
+        image = read_image(Source.open(path))
+        made.append(map_plan(image.plan(PAGE_SIZE), image.source))
+        return path, (made[-1], dict(image.dynamic.tags))
+
+    yield make
+    for memory in made:
+        memory.unmap()
+
+
+def names_of(opened: Opened, **changed: int) -> Names:
+    memory, tags = opened
+    tags = tags | {getattr(dt, f"DT_{tag}"): value for tag, value in changed.items()}
+    return Names(memory.bias, list(readable(memory.plan)), tags, check=True)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        *((tag, value) for tag in ("STRTAB", "SYMTAB", "GNU_HASH", "HASH", "VERSYM", "VERNEED", "VERDEF")
+          for value in (0x7FFF_F000, 0x7FFF_FFFF_FFFF_F000, (1 << 64) - 8)),
+        ("STRSZ", 1 << 62), ("STRSZ", 1), ("SYMENT", 16), ("VERNEEDNUM", 1 << 40), ("VERDEFNUM", 1 << 40),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_elsewhere_is_not_read(
+    opened: Callable[[str], tuple[Path, Opened]], tag: str, value: int
+) -> None:
+    _, library = opened(host.listing().by_name["libz.so.1"].path)
+    assert len(names_of(library)) > 50
+    with pytest.raises(Stopped) as stopped:
+        names_of(library, **{tag: value})
+    assert stopped.value.reason is Reason.NO_TABLE
+
+
+def bus_error_handler() -> bytes:
+    """What sigaction(2) says of SIGBUS."""
+    before = ctypes.create_string_buffer(152)  # struct sigaction of glibc on x86-64
+    assert ctypes.CDLL(None).sigaction(signal.SIGBUS, None, before) == 0
+    return before.raw[:16] + before.raw[136:140]  # the handler, what the kernel knows of the mask, the flags
+
+
+def test_a_file_that_is_cut_short_ends_the_loop_and_nothing_else(
+    opened: Callable[[str], tuple[Path, Opened]],
+) -> None:
+    path, library = opened(host.listing().by_name["libz.so.1"].path)
+    before = bus_error_handler()
+    os.truncate(path, PAGE_SIZE)
+    for _ in range(3):
+        with pytest.raises(Stopped) as stopped:
+            names_of(library)
+        assert stopped.value.reason is Reason.GONE
+        assert bus_error_handler() == before
+
+    def touch() -> None:
+        ctypes.string_at(library[0].start + PAGE_SIZE, 8)
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        touch()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
+
+
+def test_names_that_take_too_long_are_not_looked_up() -> None:
+    """One bucket, one chain, one hash: each of twenty thousand would be compared with each."""
+    count, text = 20_000, b"\0" + b"a" * 3000 + b"\0"
+    rows = b"".join(struct.pack("<IBBHQQ", 1, 0x12, 0, 0 if at % 2 else 1, 0, 8) for at in range(count))
+    hashed = 5381
+    for octet in text[1:-1]:
+        hashed = (hashed * 33 + octet) & 0xFFFFFFFF
+    chains = np.full(count, hashed & ~1, np.uint32)
+    chains[-1] |= 1
+    head = struct.pack("<4IQI", 1, 1, 1, 0, (1 << 64) - 1, 1)
+    memory = bytearray(rows + text + bytes(-len(text) % 8) + head + chains.tobytes())
+    bias = ctypes.addressof(ctypes.c_char.from_buffer(memory)) - 0x1000
+    strings = 0x1000 + len(rows)
+    tags = {
+        dt.DT_SYMTAB: 0x1000,
+        dt.DT_STRTAB: strings,
+        dt.DT_STRSZ: len(text),
+        dt.DT_GNU_HASH: strings + len(text) + -len(text) % 8,
+    }
+    names = Names(bias, [(0x1000, 0x1000 + len(memory))], tags)
+    assert len(names) == count + 1
+    with pytest.raises(Stopped) as stopped:
+        look_up(names, np.arange(1, count, 2), [names], [0], None)
+    assert stopped.value.reason is Reason.TOO_MUCH
+
+
+# ----------------------------------------------------------------------------------------------- words
+BASE, LENGTH = 0x1000, 4 * PAGE_SIZE
+CODE = (0x10_0000, 0x10_1000)
+FORMULAS: dict[int, Callable[[int, int, int, int, int], int]] = {  # S, A, B, P, Z
+    1: lambda s, a, b, p, z: s + a,
+    2: lambda s, a, b, p, z: s + a - p,
+    6: lambda s, a, b, p, z: s,
+    7: lambda s, a, b, p, z: s,
+    8: lambda s, a, b, p, z: b + a,
+    10: lambda s, a, b, p, z: s + a,
+    11: lambda s, a, b, p, z: s + a,
+    24: lambda s, a, b, p, z: s + a - p,
+    32: lambda s, a, b, p, z: z + a,
+    33: lambda s, a, b, p, z: z + a,
+    38: lambda s, a, b, p, z: b + a,
+}
+FOUR = {2, 10, 11, 32}
+
+
+class Bench:
+    """A library in a buffer: rows in its first page, words in the other three."""
+
+    def __init__(self, rows: list[tuple[int, int, int, int]], pointers: tuple[int, int] = (0, 0)) -> None:
+        self.memory = bytearray(os.urandom(LENGTH))
+        self.bias = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) - BASE
+        table = np.array(rows, RELOCATION)
+        self.memory[: table.nbytes] = table.tobytes()
+        self.words = (BASE + PAGE_SIZE, BASE + LENGTH)
+        self.job = Job(
+            self.bias,
+            kinds_table(KINDS["X86_64"]),
+            writable=[self.words],
+            code=[CODE],
+            pointers=[pointers],
+            parts=[(BASE, len(rows))],
+            pages=(BASE & -PAGE_SIZE, BASE + LENGTH),
+            page_size=PAGE_SIZE,
+        )
+
+    def apply(self, addresses: list[int], sizes: list[int], head: tuple[int, int] = (0, 0)) -> None:
+        count = len(addresses)
+        found = np.zeros(count, DEFINITION)
+        found["size"] = sizes
+        places, late = np.arange(count), np.zeros(count, np.bool_)
+        nothing = np.empty(0, RELOCATION), np.empty(0, np.uint64)
+        self.job.relocate(*nothing, head, places, places, np.array(addresses, np.uint64), found, late)
+
+
+words = st.integers(BASE + PAGE_SIZE, BASE + LENGTH - 8)
+addends = st.integers(-(1 << 20), 1 << 20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(words, st.sampled_from(sorted(FORMULAS)), st.integers(0, 3), addends), max_size=60),
+    st.lists(st.integers(0, (1 << 64) - 1), min_size=4, max_size=4),
+    st.lists(st.integers(1 << 21, (1 << 31) - (1 << 21)), min_size=4, max_size=4),
+)
+def test_words_are_what_the_psabi_says(
+    rows: list[tuple[int, int, int, int]], addresses: list[int], sizes: list[int]
+) -> None:
+    """Anywhere, aligned or not, over each other: what comes later stays."""
+    # What is stored in four bytes has to fit; that it is refused otherwise is seen below.
+    rows = [row for row in rows if row[1] not in FOUR or row[1] == 32]
+    bench = Bench(rows)
+    expected = bytearray(bench.memory)
+    for vaddr, code, symbol, addend in rows:
+        value = FORMULAS[code](addresses[symbol], addend, bench.bias, bench.bias + vaddr, sizes[symbol])
+        size = 4 if code in FOUR else 8
+        at = vaddr - BASE
+        expected[at : at + size] = (value % (1 << 64)).to_bytes(8, "little")[:size]
+    counts, highest = bench.job.survey()
+    assert sum(counts.values()) == len(rows)
+    assert highest == max((row[2] for row in rows), default=0)
+    needed = {symbol for _, code, symbol, _ in rows if code not in (8, 38)}
+    assert set(bench.job.used(4).tolist()) == needed
+    bench.apply(addresses, sizes)
+    assert bench.memory == expected
+    touched = {
+        (vaddr + end) // PAGE_SIZE for vaddr, code, *_ in rows for end in (0, (3 if code in FOUR else 7))
+    }
+    assert bench.job.pages == len(touched)
+
+
+@pytest.mark.parametrize(
+    ("code", "value", "fits"),
+    [
+        (10, 0xFFFF_FFFF, True), (10, 1 << 32, False), (10, -1, False),
+        (11, 0x7FFF_FFFF, True), (11, -0x8000_0000, True), (11, 0x8000_0000, False),
+        (32, 0xFFFF_FFFF, True), (32, 1 << 32, False),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(code: int, value: int, fits: bool) -> None:
+    bench = Bench([(BASE + PAGE_SIZE, code, 0, value)])
+    before = bytes(bench.memory)
+    if fits:
+        bench.apply([0], [0])
+        assert bench.memory[PAGE_SIZE : PAGE_SIZE + 4] == (value % (1 << 32)).to_bytes(4, "little")
+        return
+    with pytest.raises(Stopped) as stopped:
+        bench.apply([0], [0])
+    assert (stopped.value.reason, stopped.value.where) == (Reason.TOO_FAR, BASE + PAGE_SIZE)
+    assert stopped.value.what == value % (1 << 64)
+    assert bench.memory == before
+
+
+@pytest.mark.parametrize(
+    "vaddr", [0, BASE, BASE + PAGE_SIZE - 1, BASE + LENGTH - 7, BASE + LENGTH, (1 << 64) - 4]
+)
+@pytest.mark.parametrize("code", [1, 8, 16, 37])
+def test_what_lies_outside_is_not_written(vaddr: int, code: int) -> None:
+    bench = Bench([(vaddr, code, 0, 0)])
+    before = bytes(bench.memory)
+    with pytest.raises(Stopped) as stopped:
+        bench.job.survey()
+    assert (stopped.value.reason, stopped.value.where) == (Reason.OUTSIDE, vaddr)
+    if code in (1, 8):  # the file may have changed since
+        with pytest.raises(Stopped) as stopped:
+            bench.apply([0], [0])
+        assert stopped.value.reason is Reason.OUTSIDE
+    if code == 8:
+        with pytest.raises(Stopped) as stopped:
+            bench.apply([0], [0], head=(BASE, 1))
+        assert stopped.value.reason is Reason.OUTSIDE
+    assert bench.memory == before
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ((BASE + PAGE_SIZE, 99, 0, 0), Reason.NO_KIND),
+        ((BASE + PAGE_SIZE, 255, 0, 0), Reason.NO_KIND),
+        ((BASE + PAGE_SIZE, 0xFFFF_FFFF, 0, 0), Reason.NO_KIND),
+        ((BASE + PAGE_SIZE, 1, 4, 0), Reason.NO_SYMBOL),
+        ((BASE + PAGE_SIZE, 6, 0xFFFF_FFFF, 0), Reason.NO_SYMBOL),
+    ],
+)
+def test_a_kind_or_symbol_that_there_is_not(row: tuple[int, int, int, int], reason: Reason) -> None:
+    bench = Bench([row])
+    with pytest.raises(Stopped) as stopped:
+        bench.job.used(4 + 0 * bench.job.survey()[1])
+    assert stopped.value.reason is reason
+    if reason is Reason.NO_SYMBOL:
+        with pytest.raises(Stopped) as stopped:
+            bench.apply([0] * 4, [0] * 4)
+        assert stopped.value.reason is reason
+
+
+def test_the_head_is_of_one_kind() -> None:
+    bench = Bench([(BASE + PAGE_SIZE, 8, 0, 5), (BASE + PAGE_SIZE + 8, 1, 0, 5)])
+    with pytest.raises(Stopped) as stopped:
+        bench.apply([0], [0], head=(BASE, 2))
+    assert (stopped.value.reason, stopped.value.where) == (Reason.NOT_RELATIVE, BASE + PAGE_SIZE + 8)
+
+
+@pytest.mark.parametrize("head", [(0, 0), (BASE, 1)])
+@pytest.mark.parametrize(
+    ("addend", "good"), [(CODE[0], True), (CODE[1] - 1, True), (CODE[1], False), (0, False)]
+)
+def test_a_constructor_leads_into_code(addend: int, good: bool, head: tuple[int, int]) -> None:
+    word = BASE + 2 * PAGE_SIZE
+    bench = Bench([(word, 8, 0, addend)], pointers=(word, word + 8))
+    if good:
+        bench.apply([0], [0], head=head)
+        return
+    with pytest.raises(Stopped) as stopped:
+        bench.apply([0], [0], head=head)
+    assert (stopped.value.reason, stopped.value.where) == (Reason.NO_CODE, word)
+
+
+def test_the_structures_are_as_long_here_as_there() -> None:
+    """Each field of the two structures is one word, and the last of them are used: see loops.h."""
+    header = (Path(functions()._name).parent / "loops.h").read_text()
+    for name, ours in (("Table", "_Table"), ("Job", "_Job")):
+        end = header.index(f"}} {name};")
+        body = header[header.rindex("typedef struct", 0, end) : end]
+        lines = [line.split("/*")[0] for line in body.splitlines()[1:]]
+        fields = [
+            part.split("*")[-1].split()[-1]
+            for line in lines
+            for part in line.replace(";", "").split(",")
+            if part.strip()
+        ]
+        assert fields == [field[0] for field in getattr(loops, ours)._fields_], name
+
+
+def test_another_build_of_it_loads(tmp_path: Path) -> None:
+    """The sources compile without a word also with what finds mistakes while it runs."""
+    if shutil.which("x86_64-linux-gnu-gcc") is None:
+        pytest.skip("no compiler: x86_64-linux-gnu-gcc")
+    output = tmp_path / "checked.so"
+    build_loops(output, "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    assert ctypes.PyDLL(os.fspath(output)).look_up
