@@ -7,7 +7,7 @@ table), the LSB (symbol versions), and binutils' description of ``DT_GNU_HASH``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import field
 from functools import cached_property
 from typing import Any, Final
@@ -38,13 +38,11 @@ __all__ = [
     "SysvHash",
     "check_names",
     "gnu_hash",
-    "gnu_hashes",
     "read_symbols",
     "sysv_hash",
 ]
 
 STB_LOCAL: Final = 0
-STB_GLOBAL: Final = 1
 STB_WEAK: Final = 2
 STB_GNU_UNIQUE: Final = 10
 STT_NOTYPE: Final = 0
@@ -55,9 +53,6 @@ STT_FILE: Final = 4
 STT_COMMON: Final = 5
 STT_TLS: Final = 6
 STT_GNU_IFUNC: Final = 10
-STV_INTERNAL: Final = 1
-STV_HIDDEN: Final = 2
-STV_PROTECTED: Final = 3
 SHN_UNDEF: Final = 0
 _LONG_NAMES: Final = 1 << 24
 _LONG_NAME: Final = 1 << 12  # bytes; those of C++ templates come near
@@ -70,31 +65,6 @@ def gnu_hash(name: bytes) -> int:
     for octet in name:
         value = (value * 33 + octet) & 0xFFFFFFFF
     return value
-
-
-def gnu_hashes(names: Sequence[bytes]) -> NDArray[np.uint32]:
-    """:func:`gnu_hash` of every name at once.
-
-    The names are laid out as columns, longest first, so that step ``i`` is one operation over all names
-    that still have an ``i``-th byte.
-    """
-    if not names:
-        return np.empty(0, np.uint32)
-    lengths = np.fromiter(map(len, names), np.int64, len(names))
-    order = np.argsort(-lengths, kind="stable")
-    octets = np.frombuffer(b"".join(names), np.uint8).astype(np.uint32)
-    starts = (np.cumsum(lengths) - lengths)[order]
-    descending = lengths[order]
-    values = np.full(len(names), 5381, np.uint32)
-    # How many names are longer than i, for each i.
-    alive = np.searchsorted(-descending, -np.arange(descending[0]), side="left")
-    for index, count in enumerate(alive.tolist()):
-        head = values[:count]
-        head *= np.uint32(33)
-        head += octets[starts[:count] + index]
-    result = np.empty_like(values)
-    result[order] = values
-    return result
 
 
 def sysv_hash(name: bytes) -> int:
@@ -116,36 +86,18 @@ class GnuHash:
     buckets: NDArray[np.uint32]
     chains: NDArray[np.uint32]
 
-    @cached_property
-    def bloom_list(self) -> list[int]:
-        """The Bloom filter's words as Python's own numbers: a single look-up is several times faster."""
-        words: list[int] = self.bloom.tolist()
-        return words
-
-    @cached_property
-    def _lists(self) -> tuple[list[int], list[int]]:
-        """Buckets and chains, likewise."""
-        return self.buckets.tolist(), self.chains.tolist()
-
-    def candidates(self, name: bytes, hashed: int | None = None) -> list[int]:
-        """The symbols whose hash is ``name``'s (``hashed``, where that is known), in chain order."""
-        if hashed is None:
-            hashed = gnu_hash(name)
-        bloom = self.bloom_list
+    def candidates(self, name: bytes) -> list[int]:
+        """The symbols that have the hash of ``name``, in chain order."""
+        hashed = gnu_hash(name)
         bits = self.bloom.itemsize * 8
-        word = bloom[(hashed // bits) % len(bloom)]
+        word = int(self.bloom[(hashed // bits) % len(self.bloom)])
         if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
             return []
-        return self.chain(hashed)
-
-    def chain(self, hashed: int) -> list[int]:
-        """The symbols with this hash (which the Bloom filter lets through), in chain order."""
-        buckets, chains = self._lists
         found: list[int] = []
-        at, wanted = buckets[hashed % len(buckets)] - self.first, hashed | 1
-        while 0 <= at < len(chains):
-            value = chains[at]
-            if value | 1 == wanted:
+        at = int(self.buckets[hashed % len(self.buckets)]) - self.first
+        while 0 <= at < len(self.chains):
+            value = int(self.chains[at])
+            if value | 1 == hashed | 1:
                 found.append(at + self.first)
             if value & 1:
                 break
@@ -160,7 +112,7 @@ class SysvHash:
     buckets: NDArray[np.uint32]
     chains: NDArray[np.uint32]
 
-    def candidates(self, name: bytes, _hashed: int | None = None) -> list[int]:
+    def candidates(self, name: bytes) -> list[int]:
         """The symbols in ``name``'s bucket, in chain order."""
         if not len(self.buckets):
             return []
@@ -197,13 +149,6 @@ class SymbolTable:
         """The names of the symbols ``indices``."""
         strings, find = self.strings, self.strings.find
         return [strings[at : find(b"\0", at)] for at in self.rows["name"][indices].tolist()]
-
-    def version_names(self, indices: NDArray[np.int64]) -> list[str | None]:
-        """The versions of the symbols ``indices``, as :meth:`version` has them."""
-        if not len(self.versym):
-            return [None] * len(indices)
-        labels = {index: version.name for index, version in self.versions.items() if not version.base}
-        return [labels.get(raw & ~VERSION_HIDDEN) for raw in self.versym[indices].tolist()]
 
     def name(self, index: int) -> str:
         """The name of symbol ``index``, with undecodable bytes kept as escapes."""

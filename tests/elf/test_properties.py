@@ -14,7 +14,7 @@ from fixtures.build import HERE, build
 from miniloader.elf import Source, read_image
 from miniloader.elf.header import Segment
 from miniloader.elf.plan import plan_segments
-from miniloader.elf.symbols import GnuHash, SymbolTable, SysvHash, gnu_hash, gnu_hashes, sysv_hash
+from miniloader.elf.symbols import GnuHash, SymbolTable, SysvHash, gnu_hash, sysv_hash
 from miniloader.elf.tables import decode_relr, symbol_dtype
 from miniloader.errors import ElfError
 
@@ -184,12 +184,6 @@ def test_looking_a_name_up_is_searching_for_it(names: list[bytes], others: list[
         names, table(names, None))):  # fmt: skip
         for name in (*names, *others, b""):
             assert symbols.find(name) == (order.index(name) + 1 if name in order else None)
-
-
-@settings
-@given(NAMES)
-def test_many_hashes_at_once(names: list[bytes]) -> None:
-    assert gnu_hashes(names).tolist() == [gnu_hash(name) for name in names]
 
 
 def test_the_tables_of_linkers_find_what_a_search_finds() -> None:
