@@ -20,7 +20,7 @@ __all__ = ["LARGE", "Bytes", "Source", "large_room"]
 Bytes = bytes | mmap.mmap
 """What is read: both can be indexed, sliced and searched, and given to :func:`numpy.frombuffer`."""
 
-_HEAD: Final = 1 << 16
+_HEAD: Final = 1 << 12
 LARGE: Final = 1 << 21
 """From so many bytes on :func:`large_room` is worth its call."""
 _KINDS: Final = {

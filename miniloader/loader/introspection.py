@@ -30,7 +30,7 @@ from miniloader.machine.introspection import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
 if TYPE_CHECKING:
     from miniloader.loader.loaded import Loaded
 
-__all__ = ["add", "answer", "is_held", "remove", "stand_ins"]
+__all__ = ["add", "answer", "is_held", "make", "remove", "stand_ins"]
 
 _LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
 _COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
@@ -131,10 +131,12 @@ def is_held(library: Loaded) -> bool:
     return table.holds(library)
 
 
-def answer(addresses: NDArray[np.uint64]) -> None:
-    """Replace, in ``addresses``, those of glibc's functions by what stands for them."""
-    asked = _asked()
-    for address in asked.intersection(addresses.tolist()):
+def answer(addresses: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> None:
+    """Replace, in ``addresses``, those of glibc's functions by what stands for them.
+
+    Only those that are ``foreign`` to the library can be among them.
+    """
+    for address in _asked().intersection(addresses[foreign].tolist()):
         addresses[addresses == address] = stand_ins().get(address, address)
 
 
@@ -148,13 +150,20 @@ def stand_ins() -> dict[int, int]:
 
 @lru_cache(maxsize=1)
 def _table() -> _Table | None:
-    try:
-        table = _Table()
-    except OSError:
-        return None
-    while _waiting:
+    """The table, in use from now on."""
+    table = make()
+    while _waiting and table is not None:
         table.add(_waiting.pop())
     return table
+
+
+@lru_cache(maxsize=1)
+def make() -> _Table | None:
+    """The table, which nobody has asked for yet; ``None`` where no page may become executable."""
+    try:
+        return _Table()
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=1)

@@ -175,7 +175,8 @@ def load(
         raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
     policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
     clock = _Clock()
-    functions()  # before it is asked what the process has: they are in a library of their own
+    # The loader's own: before it is asked what the process has.
+    functions(), introspection.make()
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
         known = _known(lambda library: library.key == source.key and library.policy.init == init)

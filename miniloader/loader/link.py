@@ -24,7 +24,7 @@ from miniloader.loader.relocate import Relocation, call_resolver, indirect_funct
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.sorting import sort_relocations
 from miniloader.loader.tables import refuse
-from miniloader.machine.loops import Met, Stopped
+from miniloader.machine.loops import Met, Stopped, resolve
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 
@@ -234,13 +234,10 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
     if not bindings.met & Met.INDIRECT_FUNCTION:
         return np.zeros(len(addresses), np.bool_)
     late = indirect_functions(bindings)
-    chosen: dict[int, int] = {}
-    places = np.flatnonzero(late)
-    resolvers, owners = addresses[places].tolist(), bindings.owner[places].tolist()
-    for place, resolver, owner in zip(places.tolist(), resolvers, owners, strict=True):
-        if not isinstance(bindings.scope[owner], Loaded):
-            addresses[place] = chosen[resolver] = chosen.get(resolver) or call_resolver(resolver)
-            late[place] = False
+    ours = np.array([isinstance(definer, Loaded) for definer in bindings.scope], np.bool_)
+    theirs = (late & ~ours[bindings.owner]).nonzero()[0]
+    resolve(addresses, theirs)
+    late[theirs] = False
     return late
 
 
@@ -285,7 +282,7 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
         function = int(addresses[place])
         addresses[place] = library.stub_for(function).address
-    introspection.answer(addresses)
+    introspection.answer(addresses, bindings.owner != bindings.scope.index(library))
     return addresses
 
 

@@ -2,17 +2,13 @@
 
 The whole span is reserved by one inaccessible private mapping of the file and kept; each segment goes
 over its part with ``MAP_FIXED``, so no other thread's mapping can slip in between and the gaps stay
-inaccessible (and look in ``/proc/self/maps`` as ld.so leaves them).  Reads and writes go through
-process_vm_readv(2) and process_vm_writev(2): where a page of the file is gone they fail with EFAULT; a
-load or a store would end in SIGBUS.
+inaccessible (and look in ``/proc/self/maps`` as ld.so leaves them).  Where a page of the file is gone, a read
+or a write is an error and no SIGBUS, which ends the process: see :func:`miniloader.machine.loops.copy`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -22,6 +18,7 @@ from numpy.typing import NDArray
 from miniloader.elf import LoadPlan, PlannedMapping, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
+from miniloader.machine.loops import Stopped, copy
 
 __all__ = ["Memory", "map_plan", "protection_bits", "put_words"]
 
@@ -61,11 +58,11 @@ class Memory:
 
     def read_into(self, vaddr: int, data: NDArray[Any]) -> None:
         """Fill ``data`` (contiguous) from ``vaddr`` on."""
-        self._transfer(sys.process_vm_readv, sys.MADV_POPULATE_READ, vaddr, data)
+        self._transfer(vaddr, data, reading=True)
 
     def write(self, vaddr: int, data: NDArray[Any]) -> None:
         """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy."""
-        self._transfer(sys.process_vm_writev, sys.MADV_POPULATE_WRITE, vaddr, data)
+        self._transfer(vaddr, data, reading=False)
 
     def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
         """Store the low ``size`` bytes of each value at its vaddr, which need not be aligned."""
@@ -86,41 +83,23 @@ class Memory:
             sys.munmap(self.start, self.plan.length)
             self.mapped = False
 
-    def _transfer(
-        self, call: Callable[[int, int, int, int], int], advice: int, vaddr: int, data: NDArray[Any]
-    ) -> None:
-        address, local, length = self.bias + vaddr, data.ctypes.data, data.nbytes
-        if not self.plan.start <= vaddr <= vaddr + length <= self.plan.end:  # somebody else's memory
-            found, expected = f"{vaddr:#x} to {vaddr + length:#x}", "inside the PT_LOADs"
+    def _transfer(self, vaddr: int, data: NDArray[Any], *, reading: bool) -> None:
+        if not self.plan.start <= vaddr <= vaddr + data.nbytes <= self.plan.end:  # somebody else's memory
+            found, expected = f"{vaddr:#x} to {vaddr + data.nbytes:#x}", "inside the PT_LOADs"
             raise ElfError(self.name, "vaddrs", found, expected)
-        done = 0
-        while done < length:
-            try:
-                done += call(os.getpid(), address + done, local + done, length - done)
-            except OSError as error:
-                if error.errno in (errno.EPERM, errno.ENOSYS):  # forbidden by a seccomp filter
-                    self._copy(advice, address + done, local + done, length - done)
-                    return
-                raise self.gone(vaddr + done, error.errno or 0) from None
-
-    def _copy(self, advice: int, address: int, local: int, length: int) -> None:
-        """The same where the calls are forbidden: populate the pages, which fails cleanly, then copy."""
-        start = address & -self.plan.page_size
-        end = -(-(address + length) // self.plan.page_size) * self.plan.page_size
+        there, here = (self.bias + vaddr) % (1 << 64), data.ctypes.data
+        to, from_ = (here, there) if reading else (there, here)
         try:
-            sys.madvise(start, end - start, advice)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel before 5.14 does not know the advice
-                raise self.gone(address - self.bias, error.errno or 0) from None
-        to, from_ = (address, local) if advice == sys.MADV_POPULATE_WRITE else (local, address)
-        ctypes.memmove(to, from_, length)
+            copy(to, from_, data.nbytes)
+        except Stopped as stopped:
+            raise self.gone(stopped.where - self.bias) from None
 
-    def gone(self, vaddr: int, error: int) -> ElfError:
-        """What to raise where the page at ``vaddr`` could not be read or written; ``error`` is errno."""
+    def gone(self, vaddr: int) -> ElfError:
+        """What to raise where the page at ``vaddr`` could not be read or written."""
         return ElfError(
             self.name,
             f"page at vaddr {vaddr & -self.plan.page_size:#x}",
-            os.strerror(error),
+            "one that is gone, or protected",
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )

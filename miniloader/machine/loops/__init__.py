@@ -48,10 +48,12 @@ __all__ = [
     "Names",
     "Reason",
     "Stopped",
+    "copy",
     "functions",
     "kinds_table",
     "look_name_up",
     "look_up",
+    "resolve",
 ]
 
 DEFINITION: Final = np.dtype([
@@ -136,7 +138,7 @@ def functions() -> ctypes.PyDLL:
     except OSError as error:
         raise LoadError(f"the loader's own loops cannot be used: {error}") from None
     for name, arguments in (
-        *(("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
+        *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 11), ("look_name_up", 5)),
         *(("survey", 3), ("use", 3), ("gather", 4), ("relocate", 12)),
     ):
@@ -161,6 +163,15 @@ def _run(name: str, *arguments: int) -> None:
     reason = getattr(functions(), name)(*arguments)
     if reason:
         raise Stopped(Reason(reason))
+
+
+def copy(to: int, from_: int, length: int) -> None:
+    """Copy bytes from address to address; :class:`Stopped` with the one that could not be read or written."""
+    where = ctypes.c_uint64()
+    try:
+        _run("copy", to, from_, length, ctypes.addressof(where))
+    except Stopped as stopped:
+        raise Stopped(stopped.reason, where.value) from None
 
 
 # ----------------------------------------------------------------------------------------------- names
@@ -280,6 +291,16 @@ def _scope(scope: Sequence[Names], biases: Sequence[int]) -> tuple[NDArray[np.ui
 
 
 # ----------------------------------------------------------------------------------------------- words
+def resolve(addresses: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
+    """Replace the resolvers at ``places`` by what they choose.  They are somebody's code: Python's lock is free."""
+    _resolve()(_at(addresses), _at(places), len(places))
+
+
+@lru_cache(maxsize=1)
+def _resolve() -> Any:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * 3)(("resolve", functions()))
+
+
 def kinds_table(kinds: Mapping[int, Kind]) -> NDArray[Any]:
     """What the loops have to know of each relocation kind, by its number."""
     table = np.zeros(_KINDS, _KIND)
@@ -334,7 +355,7 @@ class Job:
         """Which of so many symbols have to be bound, ascending."""
         used = np.zeros(symbols, np.uint8)
         self._run("use", _at(used), symbols)
-        return np.flatnonzero(used)
+        return used.nonzero()[0]
 
     def rows(self, code: int, count: int) -> Table:
         """The rows of a kind, of which there are ``count``: a copy."""

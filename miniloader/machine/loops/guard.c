@@ -1,8 +1,9 @@
 /* SIGBUS while a loop runs.
 
    A file that is cut short takes its pages out of memory; whoever reads or writes one of them gets SIGBUS, which
-   ends the process.  While one of our loops runs, and in its thread alone, the signal ends the loop instead.
-   Callers hold Python's lock, so that there is one loop at a time. */
+   ends the process.  While one of our loops runs, and in its thread alone, the signal ends the loop instead; and so
+   does SIGSEGV while bytes are copied, which may be from or to a page that forbids it.  Callers hold Python's lock,
+   so that there is one loop at a time. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -11,32 +12,59 @@
 #include "loops.h"
 
 sigjmp_buf guard_jump;
-static struct sigaction before;
+uint64_t guard_where;
+static struct sigaction before[2];
 static pthread_t thread;
 
-static void on_bus_error(int number, siginfo_t *info, void *context)
+static void on_fault(int number, siginfo_t *info, void *context)
 {
-    if (info->si_code > 0 && pthread_equal(pthread_self(), thread))
+    const struct sigaction *theirs = &before[number == SIGSEGV];
+    if (info->si_code > 0 && pthread_equal(pthread_self(), thread)) {
+        guard_where = (uint64_t)info->si_addr;
         siglongjmp(guard_jump, 1);
-    if (before.sa_flags & SA_SIGINFO)
-        before.sa_sigaction(number, info, context);
-    else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
-        before.sa_handler(number);
+    }
+    if (theirs->sa_flags & SA_SIGINFO)
+        theirs->sa_sigaction(number, info, context);
+    else if (theirs->sa_handler != SIG_DFL && theirs->sa_handler != SIG_IGN)
+        theirs->sa_handler(number);
     else { /* somebody else's: as if we had never been there */
-        sigaction(SIGBUS, &before, NULL);
+        sigaction(number, theirs, NULL);
         if (info->si_code <= 0)
             raise(number);
     }
 }
 
-void guard_begin(void)
+void guard_begin(bool access)
 {
-    struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
     thread = pthread_self();
-    sigaction(SIGBUS, &ours, &before);
+    sigaction(SIGBUS, &ours, &before[0]);
+    if (access)
+        sigaction(SIGSEGV, &ours, &before[1]);
 }
 
-void guard_end(void)
+void guard_end(bool access)
 {
-    sigaction(SIGBUS, &before, NULL);
+    if (access)
+        sigaction(SIGSEGV, &before[1], NULL);
+    sigaction(SIGBUS, &before[0], NULL);
+}
+
+static int64_t copy_bytes(void *to, const void *from, uint64_t length)
+{
+    memcpy(to, from, length);
+    return FINE;
+}
+
+static int64_t copy_guarded(void *to, const void *from, uint64_t length)
+{
+    GUARDED_TOO(true, copy_bytes(to, from, length));
+}
+
+/* Copy bytes; where is the address that was not to be had. */
+int64_t copy(void *to, const void *from, uint64_t length, uint64_t *where)
+{
+    int64_t result = copy_guarded(to, from, length);
+    *where = result == FINE ? 0 : guard_where;
+    return result;
 }
