@@ -20,11 +20,11 @@ from miniloader.loader.host import HostLibrary
 from miniloader.loader.lazy import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
-from miniloader.loader.relocate import Relocation, call_resolver, indirect_functions, refuse_unbound
+from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.sorting import sort_relocations
 from miniloader.loader.tables import refuse
-from miniloader.machine.loops import Met, Stopped, resolve
+from miniloader.machine.loops import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped, resolve
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stubs import with_third_argument
 
@@ -90,8 +90,11 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
         link_library(graph, other, scope)
         return other.blocks.own
 
-    if library.ready is None or not _fill(graph, library, library.ready, order, carrier_of):
-        _link(graph, library, order, carrier_of)
+    try:
+        if library.ready is None or not _fill(graph, library, library.ready, order, carrier_of):
+            _link(graph, library, order, carrier_of)
+    except Stopped as stopped:
+        refuse(image, stopped)
     relro = memory.plan.relro
     if relro:
         memory.protect(relro.start, relro.end, "r--")
@@ -191,12 +194,9 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
     relocations = sort_relocations(image, lazy=lazy)
     work = Relocation(image, memory, relocations)
     library.names = work.names
-    try:
-        _check_versions(library)
-        bindings = bind(work.wanted, order, order.index(library))
-    except Stopped as stopped:
-        refuse(image, stopped)
-    if bindings.met & Met.UNBOUND:
+    _check_versions(library)
+    bindings = bind(work.wanted, order, order.index(library))
+    if bindings.met & UNBOUND:
         refuse_unbound(image, bindings)
     addresses = _addresses(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
@@ -231,13 +231,13 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
 
     These are relocated already, so that their resolvers can run before anything of the library is.
     """
-    if not bindings.met & Met.INDIRECT_FUNCTION:
-        return np.zeros(len(addresses), np.bool_)
-    late = indirect_functions(bindings)
-    ours = np.array([isinstance(definer, Loaded) for definer in bindings.scope], np.bool_)
-    theirs = (late & ~ours[bindings.owner]).nonzero()[0]
-    resolve(addresses, theirs)
-    late[theirs] = False
+    late = bindings.indirect
+    if bindings.met & INDIRECT_FUNCTION:
+        host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], np.bool_)
+        theirs = (late & host[bindings.owner]).nonzero()[0]
+        resolve(addresses, theirs)
+        late = late.copy()
+        late[theirs] = False
     return late
 
 
@@ -274,7 +274,7 @@ def _check_versions(library: Loaded) -> None:
 def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
     addresses = bindings.addresses()
-    if bindings.met & Met.UNIQUE:
+    if bindings.met & UNIQUE:
         for definer in unique.settle(library, bindings, addresses):
             _share(library, definer)
     for definer in used(library, bindings):
@@ -347,10 +347,13 @@ def _finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
 
     def find(index: int) -> int:
         there = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
-        bindings = bind(np.array([index], np.int64), there, there.index(library))
+        try:
+            bindings = bind(np.array([index], np.int64), there, there.index(library))
+        except Stopped as stopped:
+            refuse(library.image, stopped)
         refuse_unbound(library.image, bindings)
         address = int(_addresses(library, bindings)[0])
         _count_for_carrier(library)
-        return call_resolver(address) if indirect_functions(bindings)[0] else address
+        return call_resolver(address) if bindings.indirect[0] else address
 
     return find

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from typing import Final, Literal
 
@@ -72,7 +71,7 @@ def refuse(image: ElfImage, policy: Policy) -> None:
     if header.type != "DYN":
         found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
         raise ElfError(path, "e_type", found, "ET_DYN, a shared object")
-    here = platform.machine()
+    here = os.uname().machine
     if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or here != "x86_64":
         found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
         raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {here})")

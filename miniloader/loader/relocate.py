@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_FINI_ARRAY, DT_FINI_ARRAYSZ, DT_INIT_ARRAY, DT_INIT_ARRAYSZ
-from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC
+from miniloader.elf.symbols import STB_WEAK
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import ElfError, LoadError, SymbolError
 from miniloader.loader.memory import Memory
@@ -24,10 +24,10 @@ from miniloader.loader.scope import Bindings
 from miniloader.loader.sorting import TLS, Sorted, refuse_kind
 from miniloader.loader.tables import open_names, readable, refuse, writable
 from miniloader.loader.tls import Write
-from miniloader.machine.loops import Job, Names, Reason, Stopped, kinds_table
+from miniloader.machine.loops import INDIRECT_FUNCTION, Job, Names, Reason, Stopped, kinds_table
 from miniloader.machine.relocation import KINDS, Kind
 
-__all__ = ["Relocation", "call_resolver", "indirect_functions", "refuse_unbound"]
+__all__ = ["Relocation", "call_resolver", "refuse_unbound"]
 
 _ARRAYS: Final = ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
 
@@ -86,15 +86,17 @@ class Relocation:
         ``thread_local`` computes the thread-local words, once the template they need has been relocated.
         """
         relocations, job = self._relocations, self._job
-        called, pointed = (bindings.places(call=call) for call in (True, False))
-        added = np.concatenate([relocations.relr, relocations.lazy["offset"]])
+        called, pointed = bindings.places(call=True), bindings.places(call=False)
+        added = relocations.relr
+        if len(relocations.lazy):
+            added = np.concatenate([added, relocations.lazy["offset"]])
         words = called, pointed, addresses, bindings.found, late
         try:
             job.relocate(relocations.dynamic, added, relocations.head, *words)
             for vaddrs, values, size in thread_local(self._rows_of(*TLS)):
                 _refuse_overflow(self._image, size, vaddrs, values)
                 self._put(vaddrs, values, size)
-            if late.any() or any(kind.formula == "indirect" for kind in self._counts):
+            if bindings.met & INDIRECT_FUNCTION or any(kind.formula == "indirect" for kind in self._counts):
                 self._put_indirect(bindings, addresses, late, may_run=may_run)
         except Stopped as stopped:
             self._refuse(stopped)
@@ -165,13 +167,6 @@ def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
         label = f"{image.symbols.name(index)}" + (f" (version {version.name})" if version else "")
         where = f", needed from {version.file}" if version and version.file else ""
         raise SymbolError(f"{image.path}: undefined symbol {label}{where}")
-
-
-def indirect_functions(bindings: Bindings) -> NDArray[np.bool_]:
-    """Which wanted symbols are bound to an IFUNC, whose address is what its resolver returns."""
-    info = bindings.field("info")
-    defined = (bindings.owner >= 0) & (bindings.field("shndx") != SHN_UNDEF)
-    return np.asarray(defined & ((info & np.uint64(0xF)) == STT_GNU_IFUNC))
 
 
 def _values(kind: Kind, rows: Table, symbols: NDArray[np.uint64], bias: int) -> NDArray[np.uint64]:

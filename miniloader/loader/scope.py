@@ -58,8 +58,9 @@ class Definer(Protocol):
 class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
-    ``found`` has a row of :data:`~miniloader.machine.loops.DEFINITION` for each; ``owners`` are the
-    positions of the libraries that define any, and ``met`` says what is among them.
+    ``found`` has a row of :data:`~miniloader.machine.loops.DEFINITION` for each; ``indirect``
+    says which are IFUNCs, whose addresses are what their resolvers return, ``owners`` are the positions of
+    the libraries that define any, and ``met`` says what is among them.
 
     The last ``pointers`` of them are there a second time, as all but calls are bound: a program that is not
     position-independent takes the entry in its own PLT for a function's address, and so everybody has to.
@@ -68,6 +69,7 @@ class Bindings:
     wanted: NDArray[np.int64]
     scope: Sequence[Definer]
     found: Table
+    indirect: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_), kw_only=True)
     owners: Sequence[int] = field(default=(), kw_only=True)
     met: int = field(default=0, kw_only=True)
     pointers: int = field(default=0, kw_only=True)
@@ -124,8 +126,8 @@ def bind(wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindi
     Symbols that are local, hidden or protected bind to the library itself, as does index 0.
     """
     names, biases = _in_memory(scope)
-    rows, owners, met = look_up(names[own], wanted, names, biases, own)
-    calls = Bindings(wanted, scope, rows, owners=owners, met=met)
+    rows, indirect, owners, met = look_up(names[own], wanted, names, biases, own)
+    calls = Bindings(wanted, scope, rows, indirect=indirect, owners=owners, met=met)
     # Only what lies where it was linked can have given away the addresses of its PLT's entries.
     program = next((place for place, bias in enumerate(biases) if bias == 0), None)
     return calls if program is None else _with_pointers(calls, program, own)
@@ -144,6 +146,7 @@ def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
         np.concatenate([calls.wanted, wanted[hits]]),
         calls.scope,
         np.concatenate([calls.found, found]),
+        indirect=np.concatenate([calls.indirect, np.zeros(len(found), np.bool_)]),
         owners=owners,
         met=calls.met,
         pointers=len(found),

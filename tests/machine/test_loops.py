@@ -29,8 +29,10 @@ from miniloader.loader.tables import readable
 from miniloader.machine import loops
 from miniloader.machine.loops import (
     DEFINITION,
+    INDIRECT_FUNCTION,
+    UNBOUND,
+    UNIQUE,
     Job,
-    Met,
     Names,
     Reason,
     Stopped,
@@ -88,17 +90,17 @@ def test_what_is_looked_for_is_said() -> None:
     """A strong need without a definition, an IFUNC, a unique symbol: none of these goes by unseen."""
     libc, cxx = (host.listing().by_name[name] for name in ("libc.so.6", "libstdc++.so.6"))
 
-    def met(library: Any, kind: Callable[[Any], Any], scope: list[Any]) -> Met:
+    def met(library: Any, kind: Callable[[Any], Any], scope: list[Any]) -> int:
         wanted = np.flatnonzero(kind(library.symbols))
         assert len(wanted)
         names = [one.names for one in scope]
-        return Met(look_up(library.names, wanted, names, [one.bias for one in scope], None).met)
+        return look_up(library.names, wanted, names, [one.bias for one in scope], None).met
 
-    assert met(libc, lambda table: table.type == STT_GNU_IFUNC, [libc]) == Met.INDIRECT_FUNCTION
-    assert met(cxx, lambda table: table.bind == 10, [cxx]) == Met.UNIQUE
-    assert met(cxx, lambda table: table.undefined & (table.bind == 1), [cxx]) & Met.UNBOUND
+    assert met(libc, lambda table: table.type == STT_GNU_IFUNC, [libc]) == INDIRECT_FUNCTION
+    assert met(cxx, lambda table: table.bind == 10, [cxx]) == UNIQUE
+    assert met(cxx, lambda table: table.undefined & (table.bind == 1), [cxx]) & UNBOUND
     weak = met(cxx, lambda table: table.undefined & (table.bind == 2) & (table.rows["name"] != 0), [])
-    assert weak == Met(0)
+    assert weak == 0
 
 
 @pytest.fixture

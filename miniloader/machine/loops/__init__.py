@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -42,9 +42,11 @@ from miniloader.machine.relocation import Kind
 
 __all__ = [
     "DEFINITION",
+    "INDIRECT_FUNCTION",
+    "UNBOUND",
+    "UNIQUE",
     "Found",
     "Job",
-    "Met",
     "Names",
     "Reason",
     "Stopped",
@@ -63,6 +65,9 @@ DEFINITION: Final = np.dtype([
 """What a symbol is bound to: the position of a library in a scope (-1: none), its symbol there, and of that
 one the address and the fields of the symbol table.  Without one all is 0 but ``info``, the symbol's own."""
 
+#: What is met while names are looked up: a need that nobody fulfils, unique symbols, IFUNCs.
+UNBOUND, UNIQUE, INDIRECT_FUNCTION = 1, 2, 4
+
 _KIND: Final = np.dtype([("formula", "u1"), ("size", "u1"), ("signed", "u1"), ("call", "u1")])
 _KINDS: Final = 256
 #: In the order of loops.h, from 1 on; all others are one more.
@@ -76,14 +81,6 @@ _ALL: Final = (1 << 64) - 1
 
 Span = tuple[int, int]
 """The vaddrs from the first up to but not including the last."""
-
-
-class Met(IntFlag):
-    """What was met while names were looked up: a need that nobody fulfils, unique symbols, IFUNCs."""
-
-    UNBOUND = 1
-    UNIQUE = 2
-    INDIRECT_FUNCTION = 4
 
 
 class Reason(IntEnum):
@@ -139,7 +136,7 @@ def functions() -> ctypes.PyDLL:
         raise LoadError(f"the loader's own loops cannot be used: {error}") from None
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
-        *(("look_up", 11), ("look_name_up", 5)),
+        *(("look_up", 12), ("look_name_up", 5)),
         *(("survey", 3), ("use", 3), ("gather", 4), ("relocate", 12)),
     ):
         function = getattr(library, name)
@@ -239,10 +236,11 @@ def _spans(spans: Sequence[Span]) -> NDArray[np.uint64]:
 
 
 class Found(NamedTuple):
-    """What was found: ``rows`` of :data:`DEFINITION`; which libraries of the scope define any; what was met
-    (:class:`Met`)."""
+    """What was found: ``rows`` of :data:`DEFINITION`, and which of them are IFUNCs; which libraries of the
+    scope define any; what was met (:data:`UNBOUND` and its like)."""
 
     rows: Table
+    indirect: NDArray[np.bool_]
     owners: list[int]
     met: int
 
@@ -266,6 +264,7 @@ def look_up(
     value.
     """
     found, owners, met = np.empty(len(wanted), DEFINITION), np.zeros(len(scope), np.uint8), ctypes.c_uint64()
+    indirect = np.zeros(len(wanted), np.bool_)
     wanted = np.ascontiguousarray(wanted, np.int64)
     tables, offsets = _scope(scope, biases)
     how = versioned * _VERSIONED + plt_entries * _PLT_ENTRIES
@@ -273,9 +272,10 @@ def look_up(
         "look_up",
         *(mine.place, _at(wanted), len(wanted)),
         *(_at(tables), _at(offsets), len(scope)),
-        *(_ALL if own is None else own, how, _at(found), _at(owners), ctypes.addressof(met)),
+        *(_ALL if own is None else own, how, _at(found)),
+        *(_at(indirect), _at(owners), ctypes.addressof(met)),
     )
-    return Found(found, owners.nonzero()[0].tolist(), met.value)
+    return Found(found, indirect, owners.nonzero()[0].tolist(), met.value)
 
 
 def look_name_up(name: bytes, scope: Sequence[Names], biases: Sequence[int]) -> Table:
@@ -292,7 +292,7 @@ def _scope(scope: Sequence[Names], biases: Sequence[int]) -> tuple[NDArray[np.ui
 
 # ----------------------------------------------------------------------------------------------- words
 def resolve(addresses: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
-    """Replace the resolvers at ``places`` by what they choose.  They are somebody's code: Python's lock is free."""
+    """Replace the resolvers at ``places`` by what they choose; Python's lock is free meanwhile."""
     _resolve()(_at(addresses), _at(places), len(places))
 
 

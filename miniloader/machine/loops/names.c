@@ -480,7 +480,8 @@ static bool search(
 
 static int64_t look_all_up(
     const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
-    uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *owners, uint64_t *met)
+    uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
+    uint64_t *met)
 {
     steps = MOST_STEPS;
     for (uint64_t i = 0; i < count; i++) {
@@ -511,7 +512,8 @@ static int64_t look_all_up(
         } else {
             owners[found[i].owner] = 1;
             *met |= found[i].info >> 4 == STB_GNU_UNIQUE ? UNIQUE : 0;
-            *met |= (found[i].info & 0xf) == STT_GNU_IFUNC && found[i].shndx != SHN_UNDEF ? INDIRECT_FUNCTION : 0;
+            indirect[i] = (found[i].info & 0xf) == STT_GNU_IFUNC && found[i].shndx != SHN_UNDEF;
+            *met |= indirect[i] ? INDIRECT_FUNCTION : 0;
         }
         if (steps <= 0)
             return TOO_MUCH;
@@ -524,12 +526,14 @@ static int64_t look_all_up(
 
    What is local, hidden, internal or protected is bound at home; so is all that no library before it defines, if it
    defines it itself.  Where own is negative there is no home: names are looked for, no more; but nobody's PLT entry
-   stands for what is bound at home.  owners says of each library whether it defines any. */
+   stands for what is bound at home.  indirect says which are IFUNCs, owners of each library
+   whether it defines any. */
 int64_t look_up(
     const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
-    uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *owners, uint64_t *met)
+    uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
+    uint64_t *met)
 {
-    GUARDED(look_all_up(mine, wanted, count, scope, biases, tables, own, how, found, owners, met));
+    GUARDED(look_all_up(mine, wanted, count, scope, biases, tables, own, how, found, indirect, owners, met));
 }
 
 static int64_t look_one_up(
