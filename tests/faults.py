@@ -33,7 +33,6 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "mprotect": (_E.EACCES, _E.EINVAL, _E.ENOMEM),
     "madvise": (_E.EACCES, _E.EAGAIN, _E.EBADF, _E.EFAULT, _E.EINVAL, _E.EIO, _E.ENOMEM, _E.EPERM),
     "process_vm_readv": (SHORT, _E.EFAULT, _E.EINVAL, _E.ENOMEM, _E.EPERM, _E.ESRCH, _E.ENOSYS),
-    "process_vm_writev": (SHORT, _E.EFAULT, _E.EINVAL, _E.ENOMEM, _E.EPERM, _E.ESRCH, _E.ENOSYS),
     "ioctl": (_E.EBADF, _E.EFAULT, _E.EINVAL, _E.ENOTTY, _E.EPERM, _E.ENOMEM, _E.ESRCH, _E.ENOENT, _E.E2BIG,
               _E.EINTR),
     "open": (_E.EACCES, _E.EBUSY, _E.EINTR, _E.EINVAL, _E.EIO, _E.EISDIR, _E.ELOOP, _E.EMFILE,

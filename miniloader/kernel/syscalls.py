@@ -17,7 +17,6 @@ from typing import Any, Final
 
 __all__ = [
     "MADV_DONTNEED",
-    "MADV_POPULATE_READ",
     "MADV_POPULATE_WRITE",
     "MADV_RANDOM",
     "MAP_ANONYMOUS",
@@ -43,7 +42,6 @@ __all__ = [
     "munmap",
     "prctl",
     "process_vm_readv",
-    "process_vm_writev",
     "userfaultfd",
 ]
 
@@ -62,7 +60,6 @@ MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_RANDOM: Final = 1
 MADV_DONTNEED: Final = 4
-MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 
 MS_SYNC: Final = 4
@@ -96,7 +93,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ioctl": (_int, (_int, _ulong, _address)),
     "syscall": (_long, (_long, _long)),
     "process_vm_readv": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
-    "process_vm_writev": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
 }
 
 
@@ -201,22 +197,10 @@ def process_vm_readv(pid: int, remote: int, local: int, length: int) -> int:
 
     A page that cannot be read ends the copy (EFAULT when it is the first), it never raises a signal.
     """
-    return _vm("process_vm_readv", pid, remote, local, length)
-
-
-def process_vm_writev(pid: int, remote: int, local: int, length: int) -> int:
-    """Copy ``length`` bytes at ``local`` here to ``remote`` in process ``pid``; the bytes copied.
-
-    Unlike a store, writing this way to a file page that is gone gives EFAULT, not SIGBUS.
-    """
-    return _vm("process_vm_writev", pid, remote, local, length)
-
-
-def _vm(name: str, pid: int, remote: int, local: int, length: int) -> int:
     here, there = _Iovec(local, length), _Iovec(remote, length)
-    count = int(_LIBC[name](pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
+    count = int(_LIBC["process_vm_readv"](pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
     if count < 0:
-        raise _failed(name)
+        raise _failed("process_vm_readv")
     return count
 
 

@@ -21,7 +21,7 @@ from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.search import Asker, find
 from miniloader.loader.stubs import Stub
-from miniloader.loader.tables import open_names
+from miniloader.loader.tables import open_names, readable
 from miniloader.loader.tls import Blocks
 from miniloader.machine.loops import Names
 
@@ -94,7 +94,7 @@ class Loaded:
     def names(self) -> Names:
         """The same where they lie in memory."""
         if self._names is None:
-            self._names = open_names(self.image, self.plan, self.bias)
+            self._names = open_names(self.image, readable(self.plan), self.bias)
         return self._names
 
     @names.setter

@@ -54,7 +54,7 @@ class Relocation:
             pages=(plan.start, plan.end),
             page_size=plan.page_size,
         )
-        spans = list(readable(plan))
+        spans = readable(plan)
         for vaddr, count in (relocations.head, *parts):
             end = vaddr + count * RELOCATION.itemsize
             if count and not any(low <= vaddr and end <= high for low, high in spans):
@@ -62,7 +62,7 @@ class Relocation:
                 raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
             counts, highest = self._job.survey()
-            self.names = open_names(image, plan, memory.bias, at_least=highest + 1)
+            self.names = open_names(image, spans, memory.bias, at_least=highest + 1)
             self.wanted = self._job.used(len(self.names))
             self._counts = {relocations.kinds[code]: (code, count) for code, count in counts.items()}
             for kind, rows in self._rows_of("copy"):

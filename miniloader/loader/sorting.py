@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -40,7 +39,6 @@ _LOCATED: Final = frozenset(
     (DT_HASH, DT_PLTGOT, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_REL, DT_JMPREL, DT_VERSYM, DT_GNU_HASH)
 )
 _WORD: Final = 8
-_SIGN: Final = 1 << 63
 _SMALL: Final = 256
 
 
@@ -175,10 +173,11 @@ def _located(image: ElfImage, relative: int) -> Table:
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
         return np.empty(0, RELOCATION)
     places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
-    vaddrs = (segment.vaddr + 2 * _WORD * place + _WORD for place in places.values())
-    addends = ((image.dynamic.tags[tag] ^ _SIGN) - _SIGN for tag in places)
-    rows = zip(vaddrs, repeat(relative), repeat(0), addends)
-    return np.array(list(rows), RELOCATION)
+    rows = [
+        (segment.vaddr + 2 * _WORD * place + _WORD, relative, image.dynamic.tags[tag])
+        for tag, place in places.items()
+    ]
+    return np.array(rows, np.uint64).reshape(-1).view(RELOCATION)  # symbol 0
 
 
 def _distinct(codes: NDArray[np.uint32]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import islice
 from typing import NoReturn
 
@@ -14,18 +14,17 @@ from miniloader.machine.loops import Names, Reason, Span, Stopped
 __all__ = ["open_names", "readable", "refuse", "writable"]
 
 
-def open_names(image: ElfImage, plan: LoadPlan, bias: int, *, at_least: int = 0) -> Names:
+def open_names(image: ElfImage, spans: Sequence[Span], bias: int, *, at_least: int = 0) -> Names:
     """Its dynamic symbols, ``at_least`` so many; :class:`ElfError` if they are not there."""
-    spans = list(readable(plan))
     try:
         return Names(bias, spans, image.dynamic.tags, at_least=at_least, check=True)
     except Stopped as stopped:
         refuse(image, stopped)
 
 
-def readable(plan: LoadPlan) -> Iterator[Span]:
+def readable(plan: LoadPlan) -> list[Span]:
     """Where bytes of the file can be read."""
-    return ((m.start, m.end) for m in plan.mappings if m.kind == "file" and "r" in m.protection)
+    return [(m.start, m.end) for m in plan.mappings if m.kind == "file" and "r" in m.protection]
 
 
 def writable(image: ElfImage, plan: LoadPlan) -> list[Span]:

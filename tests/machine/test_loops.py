@@ -74,7 +74,7 @@ def test_a_version_is_found_where_dlvsym_finds_it(name: str) -> None:
     table = library.symbols
     plain = table.defined & ~np.isin(table.type, (STT_TLS, STT_GNU_IFUNC)) & (table.rows["value"] != 0)
     wanted = np.flatnonzero(plain)
-    rows, owners, _ = look_up(library.names, wanted, [library.names], [library.bias], None)
+    rows, _, owners, _ = look_up(library.names, wanted, [library.names], [library.bias], None)
     assert owners == [0]
     compared = 0
     for index, row in zip(wanted.tolist(), rows, strict=True):
@@ -122,7 +122,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str], tuple[Path, Opened]]]:
 def names_of(opened: Opened, **changed: int) -> Names:
     memory, tags = opened
     tags = tags | {getattr(dt, f"DT_{tag}"): value for tag, value in changed.items()}
-    return Names(memory.bias, list(readable(memory.plan)), tags, check=True)
+    return Names(memory.bias, readable(memory.plan), tags, check=True)
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,8 @@ class Names:
         )
         self.place = ctypes.addressof(table)
         _run("open_table", self.place, check)
-        if DT_VERSYM in tags:
-            _run("list_versions", self.place)
-            self._labels = np.zeros(max(table.labels_count, 1), np.uint32)
+        if table.labels_count:
+            self._labels = np.zeros(table.labels_count, np.uint32)
             table.labels = _at(self._labels)
             _run("list_versions", self.place)
 
@@ -333,15 +332,11 @@ class Job:
     ) -> None:
         self._bias, self._start, self._page_size = bias, pages[0], page_size
         self._pages = np.zeros((pages[1] - pages[0]) // page_size, np.uint8)
-        spans = [_spans(part) for part in (writable, code, pointers)]
-        spans.append(_spans([self._part(*part) for part in parts]))
+        lists = writable, code, pointers, [self._part(*part) for part in parts]
+        spans, counts = _spans([span for part in lists for span in part]), list(map(len, lists))
         self._kept = kinds, spans
-        self._job = _Job(
-            *(bias & _ALL, page_size, pages[0], _at(kinds)),
-            *map(_at, spans),
-            *map(len, (writable, code, pointers, parts)),
-            _at(self._pages),
-        )
+        places = [_at(spans) + 16 * sum(counts[:before]) for before in range(len(counts))]
+        self._job = _Job(*(bias & _ALL, page_size, pages[0], _at(kinds)), *places, *counts, _at(self._pages))
         self._place = ctypes.addressof(self._job)
 
     def survey(self) -> tuple[dict[int, int], int]:

@@ -100,48 +100,6 @@ static bool too_long(const Table *table)
     return total > most;
 }
 
-static int64_t open_all(Table *table, bool check)
-{
-    int64_t result = FINE;
-    table->strings = table->strtab ? at(table, table->strtab, table->strsz) : NULL;
-    if (!table->strings)
-        table->strsz = 0;
-    if (!table->symtab) {
-        result = table->count > 1 ? NO_TABLE : FINE;
-        table->count = 0;
-        return result;
-    }
-    if (table->gnu_hash)
-        result = open_gnu_hash(table);
-    if (table->sysv_hash && result == FINE)
-        result = open_sysv_hash(table);
-    if (result != FINE)
-        return result;
-    uint64_t hashed = table->gnu_hash ? table->first + table->chain_count : 0;
-    table->count = table->count > hashed ? table->count : hashed;
-    table->count = table->count > table->sysv_chain_count ? table->count : table->sysv_chain_count;
-    table->rows = at(table, table->symtab, table->count * sizeof(Symbol));
-    table->versions = table->versym ? at(table, table->versym, table->count * 2) : NULL;
-    if ((!table->rows && table->count) || (table->versym && !table->versions && table->count))
-        return NO_TABLE;
-    if (check) {
-        if (table->strtab && (!table->strings || (table->strsz && table->strings[table->strsz - 1])))
-            return NO_TABLE;
-        for (uint64_t i = 0, size = table->strsz ? table->strsz : 1; i < table->count; i++)
-            if (table->rows[i].name >= size)
-                return NO_TABLE;
-        if (too_long(table))
-            return NO_TABLE;
-    }
-    return FINE;
-}
-
-/* Find the tables, and how many symbols there are; check: whether every name is in the string table. */
-int64_t open_table(Table *table, int64_t check)
-{
-    GUARDED(open_all(table, check));
-}
-
 /* -------------------------------------------------------------------------------------------- versions */
 
 typedef struct { /* Elf64_Verneed */
@@ -236,7 +194,49 @@ static int64_t list_all(Table *table)
     return table->verdef && result == FINE ? list_defined(table) : result;
 }
 
-/* Fill in table->labels; without it, only find how many there have to be. */
+static int64_t open_all(Table *table, bool check)
+{
+    int64_t result = FINE;
+    table->strings = table->strtab ? at(table, table->strtab, table->strsz) : NULL;
+    if (!table->strings)
+        table->strsz = 0;
+    if (!table->symtab) {
+        result = table->count > 1 ? NO_TABLE : FINE;
+        table->count = 0;
+        return result;
+    }
+    if (table->gnu_hash)
+        result = open_gnu_hash(table);
+    if (table->sysv_hash && result == FINE)
+        result = open_sysv_hash(table);
+    if (result != FINE)
+        return result;
+    uint64_t hashed = table->gnu_hash ? table->first + table->chain_count : 0;
+    table->count = table->count > hashed ? table->count : hashed;
+    table->count = table->count > table->sysv_chain_count ? table->count : table->sysv_chain_count;
+    table->rows = at(table, table->symtab, table->count * sizeof(Symbol));
+    table->versions = table->versym ? at(table, table->versym, table->count * 2) : NULL;
+    if ((!table->rows && table->count) || (table->versym && !table->versions && table->count))
+        return NO_TABLE;
+    if (check) {
+        if (table->strtab && (!table->strings || (table->strsz && table->strings[table->strsz - 1])))
+            return NO_TABLE;
+        for (uint64_t i = 0, size = table->strsz ? table->strsz : 1; i < table->count; i++)
+            if (table->rows[i].name >= size)
+                return NO_TABLE;
+        if (too_long(table))
+            return NO_TABLE;
+    }
+    return table->versions ? list_all(table) : FINE;
+}
+
+/* Find the tables, how many symbols there are, and how many labels; check: whether every name is in the string table. */
+int64_t open_table(Table *table, int64_t check)
+{
+    GUARDED(open_all(table, check));
+}
+
+/* Fill in the labels. */
 int64_t list_versions(Table *table)
 {
     GUARDED(list_all(table));
