@@ -5,7 +5,7 @@ Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Final
 
@@ -31,7 +31,7 @@ from miniloader.elf.dynamic import (
     tag_name,
 )
 from miniloader.elf.source import Bytes, Source
-from miniloader.elf.tables import Table, decode_relocations, decode_relr, rel_dtype, rela_dtype
+from miniloader.elf.tables import Table, decode_relocations, decode_relr
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
@@ -123,19 +123,31 @@ class RelocationTable:
     name: str
     addends: bool
     vaddr: int
+    file_offset: int
     count: int
     head: int
-    decode: Callable[[int, int], Table]
+    entry_size: int
+    elf_class: int
+    order: str
+    machine: str
+    source: Source
 
     @cached_property
     def rows(self) -> Table:
         """All rows."""
-        return self.decode(0, self.count)
+        return self._from(0)
 
     @cached_property
     def rest(self) -> Table:
         """The rows behind the ``head``, which is not read for them."""
-        return self.decode(self.head, self.count)
+        return self._from(self.head)
+
+    def _from(self, first: int) -> Table:
+        offset, length = self.file_offset + first * self.entry_size, (self.count - first) * self.entry_size
+        data = self.source.read(offset, length, self.name)
+        return decode_relocations(
+            data, self.elf_class, self.order, addends=self.addends, machine=self.machine
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,42 +211,30 @@ def read_relocations(
     if DT_RELR in tags:
         _entry_size(tags, DT_RELRENT, word, name)
         relr = decode_relr(_extent(read, tags, DT_RELR, DT_RELRSZ, word, name), elf_class, order)
-    sizes = {True: rela_dtype(elf_class, order).itemsize, False: rel_dtype(elf_class, order).itemsize}
+    sizes = {False: 2 * word, True: 3 * word}
     plt_addends = tags.get(DT_PLTREL, DT_RELA) == DT_RELA
-    spans = [
-        (DT_REL, False, tags.get(DT_REL, 0), tags.get(DT_RELSZ, 0)),
-        (DT_RELA, True, tags.get(DT_RELA, 0), tags.get(DT_RELASZ, 0)),
-        (DT_JMPREL, plt_addends, tags.get(DT_JMPREL, 0), tags.get(DT_PLTRELSZ, 0)),
-    ]
     if DT_PLTREL in tags and tags[DT_PLTREL] not in (DT_REL, DT_RELA):
         raise ElfError(name, "DT_PLTREL", str(tags[DT_PLTREL]), f"{DT_RELA} (RELA) or {DT_REL} (REL)")
-    plt_start, plt_size = spans[2][2:]
+    plt_start, plt_size = tags.get(DT_JMPREL, 0), tags.get(DT_PLTRELSZ, 0)
     tables = []
-    for tag, addends, start, length in spans:
+    for tag, label, size_tag, addends in (
+        (DT_REL, "DT_REL", DT_RELSZ, False),
+        (DT_RELA, "DT_RELA", DT_RELASZ, True),
+        (DT_JMPREL, "DT_JMPREL", DT_PLTRELSZ, plt_addends),
+    ):
+        start, length, size = tags.get(tag, 0), tags.get(size_tag, 0), sizes[addends]
         if tag not in tags or not length:
             continue
         if tag != DT_JMPREL and addends == plt_addends and start <= plt_start < start + length:
             # Some linkers count the PLT's relocations in DT_RELASZ, too: apply them once.
             length = min(length, plt_start - start) if plt_start + plt_size >= start + length else length
-        _entry_size(tags, DT_RELAENT if addends else DT_RELENT, sizes[addends], name)
-        if length % sizes[addends]:
-            label = "DT_PLTRELSZ" if tag == DT_JMPREL else f"{tag_name(tag)}SZ"
-            raise ElfError(name, label, f"{length} bytes", f"a multiple of {sizes[addends]}")
-        file_offset, count = locate(start, length, tag_name(tag)), length // sizes[addends]
-
-        def decode(
-            first: int,
-            last: int,
-            file_offset: int = file_offset,
-            tag: int = tag,
-            size: int = sizes[addends],
-            addends: bool = addends,
-        ) -> Table:
-            data = source.read(file_offset + first * size, (last - first) * size, tag_name(tag))
-            return decode_relocations(data, elf_class, order, addends=addends, machine=machine)
-
+        _entry_size(tags, DT_RELAENT if addends else DT_RELENT, size, name)
+        if length % size:
+            raise ElfError(name, tag_name(size_tag), f"{length} bytes", f"a multiple of {size}")
+        file_offset, count = locate(start, length, label), length // size
         head = min(tags.get(DT_RELACOUNT, 0), count) if tag == DT_RELA else 0
-        tables.append(RelocationTable(tag_name(tag), addends, start, count, head, decode))
+        described = label, addends, start, file_offset, count, head, size
+        tables.append(RelocationTable(*described, elf_class, order, machine, source))
     return Relocations(machine, tuple(tables), relr)
 
 

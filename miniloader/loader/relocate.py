@@ -96,7 +96,8 @@ class Relocation:
             for vaddrs, values, size in thread_local(self._rows_of(*TLS)):
                 _refuse_overflow(self._image, size, vaddrs, values)
                 self._put(vaddrs, values, size)
-            if bindings.met & INDIRECT_FUNCTION or any(kind.formula == "indirect" for kind in self._counts):
+            own = any(kind.formula == "indirect" for kind in self._counts)
+            if own or (bindings.met & INDIRECT_FUNCTION and late.any()):
                 self._put_indirect(bindings, addresses, late, may_run=may_run)
         except Stopped as stopped:
             self._refuse(stopped)

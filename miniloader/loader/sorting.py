@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -141,8 +142,7 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
                 table.rows["type"] == code_of_slot
             )  # the PLT counts them: none may be left out between them
             later = table.rows[: len(slots) if slots.all() else int(np.argmin(slots))]
-    located = _located(image, next(code for code, kind in kinds.items() if _adds(kind)))
-    return Sorted(image, kinds, located, later)
+    return Sorted(image, kinds, _located(image), later)
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:
@@ -164,20 +164,23 @@ def _writable(image: ElfImage, part: Segment) -> bool:
     return any(load.vaddr <= part.vaddr and part.file_end <= load.file_end for load in writable)
 
 
-def _located(image: ElfImage, relative: int) -> Table:
-    """The addresses in the dynamic section, as rows of kind ``relative``, unless it is read-only.
+@lru_cache(maxsize=1)
+def _relative(machine: str) -> int:
+    """The first kind that only adds the load bias."""
+    return next(code for code, kind in KINDS[machine].items() if _adds(kind))
 
-    So does glibc (``dl_relocate_ld``).
-    """
+
+def _located(image: ElfImage) -> Table:
+    """The addresses in the dynamic section as relocations, unless it is read-only (glibc: dl_relocate_ld)."""
     segment = image.segment("PT_DYNAMIC")
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
         return np.empty(0, RELOCATION)
     places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
-    rows = [
-        (segment.vaddr + 2 * _WORD * place + _WORD, relative, image.dynamic.tags[tag])
-        for tag, place in places.items()
-    ]
-    return np.array(rows, np.uint64).reshape(-1).view(RELOCATION)  # symbol 0
+    tags, kind, first = image.dynamic.tags, _relative(image.header.machine), segment.vaddr + _WORD
+    rows = array("Q")
+    for tag, place in places.items():
+        rows.extend((first + 2 * _WORD * place, kind, tags[tag]))  # symbol 0
+    return np.frombuffer(rows, RELOCATION) if rows else np.empty(0, RELOCATION)
 
 
 def _distinct(codes: NDArray[np.uint32]) -> list[int]:
