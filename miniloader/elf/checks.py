@@ -1,10 +1,11 @@
-"""What must hold before anything of a file is mapped: one table of rules.
+"""What must hold before anything of a file is used: one table of rules.
 
 Each :class:`Rule` says what it protects and which document asks for it, and finds the places where a file
-breaks it.  The same table gives ``inspect``'s problems, ``load``'s refusals and the documentation.  What
-makes a file unreadable altogether (magic, class, byte order, header sizes) is found by
-:func:`miniloader.elf.read_image` before any rule can run.  That it is for another machine is no fault of
-a file: only ``load`` refuses it.
+breaks it.  The same table gives ``inspect``'s problems, ``load``'s refusals and the documentation.  Most of
+them are checked before anything is mapped; those of words and names (:attr:`Rule.when_linked`) as they are
+linked, before anything runs.  What makes a file unreadable altogether (magic, class, byte order, header
+sizes) is found by :func:`miniloader.elf.read_image` before any rule can run.  That it is for another
+machine is no fault of a file: only ``load`` refuses it.
 """
 
 from __future__ import annotations
