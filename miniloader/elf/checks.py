@@ -113,7 +113,6 @@ RULES: Final[tuple[Rule, ...]] = (
         "gABI 5, Hash Table",
         "error",
         faults.hash_links,
-        when_linked=True,
     ),
     Rule(
         "strings",

@@ -17,6 +17,7 @@ from miniloader.elf.dynamic import (
     DT_FINI_ARRAY,
     DT_FINI_ARRAYSZ,
     DT_FLAGS_1,
+    DT_GNU_HASH,
     DT_INIT,
     DT_INIT_ARRAY,
     DT_INIT_ARRAYSZ,
@@ -132,8 +133,7 @@ def symbols(image: ElfImage) -> Iterator[Fault]:
 
 def hash_links(image: ElfImage) -> Iterator[Fault]:
     """Those of DT_GNU_HASH are bounded by its layout, and were when it was read."""
-    table = image.symbols.hash
-    if not isinstance(table, SysvHash):
+    if DT_GNU_HASH in image.dynamic.tags or not isinstance(table := image.symbols.hash, SysvHash):
         return
     count = len(table.chains)
     for name, links in (("bucket", table.buckets), ("chain", table.chains)):
@@ -150,20 +150,24 @@ def hash_links(image: ElfImage) -> Iterator[Fault]:
 
 def relocation_targets(image: ElfImage) -> Iterator[Fault]:
     """Every word that is relocated is inside a segment that can be written to."""
-    word = image.header.word
-    for name, offsets in _target_arrays(image):
-        outside = _outside(image, offsets, word, writable=not image.dynamic.text_relocations)
+    for name, offsets, size in _target_arrays(image):
+        outside = _outside(image, offsets, size, writable=not image.dynamic.text_relocations)
         if len(outside):
             where = "a writable segment" if not image.dynamic.text_relocations else "a segment"
-            yield f"{name} r_offset", f"{int(offsets[outside[0]]):#x}", f"{word} bytes inside {where}"
+            yield f"{name} r_offset", f"{int(offsets[outside[0]]):#x}", f"{size} bytes inside {where}"
 
 
-def _target_arrays(image: ElfImage) -> Iterator[tuple[str, NDArray[np.uint64]]]:
-    yield "DT_RELR", image.relocations.relr
+def _target_arrays(image: ElfImage) -> Iterator[tuple[str, NDArray[np.uint64], int]]:
+    """Of each table the vaddrs that are relocated, and how many bytes each."""
+    word = image.header.word
+    yield "DT_RELR", image.relocations.relr, word
     for table in image.relocations.tables:
-        offsets = table.rows["offset"]
+        offsets, kinds = table.rows["offset"], table.rows["type"]
         # R_*_NONE relocates nothing, wherever it points.
-        yield table.name, offsets[table.rows["type"] != 0] if not table.rows["type"].all() else offsets
+        yield table.name, offsets[kinds != 0] if not kinds.all() else offsets, word
+        for code in np.unique(kinds).tolist():
+            if "TLSDESC" in kind_name(image.header.machine, code):
+                yield table.name, offsets[kinds == code], 2 * word
 
 
 def _outside(image: ElfImage, offsets: NDArray[np.uint64], size: int, *, writable: bool) -> NDArray[np.intp]:
@@ -251,15 +255,20 @@ def array_pointers(image: ElfImage) -> Iterator[Fault]:
 
 
 def _relative(image: ElfImage, start: int, length: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The words of these ``length`` bytes that get the load bias by RELA tables, and what it is added to."""
-    vaddrs, values = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+    """The words of these ``length`` bytes that get the load bias, and what it is added to."""
+    relr, word = image.relocations.relr, image.header.word
+    relr = relr[relr - np.uint64(start) < np.uint64(length)]
+    added = [
+        int.from_bytes(image.read(vaddr, word, "DT_RELR"), image.header.byte_order) for vaddr in relr.tolist()
+    ]
+    vaddrs, values = [relr], [np.array(added, np.uint64)]
     for table in image.relocations.tables:
         for rows in blocks(table.rows) if table.addends else ():
             # What is before wraps to far behind.
             inside = rows[rows["offset"] - np.uint64(start) < np.uint64(length)]
             if len(inside):
                 kinds = [kind_name(image.header.machine, code) for code in inside["type"].tolist()]
-                inside = inside[[kind.endswith("_RELATIVE") for kind in kinds]]
+                inside = inside[["_RELATIVE" in kind for kind in kinds]]
                 vaddrs.append(inside["offset"])
                 values.append(inside["addend"].view(np.uint64))
     return np.concatenate(vaddrs), np.concatenate(values)

@@ -148,7 +148,7 @@ def _fill(
 def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
     """What the words that differ are in this process; of an IFUNC of ours, its resolver's address."""
     table = ready.arrays["values"]
-    biases = np.array([definer.bias for definer in order], np.uint64)
+    biases = np.array([definer.bias % (1 << 64) for definer in order], np.uint64)
     with np.errstate(over="ignore"):
         values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
     for place, definer in ready.meant("resolver", order):
@@ -262,7 +262,7 @@ def _check_versions(library: Loaded) -> None:
 
     As glibc: a library without any versions passes, and so does a version that is needed weakly.
     """
-    for other in library.needs:
+    for other in dict.fromkeys(library.needs):
         soname = other.soname if isinstance(other, HostLibrary) else other.image.soname
         file = os.fsencode(soname or os.path.basename(other.name))
         missing = library.names.missing_version(file, other.names)

@@ -94,7 +94,7 @@ class Loaded:
     def names(self) -> Names:
         """The same where they lie in memory."""
         if self._names is None:
-            self._names = open_names(self.image, readable(self.plan), self.bias)
+            self._names = open_names(self.image, readable(self.image, self.plan), self.bias)
         return self._names
 
     @names.setter

@@ -54,7 +54,7 @@ class Relocation:
             pages=(plan.start, plan.end),
             page_size=plan.page_size,
         )
-        spans = readable(plan)
+        spans = readable(image, plan)
         for vaddr, count in (relocations.head, *parts):
             end = vaddr + count * RELOCATION.itemsize
             if count and not any(low <= vaddr and end <= high for low, high in spans):
@@ -62,6 +62,8 @@ class Relocation:
                 raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
             counts, highest = self._job.survey()
+            if len(relocations.lazy):
+                highest = max(highest, int(relocations.lazy["symbol"].max()))
             self.names = open_names(image, spans, memory.bias, at_least=highest + 1)
             self.wanted = self._job.used(len(self.names))
             self._counts = {relocations.kinds[code]: (code, count) for code, count in counts.items()}
@@ -106,7 +108,7 @@ class Relocation:
     def _rows_of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
         """The kinds with one of ``formulas``, and their rows."""
         return (
-            (kind, self._job.rows(code, count))
+            (kind, self._job.rows(code, count, len(self.names)))
             for kind, (code, count) in self._counts.items()
             if kind.formula in formulas
         )
@@ -130,7 +132,7 @@ class Relocation:
         Each is written before the next is resolved, and each resolver runs once.
         """
         chosen: dict[int, int] = {}
-        bias = self._memory.bias
+        bias = self._memory.bias % (1 << 64)
 
         def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:
             for resolver in resolvers.tolist():

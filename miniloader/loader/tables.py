@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import NoReturn
+from typing import Final, NoReturn
 
-from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
 from miniloader.elf.checks import refuse_problems
 from miniloader.errors import ElfError
 from miniloader.machine.loops import Names, Reason, Span, Stopped
@@ -22,38 +22,57 @@ def open_names(image: ElfImage, spans: Sequence[Span], bias: int, *, at_least: i
         refuse(image, stopped)
 
 
-def readable(plan: LoadPlan) -> list[Span]:
+def readable(image: ElfImage, plan: LoadPlan) -> list[Span]:
     """Where bytes of the file can be read."""
-    return [(m.start, m.end) for m in plan.mappings if m.kind == "file" and "r" in m.protection]
+    mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
+    return _common(mappings, [(load.vaddr, load.file_end) for load in image.loads])
 
 
 def writable(image: ElfImage, plan: LoadPlan) -> list[Span]:
     """Where words may be relocated: in segments that can be written to, or be made so."""
-    found: list[Span] = []
     open_ = image.dynamic.text_relocations
     mappings = [m for m in plan.mappings if "w" in m.protection or (open_ and m.kind == "file")]
+    return _common(mappings, [(load.vaddr, load.end) for load in image.loads])
+
+
+def _common(mappings: Sequence[PlannedMapping], segments: Sequence[Span]) -> list[Span]:
+    """What lies in both; all are in ascending order."""
+    found: list[Span] = []
     first = 0
-    for load in image.loads:  # both are in ascending order
-        while first < len(mappings) and mappings[first].end <= load.vaddr:
+    for start, end in segments:
+        while first < len(mappings) and mappings[first].end <= start:
             first += 1
-        for m in islice(mappings, first, None):
-            if m.start >= load.end:
+        for mapping in islice(mappings, first, None):
+            if mapping.start >= end:
                 break
-            start, end = max(load.vaddr, m.start), min(load.end, m.end)
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, end))
+            low, high = max(start, mapping.start), min(end, mapping.end)
+            if found and found[-1][1] == low:
+                low = found.pop()[0]
+            found.append((low, high))
     return found
 
 
 def refuse(image: ElfImage, stopped: Stopped) -> NoReturn:
-    """Say what a loop has stopped at: in the words of the rule that the file breaks, else it has changed."""
-    if stopped.reason is Reason.TOO_MUCH:
-        found = "names that are too long, or too many of one hash, to be looked up"
-        raise ElfError(image.path, "dynamic symbols", found, "names that differ")
+    """Say what a loop has stopped at: in the words of the rule that the file breaks, if one says it."""
     refuse_problems(image, when_linked=True)
+    found, expected = _REASONS[stopped.reason]
     field = f"relocation at vaddr {stopped.where:#x}" if stopped.where else "dynamic tables"
-    found = "a page that is gone" if stopped.reason is Reason.GONE else "another content"
-    raise ElfError(
-        image.path, field, found, "what was there", hint="the file was changed while it was being loaded"
-    )
+    hint = "the file was changed while it was being loaded" if stopped.reason is Reason.GONE else None
+    raise ElfError(image.path, field, found, expected, hint=hint)
+
+
+#: What is found, and what is expected.
+_REASONS: Final = {
+    Reason.GONE: ("a page that is gone", "a page of the file"),
+    Reason.NO_TABLE: ("a table that is elsewhere, or of another form", "one that can be read"),
+    Reason.TOO_MUCH: (
+        "names that are too long, or too many of one hash, to be looked up",
+        "names that differ",
+    ),
+    Reason.OUTSIDE: ("a word that cannot be written", "inside a writable segment, and no other's page"),
+    Reason.NO_KIND: ("another kind than before", "what has been looked through"),
+    Reason.NO_SYMBOL: ("a symbol that there is not", "one of the table"),
+    Reason.NOT_RELATIVE: ("another kind than DT_RELACOUNT says", "R_*_RELATIVE"),
+    Reason.NO_CODE: ("a constructor or destructor that is no code", "inside an executable segment"),
+    Reason.TOO_FAR: ("a value that does not fit", "32 bits"),
+}

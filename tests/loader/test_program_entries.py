@@ -65,7 +65,7 @@ def at(built: Path) -> Iterator[Callable[[str, int], At]]:
     def make(name: str, bias: int) -> At:
         image = read_image(Source.open(built / name))
         mapped.append(map_plan(image.plan(PAGE_SIZE), image.source))
-        return At(name, bias, image, open_names(image, readable(mapped[-1].plan), mapped[-1].bias))
+        return At(name, bias, image, open_names(image, readable(image, mapped[-1].plan), mapped[-1].bias))
 
     yield make
     for memory in mapped:

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.build import build_loops
-from miniloader.elf import Source, read_image
+from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf import dynamic as dt
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
 from miniloader.elf.tables import RELOCATION
+from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import host
 from miniloader.loader.memory import Memory, map_plan
@@ -36,6 +37,7 @@ from miniloader.machine.loops import (
     Names,
     Reason,
     Stopped,
+    copy,
     functions,
     kinds_table,
     look_name_up,
@@ -43,7 +45,7 @@ from miniloader.machine.loops import (
 )
 from miniloader.machine.relocation import KINDS
 
-Opened = tuple[Memory, dict[int, int]]
+Opened = tuple[Memory, ElfImage]
 
 
 # ----------------------------------------------------------------------------------------------- names
@@ -112,7 +114,8 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str], tuple[Path, Opened]]]:
         path = Path(shutil.copy(name, tmp_path))
         image = read_image(Source.open(path))
         made.append(map_plan(image.plan(PAGE_SIZE), image.source))
-        return path, (made[-1], dict(image.dynamic.tags))
+        assert image.dynamic.tags  # read now: the file may not be there later
+        return path, (made[-1], image)
 
     yield make
     for memory in made:
@@ -120,9 +123,9 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str], tuple[Path, Opened]]]:
 
 
 def names_of(opened: Opened, **changed: int) -> Names:
-    memory, tags = opened
-    tags = tags | {getattr(dt, f"DT_{tag}"): value for tag, value in changed.items()}
-    return Names(memory.bias, readable(memory.plan), tags, check=True)
+    memory, image = opened
+    tags = {**image.dynamic.tags, **{getattr(dt, f"DT_{tag}"): value for tag, value in changed.items()}}
+    return Names(memory.bias, readable(image, memory.plan), tags, check=True)
 
 
 @pytest.mark.parametrize(
@@ -173,29 +176,67 @@ def test_a_file_that_is_cut_short_ends_the_loop_and_nothing_else(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
 
 
-def test_names_that_take_too_long_are_not_looked_up() -> None:
-    """One bucket, one chain, one hash: each of twenty thousand would be compared with each."""
-    count, text = 20_000, b"\0" + b"a" * 3000 + b"\0"
-    rows = b"".join(struct.pack("<IBBHQQ", 1, 0x12, 0, 0 if at % 2 else 1, 0, 8) for at in range(count))
-    hashed = 5381
-    for octet in text[1:-1]:
-        hashed = (hashed * 33 + octet) & 0xFFFFFFFF
-    chains = np.full(count, hashed & ~1, np.uint32)
-    chains[-1] |= 1
-    head = struct.pack("<4IQI", 1, 1, 1, 0, (1 << 64) - 1, 1)
-    memory = bytearray(rows + text + bytes(-len(text) % 8) + head + chains.tobytes())
+def hashed(text: bytes) -> int:
+    value = 5381
+    for octet in text:
+        value = (value * 33 + octet) & 0xFFFFFFFF
+    return value
+
+
+def made(
+    names: list[bytes], sections: list[int], buckets: int = 1
+) -> tuple[Names, dict[bytes, int], bytearray]:
+    """A table of symbols in a buffer, in the order of their buckets; the index of each name; the buffer."""
+    order = sorted(range(len(names)), key=lambda at: hashed(names[at]) % buckets)
+    strings, offsets = bytearray(b"\0"), {}
+    for name in names:
+        offsets.setdefault(name, len(strings))
+        strings += name + b"\0"
+    rows = bytes(24) + b"".join(
+        struct.pack("<IBBHQQ", offsets[names[at]], 0x12, 0, sections[at], 0x1000 + at, 8) for at in order
+    )
+    chosen = [hashed(names[at]) % buckets for at in order]
+    first = [chosen.index(bucket) + 1 if bucket in chosen else 0 for bucket in range(buckets)]
+    chains = [hashed(names[at]) & ~1 for at in order]
+    for place, bucket in enumerate(chosen):
+        chains[place] |= chosen[place + 1 : place + 2] != [bucket]
+    table = struct.pack(f"<4IQ{buckets}I", buckets, 1, 1, 0, (1 << 64) - 1, *first)
+    table += np.array(chains, np.uint32).tobytes()
+    padding = bytes(-(len(rows) + len(strings)) % 8)
+    memory = bytearray(rows + strings + padding + table)
     bias = ctypes.addressof(ctypes.c_char.from_buffer(memory)) - 0x1000
-    strings = 0x1000 + len(rows)
     tags = {
         dt.DT_SYMTAB: 0x1000,
-        dt.DT_STRTAB: strings,
-        dt.DT_STRSZ: len(text),
-        dt.DT_GNU_HASH: strings + len(text) + -len(text) % 8,
+        dt.DT_STRTAB: 0x1000 + len(rows),
+        dt.DT_STRSZ: len(strings),
+        dt.DT_GNU_HASH: 0x1000 + len(rows) + len(strings) + len(padding),
     }
-    names = Names(bias, [(0x1000, 0x1000 + len(memory))], tags)
-    assert len(names) == count + 1
+    found = Names(bias, [(0x1000, 0x1000 + len(memory))], tags, check=True)
+    assert len(found) == len(names) + 1
+    return found, {names[at]: place + 1 for place, at in enumerate(order)}, memory
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 3, 7])
+@pytest.mark.parametrize("theirs", [1, 2, 5])
+def test_what_an_earlier_library_defines_comes_first(buckets: int, theirs: int) -> None:
+    """However few buckets there are, and whatever the lowest bit of a hash is."""
+    names = [b"malloc", b"free", b"puts", b"memchr", b"a", b"b", b"own_1", b"own_2", b"own_3"]
+    assert {hashed(name) & 1 for name in names[:6]} == {0, 1}
+    mine, places, _kept = made(names, [1] * len(names), buckets)
+    other, _, _also = made(names[:6], [1] * 6, theirs)
+    wanted = np.array([places[name] for name in names])
+    found = look_up(mine, wanted, [other, mine], [0, 0], 1)
+    assert found.rows["owner"].tolist() == [0] * 6 + [1] * 3
+    assert [other.name(index) for index in found.rows["symbol"][:6].tolist()] == names[:6]
+
+
+def test_names_that_take_too_long_are_not_looked_up() -> None:
+    """One chain, one hash, and long names that differ at their ends: each would be compared with each."""
+    count, text = 3000, b"a" * 3000
+    assert hashed(text + b"ab") == hashed(text + b"bA")
+    mine, _, _kept = made([text + b"ab", text + b"bA"] * count, [0, 1] * count)
     with pytest.raises(Stopped) as stopped:
-        look_up(names, np.arange(1, count, 2), [names], [0], None)
+        look_up(mine, np.arange(1, 2 * count, 2), [mine], [0], None)
     assert stopped.value.reason is Reason.TOO_MUCH
 
 
@@ -345,6 +386,75 @@ def test_a_kind_or_symbol_that_there_is_not(row: tuple[int, int, int, int], reas
         with pytest.raises(Stopped) as stopped:
             bench.apply([0] * 4, [0] * 4)
         assert stopped.value.reason is reason
+
+
+@pytest.mark.parametrize("part", ["known", "added", "head", "rest"])
+def test_a_page_that_is_gone_is_never_overlooked(part: str, tmp_path: Path) -> None:
+    """Whichever part of the words lies on it."""
+    path = tmp_path / "words"
+    path.write_bytes(bytes(4 * PAGE_SIZE))
+    source = Source.open(path)
+    base = syscalls.mmap(0, 4 * PAGE_SIZE, 3, syscalls.MAP_PRIVATE, source.fd, 0)
+    there, missing = PAGE_SIZE, 3 * PAGE_SIZE  # vaddrs
+    at = {name: missing if name == part else there + 64 * place
+          for place, name in enumerate(("known", "added", "head", "rest"))}  # fmt: skip
+    table = np.array([(at["head"], 8, 0, 1), (at["rest"], 8, 0, 1)], RELOCATION)
+    ctypes.memmove(base, table.tobytes(), table.nbytes)
+    job = Job(
+        base,
+        kinds_table(KINDS["X86_64"]),
+        writable=[(PAGE_SIZE, 4 * PAGE_SIZE)],
+        code=[],
+        pointers=[],
+        parts=[(24, 1)],
+        pages=(0, 4 * PAGE_SIZE),
+        page_size=PAGE_SIZE,
+    )
+    os.truncate(path, 2 * PAGE_SIZE)
+    nothing = np.empty(0, np.int64)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            job.relocate(
+                np.array([(at["known"], 8, 0, 1)], RELOCATION),
+                np.array([at["added"]], np.uint64),
+                (0, 1),
+                *(nothing, nothing, np.empty(0, np.uint64)),
+                *(np.empty(0, DEFINITION), np.empty(0, np.bool_)),
+            )
+        assert stopped.value.reason is Reason.GONE
+    finally:
+        syscalls.munmap(base, 4 * PAGE_SIZE)
+
+
+def test_a_thread_that_blocks_signals_is_guarded_too(opened: Callable[[str], tuple[Path, Opened]]) -> None:
+    path, library = opened(host.listing().by_name["libz.so.1"].path)
+    os.truncate(path, PAGE_SIZE)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        with pytest.raises(Stopped) as stopped:
+            names_of(library)
+        assert stopped.value.reason is Reason.GONE
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked >= {signal.SIGBUS}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("protection", [0, 1])
+def test_a_page_that_forbids_it_is_an_error(protection: int) -> None:
+    base = syscalls.mmap(0, PAGE_SIZE, protection, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS)
+    room = np.zeros(8, np.uint8)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            copy(base + 16, room.ctypes.data, 8)
+        assert (stopped.value.reason, stopped.value.where) == (Reason.GONE, base + 16)
+        if protection:
+            copy(room.ctypes.data, base + 16, 8)
+        else:
+            with pytest.raises(Stopped):
+                copy(room.ctypes.data, base + 16, 8)
+    finally:
+        syscalls.munmap(base, PAGE_SIZE)
 
 
 def test_the_head_is_of_one_kind() -> None:

@@ -137,7 +137,7 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 5)),
-        *(("survey", 3), ("use", 3), ("gather", 4), ("relocate", 12)),
+        *(("survey", 3), ("use", 3), ("gather", 5), ("relocate", 12)),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64
@@ -286,7 +286,9 @@ def look_name_up(name: bytes, scope: Sequence[Names], biases: Sequence[int]) -> 
 
 
 def _scope(scope: Sequence[Names], biases: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    return np.array([names.place for names in scope], np.uint64), np.array(biases, np.uint64)
+    return np.array([names.place for names in scope], np.uint64), np.array(
+        [bias & _ALL for bias in biases], np.uint64
+    )
 
 
 # ----------------------------------------------------------------------------------------------- words
@@ -352,10 +354,10 @@ class Job:
         self._run("use", _at(used), symbols)
         return used.nonzero()[0]
 
-    def rows(self, code: int, count: int) -> Table:
-        """The rows of a kind, of which there are ``count``: a copy."""
+    def rows(self, code: int, count: int, symbols: int) -> Table:
+        """The rows of a kind, of which there are ``count``, with so many ``symbols``: a copy."""
         rows = np.empty(count, RELOCATION)
-        self._run("gather", code, _at(rows), count)
+        self._run("gather", code, _at(rows), count, symbols)
         return rows
 
     def relocate(

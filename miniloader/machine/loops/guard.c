@@ -1,9 +1,9 @@
-/* SIGBUS while a loop runs.
+/* SIGBUS and SIGSEGV while a loop runs.
 
    A file that is cut short takes its pages out of memory; whoever reads or writes one of them gets SIGBUS, which
    ends the process.  While one of our loops runs, and in its thread alone, the signal ends the loop instead; and so
-   does SIGSEGV while bytes are copied, which may be from or to a page that forbids it.  Callers hold Python's lock,
-   so that there is one loop at a time. */
+   does SIGSEGV, which a page that forbids it gives, or a library that another thread unloads.  Callers hold Python's
+   lock, so that there is one loop at a time. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -11,9 +11,13 @@
 
 #include "loops.h"
 
+static const int signals[] = {SIGBUS, SIGSEGV};
+enum { SIGNALS = sizeof signals / sizeof *signals };
+
 sigjmp_buf guard_jump;
 uint64_t guard_where;
-static struct sigaction before[2];
+static struct sigaction before[SIGNALS];
+static sigset_t mask;
 static pthread_t thread;
 
 static void on_fault(int number, siginfo_t *info, void *context)
@@ -25,6 +29,8 @@ static void on_fault(int number, siginfo_t *info, void *context)
     }
     if (theirs->sa_flags & SA_SIGINFO)
         theirs->sa_sigaction(number, info, context);
+    else if (theirs->sa_handler == SIG_IGN && info->si_code <= 0)
+        return;
     else if (theirs->sa_handler != SIG_DFL && theirs->sa_handler != SIG_IGN)
         theirs->sa_handler(number);
     else { /* somebody else's: as if we had never been there */
@@ -34,20 +40,24 @@ static void on_fault(int number, siginfo_t *info, void *context)
     }
 }
 
-void guard_begin(bool access)
+void guard_begin(void)
 {
     struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    sigset_t wanted;
     thread = pthread_self();
-    sigaction(SIGBUS, &ours, &before[0]);
-    if (access)
-        sigaction(SIGSEGV, &ours, &before[1]);
+    sigemptyset(&wanted);
+    for (int i = 0; i < SIGNALS; i++) {
+        sigaction(signals[i], &ours, &before[i]);
+        sigaddset(&wanted, signals[i]);
+    }
+    pthread_sigmask(SIG_UNBLOCK, &wanted, &mask); /* what is blocked would end the process */
 }
 
-void guard_end(bool access)
+void guard_end(void)
 {
-    if (access)
-        sigaction(SIGSEGV, &before[1], NULL);
-    sigaction(SIGBUS, &before[0], NULL);
+    pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    for (int i = 0; i < SIGNALS; i++)
+        sigaction(signals[i], &before[i], NULL);
 }
 
 static int64_t copy_bytes(void *to, const void *from, uint64_t length)
@@ -58,7 +68,7 @@ static int64_t copy_bytes(void *to, const void *from, uint64_t length)
 
 static int64_t copy_guarded(void *to, const void *from, uint64_t length)
 {
-    GUARDED_TOO(true, copy_bytes(to, from, length));
+    GUARDED(copy_bytes(to, from, length));
 }
 
 /* Copy bytes; where is the address that was not to be had. */

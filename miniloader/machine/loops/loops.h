@@ -93,21 +93,21 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------- guard.c */
 
-/* Run a loop.  A page of the file that is gone, since it has been cut short meanwhile, ends it with GONE. */
-#define GUARDED(loop) GUARDED_TOO(false, loop)
-
-/* The same; with access, a page that may not be read or written does so, too. */
-#define GUARDED_TOO(access, loop)                                                                                      \
+/* Run a loop.  A page that is gone, since the file has been cut short meanwhile, or that may not be read or written,
+   ends it with GONE. */
+#define GUARDED(loop)                                                                                                  \
     do {                                                                                                               \
-        int64_t result_ = GONE;                                                                                        \
-        guard_begin(access);                                                                                           \
+        volatile int64_t result_ = GONE;                                                                               \
+        guard_begin();                                                                                                 \
         if (sigsetjmp(guard_jump, 0) == 0)                                                                             \
             result_ = (loop);                                                                                          \
-        guard_end(access);                                                                                             \
+        else                                                                                                           \
+            result_ = GONE;                                                                                            \
+        guard_end();                                                                                                   \
         return result_;                                                                                                \
     } while (0)
 
 extern sigjmp_buf guard_jump;
 extern uint64_t guard_where; /* the address that was not to be had */
-void guard_begin(bool access);
-void guard_end(bool access);
+void guard_begin(void);
+void guard_end(void);

@@ -14,7 +14,7 @@ enum { STB_LOCAL = 0, STB_GLOBAL = 1, STB_WEAK = 2, STB_GNU_UNIQUE = 10 };
 enum { STT_SECTION = 3, STT_FILE = 4, STT_TLS = 6, STT_GNU_IFUNC = 10 };
 enum { STV_INTERNAL = 1, STV_HIDDEN = 2, STV_PROTECTED = 3 };
 enum { VERSION_HIDDEN = 0x8000, VERSION = 0x7fff, OLDEST = 2, BASE = 1, WEAK = 2 };
-enum { LONGEST = 4096, LONG_NAMES = 1 << 24 };
+enum { LONGEST = 4096, LONG_NAMES = 1 << 24, SHORT_CHAIN = 64 };
 
 /* ------------------------------------------------------------------------------------------- tables */
 
@@ -93,8 +93,8 @@ static bool too_long(const Table *table)
     if (!table->strsz || table->count <= LONG_NAMES / table->strsz || !has_long(table))
         return false;
     for (uint64_t i = 0; i < table->count && total <= most; i++) {
-        uint64_t room = table->strsz - table->rows[i].name;
-        const char *text = table->strings + table->rows[i].name, *end = memchr(text, 0, room);
+        uint64_t at = table->rows[i].name, room = at < table->strsz ? table->strsz - at : 0;
+        const char *text = table->strings + at, *end = room ? memchr(text, 0, room) : NULL;
         total += end ? (uint64_t)(end - text) : room;
     }
     return total > most;
@@ -242,24 +242,35 @@ int64_t list_versions(Table *table)
     GUARDED(list_all(table));
 }
 
+enum { MOST_STEPS = 1 << 28 }; /* bytes and links looked at: a third of a second, a hundred times the usual */
+static int64_t steps;
+
 /* Whether two strings of tables are the same. */
 static bool same(const Table *one, uint64_t text, const Table *other, uint64_t another)
 {
     if (text >= one->strsz || another >= other->strsz)
         return false;
-    uint64_t most = one->strsz - text, least = other->strsz - another;
-    return strncmp(one->strings + text, other->strings + another, most < least ? most : least) == 0;
+    if (one == other && text == another)
+        return true;
+    uint64_t most = one->strsz - text, least = other->strsz - another, length = 0;
+    const char *left = one->strings + text, *right = other->strings + another;
+    most = most < least ? most : least;
+    while (length < most && left[length] && left[length] == right[length])
+        length++;
+    steps -= (int64_t)length;
+    return length < most && left[length] == right[length];
 }
 
-static bool defines(const Table *table, const Table *other, uint64_t text)
+/* Whether a table defines the version that another one needs, whose hash is the same then. */
+static bool defines(const Table *table, const Table *other, uint32_t hash, uint64_t text)
 {
     uint64_t vaddr = table->verdef, left = table->verdefnum < VERSION_HIDDEN ? table->verdefnum : VERSION_HIDDEN;
-    while (left) {
+    while (left && steps-- > 0) {
         const Verdef *definition = at(table, vaddr, sizeof *definition);
         const Verdaux *one = definition ? at(table, vaddr + definition->aux, sizeof *one) : NULL;
         if (!one)
             return false;
-        if (same(table, one->name, other, text))
+        if (definition->hash == hash && same(table, one->name, other, text))
             return true;
         if (!onward(&vaddr, definition->next, sizeof *definition, &left))
             break;
@@ -270,27 +281,31 @@ static bool defines(const Table *table, const Table *other, uint64_t text)
 static int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing)
 {
     uint64_t vaddr = table->verneed, left = table->verneednum;
-    while (table->verneed && other->verdef && other->verdefnum && left) {
-        const Verneed *need = at(table, vaddr, sizeof *need);
-        if (!need || need->file >= table->strsz)
+    steps = MOST_STEPS;
+    while (table->versions && table->verneed && other->verdef && other->verdefnum && left && steps-- > 0) {
+        const Verneed *record = at(table, vaddr, sizeof *record);
+        if (!record)
             return NO_TABLE;
-        bool asked = strncmp(table->strings + need->file, file, table->strsz - need->file) == 0;
-        uint64_t there = vaddr + need->aux, rest = asked ? need->count : 0;
-        while (rest) {
+        Verneed need = *record;
+        if (need.file >= table->strsz)
+            return NO_TABLE;
+        bool asked = strncmp(table->strings + need.file, file, table->strsz - need.file) == 0;
+        uint64_t there = vaddr + need.aux, rest = asked ? need.count : 0;
+        while (rest && steps-- > 0) {
             const Vernaux *one = at(table, there, sizeof *one);
             if (!one)
                 return NO_TABLE;
-            if (!(one->flags & WEAK) && !defines(other, table, one->name)) {
+            if (!(one->flags & WEAK) && !defines(other, table, one->hash, one->name) && steps > 0) {
                 *missing = one->name;
                 return FINE;
             }
             if (!onward(&there, one->next, sizeof *one, &rest))
                 break;
         }
-        if (!onward(&vaddr, need->next, sizeof *need, &left))
+        if (!onward(&vaddr, need.next, sizeof need, &left))
             break;
     }
-    return FINE;
+    return steps > 0 ? FINE : TOO_MUCH;
 }
 
 /* The first version (its name in the string table) that the table needs of a file, unless that lets it be missing,
@@ -304,8 +319,6 @@ int64_t missing_version(const Table *table, const char *file, const Table *other
 
 enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2 };   /* how to look */
 enum { UNBOUND = 1, UNIQUE = 2, INDIRECT_FUNCTION = 4 }; /* what was met: needs without a definition, and such symbols */
-enum { MOST_STEPS = 1 << 28 }; /* bytes and links looked at: a third of a second, a hundred times the usual */
-
 typedef struct { /* what is looked for */
     const char *text; /* NULL until it is needed: often the hash suffices */
     uint64_t length;
@@ -313,8 +326,6 @@ typedef struct { /* what is looked for */
     uint64_t index, version; /* the name of its version in that one's strings; 0 for none */
     uint32_t hash;
 } Name;
-
-static int64_t steps;
 
 static uint32_t gnu_hash(const char *text, uint64_t length)
 {
@@ -351,23 +362,34 @@ static void read_text(Name *name)
     steps -= (int64_t)name->length;
 }
 
-/* The hash of a symbol that its own table has, without reading its name: a chain has all of it but for the lowest bit,
-   and only one of the two leads to the chain that it is in. */
-static uint32_t known_hash(const Table *table, uint64_t index)
+/* Whether a symbol is in the chain that its own table has for a hash; not, where that is long. */
+static bool in_chain(const Table *table, uint64_t index, uint32_t hash)
 {
-    uint32_t hash = table->chains[index - table->first] & ~1u;
-    uint64_t here = table->buckets[hash % table->bucket_count];
-    while (here >= table->first && here < index && !(table->chains[here - table->first] & 1) && steps-- > 0)
+    uint64_t here = table->buckets[hash % table->bucket_count], most = here + SHORT_CHAIN;
+    while (here >= table->first && here < index && here < most && !(table->chains[here - table->first] & 1))
         here++;
-    return here == index ? hash : hash | 1;
+    return here == index;
+}
+
+/* The hash of a symbol that its own table has, without reading its name: a chain has all of it but for the lowest bit,
+   and only one of the two leads to the chain that it is in, if there are several. */
+static bool know_hash(Name *name)
+{
+    const Table *table = name->table;
+    if (!table->gnu_hash || table->bucket_count < 2 || name->index < table->first ||
+        name->index - table->first >= table->chain_count)
+        return false;
+    name->hash = table->chains[name->index - table->first] & ~1u;
+    if (in_chain(table, name->index, name->hash))
+        return true;
+    name->hash |= 1;
+    return in_chain(table, name->index, name->hash);
 }
 
 static Name name_of(const Table *table, uint64_t index, bool versioned)
 {
     Name name = {.table = table, .index = index, .version = versioned ? label(table, index) : 0};
-    if (table->gnu_hash && index >= table->first && index - table->first < table->chain_count) {
-        name.hash = known_hash(table, index);
-    } else {
+    if (!know_hash(&name)) {
         read_text(&name);
         name.hash = gnu_hash(name.text, name.length);
     }

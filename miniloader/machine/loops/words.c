@@ -67,22 +67,30 @@ int64_t use(Job *job, uint8_t *used, uint64_t symbols)
     GUARDED(mark(job, used, symbols));
 }
 
-static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count)
+static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count, uint64_t symbols)
 {
     uint64_t found = 0;
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
-        for (const Row *row = rows; row < rows + part->count && found < count; row++)
-            if (row->type == type)
-                copies[found++] = *row;
+        for (const Row *at = rows; at < rows + part->count && found < count; at++) {
+            Row row = *at;
+            const Kind *kind = kind_of(job, &row);
+            if (row.type != type)
+                continue;
+            if (kind->formula != INDIRECT && row.symbol >= symbols)
+                return fault(job, NO_SYMBOL, row.offset, row.symbol);
+            if (!inside(job->writable, job->writable_count, row.offset, kind->size))
+                return fault(job, OUTSIDE, row.offset, row.type);
+            copies[found++] = row;
+        }
     }
     return found == count ? FINE : fault(job, NO_KIND, 0, type);
 }
 
-/* Copy the rows of a kind, of which there are count. */
-int64_t gather(Job *job, uint64_t type, Row *copies, uint64_t count)
+/* Copy the rows of a kind, of which there are count; their symbols are among so many. */
+int64_t gather(Job *job, uint64_t type, Row *copies, uint64_t count, uint64_t symbols)
 {
-    GUARDED(copy_rows(job, type, copies, count));
+    GUARDED(copy_rows(job, type, copies, count, symbols));
 }
 
 /* Call resolvers, in the order of the places of their addresses, and put what they choose there. */
@@ -105,11 +113,23 @@ static void store(Job *job, uint64_t vaddr, uint64_t value, uint64_t size)
     job->pages[(vaddr + size - 1 - job->start) / job->page_size] = 1;
 }
 
+/* The span to write to that a word is in; NULL for none. */
+static const Span *span_of(const Job *job, uint64_t vaddr)
+{
+    for (const Span *span = job->writable; span < job->writable + job->writable_count; span++)
+        if (inside(span, 1, vaddr, sizeof(uint64_t)))
+            return span;
+    return NULL;
+}
+
 static int64_t add_bias(Job *job, const uint64_t *vaddrs, uint64_t count)
 {
+    const Span *span = NULL; /* that of the last one: most are in it */
     for (uint64_t i = 0; i < count; i++) {
         uint64_t value;
-        if (!inside(job->writable, job->writable_count, vaddrs[i], sizeof value))
+        if (!span || !inside(span, 1, vaddrs[i], sizeof value))
+            span = span_of(job, vaddrs[i]);
+        if (!span)
             return fault(job, OUTSIDE, vaddrs[i], 0);
         memcpy(&value, (const char *)(job->bias + vaddrs[i]), sizeof value);
         if (!leads(job, vaddrs[i], value))
@@ -129,10 +149,8 @@ static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
         if (kind_of(job, row)->formula != B_A)
             return fault(job, NOT_RELATIVE, vaddr, row->type);
         if (vaddr < low || vaddr > high) {
-            const Span *span = job->writable;
-            while (span < job->writable + job->writable_count && !inside(span, 1, vaddr, sizeof value))
-                span++;
-            if (span == job->writable + job->writable_count)
+            const Span *span = span_of(job, vaddr);
+            if (!span)
                 return fault(job, OUTSIDE, vaddr, row->type);
             low = span->start;
             high = span->end - sizeof value;
