@@ -108,7 +108,7 @@ class Relocation:
     def _rows_of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
         """The kinds with one of ``formulas``, and their rows."""
         return (
-            (kind, self._job.rows(code, count, len(self.names)))
+            (kind, self._job.rows(code, count))
             for kind, (code, count) in self._counts.items()
             if kind.formula in formulas
         )

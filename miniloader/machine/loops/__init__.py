@@ -137,7 +137,7 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 5)),
-        *(("survey", 3), ("use", 3), ("gather", 5), ("relocate", 12)),
+        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 12)),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64
@@ -336,7 +336,7 @@ class Job:
         self._pages = np.zeros((pages[1] - pages[0]) // page_size, np.uint8)
         lists = writable, code, pointers, [self._part(*part) for part in parts]
         spans, counts = _spans([span for part in lists for span in part]), list(map(len, lists))
-        self._kept = kinds, spans
+        self._kept, self._used = (kinds, spans), np.empty(0, np.uint8)
         places = [_at(spans) + 16 * sum(counts[:before]) for before in range(len(counts))]
         self._job = _Job(*(bias & _ALL, page_size, pages[0], _at(kinds)), *places, *counts, _at(self._pages))
         self._place = ctypes.addressof(self._job)
@@ -350,14 +350,14 @@ class Job:
 
     def used(self, symbols: int) -> NDArray[np.int64]:
         """Which of so many symbols have to be bound, ascending."""
-        used = np.zeros(symbols, np.uint8)
-        self._run("use", _at(used), symbols)
-        return used.nonzero()[0]
+        self._used = np.zeros(symbols, np.uint8)
+        self._run("use", _at(self._used), symbols)
+        return self._used.nonzero()[0]
 
-    def rows(self, code: int, count: int, symbols: int) -> Table:
-        """The rows of a kind, of which there are ``count``, with so many ``symbols``: a copy."""
+    def rows(self, code: int, count: int) -> Table:
+        """The rows of a kind, of which there are ``count``: a copy.  Their symbols are used."""
         rows = np.empty(count, RELOCATION)
-        self._run("gather", code, _at(rows), count, symbols)
+        self._run("gather", code, _at(rows), count, _at(self._used), len(self._used))
         return rows
 
     def relocate(

@@ -67,7 +67,8 @@ int64_t use(Job *job, uint8_t *used, uint64_t symbols)
     GUARDED(mark(job, used, symbols));
 }
 
-static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count, uint64_t symbols)
+static int64_t copy_rows(
+    Job *job, uint64_t type, Row *copies, uint64_t count, const uint8_t *used, uint64_t symbols)
 {
     uint64_t found = 0;
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
@@ -77,7 +78,7 @@ static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count, u
             const Kind *kind = kind_of(job, &row);
             if (row.type != type)
                 continue;
-            if (kind->formula != INDIRECT && row.symbol >= symbols)
+            if (kind->formula != INDIRECT && (row.symbol >= symbols || !used[row.symbol]))
                 return fault(job, NO_SYMBOL, row.offset, row.symbol);
             if (!inside(job->writable, job->writable_count, row.offset, kind->size))
                 return fault(job, OUTSIDE, row.offset, row.type);
@@ -87,10 +88,11 @@ static int64_t copy_rows(Job *job, uint64_t type, Row *copies, uint64_t count, u
     return found == count ? FINE : fault(job, NO_KIND, 0, type);
 }
 
-/* Copy the rows of a kind, of which there are count; their symbols are among so many. */
-int64_t gather(Job *job, uint64_t type, Row *copies, uint64_t count, uint64_t symbols)
+/* Copy the rows of a kind, of which there are count, and whose symbols are used. */
+int64_t gather(
+    Job *job, uint64_t type, Row *copies, uint64_t count, const uint8_t *used, uint64_t symbols)
 {
-    GUARDED(copy_rows(job, type, copies, count, symbols));
+    GUARDED(copy_rows(job, type, copies, count, used, symbols));
 }
 
 /* Call resolvers, in the order of the places of their addresses, and put what they choose there. */
