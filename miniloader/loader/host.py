@@ -307,6 +307,7 @@ class Listing:
 
 _last: list[Listing] = []
 _room: list[int] = [1 << 15]  # bytes that all records took, and some more
+_FIRST: Final = 1 << 11  # that the first of them takes, the main program's
 
 
 def libraries() -> tuple[HostLibrary, ...]:
@@ -316,10 +317,10 @@ def libraries() -> tuple[HostLibrary, ...]:
 
 def listing() -> Listing:
     """The same, and what finds one of them."""
-    room, used = _collected()
-    _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
-    if _last and (_last[0].adds, _last[0].subs) == (adds, subs):
+    if _last and _counts(_collect_into(_FIRST)[0]) == (_last[0].adds, _last[0].subs):
         return _last[0]
+    room, used = _collected()
+    adds, subs = _counts(room)
     before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
     all_stay = bool(_last) and _last[0].subs == subs
     found: list[HostLibrary] = []
@@ -342,13 +343,24 @@ def listing() -> Listing:
 def _collected() -> tuple[bytearray, int]:
     """A room full of records (see :func:`miniloader.machine.stubs.collect`), and where the last one ends."""
     while True:
-        room = bytearray(_room[0])
-        _USED_AND_SIZE.pack_into(room, 0, _START, len(room))
-        _iterate(_collector(), ctypes.addressof(ctypes.c_char.from_buffer(room)))
-        used, size = _USED_AND_SIZE.unpack_from(room)
-        if used <= size:
+        room, used = _collect_into(_room[0])
+        if used <= len(room):
             return room, used
         _room[0] = used + used // 2
+
+
+def _collect_into(size: int) -> tuple[bytearray, int]:
+    """The first records, as many as fit into ``size`` bytes; and where the last one of all would end."""
+    room = bytearray(size)
+    _USED_AND_SIZE.pack_into(room, 0, _START, size)
+    _iterate(_collector(), ctypes.addressof(ctypes.c_char.from_buffer(room)))
+    return room, _USED_AND_SIZE.unpack_from(room)[0]
+
+
+def _counts(room: bytearray) -> tuple[int, int]:
+    """How many libraries have been loaded, and unloaded; zeros if not even the first record fits."""
+    _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
+    return adds, subs
 
 
 @lru_cache(maxsize=1)

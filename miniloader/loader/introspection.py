@@ -136,8 +136,10 @@ def answer(addresses: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> None:
 
     Only those that are ``foreign`` to the library can be among them.
     """
-    for address in _asked().intersection(addresses[foreign].tolist()):
-        addresses[addresses == address] = stand_ins().get(address, address)
+    places, asked = foreign.nonzero()[0], _asked()
+    for place, address in zip(places.tolist(), addresses[places].tolist(), strict=True):
+        if address in asked:
+            addresses[place] = stand_ins().get(address, address)
 
 
 @lru_cache(maxsize=1)

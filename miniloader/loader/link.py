@@ -310,8 +310,7 @@ def _share(library: Loaded, definer: Definer) -> None:
 
 def _hold(library: Loaded, definer: Definer) -> None:
     """Note that ``library`` is bound to ``definer``, which must not go before it: ld.so's add_dependency."""
-    known = (library, *library.before, *library.holds)
-    if isinstance(definer, Loaded) and definer not in known:
+    if isinstance(definer, Loaded) and definer not in (library, *library.before, *library.holds):
         library.holds.append(definer)
 
 

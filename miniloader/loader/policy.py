@@ -19,6 +19,7 @@ Binding = Literal["now", "lazy"]
 
 #: Libraries with state that a process may have only once: when another library needs them they come from
 #: the system's loader, and what it has already is not loaded again.
+_HERE: Final = os.uname().machine
 _ONLY_ONCE: Final = (
     "ld-linux", "ld64.so", "libc.so", "libpthread.so", "libdl.so", "librt.so", "libthread_db.so",
     "libresolv.so", "libnss_", "libanl.so", "libutil.so", "libBrokenLocale.so",
@@ -71,10 +72,9 @@ def refuse(image: ElfImage, policy: Policy) -> None:
     if header.type != "DYN":
         found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
         raise ElfError(path, "e_type", found, "ET_DYN, a shared object")
-    here = os.uname().machine
-    if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or here != "x86_64":
+    if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or _HERE != "x86_64":
         found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
-        raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {here})")
+        raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {_HERE})")
     if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):

@@ -480,7 +480,7 @@ def test_a_constructor_leads_into_code(addend: int, good: bool, head: tuple[int,
 
 
 def test_the_structures_are_as_long_here_as_there() -> None:
-    """Each field of the two structures is one word, and the last of them are used: see loops.h."""
+    """The fields of the two structures are those of loops.h, in its order."""
     header = (Path(functions()._name).parent / "loops.h").read_text()
     for name, ours in (("Table", "_Table"), ("Job", "_Job")):
         end = header.index(f"}} {name};")

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -148,12 +150,12 @@ def _text(text: bytes) -> bytearray:
     return bytearray(text + b"\0")  # not a ctypes array, each of which makes a type of its own
 
 
-def _at(array: NDArray[Any] | bytearray) -> int:
+def _at(data: NDArray[Any] | array[int] | bytearray) -> int:
     """Where the elements of an array (contiguous, writable, and kept by the caller) are.
 
     numpy's stubs do not say that its arrays are buffers before Python 3.12.
     """
-    return ctypes.addressof(ctypes.c_char.from_buffer(array)) if len(array) else 0  # type: ignore[arg-type]
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) if len(data) else 0  # type: ignore[arg-type]
 
 
 def _run(name: str, *arguments: int) -> None:
@@ -230,8 +232,8 @@ class Names:
         return self._string(missing.value, -1) if missing.value else None
 
 
-def _spans(spans: Sequence[Span]) -> NDArray[np.uint64]:
-    return np.array(spans, np.uint64)
+def _spans(spans: Iterable[Span]) -> array[int]:
+    return array("Q", chain.from_iterable(spans))
 
 
 class Found(NamedTuple):
@@ -285,10 +287,8 @@ def look_name_up(name: bytes, scope: Sequence[Names], biases: Sequence[int]) -> 
     return found
 
 
-def _scope(scope: Sequence[Names], biases: Sequence[int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    return np.array([names.place for names in scope], np.uint64), np.array(
-        [bias & _ALL for bias in biases], np.uint64
-    )
+def _scope(scope: Sequence[Names], biases: Sequence[int]) -> tuple[array[int], array[int]]:
+    return array("Q", [names.place for names in scope]), array("Q", [bias & _ALL for bias in biases])
 
 
 # ----------------------------------------------------------------------------------------------- words
@@ -335,7 +335,7 @@ class Job:
         self._bias, self._start, self._page_size = bias, pages[0], page_size
         self._pages = np.zeros((pages[1] - pages[0]) // page_size, np.uint8)
         lists = writable, code, pointers, [self._part(*part) for part in parts]
-        spans, counts = _spans([span for part in lists for span in part]), list(map(len, lists))
+        spans, counts = _spans(chain.from_iterable(lists)), [len(part) for part in lists]
         self._kept, self._used = (kinds, spans), np.empty(0, np.uint8)
         places = [_at(spans) + 16 * sum(counts[:before]) for before in range(len(counts))]
         self._job = _Job(*(bias & _ALL, page_size, pages[0], _at(kinds)), *places, *counts, _at(self._pages))

@@ -362,15 +362,6 @@ static void read_text(Name *name)
     steps -= (int64_t)name->length;
 }
 
-/* Whether a symbol is in the chain that its own table has for a hash; not, where that is long. */
-static bool in_chain(const Table *table, uint64_t index, uint32_t hash)
-{
-    uint64_t here = table->buckets[hash % table->bucket_count], most = here + SHORT_CHAIN;
-    while (here >= table->first && here < index && here < most && !(table->chains[here - table->first] & 1))
-        here++;
-    return here == index;
-}
-
 /* The hash of a symbol that its own table has, without reading its name: a chain has all of it but for the lowest bit,
    and only one of the two leads to the chain that it is in, if there are several. */
 static bool know_hash(Name *name)
@@ -380,10 +371,11 @@ static bool know_hash(Name *name)
         name->index - table->first >= table->chain_count)
         return false;
     name->hash = table->chains[name->index - table->first] & ~1u;
-    if (in_chain(table, name->index, name->hash))
-        return true;
-    name->hash |= 1;
-    return in_chain(table, name->index, name->hash);
+    uint64_t here = table->buckets[name->hash % table->bucket_count], most = here + SHORT_CHAIN;
+    while (here >= table->first && here < name->index && here < most && !(table->chains[here - table->first] & 1))
+        here++;
+    name->hash |= here != name->index;
+    return here != most; /* a long chain is not gone through for each of its symbols */
 }
 
 static Name name_of(const Table *table, uint64_t index, bool versioned)
