@@ -52,6 +52,10 @@ def test_the_committed_loops_are_what_their_sources_make(tmp_path: Path) -> None
     committed, rebuilt = shape(build.LOOPS), shape(tmp_path / "rebuilt.so")
     assert rebuilt.symbols.keys() == committed.symbols.keys()
     assert committed.needed <= {"libc.so.6"}
+    with build.LOOPS.open("rb") as file:  # any glibc from 2.14 on: that of 2011
+        needed = ELFFile(file).get_section_by_name(".gnu.version_r").iter_versions()
+        versions = {version.name for _, every in needed for version in every}
+    assert versions <= {"GLIBC_2.2.5", "GLIBC_2.14"}
     if committed.compiler != rebuilt.compiler:
         pytest.skip(
             f"this machine lacks {committed.compiler!r}: the code could not be compared, its names were"

@@ -50,12 +50,13 @@ void guard_begin(void)
         sigaction(signals[i], &ours, &before[i]);
         sigaddset(&wanted, signals[i]);
     }
-    pthread_sigmask(SIG_UNBLOCK, &wanted, &mask); /* what is blocked would end the process */
+    /* What is blocked would end the process.  The mask is the thread's own, on Linux by this call, too. */
+    sigprocmask(SIG_UNBLOCK, &wanted, &mask);
 }
 
 void guard_end(void)
 {
-    pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    sigprocmask(SIG_SETMASK, &mask, NULL);
     for (int i = 0; i < SIGNALS; i++)
         sigaction(signals[i], &before[i], NULL);
 }
