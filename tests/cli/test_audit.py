@@ -160,8 +160,8 @@ def test_where_sigchld_is_ignored(command: tuple[str, ...]) -> None:
 
 def test_who_ends_meanwhile_is_told_as_it_was(demo: Path, tmp_path: Path) -> None:
     with told(f"lib = ctypes.CDLL({str(demo)!r})") as one:
-        one("import threading; threading.Timer(1, os._exit, [0]).start()")
-        done = run("audit", one.pid, "--every", "200ms", "--for", "3s", "--save", tmp_path / "last.json")
+        one("import threading; threading.Timer(2, os._exit, [0]).start()")
+        done = run("audit", one.pid, "--every", "200ms", "--for", "4s", "--save", tmp_path / "last.json")
     assert done.returncode == 0
     assert "all of them have ended" in done.stdout
     assert [process.pid for process in Audit.load(tmp_path / "last.json").processes] == [one.pid]
