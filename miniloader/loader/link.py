@@ -161,6 +161,7 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         values[place], owner = unique.settled(name, int(values[place]), definer)
         if owner is not None:
             _share(library, owner)
+    introspection.answer(values, table["definer"] != order.index(library))
     return values
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,21 @@ def test_cxx_and_ifunc_run(in_child: Callable[..., object]) -> None:
         )
 
     assert in_child(run) == (3, 1, 1, True)
+
+
+def test_a_library_that_asks_about_itself_is_answered(in_child: Callable[..., object]) -> None:
+    path = build.build("asks_itself")
+
+    def answers(ask: Any) -> list[str]:
+        ask.restype = ctypes.c_char_p
+        return ask().decode().splitlines()  # type: ignore[no-any-return]
+
+    def ours() -> tuple[bool, list[str]]:
+        prepare(path)
+        loading = Loading(path)
+        return loading.used, answers(loading.library.function("ask"))
+
+    assert in_child(ours) == (True, in_child(lambda: answers(ctypes.CDLL(str(path)).ask)))
 
 
 def test_sqlite_answers(in_child: Callable[..., object]) -> None:
