@@ -175,8 +175,6 @@ def load(
         raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
     policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
     clock = _Clock()
-    # The loader's own: before it is asked what the process has.
-    functions(), introspection.make()
     with _lock:
         source = path if isinstance(path, Source) else Source.open(find_path(path))
         known = _known(lambda library: library.key == source.key and library.policy.init == init)
@@ -215,6 +213,8 @@ def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
 
 def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     root = graph.add(source)
+    functions()  # the loader's own library, before it is asked which there are
+    introspection.make()
     graph.complete()
     clock.ends("parse")
     for library in graph.new:

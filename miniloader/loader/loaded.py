@@ -207,7 +207,7 @@ class Graph:
         self.known = known
         self.tell = tell
         self.new: list[Loaded] = []
-        self.listing = host.listing()
+        self.listing: Listing
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
@@ -244,6 +244,7 @@ class Graph:
 
     def complete(self) -> None:
         """Find what each member needs, and what that needs, breadth first."""
+        self.listing = host.listing()
         for library in self.new:  # grows meanwhile
             for name in library.image.needed:
                 library.needs.append(self._need(name, library))

@@ -161,3 +161,22 @@ def test_a_slot_is_bound_after_another_library_has_gone(
         return held.function("a")(-5), held.function("other")()
 
     assert in_child(work) == (5, 7)
+
+
+def test_a_library_that_exports_nothing_binds_what_it_needs(tmp_path: Path, in_child: InChild) -> None:
+    """Its hash table reaches no symbol: only the slots say how many there are."""
+    source, library = tmp_path / "silent.c", tmp_path / "libsilent.so"
+    source.write_text(
+        "#include <stdlib.h>\n"
+        '__attribute__((constructor)) static void begin(void) { setenv("SILENT", "heard", 1); }\n'
+    )
+    options = ["-shared", "-fPIC", "-nostartfiles", "-Wl,-z,lazy", "-Wl,--hash-style=gnu"]
+    subprocess.run(["gcc", *options, source, "-o", library], check=True)
+
+    def heard() -> bytes:
+        with miniloader.load(library, bind="lazy"):
+            getenv = ctypes.CDLL(None).getenv
+            getenv.restype = ctypes.c_char_p
+            return getenv(b"SILENT")  # type: ignore[no-any-return]
+
+    assert in_child(heard) == b"heard"
