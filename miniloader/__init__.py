@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from miniloader.errors import SymbolError as SymbolError
     from miniloader.errors import UsageError as UsageError
     from miniloader.errors import WorkerError as WorkerError
-    from miniloader.lab.audit import audit as audit
-    from miniloader.lab.audited import Audit as Audit
-    from miniloader.lab.proof import Proof as Proof
-    from miniloader.lab.prove import prove as prove
+    from miniloader.lab.audit.audit import audit as audit
+    from miniloader.lab.audit.result import Audit as Audit
+    from miniloader.lab.proof.proof import Proof as Proof
+    from miniloader.lab.proof.prove import prove as prove
     from miniloader.loader import Library as Library
     from miniloader.loader import inspect as inspect
     from miniloader.loader import load as load
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: Where each public name lives (PEP 562 below).
 _HOMES = {
-    "Audit": "miniloader.lab.audited",
+    "Audit": "miniloader.lab.audit.result",
     "ElfError": "miniloader.errors",
     "ElfImage": "miniloader.elf",
     "EvidenceError": "miniloader.errors",
@@ -47,16 +47,16 @@ _HOMES = {
     "LoadError": "miniloader.errors",
     "LoadPlan": "miniloader.elf",
     "MiniloaderError": "miniloader.errors",
-    "Proof": "miniloader.lab.proof",
+    "Proof": "miniloader.lab.proof.proof",
     "Source": "miniloader.elf",
     "SymbolError": "miniloader.errors",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",
-    "audit": "miniloader.lab.audit",
+    "audit": "miniloader.lab.audit.audit",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prepare": "miniloader.loader.prepare",
-    "prove": "miniloader.lab.prove",
+    "prove": "miniloader.lab.proof.prove",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from miniloader.lab.audited import Audit
-    from miniloader.lab.sights import Sight
+    from miniloader.lab.audit.library_pages import Sight
+    from miniloader.lab.audit.result import Audit
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -106,7 +106,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
         if not given:
             raise UsageError("no process", hint="name some: PID…, --name, --user or --tree")
         return given
-    from miniloader.lab.choose import choose
+    from miniloader.lab.audit.select import choose
 
     found = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
     if not found:
@@ -115,7 +115,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _audit(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
-    from miniloader.lab.audit import jobs_for
+    from miniloader.lab.audit.audit import jobs_for
     from miniloader.report.progress import progress
 
     jobs = min(len(os.sched_getaffinity(0)), jobs_for(pids))
@@ -125,7 +125,7 @@ def _audit(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
 
 
 def _look(arguments: argparse.Namespace, pids: tuple[int, ...], **options: Any) -> Audit:
-    from miniloader.lab.audit import audit
+    from miniloader.lab.audit.audit import audit
 
     return audit(pids, library=arguments.library, level=arguments.level, **options)
 
@@ -137,7 +137,7 @@ def _print(arguments: argparse.Namespace, found: Audit) -> None:
         dump(found.to_json())
         return
     from miniloader.report.audit import lines, said_of, write_csv
-    from miniloader.report.lines import show
+    from miniloader.report.text import show
 
     if arguments.csv:
         write_csv(found, sys.stdout)
@@ -156,7 +156,7 @@ def _sights(arguments: argparse.Namespace, found: Audit, step: str = "now") -> t
     """The pages to draw, where any are wanted."""
     if arguments.html is None:
         return ()
-    from miniloader.lab.sights import look
+    from miniloader.lab.audit.library_pages import look
 
     return look(found, step)
 
@@ -170,7 +170,7 @@ def _draw(arguments: argparse.Namespace, found: Audit, sights: tuple[Sight, ...]
 
 def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.errors import UsageError
-    from miniloader.lab.page import view_page
+    from miniloader.lab.audit.page_words import view_page
 
     if len(pids) != 1 or arguments.library is None:
         raise UsageError("--page needs one process, and --library to say of which file")
@@ -181,7 +181,7 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         dump(view.to_json())
         return 0
     from miniloader.report.audit import page_view
-    from miniloader.report.lines import show
+    from miniloader.report.text import show
 
     show(page_view(view))
     return 0
@@ -190,8 +190,8 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 # ------------------------------------------------------------------------------------------- over time
 def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     """Look again and again; at the end, or at Ctrl-C, say what has changed since the start."""
-    from miniloader.lab.audited import diff
-    from miniloader.report.terminal import console
+    from miniloader.lab.audit.result import diff
+    from miniloader.report.output import console
 
     quiet = arguments.json or arguments.csv
     out = console(stderr=quiet)
@@ -211,7 +211,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     changes = diff(first, last)
     _save(arguments, last)  # before a reader may close the pipe
     if sights:
-        from miniloader.lab.sights import look_again
+        from miniloader.lab.audit.library_pages import look_again
 
         sights = look_again(sights, last, f"{last.when - first.when:.0f} s later")
     _draw(arguments, last, sights)
@@ -225,7 +225,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         _print(arguments, last)
         if not arguments.csv:
             from miniloader.report.audit import changes_view
-            from miniloader.report.lines import show
+            from miniloader.report.text import show
 
             show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
             show(changes_view(changes, last.page_size))
@@ -243,8 +243,8 @@ def _follow(arguments: argparse.Namespace, first: Audit, out: Console) -> None:
     from rich.live import Live
 
     from miniloader.report.audit import library_rows, tick
-    from miniloader.report.lines import plain
-    from miniloader.report.terminal import rendered
+    from miniloader.report.output import rendered
+    from miniloader.report.text import plain
 
     def view(now: Audit) -> RenderableType:
         return rendered(library_rows(now, first), out.width)

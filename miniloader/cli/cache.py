@@ -18,13 +18,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 1 when something that was verified cannot be used."""
-    from miniloader.loader import cache
     from miniloader.loader.prepare import entries, verify
+    from miniloader.loader.prepared import store
     from miniloader.report.prepared import show
 
     if arguments.clear:
         known = entries()
-        cache.clear()
+        store.clear()
         show(known, as_json=arguments.json, removed=True)
         return 0
     known = verify() if arguments.verify else entries()

@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read both, print what differs."""
-    from miniloader.lab.audited import Audit, diff
+    from miniloader.lab.audit.result import Audit, diff
 
     before, after = Audit.load(arguments.before), Audit.load(arguments.after)
     changes = diff(before, after)
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         dump({"since": before.when, "until": after.when, "changes": [asdict(change) for change in changes]})
         return 0
     from miniloader.report.audit import changes_view
-    from miniloader.report.lines import show
+    from miniloader.report.text import show
 
     show(changes_view(changes, after.page_size))
     return 0

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from miniloader.lab.guard import Doing
+    from miniloader.lab.workers.crash_guard import Doing
     from miniloader.report.disasm import Listing
 
 __all__ = ["HELP", "configure", "run"]
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.loaded:
         return _show(_from_file(arguments), arguments)
     from miniloader.cli import reported
-    from miniloader.lab.guard import in_child
+    from miniloader.lab.workers.crash_guard import in_child
 
     def body(doing: Doing) -> int:
         return reported(lambda: _loaded(arguments, doing), as_json=arguments.json, debug=arguments.debug)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _from_file(arguments: argparse.Namespace) -> Listing:
     import miniloader
-    from miniloader.machine.landmarks import Landmarks
+    from miniloader.machine.names_at import Landmarks
     from miniloader.report.disasm import listing_of
 
     return listing_of(Landmarks(miniloader.inspect(arguments.library)), arguments.symbol)
@@ -63,7 +63,7 @@ def _from_file(arguments: argparse.Namespace) -> Listing:
 
 def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     import miniloader
-    from miniloader.machine.landmarks import Landmarks
+    from miniloader.machine.names_at import Landmarks
     from miniloader.report.disasm import listing_of
 
     def on_event(event: miniloader.loader.Event) -> None:
@@ -80,7 +80,7 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
 def _show(listing: Listing, arguments: argparse.Namespace) -> int:
     from miniloader.report.disasm import as_json, page
     from miniloader.report.json import dump
-    from miniloader.report.lines import room, show
+    from miniloader.report.text import room, show
 
     if arguments.json:
         dump(as_json(listing))

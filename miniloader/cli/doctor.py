@@ -83,7 +83,7 @@ def _as_json(capabilities: Capabilities, rights: Privileges) -> dict[str, Any]:
 def _show(capabilities: Capabilities, rights: Privileges) -> None:
     from rich.text import Text
 
-    from miniloader.report.terminal import console
+    from miniloader.report.output import console
 
     out = console()
     out.print(_machine(rights))

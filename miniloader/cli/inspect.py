@@ -59,7 +59,7 @@ def _reference(arguments: argparse.Namespace) -> int:
     from miniloader.report import inspect as say
     from miniloader.report import inspect_view
     from miniloader.report.json import dump
-    from miniloader.report.lines import room, show
+    from miniloader.report.text import room, show
 
     if arguments.json:
         dump({"checks": say.rules_json()})
@@ -99,7 +99,7 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
 
 def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
     from miniloader.report import inspect_view
-    from miniloader.report.lines import room, show
+    from miniloader.report.text import room, show
 
     drawing, width = room()
     show(inspect_view.page(image, page_size, drawing, width))

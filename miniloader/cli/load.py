@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from miniloader.lab.guard import Doing
+    from miniloader.lab.workers.crash_guard import Doing
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -76,7 +76,7 @@ def _address(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Load and call in a child process: foreign code may crash."""
     from miniloader.cli import reported
-    from miniloader.lab.guard import in_child
+    from miniloader.lab.workers.crash_guard import in_child
 
     def body(doing: Doing) -> int:
         return reported(lambda: _load(arguments, doing), as_json=arguments.json, debug=arguments.debug)
@@ -89,7 +89,7 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
 
     import miniloader
     from miniloader.errors import UsageError
-    from miniloader.lab.guard import flush_c_output
+    from miniloader.lab.workers.crash_guard import flush_c_output
     from miniloader.loader.call import parse_call, run_call
     from miniloader.loader.events import Event
     from miniloader.report.load import Narrator, as_json, show, view_of
@@ -154,7 +154,7 @@ def _library_output_on_stderr() -> Iterator[None]:
     """What the library itself prints goes to standard error: standard output is for one JSON object."""
     import os
 
-    from miniloader.lab.guard import flush_c_output
+    from miniloader.lab.workers.crash_guard import flush_c_output
 
     kept = os.dup(1)
     os.dup2(2, 1)

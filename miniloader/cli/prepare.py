@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare each in a process of its own, as several need not have room in one; stop where one fails."""
     from miniloader.cli import reported
-    from miniloader.lab.guard import in_child
+    from miniloader.lab.workers.crash_guard import in_child
     from miniloader.loader import inspect
     from miniloader.loader.prepare import entries, prepare
     from miniloader.report.prepared import show

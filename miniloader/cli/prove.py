@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prove, and print how it went; the exit status is that of the verdict."""
-    from miniloader.lab.prove import prove
+    from miniloader.lab.proof.prove import prove
     from miniloader.report.progress import progress
 
     with progress() as say:
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(proof.to_json()))
     else:
+        from miniloader.report.output import console
         from miniloader.report.prove import show
-        from miniloader.report.terminal import console
 
         show(proof, console(), all_steps=arguments.steps)
     return EXIT_STATUS[proof.verdict]

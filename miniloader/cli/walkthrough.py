@@ -120,7 +120,7 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
 
         dump({"chapters": [result.to_json() for result in results]})
     else:
-        from miniloader.report.terminal import safe
+        from miniloader.report.output import safe
         from miniloader.report.walkthrough import page, summary
 
         page().print(summary(results), safe(f"The page is {arguments.html}"), sep="\n\n")
@@ -152,9 +152,9 @@ def _tell_one(arguments: argparse.Namespace, chapter: Chapter[Any], out: Console
 
     from miniloader.report.progress import progress
     from miniloader.report.walkthrough import closing, opening, step_view, told_by
-    from miniloader.walkthrough.bench import Bench
     from miniloader.walkthrough.chapters import CHAPTERS
     from miniloader.walkthrough.perform import perform
+    from miniloader.walkthrough.workbench import Bench
 
     out.print(opening(chapter, len(CHAPTERS), Bench(arguments.level).facts))
     out.print()
@@ -249,7 +249,7 @@ def _exercise(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
 
 
 def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
-    from miniloader.walkthrough.practice import check_file
+    from miniloader.walkthrough.exercises import check_file
 
     answer, printed = check_file(chapter, arguments.check)
     if arguments.json:

@@ -11,7 +11,7 @@ from miniloader.elf.symbols import STT_GNU_IFUNC
 from miniloader.errors import ElfError
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.machine.landmarks import Landmarks
+from miniloader.machine.names_at import Landmarks
 from miniloader.values import dataclass
 
 __all__ = ["Owner", "owner_of"]

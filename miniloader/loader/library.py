@@ -16,16 +16,17 @@ from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError, UsageError
-from miniloader.loader import host, introspection, life, tls
+from miniloader.loader import constructors
+from miniloader.loader.beside_glibc import host, stand_ins, thread_local
+from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.events import OnEvent
-from miniloader.loader.host import HostLibrary
 from miniloader.loader.link import initialise_library, link_library, map_library, read_life
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import Definer
 from miniloader.loader.search import find_path
-from miniloader.machine.loops import functions
+from miniloader.native import functions
 
 __all__ = ["Library", "load"]
 
@@ -125,7 +126,7 @@ class Library:
         There is none for a library that lies inside a larger file.  After ``load(…, gdb=True)`` gdb needs
         none of them.
         """
-        from miniloader.loader.debugger import file_of
+        from miniloader.loader.beside_glibc.debugger import file_of
 
         ours = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
         files = [(file_of(library.image.source), library.bias) for library in ours]
@@ -214,7 +215,7 @@ def _known(is_it: Callable[[Loaded], bool]) -> Loaded | None:
 def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     root = graph.add(source)
     functions()  # the loader's own library, before it is asked which there are
-    introspection.make()
+    stand_ins.make()
     graph.complete()
     clock.ends("parse")
     for library in graph.new:
@@ -231,7 +232,7 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     _present.extend(graph.new)
     if graph.policy.init:
         for library in graph.new:
-            introspection.add(library)
+            stand_ins.add(library)
         # All are read before any runs: a page of the file that is gone must not be met half-way.
         constructors = [read_life(library) for library in order]
         for library, addresses in zip(order, constructors, strict=True):
@@ -241,7 +242,7 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
 
 
 def _show_to_debugger(libraries: Sequence[Loaded], clock: _Clock) -> None:
-    from miniloader.loader.debugger import register
+    from miniloader.loader.beside_glibc.debugger import register
 
     for library in libraries:
         if library.debugging is None:
@@ -259,7 +260,7 @@ def _sort(root: Loaded) -> list[Loaded]:
     items = [root]
     for library in items:  # grows meanwhile: breadth first
         items += (other for other in library.ours if other not in items)
-    order = life.constructor_order(items, lambda library: library.before)
+    order = constructors.constructor_order(items, lambda library: library.before)
     root.before = order[::-1]
     return order
 
@@ -267,7 +268,7 @@ def _sort(root: Loaded) -> list[Loaded]:
 def _address_of(library: Loaded, index: int) -> int:
     _, info, _, shndx, value, _ = library.symbols.rows[index].item()
     if info & 0xF == STT_TLS and library.blocks.own is not None:
-        return tls.address_of(library.blocks.own, value)
+        return thread_local.address_of(library.blocks.own, value)
     address = value if shndx == SHN_ABS else library.bias + value
     return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
 
@@ -300,7 +301,7 @@ def _sweep(closed: Loaded) -> None:
         for library in _present
         if library.handles
         or library.stays
-        or introspection.is_held(library)
+        or stand_ins.is_held(library)
         or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
     ]
     _add_what_they_use(kept)
@@ -326,7 +327,7 @@ def _add_what_they_use(libraries: list[Loaded]) -> None:
 
 
 def _in_destructor_order(closed: Loaded | None = None) -> list[Loaded]:
-    return life.destructor_order(
+    return constructors.destructor_order(
         _present, lambda library: library.before, lambda library: library.holds, closed
     )
 
@@ -336,7 +337,7 @@ def _finalise(library: Loaded) -> None:
     if library.initialised:
         library.initialised = False
         for address in library.destructors:
-            life.run_destructor(address)
+            constructors.run_destructor(address)
 
 
 @atexit.register

@@ -14,22 +14,23 @@ from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
 from miniloader.errors import LoadError, SymbolError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import introspection, life, tls, unique, unwind
-from miniloader.loader.carrier import Carrier
-from miniloader.loader.host import HostLibrary
-from miniloader.loader.lazy import Slots
+from miniloader.loader import constructors
+from miniloader.loader.beside_glibc import gnu_unique, stand_ins, thread_local, unwinder
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.beside_glibc.tls_carrier import Carrier
+from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, map_plan, zero_tails
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
+from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
-from miniloader.loader.sorting import sort_relocations
-from miniloader.loader.tables import refuse
-from miniloader.machine.loops import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped, resolve
+from miniloader.loader.spans import refuse
 from miniloader.machine.relocation import Kind
-from miniloader.machine.stubs import with_third_argument
+from miniloader.machine.stub_code import with_third_argument
+from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped, resolve
 
 if TYPE_CHECKING:
-    from miniloader.loader.prepared import Prepared
+    from miniloader.loader.prepared.pages import Prepared
 
 __all__ = ["initialise_library", "link_library", "map_library", "read_life", "thread_exits", "used"]
 
@@ -101,8 +102,8 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
         text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
         graph.event("protect", image.path, text, start=relro.start, end=relro.end)
     if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
-        table = library.ready.unwind_table if library.ready is not None else unwind.eh_frame(image)
-        if table is not None and unwind.register(memory.bias + table):
+        table = library.ready.unwind_table if library.ready is not None else unwinder.eh_frame(image)
+        if table is not None and unwinder.register(memory.bias + table):
             library.unwind_table = memory.bias + table
             graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
@@ -158,10 +159,10 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         values[place] = library.stub_for(int(values[place])).address
     for place, definer in ready.meant("unique", order):
         name = os.fsencode(ready.names[place])
-        values[place], owner = unique.settled(name, int(values[place]), definer)
+        values[place], owner = gnu_unique.settled(name, int(values[place]), definer)
         if owner is not None:
             _share(library, owner)
-    introspection.answer(values, table["definer"] != order.index(library))
+    stand_ins.answer(values, table["definer"] != order.index(library))
     return values
 
 
@@ -171,12 +172,12 @@ def _thread_local(
     rows: Iterable[tuple[Kind, Table]],
     read: Callable[[int, int], NDArray[np.uint8]],
     carrier_of: CarrierOf,
-) -> list[tls.Write]:
+) -> list[thread_local.Write]:
     """Open its carriers; the thread-local words to write."""
     template, rows = library.image.tls, tuple(rows)
     if template is None and not rows:
         return []
-    library.blocks, writes = tls.answer(
+    library.blocks, writes = thread_local.answer(
         library,
         template,
         lambda: read(template.vaddr, template.filesz).tobytes() if template is not None else b"",
@@ -202,7 +203,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
     addresses = _addresses(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
-    def thread_local(rows: Iterable[tuple[Kind, Table]]) -> list[tls.Write]:
+    def thread_local_words(rows: Iterable[tuple[Kind, Table]]) -> list[thread_local.Write]:
         return _thread_local(library, bindings, rows, memory.read, carrier_of)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
@@ -213,7 +214,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
         library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
         library.slots.connect()
     late = _resolved(bindings, addresses)
-    copied = work.apply(bindings, addresses, late, thread_local, may_run=graph.policy.init)
+    copied = work.apply(bindings, addresses, late, thread_local_words, may_run=graph.policy.init)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
     own = library.blocks.own
@@ -244,18 +245,18 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
 
 def read_life(library: Loaded) -> list[int]:
     """Note its destructors; the addresses of its constructors."""
-    constructors, library.destructors = life.read_life(library.image, library.mapped)
-    return constructors
+    addresses, library.destructors = constructors.read_life(library.image, library.mapped)
+    return addresses
 
 
-def initialise_library(graph: Graph, library: Loaded, constructors: Sequence[int]) -> None:
+def initialise_library(graph: Graph, library: Loaded, addresses: Sequence[int]) -> None:
     """Run its constructors.  Its destructors run even if that does not come to its end, as with ld.so."""
 
     def tell(address: int) -> None:
         graph.event("initialise", library.name, f"call {address:#x}", address=address)
 
     library.initialised = True
-    life.run_constructors(constructors, tell if graph.tell is not None else None)
+    constructors.run_constructors(addresses, tell if graph.tell is not None else None)
 
 
 def _check_versions(library: Loaded) -> None:
@@ -276,14 +277,14 @@ def _addresses(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     """What each symbol is bound to: unique symbols to the process's, a thread's destructors to our own."""
     addresses = bindings.addresses()
     if bindings.met & UNIQUE:
-        for definer in unique.settle(library, bindings, addresses):
+        for definer in gnu_unique.settle(library, bindings, addresses):
             _share(library, definer)
     for definer in used(library, bindings):
         _hold(library, definer)
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
         function = int(addresses[place])
         addresses[place] = library.stub_for(function).address
-    introspection.answer(addresses, bindings.owner != bindings.scope.index(library))
+    stand_ins.answer(addresses, bindings.owner != bindings.scope.index(library))
     return addresses
 
 

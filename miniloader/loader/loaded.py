@@ -13,21 +13,21 @@ from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import LoadError, MiniloaderError
-from miniloader.loader import host, introspection, unique, unwind
+from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins, unwinder
+from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.beside_glibc.host import HostLibrary, Listing
+from miniloader.loader.beside_glibc.thread_local import Blocks
 from miniloader.loader.events import Event, OnEvent, Stage
-from miniloader.loader.host import HostLibrary, Listing
-from miniloader.loader.lazy import Slots
+from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.search import Asker, find
-from miniloader.loader.stubs import Stub
-from miniloader.loader.tables import open_names, readable
-from miniloader.loader.tls import Blocks
-from miniloader.machine.loops import Names
+from miniloader.loader.spans import open_names, readable
+from miniloader.native import Names
 
 if TYPE_CHECKING:
-    from miniloader.loader.debugger import Registered
-    from miniloader.loader.prepared import Prepared
+    from miniloader.loader.beside_glibc.debugger import Registered
+    from miniloader.loader.prepared.pages import Prepared
 
 __all__ = ["Graph", "Loaded"]
 
@@ -129,9 +129,9 @@ class Loaded:
         if not self.blocks.close():
             return False
         self.blocks = Blocks()
-        introspection.remove(self)
+        stand_ins.remove(self)
         if self.unwind_table is not None:
-            unwind.deregister(self.unwind_table)
+            unwinder.deregister(self.unwind_table)
             self.unwind_table = None
         if self.debugging is not None:
             self.debugging.withdraw()
@@ -147,7 +147,7 @@ class Loaded:
             self.ready.close()
             self.ready = None
         self.stubs, self.slots = {}, None
-        unique.forget(self)
+        gnu_unique.forget(self)
         for handle in self.host_handles:
             host.close_host(handle)
         self.host_handles = []
@@ -164,7 +164,7 @@ class Loaded:
     def stand_ins(self) -> dict[int, int]:
         """Where code is that stands for a function to this library, by the function's address."""
         own = {function: stub.address for function, stub in self.stubs.items()}
-        return {**introspection.stand_ins(), **own}
+        return {**stand_ins.stand_ins(), **own}
 
     def give_up(self, graph: Graph, reason: str) -> None:
         """Its relocated pages are of no use: say why, and go the plain way."""
@@ -222,7 +222,7 @@ class Graph:
             refuse(image, self.policy)
             if self.policy.prepared:
                 try:
-                    from miniloader.loader.prepared import find as find_prepared
+                    from miniloader.loader.prepared.pages import find as find_prepared
 
                     ready = find_prepared(image)
                 except LoadError as error:

@@ -3,7 +3,7 @@
 The whole span is reserved by one inaccessible private mapping of the file and kept; each segment goes
 over its part with ``MAP_FIXED``, so no other thread's mapping can slip in between and the gaps stay
 inaccessible (and look in ``/proc/self/maps`` as ld.so leaves them).  Where a page of the file is gone, a read
-or a write is an error and no SIGBUS, which ends the process: see :func:`miniloader.machine.loops.copy`.
+or a write is an error and no SIGBUS, which ends the process: see :func:`miniloader.native.copy`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from miniloader.elf import LoadPlan, PlannedMapping, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
-from miniloader.machine.loops import Stopped, copy
+from miniloader.native import Stopped, copy
 
 __all__ = ["Memory", "map_plan", "protection_bits", "put_words"]
 

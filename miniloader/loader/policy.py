@@ -10,7 +10,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
 from miniloader.errors import ElfError, LoadError
-from miniloader.loader import host
+from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
 
 __all__ = ["Binding", "Policy", "comes_from_host", "open_image", "refuse"]

@@ -1,6 +1,6 @@
 """``prepare``: load a library once, and keep its relocated pages for every process to come.
 
-See :mod:`miniloader.loader.prepared` for how they are used.
+See :mod:`miniloader.loader.prepared.pages` for how they are used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import cache, unwind
+from miniloader.loader.beside_glibc import unwinder
+from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.events import Event, OnEvent
-from miniloader.loader.host import HostLibrary
 from miniloader.loader.library import Library, load
 from miniloader.loader.link import thread_exits, used
 from miniloader.loader.loaded import Loaded
-from miniloader.loader.prepared import (
+from miniloader.loader.prepared import store
+from miniloader.loader.prepared.pages import (
     ADDRESS,
     RESOLVER,
     THREAD_EXIT,
@@ -42,9 +43,9 @@ from miniloader.loader.prepared import (
     runs,
     sums,
 )
+from miniloader.loader.relocation_groups import TLS, Sorted, sort_relocations
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.search import find_path, inspect
-from miniloader.loader.sorting import TLS, Sorted, sort_relocations
 from miniloader.values import dataclass
 
 __all__ = ["Entry", "entries", "prepare", "verify"]
@@ -114,19 +115,19 @@ def prepare(
 
 def entries() -> tuple[Entry, ...]:
     """What is in the cache, whether it can be used or not."""
-    return tuple(_entry(name, pages=False) for name in cache.names())
+    return tuple(_entry(name, pages=False) for name in store.names())
 
 
 def verify() -> tuple[Entry, ...]:
     """The same, with every page read and checked, and every library's file looked at."""
-    return tuple(_entry(name, pages=True) for name in cache.names())
+    return tuple(_entry(name, pages=True) for name in store.names())
 
 
 def _entry(name: str, *, pages: bool) -> Entry:
     try:
         ready = open_prepared(name)
     except LoadError as error:
-        return Entry(name, "", name.removesuffix(cache.SUFFIX), 0, 0, 0, 0, 0, 0, fault=str(error))
+        return Entry(name, "", name.removesuffix(store.SUFFIX), 0, 0, 0, 0, 0, 0, fault=str(error))
     fault = None
     try:
         size = os.fstat(ready.fd).st_size
@@ -162,7 +163,7 @@ def _choose(build_id: str, plan: LoadPlan) -> int:
     taken += ((vma.start, vma.end) for vma in read_maps())
     alignment = max(_ALIGNMENT, plan.alignment)
     room = (_HIGHEST - _LOWEST - plan.length) // alignment
-    key = cache.secret(cache.boot_id())
+    key = store.secret(store.boot_id())
     for turn in count():
         digest = hmac.digest(key, f"{build_id} {turn}".encode(), "sha256")
         start = _LOWEST + int.from_bytes(digest[:8], "little") % room * alignment + plan.start
@@ -199,7 +200,7 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         "held": [bindings.scope.index(definer) for definer in used(loaded, bindings)],
         "words": len(image.relocations),
         "filled": int(differing(pages, index["slots"], tls_rows).sum()),
-        "unwind_table": unwind.eh_frame(image),
+        "unwind_table": unwinder.eh_frame(image),
     }
     away = index["slots"] - pages[:1]
     if len(away) and int(away.max()) >> 32:
@@ -213,7 +214,7 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         "tls_symbols": _thread_local_symbols(tls_rows, bindings).reshape(-1),
     }
     name = file_name(str(image.build_id))
-    cache.write_file(name, pack(facts, arrays, data))
+    store.write_file(name, pack(facts, arrays, data))
     return _entry(name, pages=True)
 
 

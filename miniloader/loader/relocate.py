@@ -1,7 +1,7 @@
 """Relocation: from what the file asks for to the words that are written.
 
 In the order of glibc: RELR, then the tables, then what needs the library's own code to run (IRELATIVE and
-symbols that are IFUNCs).  Nearly all words are computed and written by :mod:`miniloader.machine.loops`.
+symbols that are IFUNCs).  Nearly all words are computed and written by :mod:`miniloader.native`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from miniloader.elf.dynamic import DT_FINI_ARRAY, DT_FINI_ARRAYSZ, DT_INIT_ARRAY
 from miniloader.elf.symbols import STB_WEAK
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import ElfError, LoadError, SymbolError
+from miniloader.loader.beside_glibc.thread_local import Write
 from miniloader.loader.memory import Memory
+from miniloader.loader.relocation_groups import TLS, Sorted, refuse_kind
 from miniloader.loader.scope import Bindings
-from miniloader.loader.sorting import TLS, Sorted, refuse_kind
-from miniloader.loader.tables import open_names, readable, refuse, writable
-from miniloader.loader.tls import Write
-from miniloader.machine.loops import INDIRECT_FUNCTION, Job, Names, Reason, Stopped, kinds_table
+from miniloader.loader.spans import open_names, readable, refuse, writable
 from miniloader.machine.relocation import KINDS, Kind
+from miniloader.native import INDIRECT_FUNCTION, Job, Names, Reason, Stopped, kinds_table
 
 __all__ = ["Relocation", "call_resolver", "refuse_unbound"]
 

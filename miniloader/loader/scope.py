@@ -4,7 +4,7 @@ A scope is a sequence of libraries, looked through in order; the first that defi
 dlopen(3)'s is the process's global scope, then the library and its dependencies, breadth first.  The
 rules for versions are those of glibc's ``elf/dl-lookup.c``: a name with a version matches that version,
 or an unversioned definition; a name without one matches the base or the oldest version, else the only
-visible one.  The look-ups themselves are in :mod:`miniloader.machine.loops`.
+visible one.  The look-ups themselves are in :mod:`miniloader.native`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
-from miniloader.machine.loops import Names, look_name_up, look_up
+from miniloader.native import Names, look_name_up, look_up
 from miniloader.values import dataclass
 
 __all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
@@ -58,7 +58,7 @@ class Definer(Protocol):
 class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
-    ``found`` has a row of :data:`~miniloader.machine.loops.DEFINITION` for each; ``indirect``
+    ``found`` has a row of :data:`~miniloader.native.DEFINITION` for each; ``indirect``
     says which are IFUNCs, whose addresses are what their resolvers return, ``owners`` are the positions of
     the libraries that define any, and ``met`` says what is among them.
 

@@ -21,9 +21,9 @@ import numpy as np
 from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.errors import ElfError, LoadError
-from miniloader.kernel.processor import features
+from miniloader.kernel.cpuinfo import features
 from miniloader.kernel.procfs import read_proc_file
-from miniloader.loader import host
+from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
 
 __all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]

@@ -1,7 +1,7 @@
 """Machine code as instructions, with what each refers to named.
 
-The one module behind which capstone stands.  It decodes; :mod:`miniloader.machine.flow` finds what operands
-refer to, and :class:`~miniloader.machine.landmarks.Landmarks` names it.
+The one module behind which capstone stands.  It decodes; :mod:`miniloader.machine.register_flow` finds what
+operands refer to, and :class:`~miniloader.machine.names_at.Landmarks` names it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import capstone
 
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
-from miniloader.machine.flow import Flow, Memory, Operand, Reference, Step, references
-from miniloader.machine.landmarks import Landmarks, Target
+from miniloader.machine.find_code import Span
+from miniloader.machine.names_at import Landmarks, Target
 from miniloader.machine.processors import PROCESSORS, Processor, Value
-from miniloader.machine.spans import Span
+from miniloader.machine.register_flow import Flow, Memory, Operand, Reference, Step, references
 from miniloader.values import dataclass
 
 __all__ = ["Instruction", "disassemble", "processor_of"]
@@ -178,7 +178,7 @@ def _thunk_of(image: ElfImage) -> Any:
 # ---------------------------------------------------------------------------------------- capstone
 @dataclass(frozen=True)
 class _Decoded:
-    """What capstone says of one instruction: for people, and for :mod:`miniloader.machine.flow`."""
+    """What capstone says of one instruction: for people, and for :mod:`miniloader.machine.register_flow`."""
 
     octets: bytes
     mnemonic: str

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 from miniloader.errors import printable
-from miniloader.report.lines import Line, Part, Piece, Table, heading
-from miniloader.report.words import count, size
+from miniloader.report.numbers import count, size
+from miniloader.report.text import Line, Part, Piece, Table, heading
 
 if TYPE_CHECKING:
-    from miniloader.lab.audited import (
+    from miniloader.lab.audit.page_words import PageView
+    from miniloader.lab.audit.result import (
         Audit,
         AuditedLibrary,
         AuditedProcess,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         PrivatePage,
         Unreadable,
     )
-    from miniloader.lab.page import PageView
 
 __all__ = [
     "changes_view",

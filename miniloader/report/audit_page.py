@@ -6,16 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from miniloader.lab.audited import Audit, AuditedLibrary, PrivatePage
-from miniloader.lab.sights import Sight
-from miniloader.machine.landmarks import Landmarks
+from miniloader.lab.audit.library_pages import Sight
+from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
+from miniloader.machine.names_at import Landmarks
 from miniloader.report.audit import sentence
-from miniloader.report.facts import bytes_of_pages, ranges
-from miniloader.report.film import Film, Scene
-from miniloader.report.jumps import jumps
-from miniloader.report.lines import plain
+from miniloader.report.got_slots import jumps
+from miniloader.report.matrix_data import Film, Scene
+from miniloader.report.numbers import count
+from miniloader.report.page_notes import bytes_of_pages, ranges
 from miniloader.report.proof_page import groups_of
-from miniloader.report.words import count
+from miniloader.report.text import plain
 from miniloader.values import dataclass
 
 __all__ = ["view_of"]

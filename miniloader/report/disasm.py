@@ -11,10 +11,10 @@ from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import Library
 from miniloader.machine.disassembly import Instruction, disassemble, processor_of
-from miniloader.machine.landmarks import Landmarks, Slot, Target
+from miniloader.machine.find_code import Span, locate
+from miniloader.machine.names_at import Landmarks, Slot, Target
 from miniloader.machine.relocation import KINDS
-from miniloader.machine.spans import Span, locate
-from miniloader.report.lines import Line, heading, plain
+from miniloader.report.text import Line, heading, plain
 from miniloader.values import dataclass
 
 __all__ = ["Held", "Listing", "as_json", "listing_of", "page"]

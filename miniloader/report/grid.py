@@ -30,7 +30,7 @@ from miniloader.evidence.sharing import (
     analyse,
 )
 from miniloader.evidence.snapshot import ProcessPages, Snapshot
-from miniloader.report.terminal import PROTECTION_STYLES
+from miniloader.report.output import PROTECTION_STYLES
 from miniloader.values import dataclass
 
 __all__ = ["Mark", "explained", "grid_legend", "matrix", "matrix_legend", "page_grid"]

@@ -21,14 +21,14 @@ from markupsafe import Markup
 
 from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
-from miniloader.kernel.files import write_whole
-from miniloader.report.film import Film, encode, table_of
-from miniloader.report.terminal import size
+from miniloader.files import write_whole
+from miniloader.report.matrix_data import Film, encode, table_of
+from miniloader.report.output import size
 
 if TYPE_CHECKING:
-    from miniloader.lab.audited import Audit
-    from miniloader.lab.proof import Proof
-    from miniloader.lab.sights import Sight
+    from miniloader.lab.audit.library_pages import Sight
+    from miniloader.lab.audit.result import Audit
+    from miniloader.lab.proof.proof import Proof
     from miniloader.walkthrough.model import Question, Result
 
 __all__ = ["refuse_unwritable", "write_audit", "write_page", "write_proof", "write_walkthrough"]

@@ -15,9 +15,9 @@ from miniloader.elf.symbols import GnuHash
 from miniloader.errors import ElfError, printable
 from miniloader.report import inspect as say
 from miniloader.report import ribbons
-from miniloader.report.lines import Line, Piece, columns, heading, legend
+from miniloader.report.numbers import PROTECTION_STYLES, count, level, size
 from miniloader.report.symbols import symbol_list
-from miniloader.report.words import PROTECTION_STYLES, count, level, size
+from miniloader.report.text import Line, Piece, columns, heading, legend
 
 __all__ = ["checks", "page", "rules", "symbols"]
 

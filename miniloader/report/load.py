@@ -13,10 +13,10 @@ from rich.text import Text
 
 from miniloader.kernel.maps import Vma, read_maps, within
 from miniloader.loader import Event, Library
+from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.call import Outcome, Value, Written
 from miniloader.loader.events import Stage
-from miniloader.loader.host import HostLibrary
-from miniloader.report.terminal import console, safe
+from miniloader.report.output import console, safe
 from miniloader.values import dataclass
 
 __all__ = ["Narrator", "Used", "View", "as_json", "show", "view_of"]

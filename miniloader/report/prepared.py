@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from miniloader.loader import cache
 from miniloader.loader.prepare import Entry
+from miniloader.loader.prepared import store
 from miniloader.report.json import dump
-from miniloader.report.lines import Line, Piece, columns, room
-from miniloader.report.lines import show as show_lines
-from miniloader.report.terminal import count, size
+from miniloader.report.output import count, size
+from miniloader.report.text import Line, Piece, columns, room
+from miniloader.report.text import show as show_lines
 
 __all__ = ["show"]
 
@@ -20,7 +20,7 @@ def show(entries: Sequence[Entry], *, as_json: bool, removed: bool = False) -> N
     if as_json:
         dump(
             {
-                "directory": cache.directory(),
+                "directory": store.directory(),
                 "removed": removed,
                 "libraries": [asdict(entry) for entry in entries],
             }

@@ -11,12 +11,12 @@ from typing import Any, Final
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.plan import PlannedMapping
 from miniloader.errors import MiniloaderError
-from miniloader.lab.proof import DECISIVE, STEPS, Proof
+from miniloader.lab.proof.proof import DECISIVE, STEPS, Proof
 from miniloader.loader import inspect
-from miniloader.machine.landmarks import Landmarks
-from miniloader.report.facts import bytes_of_pages, ranges
-from miniloader.report.film import Film, Group, Scene
-from miniloader.report.jumps import jumps
+from miniloader.machine.names_at import Landmarks
+from miniloader.report.got_slots import jumps
+from miniloader.report.matrix_data import Film, Group, Scene
+from miniloader.report.page_notes import bytes_of_pages, ranges
 
 __all__ = ["groups_of", "view_of"]
 

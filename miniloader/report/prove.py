@@ -12,9 +12,9 @@ from rich.text import Text
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import Claim, Verdict
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.lab.proof import DECISIVE, STEPS, Proof, Step
+from miniloader.lab.proof.proof import DECISIVE, STEPS, Proof, Step
 from miniloader.report.grid import Mark, grid_legend, page_grid
-from miniloader.report.terminal import count, drawing_width, heading, pairs, safe, size, table
+from miniloader.report.output import count, drawing_width, heading, pairs, safe, size, table
 
 __all__ = ["show"]
 

@@ -19,8 +19,8 @@ from operator import itemgetter
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.header import Segment
-from miniloader.report.lines import Line, Piece, legend
-from miniloader.report.words import PROTECTION_STYLES, count
+from miniloader.report.numbers import PROTECTION_STYLES, count
+from miniloader.report.text import Line, Piece, legend
 from miniloader.values import dataclass
 
 __all__ = ["label", "overview", "ribbon_legend", "segment_ribbons", "shared_file_pages"]

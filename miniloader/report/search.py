@@ -9,7 +9,7 @@ from typing import Any
 from miniloader.elf import ElfImage
 from miniloader.errors import printable
 from miniloader.loader.search import find_needed
-from miniloader.report.lines import Line, Piece, columns, heading
+from miniloader.report.text import Line, Piece, columns, heading
 
 __all__ = ["lines", "to_json"]
 

@@ -19,9 +19,9 @@ from rich.text import Text
 from miniloader.evidence.verdict import Claim, Verdict
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.report.grid import explained, matrix, matrix_legend
-from miniloader.report.terminal import console, count, drawing_width, heading, pairs, safe, table
+from miniloader.report.numbers import size
+from miniloader.report.output import console, count, drawing_width, heading, pairs, safe, table
 from miniloader.report.walkthrough_page import dump, moves
-from miniloader.report.words import size
 from miniloader.walkthrough.model import (
     Answer,
     Call,

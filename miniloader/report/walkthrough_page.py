@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from miniloader.evidence.verdict import combine
-from miniloader.report.film import Film, Group, Scene
+from miniloader.report.matrix_data import Film, Group, Scene
 from miniloader.values import dataclass
 from miniloader.walkthrough.model import Grid, Line, Listing, PageBytes, Result, Step
 

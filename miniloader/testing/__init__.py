@@ -64,20 +64,20 @@ if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_private as assert_private
     from miniloader.testing.assertions import assert_private_pages as assert_private_pages
     from miniloader.testing.assertions import assert_shared as assert_shared
-    from miniloader.testing.memory import MemorySnapshot as MemorySnapshot
-    from miniloader.testing.memory import snapshot as snapshot
+    from miniloader.testing.snapshots import MemorySnapshot as MemorySnapshot
+    from miniloader.testing.snapshots import snapshot as snapshot
     from miniloader.testing.workers import Workers as Workers
 
 #: Where each public name lives.  They are imported when first used (PEP 562): pytest loads this module for
 #: every user of an environment that has it, and most of their runs never ask for it.
 _HOMES = {
-    "MemorySnapshot": "miniloader.testing.memory",
+    "MemorySnapshot": "miniloader.testing.snapshots",
     "Workers": "miniloader.testing.workers",
     "assert_copied_only": "miniloader.testing.assertions",
     "assert_private": "miniloader.testing.assertions",
     "assert_private_pages": "miniloader.testing.assertions",
     "assert_shared": "miniloader.testing.assertions",
-    "snapshot": "miniloader.testing.memory",
+    "snapshot": "miniloader.testing.snapshots",
 }
 
 __all__ = ["StartCrew", "crew", *_HOMES]

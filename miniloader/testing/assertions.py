@@ -28,8 +28,8 @@ from miniloader.evidence.sharing import (
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.grid import Mark, grid_legend, page_grid
-from miniloader.report.terminal import count
-from miniloader.testing.memory import LibraryMemory, MemorySnapshot
+from miniloader.report.output import count
+from miniloader.testing.snapshots import LibraryMemory, MemorySnapshot
 from miniloader.values import dataclass
 
 __all__ = ["assert_copied_only", "assert_private", "assert_private_pages", "assert_shared"]

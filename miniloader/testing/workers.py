@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
-from miniloader.lab.crew import Crew, Reply, Worker
+from miniloader.lab.workers.crew import Crew, Reply, Worker
 from miniloader.loader.search import find_path
-from miniloader.testing.memory import MemorySnapshot, address_of, snapshot
+from miniloader.testing.snapshots import MemorySnapshot, address_of, snapshot
 from miniloader.values import dataclass
 
 __all__ = ["By", "Workers", "start"]
@@ -193,7 +193,7 @@ def start(
     if by not in ("miniloader", "dlopen"):
         raise UsageError(f"by={by!r}: expected 'miniloader' or 'dlopen'")
     path = None if library is None else os.path.realpath(find_path(library))
-    crew = keep(_Led(processes, timeout=timeout, program="miniloader.lab.stepped"))
+    crew = keep(_Led(processes, timeout=timeout, program="miniloader.lab.workers.scripted"))
     workers = Workers(crew, [_Member(worker, ()) for worker in crew.workers], path, on_level)
     if path is not None:
         workers._ask(f"load {path}", "load" if by == "miniloader" else "dlopen", {"path": path})

@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import Any, Final, NoReturn, Self
 
 from miniloader.errors import EvidenceError, WorkerError
-from miniloader.lab.offspring import die_with
-from miniloader.walkthrough.calls import Calls, Made
+from miniloader.lab.workers.child import die_with
+from miniloader.walkthrough.recorded_calls import Calls, Made
 
 __all__ = ["Body", "Child", "Program"]
 
@@ -30,7 +30,7 @@ Body = Callable[[Calls], Generator[Any, None, None]]
 
 # It imports exactly what we would: our sys.path as it is, without site's search for more.
 _START: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; from miniloader.walkthrough.program import main; main()"
+    "import sys; sys.path[:] = sys.argv[1:]; from miniloader.walkthrough.mapping_program import main; main()"
 )
 
 
@@ -130,7 +130,7 @@ def _be_the_child(body: Body, turns: int, answers: int, parent: int) -> NoReturn
 
 
 class Program(_Process):
-    """A freshly started Python that carries out requests (:mod:`miniloader.walkthrough.program`)."""
+    """A freshly started Python that carries out requests (:mod:`miniloader.walkthrough.mapping_program`)."""
 
     def __init__(self, name: str) -> None:
         try:

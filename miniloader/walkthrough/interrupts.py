@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from miniloader.lab.offspring import INTERRUPTS
+from miniloader.lab.workers.child import INTERRUPTS
 
 __all__ = ["interruptible"]
 

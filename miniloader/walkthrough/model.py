@@ -22,7 +22,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
-    from miniloader.walkthrough.bench import Bench
+    from miniloader.walkthrough.workbench import Bench
 
 __all__ = [
     "Answer",

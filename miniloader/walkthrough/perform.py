@@ -8,8 +8,8 @@ from typing import Any
 from miniloader.errors import MiniloaderError
 from miniloader.evidence.verdict import Claim, judge
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.walkthrough.bench import Bench
 from miniloader.walkthrough.model import Chapter, Result, Statement, Step
+from miniloader.walkthrough.workbench import Bench
 
 __all__ = ["OnStep", "judged", "perform"]
 

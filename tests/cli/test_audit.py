@@ -18,8 +18,8 @@ import pytest
 
 from fixtures import build
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audited import Audit
-from tests.lab.audited import Told, told, told_children
+from miniloader.lab.audit.result import Audit
+from tests.lab.audit.told_processes import Told, told, told_children
 
 _COMMAND = [sys.executable, "-m", "miniloader"]
 

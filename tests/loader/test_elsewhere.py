@@ -119,7 +119,7 @@ def test_in_several_threads_at_once(libz: Path) -> None:
 def _ours_left(libz: Path) -> list[str]:
     """Mappings of libz beyond those of ld.so (numpy may have brought it)."""
     from miniloader.kernel.maps import read_maps
-    from miniloader.loader import host
+    from miniloader.loader.beside_glibc import host
 
     known = [other.bias for other in host.libraries() if "libz.so" in other.path]
     real = os.path.realpath(libz)

@@ -19,11 +19,11 @@ import pytest
 
 import miniloader
 from fixtures import build
+from miniloader import native
 from miniloader.errors import ElfError, LoadError, SymbolError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.machine import loops
-from miniloader.machine.loops import Reason, Stopped
-from tests.faults import Footprint, failing
+from miniloader.native import Reason, Stopped
+from tests.failing_calls import Footprint, failing
 
 Build = Callable[[Path], Path]
 SOURCE = "int value = 1; int function(void) { return value; }\n"
@@ -244,7 +244,7 @@ VICTIMS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def gone(at: int) -> Iterator[list[str]]:
     """The ``at``-th loop in C meets a page of the file that is gone; the names of those that were run."""
-    run, names = loops._run, list[str]()
+    run, names = native._run, list[str]()
 
     def counting(name: str, *arguments: int) -> None:
         names.append(name)
@@ -253,7 +253,7 @@ def gone(at: int) -> Iterator[list[str]]:
         run(name, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loops, "_run", counting)
+        patch.setattr(native, "_run", counting)
         yield names
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import miniloader
 from miniloader.elf.dynamic import DT_SYMTAB
-from miniloader.kernel.processor import features
+from miniloader.kernel.cpuinfo import features
 from miniloader.loader.policy import Binding
 from miniloader.machine.relocation import KINDS
 from tests.loader.conftest import InChild
@@ -63,7 +63,7 @@ def test_arguments_survive_the_first_call(
     """
     if (known is None or "xsave" in known) and "xsave" not in (features() or {"xsave"}):
         pytest.skip("this machine lacks XSAVE")
-    monkeypatch.setattr("miniloader.loader.lazy.features", lambda: known)
+    monkeypatch.setattr("miniloader.loader.lazy_binding.features", lambda: known)
     with miniloader.load(fixture_library("lazy"), bind="lazy") as library:
         scaled = library.function("call_scaled", ctypes.c_double, [ctypes.c_double] * 3)
         assert scaled(1.5, 2.25, 3.125) == scaled(1.5, 2.25, 3.125) == 150 + 22.5 + 3.125

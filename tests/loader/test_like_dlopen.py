@@ -16,8 +16,8 @@ import pytest
 import miniloader
 from fixtures import build
 from miniloader.errors import WorkerError
-from miniloader.lab import compare as lab
-from miniloader.lab.compare import Comparer, Comparison
+from tests.oracle import compare as lab
+from tests.oracle.compare import Comparer, Comparison
 
 LIBRARIES = (
     "libz.so.1", "libm.so.6", "libcrypto.so.3", "libsqlite3.so.0", "libexpat.so.1", "liblzma.so.5",
@@ -148,7 +148,7 @@ def spoiled(
     monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], Callable[[miniloader.Event], None]]
 ) -> None:
     """Have ``load`` do something wrong in the child that ``compare`` forks."""
-    from miniloader.lab import held
+    from tests.oracle import held
 
     original = held.load
 

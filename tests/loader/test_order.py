@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import pytest
 
 import miniloader
-from miniloader.loader import life
-from miniloader.loader.life import constructor_order
+from miniloader.loader import constructors
+from miniloader.loader.constructors import constructor_order
 
 
 class InChild(Protocol):
@@ -284,7 +284,7 @@ def test_hundreds_of_constructors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     assert counts() == [256, 0]
     assert counts(on_event=lambda event: None) == [256, 0]  # each by itself
-    monkeypatch.setattr(life, "_call_each", lambda: None)  # no page may become executable
+    monkeypatch.setattr(constructors, "_call_each", lambda: None)  # no page may become executable
     assert counts() == [256, 0]
 
 

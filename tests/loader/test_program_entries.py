@@ -15,8 +15,8 @@ from miniloader.elf.symbols import SHN_UNDEF, SymbolTable
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.scope import bind
-from miniloader.loader.tables import open_names, readable
-from miniloader.machine.loops import Names
+from miniloader.loader.spans import open_names, readable
+from miniloader.native import Names
 
 _SOURCES = {
     "given.c": "int given(int n) { return n + 1; }\nint other(int n) { return n + 2; }\n",

@@ -15,8 +15,8 @@ from miniloader.elf.symbols import STT_FUNC, STT_GNU_IFUNC
 from miniloader.errors import LoadError
 from miniloader.loader.search import find_path
 from miniloader.machine.disassembly import disassemble
-from miniloader.machine.landmarks import Landmarks
-from miniloader.machine.spans import Span, locate
+from miniloader.machine.find_code import Span, locate
+from miniloader.machine.names_at import Landmarks
 
 LIBRARIES = ("libz.so.1", "libm.so.6", "libcrypto.so.3", "libsqlite3.so.0")
 #: How many functions of each library, at equal distances, are compared.

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from miniloader.report.lines import Table
-from miniloader.report.terminal import rendered
+from miniloader.report.output import rendered
+from miniloader.report.text import Table
 
 _TABLE = Table(
     ("library", ">pages", "note"),

@@ -23,10 +23,10 @@ from miniloader.evidence.snapshot import PAGE_DTYPE, Backing, ProcessPages, Snap
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.proof import STEPS, Proof, Worked
-from miniloader.lab.sights import look, look_again
+from miniloader.lab.audit.library_pages import look, look_again
+from miniloader.lab.proof.proof import STEPS, Proof, Worked
 from miniloader.report.html import write_audit, write_proof, write_walkthrough
-from miniloader.walkthrough import segments
+from miniloader.walkthrough.chapters import segments
 from miniloader.walkthrough.perform import perform
 from tests.memory import still_child
 from tests.report.conftest import Open, Opened

@@ -14,8 +14,7 @@ from miniloader.evidence.snapshot import Target, take
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
-from miniloader.walkthrough import cow, relocation
-from miniloader.walkthrough.bench import Bench
+from miniloader.walkthrough.chapters import cow, relocation
 from miniloader.walkthrough.model import (
     Answer,
     Call,
@@ -32,6 +31,7 @@ from miniloader.walkthrough.model import (
     Word,
 )
 from miniloader.walkthrough.perform import perform
+from miniloader.walkthrough.workbench import Bench
 
 QUESTION = Question("Which?", (Choice("this", "It is not."), Choice("that", "It is.")), 1)
 

@@ -171,7 +171,7 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
     (wheel,) = open_directory.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"miniloader/lab/demo/libdemo-{machine}.so" for machine in ("x86_64", "aarch64")}
-    wanted.add("miniloader/machine/loops/loops-x86_64.so")
+    wanted.add("miniloader/native/loops-x86_64.so")
     assert names >= wanted | {"miniloader/py.typed", "miniloader/__main__.py"}
     assert {name for name in names if name.endswith(".py")} == {
         str(path.relative_to(checkout)) for path in (checkout / "miniloader").rglob("*.py")

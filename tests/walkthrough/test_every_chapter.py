@@ -11,11 +11,11 @@ import pytest
 
 from miniloader.evidence.verdict import Verdict
 from miniloader.kernel.probe import best_level
-from miniloader.walkthrough.bench import file_system_of
 from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
+from miniloader.walkthrough.exercises import check_file
 from miniloader.walkthrough.model import Result
 from miniloader.walkthrough.perform import perform
-from miniloader.walkthrough.practice import check_file
+from miniloader.walkthrough.workbench import file_system_of
 from tests.conftest import AsNobody
 
 #: Claims about a clock, which a machine that does much else may disagree with.

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.walkthrough import bench as bench_module
-from miniloader.walkthrough.bench import Bench
+from miniloader.walkthrough import workbench as bench_module
 from miniloader.walkthrough.chapters import CHAPTERS, chapter
 from miniloader.walkthrough.perform import perform
+from miniloader.walkthrough.workbench import Bench
 
 Tamper = Callable[[Any], Any]
 

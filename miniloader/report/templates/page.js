@@ -1,5 +1,5 @@
 "use strict";
-// Draws what miniloader/report/film.py encodes.  Text from the data is only ever set as text, never as markup.
+// Draws what miniloader/report/matrix_data.py encodes.  Text from the data is only ever set as text, never as markup.
 (() => {
   const SAME_AS_BEFORE = -1, SAME_AS_PARTNER = -2, CELL = 16, MOST_ROWS = 40;
   const SHARED = 1, SOLE = 2, COPIED = 3, COPIED_SHARED = 4, ZERO = 5;

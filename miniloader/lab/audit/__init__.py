@@ -1,0 +1,1 @@
+"""Which pages of running processes are private, what they cost, and why."""

@@ -1,0 +1,97 @@
+"""The libraries of an audit page by page, looked at once or again, for a person to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from miniloader.elf import ElfImage, LoadPlan
+from miniloader.errors import EvidenceError
+from miniloader.evidence.sharing import analyse
+from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.mapped_files import MappedFiles
+from miniloader.lab.audit.result import Audit, AuditedLibrary, LibraryProcess
+from miniloader.lab.page_bytes import Contents, read_contents, slot_vaddrs, worth_reading
+from miniloader.values import dataclass
+
+__all__ = ["Sight", "look", "look_again"]
+
+_MOST_LIBRARIES: Final = 6
+_MOST_PROCESSES: Final = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """One library of an audit in the first ``processes`` that have it, those with the most copies first.
+
+    ``snapshots`` and ``contents`` have one element for each look.
+    """
+
+    library: AuditedLibrary
+    image: ElfImage
+    plan: LoadPlan
+    processes: tuple[LibraryProcess, ...]
+    snapshots: tuple[Snapshot, ...]
+    contents: tuple[Contents, ...]
+
+
+def look(audit: Audit, step: str = "now") -> tuple[Sight, ...]:
+    """The first libraries of ``audit`` page by page, as they are now; without what is no ELF image.
+
+    Raises EvidenceError where the kernel does not tell as much as the audit had.
+    """
+    found, files = list[Sight](), MappedFiles()
+    for library in audit.libraries:
+        sight = _sight(library, files)
+        if sight is not None:
+            found.append(_looked(sight, step, audit))
+        if len(found) == _MOST_LIBRARIES:
+            break
+    return tuple(found)
+
+
+def look_again(sights: tuple[Sight, ...], audit: Audit, step: str) -> tuple[Sight, ...]:
+    """The same pages once more, after ``audit`` has found what it says of them."""
+    by_place = {(one.path, one.build_id): one for one in audit.libraries}
+    return tuple(
+        _looked(
+            replace(one, library=by_place.get((one.library.path, one.library.build_id), one.library)),
+            step,
+            audit,
+        )
+        for one in sights
+    )
+
+
+def _sight(library: AuditedLibrary, files: MappedFiles) -> Sight | None:
+    processes = tuple(sorted(library.processes, key=lambda one: -one.private)[:_MOST_PROCESSES])
+    for one in processes:
+        for image in _images(one.pid, library, files):
+            return Sight(library, image, image.plan(PAGE_SIZE), processes, (), ())
+    return None
+
+
+def _images(pid: int, library: AuditedLibrary, files: MappedFiles) -> Iterator[ElfImage]:
+    """The library's file as it is mapped in the process; nothing where it cannot be read, or is no image."""
+    try:
+        vmas = read_maps(pid)
+    except EvidenceError:  # it has ended: maybe another one has it
+        return
+    for vma in vmas:
+        if vma.is_file and not vma.shared and vma.path == library.path:
+            file = files.of(pid, vma)
+            if file.facts is not None and file.facts.image is not None and file.build_id == library.build_id:
+                yield file.facts.image
+
+
+def _looked(sight: Sight, step: str, audit: Audit) -> Sight:
+    """``sight`` with one more look."""
+    plan, places = sight.plan, [(one.pid, one.base) for one in sight.processes]
+    targets = [Target(pid, base, plan.start, plan.end) for pid, base in places]
+    snapshot = take(targets, step=step, level=audit.level)
+    vaddrs = worth_reading(analyse(snapshot), slot_vaddrs(sight.image), PAGE_SIZE)
+    contents = read_contents(step, places, vaddrs, PAGE_SIZE)
+    return replace(sight, snapshots=(*sight.snapshots, snapshot), contents=(*sight.contents, contents))

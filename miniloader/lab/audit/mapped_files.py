@@ -1,0 +1,160 @@
+"""The files behind the mappings of processes: found again, opened once, and told apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from miniloader.elf import Source
+from miniloader.elf.image import read_image
+from miniloader.errors import ElfError, EvidenceError, MiniloaderError
+from miniloader.evidence.slots import Facts, Names
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.mounts import mount_of
+from miniloader.kernel.procfs import process_file
+from miniloader.kernel.query import query_vma
+from miniloader.lab.audit.prepared_pages import Beforehand
+
+__all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
+
+_MAGIC: Final = b"\x7fELF"
+_KERNEL: Final = -1  # whose name leads to the mapped file itself
+
+
+class Identity(NamedTuple):
+    """What ``maps`` says a file is.  Two of these may be one file (overlayfs), a path may be several."""
+
+    device: tuple[int, int]
+    inode: int
+    path: str
+    deleted: bool
+
+
+def identity_of(vma: Vma) -> Identity:
+    """The identity of the file behind ``vma``."""
+    return Identity(vma.device, vma.inode, vma.path, vma.deleted)
+
+
+class MappedFile:
+    """A file that is mapped somewhere: by process ``pid`` at ``vma``, where it was met first.
+
+    ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
+    itself cannot be read, for the reason ``trouble``.  ``arrangements`` is for who looks at its mappings: for
+    their extents and file offsets, from the first one's start on, the load bias from there and which of them
+    belong together; it holds for these ``facts``.  Pickled, it is only where it was met, and its build-id.
+    """
+
+    def __init__(self, number: int, pid: int, vma: Vma, build_id: str | None = None) -> None:
+        self.number, self.pid, self.vma = number, pid, vma
+        self.identity = identity_of(vma)
+        self.build_id = build_id
+        self.facts: Facts | None = None
+        self.trouble = ""
+        self.arrangements: dict[tuple[tuple[int, int, int], ...], tuple[int, list[int]]] = {}
+
+    def __reduce__(self) -> tuple[type[MappedFile], tuple[int, int, Vma, str | None]]:
+        return MappedFile, (self.number, self.pid, self.vma, self.build_id)
+
+
+class MappedFiles:
+    """All the files of an audit: each is looked for once, however many processes have it mapped."""
+
+    def __init__(self) -> None:
+        self._known: dict[Identity, MappedFile] = {}
+        self._names = Names()
+        self.beforehand = Beforehand()
+
+    def __iter__(self) -> Iterator[MappedFile]:
+        return iter(self._known.values())
+
+    def of(self, pid: int, vma: Vma) -> MappedFile:
+        """The file behind a mapping of process ``pid``."""
+        identity = identity_of(vma)
+        file = self._known.get(identity)
+        if file is None:
+            file = self._known[identity] = MappedFile(len(self._known), pid, vma)
+            self._look(file, pid, vma)
+        elif file.facts is None:  # another process may offer a way to it
+            self._open(file, pid, vma)
+        return file
+
+    def same(self, file: MappedFile) -> MappedFile:
+        """The file that a helper has met, as this process knows it."""
+        known = self._known.get(file.identity)
+        if known is None or (known.facts is None and known is not file):
+            known = self.of(file.pid, file.vma)
+            known.build_id = known.build_id or file.build_id
+        return known
+
+    def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
+        try:
+            answer = query_vma(pid, vma.start)
+        except EvidenceError:  # PROCMAP_QUERY is from 6.11 on
+            answer = None
+        if answer is not None and answer.build_id and identity_of(answer.vma) == file.identity:
+            file.build_id = answer.build_id.hex()
+        self._open(file, pid, vma)
+
+    def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
+        """Open the very file that is mapped, not one that has taken its name since."""
+        by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
+        in_root = process_file(pid, "root") + vma.path
+        for path, whose in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
+            try:
+                source = Source.open(path)
+            except MiniloaderError:
+                continue
+            facts = _facts(source, self._names)
+            if facts is not None and (whose == _KERNEL or _is(source, facts, file, whose)):
+                file.facts, file.trouble = facts, ""
+                file.arrangements.clear()
+                if file.build_id is None and facts.image is not None:
+                    file.build_id = facts.image.build_id
+                return
+        state = "deleted or replaced" if vma.deleted or os.path.exists(vma.path) else "not to be found"
+        file.trouble = f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
+
+
+def _facts(source: Source, names: Names) -> Facts | None:
+    """What the file says; None where it cannot be read."""
+    try:
+        if bytes(source.read(0, min(4, source.size), "magic")) != _MAGIC:
+            return Facts(source, None, names)
+        return Facts(source, read_image(source), names)
+    except ElfError:
+        return Facts(source, None, names)
+
+
+def _is(source: Source, facts: Facts, file: MappedFile, pid: int | None) -> bool:
+    """Whether the file that ``pid`` calls so is the mapped one.
+
+    By device and inode; where maps tells another device (overlayfs, btrfs) by the kernel's build-id, and
+    before 6.11 by the inode below.
+    """
+    number, inode = source.identity
+    device, mapped = (os.major(number), os.minor(number)), file.identity
+    if (device, inode) == (mapped.device, mapped.inode):
+        return not mapped.deleted or os.fstat(source.fd).st_nlink > 0
+    if mapped.deleted:
+        return False
+    if file.build_id is not None:
+        return facts.image is not None and facts.image.build_id == file.build_id
+    return inode == mapped.inode and _is_below(mapped, device, pid)
+
+
+def _is_below(mapped: Identity, device: tuple[int, int], pid: int | None) -> bool:
+    """Whether maps tells the device below the one that stat(2) tells, and the inode is that of both.
+
+    An overlay gives its own device, and the inode of the file below where all its layers are on one file
+    system (Documentation/filesystems/overlayfs.rst, "Inode properties"); btrfs has a device a subvolume.
+    """
+    try:
+        mount = mount_of(pid, mapped.path)
+    except EvidenceError:
+        return False
+    if mount is None:
+        return False
+    return (mount.kind == "overlay" and mount.device == device) or (
+        mount.kind == "btrfs" and mount.device == mapped.device
+    )

@@ -1,0 +1,146 @@
+"""One page of one process, word by word: what the file has, what the process has, and who wrote it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from miniloader.errors import UsageError
+from miniloader.evidence.cause import Cause, Space, cause_names, classify
+from miniloader.evidence.slots import RELATIVE, SYMBOL, Facts
+from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import matches
+from miniloader.lab.audit.mapped_files import MappedFiles
+from miniloader.lab.audit.survey import CHANGED, SWAPPED_OUT, FileInProcess, locate, space_of
+from miniloader.values import dataclass
+
+__all__ = ["PageView", "Word", "view_page"]
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word that the loader writes or that differs; ``cause`` "" while it is as in the file.
+
+    ``file`` is what the file has, ``old`` what was there before the program wrote (what relocation put
+    there, where that can be computed, else what the file has), ``new`` what is there now.
+    """
+
+    vaddr: int
+    size: int
+    cause: Cause | str
+    symbol: str
+    kind: str
+    file: int
+    old: int
+    new: int
+
+
+@dataclass(frozen=True)
+class PageView:
+    """A page of a file in process ``pid``.
+
+    ``state`` is ``private`` (a copy), ``swapped`` (a copy that is swapped out, which is not read, as that
+    would bring it in), ``shared`` (the file's own page) or ``absent``; only of a private page there are
+    ``words``.  ``unknown``: the file cannot be read, which alone says where in it a vaddr is.
+    """
+
+    pid: int
+    path: str
+    build_id: str | None
+    base: int
+    vaddr: int
+    section: str
+    state: str
+    causes: tuple[Cause, ...]
+    words: tuple[Word, ...]
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``audit --page --json`` prints."""
+        return asdict(self)
+
+
+def view_page(pid: int, vaddr: int, library: str) -> PageView:
+    """The page that holds ``vaddr`` of the one file that the pattern ``library`` chooses.
+
+    Raises UsageError when that is none or several, or the vaddr is not in it; ProcessGone, EvidenceError.
+    """
+    files = MappedFiles()
+    with PageMap(pid) as pagemap:
+        vmas, _, found = locate(pid, pagemap, files, frames=True)
+        here = _one(found, library, vaddr & -PAGE_SIZE)
+        vaddr = vaddr & -PAGE_SIZE
+        entry = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
+        facts, causes, words, reason = here.file.facts, tuple[Cause, ...](), tuple[Word, ...](), ""
+        row, swapped = np.flatnonzero(here.vaddrs == vaddr), bool((here.swapped_vaddrs == vaddr).any())
+        if len(row) and facts is not None:
+            with ProcessMemory(pid) as memory:  # all copies: they show whether the image has been relocated
+                live, _ = memory.pages(here.addresses)
+            space, page = space_of(pid, vmas, found), int(row[0])
+            answer = classify(facts, space, here.base, here.vaddrs, here.file_offsets, live, words="every")
+            causes = cause_names(int(answer.causes[page]))
+            of_page = answer.words[answer.words["page"] == page]
+            words = tuple(_word(facts, space, here.base, one) for one in of_page)
+            reason = facts.trouble
+        elif facts is None:
+            causes, reason = ("unknown",), here.file.trouble
+        elif swapped:
+            causes, reason = ("unknown",), SWAPPED_OUT
+        again = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
+        if int((entry[0] ^ again[0]) & (PRESENT | FRAME)):
+            causes, words, reason = ("unknown",), (), CHANGED
+    state = "unknown" if facts is None else "shared" if entry[0] & PRESENT else "absent"
+    return PageView(
+        pid=pid,
+        path=here.file.identity.path,
+        build_id=here.file.build_id,
+        base=here.base,
+        vaddr=vaddr,
+        section=facts.section_on(vaddr) if facts is not None else "",
+        state="private" if len(row) and facts is not None else "swapped" if swapped else state,
+        causes=causes,
+        words=words,
+        reason=reason,
+    )
+
+
+def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
+    named = [
+        one
+        for one in found
+        if matches(library, one.file.identity.path, os.path.basename(one.file.identity.path))
+    ]
+    inside = [one for one in named if one.start <= one.base + vaddr < one.end]
+    if not named:
+        raise UsageError(f"--library {library!r}: this process has no such file mapped")
+    if len({one.file.number for one in named}) > 1:
+        names = ", ".join(sorted(one.file.identity.path for one in named))
+        raise UsageError(f"--library {library!r}: fits several files: {names}")
+    if not inside:
+        end = max(one.end - one.base for one in named)
+        raise UsageError(f"--page {vaddr:#x}: not in {named[0].file.identity.path}, which ends at {end:#x}")
+    return inside[0]
+
+
+def _word(facts: Facts, space: Space, base: int, row: np.void) -> Word:
+    number = int(facts.symbols_at(np.array([row["vaddr"]], np.uint64))[0])
+    slot = facts.slots[row["slot"]] if row["slot"] >= 0 else None
+    put = base if slot is not None and slot["what"] == RELATIVE else None
+    if slot is not None and slot["what"] == SYMBOL and slot["symbol"] < len(facts.name_numbers):
+        put = space.address_of(int(facts.name_numbers[slot["symbol"]]))
+    old = int(row["file"]) if slot is None or put is None else (put + int(slot["addend"])) % 2**64
+    return Word(
+        vaddr=int(row["vaddr"]),
+        size=int(row["size"]),
+        cause=next(iter(cause_names(int(row["cause"]))), ""),
+        symbol=facts.symbol_name(number) if number >= 0 else "",
+        kind=facts.kind_name(int(slot["kind"])) if slot is not None else "",
+        file=int(row["file"]),
+        old=old,
+        new=int(row["live"]),
+    )

@@ -1,0 +1,101 @@
+"""Pages relocated beforehand, among the mappings of a process: whose they are, and where in it.
+
+A process that uses a prepared library (:mod:`miniloader.loader.prepared.pages`) has pages
+of the cache's file where the library's own would be.  An audit counts them as the library's.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from miniloader.elf import LoadPlan, inspect
+from miniloader.errors import MiniloaderError
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.procfs import process_file
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader.prepared import store
+from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared.pages import Prepared
+
+__all__ = ["Beforehand"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A file of the cache, and how the library it is of is mapped."""
+
+    ready: Prepared
+    plan: LoadPlan
+
+
+class Beforehand:
+    """The files of caches that an audit has met; each is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, int], int], _Kept | None] = {}
+
+    def in_place(self, pid: int, vmas: Sequence[Vma]) -> tuple[tuple[Vma, ...], frozenset[int]]:
+        """``vmas`` as if each prepared page were the library's own, and which (by index) are not really.
+
+        What cannot be told stays what it is: a mapping of a file of that name.
+        """
+        if not any(vma.path.endswith(store.SUFFIX) for vma in vmas):
+            return tuple(vmas), frozenset()
+        placed = [self._placed(pid, vma, vmas) if vma.path.endswith(store.SUFFIX) else None for vma in vmas]
+        return (
+            tuple(new or old for new, old in zip(placed, vmas, strict=True)),
+            frozenset(index for index, new in enumerate(placed) if new is not None),
+        )
+
+    def _placed(self, pid: int, vma: Vma, vmas: Sequence[Vma]) -> Vma | None:
+        kept = self._kept(pid, vma)
+        page = (vma.file_offset - kept.ready.at) // PAGE_SIZE if kept is not None else -1
+        if kept is None or not 0 <= page < len(kept.ready.pages):
+            return None
+        vaddr = int(kept.ready.pages[page])
+        mapping = kept.plan.at(vaddr)
+        bias = vma.start - vaddr
+        # Its device and path as maps has them, which may not be those of stat.
+        own = next((one for one in vmas if one.is_file and one.start == bias + kept.plan.start), None)
+        if own is None or mapping is None or own.inode != kept.ready.file[2]:
+            return None
+        return replace(
+            vma,
+            file_offset=mapping.file_offset + vaddr - mapping.start,
+            device=own.device,
+            inode=own.inode,
+            path=own.path,
+            deleted=own.deleted,
+        )
+
+    def _kept(self, pid: int, vma: Vma) -> _Kept | None:
+        key = (vma.device, vma.inode)
+        if key not in self._known:
+            self._known[key] = _read(process_file(pid, "root") + vma.path, vma) or _read(vma.path, vma)
+        return self._known[key]
+
+
+def _read(path: str, vma: Vma) -> _Kept | None:
+    """What ``path`` says, if it is the file mapped at ``vma``: it may be anybody's, and hold anything."""
+    from miniloader.loader.prepared.pages import read_index
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_ino != vma.inode:
+            return None
+        ready = read_index(fd, status.st_size)
+        return _Kept(ready, inspect(ready.path).plan(PAGE_SIZE))
+    except (MiniloaderError, ValueError, LookupError, TypeError):
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,451 @@
+"""One look at one process for an audit: all its pages, and why those of its files were copied.
+
+The process is never stopped, nor is anything mapped into it.  Its page table entries are read before and
+after everything else; a copied page whose entry differs is ``unknown``, as "changed while we looked".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import ElfError, EvidenceError, ProcessGone
+from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
+from miniloader.kernel.maps import Vma, read_maps
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.procfs import read_stat
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.mapped_files import Identity, MappedFile, MappedFiles
+from miniloader.lab.audit.process_pages import Pages, Rows, Some, length, number
+from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
+from miniloader.machine.stub_code import jumps_to
+from miniloader.values import dataclass
+
+__all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Survey", "locate", "space_of", "survey"]
+
+CHANGED: Final = "changed while we looked"
+SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
+_TOP: Final = 1 << 63  # above is the kernel's half
+_LOW: Final = 1 << 40  # below, there may be no room for a load bias
+_MOST_CODE: Final = 1 << 16
+_NO_VADDRS: Final = np.empty(0, np.uint64)
+_NO_CAUSES: Final = np.empty(0, np.uint8)
+_NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class FileInProcess:
+    """A file as it lies in one process; its copied pages and its own ones are rows of what the process has.
+
+    ``base`` is the load bias.  ``mapped`` counts pages.  ``swapped_vaddrs`` are the copies that are swapped
+    out, ``bss_vaddrs`` the present anonymous pages of the image's bss.  ``causes`` are sets of bits, one for
+    each copied page (none where nobody asked); ``reasons`` says of some copied pages (by index) why they are
+    unknown; ``written`` has a row (page, symbol number, cause bit) for each symbol that was written to.
+    ``beforehand`` is how many present pages are not the file's but a prepared copy's, relocated and shared
+    (:mod:`miniloader.lab.audit.prepared_pages`).
+    """
+
+    file: MappedFile
+    base: int
+    start: int
+    end: int
+    mapped: int
+    swapped_vaddrs: NDArray[np.uint64]
+    bss_vaddrs: NDArray[np.uint64]
+    copies: Some
+    copied: Rows
+    originals: Some
+    own: Rows
+    causes: NDArray[np.uint8]
+    reasons: dict[int, str]
+    written: NDArray[np.int64]
+    beforehand: int = 0
+
+    @property
+    def private(self) -> int:
+        """How many pages are copies."""
+        return length(self.copied)
+
+    @property
+    def shared(self) -> int:
+        """How many present pages are the file's own."""
+        return length(self.own)
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:
+        """The address of each copied page, ascending."""
+        return self.copies.addresses[self.copied]
+
+    @property
+    def vaddrs(self) -> NDArray[np.uint64]:
+        """The vaddr of each copied page."""
+        return self.addresses - np.uint64(self.base % 2**64)
+
+    @property
+    def file_offsets(self) -> NDArray[np.uint64]:
+        """The place in the file that each copied page is a copy of."""
+        return self.copies.file_offsets[self.copied]
+
+    @property
+    def frames(self) -> NDArray[np.uint64]:
+        """The frame of each copied page; 0 where it is hidden."""
+        return self.copies.frames[self.copied]
+
+    @property
+    def is_common(self) -> NDArray[np.bool_]:
+        """Which copied pages are mapped elsewhere, too: by relatives, or by KSM."""
+        return ~self.copies.exclusive[self.copied]
+
+    @property
+    def several_frames(self) -> NDArray[np.uint64]:
+        """The frames of those."""
+        if not len(self.copies.several):
+            return self.copies.several
+        return self.frames[self.is_common]
+
+    @property
+    def file_frames(self) -> NDArray[np.uint64]:
+        """The frames of the pages that are the file's own; 0 where they are hidden."""
+        return self.originals.frames[self.own]
+
+    @property
+    def own_offsets(self) -> NDArray[np.uint64]:
+        """The places of these pages in the file."""
+        return self.originals.file_offsets[self.own]
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """One process; page counts over all its mappings.
+
+    ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
+    than once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous
+    pages, ``originals`` the other ones.
+    """
+
+    pid: int
+    name: str
+    parent: int
+    started: int
+    rss: int
+    exclusive: int
+    anonymous: int
+    anonymous_shared: int
+    zero: int
+    huge: int
+    swapped: int
+    copies: Some
+    originals: Some
+    files: tuple[FileInProcess, ...]
+
+    @property
+    def alone(self) -> int:
+        """How many anonymous pages are mapped by nobody else."""
+        return self.anonymous - self.anonymous_shared
+
+    @property
+    def frames_outside_files(self) -> NDArray[np.uint64]:
+        """The frames of the other rss pages, but for the own pages of ``files``."""
+        outside = np.ones(len(self.originals.frames), np.bool_)
+        for one in self.files:
+            outside[one.own] = False
+        return np.concatenate([self.copies.several, self.originals.frames[outside]])
+
+
+def survey(
+    pid: int,
+    files: MappedFiles,
+    *,
+    causes: bool = True,
+    frames: bool = True,
+    wanted: Callable[[Identity], bool] = lambda _: True,
+) -> Survey:
+    """Look at process ``pid``; ``wanted`` chooses the files to tell about one by one.
+
+    Raises ProcessGone when it ends or executes another program meanwhile, EvidenceError when it may not be
+    looked at.
+    """
+    name, parent, started, stack = _status(pid)
+    with PageMap(pid) as pagemap:
+        vmas, pages, found = locate(pid, pagemap, files, frames=frames)
+        _check_program(pid, vmas, stack)
+        chosen = [one for one in found if wanted(one.file.identity)]
+        if causes:
+            _explain(pid, files, vmas, pages, found, chosen)
+        pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
+        return _summed(pages, pid, name, parent, started, tuple(chosen))
+
+
+def locate(
+    pid: int, pagemap: PageMap, files: MappedFiles, *, frames: bool
+) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
+    """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
+    vmas, beforehand = _mappings(pid, files)
+    pages = Pages(pagemap, vmas, frames=frames)
+    places = [place for indices in _by_file(vmas) for place in _places(pid, files, vmas, indices)]
+    found = _files_in_process(places, vmas, pages)
+    if beforehand:
+        for one in found:
+            inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
+            own = inside & pages.own
+            one.beforehand = number(np.isin(pages.vma[own], list(beforehand)))
+    return vmas, pages, found
+
+
+def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[int]]:
+    """All mappings, and which of them have pages relocated beforehand."""
+    vmas = read_maps(pid)
+    return files.beforehand.in_place(pid, vmas[:-1] if vmas and vmas[-1].start >= _TOP else vmas)
+
+
+def _summed(
+    pages: Pages, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
+) -> Survey:
+    """What the pages of the whole process come to."""
+    return Survey(
+        pid=pid,
+        name=name,
+        parent=parent,
+        started=started,
+        rss=number(pages.counted) - pages.zeros_among,
+        exclusive=number(pages.copies.exclusive) + number(pages.originals.exclusive),
+        anonymous=len(pages.copies.exclusive) - pages.zeros_among,
+        anonymous_shared=number(~pages.copies.exclusive) - pages.zeros_among,
+        zero=number(pages.zero) + pages.zeros_among,
+        huge=pages.huge,
+        swapped=number(pages.swapped),
+        copies=pages.copies,
+        originals=pages.originals,
+        files=files,
+    )
+
+
+def _status(pid: int) -> tuple[str, int, int, int]:
+    """The name, the parent, the start time (clock ticks since boot), and where the stack began."""
+    name, fields = read_stat(pid)
+    return name, int(fields[1]), int(fields[19]), int(fields[25])
+
+
+def _check_program(pid: int, vmas: Sequence[Vma], stack: int) -> None:
+    """Raise ProcessGone when the mappings are not those of the program whose stack began at ``stack``.
+
+    A page table that was opened before stays the old one, and is alive where the process was made by
+    vfork(2): its parent has it.  The kernel calls ``[stack]`` what holds that address.
+    """
+    stacks = [vma for vma in vmas if vma.path == "[stack]"]
+    if stack and stacks and not any(stack in vma for vma in stacks):
+        raise ProcessGone(pid, "has executed another program meanwhile")
+
+
+def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
+    """The private mappings of each file, by address."""
+    found: dict[tuple[object, ...], list[int]] = {}  # as Identity, of which it would be one for each mapping
+    for index, vma in enumerate(vmas):
+        if vma.inode and not vma.shared:
+            found.setdefault((vma.device, vma.inode, vma.path, vma.deleted), []).append(index)
+    return found.values()
+
+
+class _Place(NamedTuple):
+    """A file in the process: its load bias, and its mappings (by index)."""
+
+    file: MappedFile
+    bias: int
+    indices: list[int]
+
+
+def _places(pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int]) -> Iterable[_Place]:
+    """Where the file of these mappings lies: once, or several times."""
+    file = files.of(pid, vmas[indices[0]])
+    left = indices
+    while left:
+        bias, places = _together(file, [vmas[index] for index in left])
+        mine = [left[place] for place in places]
+        yield _Place(file, bias, mine)
+        left = [index for index in left if index not in mine] if len(mine) < len(left) else []
+
+
+def _together(file: MappedFile, vmas: Sequence[Vma]) -> tuple[int, list[int]]:
+    """The load bias of the first mapping, and which ones (by place) belong to the same image.
+
+    The same file is mapped in the same way by most processes, but for where it begins.
+    """
+    first = vmas[0].start
+    known = file.arrangements
+    key = tuple([(vma.start - first, vma.end - first, vma.file_offset) for vma in vmas])
+    if key not in known or first < _LOW:
+        bias, span = _bias(file, vmas[0])
+        places = [at for at, vma in enumerate(vmas) if at == 0 or _belongs(file, vma, bias, span)]
+        known[key] = bias - first, places
+    past, places = known[key]
+    return first + past, places
+
+
+def _bias(file: MappedFile, vma: Vma) -> tuple[int, tuple[int, int]]:
+    """The load bias that puts the file's image where its first mapping is, and its addresses."""
+    plan = file.facts.plan if file.facts is not None else None
+    for mapping in plan.mappings if plan is not None else ():
+        past = vma.file_offset - mapping.file_offset
+        if plan is not None and mapping.kind == "file" and 0 <= past < mapping.length:
+            bias = vma.start - mapping.start - past
+            if bias >= 0:
+                return bias, (bias + plan.start, bias + plan.end)
+    return vma.start - vma.file_offset, (vma.start, vma.end)
+
+
+def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bool:
+    """Whether a mapping is part of the image at ``bias``: where it should be, with what should be there."""
+    plan = file.facts.plan if file.facts is not None else None
+    if plan is None:
+        return vma.start - vma.file_offset == bias
+    if not (span[0] <= vma.start and vma.end <= span[1]):
+        return False
+    mapping = plan.at(vma.start - bias)
+    if mapping is None or mapping.kind != "file":
+        return True  # a gap, which is reserved by a mapping of the file
+    return vma.file_offset == mapping.file_offset + (vma.start - bias - mapping.start)
+
+
+def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Pages) -> list[FileInProcess]:
+    copies, originals, swapping = pages.copies, pages.originals, any(pages.swapped_in)
+    found = [
+        FileInProcess(
+            file=file,
+            base=bias,
+            start=vmas[indices[0]].start,
+            end=vmas[indices[-1]].end,
+            mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
+            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias) if swapping else _NO_VADDRS,
+            bss_vaddrs=_NO_VADDRS,
+            copies=copies,
+            copied=copies.rows(indices),
+            originals=originals,
+            own=originals.rows(indices),
+            causes=_NO_CAUSES,
+            reasons={},
+            written=_NOTHING_WRITTEN,
+        )
+        for file, bias, indices in places
+    ]
+    _find_bss(found, pages.anonymous)
+    return found
+
+
+def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.uint64]:
+    """Where the pages of these mappings are that are swapped out: copies, as the file's own would not be."""
+    rows = np.flatnonzero(pages.swapped & np.isin(pages.vma, indices))
+    return np.asarray(pages.addresses[rows] - np.uint64(bias % 2**64))
+
+
+def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
+    """Set the vaddrs of the present anonymous pages of each image's bss: all are looked up at once."""
+    whose, ends = list[FileInProcess](), list[int]()
+    for one in found:
+        for start, end in one.file.facts.zeros if one.file.facts is not None else ():
+            whose.append(one)
+            ends += ((one.base + start) % 2**64, (one.base + end) % 2**64)
+    at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
+    for one, low, high in zip(whose, at[::2], at[1::2], strict=True):
+        if low < high:
+            vaddrs = anonymous[low:high] - np.uint64(one.base % 2**64)
+            one.bss_vaddrs = np.concatenate([one.bss_vaddrs, vaddrs]) if len(one.bss_vaddrs) else vaddrs
+
+
+def _explain(
+    pid: int,
+    files: MappedFiles,
+    vmas: Sequence[Vma],
+    pages: Pages,
+    found: list[FileInProcess],
+    chosen: list[FileInProcess],
+) -> None:
+    """Fill in the causes, and take back what may have changed meanwhile."""
+    for one in chosen:
+        one.causes = np.zeros(one.private, np.uint8)
+    try:
+        space = space_of(pid, vmas, found)
+        with ProcessMemory(pid) as memory:
+            for one in chosen:
+                _explain_one(one, memory, space)
+    except ProcessGone:
+        raise
+    except EvidenceError as error:
+        for one in chosen:
+            _unknown(one, np.arange(one.private), str(error))
+        return
+    changed = pages.addresses[pages.changed()]
+    after = {vma.start: vma for vma in _mappings(pid, files)[0]}
+    moved = [vma for vma in vmas if vma.is_file and after.get(vma.start) != vma]
+    for one in chosen:
+        addresses = one.addresses
+        now = np.isin(addresses, changed)
+        for vma in moved:
+            now |= (addresses >= vma.start) & (addresses < vma.end)
+        _unknown(one, np.flatnonzero(now), CHANGED)
+
+
+def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+    """What is where in a process; raises ProcessGone, or EvidenceError where its memory must not be read."""
+    placed = []
+    for one in found:
+        plan = one.file.facts.plan if one.file.facts is not None else None
+        end = max(one.end, one.base + plan.end) if plan is not None else one.end
+        placed.append(Placed(one.base, one.start, end, one.file.facts))
+    code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
+    vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
+    return Space(placed, code, vdso, _stand_ins(pid, vmas))
+
+
+def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
+    """The functions that code of miniloader's stands for in a process, by where it is.
+
+    Such code is in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
+    """
+    code = [vma for vma in vmas if not vma.path and vma.protection == "r-x" and vma.size <= _MOST_CODE]
+    if not code:
+        return {}
+    found: dict[int, int] = {}
+    starts = np.array([at for vma in code for at in range(vma.start, vma.end, PAGE_SIZE)], np.uint64)
+    with ProcessMemory(pid) as memory:
+        for start, page in zip(starts.tolist(), memory.pages(starts)[0], strict=True):
+            function = jumps_to(page.tobytes())
+            if function is not None:
+                found[start] = function
+            elif page.tobytes().startswith(CODE):
+                (table,), _ = memory.pages(np.array([start + TABLE], np.uint64))
+                pairs = stand_ins(start, table[: HEAD.size].tobytes())
+                found |= {stand_in: function for function, stand_in in pairs.items()}
+    return found
+
+
+def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> None:
+    if not one.private:
+        return
+    if one.file.facts is None:
+        _unknown(one, np.arange(one.private), one.file.trouble)
+        return
+    live, read = memory.pages(one.addresses)
+    try:
+        answer: Classified = classify(
+            one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live, words="none"
+        )
+    except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
+        _unknown(one, np.arange(one.private), str(error))
+        return
+    one.causes, one.written = answer.causes, answer.written
+    trouble = one.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
+    one.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
+    _unknown(one, np.flatnonzero(~read), CHANGED)
+
+
+def _unknown(one: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:
+    """Take back what was said about these pages."""
+    if len(pages):
+        one.causes[pages] = bit("unknown")
+        one.reasons |= dict.fromkeys(pages.tolist(), reason)
+        one.written = one.written[~np.isin(one.written[:, 0], pages)]

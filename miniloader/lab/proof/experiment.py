@@ -1,0 +1,176 @@
+"""The experiment behind a proof: what the workers do, and when the kernel is asked about them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from miniloader.elf import ElfImage, LoadPlan, Source
+from miniloader.errors import ElfError, EvidenceError
+from miniloader.evidence.sharing import SHARED, SOLE, analyse
+from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.kernel.features import LevelName
+from miniloader.kernel.probe import best_level
+from miniloader.kernel.procfs import process_file, read_process_file
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.page_bytes import read_contents, slot_vaddrs, worth_reading
+from miniloader.lab.proof.claims import Evidence, FileState, judge_claims
+from miniloader.lab.proof.proof import Proof, Worked
+from miniloader.lab.proof.prove import OnStep
+from miniloader.lab.proof.spare_word import choose_word
+from miniloader.lab.workers.crew import Crew
+from miniloader.loader.policy import Policy, open_image
+from miniloader.loader.search import find_path
+
+if TYPE_CHECKING:
+    from miniloader.loader.prepared.pages import Prepared
+
+__all__ = ["experiment"]
+
+
+def experiment(
+    crew: Crew, path: str, level: LevelName | None, on_step: OnStep | None, allow: Mapping[str, Any]
+) -> Proof:
+    """Lead a fresh ``crew`` through the steps of a proof: see :func:`miniloader.lab.proof.prove.prove`."""
+    path = os.path.abspath(find_path(path))
+    image = open_image(Source.open(path), Policy(**allow))
+    plan = image.plan(PAGE_SIZE)
+    level = level or _best_level()
+    prepared = _prepared(image) if allow.get("prepared") else None
+    before = _state_of(path)
+    readable = [(mapping.start, mapping.end) for mapping in plan.mappings if "r" in mapping.protection]
+    led = _Led(crew, plan, level, on_step)
+
+    led.begin("mapped")
+    replies = crew.ask("load", step="mapped", path=path, pauses=["mapped", "linked"], **allow)
+    led.bases = [reply["base"] for reply in replies]
+    mapped = led.look("mapped")
+
+    led.begin("touched")
+    crew.ask("touch", step="touched", ranges=readable)
+    touched = led.look("touched")
+
+    led.begin("relocated")
+    linked = None
+    if crew.ask("resume", step="relocated")[0]["at"] == "linked":
+        linked = led.look("linked")
+        crew.ask("resume", step="relocated")
+    loaded = led.look("relocated")
+
+    led.begin("written")
+    sharing = analyse(loaded)
+    fresh = np.logical_and.reduce(np.isin(sharing.states, (SHARED, SOLE)), axis=0)
+    word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
+    shown = worth_reading(sharing, [*slot_vaddrs(image), *([word.vaddr] if word else [])], PAGE_SIZE)
+    contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
+    stored, read = [], []
+    if word is not None:
+        own = [{"vaddr": word.vaddr, "value": pid} for pid in led.pids]
+        stored = [reply["before"] for reply in crew.ask_each("store", own, step="written")]
+        read = [reply["value"] for reply in crew.ask("fetch", step="written", vaddr=word.vaddr)]
+    crew.ask("touch", step="written", ranges=readable)  # the kernel may have taken pages back meanwhile
+    written = led.look("written")
+    contents.append(read_contents("written", led.processes, shown, PAGE_SIZE))
+    if word is not None:
+        back = [{"vaddr": word.vaddr, "value": value} for value in stored]
+        crew.ask_each("store", back, step="written")
+
+    led.begin("exited")
+    crew.dismiss(crew.workers[-1])
+    exited = led.look("exited")
+
+    evidence = Evidence(
+        image=image,
+        plan=plan,
+        linked=linked or loaded,
+        loaded=loaded,
+        written=written,
+        exited=exited,
+        word=word,
+        read=read,
+        before=before,
+        after=_state_if_there(path),
+        prepared=prepared,
+    )
+    return Proof(
+        path=path,
+        plan=plan,
+        evidence=level,
+        processes=tuple(Worked(pid, base) for pid, base in zip(led.pids, led.bases, strict=True)),
+        snapshots=(mapped, touched, loaded, written, exited),
+        word=word,
+        claims=judge_claims(evidence),
+        contents=tuple(contents),
+    )
+
+
+def _prepared(image: ElfImage) -> Prepared | None:
+    from miniloader.loader.prepared.pages import find
+
+    return find(image)
+
+
+class _Led:
+    """A crew that is led through the steps: who they are, and how to look at them."""
+
+    def __init__(self, crew: Crew, plan: LoadPlan, level: LevelName, on_step: OnStep | None) -> None:
+        self.pids = tuple(worker.pid for worker in crew.workers)
+        self.bases: Sequence[int] = ()
+        self._crew, self._plan, self._level, self._on_step = crew, plan, level, on_step
+
+    @property
+    def processes(self) -> tuple[tuple[int, int], ...]:
+        """The pid and load bias of each."""
+        return tuple(zip(self.pids, self.bases, strict=True))
+
+    def begin(self, step: str) -> None:
+        """Tell whoever listens."""
+        if self._on_step is not None:
+            self._on_step(step, self.pids)
+
+    def look(self, step: str) -> Snapshot:
+        """A snapshot of all, also of who has been dismissed; WorkerError when another one has died."""
+        targets = [
+            Target(pid, base, self._plan.start, self._plan.end)
+            for pid, base in zip(self.pids, self.bases, strict=True)
+        ]
+        snapshot = take(targets, step=step, level=self._level)
+        self._crew.check(step)
+        return snapshot
+
+
+def _best_level() -> LevelName:
+    level = best_level()
+    if level == "none":
+        read_process_file(None, "smaps")  # says why not
+        raise EvidenceError("/proc/self/smaps: does not tell what is mapped")
+    return level
+
+
+def _threads(pid: int) -> int:
+    """How many threads a process has; 0 where that cannot be told."""
+    try:
+        return len(os.listdir(process_file(pid, "task")))
+    except OSError:
+        return 0
+
+
+def _state_of(path: str) -> FileState:
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ElfError(path, "file", str(error.strerror), "a readable ELF file") from None
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
+
+
+def _state_if_there(path: str) -> FileState | None:
+    try:
+        return _state_of(path)
+    except ElfError:
+        return None

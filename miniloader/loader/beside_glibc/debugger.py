@@ -1,0 +1,282 @@
+"""gdb's JIT interface: a debugger that is attached, or comes later, sees what ld.so does not know.
+
+gdb looks for two symbols in every library of the process: a list of symbol files in memory, and a function
+that it stops at when the list changes.  They have to be in a file that gdb can read, so a small library with
+nothing else is made of bytes and opened with dlopen(3), the first time that somebody asks.
+
+The symbol file of a library has no contents: its sections, where they are in memory, its symbols, and a link
+to the library's file (or, by its build id, to separate debug information), from which gdb takes the lines.
+Source: the gdb manual, "JIT Compilation Interface" and "Debugging Information in Separate Files".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from miniloader.elf import ElfImage, Source
+from miniloader.elf.dynamic import (
+    DT_HASH,
+    DT_NULL,
+    DT_SONAME,
+    DT_STRSZ,
+    DT_STRTAB,
+    DT_SYMENT,
+    DT_SYMTAB,
+)
+from miniloader.elf.header import Segment
+from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STB_LOCAL, STT_FUNC, STT_GNU_IFUNC, STT_OBJECT
+from miniloader.elf.symtab import read_symtab
+from miniloader.elf.tables import Table
+from miniloader.errors import LoadError
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc.tls_carrier import DYN, EHDR, PHDR, SHDR, SYM, open_bytes
+
+__all__ = ["Registered", "file_of", "register", "symbol_file"]
+
+_REGISTER, _UNREGISTER = 1, 2
+_FUNCTION: Final = b"__jit_debug_register_code"
+_DESCRIPTOR: Final = b"__jit_debug_descriptor"
+_SONAME: Final = b"miniloader-gdb"
+_SHT: Final = {
+    "progbits": 1,
+    "symtab": 2,
+    "strtab": 3,
+    "hash": 5,
+    "dynamic": 6,
+    "note": 7,
+    "nobits": 8,
+    "dynsym": 11,
+}
+_ALLOC: Final = {"r": 2, "rw": 3, "rx": 6, "rwx": 7}  # SHF_ALLOC, SHF_WRITE, SHF_EXECINSTR
+
+
+class _Entry(ctypes.Structure):
+    """``struct jit_code_entry``."""
+
+    _fields_ = (
+        ("following", ctypes.c_void_p),
+        ("previous", ctypes.c_void_p),
+        ("symfile", ctypes.c_void_p),
+        ("size", ctypes.c_uint64),
+    )
+
+
+class _Descriptor(ctypes.Structure):
+    """``struct jit_descriptor``."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("action", ctypes.c_uint32),
+        ("relevant", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+    )
+
+
+class Registered:
+    """One symbol file that gdb is told of; it stays in memory until it is withdrawn."""
+
+    def __init__(self, data: bytes) -> None:
+        self._file = ctypes.create_string_buffer(data, len(data))
+        self._entry = _Entry(None, None, ctypes.addressof(self._file), len(data))
+        descriptor, _ = _interface()
+        self._entry.following = descriptor.first
+        if descriptor.first:
+            _Entry.from_address(descriptor.first).previous = ctypes.addressof(self._entry)
+        descriptor.first = ctypes.addressof(self._entry)
+        self._tell(_REGISTER)
+
+    def withdraw(self) -> None:
+        """Take it back; to be called once."""
+        entry, (descriptor, _) = self._entry, _interface()
+        if entry.previous:
+            _Entry.from_address(entry.previous).following = entry.following
+        else:
+            descriptor.first = entry.following
+        if entry.following:
+            _Entry.from_address(entry.following).previous = entry.previous
+        self._tell(_UNREGISTER)
+
+    def _tell(self, action: int) -> None:
+        descriptor, function = _interface()
+        descriptor.action, descriptor.relevant = action, ctypes.addressof(self._entry)
+        ctypes.CFUNCTYPE(None)(function)()  # where gdb has a breakpoint
+        descriptor.action = 0
+
+
+def register(image: ElfImage, bias: int) -> Registered:
+    """Show gdb the library ``image``, mapped with ``bias``.
+
+    Raises :class:`LoadError` where the system's loader opens no library from memory.
+    """
+    return Registered(symbol_file(image, bias))
+
+
+def file_of(source: Source) -> str | None:
+    """A path by which another process reads ``source``; ``None`` when it is not the whole of a file."""
+    if source.start:
+        return None
+    try:
+        status = os.stat(source.name)
+    except (OSError, ValueError):
+        status = None
+    if status is not None and (status.st_dev, status.st_ino) == source.identity:
+        return os.path.abspath(source.name)
+    return f"/proc/{os.getpid()}/fd/{source.fd}"
+
+
+# ------------------------------------------------------------------------------------- the symbol file
+class _Section(NamedTuple):
+    """One section of a file to be made; without contents it only takes its place in memory."""
+
+    name: str
+    type: int
+    flags: int
+    address: int
+    size: int
+    data: bytes = b""
+    link: int = 0
+    entry_size: int = 0
+    locals: int = 0  # how many symbols come before the first global one
+
+
+def symbol_file(image: ElfImage, bias: int) -> bytes:
+    """An ELF file that tells where the sections and symbols of ``image`` are when mapped with ``bias``."""
+    sections = _places(image, bias)
+    strings, rows = _symbols(image, bias, sections)
+    symbols = bytes(SYM.size) + rows.tobytes()
+    local = 1 + int((rows["info"] >> 4 == STB_LOCAL).sum())
+    notes = [_build_id(image.build_id)] if image.build_id else []
+    path = file_of(image.source)
+    if path is not None and image.sections:  # without them gdb has nothing to find there, and 16 and 17 end
+        checksum = zlib.crc32(image.source.read(0, image.source.size, "file"))
+        name = os.fsencode(path) + b"\0"
+        link = name.ljust(-(-len(name) // 4) * 4, b"\0") + struct.pack("<I", checksum)
+        notes.append(_Section(".gnu_debuglink", _SHT["progbits"], 0, 0, len(link), link))
+    at = len(sections) + len(notes) + 2  # of .strtab
+    tables = [
+        _Section(".symtab", _SHT["symtab"], 0, 0, len(symbols), symbols, at, SYM.size, local),
+        _Section(".strtab", _SHT["strtab"], 0, 0, len(strings), strings),
+    ]
+    return _elf([*sections, *notes, *tables])
+
+
+def _places(image: ElfImage, bias: int) -> list[_Section]:
+    """Where the library's sections are; for a file without section headers, its segments."""
+
+    def place(name: str, load: Segment, vaddr: int, size: int) -> _Section:
+        rights = "r" + "".join(sign for sign in "wx" if sign in load.flags)
+        return _Section(name, _SHT["nobits"], _ALLOC[rights], bias + vaddr, size)
+
+    found = [
+        place(section.name, load, section.vaddr, section.size)
+        for section in image.sections
+        for load in image.loads
+        if section.allocated
+        and section.name != ".tbss"  # which takes no memory
+        and load.vaddr <= section.vaddr <= section.end <= load.vaddr + load.memsz
+    ]
+    return found or [place(f"load{load.index}", load, load.vaddr, load.memsz) for load in image.loads]
+
+
+def _symbols(image: ElfImage, bias: int, sections: Sequence[_Section]) -> tuple[bytes, Table]:
+    """A string table and the symbols: the static ones too, where the file still has them."""
+    table = read_symtab(image)
+    if not len(table.rows):
+        table = image.symbols
+    rows = table.rows
+    usable = np.isin(table.type, (STT_OBJECT, STT_FUNC, STT_GNU_IFUNC))
+    usable &= (rows["shndx"] != SHN_UNDEF) & (rows["shndx"] != SHN_ABS)
+    rows = rows[usable].copy()
+    rows["value"] += np.uint64(bias)
+    order = sorted(range(len(sections)), key=lambda place: sections[place].address)
+    starts = np.array([sections[place].address for place in order], np.uint64)
+    numbers = np.array([place + 1 for place in order], np.uint16)  # the first section header is nobody's
+    rows["shndx"] = numbers[np.maximum(np.searchsorted(starts, rows["value"], "right") - 1, 0)]
+    return bytes(table.strings), rows
+
+
+def _build_id(digits: str) -> _Section:
+    note = struct.pack("<III4s", 4, len(digits) // 2, 3, b"GNU") + bytes.fromhex(digits)
+    return _Section(".note.gnu.build-id", _SHT["note"], 0, 0, len(note), note)
+
+
+# -------------------------------------------------------------------------------------- what gdb finds
+@lru_cache(maxsize=1)
+def _interface() -> tuple[_Descriptor, int]:
+    """The list, and the address of the function that gdb stops at; both stay as long as the process."""
+    try:
+        handle, _ = open_bytes(os.fsdecode(_SONAME), _helper())
+    except OSError as error:
+        raise LoadError(f"what gdb looks for: {error.strerror}") from None
+    function, descriptor = (host.symbol_address(handle, name) for name in (_FUNCTION, _DESCRIPTOR))
+    assert function is not None
+    assert descriptor is not None
+    return _Descriptor.from_address(descriptor), function
+
+
+def _helper() -> bytes:
+    """A library with the two symbols: a page of code, a page of data."""
+    strings = b"\0" + b"\0".join([_FUNCTION, _DESCRIPTOR, _SONAME]) + b"\0"
+    code = b"\xf3\x0f\x1e\xfa\xc3"  # endbr64; ret
+    descriptor = bytes(_Descriptor(1))
+    hashes = struct.pack("<6I", 1, 3, 1, 0, 2, 0)  # one bucket: symbol 1, then symbol 2
+    hash_at, symbols_at, strings_at, code_at = 0x200, 0x240, 0x300, 0x400
+    descriptor_at, dynamic_at = PAGE_SIZE, PAGE_SIZE + 0x40
+    symbols = b"".join((
+        bytes(SYM.size),
+        SYM.pack(strings.index(_FUNCTION), 0x12, 0, 4, code_at, len(code)),
+        SYM.pack(strings.index(_DESCRIPTOR), 0x11, 0, 5, descriptor_at, len(descriptor)),
+    ))  # fmt: skip
+    entries = (
+        (DT_SONAME, strings.index(_SONAME)), (DT_HASH, hash_at), (DT_STRTAB, strings_at),
+        (DT_SYMTAB, symbols_at), (DT_STRSZ, len(strings)), (DT_SYMENT, SYM.size), (DT_NULL, 0),
+    )  # fmt: skip
+    dynamic = b"".join(DYN.pack(*entry) for entry in entries)
+    end, page = dynamic_at + len(dynamic), PAGE_SIZE
+    segments = (
+        PHDR.pack(1, 5, 0, 0, 0, code_at + len(code), code_at + len(code), page),
+        PHDR.pack(1, 6, page, page, page, end - page, end - page, page),
+        PHDR.pack(2, 6, *(dynamic_at,) * 3, len(dynamic), len(dynamic), 8),
+        PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),  # PT_GNU_STACK: not executable
+    )
+    sections = (
+        _Section(".hash", _SHT["hash"], _ALLOC["r"], hash_at, len(hashes), hashes, 2, 4),
+        _Section(".dynsym", _SHT["dynsym"], _ALLOC["r"], symbols_at, len(symbols), symbols, 3, SYM.size, 1),
+        _Section(".dynstr", _SHT["strtab"], _ALLOC["r"], strings_at, len(strings), strings),
+        _Section(".text", _SHT["progbits"], _ALLOC["rx"], code_at, len(code), code),
+        _Section(".data", _SHT["progbits"], _ALLOC["rw"], descriptor_at, len(descriptor), descriptor),
+        _Section(".dynamic", _SHT["dynamic"], _ALLOC["rw"], dynamic_at, len(dynamic), dynamic, 3, DYN.size),
+    )
+    return _elf(sections, segments)
+
+
+def _elf(sections: Sequence[_Section], segments: Sequence[bytes] = ()) -> bytes:
+    """The bytes of a shared object.  Allocated sections with contents lie in the file as in memory."""
+    names = [os.fsencode(section.name) for section in sections] + [b".shstrtab"]
+    joined = b"\0" + b"\0".join(names) + b"\0"
+    image = bytearray(EHDR.size) + b"".join(segments)
+    headers = [bytes(SHDR.size)]
+    name_at = 1
+    table = _Section(".shstrtab", _SHT["strtab"], 0, 0, len(joined), joined)
+    for name, section in zip(names, [*sections, table], strict=True):
+        at = section.address if section.data and section.flags else -(-len(image) // 16) * 16
+        if section.data:
+            image += bytes(at - len(image)) + section.data
+        fields = (section.type, section.flags, section.address, at, section.size, section.link)
+        headers.append(SHDR.pack(name_at, *fields, section.locals, 1, section.entry_size))
+        name_at += len(name) + 1
+    image += bytes(-len(image) % 16)
+    ident = b"\x7fELF\2\1\1" + bytes(9)
+    sizes = (EHDR.size, PHDR.size, len(segments), SHDR.size, len(headers), len(headers) - 1)
+    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size if segments else 0, len(image), 0, *sizes)
+    image[: EHDR.size] = header
+    return bytes(image + b"".join(headers))

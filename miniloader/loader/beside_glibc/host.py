@@ -1,0 +1,405 @@
+"""The libraries that the process has from its own dynamic linker (glibc's ld.so).
+
+They are found with dl_iterate_phdr(3) and read where they lie in memory, because the file on disk may be
+another by now.  Handles come from dlopen(3); nothing here looks at glibc's private structures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import (
+    DT_GNU_HASH,
+    DT_NEEDED,
+    DT_RPATH,
+    DT_RUNPATH,
+    DT_SONAME,
+    DT_STRTAB,
+    DT_SYMTAB,
+    DT_VERSYM,
+    Dynamic,
+    parse_dynamic,
+)
+from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
+from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.errors import ElfError, LoadError
+from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.machine.stub_code import collect
+from miniloader.native import Names, Stopped
+from miniloader.values import dataclass
+
+__all__ = ["HostLibrary", "Listing", "global_handle", "libraries", "listing", "open_host", "thread_pointer"]
+
+RTLD_LAZY: Final = 1
+RTLD_NOW: Final = 2
+RTLD_NOLOAD: Final = 4
+RTLD_DI_LINKMAP: Final = 2
+RTLD_DI_SERINFO: Final = 4
+RTLD_DI_SERINFOSIZE: Final = 5
+RTLD_DI_TLS_MODID: Final = 9
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
+_PROBES: Final = 16
+
+
+_INFO: Final = struct.Struct("<QQQH6xQQQQ")  # struct dl_phdr_info
+_PHDR: Final = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr
+_USED_AND_SIZE: Final = struct.Struct("<QQ")
+_START: Final = _USED_AND_SIZE.size
+_SYM: Final = struct.Struct("<IBBHQQ")
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_libc: Final = ctypes.CDLL(None)
+
+
+def _declared(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(_libc, name)
+    function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+_iterate: Final = _declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_dlopen: Final = _declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
+_dlclose: Final = _declared("dlclose", ctypes.c_int, ctypes.c_void_p)
+_dlsym: Final = _declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+_dlvsym: Final = _declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+_dlerror: Final = _declared("dlerror", ctypes.c_char_p)
+_dlinfo: Final = _declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_pthread_self: Final = _declared("pthread_self", ctypes.c_void_p)
+
+
+def thread_pointer() -> int:
+    """The calling thread's thread pointer: on glibc, what pthread_self(3) returns (x86-64, aarch64: see
+    their psABIs for where TLS blocks lie from it)."""
+    return int(_pthread_self())
+
+
+def open_host(name: str, *, load: bool) -> int | None:
+    """A dlopen(3) handle of ``name``: only if the process has it already, unless ``load``.
+
+    ``None`` when it has not; :class:`LoadError` when loading fails.
+    """
+    flags = RTLD_NOW if load else RTLD_NOW | RTLD_NOLOAD
+    handle = _dlopen(os.fsencode(name), flags)
+    if handle is None:
+        message = _dlerror()  # also clears it
+        if load:
+            reason = message.decode("utf-8", "backslashreplace") if message else "unknown reason"
+            raise LoadError(f"{name}: the system's loader refuses it: {reason}")
+        return None
+    return int(handle)
+
+
+def close_host(handle: int) -> None:
+    """dlclose(3)."""
+    _dlclose(handle)
+
+
+def symbol_address(handle: int, name: bytes, version: str | None = None) -> int | None:
+    """dlsym(3), or dlvsym(3) with ``version``; resolves IFUNCs and gives the thread's own TLS address."""
+    if version is None:
+        found = _dlsym(handle, name)
+    else:
+        found = _dlvsym(handle, name, version.encode("utf-8", "surrogateescape"))
+    if found is None:
+        _dlerror()
+    return None if found is None else int(found)
+
+
+def information(handle: int, request: int, address: int) -> None:
+    """dlinfo(3): the answer is stored at ``address``."""
+    if _dlinfo(handle, request, address) != 0:
+        message = _dlerror()
+        raise LoadError(f"dlinfo: {message.decode('utf-8', 'backslashreplace') if message else 'failed'}")
+
+
+def load_address(handle: int) -> int:
+    """The load bias of the library behind ``handle``: ``l_addr`` of its link map."""
+    link_map = ctypes.c_uint64()
+    information(handle, RTLD_DI_LINKMAP, ctypes.addressof(link_map))
+    return int(ctypes.c_uint64.from_address(link_map.value).value)
+
+
+def tls_module(handle: int) -> int:
+    """The TLS module id of the library behind ``handle``."""
+    module = ctypes.c_size_t()
+    information(handle, RTLD_DI_TLS_MODID, ctypes.addressof(module))
+    return int(module.value)
+
+
+def read_words(address: int, count: int) -> NDArray[np.uint64]:
+    """``count`` 8-byte words that the system's loader has written at ``address``."""
+    return np.frombuffer(ctypes.string_at(address, 8 * count), np.uint64)
+
+
+_global: list[int] = []
+
+
+def global_handle() -> int:
+    """The handle of the process's global scope, ``dlopen(NULL)``."""
+    if not _global:
+        _global.append(int(_dlopen(None, RTLD_LAZY)))
+    return _global[0]
+
+
+@dataclass(frozen=True, eq=False)
+class HostLibrary:
+    """A library that ld.so loaded.  ``path`` is ld.so's name for it: empty for the main program."""
+
+    path: str
+    bias: int
+    ranges: tuple[tuple[int, int], ...]  # vaddrs of its readable segments
+    dynamic_vaddr: int
+    dynamic_size: int
+    tls_module: int
+    notes: tuple[tuple[int, int], ...] = ()  # vaddr and size of each PT_NOTE
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.path or "the main program"
+
+    @property
+    def file_name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition("/")[2]
+
+    def read(self, vaddr: int, length: int, what: str = "bytes") -> bytes:
+        """``length`` bytes of it in memory; :class:`ElfError` when they are not within one segment."""
+        for start, end in self.ranges:
+            if start <= vaddr and vaddr + length <= end:
+                return ctypes.string_at(self.bias + vaddr, length)
+        raise ElfError(self.name, what, f"vaddrs {vaddr:#x} to {vaddr + length:#x}", "inside one segment")
+
+    @cached_property
+    def dynamic(self) -> Dynamic:
+        """Its dynamic section with all pointers as vaddrs (ld.so turns most of them into addresses)."""
+        if not self.dynamic_size:
+            return Dynamic()
+        raw = parse_dynamic(
+            self.read(self.dynamic_vaddr, self.dynamic_size, "PT_DYNAMIC"), 64, "<", self.name
+        )
+        span = max(end for _, end in self.ranges)
+        entries = tuple(
+            (tag, value - self.bias if self.bias <= value < self.bias + span else value)
+            for tag, value in raw.entries
+        )
+        return Dynamic(entries, dict(entries))
+
+    @cached_property
+    def symbols(self) -> SymbolTable:
+        """Its dynamic symbols, as they lie in memory."""
+        return read_symbols(self.read, self.dynamic.tags, elf_class=64, order="<", name=self.name)
+
+    @cached_property
+    def names(self) -> Names:
+        """The same, to look names up where they lie."""
+        try:
+            return Names(self.bias, self.ranges, self.dynamic.tags)
+        except Stopped as stopped:
+            reason = stopped.reason.name.lower().replace("_", " ")
+            raise ElfError(self.name, "dynamic symbols", reason, "tables inside its segments") from None
+
+    @cached_property
+    def needed(self) -> tuple[str, ...]:
+        """``DT_NEEDED``, in order."""
+        strings = self.bias + self.dynamic.tags.get(DT_STRTAB, 0)
+        return tuple([os.fsdecode(ctypes.string_at(strings + at)) for at in self.dynamic.all(DT_NEEDED)])
+
+    @cached_property
+    def soname(self) -> str | None:
+        """``DT_SONAME``."""
+        return self._string(self.dynamic.tags[DT_SONAME]) if DT_SONAME in self.dynamic.tags else None
+
+    @cached_property
+    def rpath(self) -> tuple[str, ...]:
+        """``DT_RPATH``, as written; it does not count beside a ``DT_RUNPATH``."""
+        tags = self.dynamic.tags
+        if DT_RPATH not in tags or DT_RUNPATH in tags:
+            return ()
+        return tuple(self._string(tags[DT_RPATH]).split(":"))
+
+    @cached_property
+    def handle(self) -> int:
+        """A dlopen handle of it, kept for the life of the process."""
+        if not self.path:
+            return global_handle()
+        handle = open_host(self.path, load=False)
+        if handle is None:
+            raise LoadError(f"{self.path}: was unloaded meanwhile")
+        return handle
+
+    @cached_property
+    def is_global(self) -> bool:
+        """Whether its symbols are in the process's global scope.
+
+        There is no call that tells; so some of its symbols are looked up there.  When all of them are
+        found in other libraries, being in the scope would make no difference.
+        """
+        if not self.path:
+            return True
+        for name in self._first_names():
+            address = symbol_address(global_handle(), name)
+            if address is None:
+                return False
+            if any(self.bias + start <= address < self.bias + end for start, end in self.ranges):
+                return True
+        return False
+
+    def _first_names(self) -> Iterator[bytes]:
+        """Some functions and objects that it defines, without reading its whole symbol table."""
+        tags = self.dynamic.tags
+        if DT_GNU_HASH not in tags or DT_SYMTAB not in tags:
+            for index in np.flatnonzero(self.symbols.defined)[:_PROBES].tolist():
+                if not self.symbols.hidden(index):
+                    yield self.symbols.name_bytes(index)
+            return
+        count, first, bloom, _ = struct.unpack("<4I", self.read(tags[DT_GNU_HASH], 16))
+        buckets = self.read(tags[DT_GNU_HASH] + 16 + 8 * bloom, 4 * count)
+        last = max(struct.unpack(f"<{count}I", buckets))
+        for index in range(first, min(last + 1, first + _PROBES)):
+            name, info, _, shndx, _, _ = _SYM.unpack(
+                self.read(tags[DT_SYMTAB] + _SYM.size * index, _SYM.size)
+            )
+            hidden = DT_VERSYM in tags and self.read(tags[DT_VERSYM] + 2 * index, 2)[1] & 0x80
+            if shndx and not hidden and info >> 4 != STB_LOCAL and info & 0xF in (STT_FUNC, STT_OBJECT):
+                yield ctypes.string_at(self.bias + tags[DT_STRTAB] + name)
+
+    @cached_property
+    def build_id(self) -> str | None:
+        """The ``NT_GNU_BUILD_ID`` note in hexadecimal, as it is in memory: the file may be another by now."""
+        for vaddr, size in self.notes:
+            for name, kind, description in notes_in(self.read(vaddr, size, "PT_NOTE"), "<", 4):
+                if name == b"GNU\0" and kind == NT_GNU_BUILD_ID:
+                    return description.hex()
+        return None
+
+    def _string(self, offset: int) -> str:
+        vaddr = self.dynamic.tags[DT_STRTAB] + offset  # of a library that ld.so has read already
+        return os.fsdecode(ctypes.string_at(self.bias + vaddr))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``."""
+
+    adds: int
+    subs: int
+    found: tuple[HostLibrary, ...]
+
+    @cached_property
+    def by_bias(self) -> dict[int, HostLibrary]:
+        """By load bias; without the main program, whose bias may be that of nothing, 0."""
+        return {library.bias: library for library in self.found if library.path}
+
+    @cached_property
+    def by_name(self) -> dict[str, HostLibrary]:
+        """By soname and by file name; the first of each."""
+        pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
+        return {name: library for name, library in reversed(pairs) if name}
+
+
+_last: list[Listing] = []
+_room: list[int] = [1 << 15]  # bytes that all records took, and some more
+_FIRST: Final = 1 << 11  # that the first of them takes, the main program's
+
+
+def libraries() -> tuple[HostLibrary, ...]:
+    """What ld.so has loaded, in its order, the main program first; the vDSO is left out."""
+    return listing().found
+
+
+def listing() -> Listing:
+    """The same, and what finds one of them."""
+    if _last and _counts(_collect_into(_FIRST)[0]) == (_last[0].adds, _last[0].subs):
+        return _last[0]
+    room, used = _collected()
+    adds, subs = _counts(room)
+    before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
+    all_stay = bool(_last) and _last[0].subs == subs
+    found: list[HostLibrary] = []
+    at = _START
+    while at < used:
+        bias, _, _, count, _, _, module, _ = _INFO.unpack_from(room, at)
+        headers, at = at + _INFO.size, at + _INFO.size + count * _PHDR.size
+        end = room.index(b"\0", at)
+        path, at = os.fsdecode(bytes(room[at:end])), -(-(end + 1) // 8) * 8
+        old = before.get((path, bias))
+        if old is not None and all_stay:
+            found.append(old)
+        elif not path.startswith("linux-vdso"):
+            new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
+            found.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
+    _last[:] = [Listing(adds, subs, tuple(found))]
+    return _last[0]
+
+
+def _collected() -> tuple[bytearray, int]:
+    """A buffer of records (see :func:`miniloader.machine.stub_code.collect`), and where the last one ends."""
+    while True:
+        room, used = _collect_into(_room[0])
+        if used <= len(room):
+            return room, used
+        _room[0] = used + used // 2
+
+
+def _collect_into(size: int) -> tuple[bytearray, int]:
+    """The first records, as many as fit into ``size`` bytes; and where the last one of all would end."""
+    room = bytearray(size)
+    _USED_AND_SIZE.pack_into(room, 0, _START, size)
+    _iterate(_collector(), ctypes.addressof(ctypes.c_char.from_buffer(room)))
+    return room, _USED_AND_SIZE.unpack_from(room)[0]
+
+
+def _counts(room: bytearray) -> tuple[int, int]:
+    """How many libraries have been loaded, and unloaded; zeros if not even the first record fits."""
+    _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
+    return adds, subs
+
+
+@lru_cache(maxsize=1)
+def _collector() -> Any:
+    """The callback that copies.
+
+    glibc's lock is held while it runs.  A callback in Python waits for the interpreter, which a thread that
+    imports an extension module has, and that one waits for the lock: so it is for where no page may become
+    executable.
+    """
+    try:
+        stub = Stub()
+        stub.fill(collect())
+    except LoadError:
+        return _CALLBACK(_collect)
+    return stub.address
+
+
+def _collect(info: int, _size: int, room: int) -> int:
+    used, size = _USED_AND_SIZE.unpack(ctypes.string_at(room, _USED_AND_SIZE.size))
+    record = ctypes.string_at(info, _INFO.size)
+    _, name, table, count, *_ = _INFO.unpack(record)
+    record += ctypes.string_at(table, count * _PHDR.size) + ctypes.string_at(name) + b"\0"
+    record += bytes(-len(record) % 8)
+    ctypes.c_uint64.from_address(room).value = used + len(record)
+    if used + len(record) <= size:
+        ctypes.memmove(room + used, record, len(record))
+    return 0
+
+
+def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibrary:
+    rows = _PHDR.iter_unpack(table)
+    headers = [(kind, flags, vaddr, memsz) for kind, flags, _, vaddr, _, _, memsz, _ in rows]
+    vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
+    notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
+    return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
+
+
+def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
+    for kind, flags, vaddr, memsz in headers:
+        if kind == _PT_LOAD and flags & 4:
+            yield vaddr, vaddr + memsz

@@ -1,0 +1,180 @@
+"""Libraries that ask about themselves: dladdr(3), dl_iterate_phdr(3) and their like know ours, too.
+
+The system's loader does not know what we load, and would say so: then a library linked with
+``-static-libgcc`` ends the process with its first exception, since its own unwinder asks ``_dl_find_object``,
+and a run-time that looks for its own image gives up.  So what refers to one of these functions is bound to
+code of ours, which asks glibc's first and then looks into a table of our libraries.  The table is there from
+the first time that somebody asks; see :mod:`miniloader.machine.stand_in_code`.
+
+dlsym(3) and dlvsym(3) are among them for ``RTLD_NEXT``, which glibc refuses to callers that it does not know:
+what comes after a library of ours is the process's global scope.  dlopen(3) is, for libraries that hold
+themselves or others (``RTLD_NOLOAD``, ``RTLD_NODELETE``): these are kept until they are let go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
+from miniloader.kernel import syscalls as sys
+from miniloader.loader.beside_glibc import host
+from miniloader.machine import stand_in_code
+from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
+
+if TYPE_CHECKING:
+    from miniloader.loader.loaded import Loaded
+
+__all__ = ["add", "answer", "is_held", "make", "remove", "stand_ins"]
+
+_LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
+_COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
+_END: Final = 72  # where an entry has the address that makes it valid
+_HOLDS: Final = 152  # where it says how often it is held
+
+_Counts: Final = ctypes.c_uint64 * 3
+
+_waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
+
+
+class _Table:
+    """The code, and behind it the table; both stay as long as the process."""
+
+    def __init__(self) -> None:
+        anonymous = sys.MAP_PRIVATE | sys.MAP_ANONYMOUS
+        self.base = sys.mmap(0, _LENGTH, sys.PROT_READ | sys.PROT_WRITE, anonymous)
+        try:
+            ctypes.memmove(self.base, CODE, len(CODE))
+            sys.mprotect(self.base, TABLE, sys.PROT_READ | sys.PROT_EXEC)
+        except OSError:
+            sys.munmap(self.base, _LENGTH)
+            raise
+        self.head = HEAD.pack(*(_of_host().get(name, 0) for name in FUNCTIONS), 0, 0, 0)
+        ctypes.memmove(self.base + TABLE, self.head, HEAD.size)
+        self._counts = _Counts.from_address(self.base + TABLE + _COUNTS)
+        self._listed: dict[Loaded, int] = {}  # its entry's number
+        self._free: list[int] = []
+        self._texts: dict[int, bytearray] = {}  # what an entry points at
+
+    def add(self, library: Loaded) -> None:
+        """List ``library``: its entry is valid when all of it is there."""
+        image, memory, number = library.image, library.mapped, len(self._listed) + len(self._free)
+        number = self._free.pop() if self._free else number
+        header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
+        table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
+        path, soname = os.fsencode(image.path), os.fsencode(image.soname or image.path)
+        text = bytearray(b"\0".join((table, path, soname, b"")))
+        headers = ctypes.addressof(ctypes.c_char.from_buffer(text))
+        name = headers + len(table) + 1
+        tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
+        symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
+        entry = ENTRY.pack(
+            *(memory.bias, name, headers, header.phnum, 0, 0),
+            *(library.blocks.own.module if library.blocks.own is not None else 0, 0),
+            *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
+            *(symbols, len(library.names), names),
+            *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
+            *(0, name + len(path) + 1),
+        )
+        at = self._at(number)
+        ctypes.memmove(at, entry, ENTRY.size)
+        ctypes.c_uint64.from_address(at + _END).value = memory.end
+        self._texts[number], self._listed[library] = text, number
+        self._counts[0] = max(self._counts[0], number + 1)
+        self._counts[1] += 1
+
+    def remove(self, library: Loaded) -> None:
+        """Withdraw ``library``, unless it is not listed."""
+        number = self._listed.pop(library, None)
+        if number is None:
+            return
+        ctypes.c_uint64.from_address(self._at(number) + _END).value = 0
+        self._counts[2] += 1
+        host.libraries()  # takes glibc's lock: whoever was being told of it has been told
+        self._free.append(number)
+        del self._texts[number]
+
+    def holds(self, library: Loaded) -> bool:
+        """Whether somebody has asked for ``library`` to stay."""
+        number = self._listed.get(library)
+        return number is not None and bool(ctypes.c_uint64.from_address(self._at(number) + _HOLDS).value)
+
+    def _at(self, number: int) -> int:
+        return self.base + TABLE + HEAD.size + number * ENTRY.size
+
+
+def add(library: Loaded) -> None:
+    """Make ``library`` known, which is linked, to those of ours that ask, now or later."""
+    if _table.cache_info().currsize and (table := _table()) is not None:
+        table.add(library)
+    else:
+        _waiting.append(library)
+
+
+def remove(library: Loaded) -> None:
+    """``library`` goes: to be called before it is unmapped, whether or not it was added."""
+    if library in _waiting:
+        _waiting.remove(library)
+    elif _table.cache_info().currsize and (table := _table()) is not None:
+        table.remove(library)
+
+
+def is_held(library: Loaded) -> bool:
+    """Whether a library has asked, by dlopen(3), for ``library`` to stay."""
+    if not _table.cache_info().currsize or (table := _table()) is None:
+        return False
+    return table.holds(library)
+
+
+def answer(addresses: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> None:
+    """Replace, in ``addresses``, those of glibc's functions by what stands for them.
+
+    Only those that are ``foreign`` to the library can be among them.
+    """
+    places, asked = foreign.nonzero()[0], _asked()
+    for place, address in zip(places.tolist(), addresses[places].tolist(), strict=True):
+        if address in asked:
+            addresses[place] = stand_ins().get(address, address)
+
+
+@lru_cache(maxsize=1)
+def stand_ins() -> dict[int, int]:
+    """What stands for each of glibc's functions, by that one's address; empty where no page may become
+    executable."""
+    table = _table()
+    return {} if table is None else stand_in_code.stand_ins(table.base, table.head)
+
+
+@lru_cache(maxsize=1)
+def _table() -> _Table | None:
+    """The table, in use from now on."""
+    table = make()
+    while _waiting and table is not None:
+        table.add(_waiting.pop())
+    return table
+
+
+@lru_cache(maxsize=1)
+def make() -> _Table | None:
+    """The table, which nobody has asked for yet; ``None`` where no page may become executable."""
+    try:
+        return _Table()
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _asked() -> frozenset[int]:
+    return frozenset(_of_host().values())
+
+
+@lru_cache(maxsize=1)
+def _of_host() -> dict[bytes, int]:
+    """The addresses of glibc's functions, by name."""
+    found = {name: host.symbol_address(host.global_handle(), name) for name in FUNCTIONS}
+    return {name: address for name, address in found.items() if address is not None}

@@ -1,0 +1,91 @@
+"""Exceptions: telling the unwinder about code that ld.so does not know.
+
+``_Unwind_Find_FDE`` of libgcc looks among the tables registered with ``__register_frame`` before it asks
+ld.so, so a library mapped by hand takes part in throwing and catching once its ``.eh_frame`` is
+registered.  Source: the LSB core specification, "Exception Frames" and ``.eh_frame_hdr``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+from itertools import count
+from typing import Any, Final
+
+import numpy as np
+
+from miniloader.elf import ElfImage
+from miniloader.errors import ElfError
+from miniloader.loader.beside_glibc import host
+
+__all__ = ["deregister", "eh_frame", "register"]
+
+_PCREL_SDATA4: Final = 0x1B
+_UDATA4: Final = 0x03
+_DATAREL_SDATA4: Final = 0x3B
+_LIBGCC: Final = "libgcc_s.so.1"
+_HEADER: Final = struct.Struct("<4Bii")  # three kinds of numbers after the version; where .eh_frame is; rows
+_ROW: Final = struct.Struct("<ii")  # a function, and its entry, both from the header on
+_NEAR: Final = 64
+
+
+def eh_frame(image: ElfImage) -> int | None:
+    """The vaddr of ``.eh_frame``, from ``PT_GNU_EH_FRAME``; ``None`` when there is none that can be used.
+
+    The table has to end with a zero word, since registering gives no length.  From the entry of the last
+    function it is mostly near; else the entry furthest back, as the binary search table knows, is looked
+    behind.
+    """
+    header = image.segment("PT_GNU_EH_FRAME")
+    if header is None or header.filesz < 12 or "r" not in header.flags:
+        return None
+    try:
+        *kinds, distance, entries = _HEADER.unpack(image.read(header.vaddr, _HEADER.size, "PT_GNU_EH_FRAME"))
+        if kinds != [1, _PCREL_SDATA4, _UDATA4, _DATAREL_SDATA4] or entries <= 0:
+            return None
+        rows = header.vaddr + _HEADER.size
+        _, place = _ROW.unpack(image.read(rows + _ROW.size * (entries - 1), _ROW.size, "PT_GNU_EH_FRAME"))
+        if not _ends(image, header.vaddr + place, _NEAR):
+            table = image.read(rows, _ROW.size * entries, "PT_GNU_EH_FRAME")
+            _ends(image, header.vaddr + int(np.frombuffer(table, "<i4")[1::2].max()))
+    except ElfError:
+        return None
+    return int(header.vaddr + 4 + distance)
+
+
+def _ends(image: ElfImage, vaddr: int, most: int | None = None) -> bool:
+    """Whether a zero word comes after at ``most`` so many entries; :class:`ElfError` where they leave."""
+    for _ in range(most) if most is not None else count():
+        length = int.from_bytes(image.read(vaddr, 4, ".eh_frame"), "little")
+        if not length:
+            return True
+        vaddr += 4 + length
+    return False
+
+
+def _call(name: bytes, address: int) -> bool:
+    function = _function(name)
+    if function is None:
+        _function.cache_clear()  # somebody may bring libgcc yet
+        return False
+    function(address)
+    return True
+
+
+@lru_cache(maxsize=2)
+def _function(name: bytes) -> Any:
+    """A function of the process's libgcc, which is kept from now on; None if it has none."""
+    handle = host.open_host(_LIBGCC, load=False)
+    address = host.symbol_address(handle, name) if handle is not None else None
+    return None if address is None else ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def register(address: int) -> bool:
+    """Register the table at ``address``; ``False`` when the process has no libgcc to throw with."""
+    return _call(b"__register_frame", address)
+
+
+def deregister(address: int) -> None:
+    """Take the table at ``address`` back, which has to be done before it is unmapped."""
+    _call(b"__deregister_frame", address)

@@ -1,0 +1,174 @@
+"""Constructors and destructors: what a library runs when it comes and when it goes.
+
+``DT_INIT`` first, then ``DT_INIT_ARRAY`` in order, each called with argc, argv and envp;
+``DT_FINI_ARRAY`` backwards, then ``DT_FINI``.  Source: gABI chapter 5, "Initialization and Termination
+Functions"; the order among libraries is that of glibc's ``elf/dl-sort-maps.c``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from miniloader.elf import ElfImage
+from miniloader.elf.dynamic import (
+    DT_FINI,
+    DT_FINI_ARRAY,
+    DT_FINI_ARRAYSZ,
+    DT_INIT,
+    DT_INIT_ARRAY,
+    DT_INIT_ARRAYSZ,
+)
+from miniloader.errors import LoadError
+from miniloader.kernel.procfs import read_proc_file
+from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.memory import Memory
+from miniloader.machine.stub_code import call_each
+
+__all__ = [
+    "constructor_order",
+    "destructor_order",
+    "read_life",
+    "run_constructors",
+    "run_destructor",
+]
+
+_CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
+#: The functions, how many, and what each is called with.
+_CALL_EACH: Final = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
+)
+_libc: Final = ctypes.CDLL(None)
+_WORD: Final = 8
+_NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
+_MANY: Final = 100  # constructors from which on code of our own calls them
+#: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
+_CLOSED_FIRST: Final = tuple(
+    map(int, (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[-1:][0].split("."))
+) >= (2, 39)
+
+T = TypeVar("T")
+
+
+def read_life(image: ElfImage, memory: Memory) -> tuple[list[int], list[int]]:
+    """The addresses of the constructors, and of the destructors, in the order in which they are called."""
+    tags = image.dynamic.tags
+    first, last = ([memory.bias + tags[tag]] if tags.get(tag) else [] for tag in (DT_INIT, DT_FINI))
+    arrays = [
+        (tags[start], tags[start] + tags[size]) if start in tags and tags.get(size) else None
+        for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
+    ]
+    init, fini = arrays
+    if init and fini and init[1] == fini[0]:  # linkers put one after the other
+        words = _functions(memory, init[0], fini[1])
+        size = (init[1] - init[0]) // _WORD
+        begins, ends = words[:size], words[size:]
+    else:
+        begins, ends = (_functions(memory, *array) if array else [] for array in arrays)
+    return first + [a for a in begins if a not in _NO_FUNCTION], [
+        a for a in ends[::-1] if a not in _NO_FUNCTION
+    ] + last
+
+
+def _functions(memory: Memory, start: int, end: int) -> list[int]:
+    """The function pointers between two vaddrs, as relocation left them in memory."""
+    words: list[int] = memory.read(start, end - start).view(np.uint64).tolist()
+    return words
+
+
+@lru_cache(maxsize=1)
+def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
+    """argc and a copy of argv that lives as long as the process."""
+    words = read_proc_file("/proc/self/cmdline").split(b"\0")[:-1]
+    return len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)
+
+
+def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | None = None) -> None:
+    """Call the constructors of one library as ld.so does: all of them get the same argc, argv and envp.
+
+    ``tell`` hears of each before it is called.
+    """
+    count, words = _arguments()
+    arguments = ctypes.c_int(count), ctypes.byref(words), ctypes.c_void_p.in_dll(_libc, "environ")
+    at_once = _call_each() if tell is None and len(addresses) > _MANY else None
+    if at_once is not None:
+        at_once((ctypes.c_uint64 * len(addresses))(*addresses), len(addresses), *arguments)
+        return
+    for address in addresses:
+        if tell is not None:
+            tell(address)
+        _CONSTRUCTOR(address)(*arguments)
+
+
+@lru_cache(maxsize=1)
+def _call_each() -> Any:
+    """What calls many functions, each of which would take ctypes half a microsecond; it stays mapped.
+
+    ``None`` where no page may become executable.
+    """
+    try:
+        stub = Stub()
+        stub.fill(call_each())
+    except LoadError:
+        return None
+    return _CALL_EACH(stub.address)
+
+
+def run_destructor(address: int) -> None:
+    """Call one destructor."""
+    _DESTRUCTOR(address)()
+
+
+def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
+    """``items`` (breadth first, the one asked for first) in the order they are initialised.
+
+    ``before`` gives what each needs; of the one asked for nothing is known yet.  It comes last of all, even
+    where others need it.
+    """
+    order = _dependents_first(items, before)[::-1]
+    order.remove(items[0])
+    return [*order, items[0]]
+
+
+def destructor_order(
+    items: Sequence[T],
+    before: Callable[[T], Sequence[T]],
+    holds: Callable[[T], Sequence[T]],
+    closed: T | None = None,
+) -> list[T]:
+    """``items`` (as they were loaded) in the order they are finalised.
+
+    ``holds`` gives what each is bound to without needing it.  It counts only where needs leave it open.
+    ``closed`` is the item whose closing ends them; None at the end of the process.
+    """
+    first = [item for item in items if item is closed and _CLOSED_FIRST]
+    items = [*first, *(item for item in items if item not in first)]
+    order = _dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])
+    if any(holds(item) for item in items):
+        order = _dependents_first(order, before)
+    return [*first, *(item for item in order if item not in first)]
+
+
+def _dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
+    """The reverse postorder of a depth-first walk from the last item to the first: ``_dl_sort_maps_dfs``."""
+    done: list[T] = []
+    members = {id(item) for item in items}
+    for item in reversed(items):
+        stack = [(item, iter(before(item)))] if id(item) in members else []
+        members.discard(id(item))
+        while stack:
+            top, rest = stack[-1]
+            following = next((other for other in rest if id(other) in members), None)
+            if following is None:
+                done.append(top)
+                stack.pop()
+            else:
+                members.remove(id(following))
+                stack.append((following, iter(before(following))))
+    return done[::-1]

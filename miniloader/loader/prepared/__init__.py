@@ -1,0 +1,1 @@
+"""Pages that were relocated beforehand: how they are used, and where they are kept."""

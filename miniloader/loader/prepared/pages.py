@@ -1,0 +1,389 @@
+"""Prepared libraries: relocated once, and then mapped by every process from one file.
+
+Relocation writes the same words in every process that has the library at the same address, but for those
+that refer to other libraries, which are at addresses of their own.  So the relocated pages are kept in a
+file, with an index of the words that differ; :func:`miniloader.loader.prepare.prepare` makes it.  A process
+that loads the library maps those pages over the library's own, and writes only the words that differ: only
+their pages become private copies.  A main program that is not position-independent is where it was, and so
+are its symbols: when it overrides a library's, next to nothing of that library differs.
+
+What is in the index holds for one scope: the same libraries, told by their build-ids, in the same order.
+Then every look-up has the outcome it had, and none is made.  (bionic shares relocated pages between processes
+that it starts, ``ANDROID_DLEXT_WRITE_RELRO``, and finds them by comparing.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf.symbols import STT_TLS
+from miniloader.elf.tables import RELOCATION, Table
+from miniloader.errors import LoadError
+from miniloader.kernel import syscalls as sys
+from miniloader.loader.memory import Memory, protection_bits, put_words
+from miniloader.loader.prepared import store
+from miniloader.loader.scope import Bindings, Definer
+from miniloader.machine.relocation import KINDS, Kind
+from miniloader.native import DEFINITION
+from miniloader.values import dataclass
+
+__all__ = [
+    "ADDRESS",
+    "RESOLVER",
+    "THREAD_EXIT",
+    "UNIQUE",
+    "VALUE",
+    "Prepared",
+    "check_file",
+    "differing",
+    "file_name",
+    "file_state",
+    "find",
+    "identities",
+    "open_prepared",
+    "pack",
+    "read_index",
+    "runs",
+    "sums",
+]
+
+#: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, and what
+#: is added to what it means.  Many slots have the same; how a few are meant is kept apart.
+VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u8")])
+#: Pages that are mapped by one call: where the first one belongs, which of the cached ones it is, how many.
+RUN: Final = np.dtype([("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")])
+ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
+_HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}
+
+_AGAIN: Final = "miniloader prepare LIB"
+_CHANGED: Final = "its file has changed since it was prepared"
+_MAGIC: Final = b"miniprep"
+_FORMAT: Final = 3
+_WORD: Final = 8
+_MOST_INDEX: Final = 1 << 28  # bytes
+_MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
+_SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
+_HEAD: Final = struct.Struct(
+    "<8sIIQ"
+)  # magic, checksum of what follows up to the pages, length of JSON, of all
+_ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
+    "runs": RUN,
+    "sums": np.dtype("<u8"),  # see sums()
+    "slots": np.dtype("<u4"),  # of each word that differs: how far it is from the first cached page
+    "numbers": np.dtype("<u4"),  # of its value
+    "values": VALUE,
+    "tls_rows": RELOCATION,
+    "tls_symbols": np.dtype("<i8"),  # rows of four: symbol, owner, the owner's symbol, its value
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the cache has of one library, checked: its pages have yet to be."""
+
+    fd: int
+    path: str  # of the library
+    build_id: str
+    file: tuple[int, ...]  # its state, see file_state()
+    address: int  # of its first page
+    end: int
+    scope: tuple[str, ...]
+    special: tuple[tuple[int, int, int], ...]  # values that are no plain addresses: number, how, definer
+    names: Mapping[int, str]  # of values that are unique symbols
+    tls_kinds: tuple[tuple[int, int], ...]  # of thread-local relocations, in order: code, how many
+    tls_names: tuple[str, ...]  # of the symbols of thread-local relocations
+    held: tuple[int, ...]  # positions in the scope: who defines what it is bound to
+    words: int  # relocated in all
+    filled: int  # how many pages hold words that each process writes itself
+    unwind_table: int | None
+    at: int  # of the pages in the file
+    arrays: Mapping[str, NDArray[Any]]
+
+    @cached_property
+    def pages(self) -> NDArray[np.uint64]:
+        """The vaddr of each cached page, ascending."""
+        found = [np.empty(0, np.uint64)]
+        for vaddr, _, count in self.arrays["runs"].tolist():
+            found.append(np.uint64(vaddr) + np.arange(count, dtype=np.uint64) * np.uint64(sys.PAGE_SIZE))
+        return np.concatenate(found)
+
+    @cached_property
+    def count(self) -> int:
+        """How many pages are cached."""
+        return int(self.arrays["runs"]["count"].sum())
+
+    @property
+    def differing(self) -> NDArray[np.bool_]:
+        """Which of them hold words that each process writes itself."""
+        slots = self.arrays["slots"] + self.pages[:1]
+        return differing(self.pages, slots, self.arrays["tls_rows"])
+
+    def meant(
+        self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
+    ) -> list[tuple[int, Definer]]:
+        """The numbers of the values that are meant so, and who defines each."""
+        return [(number, scope[at]) for number, meant, at in self.special if meant == _HOW[how]]
+
+    def differs(self, scope: Sequence[Definer]) -> str | None:
+        """Why it cannot be used in ``scope``; ``None`` when it can."""
+        here = identities(scope)
+        if here == self.scope:
+            return None
+        for place, (one, other) in enumerate(zip(here, self.scope, strict=False)):
+            if one != other:
+                return f"{scope[place].name} comes where there was another library"
+        return f"its scope has {len(here)} libraries, and had {len(self.scope)}"
+
+    def check_pages(self) -> None:
+        """Raise :class:`LoadError` when the cached pages are not what was written.
+
+        They are looked at where they are, in the page cache: nobody else can write or shorten the file.
+        """
+        length = self.count * sys.PAGE_SIZE
+        room = mmap.mmap(self.fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self.at) if length else b""
+        if not np.array_equal(sums(np.frombuffer(room, np.uint8)), self.arrays["sums"]):
+            raise LoadError("its pages are damaged")
+
+    def lay(self, memory: Memory) -> None:
+        """Map the cached pages over those of the file.
+
+        Raises :class:`LoadError`, and maps nothing, where one would lie elsewhere.
+        """
+        flags, calls = sys.MAP_PRIVATE | sys.MAP_FIXED, []
+        for vaddr, first, count in self.arrays["runs"].tolist():
+            mapping, length = memory.plan.at(vaddr), count * sys.PAGE_SIZE
+            if mapping is None or vaddr + length > mapping.end:
+                raise LoadError("its pages are of another library")
+            calls.append((vaddr, length, protection_bits(mapping.protection), first * sys.PAGE_SIZE))
+        for vaddr, length, bits, offset in calls:
+            sys.mmap(memory.bias + vaddr, length, bits, flags, self.fd, self.at + offset)
+
+    def room(self, memory: Memory) -> NDArray[np.uint8]:
+        """From the first cached page to the last, as they lie in memory.
+
+        For plain stores: these pages are the cache's, and cannot be gone as those of the library can.
+        """
+        runs = self.arrays["runs"].tolist()
+        if not runs:
+            return np.empty(0, np.uint8)
+        first, (last, _, count) = runs[0][0], runs[-1]
+        length = last + count * sys.PAGE_SIZE - first
+        return np.frombuffer(
+            memoryview((ctypes.c_uint8 * length).from_address(memory.bias + first)), np.uint8
+        )
+
+    def fill(self, room: NDArray[np.uint8], values: NDArray[np.uint64]) -> None:
+        """Store the words that differ, ``values`` being those of the index."""
+        with np.errstate(over="ignore"):
+            words = values + self.arrays["values"]["addend"]
+        if len(self.arrays["slots"]):
+            put_words(room, self.arrays["slots"], words[self.arrays["numbers"]])
+
+    def store(
+        self, room: NDArray[np.uint8], vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int
+    ) -> None:
+        """Store the low ``size`` bytes of ``words`` on cached pages."""
+        put_words(room, (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64), words, size)
+
+    def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
+        """The thread-local relocations, by kind, and what their symbols are bound to."""
+        table = self.arrays["tls_symbols"].reshape(-1, 4)
+        recorded = np.zeros(len(table), DEFINITION)
+        recorded["owner"], recorded["symbol"], recorded["value"] = table[:, 1], table[:, 2], table[:, 3]
+        recorded["info"] = np.where(table[:, 0] > 0, STT_TLS, 0)  # as it was seen to be when it was prepared
+        bindings = _Recorded(table[:, 0], scope, recorded, self.tls_names)
+        rows, found, first = self.arrays["tls_rows"], [], 0
+        for code, count in self.tls_kinds:
+            found.append((KINDS["X86_64"][code], rows[first : first + count]))
+            first += count
+        return bindings, found
+
+    def close(self) -> None:
+        """Close the file; what is mapped stays."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded(Bindings):
+    """Bindings whose symbols are known without reading the tables they are in."""
+
+    names: Sequence[str]
+
+    def label(self, place: int) -> str:
+        return self.names[place]
+
+
+def differing(pages: NDArray[np.uint64], slots: NDArray[np.uint64], tls_rows: Table) -> NDArray[np.bool_]:
+    """Which of ``pages`` hold words that each process writes itself: at ``slots``, or thread-local ones."""
+    touched = np.zeros(len(pages), bool)
+    for ends in (slots, slots + np.uint64(_WORD - 1), tls_rows["offset"]):
+        touched[np.searchsorted(pages, ends & np.uint64(-sys.PAGE_SIZE % (1 << 64)))] = True
+    return touched
+
+
+def identities(scope: Sequence[Definer]) -> tuple[str, ...]:
+    """What tells each library of ``scope`` from others: its build-id, or a digest of its symbols."""
+    return tuple(_identity(definer) for definer in scope)
+
+
+def _identity(definer: Definer) -> str:
+    if definer.build_id is not None:
+        return definer.build_id
+    import hashlib  # which takes all of libcrypto to import
+
+    table = definer.symbols
+    digest = hashlib.sha256(np.ascontiguousarray(table.rows).tobytes())
+    digest.update(bytes(table.strings))
+    return digest.hexdigest()
+
+
+def file_name(build_id: str) -> str:
+    """The name of the file for the library with this build-id."""
+    return build_id + store.SUFFIX
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does: device, inode, size, and when it was changed."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def find(image: ElfImage) -> Prepared:
+    """What the cache has of ``image``; :class:`LoadError` says why it has nothing that could be used."""
+    if image.build_id is None:
+        raise LoadError("it has no build-id")
+    found = open_prepared(file_name(image.build_id))
+    fault = None
+    if found.build_id != image.build_id:
+        fault = LoadError("its file in the cache is another library's")
+    elif found.file != (image.source.start, *file_state(os.fstat(image.source.fd))):
+        fault = LoadError(_CHANGED, hint=_AGAIN)
+    if fault is not None:
+        found.close()
+        raise fault
+    return found
+
+
+def check_file(ready: Prepared) -> None:
+    """Raise :class:`LoadError` if the library's file is not what it was."""
+    try:
+        state = file_state(os.stat(ready.path))
+    except OSError as error:
+        raise LoadError(f"{ready.path}: {error.strerror}") from None
+    if ready.file[1:] != state:
+        raise LoadError(_CHANGED, hint=_AGAIN)
+
+
+def open_prepared(name: str) -> Prepared:
+    """Open and check the file ``name`` of the cache; all but its pages is read."""
+    try:
+        fd, status = store.open_file(name)
+    except FileNotFoundError:
+        raise LoadError("it is not in the cache", hint=_AGAIN) from None
+    except OSError as error:
+        raise LoadError(f"{name}: {error.strerror}") from None
+    try:
+        return read_index(fd, status.st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_index(fd: int, size: int) -> Prepared:
+    """What the file ``fd`` of ``size`` bytes says, all but its pages; :class:`LoadError` if it is damaged."""
+    head = os.pread(fd, _HEAD.size, 0)
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise LoadError("its file in the cache is of another kind")
+    _, checksum, length, total = _HEAD.unpack(head)
+    if total != size:
+        raise LoadError(f"its file in the cache is damaged: {size:,} bytes, expected {total:,}")
+    at = int.from_bytes(os.pread(fd, 8, _HEAD.size), "little")
+    if not _HEAD.size < at <= min(total, _MOST_INDEX) or total - at > _MOST_PAGES:
+        raise LoadError("its index is damaged")
+    index = os.pread(fd, at - _HEAD.size, _HEAD.size)
+    if zlib.crc32(index) != checksum:
+        raise LoadError("its index is damaged")
+    facts = json.loads(index[8 : 8 + length])
+    _check(facts)
+    arrays: dict[str, NDArray[Any]] = {}
+    offset = 8 + -(-length // 8) * 8
+    for key, dtype in _ARRAYS.items():
+        arrays[key] = np.frombuffer(index, dtype, facts["counts"][key], offset)
+        offset += -(-arrays[key].nbytes // 8) * 8
+    if int(arrays["runs"]["count"].sum()) * sys.PAGE_SIZE != total - at:
+        raise LoadError("its index is damaged")
+    return Prepared(
+        fd=fd,
+        path=facts["path"],
+        build_id=facts["build_id"],
+        file=tuple(facts["file"]),
+        address=facts["address"],
+        end=facts["end"],
+        scope=tuple(facts["scope"]),
+        special=tuple(map(tuple, facts["special"])),
+        names={int(key): name for key, name in facts["names"].items()},
+        tls_kinds=tuple(map(tuple, facts["tls_kinds"])),
+        tls_names=tuple(facts["tls_names"]),
+        held=tuple(facts["held"]),
+        words=facts["words"],
+        filled=facts["filled"],
+        unwind_table=facts["unwind_table"],
+        at=at,
+        arrays=arrays,
+    )
+
+
+def _check(facts: Mapping[str, Any]) -> None:
+    if facts["format"] != _FORMAT or facts["page_size"] != sys.PAGE_SIZE:
+        raise LoadError("it was prepared by another version")
+    if facts["boot"] != store.boot_id():
+        raise LoadError("it was prepared before the machine booted", hint=_AGAIN)
+
+
+def pack(
+    facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], data: NDArray[np.uint8]
+) -> Iterator[Any]:
+    """The file: a head, JSON, the arrays, and from a page boundary on the cached pages."""
+    counts = {key: len(arrays[key]) for key in _ARRAYS}
+    common = {"format": _FORMAT, "page_size": sys.PAGE_SIZE, "boot": store.boot_id(), "counts": counts}
+    text = json.dumps({**facts, **common}).encode()
+    parts = [text.ljust(-(-len(text) // 8) * 8)]
+    for key, dtype in _ARRAYS.items():
+        octets = np.ascontiguousarray(arrays[key], dtype).tobytes()
+        parts.append(octets.ljust(-(-len(octets) // 8) * 8, b"\0"))
+    index = b"".join(parts)
+    at = -(-(_HEAD.size + 8 + len(index)) // sys.PAGE_SIZE) * sys.PAGE_SIZE
+    index = (at.to_bytes(8, "little") + index).ljust(at - _HEAD.size, b"\0")
+    yield _HEAD.pack(_MAGIC, zlib.crc32(index), len(text), at + len(data)) + index
+    yield data
+
+
+def sums(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """A checksum of each 16 pages, at the speed of memory: the sum of their words.
+
+    Against damage, not against malice: nobody else can write the file.
+    """
+    words = data.view(np.uint64)
+    whole = len(words) // _SUMMED * _SUMMED
+    return np.append(words[:whole].reshape(-1, _SUMMED).sum(axis=1), words[whole:].sum())
+
+
+def runs(pages: NDArray[np.uint64], plan: LoadPlan) -> NDArray[np.void]:
+    """``pages`` in runs for one call of mmap: they follow one another, within one mapping of ``plan``."""
+    starts = np.array([mapping.start for mapping in plan.mappings], np.uint64)
+    breaks = (np.diff(pages) != np.uint64(sys.PAGE_SIZE)) | np.isin(pages[1:], starts)
+    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(pages)]
+    rows = [(int(pages[first]), first, last - first) for first, last in pairwise(ends) if first < last]
+    return np.array(rows, RUN)

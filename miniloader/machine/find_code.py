@@ -1,0 +1,142 @@
+"""From what a user calls a piece of code (``name``, ``name@VERSION``, ``name@plt``, ``0xVADDR:LENGTH``) to
+where it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
+from miniloader.errors import SymbolError, UsageError
+from miniloader.machine.names_at import Landmarks, Symbol
+from miniloader.values import dataclass
+
+__all__ = ["Span", "locate"]
+
+_ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(0[xX][0-9a-fA-F]+|[0-9]+))?")
+_MOST: Final = 1 << 20  # bytes
+_MOST_UNSIZED: Final = 1 << 12
+
+
+@dataclass(frozen=True)
+class Span:
+    """``size`` bytes of code at ``vaddr``.
+
+    ``whole``: ``name`` begins at ``vaddr``, so places inside are ``name+…``.  ``ifunc``: it is an IFUNC's
+    resolver, not the function itself.
+    """
+
+    name: str
+    vaddr: int
+    size: int
+    thumb: bool = False
+    whole: bool = True
+    ifunc: bool = False
+
+    @property
+    def end(self) -> int:
+        """The vaddr after its last byte."""
+        return self.vaddr + self.size
+
+
+def locate(landmarks: Landmarks, text: str) -> Span:
+    """The code that ``text`` names.
+
+    Where the file does not say how long it is, it ends at the next symbol, with its section or its segment,
+    or after 4 KiB.  Raises :class:`SymbolError` when there is no such code, and :class:`UsageError` for more
+    than 1 MiB of it.
+    """
+    address = _ADDRESS.fullmatch(text)
+    if address is not None:
+        length = int(address[2], 0) if address[2] else None
+        span = _at_address(landmarks, int(address[1], 16), length)
+    elif text.endswith("@plt"):
+        span = _stub(landmarks, text)
+    else:
+        span = _symbol(landmarks, text)
+    if span.size > _MOST:
+        hint = f"ask for a part of it, such as {span.vaddr:#x}:{_MOST_UNSIZED:#x}"
+        raise UsageError(f"{text}: {span.size} bytes of code, expected at most {_MOST}", hint=hint)
+    return span
+
+
+def _at_address(landmarks: Landmarks, vaddr: int, length: int | None) -> Span:
+    arm = landmarks.image.header.machine == "ARM"
+    thumb, vaddr = (bool(vaddr & 1), vaddr & ~1) if arm else (False, vaddr)
+    target = landmarks.at(vaddr)
+    if target is None or not landmarks.is_code(vaddr):
+        found = "outside the image" if target is None else f"{target.name}, which is not code"
+        raise SymbolError(f"{landmarks.image.path}: {vaddr:#x} is {found}")
+    symbol, stub = landmarks.symbol_at(vaddr), landmarks.stub_at(vaddr)
+    if stub is not None:
+        end, start = stub.end, stub.vaddr
+    elif symbol is not None:
+        end, start, thumb = symbol.vaddr + max(symbol.size, 1), symbol.vaddr, thumb or symbol.thumb
+    else:
+        end, start = vaddr, -1
+    size = length if length is not None else end - vaddr if end - vaddr > 1 else _unsized(landmarks, vaddr)
+    return Span(target.name, vaddr, min(size, landmarks.end_of_code(vaddr) - vaddr), thumb, start == vaddr)
+
+
+def _unsized(landmarks: Landmarks, vaddr: int) -> int:
+    following = landmarks.next_symbol(vaddr)
+    ends = [landmarks.end_of_code(vaddr), vaddr + _MOST_UNSIZED, *([following] if following else [])]
+    return min(ends) - vaddr
+
+
+def _stub(landmarks: Landmarks, text: str) -> Span:
+    names = []
+    for stub in landmarks.stubs():
+        name = f"{landmarks.meaning(stub.slot)}@plt"
+        if name == text:
+            return Span(name, stub.vaddr, stub.end - stub.vaddr)
+        names.append(name)
+    raise SymbolError(f"{landmarks.image.path}: no PLT stub {text}", hint=_similar(text, names))
+
+
+def _symbol(landmarks: Landmarks, text: str) -> Span:
+    name, _, version = text.partition("@")
+    symbol = landmarks.symbol(name, version.lstrip("@") or None)
+    path = landmarks.image.path
+    if symbol is None:
+        raise SymbolError(f"{path}: no symbol {text}", hint=_instead(landmarks, name))
+    if symbol.type == STT_TLS:
+        raise SymbolError(f"{path}: {text} is thread-local data, not code")
+    if not landmarks.is_code(symbol.vaddr):
+        target = landmarks.at(symbol.vaddr)
+        where = "outside the image" if target is None else f"data at vaddr {symbol.vaddr:#x}"
+        raise SymbolError(f"{path}: {text} is {where}, not code")
+    return _whole(landmarks, symbol)
+
+
+def _whole(landmarks: Landmarks, symbol: Symbol) -> Span:
+    size = symbol.size or _unsized(landmarks, symbol.vaddr)
+    return Span(symbol.name, symbol.vaddr, size, symbol.thumb, ifunc=symbol.type == STT_GNU_IFUNC)
+
+
+def _instead(landmarks: Landmarks, name: str) -> str | None:
+    """What to ask for instead of ``name``."""
+    table = landmarks.image.symbols
+    wanted = name.encode("utf-8", "surrogateescape")
+    indices = np.flatnonzero(table.rows["name"] != 0).tolist()
+    same = [index for index in indices if table.name_bytes(index) == wanted]
+    versions = [version.name for index in same if table.defined[index] and (version := table.version(index))]
+    if versions:
+        return "it is " + " or ".join(f"{name}@{version}" for version in versions)
+    if any(table.undefined[index] for index in same):
+        return f"it is needed from another library; {name}@plt is the stub that leads there, if there is one"
+    static = landmarks.tables[1]
+    names = [table.name(index) for index in indices if table.defined[index]]
+    names += [static.name(index) for index in np.flatnonzero(static.rows["size"]).tolist()]
+    return _similar(name, names)
+
+
+def _similar(name: str, names: Iterable[str]) -> str | None:
+    import difflib
+
+    near = sorted({other for other in names if abs(len(other) - len(name)) <= 3})
+    close = difflib.get_close_matches(name, near, 3)
+    return f"did you mean {', '.join(close)}?" if close else None

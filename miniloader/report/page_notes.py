@@ -1,0 +1,165 @@
+"""What a page of a library holds, and why it is written: sections, symbols, relocations, bytes.
+
+Everything here is for a person to look at, and bounded: the first few of many, with their number.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import ElfImage, LoadPlan
+from miniloader.lab.page_bytes import Contents
+from miniloader.lab.proof.spare_word import Word
+from miniloader.machine.names_at import Landmarks, Slot
+
+__all__ = ["bytes_of_pages", "in_file", "ranges", "short"]
+
+_MOST_RANGES: Final = 4000
+_MOST_SYMBOLS: Final = 6000  # of a library, by name
+_SYMBOLS_SHOWN: Final = 5  # of a page
+_LONGEST_NAME: Final = 60
+_WORD: Final = 8
+
+
+# ----------------------------------------------------------------------------------- runs of pages
+def ranges(image: ElfImage, plan: LoadPlan, word: Word | None) -> tuple[tuple[int, int, str, str], ...]:
+    """What to say of pages: (first page, after the last, heading, text)."""
+    found = [*_sections(image, plan), *_causes(image, plan, word), *_symbols(image, plan)]
+    return tuple(found[:_MOST_RANGES])
+
+
+def _pages(plan: LoadPlan, start: int, end: int) -> tuple[int, int]:
+    """The indices of the pages that hold the vaddrs [start, end)."""
+    return (start - plan.start) // plan.page_size, -(-(end - plan.start) // plan.page_size)
+
+
+def _sections(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, str]]:
+    for section in image.sections:
+        if section.allocated and section.size and section.name != ".tbss":
+            yield *_pages(plan, section.vaddr, section.end), "section", section.name
+
+
+def _causes(image: ElfImage, plan: LoadPlan, word: Word | None) -> Iterator[tuple[int, int, str, str]]:
+    if word is not None:
+        page = _pages(plan, word.vaddr, word.vaddr + 1)
+        yield *page, "cause", f"written: each process wrote its pid at {word.vaddr:#x} ({word.place})"
+    for span in plan.zeroed:
+        text = f"zeroed from {span.start:#x} on: bss begins in the middle of this page"
+        yield *_pages(plan, span.start, span.start + 1), "cause", text
+    for mapping in plan.mappings:
+        if mapping.kind == "zero":
+            yield (
+                *_pages(plan, mapping.start, mapping.end),
+                "cause",
+                "bss: anonymous memory, no file behind it",
+            )
+    pages, counts = _relocations(image, plan)
+    edges = [0, *(np.flatnonzero((np.diff(pages) != 1) | (np.diff(counts) != 0)) + 1).tolist(), len(pages)]
+    for first, after in pairwise(edges if len(pages) else []):
+        number = int(counts[first])
+        hold = "word of this page holds" if number == 1 else "words of this page hold"
+        text = f"relocation: {number:,} {hold} an address"
+        yield int(pages[first]), int(pages[after - 1]) + 1, "cause", text
+    if plan.relro:
+        yield *_pages(plan, plan.relro.start, plan.relro.end), "relro", "read-only once relocated (RELRO)"
+
+
+def _relocations(image: ElfImage, plan: LoadPlan) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """The pages that hold relocations, and how many each."""
+    targets = (image.relocations.targets().astype(np.int64) - plan.start) // plan.page_size
+    pages, counts = np.unique(targets, return_counts=True)
+    return pages, counts
+
+
+def _symbols(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, str]]:
+    """The first symbols of each page; pages that can be written come first, while names last."""
+    table = image.symbols
+    rows = table.rows
+    index = np.flatnonzero(table.defined & (rows["value"] > 0) & (rows["value"] < np.uint64(plan.end)))
+    index = index[np.argsort(rows["value"][index], kind="stable")]
+    pages = (rows["value"][index].astype(np.int64) - plan.start) // plan.page_size
+    first, counts = np.unique(pages, return_index=True, return_counts=True)[1:]
+    order = sorted(range(len(first)), key=lambda at: "w" not in _protection(plan, int(pages[first[at]])))
+    for at in order[: _MOST_SYMBOLS // _SYMBOLS_SHOWN]:
+        start, count = int(first[at]), int(counts[at])
+        names = [table.name(int(one)) for one in index[start : start + min(count, _SYMBOLS_SHOWN)]]
+        text = ", ".join(short(name) for name in names)
+        more = f" and {count - len(names):,} more" if count > len(names) else ""
+        yield int(pages[start]), int(pages[start]) + 1, "symbols", text + more
+
+
+def _protection(plan: LoadPlan, page: int) -> str:
+    mapping = plan.at(plan.start + page * plan.page_size)
+    return mapping.protection if mapping else "---"
+
+
+def short(name: str) -> str:
+    """``name``, cut where it is very long (C++)."""
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
+# -------------------------------------------------------------------------------------------- bytes
+def bytes_of_pages(
+    landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents], word: Word | None
+) -> dict[int, dict[str, Any]]:
+    """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
+    found = {}
+    for vaddr in sorted({vaddr for one in contents for vaddr in one.vaddrs}):
+        before = in_file(landmarks.image, plan, vaddr)
+        after = {
+            one.step: [_differing(before, pages[one.vaddrs.index(vaddr)]) for pages in one.pages]
+            for one in contents
+            if vaddr in one.vaddrs
+        }
+        changed = {offset for steps in after.values() for words in steps for offset, _ in words or ()}
+        found[(vaddr - plan.start) // plan.page_size] = {
+            "before": base64.b64encode(before).decode(),
+            "after": after,
+            "names": {str(offset): _name(landmarks, vaddr + offset, word) for offset in sorted(changed)},
+        }
+    return found
+
+
+def in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
+    """The page as the file has it: zeros where it comes from no file."""
+    mapping = plan.at(vaddr)
+    if mapping is None or mapping.kind != "file":
+        return bytes(plan.page_size)
+    offset = mapping.file_offset + vaddr - mapping.start
+    length = min(plan.page_size, image.source.size - offset)
+    octets = bytes(image.source.read(offset, length, "page")) if length > 0 else b""
+    return octets.ljust(plan.page_size, b"\0")
+
+
+def _differing(before: bytes, after: bytes | None) -> list[tuple[int, str]] | None:
+    """Offset and new bytes (hexadecimal) of each aligned word that differs; None: not known."""
+    if after is None:
+        return None
+    one, other = np.frombuffer(before, "<u8"), np.frombuffer(after, "<u8")
+    return [
+        (int(at) * _WORD, after[at * _WORD : (at + 1) * _WORD].hex()) for at in np.flatnonzero(one != other)
+    ]
+
+
+def _name(landmarks: Landmarks, vaddr: int, word: Word | None) -> str:
+    """Why the word at ``vaddr`` is not as in the file."""
+    if word is not None and word.vaddr == vaddr:
+        return f"the word that each process wrote, {word.place}"
+    slot = landmarks.slot_at(vaddr, _WORD)
+    if slot is None:
+        target = landmarks.at(vaddr)
+        return f"written in {short(target.name)}" if target else "written"
+    return f"{slot.relocation}: {short(_meaning(landmarks, slot))}"
+
+
+def _meaning(landmarks: Landmarks, slot: Slot) -> str:
+    """What the address in ``slot`` leads to, in words where the slot has no symbol."""
+    meaning = landmarks.meaning(slot)
+    target = landmarks.at(slot.addend, address_taken=True) if meaning.startswith("*ABS*") else None
+    return target.name if target is not None else meaning

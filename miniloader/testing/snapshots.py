@@ -1,0 +1,310 @@
+"""What a test looks at: the pages of chosen libraries in some processes, and who wrote to the copies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import LoadPlan
+from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STT_TLS
+from miniloader.elf.symtab import read_symtab
+from miniloader.elf.tables import Table
+from miniloader.errors import EvidenceError, ProcessGone, UsageError
+from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names, classify
+from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
+from miniloader.evidence.slots import Facts
+from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.kernel.features import LevelName
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.probe import best_level
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.smaps import read_smaps
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import matches
+from miniloader.lab.audit.mapped_files import MappedFiles
+from miniloader.lab.audit.survey import CHANGED, FileInProcess, locate, space_of
+from miniloader.values import dataclass
+
+__all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
+
+_BY_PROGRAM: Final = bit("write") | bit("overwritten") | bit("bss")
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """The copied pages of one library's file in one process, by vaddr.
+
+    ``causes`` has each of them, with what :mod:`miniloader.evidence.cause` says; ``reasons`` why some are
+    unknown; ``words`` (WORD_DTYPE) what the program has written.
+    """
+
+    pid: int
+    causes: Mapping[int, tuple[Cause, ...]]
+    reasons: Mapping[int, str]
+    words: Table
+
+
+@dataclass(frozen=True, eq=False)
+class LibraryMemory:
+    """One library in several processes; ``look`` has a row for each of them, as ``copies`` has."""
+
+    path: str
+    facts: Facts
+    plan: LoadPlan
+    look: Snapshot
+    sharing: Sharing
+    copies: tuple[Copies, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without directories."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def of_file(self) -> NDArray[np.bool_]:
+        """Which pages are mapped from a file, shape (processes, pages)."""
+        return _of_file(self.look)
+
+    @property
+    def elsewhere(self) -> NDArray[np.bool_]:
+        """Which pages are copies that a process not looked at has as well, a relative by fork; same shape."""
+        exclusive = np.stack([process.pages["exclusive"] for process in self.look.processes])
+        elsewhere: NDArray[np.bool_] = (self.sharing.states == COPIED) & ~exclusive
+        return elsewhere
+
+    def pages(self, section: str | None, symbols: Collection[str]) -> NDArray[np.bool_]:
+        """Which pages have a byte of the section or of a symbol; all pages, when there is neither.
+
+        Raises UsageError for a section or symbol that this library does not have.
+        """
+        spans = [span for name in symbols for span in self.symbol(name)]
+        if section is not None:
+            named = [(start, end) for start, end, name in self.facts.section_spans if name == section]
+            if not named:
+                known = ", ".join(name for _, _, name in self.facts.section_spans) or "none at all"
+                raise UsageError(f"{self.path}: no section {section} in memory; it has {known}")
+            spans += named
+        starts = self.sharing.vaddrs
+        if section is None and not symbols:
+            return np.ones(len(starts), np.bool_)
+        chosen = np.zeros(len(starts), np.bool_)
+        for start, end in spans:
+            chosen |= (starts < end) & (starts + np.uint64(PAGE_SIZE) > start)
+        return chosen
+
+    def symbol(self, name: str) -> list[tuple[int, int]]:
+        """Where the symbol ``name`` lies: vaddrs [start, end), several when files had statics of that name.
+
+        Raises UsageError when there is none, as of a library that was stripped.
+        """
+        image, spans = self.facts.image, set()
+        for table in () if image is None else (read_symtab(image), self.facts.symbols):
+            if table is None:
+                continue
+            real = ~np.isin(table.rows["shndx"], (SHN_UNDEF, SHN_ABS)) & (table.type != STT_TLS)
+            for index in np.flatnonzero(real).tolist():
+                if table.name(index) == name:
+                    start = int(table.rows["value"][index])
+                    spans.add((start, start + max(int(table.rows["size"][index]), 1)))
+        if not spans:
+            raise UsageError(f"{self.path}: no symbol {name} in memory")
+        return sorted(spans)
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySnapshot:
+    """The chosen libraries in the processes ``pids`` at one moment; ``step`` is a name for it.
+
+    ``level`` is the level of evidence.  Below ``flags`` nothing is known of pages: then there are no
+    ``libraries``, and ``sums`` has the bytes of anonymous memory that ``smaps`` counts in each file's
+    mappings, by path and pid.
+    """
+
+    step: str
+    level: LevelName
+    pids: tuple[int, ...]
+    libraries: tuple[LibraryMemory, ...]
+    sums: Mapping[str, Mapping[int, int]]
+
+    def __repr__(self) -> str:
+        names = ", ".join(sorted(path.rpartition("/")[2] for path in self.paths))
+        return f"<MemorySnapshot {self.step!r} of {len(self.pids)} processes, level {self.level}: {names}>"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files."""
+        return tuple(self.sums) or tuple(one.path for one in self.libraries)
+
+    def path(self, library: str | None) -> str:
+        """The one file that ``library`` names: by its path, its name, a part of it or a shell pattern.
+
+        Raises UsageError when that is none, or several.
+        """
+        found = [path for path in self.paths if library in (None, path, path.rpartition("/")[2])]
+        found = found or [path for path in self.paths if _fits(path, library)]
+        if len(found) != 1:
+            names = ", ".join(found or self.paths)
+            what = "several libraries" if len(found) > 1 else f"no library {library!r}"
+            raise UsageError(f"{what} in this snapshot, expected one of: {names}")
+        return found[0]
+
+    def library(self, library: str | None = None) -> LibraryMemory:
+        """The one library that ``library`` names, see :meth:`path`."""
+        path = self.path(library)
+        return next(one for one in self.libraries if one.path == path)
+
+
+def snapshot(
+    pids: Iterable[int], step: str = "", *, library: str | None = None, level: LevelName | None = None
+) -> MemorySnapshot:
+    """Look at processes: those of a crew, or any others that may be read.
+
+    ``library`` chooses files by a path, a part of it or a shell pattern; by default all that are mapped.
+    ``level`` looks no closer than that (by default as close as is possible here).
+
+    Raises UsageError when no process has such a library, ProcessGone when one has ended, EvidenceError when
+    one may not be read or the level is not to be had here.
+    """
+    every = tuple(dict.fromkeys(pids))
+    chosen = level or best_level()
+    if chosen in ("totals", "none"):
+        return MemorySnapshot(step, chosen, every, (), _sums(every, library))
+    files = MappedFiles()
+    looks = [_Process(pid, files, library) for pid in every]
+    by_path: dict[str, list[tuple[_Process, FileInProcess]]] = {}
+    for process in looks:
+        for here in process.chosen:
+            by_path.setdefault(here.file.identity.path, []).append((process, here))
+    if not by_path:
+        raise _nowhere(library, {one.file.identity.path for process in looks for one in process.found})
+    libraries = tuple(_library(path, found, step, level) for path, found in sorted(by_path.items()))
+    return MemorySnapshot(step, chosen, every, libraries, {})
+
+
+def address_of(pid: int, library: str, symbol: str) -> tuple[int, int]:
+    """Where a symbol of a library lies in process ``pid``, and its size in bytes."""
+    one = snapshot([pid], library=library).library(library)
+    start, end = one.symbol(symbol)[0]
+    return one.look.processes[0].base + start, end - start
+
+
+def _fits(path: str, library: str | None) -> bool:
+    """Whether a file is what somebody calls ``library``; a path may look like a pattern and be none."""
+    return library is None or library == path or matches(library, path, path.rpartition("/")[2])
+
+
+def _nowhere(library: str | None, mapped: Iterable[str]) -> UsageError:
+    names = ", ".join(sorted(path.rpartition("/")[2] for path in mapped))
+    return UsageError(f"library {library!r}: none of these processes has one mapped, only {names}")
+
+
+def _sums(pids: Sequence[int], library: str | None) -> dict[str, dict[int, int]]:
+    """What ``smaps`` says, where pages cannot be told apart."""
+    found: dict[str, dict[int, int]] = {}
+    mapped = set()
+    for pid in pids:
+        for one in read_smaps(pid):
+            path = one.vma.path
+            if not one.vma.is_file or one.vma.shared:
+                continue
+            mapped.add(path)
+            if _fits(path, library):
+                by_pid = found.setdefault(path, dict.fromkeys(pids, 0))
+                by_pid[pid] += one.sizes.get("Anonymous", 0) + one.sizes.get("Swap", 0)
+    if not found:
+        raise _nowhere(library, mapped)
+    return found
+
+
+class _Process:
+    """What is mapped in one process, which of it was chosen, and why its copies are copies."""
+
+    def __init__(self, pid: int, files: MappedFiles, library: str | None) -> None:
+        self.pid = pid
+        with PageMap(pid) as pagemap:
+            self.vmas, _, self.found = locate(pid, pagemap, files, frames=False)
+        self.chosen = [one for one in self.found if self._wanted(one, library)]
+
+    def _wanted(self, one: FileInProcess, library: str | None) -> bool:
+        path = one.file.identity.path
+        if library is None:
+            return one.file.facts is not None and one.file.facts.plan is not None
+        if not _fits(path, library):
+            return False
+        if one.file.facts is None:
+            raise EvidenceError(f"{path}: {one.file.trouble}")
+        return one.file.facts.plan is not None
+
+    @cached_property
+    def space(self) -> Space:
+        """What is where."""
+        return space_of(self.pid, self.vmas, self.found)
+
+
+def _library(
+    path: str, found: Sequence[tuple[_Process, FileInProcess]], step: str, level: LevelName | None
+) -> LibraryMemory:
+    facts = found[0][1].file.facts
+    if facts is None or facts.plan is None:
+        raise AssertionError(f"{path} was chosen, so its file could be read")
+    plan = facts.plan
+    copies = [_copies(process, here) for process, here in found]
+    targets = [Target(process.pid, here.base, plan.start, plan.end) for process, here in found]
+    look = take(targets, step=step, level=level)
+    for one in look.processes:
+        if one.gone:
+            raise ProcessGone(one.pid, f"has ended before it could be looked at: {one.reason}")
+        if one.reason:
+            raise EvidenceError(f"process {one.pid}: {one.reason}")
+    sharing = analyse(look)
+    copied = np.isin(sharing.states, (COPIED, COPIED_SHARED)) & _of_file(look)
+    settled = (_settled(one, sharing.vaddrs[row].tolist()) for one, row in zip(copies, copied, strict=True))
+    return LibraryMemory(path, facts, plan, look, sharing, tuple(settled))
+
+
+def _of_file(look: Snapshot) -> NDArray[np.bool_]:
+    """Which pages are mapped from a file, shape (processes, pages)."""
+    rows = []
+    for process in look.processes:
+        named = np.array([backing.vma.is_file for backing in process.mappings] + [False])
+        rows.append(named[process.pages["mapping"]])
+    return np.stack(rows)
+
+
+def _copies(process: _Process, here: FileInProcess) -> Copies:
+    """Why the pages that were copies when the process was located are that."""
+    vaddrs, facts = here.vaddrs, here.file.facts
+    nothing = np.empty(0, WORD_DTYPE)
+    if facts is None or not len(vaddrs):
+        return Copies(process.pid, {}, {}, nothing)
+    try:
+        with ProcessMemory(process.pid) as memory:
+            live, read = memory.pages(here.addresses)
+    except ProcessGone:
+        raise
+    except EvidenceError as error:
+        every = vaddrs.tolist()
+        return Copies(
+            process.pid, dict.fromkeys(every, ("unknown",)), dict.fromkeys(every, str(error)), nothing
+        )
+    answer = classify(facts, process.space, here.base, vaddrs, here.file_offsets, live)
+    trouble = facts.trouble or "a relocation's value lies in a file that cannot be read"
+    causes = zip(vaddrs.tolist(), map(cause_names, answer.causes.tolist()), strict=True)
+    return Copies(
+        process.pid,
+        {vaddr: names for (vaddr, names), known in zip(causes, read.tolist(), strict=True) if known},
+        dict.fromkeys(vaddrs[answer.unreadable].tolist(), trouble),
+        answer.words[(answer.words["cause"] & _BY_PROGRAM).astype(np.bool_) & read[answer.words["page"]]],
+    )
+
+
+def _settled(copies: Copies, copied: Sequence[int]) -> Copies:
+    """The same for the pages that were copies when they were looked at afterwards."""
+    causes = {vaddr: copies.causes.get(vaddr, ("unknown",)) for vaddr in copied}
+    changed = dict.fromkeys([vaddr for vaddr in copied if vaddr not in copies.causes], CHANGED)
+    return replace(copies, causes=causes, reasons={**changed, **copies.reasons})

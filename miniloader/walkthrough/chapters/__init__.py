@@ -1,0 +1,52 @@
+"""The chapters, in order: the one place that knows them all.  Light: a chapter is imported when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from miniloader.errors import UsageError
+
+if TYPE_CHECKING:
+    from miniloader.walkthrough.model import Chapter
+
+__all__ = ["CHAPTERS", "chapter", "chapters"]
+
+#: Ids of chapters, each the name of its module.
+CHAPTERS: Final = (
+    "mapping",
+    "lazy",
+    "cow",
+    "shared",
+    "copies",
+    "unmappable",
+    "segments",
+    "relocation",
+    "processes",
+    "fork",
+    "textrel",
+    "relro",
+    "tls",
+    "prepared",
+)
+
+
+def chapters() -> tuple[Chapter[Any], ...]:
+    """All of them."""
+    return tuple(map(_load, CHAPTERS))
+
+
+def chapter(name: str) -> Chapter[Any]:
+    """The chapter of that id, or of that number; UsageError where there is none."""
+    if name in CHAPTERS:
+        return _load(name)
+    if name.isdecimal():
+        for one in chapters():
+            if one.number == int(name):
+                return one
+    raise UsageError(f"no chapter {name!r}", hint=f"there are {', '.join(CHAPTERS)}")
+
+
+def _load(name: str) -> Chapter[Any]:
+    found: Chapter[Any] = import_module(f"{__name__}.{name}").CHAPTER
+    return found

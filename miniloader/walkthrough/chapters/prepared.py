@@ -1,0 +1,235 @@
+"""Chapter 14: prepared pages: relocate once, share the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader.prepare import prepare
+from miniloader.values import dataclass
+from miniloader.walkthrough.exercises import copied_pages
+from miniloader.walkthrough.library_in_processes import Several, in_several, shown_steps
+from miniloader.walkthrough.model import (
+    Answer,
+    Chapter,
+    Choice,
+    Exercise,
+    Finding,
+    Question,
+    Statement,
+    Step,
+    Table,
+)
+from miniloader.walkthrough.workbench import Bench, shipped
+
+__all__ = ["CHAPTER", "Seen"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The library in several processes, each relocating it for itself, and then all with prepared pages."""
+
+    plain: Several
+    shared: Several
+    address: int  # that it was prepared for
+    cached: int  # pages
+    filled: int  # of them with words that each process writes
+
+
+def _run(bench: Bench) -> Generator[Step, None, Seen]:
+    path = bench.copy(shipped("demo"))
+    _, plain = in_several(bench, path)
+    yield Step(
+        "plain",
+        f"{len(plain.states)} processes load the library, each for itself.",
+        (),
+        (
+            f"Load biases: {', '.join(map(hex, plain.bases))}.",
+            f"Relocated pages: {len(plain.relocated)}, each with the same words plus another bias.",
+        ),
+    )
+    with _cache(bench.place().directory):
+        entry = prepare(path)
+        yield Step(
+            "prepared",
+            "miniloader prepare loads it once, at an address chosen for it, and keeps the relocated pages.",
+            (),
+            (
+                f"Address: {entry.address:#x}, for every process of this user until the machine boots.",
+                f"Kept: {entry.pages} pages, {entry.filled} of them with words that differ in each process.",
+            ),
+        )
+        proof, shared = in_several(bench, path, prepared=True)
+    yield from shown_steps(
+        proof,
+        {
+            "relocated": ("Nothing is computed: the pages are mapped from the file that prepare wrote.",),
+            "written": ("What is written is copied as ever.",),
+        },
+        {"written": (_table(plain, shared),)},
+    )
+    return Seen(plain, shared, entry.address, entry.pages, entry.filled)
+
+
+@contextmanager
+def _cache(directory: str) -> Iterator[None]:
+    """A cache of the chapter's own, for this process and those it starts."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = os.path.join(directory, "cache")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["XDG_CACHE_HOME"]
+        else:
+            os.environ["XDG_CACHE_HOME"] = before
+
+
+def _table(plain: Several, shared: Several) -> Table:
+    rows = (
+        ("each for itself", str(len(plain.states)), f"{plain.used // 1024} KiB"),
+        ("prepared", str(len(shared.states)), f"{shared.used // 1024} KiB"),
+    )
+    return Table("What the library takes", ("relocated", ">processes", ">memory"), rows)
+
+
+# ---------------------------------------------------------------------------------------- claims
+def _in_all(seen: Several, state: str, frames: int) -> int:
+    """How many relocated pages are in that state in every process, in so many frames."""
+    return sum(
+        {row[page] for row in seen.states} == {state} and len({row[page] for row in seen.groups}) == frames
+        for page in seen.relocated
+    )
+
+
+def _private(seen: Seen) -> Finding:
+    number, processes = len(seen.plain.relocated), len(seen.plain.states)
+    found = _in_all(seen.plain, "copied", processes)
+    expected = f"{number} relocated pages, each a copy of its own in each of {processes} processes"
+    return Finding(found == number > 0, expected, f"{found} of {number}")
+
+
+def _one_frame(seen: Seen) -> Finding:
+    number = len(seen.shared.relocated) - seen.filled
+    found = _in_all(seen.shared, "shared", 1)
+    expected = f"{number} relocated pages, each one frame in all {len(seen.shared.states)} processes"
+    return Finding(found == number > 0, expected, f"{found} of {number}")
+
+
+def _same_address(seen: Seen) -> Finding:
+    expected = f"every process has its first page at {seen.address:#x}"
+    good = set(seen.shared.bases) == {seen.address}
+    return Finding(good, expected, ", ".join(sorted(map(hex, set(seen.shared.bases)))))
+
+
+def _saved(seen: Seen) -> Finding:
+    copies = (len(seen.shared.states) - 1) * (seen.cached - seen.filled)
+    expected = f"at least {copies} pages of {PAGE_SIZE // 1024} KiB less"
+    less = (seen.plain.used - seen.shared.used) // PAGE_SIZE
+    return Finding(less >= copies > 0, expected, f"{less} pages less")
+
+
+def _isolated(seen: Seen) -> Finding:
+    holds, observed = seen.shared.claims["writes-isolated"]
+    return Finding(holds, "each process reads back what it wrote itself", observed, observed)
+
+
+_SNIPPET = """\
+import mmap, tempfile
+
+PAGES, PAGE, USERS, BIAS = 16, mmap.PAGESIZE, 4, 0x10000
+file = tempfile.TemporaryFile()
+for page in range(PAGES):                      # in each page a word that wants the bias added
+    file.write(page.to_bytes(8, "little").ljust(PAGE, b"\\0"))
+file.flush()
+
+users = []
+for user in range(USERS):
+    memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    for page in range(PAGES):                  # every user relocates for itself
+        word = int.from_bytes(memory[page * PAGE : page * PAGE + 8], "little")
+        memory[page * PAGE : page * PAGE + 8] = (word + BIAS).to_bytes(8, "little")
+    users.append(memory)
+"""
+
+_SOLUTION = """\
+import mmap, tempfile
+
+PAGES, PAGE, USERS, BIAS = 16, mmap.PAGESIZE, 4, 0x10000
+file = tempfile.TemporaryFile()
+for page in range(PAGES):                      # relocated once, in the file
+    file.write((page + BIAS).to_bytes(8, "little").ljust(PAGE, b"\\0"))
+file.flush()
+
+users = []
+for user in range(USERS):
+    memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    users.append(memory)
+"""
+
+
+def _check(names: dict[str, Any]) -> Answer:
+    users, page_size = names["users"], names["PAGE"]
+    if len(users) != 4:
+        return Answer(False, f"there are {len(users)} users, 4 are asked for")
+    for memory in users:
+        for page in range(names["PAGES"]):
+            word = int.from_bytes(memory[page * page_size : page * page_size + 8], "little")
+            if word != page + names["BIAS"]:
+                return Answer(False, f"page {page} has {word:#x}, expected {page + names['BIAS']:#x}")
+    total = sum(len(copied_pages(memory)) for memory in users)
+    if total:
+        return Answer(False, f"the words are right, and {total} pages were copied; none need be")
+    return Answer(True, "every user has its words, and nobody has a copy")
+
+
+CHAPTER = Chapter(
+    id="prepared",
+    number=14,
+    title="Prepared pages",
+    claim="Relocated pages differ only because addresses do: at one address they are one copy, too.",
+    surprise="A write that every process would make the same way need be made only once.",
+    claims=(
+        Statement("private-otherwise", "Relocating for oneself copies each page", _private, "flags"),
+        Statement(
+            "relocated-one-copy", "Relocated beforehand, a page is one frame for all", _one_frame, "flags"
+        ),
+        Statement("same-address", "All have the library at one address", _same_address),
+        Statement("saved", "The copies of all processes but one are saved", _saved, "flags"),
+        Statement("isolated", "What a process writes is still its own", _isolated),
+    ),
+    question=Question(
+        "Relocated pages are private copies in every process. What makes them differ?",
+        (
+            Choice("Each process has another library", "It is one file; its pages start out as one copy."),
+            Choice(
+                "The address that each has the library at",
+                "A relocated word is that address plus a number from the file. One address: equal words.",
+            ),
+            Choice(
+                "Nothing, the kernel could merge them", "Equal pages KSM could merge; these are not equal."
+            ),
+        ),
+        1,
+    ),
+    explanation=(
+        "Relocation writes the load bias plus a constant into thousands of words. With the same bias the "
+        "words are the same, so they may be written once, into a file that all others map privately.",
+        "Words that refer to other libraries differ still, since those are at random addresses: each "
+        "process writes them itself, and copies the few pages they are on.",
+        "What is given up is an address of one's own in each process. It is random for each user and boot; "
+        "but who can read one process of yours knows the address in the others.",
+    ),
+    sources=("mmap(2), MAP_PRIVATE, MAP_FIXED_NOREPLACE", "android_dlextinfo, ANDROID_DLEXT_WRITE_RELRO"),
+    exercise=Exercise(
+        "Four users relocate 16 pages, each for itself: 64 copies. Change it so that every user reads the "
+        "same words as before, and no page is copied.",
+        _SNIPPET,
+        _SOLUTION,
+        _check,
+    ),
+    run=_run,
+)

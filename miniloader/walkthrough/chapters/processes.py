@@ -1,0 +1,213 @@
+"""Chapter 9: one library in several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.walkthrough.exercises import copied_pages
+from miniloader.walkthrough.library_in_processes import (
+    PROCESSES,
+    Several,
+    in_several,
+    memory_table,
+    shown_steps,
+)
+from miniloader.walkthrough.model import (
+    Answer,
+    Chapter,
+    Choice,
+    Exercise,
+    Finding,
+    Question,
+    Statement,
+    Step,
+)
+from miniloader.walkthrough.workbench import Bench, shipped
+
+__all__ = ["CHAPTER", "Seen"]
+
+Seen = Several
+
+
+def _run(bench: Bench) -> Generator[Step, None, Seen]:
+    proof, seen = in_several(bench, bench.copy(shipped("demo")))
+    own = {len(_own(row)) for row in seen.states}
+    saved = (seen.unshared - seen.used) // 1024
+    yield from shown_steps(
+        proof,
+        {
+            "mapped": (f"Load biases: {', '.join(map(hex, seen.bases))}.",),
+            "touched": ("Whoever reads is given the page cache's own frame: one copy for all of them.",),
+            "relocated": ("Copied are pages with addresses in them, and those that the loader zeroes.",),
+            "written": (
+                f"Used: {seen.used // 1024} KiB. If each had everything to itself: "
+                f"{seen.unshared // 1024} KiB. Saved: {saved} KiB.",
+                f"A further process costs {' or '.join(map(str, sorted(own)))} pages of its own.",
+            ),
+            "exited": ("The frames of those who stay have not changed; its own pages are free again.",),
+        },
+        {"written": (memory_table(seen),) if seen.text else ()},
+    )
+    return seen
+
+
+def _own(row: tuple[str, ...]) -> tuple[int, ...]:
+    """The pages that a process has for itself."""
+    return tuple(page for page, state in enumerate(row) if state == "copied")
+
+
+# ---------------------------------------------------------------------------------------- claims
+def _code(seen: Seen) -> Finding:
+    one = [
+        page
+        for page in seen.code
+        if {row[page] for row in seen.states} == {"shared"} and len({row[page] for row in seen.groups}) == 1
+    ]
+    return Finding(
+        len(one) == len(seen.code) > 0,
+        f"{len(seen.code)} pages of code, each one frame in all {len(seen.states)} processes",
+        f"{len(one)} of {len(seen.code)}",
+    )
+
+
+def _relocated(seen: Seen) -> Finding:
+    of_own = [
+        page
+        for page in seen.relocated
+        if {row[page] for row in seen.states} == {"copied"}
+        and len({row[page] for row in seen.groups}) == len(seen.groups)
+    ]
+    return Finding(
+        len(of_own) == len(seen.relocated) > 0,
+        f"{len(seen.relocated)} relocated pages, each another frame in each of {len(seen.groups)} processes",
+        f"{len(of_own)} of {len(seen.relocated)}",
+    )
+
+
+def _adds(seen: Seen) -> Finding:
+    """Frames are counted, and copies: two answers of the kernel that need not agree."""
+    known = {group for group in seen.groups[0] if group}
+    added, copied = [], []
+    for states, groups in zip(seen.states[1:], seen.groups[1:], strict=True):
+        new = {group for group, state in zip(groups, states, strict=True) if state != "zero"} - known - {0}
+        known |= new
+        added.append(len(new))
+        copied.append(len(_own(states)))
+    return Finding(
+        added == copied and all(count < len(seen.states[0]) for count in added),
+        f"{', '.join(map(str, copied))} frames for processes 2 to {len(seen.states)}: the pages they wrote",
+        f"{', '.join(map(str, added))} of {len(seen.states[0])} pages",
+    )
+
+
+def _isolated(seen: Seen) -> Finding:
+    holds, observed = seen.claims["writes-isolated"]
+    return Finding(holds, "each process reads back what it wrote itself", observed, observed)
+
+
+def _file(seen: Seen) -> Finding:
+    holds, observed = seen.claims["file-unchanged"]
+    return Finding(holds, "the file as it was", observed, observed)
+
+
+def _pss(seen: Seen) -> Finding:
+    expected = f"Rss / {PROCESSES} in each process, give or take a kB"
+    if not seen.text:
+        return Finding(None, expected, "nothing", "smaps does not tell")
+    kib = 1024
+    good = all(rss > 0 and abs(pss - rss / PROCESSES) <= kib for rss, pss in seen.text)
+    return Finding(good, expected, ", ".join(f"{pss // kib} of {rss // kib} kB" for rss, pss in seen.text))
+
+
+def _saved(seen: Seen) -> Finding:
+    least = (len(seen.states) - 1) * len(seen.code) * PAGE_SIZE
+    saved = seen.unshared - seen.used
+    return Finding(
+        saved >= least > 0,
+        f"at least {least // 1024} KiB: the code, for each process but one",
+        f"{saved // 1024} KiB of {seen.unshared // 1024}",
+    )
+
+
+_SNIPPET = """\
+import mmap, tempfile
+
+PAGES, PAGE, USERS = 16, mmap.PAGESIZE, 4
+file = tempfile.TemporaryFile()
+file.write(b"library " * (PAGES * PAGE // 8))
+file.flush()
+
+users = []
+for user in range(USERS):
+    memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    for page in range(PAGES):
+        memory[page * PAGE] = user     # each remembers its number, on every page
+    users.append(memory)
+"""
+
+
+def _check(names: dict[str, Any]) -> Answer:
+    users = names["users"]
+    if len(users) != 4:
+        return Answer(False, f"there are {len(users)} users, 4 are asked for")
+    copied = [copied_pages(memory) for memory in users]
+    if [memory[0] for memory in users] != [0, 1, 2, 3]:
+        return Answer(False, "the first byte of each user's mapping should be its number")
+    total = sum(map(len, copied))
+    if all(len(pages) == 1 for pages in copied):
+        return Answer(True, f"{total} copies for 4 users; all other pages are one copy, the page cache's")
+    return Answer(False, f"{total} pages were copied; one for each user is enough")
+
+
+CHAPTER = Chapter(
+    id="processes",
+    number=9,
+    title="The library in N processes",
+    claim="The code of a library is one copy for all processes; each adds only the pages that it writes.",
+    surprise="Each process has the library at another address, and yet the same frames of code.",
+    claims=(
+        Statement("code-one-copy", "Each page of code is one frame for all processes", _code, "flags"),
+        Statement("relocated-own", "Each relocated page is a frame of each one's own", _relocated, "flags"),
+        Statement("adds-what-it-writes", "A further process adds only what it writes", _adds, "flags"),
+        Statement("isolated", "No process sees what another writes", _isolated),
+        Statement("file-unchanged", "The library's file stays as it was", _file),
+        Statement("pss", "The text costs each process its Nth part: Pss = Rss / N", _pss, "totals"),
+        Statement("saved", "Sharing saves the code for each process but one", _saved, "flags"),
+    ),
+    question=Question(
+        "Four processes load a library with 3 pages of code, and run it. How many frames hold that code?",
+        (
+            Choice("12: processes are isolated", "Isolated is what they write; nobody writes code."),
+            Choice("3", "Every page table points at the page cache's frames: there is one copy."),
+            Choice(
+                "3 each, until the kernel finds that they are equal",
+                "Nothing is compared: they map the same pages of the same file.",
+            ),
+        ),
+        1,
+    ),
+    explanation=(
+        "Each process maps the file privately. Until it writes, a private page is the page cache's frame, "
+        "wherever in the address space it appears: the same memory under several addresses.",
+        "Rss counts every page that a process has in its page table, also shared ones, so the sum over "
+        "processes counts shared pages again and again. Pss divides each page by the number of its users: "
+        "summed over all processes it is what the memory really costs.",
+        "What differs between processes, addresses and variables, is on pages of data; those are copied when "
+        "they are written. So the price of a further process is what it writes.",
+    ),
+    sources=("mmap(2), MAP_PRIVATE", "proc_pid_smaps(5), Pss", "Documentation/admin-guide/mm/pagemap.rst"),
+    exercise=Exercise(
+        "Four users map a library, and each notes its number on all 16 pages: 64 copies. Change it so that "
+        "each still has its number in its first byte, and adds a single page.",
+        _SNIPPET,
+        _SNIPPET.replace(
+            "    for page in range(PAGES):\n"
+            "        memory[page * PAGE] = user     # each remembers its number, on every page\n",
+            "    memory[0] = user\n",
+        ),
+        _check,
+    ),
+    run=_run,
+)

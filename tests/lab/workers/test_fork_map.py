@@ -1,0 +1,177 @@
+"""Work that is shared out among processes: all of it is done, whatever becomes of the helpers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fixtures import build
+from miniloader.lab.workers.fork_map import share_out
+
+HERE = os.getpid()
+Work = Callable[[Sequence[int]], list[int]]
+
+
+def _children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def _squares(items: Sequence[int]) -> list[int]:
+    return [item * item for item in items]
+
+
+def _dies(items: Sequence[int]) -> list[int]:
+    if os.getpid() != HERE:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _squares(items)
+
+
+def _fails(items: Sequence[int]) -> list[int]:
+    if os.getpid() != HERE:
+        raise ValueError("only here")
+    return _squares(items)
+
+
+def _answers_what_cannot_be_pickled(items: Sequence[int]) -> object:
+    return _squares(items) if os.getpid() == HERE else lambda: items
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 100])
+def test_every_part_is_answered_in_order(parts: int, count: int) -> None:
+    answers = share_out(_squares, range(count), parts)
+    assert len(answers) == parts
+    assert [item for answer in answers for item in answer] == _squares(range(count))
+
+
+def test_the_parts_are_done_by_different_processes() -> None:
+    pids = share_out(lambda items: os.getpid(), range(9), 3)
+    assert pids[0] == os.getpid()
+    assert len(set(pids)) == 3
+    assert not _children()
+
+
+def test_arrays_come_back_as_they_are() -> None:
+    def arrays(items: Sequence[int]) -> list[np.ndarray]:
+        return [np.arange(3, dtype=np.uint8), np.arange(1000, dtype=np.uint64) * np.uint64(items[0])]
+
+    _, (small, large) = share_out(arrays, range(1, 3), 2)
+    assert np.array_equal(small, [0, 1, 2])
+    assert np.array_equal(large, np.arange(1000) * 2)
+    assert large.flags.aligned
+
+
+@pytest.mark.parametrize("work", [_dies, _fails, _answers_what_cannot_be_pickled])
+def test_what_a_helper_does_not_do_is_done_here(work: Work) -> None:
+    assert share_out(work, range(4), 2) == [[0, 1], [4, 9]]
+    assert not _children()
+
+
+@pytest.mark.parametrize("call", ["fork", "memfd_create"])
+def test_without_a_helper_all_is_done_here(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, call, refused)
+    assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_error_here_leaves_no_helper() -> None:
+    def work(items: Sequence[int]) -> None:
+        if os.getpid() != HERE:
+            signal.pause()
+        raise KeyboardInterrupt
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(KeyboardInterrupt):
+        share_out(work, range(4), 2)
+    assert not _children()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "fork", "waitpid"])
+def test_an_interrupt_at_any_moment_leaves_no_helper(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is being started, as it is there, and as it has just been waited for."""
+    original = getattr(os, call)
+
+    def interrupted(*arguments: object) -> object:
+        answer = original(*arguments)
+        if os.getpid() == HERE and call != "fork":
+            os.kill(HERE, signal.SIGINT)
+        elif os.getpid() != HERE and call == "fork":
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does in a terminal: all hear it
+            os.kill(HERE, signal.SIGINT)
+        return answer
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        share_out(_squares, range(4), 2)
+    monkeypatch.undo()
+    assert not _children()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_nobody_is_told_of_a_child_s_end_all_is_done_here() -> None:
+    """SIGCHLD ignored, as a library does not change."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not _children()
+
+
+# ------------------------------------------------------------------------------- whose parent has ended
+_ORPHAN = """
+import os, signal, sys, time
+from miniloader.kernel import syscalls
+ask, here = syscalls.prctl, os.getpid()
+def late(*arguments):
+    print(os.getpid(), flush=True)
+    while os.getppid() == here: time.sleep(0.01)
+    ask(*arguments)
+syscalls.prctl = late
+def work(*_):
+    if os.getpid() == here: os.kill(here, signal.SIGKILL) if sys.stdin.readline() else None
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from miniloader.lab.workers.fork_map import share_out; share_out(work, range(4), 2)",
+        "import threading; threading.Thread(target=work, daemon=True).start()\n"
+        "from miniloader.lab.workers.crash_guard import in_child; in_child(work)",
+    ],
+    ids=["helper", "guard"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_ends_when_its_parent_was_killed_before_it_could_ask_to(start: str) -> None:
+    program = f"import warnings; warnings.simplefilter('ignore')\n{_ORPHAN}\n{start}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=build.ROOT
+    ) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        parent.stdin.write(b"end\n")
+        parent.stdin.flush()
+        assert parent.wait() == -signal.SIGKILL
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)

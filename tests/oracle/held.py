@@ -1,0 +1,257 @@
+"""Child processes that load one library, say where everything is, and hold still to be looked at."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf import LoadPlan
+from miniloader.errors import MiniloaderError, WorkerError
+from miniloader.kernel import syscalls
+from miniloader.lab.workers.child import die_with
+from miniloader.loader import Event, load
+from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.beside_glibc.thread_local import address_of
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.memory import Memory
+from miniloader.loader.prepare import prepare
+from miniloader.loader.prepared import store
+from tests.oracle import dlopen_child
+
+__all__ = ["Held", "RemoteMemory", "load_and_hold", "open_and_hold"]
+
+Report = dict[str, Any]
+
+
+class Held:
+    """A child process, with our ends of its pipes.  A context manager that kills it."""
+
+    def __init__(self, pid: int, reports: int, hold: int, seconds: float) -> None:
+        self.pid = pid
+        self._reports = reports
+        self._hold = hold
+        self._until = time.monotonic() + seconds
+        self._seconds = seconds
+        self._read = b""
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(wait=False)
+
+    def report(self) -> Report:
+        """Its next report; :class:`WorkerError` when it ends, or takes too long, before that."""
+        while b"\n" not in self._read:
+            left = self._until - time.monotonic()
+            if left <= 0 or not select.select([self._reports], [], [], left)[0]:
+                self.end(wait=False)
+                raise WorkerError(f"took more than {self._seconds:g} s")
+            data = os.read(self._reports, 1 << 16)
+            if not data:
+                raise WorkerError(self.end())
+            self._read += data
+        line, _, self._read = self._read.partition(b"\n")
+        return dict(json.loads(line))
+
+    def go_on(self) -> None:
+        """Let it go on to its next report."""
+        os.write(self._hold, b".")
+
+    def end(self, *, wait: bool = True) -> str:
+        """Kill it, with whatever it started; how it had ended.
+
+        With ``wait`` it has a moment to be gone, as a pipe breaks before a process is.
+        """
+        if self.pid == 0:
+            return "is gone"
+        os.close(self._hold)
+        os.close(self._reports)
+        by_itself = wait and self._wait(0.05)
+        try:
+            os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        except ProcessLookupError:
+            os.kill(self.pid, signal.SIGKILL)  # it had no time to begin a session
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        if not by_itself:
+            return "was killed"
+        code = os.waitstatus_to_exitcode(status)
+        return f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether it is gone by itself within ``seconds``."""
+        until = time.monotonic() + seconds
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+        return True
+
+
+def open_and_hold(path: str, seconds: float = 60) -> Held:
+    """A fresh interpreter that opens ``path`` with dlopen(3), ``RTLD_NOW``.  It reports once.
+
+    It opens the libraries of this process first, so that it finds what a child of :func:`load_and_hold`
+    finds; none of them if ``path`` is one, so that ``path`` itself is always opened anew.
+    """
+    present = [library.path for library in host.libraries() if library.path]
+    if os.path.realpath(path) in map(os.path.realpath, present):
+        present = []
+
+    def body(report: int, hold: int) -> None:
+        os.set_inheritable(report, True)
+        os.set_inheritable(hold, True)
+        script = os.path.abspath(dlopen_child.__file__)
+        command = [sys.executable, "-I", "-S", script, str(report), str(hold), path, *present]
+        # What the interpreter itself brought may be asked for, and is to be bound at once as well.
+        os.execve(sys.executable, command, os.environ | {"LD_BIND_NOW": "1"})
+
+    return _start(body, seconds)
+
+
+def load_and_hold(path: str, seconds: float = 60, *, prepared_in: str | None = None) -> Held:
+    """A forked child that loads ``path`` with miniloader, allowing what dlopen allows.
+
+    It reports, and holds still, twice: when everything is relocated (its ``start`` only), and when the
+    constructors have run.  It is a fork, not a fresh interpreter, because that costs a fraction; whoever
+    calls has to see to it that the calling process itself has loaded nothing.  With ``prepared_in``, a
+    directory for a cache of its own, ``path`` is prepared first; the last report says as ``plain`` why that
+    was of no use.
+    """
+    return _start(lambda report, hold: _load(path, report, hold, prepared_in), seconds)
+
+
+def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
+    start: int | None = None
+    held = False
+    plain = None
+    if prepared_in is not None:
+        os.environ["XDG_CACHE_HOME"] = prepared_in
+        plain = _prepare(path)
+
+    def tell(what: Report) -> None:
+        os.write(report, json.dumps(what).encode() + b"\n")
+        os.read(hold, 1)
+
+    def on_event(event: Event) -> None:
+        nonlocal start, held, plain
+        if event.stage == "prepared" and event.library == path:
+            plain = plain or event.text
+        elif event.stage == "reserve" and start is None:  # the library itself is mapped first
+            start = event.data["address"]
+        elif event.stage == "initialise" and not held:
+            held = True
+            tell({"start": start})
+
+    try:
+        library = load(
+            path,
+            on_event=on_event,
+            text_relocations=True,
+            executable_stack=True,
+            writable_code=True,
+            prepared=prepared_in is not None,
+        )
+        if prepared_in is not None:
+            store.clear()  # what is mapped stays
+    except MiniloaderError as error:
+        tell({"error": str(error)})
+        return
+    except Exception as error:  # noqa: BLE001 - a fault of the loader's is what this is here to find
+        tell({"error": f"a fault of miniloader's own, {type(error).__name__}: {error}"})
+        return
+    if not held:
+        tell({"start": start})
+    ours = [other for other in library.libraries if not isinstance(other, HostLibrary)]
+    stubs = [(here, function) for other in ours for function, here in other.stand_ins.items()]
+    used = dlopen_child.libraries() + [_described(other) for other in ours]
+    tell({"bias": library.base, "libraries": used, "stubs": stubs, "plain": plain})
+
+
+def _prepare(path: str) -> str | None:
+    """Prepare ``path`` in a child, as no process can that has it already; why it could not be done."""
+    answers, answer = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        try:
+            die_with(parent)
+            prepare(path)
+        except MiniloaderError as error:
+            os.write(answer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(answer)
+    with open(answers, "rb") as file:
+        text = file.read().decode()
+    os.waitpid(pid, 0)
+    return text or None
+
+
+def _described(library: Loaded) -> Report:
+    block = library.blocks.own
+    return {
+        "path": os.path.realpath(library.name),
+        "bias": library.bias,
+        "start": library.mapped.start,
+        "end": library.mapped.end,
+        "tls_module": block.module if block is not None else 0,
+        "tls_offset": address_of(block, 0) - host.thread_pointer() if block is not None else None,
+    }
+
+
+def _start(body: Callable[[int, int], None], seconds: float) -> Held:
+    reports, report = os.pipe()
+    hold, holding = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid == 0:
+        os.close(reports)
+        os.close(holding)
+        _be_the_child(body, report, hold, parent)
+    os.close(report)
+    os.close(hold)
+    return Held(pid, reports, holding, seconds)
+
+
+def _be_the_child(body: Callable[[int, int], None], report: int, hold: int, parent: int) -> NoReturn:
+    """In a session of its own, silent, without a core file, and gone when the parent is."""
+    try:
+        faulthandler.disable()
+        os.setsid()
+        die_with(parent)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(nowhere, fd)
+        body(report, hold)
+    finally:
+        os._exit(1)
+
+
+class RemoteMemory(Memory):
+    """The pages of a library in process ``pid``, to read."""
+
+    def __init__(self, pid: int, name: str, plan: LoadPlan, bias: int) -> None:
+        super().__init__(name, plan, bias)
+        self._pid = pid
+
+    def read_into(self, vaddr: int, data: NDArray[Any]) -> None:
+        """Fill ``data`` (contiguous) from ``vaddr`` on; OSError when the process is gone."""
+        flat = data.view(np.uint8)
+        done = 0
+        while done < len(flat):
+            done += syscalls.process_vm_readv(
+                self._pid, self.bias + vaddr + done, flat.ctypes.data + done, len(flat) - done
+            )
