@@ -8,6 +8,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from miniloader.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -35,8 +37,7 @@ write (by the program), identical (copied, yet as in the file), unknown. Nothing
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which processes, which files, once or repeatedly, and how to print it."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EXAMPLES
+    options.examples(parser, _EXAMPLES)
     parser.add_argument("pids", metavar="PID", type=_pid, nargs="*", help="a process")
     parser.add_argument(
         "--name", metavar="PATTERN", help="processes whose name fits (a part, or with * and ?)"
@@ -44,13 +45,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user", metavar="USER", help="processes of this user")
     parser.add_argument("--tree", metavar="PID", type=_pid, help="a process and its descendants")
     parser.add_argument("--library", metavar="PATTERN", help="only these files, with every private page")
-    parser.add_argument("--page", metavar="VADDR", type=_vaddr, help="one page of the library, word by word")
+    parser.add_argument(
+        "--page",
+        metavar="VADDR",
+        type=options.number("vaddr", "0x484000"),
+        help="one page of the library, word by word",
+    )
     parser.add_argument("--no-causes", action="store_true", help="count only")
-    parser.add_argument("--level", choices=("frames", "flags"), help="no more evidence than this")
+    options.level(parser, ("frames", "flags"))
     parser.add_argument("--every", metavar="TIME", type=_seconds, help="look again so often, such as 2s")
     parser.add_argument("--for", metavar="TIME", type=_seconds, dest="duration", help="stop after this time")
     parser.add_argument("--save", metavar="FILE", help="write the audit to a file, for `miniloader diff`")
-    parser.add_argument("--html", metavar="FILE", help="write a page to look at, the pages of files drawn")
+    options.html(parser, "write a page to look at, the pages of files drawn")
     parser.add_argument("--csv", action="store_true", help="print a row for each library and process")
 
 
@@ -58,13 +64,6 @@ def _pid(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no process number")
     return int(text)
-
-
-def _vaddr(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no vaddr, such as 0x484000") from None
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from miniloader.cli import options
+
 if TYPE_CHECKING:
     from miniloader.lab.workers.crash_guard import Doing
     from miniloader.report.disasm import Listing
@@ -29,9 +31,8 @@ riscv64; with --loaded only for this machine's own.
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The library, the symbol, and whether to load it first."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _SYMBOLS
-    parser.add_argument("library", metavar="LIB", help="a path, or a name searched as the system does")
+    options.examples(parser, _SYMBOLS)
+    options.library(parser)
     parser.add_argument("symbol", metavar="SYMBOL", help="what to show")
     parser.add_argument(
         "--loaded",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from miniloader.cli import options
 from miniloader.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="show where each library it needs is looked for"
     )
-    parser.add_argument("--page-size", metavar="BYTES", type=_bytes, help="plan for pages of this size")
-
-
-def _bytes(text: str) -> int:
-    return int(text, 0)
+    parser.add_argument(
+        "--page-size",
+        metavar="BYTES",
+        type=options.number("page size", "0x4000"),
+        help="plan for pages of this size",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from miniloader.cli import options
+
 if TYPE_CHECKING:
     from miniloader.lab.workers.crash_guard import Doing
 
@@ -31,9 +33,8 @@ The library's code runs in this process and can do whatever you can. If it crash
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The library, the calls, and what may be asked of the loader."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _CALLS
-    parser.add_argument("library", metavar="LIB", help="a path, or a name searched as the system does")
+    options.examples(parser, _CALLS)
+    options.library(parser)
     parser.add_argument(
         "--call",
         metavar="CALL",
@@ -47,30 +48,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lazy", action="store_true", help="bind functions when they are first called")
     parser.add_argument(
-        "--address", metavar="ADDRESS", type=_address, help="map it there, such as 0x200000000"
+        "--address",
+        metavar="ADDRESS",
+        type=options.number("address", "0x200000000"),
+        help="map it there, such as 0x200000000",
     )
-    parser.add_argument(
-        "--prepared", action="store_true", help="take the relocated pages that `miniloader prepare` has kept"
-    )
+    options.prepared(parser)
     parser.add_argument(
         "--gdb",
         action="store_true",
         help="show it to gdb, say how to attach, and wait for Enter before the calls",
     )
-    parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
-    parser.add_argument(
-        "--allow-executable-stack", action="store_true", help="load it though it asks for one"
-    )
-    parser.add_argument(
-        "--allow-writable-code", action="store_true", help="map segments writable and executable"
-    )
-
-
-def _address(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address, such as 0x200000000") from None
+    options.permissions(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,11 +101,9 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             bind="lazy" if arguments.lazy else "now",
             on_event=on_event,
             address=arguments.address,
-            text_relocations=arguments.allow_text_relocations,
-            executable_stack=arguments.allow_executable_stack,
-            writable_code=arguments.allow_writable_code,
             prepared=arguments.prepared,
             gdb=arguments.gdb,
+            **options.permitted(arguments),
         ) as library,
     ):
         if arguments.gdb:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn, Protocol, cast
 
 from miniloader import __version__
+from miniloader.cli import options
 from miniloader.errors import UsageError
 
 __all__ = ["Command", "build"]
@@ -94,8 +95,7 @@ def build(commands: Iterable[str]) -> argparse.ArgumentParser:
         command = cast(Command, import_module(f"miniloader.cli.{name}"))
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.configure(subparser)
-        subparser.add_argument("--json", action="store_true", help="print one JSON object")
-        subparser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        options.everywhere(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 

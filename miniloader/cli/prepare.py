@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from miniloader.cli import options
+
 __all__ = ["HELP", "configure", "run"]
 
 HELP = "relocate libraries once and keep the pages, so that processes share them"
@@ -22,11 +24,8 @@ address of its own. To refuse it, do not use --prepared; `miniloader cache --cle
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The libraries."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _GIVEN_UP
-    parser.add_argument(
-        "libraries", metavar="LIB", nargs="+", help="a path, or a name searched as the system does"
-    )
+    options.examples(parser, _GIVEN_UP)
+    options.library(parser, several=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from miniloader.cli import options
+
 __all__ = ["HELP", "configure", "run"]
 
 HELP = "prove with several processes which pages of a library they share"
@@ -11,28 +13,15 @@ HELP = "prove with several processes which pages of a library they share"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The library, how many processes, what to show, what may be asked of the loader."""
-    from miniloader.kernel.features import LEVELS
-
-    levels = [level.name for level in LEVELS if level.feature]
-    parser.add_argument("library", metavar="LIB", help="a path, or a name searched as the system does")
+    options.library(parser)
     parser.add_argument(
         "-n", "--processes", metavar="N", type=int, default=4, help="how many processes load it (default: 4)"
     )
     parser.add_argument("--steps", action="store_true", help="show the pages after every step")
-    parser.add_argument("--html", metavar="FILE", help="write a page to look at and to play with as well")
-    parser.add_argument(
-        "--level", choices=levels, help="use this level of evidence, not the best that works here"
-    )
-    parser.add_argument(
-        "--prepared", action="store_true", help="take the relocated pages that `miniloader prepare` has kept"
-    )
-    parser.add_argument("--allow-text-relocations", action="store_true", help="let it relocate its code")
-    parser.add_argument(
-        "--allow-executable-stack", action="store_true", help="load it though it asks for one"
-    )
-    parser.add_argument(
-        "--allow-writable-code", action="store_true", help="map segments writable and executable"
-    )
+    options.html(parser, "write a page to look at and to play with as well")
+    options.level(parser)
+    options.prepared(parser)
+    options.permissions(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,10 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.processes,
             level=arguments.level,
             on_step=lambda step, pids: say(f"{len(pids)} processes: {step}"),
-            text_relocations=arguments.allow_text_relocations,
-            executable_stack=arguments.allow_executable_stack,
-            writable_code=arguments.allow_writable_code,
             prepared=arguments.prepared,
+            **options.permitted(arguments),
         )
     from miniloader.evidence.verdict import EXIT_STATUS
 

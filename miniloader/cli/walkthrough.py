@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from miniloader.cli import options
+
 TYPE_CHECKING = False  # typing is slow to import, and --help needs this module
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +23,6 @@ HELP = "learn how mmap and shared libraries work: every sentence is run here and
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which chapters, how they are told, and what else to do with them."""
-    from miniloader.kernel.features import LEVELS
-
-    levels = [level.name for level in LEVELS if level.feature]
     parser.add_argument(
         "chapters", metavar="CHAPTER", nargs="*", help="a chapter, by id or number; none lists them all"
     )
@@ -37,14 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--exercise", action="store_true", help="print the exercise of a chapter, to change it"
     )
     other.add_argument("--check", metavar="FILE", help="run my solution of a chapter's exercise and judge it")
-    other.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write the chapters (all, if none is named) as a page, instead of telling",
-    )
-    parser.add_argument(
-        "--level", choices=levels, help="use this level of evidence, not the best that works here"
-    )
+    options.html(other, "write the chapters (all, if none is named) as a page, instead of telling")
+    options.level(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

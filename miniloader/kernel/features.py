@@ -33,8 +33,6 @@ FEATURES: Final = (
     Feature("pagemap-scan", "runs of pages of one kind; the page of zeros", "Linux 6.7"),
     Feature("procmap-query", "the mapping at an address, with its file's build-id", "Linux 6.11"),
     Feature("userfaultfd", "which pages were written since we looked", "Linux 6.7 with CONFIG_USERFAULTFD"),
-    Feature("soft-dirty", "which pages were written since clear_refs", "a kernel with CONFIG_MEM_SOFT_DIRTY"),
-    Feature("populate-write", "copy or bring in pages without touching them", "Linux 5.14"),
 )  # fmt: skip
 """Every feature, the ones that decide the level of evidence first."""
 

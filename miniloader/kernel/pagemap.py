@@ -93,11 +93,6 @@ class PageTable:
         return self._has(EXCLUSIVE)
 
     @property
-    def soft_dirty(self) -> NDArray[np.bool_]:
-        """Written since ``clear_refs``, where this kernel keeps soft-dirty bits at all."""
-        return self._has(SOFT_DIRTY)
-
-    @property
     def guard(self) -> NDArray[np.bool_]:
         """A guard page: any access ends in SIGSEGV."""
         return self._has(GUARD)

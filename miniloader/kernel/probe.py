@@ -176,19 +176,6 @@ def _userfaultfd() -> None:
         _expect(len(watch.written()), "a page just written is not reported")
 
 
-def _soft_dirty() -> None:
-    with _anonymous_page() as address:
-        _write(address)
-        _expect(_entry(address).soft_dirty.all(), "a page just written does not have bit 55")
-
-
-def _populate_write() -> None:
-    with _file_page() as address:
-        syscalls.madvise(address, PAGE_SIZE, syscalls.MADV_POPULATE_WRITE)
-        entry = _entry(address)
-        _expect(entry.present.all() and not entry.file.any(), "the page was not copied")
-
-
 _CHECKS: Final[dict[str, Callable[[], None]]] = {
     "smaps": _smaps,
     "pagemap": _pagemap,
@@ -198,8 +185,6 @@ _CHECKS: Final[dict[str, Callable[[], None]]] = {
     "pagemap-scan": _pagemap_scan,
     "procmap-query": _procmap_query,
     "userfaultfd": _userfaultfd,
-    "soft-dirty": _soft_dirty,
-    "populate-write": _populate_write,
 }
 
 

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 __all__ = [
     "MADV_DONTNEED",
-    "MADV_POPULATE_WRITE",
     "MADV_RANDOM",
     "MAP_ANONYMOUS",
     "MAP_FIXED",
@@ -60,7 +59,6 @@ MAP_FIXED_NOREPLACE: Final = 0x100000
 
 MADV_RANDOM: Final = 1
 MADV_DONTNEED: Final = 4
-MADV_POPULATE_WRITE: Final = 23
 
 MS_SYNC: Final = 4
 
