@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -32,13 +32,22 @@ from miniloader.elf.dynamic import (
     DT_SYMTAB,
 )
 from miniloader.elf.header import Segment
+from miniloader.elf.layout import DYN, SYM
 from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STB_LOCAL, STT_FUNC, STT_GNU_IFUNC, STT_OBJECT
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
+from miniloader.elf.writer import (
+    NewSection,
+    build_id_note,
+    dynamic_section,
+    hash_table,
+    program_header,
+    shared_object,
+)
 from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
-from miniloader.loader.beside_glibc.tls_carrier import DYN, EHDR, PHDR, SHDR, SYM, open_bytes
+from miniloader.loader.beside_glibc.tls_carrier import open_bytes
 
 __all__ = ["Registered", "file_of", "register", "symbol_file"]
 
@@ -46,16 +55,6 @@ _REGISTER, _UNREGISTER = 1, 2
 _FUNCTION: Final = b"__jit_debug_register_code"
 _DESCRIPTOR: Final = b"__jit_debug_descriptor"
 _SONAME: Final = b"miniloader-gdb"
-_SHT: Final = {
-    "progbits": 1,
-    "symtab": 2,
-    "strtab": 3,
-    "hash": 5,
-    "dynamic": 6,
-    "note": 7,
-    "nobits": 8,
-    "dynsym": 11,
-}
 _ALLOC: Final = {"r": 2, "rw": 3, "rx": 6, "rwx": 7}  # SHF_ALLOC, SHF_WRITE, SHF_EXECINSTR
 
 
@@ -134,20 +133,6 @@ def file_of(source: Source) -> str | None:
 
 
 # ------------------------------------------------------------------------------------- the symbol file
-class _Section(NamedTuple):
-    """One section of a file to be made; without contents it only takes its place in memory."""
-
-    name: str
-    type: int
-    flags: int
-    address: int
-    size: int
-    data: bytes = b""
-    link: int = 0
-    entry_size: int = 0
-    locals: int = 0  # how many symbols come before the first global one
-
-
 def symbol_file(image: ElfImage, bias: int) -> bytes:
     """An ELF file that tells where the sections and symbols of ``image`` are when mapped with ``bias``."""
     sections = _places(image, bias)
@@ -160,21 +145,21 @@ def symbol_file(image: ElfImage, bias: int) -> bytes:
         checksum = zlib.crc32(image.source.read(0, image.source.size, "file"))
         name = os.fsencode(path) + b"\0"
         link = name.ljust(-(-len(name) // 4) * 4, b"\0") + struct.pack("<I", checksum)
-        notes.append(_Section(".gnu_debuglink", _SHT["progbits"], 0, 0, len(link), link))
+        notes.append(NewSection(".gnu_debuglink", "SHT_PROGBITS", 0, 0, len(link), link))
     at = len(sections) + len(notes) + 2  # of .strtab
     tables = [
-        _Section(".symtab", _SHT["symtab"], 0, 0, len(symbols), symbols, at, SYM.size, local),
-        _Section(".strtab", _SHT["strtab"], 0, 0, len(strings), strings),
+        NewSection(".symtab", "SHT_SYMTAB", 0, 0, len(symbols), symbols, at, SYM.size, local),
+        NewSection(".strtab", "SHT_STRTAB", 0, 0, len(strings), strings),
     ]
-    return _elf([*sections, *notes, *tables])
+    return shared_object([*sections, *notes, *tables])
 
 
-def _places(image: ElfImage, bias: int) -> list[_Section]:
+def _places(image: ElfImage, bias: int) -> list[NewSection]:
     """Where the library's sections are; for a file without section headers, its segments."""
 
-    def place(name: str, load: Segment, vaddr: int, size: int) -> _Section:
+    def place(name: str, load: Segment, vaddr: int, size: int) -> NewSection:
         rights = "r" + "".join(sign for sign in "wx" if sign in load.flags)
-        return _Section(name, _SHT["nobits"], _ALLOC[rights], bias + vaddr, size)
+        return NewSection(name, "SHT_NOBITS", _ALLOC[rights], bias + vaddr, size)
 
     found = [
         place(section.name, load, section.vaddr, section.size)
@@ -187,7 +172,7 @@ def _places(image: ElfImage, bias: int) -> list[_Section]:
     return found or [place(f"load{load.index}", load, load.vaddr, load.memsz) for load in image.loads]
 
 
-def _symbols(image: ElfImage, bias: int, sections: Sequence[_Section]) -> tuple[bytes, Table]:
+def _symbols(image: ElfImage, bias: int, sections: Sequence[NewSection]) -> tuple[bytes, Table]:
     """A string table and the symbols: the static ones too, where the file still has them."""
     table = read_symtab(image)
     if not len(table.rows):
@@ -204,9 +189,9 @@ def _symbols(image: ElfImage, bias: int, sections: Sequence[_Section]) -> tuple[
     return bytes(table.strings), rows
 
 
-def _build_id(digits: str) -> _Section:
-    note = struct.pack("<III4s", 4, len(digits) // 2, 3, b"GNU") + bytes.fromhex(digits)
-    return _Section(".note.gnu.build-id", _SHT["note"], 0, 0, len(note), note)
+def _build_id(digits: str) -> NewSection:
+    note = build_id_note(digits)
+    return NewSection(".note.gnu.build-id", "SHT_NOTE", 0, 0, len(note), note)
 
 
 # -------------------------------------------------------------------------------------- what gdb finds
@@ -228,55 +213,33 @@ def _helper() -> bytes:
     strings = b"\0" + b"\0".join([_FUNCTION, _DESCRIPTOR, _SONAME]) + b"\0"
     code = b"\xf3\x0f\x1e\xfa\xc3"  # endbr64; ret
     descriptor = bytes(_Descriptor(1))
-    hashes = struct.pack("<6I", 1, 3, 1, 0, 2, 0)  # one bucket: symbol 1, then symbol 2
+    hashes = hash_table(3, 2)
     hash_at, symbols_at, strings_at, code_at = 0x200, 0x240, 0x300, 0x400
     descriptor_at, dynamic_at = PAGE_SIZE, PAGE_SIZE + 0x40
     symbols = b"".join((
         bytes(SYM.size),
-        SYM.pack(strings.index(_FUNCTION), 0x12, 0, 4, code_at, len(code)),
-        SYM.pack(strings.index(_DESCRIPTOR), 0x11, 0, 5, descriptor_at, len(descriptor)),
+        SYM.pack(name=strings.index(_FUNCTION), info=0x12, shndx=4, value=code_at, size=len(code)),
+        SYM.pack(
+            name=strings.index(_DESCRIPTOR), info=0x11, shndx=5, value=descriptor_at, size=len(descriptor)
+        ),
     ))  # fmt: skip
     entries = (
         (DT_SONAME, strings.index(_SONAME)), (DT_HASH, hash_at), (DT_STRTAB, strings_at),
         (DT_SYMTAB, symbols_at), (DT_STRSZ, len(strings)), (DT_SYMENT, SYM.size), (DT_NULL, 0),
     )  # fmt: skip
-    dynamic = b"".join(DYN.pack(*entry) for entry in entries)
-    end, page = dynamic_at + len(dynamic), PAGE_SIZE
+    dynamic = dynamic_section(entries)
     segments = (
-        PHDR.pack(1, 5, 0, 0, 0, code_at + len(code), code_at + len(code), page),
-        PHDR.pack(1, 6, page, page, page, end - page, end - page, page),
-        PHDR.pack(2, 6, *(dynamic_at,) * 3, len(dynamic), len(dynamic), 8),
-        PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),  # PT_GNU_STACK: not executable
+        program_header("PT_LOAD", "r-x", 0, code_at + len(code), align=PAGE_SIZE),
+        program_header("PT_LOAD", "rw-", PAGE_SIZE, dynamic_at + len(dynamic) - PAGE_SIZE, align=PAGE_SIZE),
+        program_header("PT_DYNAMIC", "rw-", dynamic_at, len(dynamic), align=8),
+        program_header("PT_GNU_STACK", "rw-", 0, 0, align=16),  # not executable
     )
     sections = (
-        _Section(".hash", _SHT["hash"], _ALLOC["r"], hash_at, len(hashes), hashes, 2, 4),
-        _Section(".dynsym", _SHT["dynsym"], _ALLOC["r"], symbols_at, len(symbols), symbols, 3, SYM.size, 1),
-        _Section(".dynstr", _SHT["strtab"], _ALLOC["r"], strings_at, len(strings), strings),
-        _Section(".text", _SHT["progbits"], _ALLOC["rx"], code_at, len(code), code),
-        _Section(".data", _SHT["progbits"], _ALLOC["rw"], descriptor_at, len(descriptor), descriptor),
-        _Section(".dynamic", _SHT["dynamic"], _ALLOC["rw"], dynamic_at, len(dynamic), dynamic, 3, DYN.size),
+        NewSection(".hash", "SHT_HASH", _ALLOC["r"], hash_at, len(hashes), hashes, 2, 4),
+        NewSection(".dynsym", "SHT_DYNSYM", _ALLOC["r"], symbols_at, len(symbols), symbols, 3, SYM.size, 1),
+        NewSection(".dynstr", "SHT_STRTAB", _ALLOC["r"], strings_at, len(strings), strings),
+        NewSection(".text", "SHT_PROGBITS", _ALLOC["rx"], code_at, len(code), code),
+        NewSection(".data", "SHT_PROGBITS", _ALLOC["rw"], descriptor_at, len(descriptor), descriptor),
+        NewSection(".dynamic", "SHT_DYNAMIC", _ALLOC["rw"], dynamic_at, len(dynamic), dynamic, 3, DYN.size),
     )
-    return _elf(sections, segments)
-
-
-def _elf(sections: Sequence[_Section], segments: Sequence[bytes] = ()) -> bytes:
-    """The bytes of a shared object.  Allocated sections with contents lie in the file as in memory."""
-    names = [os.fsencode(section.name) for section in sections] + [b".shstrtab"]
-    joined = b"\0" + b"\0".join(names) + b"\0"
-    image = bytearray(EHDR.size) + b"".join(segments)
-    headers = [bytes(SHDR.size)]
-    name_at = 1
-    table = _Section(".shstrtab", _SHT["strtab"], 0, 0, len(joined), joined)
-    for name, section in zip(names, [*sections, table], strict=True):
-        at = section.address if section.data and section.flags else -(-len(image) // 16) * 16
-        if section.data:
-            image += bytes(at - len(image)) + section.data
-        fields = (section.type, section.flags, section.address, at, section.size, section.link)
-        headers.append(SHDR.pack(name_at, *fields, section.locals, 1, section.entry_size))
-        name_at += len(name) + 1
-    image += bytes(-len(image) % 16)
-    ident = b"\x7fELF\2\1\1" + bytes(9)
-    sizes = (EHDR.size, PHDR.size, len(segments), SHDR.size, len(headers), len(headers) - 1)
-    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size if segments else 0, len(image), 0, *sizes)
-    image[: EHDR.size] = header
-    return bytes(image + b"".join(headers))
+    return shared_object(sections, segments)

@@ -29,6 +29,7 @@ from miniloader.elf.dynamic import (
     parse_dynamic,
 )
 from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
+from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
 from miniloader.loader.beside_glibc.code_page import Stub
@@ -50,10 +51,10 @@ _PROBES: Final = 16
 
 
 _INFO: Final = struct.Struct("<QQQH6xQQQQ")  # struct dl_phdr_info
-_PHDR: Final = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr
+_PHDR: Final = PHDR.packing
 _USED_AND_SIZE: Final = struct.Struct("<QQ")
 _START: Final = _USED_AND_SIZE.size
-_SYM: Final = struct.Struct("<IBBHQQ")
+_SYM: Final = SYM.packing
 _CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc: Final = ctypes.CDLL(None)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -24,21 +23,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import Tls
+from miniloader.elf.dynamic import (
+    DT_HASH,
+    DT_NEEDED,
+    DT_NULL,
+    DT_RELA,
+    DT_RELAENT,
+    DT_RELASZ,
+    DT_SONAME,
+    DT_STRSZ,
+    DT_STRTAB,
+    DT_SYMENT,
+    DT_SYMTAB,
+)
+from miniloader.elf.layout import DYN, EHDR, PHDR, RELA, SYM
+from miniloader.elf.writer import (
+    NewSection,
+    Strings,
+    dynamic_section,
+    hash_table,
+    program_header,
+    shared_object,
+)
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
 
-__all__ = ["DYN", "EHDR", "PHDR", "SHDR", "SYM", "Carrier", "Question", "open_bytes", "open_carrier"]
+__all__ = ["Carrier", "Question", "open_bytes", "open_carrier"]
 
 TPOFF64: Final = 18
 TLSDESC: Final = 36
 
-EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
-PHDR: Final = struct.Struct("<IIQQQQQQ")
-SYM: Final = struct.Struct("<IBBHQQ")
-_RELA: Final = struct.Struct("<QQq")
-DYN: Final = struct.Struct("<qQ")
-SHDR: Final = struct.Struct("<IIQQQQIIQQ")
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
 _numbers: Final = itertools.count(1)
@@ -146,96 +161,76 @@ def _build(
     name: str, questions: Sequence[Question], tls: Tls | None, template: bytes, needed: Sequence[str]
 ) -> tuple[bytes, int]:
     """The carrier's bytes, and where the answers will be."""
-    strings = bytearray(b"\0")
-
-    def string(text: str) -> int:
-        at = len(strings)
-        strings.extend(os.fsencode(text) + b"\0")
-        return at
-
+    strings = Strings()
     foreign = list(dict.fromkeys(q.symbol for q in questions if q.symbol is not None))
     symbols = [bytes(SYM.size)]
     # An empty PT_TLS is none for glibc, which would divide by its alignment, 0.
     size = max(tls.memsz, 1) if tls is not None else 0
     if tls is not None:
-        symbols.append(SYM.pack(string(name.replace("-", "_")), _GLOBAL_TLS, 0, 1, 0, size))
+        symbols.append(
+            SYM.pack(name=strings.add(name.replace("-", "_")), info=_GLOBAL_TLS, shndx=1, size=size)
+        )
     first_foreign = len(symbols)
-    symbols += (SYM.pack(string(text), _GLOBAL_TLS, 0, 0, 0, 0) for text in foreign)
-    # One bucket with a chain through every symbol.
-    hashes = struct.pack(
-        f"<{3 + len(symbols)}I", 1, len(symbols), min(1, len(symbols) - 1), *range(2, len(symbols)), 0, 0
-    )
-    hashes = hashes[: 4 * (3 + len(symbols))]
-    names = [(1, string(text)) for text in needed] + [(14, string(name))]
+    symbols += (SYM.pack(name=strings.add(text), info=_GLOBAL_TLS) for text in foreign)
+    hashes = hash_table(len(symbols), first_foreign - 1)
+    names = [(DT_NEEDED, strings.add(text)) for text in needed] + [(DT_SONAME, strings.add(name))]
 
     headers = EHDR.size + 4 * PHDR.size
     places: dict[str, int] = {}
-    at = headers
+    end = headers
     sizes = {
         "symbols": len(symbols) * SYM.size,
         "hash": len(hashes),
         "strings": len(strings),
-        "relocations": len(questions) * _RELA.size,
+        "relocations": len(questions) * RELA.size,
         "dynamic": (len(names) + 9) * DYN.size,
         "answers": 16 * len(questions),
     }
     for part, length in sizes.items():
-        at = -(-at // 16) * 16
-        places[part] = at
-        at += length
-    relocations = b"".join(
-        _RELA.pack(
-            places["answers"] + 16 * number,
-            (0 if q.symbol is None else first_foreign + foreign.index(q.symbol)) << 32 | q.kind,
-            q.addend,
-        )
-        for number, q in enumerate(questions)
-    )
-    entries = [
-        *names,
-        (4, places["hash"]),
-        (5, places["strings"]),
-        (6, places["symbols"]),
-        (10, len(strings)),
-        (11, SYM.size),
-        (7, places["relocations"]),
-        (8, len(relocations)),
-        (9, _RELA.size),
-        (0, 0),
-    ]
-    dynamic = b"".join(DYN.pack(*entry) for entry in entries)
+        places[part] = -(-end // 16) * 16
+        end = places[part] + length
     # The template keeps the library's place within its alignment, for so the offsets were computed.
     align = max(tls.align, 1) if tls is not None else 1
-    template_at = at + ((tls.vaddr if tls is not None else 0) - at) % align
-    end = template_at + len(template)
-    page = 0x1000
-    segments = [
-        PHDR.pack(1, 6, 0, 0, 0, end, end, page),
-        PHDR.pack(2, 6, *(places["dynamic"],) * 3, len(dynamic), len(dynamic), 8),
-        PHDR.pack(0x6474E551, 6, 0, 0, 0, 0, 0, 16),
-        PHDR.pack(7, 4, *(template_at,) * 3, len(template), size, align) if tls else bytes(PHDR.size),
+    places["template"] = end + ((tls.vaddr if tls is not None else 0) - end) % align
+    end = places["template"] + len(template)
+    entries = [
+        *names,
+        (DT_HASH, places["hash"]),
+        (DT_STRTAB, places["strings"]),
+        (DT_SYMTAB, places["symbols"]),
+        (DT_STRSZ, len(strings)),
+        (DT_SYMENT, SYM.size),
+        (DT_RELA, places["relocations"]),
+        (DT_RELASZ, sizes["relocations"]),
+        (DT_RELAENT, RELA.size),
+        (DT_NULL, 0),
     ]
-    ident = b"\x7fELF\2\1\1" + bytes(9)
-    names_of_sections = b"\0.data\0.shstrtab\0"
-    sections_at = -(-(end + len(names_of_sections)) // 8) * 8
-    sections = (
-        bytes(SHDR.size),
-        SHDR.pack(1, 1, 3, headers, headers, end - headers, 0, 0, 1, 0),
-        SHDR.pack(7, 3, 0, 0, end, len(names_of_sections), 0, 0, 1, 0),
-    )
-    sizes_of_headers = (EHDR.size, PHDR.size, len(segments), SHDR.size, len(sections), len(sections) - 1)
-    header = EHDR.pack(ident, 3, 62, 1, 0, EHDR.size, sections_at, 0, *sizes_of_headers)
-    image = bytearray(end)
-    image[:headers] = header + b"".join(segments)
     contents = {
         "symbols": b"".join(symbols),
         "hash": hashes,
         "strings": bytes(strings),
-        "relocations": relocations,
-        "dynamic": dynamic,
+        "relocations": b"".join(
+            RELA.pack(
+                offset=places["answers"] + 16 * number,
+                info=(0 if q.symbol is None else first_foreign + foreign.index(q.symbol)) << 32 | q.kind,
+                addend=q.addend,
+            )
+            for number, q in enumerate(questions)
+        ),
+        "dynamic": dynamic_section(entries),
+        "template": template,
     }
+    image = bytearray(end)
     for part, data in contents.items():
         image[places[part] : places[part] + len(data)] = data
-    image[template_at:end] = template
-    image += names_of_sections.ljust(sections_at - end, b"\0") + b"".join(sections)
-    return bytes(image), places["answers"]
+    return shared_object(
+        [NewSection(".data", "SHT_PROGBITS", 3, headers, end - headers, bytes(image[headers:]))],
+        [
+            program_header("PT_LOAD", "rw-", 0, end, align=0x1000),
+            program_header("PT_DYNAMIC", "rw-", places["dynamic"], sizes["dynamic"], align=8),
+            program_header("PT_GNU_STACK", "rw-", 0, 0, align=16),
+            program_header("PT_TLS", "r--", places["template"], len(template), size, align=align)
+            if tls is not None
+            else bytes(PHDR.size),
+        ],
+    ), places["answers"]

@@ -1,0 +1,120 @@
+"""How the records of an ELF file are laid out, for what reads whole tables of them and for what writes them.
+
+No layout is written down here: each is taken from pyelftools' declaration of the record.  So what pyelftools
+parses one by one, what numpy reads by the million and what :mod:`miniloader.elf.writer` writes is one thing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+
+from elftools.construct import Construct, FormatField, Struct, Value
+from elftools.construct.adapters import MappingAdapter, PaddingAdapter
+
+from miniloader.elf.parsing import structs
+from miniloader.values import dataclass
+
+__all__ = ["DYN", "EHDR", "PHDR", "RELA", "SHDR", "SYM", "Field", "Record", "record"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a record: its name, its format as :mod:`struct` writes it, the numbers of named values."""
+
+    name: str
+    format: str
+    codes: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return struct.calcsize(f"<{self.format}")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The fields of a record in the order they lie in, without padding between them.
+
+    Their names are the gABI's without prefix: ``offset`` for ``p_offset``; those of ``e_ident`` in capitals.
+
+    >>> PHDR.size, PHDR.names
+    (56, ('type', 'flags', 'offset', 'vaddr', 'paddr', 'filesz', 'memsz', 'align'))
+    """
+
+    order: str
+    fields: tuple[Field, ...]
+
+    @cached_property
+    def packing(self) -> struct.Struct:
+        """Packs and unpacks the values of all fields."""
+        return struct.Struct(self.order + "".join(field.format for field in self.fields))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.packing.size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the fields that have one."""
+        return tuple(field.name for field in self.fields if field.name)
+
+    def offset(self, name: str) -> int:
+        """How many bytes of the record lie before the field ``name``.
+
+        >>> PHDR.offset("vaddr")
+        16
+        """
+        place = [field.name for field in self.fields].index(name)
+        return sum(field.size for field in self.fields[:place])
+
+    def pack(self, **values: int | str | bytes) -> bytes:
+        """The record with these ``values``, numbers or pyelftools' names of them; other fields are 0.
+
+        >>> SYM.pack(name=1, info=0x12, shndx="SHN_ABS").hex()
+        '010000001200f1ff00000000000000000000000000000000'
+        """
+        unknown = values.keys() - set(self.names)
+        if unknown:
+            raise TypeError(f"no such field: {', '.join(sorted(unknown))}; there are {', '.join(self.names)}")
+        return self.packing.pack(*(
+            field.codes[value] if isinstance(value, str) else value
+            for field in self.fields
+            if field.name
+            for value in [values.get(field.name, b"" if field.format.endswith("s") else 0)]
+        ))  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def record(elf_class: int, order: str, name: str, machine: str = "") -> Record:
+    """The layout of ``Elf_`` + ``name`` for a class (32, 64) and a byte order (``<``, ``>``).
+
+    >>> record(32, ">", "Sym").names
+    ('name', 'value', 'size', 'info', 'other', 'shndx')
+    """
+    return Record(order, tuple(_fields(getattr(structs(elf_class, order, machine), f"Elf_{name}"))))
+
+
+def _fields(construct: Construct) -> Iterator[Field]:
+    if isinstance(construct, Struct):
+        for part in construct.subcons:
+            yield from _fields(part)
+        return
+    codes: Mapping[str, int] = {}
+    named = construct.name.partition("_")[2] if construct.name else ""
+    if isinstance(construct, MappingAdapter):
+        codes, construct = construct.encoding, construct.subcon
+    if isinstance(construct, FormatField):
+        yield Field(named, construct.packer.format[1:], codes)
+    elif isinstance(construct, PaddingAdapter):
+        yield Field("", f"{construct.sizeof()}x", {})
+    elif not isinstance(construct, Value):  # which is computed, and takes no bytes
+        size = construct.sizeof()  # bit fields in a byte, or an array of bytes
+        yield Field(named, "B" if size == 1 else f"{size}s", {})
+
+
+EHDR, PHDR, SHDR, SYM, DYN, RELA = (
+    record(64, "<", name) for name in ("Ehdr", "Phdr", "Shdr", "Sym", "Dyn", "Rela")
+)
