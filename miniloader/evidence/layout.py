@@ -58,9 +58,8 @@ class Layout:
         self.expected = facts.pages(file_offsets)
         for row in np.flatnonzero(tails < PAGE_SIZE).tolist():
             self.expected[row, tails[row] :] = 0
-        starts = facts.slots["vaddr"]
-        low = np.searchsorted(starts, vaddrs)
-        self.on_page = np.searchsorted(starts, vaddrs + np.uint64(PAGE_SIZE)) - low
+        low = np.searchsorted(facts.slot_vaddrs, vaddrs)
+        self.on_page = np.searchsorted(facts.slot_vaddrs, vaddrs + np.uint64(PAGE_SIZE)) - low
         self.page = np.repeat(np.arange(len(vaddrs), dtype=np.int32), self.on_page)
         first = np.repeat(low - (np.cumsum(self.on_page) - self.on_page), self.on_page)
         self.slot = first + np.arange(len(first))

@@ -398,8 +398,8 @@ class _OnPage:
 def _on_page(facts: Facts | None, vaddr: int) -> _OnPage:
     if facts is None:
         return _OnPage("", frozenset(), {})
-    starts = facts.slots["vaddr"]
-    low, high = np.searchsorted(starts, np.array([vaddr, vaddr + PAGE_SIZE], np.uint64)).tolist()
+    ends = np.array([vaddr, vaddr + PAGE_SIZE], np.uint64)
+    low, high = np.searchsorted(facts.slot_vaddrs, ends).tolist()
     slots = facts.slots[low:high]
     slots = slots[slots["what"] != LOADER]
     numbers = facts.symbols_at(slots["vaddr"])
