@@ -189,7 +189,7 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 # ------------------------------------------------------------------------------------------- over time
 def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     """Look again and again; at the end, or at Ctrl-C, say what has changed since the start."""
-    from miniloader.lab.audit.result import diff
+    from miniloader.lab.audit.diff import diff
     from miniloader.report.output import console
 
     quiet = arguments.json or arguments.csv

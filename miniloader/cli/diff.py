@@ -17,7 +17,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read both, print what differs."""
-    from miniloader.lab.audit.result import Audit, diff
+    from miniloader.lab.audit.diff import diff
+    from miniloader.lab.audit.result import Audit
 
     before, after = Audit.load(arguments.before), Audit.load(arguments.after)
     changes = diff(before, after)

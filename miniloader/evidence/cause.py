@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.tables import Table
-from miniloader.evidence.layout import Layout, Symbolic, layout_of
-from miniloader.evidence.slots import Facts
+from miniloader.evidence.layout import Layout, Layouts, Symbolic
+from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
@@ -51,7 +51,7 @@ WORD_DTYPE: Final = np.dtype(
         ("vaddr", np.uint64),
         ("size", np.uint8),  # bytes
         ("cause", np.uint8),  # one bit; 0: a slot that is still as in the file
-        ("slot", np.int64),  # index into Facts.slots; -1: none
+        ("slot", np.int64),  # index into FileFacts.slots; -1: none
         ("file", np.uint64),  # what the file has (in bss: 0)
         ("live", np.uint64),  # what the process has
     ]
@@ -86,7 +86,7 @@ class Placed:
     bias: int
     start: int
     end: int
-    facts: Facts | None
+    facts: FileFacts | None
 
 
 class Space:
@@ -105,7 +105,7 @@ class Space:
         self._placed = sorted(placed, key=lambda one: one.start)
         self._starts = np.array([one.start for one in self._placed], dtype=np.uint64)
         self._ends = np.array([one.end for one in self._placed], dtype=np.uint64)
-        self._bias = {one.facts.token: one.bias for one in self._placed if one.facts is not None}
+        self._bias = {one.facts: one.bias for one in self._placed if one.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
         self._stand_ins = np.array(sorted(stand_ins.items()), dtype=np.uint64).reshape(-1, 2)
@@ -192,15 +192,15 @@ class Space:
             facts, here = self._placed[index].facts, where == index
             if facts is None:
                 continue
-            if facts.token not in slots.targets:
-                slots.targets.append(facts.token)
-            slots.target[rows[here]] = slots.targets.index(facts.token)
+            if facts not in slots.targets:
+                slots.targets.append(facts)
+            slots.target[rows[here]] = slots.targets.index(facts)
             vaddrs = addresses[here] - np.uint64(self._placed[index].bias)
             slots.target_vaddr[rows[here]] = vaddrs + slots.addend[rows[here]]
 
     def as_known(self, slots: Symbolic, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which slots hold the address of a definition that was found before, in whatever process."""
-        biases = [self._bias.get(token) for token in slots.targets]
+        biases = [self._bias.get(facts) for facts in slots.targets]
         bias = np.array([bias or 0 for bias in (*biases, None)], np.uint64)  # the last is for -1
         there = np.array([bias is not None for bias in (*biases, None)])
         return np.asarray(there[slots.target] & (values == bias[slots.target] + slots.target_vaddr))
@@ -235,7 +235,7 @@ class Classified:
 
 
 def classify(
-    facts: Facts,
+    facts: FileFacts,
     space: Space,
     bias: int,
     vaddrs: NDArray[np.uint64],
@@ -243,12 +243,14 @@ def classify(
     live: NDArray[np.uint8],
     *,
     words: Words = "own",
+    layouts: Layouts | None = None,
 ) -> Classified:
     """Why the copied pages at ``vaddrs`` are what they are.
 
     ``live`` are their bytes in the process, shape (pages, PAGE_SIZE); they are changed in place.
     ``file_offsets`` say which page of the file each was.  ``words``: which of them to list: those with a
-    cause of their own, every slot, too, or none (the quickest).
+    cause of their own, every slot, too, or none (the quickest).  ``layouts`` keeps what is the same for the
+    next process that has these pages.
     """
     pages = len(vaddrs)
     causes = np.zeros(pages, np.uint8)
@@ -258,7 +260,7 @@ def classify(
         return Classified(causes | np.uint8(_UNKNOWN), ~unreadable, np.empty(0, WORD_DTYPE), empty)
     tails, zeroed = _tails(facts, vaddrs, file_offsets, live)
     causes[zeroed < PAGE_SIZE] = _BSS
-    layout = layout_of(facts, vaddrs, file_offsets, zeroed)
+    layout = (layouts or Layouts()).of(facts, vaddrs, file_offsets, zeroed)
     values = layout.values(live)
     cause = _judged(facts, layout, space, np.uint64(bias), values)
     # Nearly every slot is as its relocation made it: only the others are looked at one by one.
@@ -295,7 +297,7 @@ def classify(
 
 
 def _tails(
-    facts: Facts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], live: NDArray[np.uint8]
+    facts: FileFacts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], live: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each page's bss tail begins (PAGE_SIZE: none), and the same of those that were zeroed."""
     tails = np.full(len(vaddrs), PAGE_SIZE, np.int64)
@@ -332,7 +334,7 @@ class _Places(NamedTuple):
 
 
 def _places(
-    facts: Facts,
+    facts: FileFacts,
     vaddrs: NDArray[np.uint64],
     tails: NDArray[np.int64],
     live: NDArray[np.uint8],
@@ -408,7 +410,7 @@ def _changing(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 # ------------------------------------------------------------------------------------------ the slots
 def _judged(
-    facts: Facts, layout: Layout, space: Space, bias: np.uint64, values: NDArray[np.uint64]
+    facts: FileFacts, layout: Layout, space: Space, bias: np.uint64, values: NDArray[np.uint64]
 ) -> NDArray[np.uint8]:
     """The cause of every slot that holds ``values``: 0 where it is still as in the file."""
     cause = np.full(len(values), _RELOCATION, np.uint8)

@@ -26,21 +26,21 @@ from miniloader.evidence.slots import (
     RELATIVE,
     SYMBOL,
     THREAD_OFFSET,
-    Facts,
+    FileFacts,
 )
 from miniloader.kernel.syscalls import PAGE_SIZE
 
-__all__ = ["Layout", "Symbolic", "layout_of"]
+__all__ = ["Layout", "Layouts", "Symbolic"]
 
 _WORD: Final = 8
-_KEPT: Final = 4  # sets of pages for each file
+_MOST_KEPT: Final = 4  # sets of pages for each file
 
 
 class Layout:
     """The slots on the pages at ``vaddrs``, by page and vaddr; all arrays are by slot but where said.
 
     ``expected`` are the file's pages, shape (pages, PAGE_SIZE), with zeroes where ``tails`` begin: what a
-    process has that nobody wrote to.  ``page`` is an index into them, ``slot`` one into ``Facts.slots``,
+    process has that nobody wrote to.  ``page`` is an index into them, ``slot`` one into ``FileFacts.slots``,
     ``file`` the value that ``expected`` has there.  ``on_page`` counts the slots of each page.
 
     ``relative`` are the slots (indices) that take the bias + ``relative_addend``, ``other`` all the rest.  Of
@@ -50,7 +50,7 @@ class Layout:
 
     def __init__(
         self,
-        facts: Facts,
+        facts: FileFacts,
         vaddrs: NDArray[np.uint64],
         file_offsets: NDArray[np.uint64],
         tails: NDArray[np.int64],
@@ -77,7 +77,7 @@ class Layout:
         self.relative_addend = slots["addend"].view(np.uint64)[self.relative]
         self._sort(facts, slots[self.other])
 
-    def _sort(self, facts: Facts, slots: Table) -> None:
+    def _sort(self, facts: FileFacts, slots: Table) -> None:
         """Tell the other slots apart by how they are judged."""
         what, short = slots["what"], self.size[self.other] < _WORD
         symbolic = np.isin(what, (SYMBOL, MODULE_OFFSET))
@@ -120,8 +120,8 @@ class Symbolic:
     ``rows`` are indices into ``Layout.other``.
     ``names`` are None where the symbols cannot be read, or make no sense.  ``own`` is the file's own value of
     the symbol + addend; ``local``: which bind to it for certain, ``weak``: to nothing, if need be.
-    A definition once found is one in all processes: the file whose token is ``targets[target]`` (-1: none)
-    has what the slot wants at ``target_vaddr``, the addend added.
+    A definition once found is one in all processes: the file ``targets[target]`` (-1: none) has what the slot
+    wants at ``target_vaddr``, the addend added.
     """
 
     rows: NDArray[np.intp]
@@ -134,7 +134,7 @@ class Symbolic:
     weak: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     target: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     target_vaddr: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    targets: list[object] = field(default_factory=list)
+    targets: list[FileFacts] = field(default_factory=list)
 
     @property
     def is_offset(self) -> NDArray[np.bool_]:
@@ -142,7 +142,7 @@ class Symbolic:
         return self.offset if self.names is not None else np.ones(len(self.rows), np.bool_)
 
 
-def _symbolic(facts: Facts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
+def _symbolic(facts: FileFacts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
     chosen = slots[rows]
     made = Symbolic(rows, chosen["addend"].view(np.uint64).copy(), file[rows])
     table, symbol = facts.symbols, chosen["symbol"]
@@ -158,15 +158,27 @@ def _symbolic(facts: Facts, slots: Table, rows: NDArray[np.intp], file: NDArray[
     return made
 
 
-def layout_of(
-    facts: Facts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], tails: NDArray[np.int64]
-) -> Layout:
-    """The layout of these pages; of the last few sets for each file it is kept."""
-    key = (vaddrs.tobytes(), file_offsets.tobytes(), tails.tobytes())
-    kept = facts.layouts.pop(key, None)
-    if not isinstance(kept, Layout):
-        kept = Layout(facts, vaddrs, file_offsets, tails)
-    facts.layouts[key] = kept  # the last used is the last
-    while len(facts.layouts) > _KEPT:
-        del facts.layouts[next(iter(facts.layouts))]
-    return kept
+class Layouts:
+    """The layouts of the pages asked for last, a few for each file: made once, used for every process.
+
+    An audit makes one and hands it to whoever classifies; what it keeps goes with it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[FileFacts, dict[tuple[bytes, bytes, bytes], Layout]] = {}
+
+    def of(
+        self,
+        facts: FileFacts,
+        vaddrs: NDArray[np.uint64],
+        file_offsets: NDArray[np.uint64],
+        tails: NDArray[np.int64],
+    ) -> Layout:
+        """The layout of the pages at ``vaddrs``, each with its place in the file and its bss tail."""
+        kept = self._kept.setdefault(facts, {})
+        key = (vaddrs.tobytes(), file_offsets.tobytes(), tails.tobytes())
+        layout = kept.pop(key, None) or Layout(facts, vaddrs, file_offsets, tails)
+        kept[key] = layout  # the last used is the last
+        if len(kept) > _MOST_KEPT:
+            del kept[next(iter(kept))]
+        return layout

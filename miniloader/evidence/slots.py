@@ -1,6 +1,6 @@
 """What a file says about the words of its pages: which are relocated and how, whose symbol they belong to.
 
-:class:`Facts` is made once a file, however many processes have it mapped, so that
+:class:`FileFacts` is made once a file, however many processes have it mapped, so that
 :mod:`miniloader.evidence.cause` only compares arrays.
 """
 
@@ -45,8 +45,8 @@ __all__ = [
     "SLOT_DTYPE",
     "SYMBOL",
     "THREAD_OFFSET",
-    "Facts",
-    "Names",
+    "FileFacts",
+    "NameNumbers",
 ]
 
 SLOT_DTYPE: Final = np.dtype(
@@ -94,7 +94,7 @@ _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
 _MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
 
 
-class Names:
+class NameNumbers:
     """Gives every symbol name a number, the same in all files."""
 
     def __init__(self) -> None:
@@ -107,14 +107,14 @@ class Names:
         return np.fromiter((known.setdefault(name, len(known)) for name in names), np.uint64, len(names))
 
 
-class Facts:
+class FileFacts:
     """One file: its bytes, and, when it is an ELF image, its slots and its symbols.
 
     ``image`` is None for any other file; then vaddrs are file offsets.  ``trouble`` says why nothing can be
     said about its words ("" when it can).  What is malformed is left out, not raised.
     """
 
-    def __init__(self, source: Source, image: ElfImage | None, names: Names) -> None:
+    def __init__(self, source: Source, image: ElfImage | None, names: NameNumbers) -> None:
         self.source, self.image, self._names = source, image, names
         self.plan: LoadPlan | None = None
         self.trouble = ""
@@ -180,7 +180,7 @@ class Facts:
 
     @cached_property
     def slot_vaddrs(self) -> NDArray[np.uint64]:
-        """The vaddr of every slot, ascending, in one piece: a search in a column of records copies it first."""
+        """The vaddr of every slot, ascending, in one piece: to search a column of records copies it."""
         return np.ascontiguousarray(self.slots["vaddr"])
 
     def kind_name(self, kind: int) -> str:

@@ -12,12 +12,12 @@ from miniloader.report.numbers import count, size
 from miniloader.report.text import Line, Part, Piece, Table, heading
 
 if TYPE_CHECKING:
+    from miniloader.lab.audit.diff import PageChange
     from miniloader.lab.audit.page_words import PageView
     from miniloader.lab.audit.result import (
         Audit,
         AuditedLibrary,
         AuditedProcess,
-        PageChange,
         PrivatePage,
         Unreadable,
     )

@@ -17,7 +17,7 @@ from miniloader.elf.tables import Table
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names, classify
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
-from miniloader.evidence.slots import Facts
+from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.snapshot import Snapshot, Target, take
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.pagemap import PageMap
@@ -25,9 +25,8 @@ from miniloader.kernel.probe import best_level
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.audit import matches
-from miniloader.lab.audit.mapped_files import MappedFiles
-from miniloader.lab.audit.survey import CHANGED, FileInProcess, locate, space_of
+from miniloader.lab.audit.select import matches
+from miniloader.lab.audit.survey import CHANGED, FileInProcess, Memo, locate, space_of
 from miniloader.values import dataclass
 
 __all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
@@ -54,7 +53,7 @@ class LibraryMemory:
     """One library in several processes; ``look`` has a row for each of them, as ``copies`` has."""
 
     path: str
-    facts: Facts
+    facts: FileFacts
     plan: LoadPlan
     look: Snapshot
     sharing: Sharing
@@ -174,8 +173,8 @@ def snapshot(
     chosen = level or best_level()
     if chosen in ("totals", "none"):
         return MemorySnapshot(step, chosen, every, (), _sums(every, library))
-    files = MappedFiles()
-    looks = [_Process(pid, files, library) for pid in every]
+    memo = Memo()
+    looks = [_Process(pid, memo, library) for pid in every]
     by_path: dict[str, list[tuple[_Process, FileInProcess]]] = {}
     for process in looks:
         for here in process.chosen:
@@ -224,10 +223,10 @@ def _sums(pids: Sequence[int], library: str | None) -> dict[str, dict[int, int]]
 class _Process:
     """What is mapped in one process, which of it was chosen, and why its copies are copies."""
 
-    def __init__(self, pid: int, files: MappedFiles, library: str | None) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, memo: Memo, library: str | None) -> None:
+        self.pid, self.layouts = pid, memo.layouts
         with PageMap(pid) as pagemap:
-            self.vmas, _, self.found = locate(pid, pagemap, files, frames=False)
+            self.vmas, _, self.found = locate(pid, pagemap, memo, frames=False)
         self.chosen = [one for one in self.found if self._wanted(one, library)]
 
     def _wanted(self, one: FileInProcess, library: str | None) -> bool:
@@ -292,7 +291,9 @@ def _copies(process: _Process, here: FileInProcess) -> Copies:
         return Copies(
             process.pid, dict.fromkeys(every, ("unknown",)), dict.fromkeys(every, str(error)), nothing
         )
-    answer = classify(facts, process.space, here.base, vaddrs, here.file_offsets, live)
+    answer = classify(
+        facts, process.space, here.base, vaddrs, here.file_offsets, live, layouts=process.layouts
+    )
     trouble = facts.trouble or "a relocation's value lies in a file that cannot be read"
     causes = zip(vaddrs.tolist(), map(cause_names, answer.causes.tolist()), strict=True)
     return Copies(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.evidence.cause import CAUSES, Classified, Placed, Space, bit, cause_names, classify
-from miniloader.evidence.slots import Facts, Names
+from miniloader.evidence.slots import FileFacts, NameNumbers
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 BIAS = 0x7F00_0000_0000
@@ -24,7 +24,7 @@ class Made:
     def __init__(self, path: Path) -> None:
         source = Source.open(path)
         self.image = read_image(source)
-        self.facts = Facts(source, self.image, Names())
+        self.facts = FileFacts(source, self.image, NameNumbers())
         self.plan = self.image.plan(PAGE_SIZE)
         writable = [m for m in self.plan.mappings if m.kind == "file" and "w" in m.protection]
         relro = [m for m in self.plan.mappings if m.kind == "file" and m.start == self.plan.relro.start]

@@ -1,1 +1,16 @@
-"""Which pages of running processes are private, what they cost, and why."""
+"""The audit of running processes: which of their pages are private, what they cost, and why.
+
+Data moves down this list.  ``survey`` looks at one process; ``audit`` puts the surveys of all together.
+
+- ``select``: which processes are meant, and which libraries.
+- ``process_pages``: all pages of one process, as its page table has them.
+- ``mapped_files``: the files behind its mappings, opened once and told apart; ``prepared_pages`` finds the
+  files of the cache of prepared libraries among them.
+- ``arrangement``: where these files lie in it: load biases.
+- ``survey``: one look at one process, with the cause of each copied page (:mod:`miniloader.evidence.cause`).
+- ``library``: one library over all processes; ``audit``: all libraries, and what each process costs.
+- ``result``: what was found, as frozen values; ``diff``: what differs between two of these.
+
+For a person to look closer: ``page_words`` shows one page of one process word by word, ``library_pages`` the
+pages of the first libraries as pictures.
+"""

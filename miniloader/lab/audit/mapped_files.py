@@ -9,17 +9,17 @@ from typing import Final, NamedTuple
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError
-from miniloader.evidence.slots import Facts, Names
+from miniloader.evidence.slots import FileFacts, NameNumbers
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
-from miniloader.lab.audit.prepared_pages import Beforehand
+from miniloader.lab.audit.prepared_pages import PreparedPages
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
 _MAGIC: Final = b"\x7fELF"
-_KERNEL: Final = -1  # whose name leads to the mapped file itself
+_KERNEL: Final = -1  # its name leads to the mapped file itself
 
 
 class Identity(NamedTuple):
@@ -40,18 +40,15 @@ class MappedFile:
     """A file that is mapped somewhere: by process ``pid`` at ``vma``, where it was met first.
 
     ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
-    itself cannot be read, for the reason ``trouble``.  ``arrangements`` is for who looks at its mappings: for
-    their extents and file offsets, from the first one's start on, the load bias from there and which of them
-    belong together; it holds for these ``facts``.  Pickled, it is only where it was met, and its build-id.
+    itself cannot be read, for the reason ``trouble``.  Pickled, it is only where it was met, and its build-id.
     """
 
     def __init__(self, number: int, pid: int, vma: Vma, build_id: str | None = None) -> None:
         self.number, self.pid, self.vma = number, pid, vma
         self.identity = identity_of(vma)
         self.build_id = build_id
-        self.facts: Facts | None = None
+        self.facts: FileFacts | None = None
         self.trouble = ""
-        self.arrangements: dict[tuple[tuple[int, int, int], ...], tuple[int, list[int]]] = {}
 
     def __reduce__(self) -> tuple[type[MappedFile], tuple[int, int, Vma, str | None]]:
         return MappedFile, (self.number, self.pid, self.vma, self.build_id)
@@ -61,19 +58,19 @@ class MappedFiles:
     """All the files of an audit: each is looked for once, however many processes have it mapped."""
 
     def __init__(self) -> None:
-        self._known: dict[Identity, MappedFile] = {}
-        self._names = Names()
-        self.beforehand = Beforehand()
+        self._files: dict[Identity, MappedFile] = {}
+        self._names = NameNumbers()
+        self.prepared = PreparedPages()
 
     def __iter__(self) -> Iterator[MappedFile]:
-        return iter(self._known.values())
+        return iter(self._files.values())
 
     def of(self, pid: int, vma: Vma) -> MappedFile:
         """The file behind a mapping of process ``pid``."""
         identity = identity_of(vma)
-        file = self._known.get(identity)
+        file = self._files.get(identity)
         if file is None:
-            file = self._known[identity] = MappedFile(len(self._known), pid, vma)
+            file = self._files[identity] = MappedFile(len(self._files), pid, vma)
             self._look(file, pid, vma)
         elif file.facts is None:  # another process may offer a way to it
             self._open(file, pid, vma)
@@ -81,11 +78,11 @@ class MappedFiles:
 
     def same(self, file: MappedFile) -> MappedFile:
         """The file that a helper has met, as this process knows it."""
-        known = self._known.get(file.identity)
-        if known is None or (known.facts is None and known is not file):
-            known = self.of(file.pid, file.vma)
-            known.build_id = known.build_id or file.build_id
-        return known
+        counterpart = self._files.get(file.identity)
+        if counterpart is None or (counterpart.facts is None and counterpart is not file):
+            counterpart = self.of(file.pid, file.vma)
+            counterpart.build_id = counterpart.build_id or file.build_id
+        return counterpart
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
         try:
@@ -100,15 +97,14 @@ class MappedFiles:
         """Open the very file that is mapped, not one that has taken its name since."""
         by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
         in_root = process_file(pid, "root") + vma.path
-        for path, whose in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
+        for path, viewer in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
             try:
                 source = Source.open(path)
             except MiniloaderError:
                 continue
             facts = _facts(source, self._names)
-            if facts is not None and (whose == _KERNEL or _is(source, facts, file, whose)):
+            if facts is not None and (viewer == _KERNEL or _is(source, facts, file, viewer)):
                 file.facts, file.trouble = facts, ""
-                file.arrangements.clear()
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return
@@ -116,17 +112,17 @@ class MappedFiles:
         file.trouble = f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
 
 
-def _facts(source: Source, names: Names) -> Facts | None:
+def _facts(source: Source, names: NameNumbers) -> FileFacts | None:
     """What the file says; None where it cannot be read."""
     try:
         if bytes(source.read(0, min(4, source.size), "magic")) != _MAGIC:
-            return Facts(source, None, names)
-        return Facts(source, read_image(source), names)
+            return FileFacts(source, None, names)
+        return FileFacts(source, read_image(source), names)
     except ElfError:
-        return Facts(source, None, names)
+        return FileFacts(source, None, names)
 
 
-def _is(source: Source, facts: Facts, file: MappedFile, pid: int | None) -> bool:
+def _is(source: Source, facts: FileFacts, file: MappedFile, pid: int | None) -> bool:
     """Whether the file that ``pid`` calls so is the mapped one.
 
     By device and inode; where maps tells another device (overlayfs, btrfs) by the kernel's build-id, and

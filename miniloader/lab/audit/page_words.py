@@ -10,13 +10,12 @@ import numpy as np
 
 from miniloader.errors import UsageError
 from miniloader.evidence.cause import Cause, Space, cause_names, classify
-from miniloader.evidence.slots import RELATIVE, SYMBOL, Facts
+from miniloader.evidence.slots import RELATIVE, SYMBOL, FileFacts
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.audit import matches
-from miniloader.lab.audit.mapped_files import MappedFiles
-from miniloader.lab.audit.survey import CHANGED, SWAPPED_OUT, FileInProcess, locate, space_of
+from miniloader.lab.audit.select import matches
+from miniloader.lab.audit.survey import CHANGED, SWAPPED_OUT, FileInProcess, Memo, locate, space_of
 from miniloader.values import dataclass
 
 __all__ = ["PageView", "Word", "view_page"]
@@ -70,9 +69,8 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
 
     Raises UsageError when that is none or several, or the vaddr is not in it; ProcessGone, EvidenceError.
     """
-    files = MappedFiles()
     with PageMap(pid) as pagemap:
-        vmas, _, found = locate(pid, pagemap, files, frames=True)
+        vmas, _, found = locate(pid, pagemap, Memo(), frames=True)
         here = _one(found, library, vaddr & -PAGE_SIZE)
         vaddr = vaddr & -PAGE_SIZE
         entry = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
@@ -127,7 +125,7 @@ def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
     return inside[0]
 
 
-def _word(facts: Facts, space: Space, base: int, row: np.void) -> Word:
+def _word(facts: FileFacts, space: Space, base: int, row: np.void) -> Word:
     number = int(facts.symbols_at(np.array([row["vaddr"]], np.uint64))[0])
     slot = facts.slots[row["slot"]] if row["slot"] >= 0 else None
     put = base if slot is not None and slot["what"] == RELATIVE else None

@@ -23,22 +23,22 @@ from miniloader.values import dataclass
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared
 
-__all__ = ["Beforehand"]
+__all__ = ["PreparedPages"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
+class _CacheFile:
     """A file of the cache, and how the library it is of is mapped."""
 
     ready: Prepared
     plan: LoadPlan
 
 
-class Beforehand:
+class PreparedPages:
     """The files of caches that an audit has met; each is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[tuple[int, int], int], _Kept | None] = {}
+        self._indexes: dict[tuple[tuple[int, int], int], _CacheFile | None] = {}
 
     def in_place(self, pid: int, vmas: Sequence[Vma]) -> tuple[tuple[Vma, ...], frozenset[int]]:
         """``vmas`` as if each prepared page were the library's own, and which (by index) are not really.
@@ -54,16 +54,18 @@ class Beforehand:
         )
 
     def _placed(self, pid: int, vma: Vma, vmas: Sequence[Vma]) -> Vma | None:
-        kept = self._kept(pid, vma)
-        page = (vma.file_offset - kept.ready.at) // PAGE_SIZE if kept is not None else -1
-        if kept is None or not 0 <= page < len(kept.ready.pages):
+        cached = self._cached(pid, vma)
+        page = (vma.file_offset - cached.ready.at) // PAGE_SIZE if cached is not None else -1
+        if cached is None or not 0 <= page < len(cached.ready.pages):
             return None
-        vaddr = int(kept.ready.pages[page])
-        mapping = kept.plan.at(vaddr)
+        vaddr = int(cached.ready.pages[page])
+        mapping = cached.plan.at(vaddr)
         bias = vma.start - vaddr
         # Its device and path as maps has them, which may not be those of stat.
-        own = next((one for one in vmas if one.is_file and one.start == bias + kept.plan.start), None)
-        if own is None or mapping is None or own.inode != kept.ready.file[2]:
+        own = next(
+            (image for image in vmas if image.is_file and image.start == bias + cached.plan.start), None
+        )
+        if own is None or mapping is None or own.inode != cached.ready.file[2]:
             return None
         return replace(
             vma,
@@ -74,14 +76,14 @@ class Beforehand:
             deleted=own.deleted,
         )
 
-    def _kept(self, pid: int, vma: Vma) -> _Kept | None:
+    def _cached(self, pid: int, vma: Vma) -> _CacheFile | None:
         key = (vma.device, vma.inode)
-        if key not in self._known:
-            self._known[key] = _read(process_file(pid, "root") + vma.path, vma) or _read(vma.path, vma)
-        return self._known[key]
+        if key not in self._indexes:
+            self._indexes[key] = _read(process_file(pid, "root") + vma.path, vma) or _read(vma.path, vma)
+        return self._indexes[key]
 
 
-def _read(path: str, vma: Vma) -> _Kept | None:
+def _read(path: str, vma: Vma) -> _CacheFile | None:
     """What ``path`` says, if it is the file mapped at ``vma``: it may be anybody's, and hold anything."""
     from miniloader.loader.prepared.pages import read_index
 
@@ -94,7 +96,7 @@ def _read(path: str, vma: Vma) -> _Kept | None:
         if not stat.S_ISREG(status.st_mode) or status.st_ino != vma.inode:
             return None
         ready = read_index(fd, status.st_size)
-        return _Kept(ready, inspect(ready.path).plan(PAGE_SIZE))
+        return _CacheFile(ready, inspect(ready.path).plan(PAGE_SIZE))
     except (MiniloaderError, ValueError, LookupError, TypeError):
         return None
     finally:

@@ -20,7 +20,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
 from miniloader.values import dataclass
 
-__all__ = ["Pages", "Rows", "Some", "length", "number"]
+__all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set"]
 
 #: Which rows of an array: most often one after another.
 Rows = slice | NDArray[np.intp]
@@ -56,8 +56,8 @@ class Pages:
         self._mappings = len(vmas)
         present = (self.entries & PRESENT).astype(np.bool_)
         file = (self.entries & FILE).astype(np.bool_)
-        told = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
-        self.zero, self.huge, self.zeros_among = told
+        zeros = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
+        self.zero, self.huge, self.zeros_among = zeros
         self.counted = present & ~self.zero
         counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
         counted[self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])] = False
@@ -70,13 +70,13 @@ class Pages:
         shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
         frame = FRAME if frames else np.uint64(0)
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
-        self.copies, self.originals = self._some(copied, shift, frame), self._some(own, shift, frame)
+        self.copies, self.originals = self._columns(copied, shift, frame), self._columns(own, shift, frame)
         nameless = np.array([not vma.inode for vma in vmas])
         self.anonymous = self.copies.addresses[nameless[self.vma[copied]]]
 
-    def _some(self, rows: NDArray[np.intp], shift: NDArray[np.uint64], frame: np.uint64) -> Some:
+    def _columns(self, rows: NDArray[np.intp], shift: NDArray[np.uint64], frame: np.uint64) -> PageColumns:
         entries = self.entries[rows]
-        return Some(
+        return PageColumns(
             addresses=self.addresses[rows],
             frames=entries & frame,
             exclusive=(entries & EXCLUSIVE).astype(np.bool_),
@@ -96,7 +96,7 @@ class Pages:
         return np.concatenate(found)
 
     def changed(self) -> NDArray[np.bool_]:
-        """Which entries are not what they were."""
+        """Which page table entries are not what they were when the pages were read."""
         return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
 
     def _huge_files(self, vmas: Sequence[Vma], aligned: NDArray[np.uint64]) -> list[int]:
@@ -104,7 +104,7 @@ class Pages:
         asked = [index for index in distinct(aligned).tolist() if vmas[index].inode]
         if not asked:
             return []
-        huge = {one.vma for one in read_smaps(self._pagemap.pid) if "ht" in one.flags}
+        huge = {sums.vma for sums in read_smaps(self._pagemap.pid) if "ht" in sums.flags}
         return [index for index in asked if vmas[index] in huge]
 
     def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], int, int] | None:
@@ -120,10 +120,12 @@ class Pages:
         for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
             huge[low:high] |= bool(kind & IS_HUGE)
-        return zero, number(huge & ~zero), 0
+        return zero, count_set(huge & ~zero), 0
 
     def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> tuple[NDArray[np.bool_], int, int]:
-        """The same by the flags of the frames, or by sums; last how many zeros are among the other pages."""
+        """What :meth:`_scanned` tells, by the flags of the frames, or by sums: which are the page of zeros, how
+        many are in huge pages, and how many zeros are among the other pages.
+        """
         sums, maybe = zeros_by_sums(self._pagemap, vmas), doubtful(self.entries)
         if frames:
             with suppress(EvidenceError):  # kpageflags is for root alone
@@ -135,8 +137,9 @@ class Pages:
 
 
 @dataclass(frozen=True, eq=False)
-class Some:
-    """Some of the pages, a column for what is asked of each; those of mapping ``i`` begin at ``starts[i]``.
+class PageColumns:
+    """Pages of one kind of one process, a column for each question; those of mapping ``i`` begin at
+    ``starts[i]``.
 
     ``shift`` is for each mapping what is to be added to an address for its place in the file.
     """
@@ -149,11 +152,11 @@ class Some:
 
     @cached_property
     def file_offsets(self) -> NDArray[np.uint64]:
-        """The place of each in the file that is mapped there."""
+        """The place of each page in the file that is mapped there."""
         return self.addresses + np.repeat(self.shift, np.diff(self.starts))
 
     def rows(self, indices: Sequence[int]) -> Rows:
-        """Those of these mappings, which are in order and most often follow one another."""
+        """The rows of the mappings ``indices``, which ascend and most often follow one another."""
         first, last, starts = indices[0], indices[-1], self.starts
         if last - first == len(indices) - 1:
             return slice(starts[first], starts[last + 1])
@@ -161,17 +164,25 @@ class Some:
 
     @cached_property
     def several(self) -> NDArray[np.uint64]:
-        """The frames of those that are mapped more than once."""
+        """The frames of the pages that are mapped more than once."""
         return self.frames[~self.exclusive]
 
 
-def length(rows: Rows) -> int:
-    """How many they are."""
+def count_rows(rows: Rows) -> int:
+    """How many rows they are.
+
+    >>> count_rows(slice(3, 7)), count_rows(np.array([1, 5]))
+    (4, 2)
+    """
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
-def number(mask: NDArray[np.bool_]) -> int:
-    """How many are set."""
+def count_set(mask: NDArray[np.bool_]) -> int:
+    """How many elements of ``mask`` are set.
+
+    >>> count_set(np.array([True, False, True]))
+    2
+    """
     return int(np.count_nonzero(mask))
 
 

@@ -1,11 +1,11 @@
-"""What an audit found: frozen values, to JSON and back, and what differs between two of them."""
+"""What an audit found: frozen values, to JSON and back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import write_whole
@@ -17,10 +17,8 @@ __all__ = [
     "AuditedLibrary",
     "AuditedProcess",
     "LibraryProcess",
-    "PageChange",
     "PrivatePage",
     "Unreadable",
-    "diff",
 ]
 
 _FORMAT = "miniloader audit 1"
@@ -100,7 +98,12 @@ class PrivatePage:
 
     @property
     def only_relocated(self) -> bool:
-        """Whether nobody but the loader wrote there: prepared pages, or a fork, could share it."""
+        """Whether nobody but the loader wrote there: prepared pages, or a fork, could share it.
+
+        >>> fields = {"vaddr": 0x4000, "section": ".data.rel.ro", "symbols": (), "written": (), "kinds": {}}
+        >>> PrivatePage(**fields, causes=("relocation",), pids=(7,), groups=(), reason="").only_relocated
+        True
+        """
         return "relocation" in self.causes and set(self.causes) <= {"relocation", "loader"}
 
 
@@ -130,27 +133,27 @@ class AuditedLibrary:
     @property
     def present(self) -> int:
         """Present pages, each process counted for itself: what separate copies would cost."""
-        return sum(one.present for one in self.processes)
+        return sum(process.present for process in self.processes)
 
     @property
     def private(self) -> int:
         """Private pages over all processes."""
-        return sum(one.private for one in self.processes)
+        return sum(process.private for process in self.processes)
 
     @property
     def common(self) -> int:
         """Private pages that somebody else has as well, by fork or KSM, over all processes."""
-        return sum(one.inherited + (one.merged or 0) for one in self.processes)
+        return sum(process.inherited + (process.merged or 0) for process in self.processes)
 
     @property
     def own(self) -> int:
         """Pages that a process has for itself, over all: copies, swapped out or not, and bss."""
-        return self.private - self.common + self.swapped + sum(one.bss for one in self.processes)
+        return self.private - self.common + self.swapped + sum(process.bss for process in self.processes)
 
     @property
     def swapped(self) -> int:
         """Private pages that are swapped out, over all processes."""
-        return sum(one.swapped for one in self.processes)
+        return sum(process.swapped for process in self.processes)
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,8 @@ class Audit:
 
     def library(self, name: str) -> AuditedLibrary:
         """The library whose path is, or holds, ``name``; UsageError when there is none, or several."""
-        found = [one for one in self.libraries if name == one.path]
-        found = found or [one for one in self.libraries if name in one.path]
+        found = [library for library in self.libraries if name == library.path]
+        found = found or [library for library in self.libraries if name in library.path]
         if len(found) != 1:
             raise UsageError(f"library {name!r}: {len(found)} in this audit, expected one")
         return found[0]
@@ -200,9 +203,9 @@ class Audit:
                 when=value["when"],
                 page_size=value["page_size"],
                 explained=value["explained"],
-                processes=tuple(AuditedProcess(**one) for one in value["processes"]),
-                libraries=tuple(_library(one) for one in value["libraries"]),
-                unreadable=tuple(Unreadable(**one) for one in value["unreadable"]),
+                processes=tuple(AuditedProcess(**process) for process in value["processes"]),
+                libraries=tuple(_library(library) for library in value["libraries"]),
+                unreadable=tuple(Unreadable(**process) for process in value["unreadable"]),
             )
         except KeyError as error:
             raise UsageError(f"no audit as --save or --json writes it: it lacks {error}") from error
@@ -210,7 +213,7 @@ class Audit:
             raise UsageError(f"no audit as --save or --json writes it: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file: all of it, or nothing; MiniloaderError says why not."""
+        """Write the audit to a file: all of it, or nothing; MiniloaderError says why not."""
         import json
 
         text = json.dumps(self.to_json())  # ASCII, whatever the names
@@ -235,9 +238,9 @@ class Audit:
 
 def _library(value: Mapping[str, Any]) -> AuditedLibrary:
     fields = dict(value)
-    fields["processes"] = tuple(LibraryProcess(**one) for one in value["processes"])
+    fields["processes"] = tuple(LibraryProcess(**process) for process in value["processes"])
     for name in ("private_pages", "bss_pages", "swapped_pages"):
-        fields[name] = tuple(_page(one) for one in value.get(name, ()))  # older ones lack the last
+        fields[name] = tuple(_page(page) for page in value.get(name, ()))  # older ones lack the last
     return AuditedLibrary(**fields)
 
 
@@ -249,116 +252,3 @@ def _page(value: Mapping[str, Any]) -> PrivatePage:
         fields[name] = tuple(value.get(name, ()) if name == "common" else value[name])  # older ones lack it
     fields["groups"] = tuple(tuple(group) for group in value["groups"])
     return PrivatePage(**fields)
-
-
-# ----------------------------------------------------------------------------------------- differences
-@dataclass(frozen=True)
-class PageChange:
-    """A page that is not what it was in the audit before.
-
-    ``change``: ``private`` (it was not), ``rewritten`` (private before, with other causes or symbols) or
-    ``returned`` (private no more).  ``causes`` and ``symbols`` are what is new; of a returned page, what was.
-    A copy that relatives still have in common after a fork goes private when it becomes a process's own.
-    Anonymous pages of bss count as well.  A page that is swapped out is still private; what was written to it
-    meanwhile cannot be told.
-    ``processes`` is in how many more processes; ``pids`` are those, where the same processes were audited.
-    """
-
-    path: str
-    build_id: str | None
-    vaddr: int
-    section: str
-    change: str
-    causes: tuple[str, ...]
-    symbols: tuple[str, ...]
-    processes: int
-    pids: tuple[int, ...]
-
-
-class _Row(NamedTuple):
-    """A private page of a process: why, what was written, and whether nobody else has that copy."""
-
-    causes: frozenset[str] = frozenset()
-    written: frozenset[str] = frozenset()
-    alone: bool = False
-
-
-def diff(before: Audit, after: Audit) -> tuple[PageChange, ...]:
-    """The pages that went private, were rewritten, or returned, between two audits; by library and vaddr.
-
-    Processes in both audits (the same pid and start) are compared one by one.  Where none is, as after a
-    restart, only what any process has is compared.
-    """
-    if before.page_size != after.page_size:
-        found = f"pages of {before.page_size} and of {after.page_size} bytes"
-        raise UsageError(f"audits of different machines cannot be compared: found {found}")
-    common = {(one.pid, one.started) for one in before.processes}
-    common &= {(one.pid, one.started) for one in after.processes}
-    pids = frozenset(pid for pid, _ in common) if common else None
-    changes: list[PageChange] = []
-    old = {_key(one): one for one in before.libraries}
-    new = {_key(one): one for one in after.libraries}
-    for key in [*new, *(key for key in old if key not in new)]:
-        changes += _changes(old.get(key), new.get(key), pids)
-    return tuple(changes)
-
-
-def _key(library: AuditedLibrary) -> str:
-    return library.build_id or library.path
-
-
-def _changes(
-    old: AuditedLibrary | None, new: AuditedLibrary | None, pids: frozenset[int] | None
-) -> Iterable[PageChange]:
-    shown = new or old
-    if shown is None:
-        return
-    before, after = _rows(old, pids), _rows(new, pids)
-    # A process that has not had the library before has not eroded: it has just loaded it.
-    had, has = _having(old, pids), _having(new, pids)
-    sections = {page.vaddr: page.section for one in (old, new) if one for page in _every_private(one)}
-    found: dict[tuple[int, str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
-    for place in sorted({*before, *after}):
-        vaddr, pid = place
-        if pid not in had or pid not in has:
-            continue
-        was, now = before.get(place), after.get(place)
-        if now is None:
-            change, row = "returned", was or _Row()
-        elif was is None or (now.alone and not was.alone):
-            change, row = "private", now
-        else:
-            change, row = "rewritten", _Row(now.causes - was.causes, now.written - was.written)
-            if "unknown" in was.causes | now.causes or not (row.causes or row.written):
-                continue
-        causes, symbols = row.causes, row.written
-        found.setdefault((vaddr, change, tuple(sorted(causes)), tuple(sorted(symbols))), []).append(pid)
-    for (vaddr, change, causes_of, symbols_of), who in found.items():
-        named = () if pids is None else tuple(who)
-        yield PageChange(
-            shown.path, shown.build_id, vaddr, sections[vaddr], change, causes_of, symbols_of, len(who), named
-        )
-
-
-def _having(library: AuditedLibrary | None, pids: frozenset[int] | None) -> frozenset[int]:
-    """The processes that have it; 0 stands for any where they cannot be compared."""
-    if library is None:
-        return frozenset()
-    return frozenset({0}) if pids is None else frozenset(one.pid for one in library.processes) & pids
-
-
-def _rows(library: AuditedLibrary | None, pids: frozenset[int] | None) -> dict[tuple[int, int], _Row]:
-    """What each process has, by vaddr and pid; where they cannot be compared, what any has."""
-    rows: dict[tuple[int, int], _Row] = {}
-    for page in _every_private(library) if library is not None else ():
-        for pid in page.pids:
-            place = page.vaddr, 0 if pids is None else pid
-            if pids is None or pid in pids:
-                known, alone = rows.get(place, _Row()), pid not in page.common
-                causes, written = known.causes.union(page.causes), known.written.union(page.written)
-                rows[place] = _Row(causes, written, known.alone or alone)
-    return rows
-
-
-def _every_private(library: AuditedLibrary) -> Iterable[PrivatePage]:
-    return (*library.private_pages, *library.bss_pages, *library.swapped_pages)

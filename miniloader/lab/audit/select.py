@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import pwd
+from fnmatch import fnmatch
 
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
-from miniloader.lab.audit.audit import matches
 from miniloader.values import dataclass
 
-__all__ = ["choose"]
+__all__ = ["choose", "matches"]
 
 
 @dataclass(frozen=True)
-class _Process:
+class _Candidate:
+    """A process that may be chosen: its parent, its user, and the names it goes by."""
+
     pid: int
     parent: int
     uid: int
@@ -29,21 +31,32 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
     unknown user, or when there is no process ``tree``; EvidenceError where ``/proc`` is not mounted.
     """
     require_proc()
-    every = {one.pid: one for one in _all()}
-    chosen = set(every)
+    candidates = {process.pid: process for process in _all()}
+    chosen = set(candidates)
     if tree is not None:
-        if tree not in every:
+        if tree not in candidates:
             raise UsageError(f"--tree {tree}: there is no such process")
-        chosen = _descendants(tree, every)
+        chosen = _descendants(tree, candidates)
     if user is not None:
         uid = _uid(user)
-        chosen = {pid for pid in chosen if every[pid].uid == uid}
+        chosen = {pid for pid in chosen if candidates[pid].uid == uid}
     if name is not None:
-        chosen = {pid for pid in chosen if matches(name, *every[pid].names)}
+        chosen = {pid for pid in chosen if matches(name, *candidates[pid].names)}
     return tuple(sorted(chosen - {os.getpid()}))
 
 
-def _all() -> list[_Process]:
+def matches(pattern: str, *texts: str) -> bool:
+    """Whether a shell pattern fits one of ``texts``; a pattern without wildcards fits what it is a part of.
+
+    >>> matches("lib*", "/lib/libz.so.1", "libz.so.1"), matches("ibz", "libz.so.1"), matches("z*", "libz.so")
+    (True, True, False)
+    """
+    if any(mark in pattern for mark in "*?["):
+        return any(fnmatch(text, pattern) for text in texts)
+    return any(pattern in text for text in texts)
+
+
+def _all() -> list[_Candidate]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -54,26 +67,26 @@ def _all() -> list[_Process]:
     return found
 
 
-def _read(pid: int) -> _Process:
+def _read(pid: int) -> _Candidate:
     name, fields = read_stat(pid)
     if fields[20] == "0":  # vsize
         raise EvidenceError(f"process {pid}: has no memory")
     command = os.fsdecode(read_process_file(pid, "cmdline")).split("\0")
     names = (name, os.path.basename(command[0]))
-    return _Process(pid, int(fields[1]), os.stat(process_file(pid, "")).st_uid, names)
+    return _Candidate(pid, int(fields[1]), os.stat(process_file(pid, "")).st_uid, names)
 
 
-def _descendants(root: int, every: dict[int, _Process]) -> set[int]:
+def _descendants(root: int, candidates: dict[int, _Candidate]) -> set[int]:
     children: dict[int, list[int]] = {}
-    for one in every.values():
-        children.setdefault(one.parent, []).append(one.pid)
-    found, left = set[int](), [root]
-    while left:
-        pid = left.pop()
-        if pid not in found:
-            found.add(pid)
-            left += children.get(pid, [])
-    return found
+    for process in candidates.values():
+        children.setdefault(process.parent, []).append(process.pid)
+    descendants, waiting = set[int](), [root]
+    while waiting:
+        pid = waiting.pop()
+        if pid not in descendants:
+            descendants.add(pid)
+            waiting += children.get(pid, [])
+    return descendants
 
 
 def _uid(user: str) -> int:

@@ -7,31 +7,32 @@ after everything else; a copied page whose entry differs is ``unknown``, as "cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import ElfError, EvidenceError, ProcessGone
 from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
+from miniloader.evidence.layout import Layouts
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.procfs import read_stat
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.arrangement import Arrangement, Arrangements
 from miniloader.lab.audit.mapped_files import Identity, MappedFile, MappedFiles
-from miniloader.lab.audit.process_pages import Pages, Rows, Some, length, number
+from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, count_set
 from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
 from miniloader.values import dataclass
 
-__all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Survey", "locate", "space_of", "survey"]
+__all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Memo", "Survey", "locate", "space_of", "survey"]
 
 CHANGED: Final = "changed while we looked"
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _TOP: Final = 1 << 63  # above is the kernel's half
-_LOW: Final = 1 << 40  # below, there may be no room for a load bias
 _MOST_CODE: Final = 1 << 16
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
@@ -57,9 +58,9 @@ class FileInProcess:
     mapped: int
     swapped_vaddrs: NDArray[np.uint64]
     bss_vaddrs: NDArray[np.uint64]
-    copies: Some
+    copies: PageColumns
     copied: Rows
-    originals: Some
+    originals: PageColumns
     own: Rows
     causes: NDArray[np.uint8]
     reasons: dict[int, str]
@@ -69,12 +70,12 @@ class FileInProcess:
     @property
     def private(self) -> int:
         """How many pages are copies."""
-        return length(self.copied)
+        return count_rows(self.copied)
 
     @property
     def shared(self) -> int:
         """How many present pages are the file's own."""
-        return length(self.own)
+        return count_rows(self.own)
 
     @property
     def addresses(self) -> NDArray[np.uint64]:
@@ -103,7 +104,7 @@ class FileInProcess:
 
     @property
     def several_frames(self) -> NDArray[np.uint64]:
-        """The frames of those."""
+        """The frames of the copied pages that are mapped elsewhere, too."""
         if not len(self.copies.several):
             return self.copies.several
         return self.frames[self.is_common]
@@ -115,7 +116,7 @@ class FileInProcess:
 
     @property
     def own_offsets(self) -> NDArray[np.uint64]:
-        """The places of these pages in the file."""
+        """The place in the file of each page that is the file's own."""
         return self.originals.file_offsets[self.own]
 
 
@@ -139,8 +140,8 @@ class Survey:
     zero: int
     huge: int
     swapped: int
-    copies: Some
-    originals: Some
+    copies: PageColumns
+    originals: PageColumns
     files: tuple[FileInProcess, ...]
 
     @property
@@ -150,16 +151,29 @@ class Survey:
 
     @property
     def frames_outside_files(self) -> NDArray[np.uint64]:
-        """The frames of the other rss pages, but for the own pages of ``files``."""
+        """The frames of all rss pages but those that are mapped by it alone, and the own pages of ``files``."""
         outside = np.ones(len(self.originals.frames), np.bool_)
-        for one in self.files:
-            outside[one.own] = False
+        for placed in self.files:
+            outside[placed.own] = False
         return np.concatenate([self.copies.several, self.originals.frames[outside]])
+
+
+class Memo:
+    """What processes have in common, worked out once for all of them.
+
+    Their ``files`` are opened and read once, how these lie in a process (``arrangements``) and how the slots
+    lie on the pages that were copied (``layouts``) is kept for the next process that has the same.
+    """
+
+    def __init__(self) -> None:
+        self.files = MappedFiles()
+        self.arrangements = Arrangements()
+        self.layouts = Layouts()
 
 
 def survey(
     pid: int,
-    files: MappedFiles,
+    memo: Memo,
     *,
     causes: bool = True,
     frames: bool = True,
@@ -167,40 +181,44 @@ def survey(
 ) -> Survey:
     """Look at process ``pid``; ``wanted`` chooses the files to tell about one by one.
 
+    >>> import os
+    >>> found = survey(os.getpid(), Memo(), causes=False, frames=False)
+    >>> found.pid == os.getpid(), found.rss >= found.exclusive > 0
+    (True, True)
+
     Raises ProcessGone when it ends or executes another program meanwhile, EvidenceError when it may not be
     looked at.
     """
     name, parent, started, stack = _status(pid)
     with PageMap(pid) as pagemap:
-        vmas, pages, found = locate(pid, pagemap, files, frames=frames)
+        vmas, pages, found = locate(pid, pagemap, memo, frames=frames)
         _check_program(pid, vmas, stack)
-        chosen = [one for one in found if wanted(one.file.identity)]
+        chosen = [placed for placed in found if wanted(placed.file.identity)]
         if causes:
-            _explain(pid, files, vmas, pages, found, chosen)
+            _explain(pid, memo, vmas, pages, found, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         return _summed(pages, pid, name, parent, started, tuple(chosen))
 
 
 def locate(
-    pid: int, pagemap: PageMap, files: MappedFiles, *, frames: bool
+    pid: int, pagemap: PageMap, memo: Memo, *, frames: bool
 ) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
-    vmas, beforehand = _mappings(pid, files)
+    vmas, prepared = _mappings(pid, memo.files)
     pages = Pages(pagemap, vmas, frames=frames)
-    places = [place for indices in _by_file(vmas) for place in _places(pid, files, vmas, indices)]
-    found = _files_in_process(places, vmas, pages)
-    if beforehand:
-        for one in found:
-            inside = (pages.addresses >= one.start) & (pages.addresses < one.end)
+    found = _files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
+    if prepared:
+        for placed in found:
+            inside = (pages.addresses >= placed.start) & (pages.addresses < placed.end)
             own = inside & pages.own
-            one.beforehand = number(np.isin(pages.vma[own], list(beforehand)))
+            placed.beforehand = count_set(np.isin(pages.vma[own], list(prepared)))
     return vmas, pages, found
 
 
 def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[int]]:
     """All mappings, and which of them have pages relocated beforehand."""
     vmas = read_maps(pid)
-    return files.beforehand.in_place(pid, vmas[:-1] if vmas and vmas[-1].start >= _TOP else vmas)
+    return files.prepared.in_place(pid, vmas[:-1] if vmas and vmas[-1].start >= _TOP else vmas)
 
 
 def _summed(
@@ -212,13 +230,13 @@ def _summed(
         name=name,
         parent=parent,
         started=started,
-        rss=number(pages.counted) - pages.zeros_among,
-        exclusive=number(pages.copies.exclusive) + number(pages.originals.exclusive),
+        rss=count_set(pages.counted) - pages.zeros_among,
+        exclusive=count_set(pages.copies.exclusive) + count_set(pages.originals.exclusive),
         anonymous=len(pages.copies.exclusive) - pages.zeros_among,
-        anonymous_shared=number(~pages.copies.exclusive) - pages.zeros_among,
-        zero=number(pages.zero) + pages.zeros_among,
+        anonymous_shared=count_set(~pages.copies.exclusive) - pages.zeros_among,
+        zero=count_set(pages.zero) + pages.zeros_among,
         huge=pages.huge,
-        swapped=number(pages.swapped),
+        swapped=count_set(pages.swapped),
         copies=pages.copies,
         originals=pages.originals,
         files=files,
@@ -242,76 +260,9 @@ def _check_program(pid: int, vmas: Sequence[Vma], stack: int) -> None:
         raise ProcessGone(pid, "has executed another program meanwhile")
 
 
-def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
-    """The private mappings of each file, by address."""
-    found: dict[tuple[object, ...], list[int]] = {}  # as Identity, of which it would be one for each mapping
-    for index, vma in enumerate(vmas):
-        if vma.inode and not vma.shared:
-            found.setdefault((vma.device, vma.inode, vma.path, vma.deleted), []).append(index)
-    return found.values()
-
-
-class _Place(NamedTuple):
-    """A file in the process: its load bias, and its mappings (by index)."""
-
-    file: MappedFile
-    bias: int
-    indices: list[int]
-
-
-def _places(pid: int, files: MappedFiles, vmas: Sequence[Vma], indices: list[int]) -> Iterable[_Place]:
-    """Where the file of these mappings lies: once, or several times."""
-    file = files.of(pid, vmas[indices[0]])
-    left = indices
-    while left:
-        bias, places = _together(file, [vmas[index] for index in left])
-        mine = [left[place] for place in places]
-        yield _Place(file, bias, mine)
-        left = [index for index in left if index not in mine] if len(mine) < len(left) else []
-
-
-def _together(file: MappedFile, vmas: Sequence[Vma]) -> tuple[int, list[int]]:
-    """The load bias of the first mapping, and which ones (by place) belong to the same image.
-
-    The same file is mapped in the same way by most processes, but for where it begins.
-    """
-    first = vmas[0].start
-    known = file.arrangements
-    key = tuple([(vma.start - first, vma.end - first, vma.file_offset) for vma in vmas])
-    if key not in known or first < _LOW:
-        bias, span = _bias(file, vmas[0])
-        places = [at for at, vma in enumerate(vmas) if at == 0 or _belongs(file, vma, bias, span)]
-        known[key] = bias - first, places
-    past, places = known[key]
-    return first + past, places
-
-
-def _bias(file: MappedFile, vma: Vma) -> tuple[int, tuple[int, int]]:
-    """The load bias that puts the file's image where its first mapping is, and its addresses."""
-    plan = file.facts.plan if file.facts is not None else None
-    for mapping in plan.mappings if plan is not None else ():
-        past = vma.file_offset - mapping.file_offset
-        if plan is not None and mapping.kind == "file" and 0 <= past < mapping.length:
-            bias = vma.start - mapping.start - past
-            if bias >= 0:
-                return bias, (bias + plan.start, bias + plan.end)
-    return vma.start - vma.file_offset, (vma.start, vma.end)
-
-
-def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bool:
-    """Whether a mapping is part of the image at ``bias``: where it should be, with what should be there."""
-    plan = file.facts.plan if file.facts is not None else None
-    if plan is None:
-        return vma.start - vma.file_offset == bias
-    if not (span[0] <= vma.start and vma.end <= span[1]):
-        return False
-    mapping = plan.at(vma.start - bias)
-    if mapping is None or mapping.kind != "file":
-        return True  # a gap, which is reserved by a mapping of the file
-    return vma.file_offset == mapping.file_offset + (vma.start - bias - mapping.start)
-
-
-def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Pages) -> list[FileInProcess]:
+def _files_in_process(
+    arrangements: Sequence[Arrangement], vmas: Sequence[Vma], pages: Pages
+) -> list[FileInProcess]:
     copies, originals, swapping = pages.copies, pages.originals, any(pages.swapped_in)
     found = [
         FileInProcess(
@@ -330,7 +281,7 @@ def _files_in_process(places: Sequence[_Place], vmas: Sequence[Vma], pages: Page
             reasons={},
             written=_NOTHING_WRITTEN,
         )
-        for file, bias, indices in places
+        for file, bias, indices in arrangements
     ]
     _find_bss(found, pages.anonymous)
     return found
@@ -344,61 +295,62 @@ def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.u
 
 def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
     """Set the vaddrs of the present anonymous pages of each image's bss: all are looked up at once."""
-    whose, ends = list[FileInProcess](), list[int]()
-    for one in found:
-        for start, end in one.file.facts.zeros if one.file.facts is not None else ():
-            whose.append(one)
-            ends += ((one.base + start) % 2**64, (one.base + end) % 2**64)
+    owners, ends = list[FileInProcess](), list[int]()
+    for placed in found:
+        for start, end in placed.file.facts.zeros if placed.file.facts is not None else ():
+            owners.append(placed)
+            ends += ((placed.base + start) % 2**64, (placed.base + end) % 2**64)
     at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
-    for one, low, high in zip(whose, at[::2], at[1::2], strict=True):
+    for placed, low, high in zip(owners, at[::2], at[1::2], strict=True):
         if low < high:
-            vaddrs = anonymous[low:high] - np.uint64(one.base % 2**64)
-            one.bss_vaddrs = np.concatenate([one.bss_vaddrs, vaddrs]) if len(one.bss_vaddrs) else vaddrs
+            vaddrs = anonymous[low:high] - np.uint64(placed.base % 2**64)
+            bss = placed.bss_vaddrs
+            placed.bss_vaddrs = np.concatenate([bss, vaddrs]) if len(bss) else vaddrs
 
 
 def _explain(
     pid: int,
-    files: MappedFiles,
+    memo: Memo,
     vmas: Sequence[Vma],
     pages: Pages,
     found: list[FileInProcess],
     chosen: list[FileInProcess],
 ) -> None:
     """Fill in the causes, and take back what may have changed meanwhile."""
-    for one in chosen:
-        one.causes = np.zeros(one.private, np.uint8)
+    for placed in chosen:
+        placed.causes = np.zeros(placed.private, np.uint8)
     try:
         space = space_of(pid, vmas, found)
         with ProcessMemory(pid) as memory:
-            for one in chosen:
-                _explain_one(one, memory, space)
+            for placed in chosen:
+                _explain_file(placed, memory, space, memo.layouts)
     except ProcessGone:
         raise
     except EvidenceError as error:
-        for one in chosen:
-            _unknown(one, np.arange(one.private), str(error))
+        for placed in chosen:
+            _unknown(placed, np.arange(placed.private), str(error))
         return
     changed = pages.addresses[pages.changed()]
-    after = {vma.start: vma for vma in _mappings(pid, files)[0]}
+    after = {vma.start: vma for vma in _mappings(pid, memo.files)[0]}
     moved = [vma for vma in vmas if vma.is_file and after.get(vma.start) != vma]
-    for one in chosen:
-        addresses = one.addresses
-        now = np.isin(addresses, changed)
+    for placed in chosen:
+        addresses = placed.addresses
+        doubtful = np.isin(addresses, changed)
         for vma in moved:
-            now |= (addresses >= vma.start) & (addresses < vma.end)
-        _unknown(one, np.flatnonzero(now), CHANGED)
+            doubtful |= (addresses >= vma.start) & (addresses < vma.end)
+        _unknown(placed, np.flatnonzero(doubtful), CHANGED)
 
 
 def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
     """What is where in a process; raises ProcessGone, or EvidenceError where its memory must not be read."""
-    placed = []
-    for one in found:
-        plan = one.file.facts.plan if one.file.facts is not None else None
-        end = max(one.end, one.base + plan.end) if plan is not None else one.end
-        placed.append(Placed(one.base, one.start, end, one.file.facts))
+    extents = []
+    for placed in found:
+        plan = placed.file.facts.plan if placed.file.facts is not None else None
+        end = max(placed.end, placed.base + plan.end) if plan is not None else placed.end
+        extents.append(Placed(placed.base, placed.start, end, placed.file.facts))
     code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
     vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
-    return Space(placed, code, vdso, _stand_ins(pid, vmas))
+    return Space(extents, code, vdso, _stand_ins(pid, vmas))
 
 
 def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
@@ -423,29 +375,36 @@ def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
     return found
 
 
-def _explain_one(one: FileInProcess, memory: ProcessMemory, space: Space) -> None:
-    if not one.private:
+def _explain_file(placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts) -> None:
+    if not placed.private:
         return
-    if one.file.facts is None:
-        _unknown(one, np.arange(one.private), one.file.trouble)
+    if placed.file.facts is None:
+        _unknown(placed, np.arange(placed.private), placed.file.trouble)
         return
-    live, read = memory.pages(one.addresses)
+    live, read = memory.pages(placed.addresses)
     try:
         answer: Classified = classify(
-            one.file.facts, space, one.base, one.vaddrs, one.file_offsets, live, words="none"
+            placed.file.facts,
+            space,
+            placed.base,
+            placed.vaddrs,
+            placed.file_offsets,
+            live,
+            words="none",
+            layouts=layouts,
         )
     except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
-        _unknown(one, np.arange(one.private), str(error))
+        _unknown(placed, np.arange(placed.private), str(error))
         return
-    one.causes, one.written = answer.causes, answer.written
-    trouble = one.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
-    one.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
-    _unknown(one, np.flatnonzero(~read), CHANGED)
+    placed.causes, placed.written = answer.causes, answer.written
+    trouble = placed.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
+    placed.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
+    _unknown(placed, np.flatnonzero(~read), CHANGED)
 
 
-def _unknown(one: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:
+def _unknown(placed: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:
     """Take back what was said about these pages."""
     if len(pages):
-        one.causes[pages] = bit("unknown")
-        one.reasons |= dict.fromkeys(pages.tolist(), reason)
-        one.written = one.written[~np.isin(one.written[:, 0], pages)]
+        placed.causes[pages] = bit("unknown")
+        placed.reasons |= dict.fromkeys(pages.tolist(), reason)
+        placed.written = placed.written[~np.isin(placed.written[:, 0], pages)]

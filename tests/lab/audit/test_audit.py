@@ -34,7 +34,7 @@ from miniloader.lab.audit.audit import jobs_for
 from miniloader.lab.audit.mapped_files import MappedFiles
 from miniloader.lab.audit.result import Audit
 from miniloader.lab.audit.select import choose
-from miniloader.lab.audit.survey import survey
+from miniloader.lab.audit.survey import Memo, survey
 from tests.conftest import NOBODY, AsNobody
 from tests.lab.audit.told_processes import ANONYMOUS, Told, rollup_of, smaps_of, told, told_children
 from tests.memory import failing
@@ -133,7 +133,7 @@ def test_each_library_s_sums_are_those_of_smaps(servers: list[int]) -> None:
 def test_both_readings_of_the_page_table_agree(servers: list[int]) -> None:
     """The copied pages by pagemap's bits, and by PAGEMAP_SCAN."""
     for pid in servers:
-        seen = survey(pid, MappedFiles(), causes=False)
+        seen = survey(pid, Memo(), causes=False)
         with PageMap(pid) as pagemap:
             for one in seen.files:
                 try:
@@ -536,8 +536,8 @@ def test_a_child_by_vfork_that_executes_meanwhile(tmp_path: Path, monkeypatch: p
             with monkeypatch.context() as patch:
                 patch.setattr(PageMap, "__init__", executes)
                 with pytest.raises(ProcessGone, match="has executed another program"):
-                    survey(child, MappedFiles())
-            assert survey(child, MappedFiles()).name == "sleep"
+                    survey(child, Memo())
+            assert survey(child, Memo()).name == "sleep"
         finally:
             os.kill(child, signal.SIGKILL)
             parent.kill()

@@ -14,8 +14,9 @@ import miniloader
 from miniloader.errors import UsageError
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.diff import diff
 from miniloader.lab.audit.page_words import view_page
-from miniloader.lab.audit.result import AuditedLibrary, PrivatePage, diff
+from miniloader.lab.audit.result import AuditedLibrary, PrivatePage
 from miniloader.report.audit import summary, tick
 from miniloader.report.text import plain
 from tests.conftest import AsNobody

@@ -19,8 +19,9 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel.frames import has_merged, marks_merged
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.diff import diff
 from miniloader.lab.audit.page_words import view_page
-from miniloader.lab.audit.result import AuditedLibrary, AuditedProcess, LibraryProcess, diff
+from miniloader.lab.audit.result import AuditedLibrary, AuditedProcess, LibraryProcess
 from miniloader.report.audit import lines, tick
 from miniloader.report.text import plain
 from miniloader.testing import assert_copied_only, assert_private_pages, snapshot

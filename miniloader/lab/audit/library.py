@@ -1,0 +1,326 @@
+"""One library of an audit: its files and processes, its private pages and what is on them.
+
+Files are one library where they have the same build-id or a frame in common.  A :class:`Occurrence` is one of
+its files in one process, of which there may be several.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.evidence.cause import bit, cause_names
+from miniloader.evidence.slots import LOADER, FileFacts
+from miniloader.kernel.features import LevelName
+from miniloader.kernel.frames import distinct
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.mapped_files import MappedFile
+from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivatePage
+from miniloader.lab.audit.survey import SWAPPED_OUT, FileInProcess, Survey
+from miniloader.values import dataclass
+
+__all__ = ["Occurrence", "libraries_of", "occurrences_of"]
+
+_BSS: Final = bit("bss")
+_RELOCATION: Final = bit("relocation")
+_UNKNOWN: Final = bit("unknown")
+_WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
+
+
+@dataclass(frozen=True, eq=False)
+class Occurrence:
+    """A file in process ``pid``, and the frames of those of its pages there that are the file's own.
+
+    Processes that run the same program often have just the same frames: then it is one array.
+    """
+
+    pid: int
+    placed: FileInProcess
+    frames: NDArray[np.uint64]
+
+    @property
+    def file(self) -> MappedFile:
+        """The file."""
+        return self.placed.file
+
+
+def occurrences_of(surveys: Sequence[Survey]) -> list[list[Occurrence]]:
+    """The files of each process."""
+    arrays: dict[tuple[int, bytes], NDArray[np.uint64]] = {}
+    occurrences = []
+    for process in surveys:
+        of_process = list[Occurrence]()
+        for placed in process.files:
+            frames = placed.file_frames
+            frames = arrays.setdefault((placed.file.number, frames.tobytes()), frames)
+            of_process.append(Occurrence(process.pid, placed, frames))
+        occurrences.append(of_process)
+    return occurrences
+
+
+def libraries_of(
+    files: Sequence[Sequence[Occurrence]],
+    level: LevelName,
+    merged: NDArray[np.uint64] | None,
+    *,
+    causes: bool,
+) -> tuple[AuditedLibrary, ...]:
+    """The libraries of all processes, whose ``files`` are given, those with the most private pages first.
+
+    ``merged`` are the frames that KSM has merged pages into, None where that is not known.  Without
+    ``causes`` no private page is told one by one.
+    """
+    libraries = [_library(group, level, causes, merged) for group in _grouped(files)]
+    return tuple(sorted(libraries, key=lambda library: (-library.private, -library.present, library.path)))
+
+
+def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """The different values in all arrays, sorted."""
+    return distinct(np.concatenate([np.empty(0, np.uint64), *arrays]))
+
+
+def _grouped(files: Sequence[Sequence[Occurrence]]) -> list[list[Occurrence]]:
+    """What belongs to one library: files with one build-id, or with a frame in common."""
+    occurrences = [occurrence for of_process in files for occurrence in of_process]
+    leader: dict[int, int] = {}
+
+    def root(number: int) -> int:
+        while leader.setdefault(number, number) != number:
+            number = leader[number]
+        return number
+
+    by_build_id: dict[str, int] = {}
+    for file in {occurrence.file.number: occurrence.file for occurrence in occurrences}.values():
+        if file.build_id is not None:
+            leader[root(file.number)] = root(by_build_id.setdefault(file.build_id, file.number))
+    for first, second in _with_common_frames(occurrences):
+        leader[root(first)] = root(second)
+    groups: dict[int, list[Occurrence]] = {}
+    for occurrence in occurrences:
+        groups.setdefault(root(occurrence.file.number), []).append(occurrence)
+    return list(groups.values())
+
+
+def _with_common_frames(occurrences: Sequence[Occurrence]) -> Iterable[tuple[int, int]]:
+    """Pairs of file numbers that have a frame of the page cache in common: one file under two names."""
+    different = {id(occurrence.frames): occurrence for occurrence in occurrences}.values()
+    frames = np.concatenate([np.empty(0, np.uint64), *[occurrence.frames for occurrence in different]])
+    numbers = np.array([occurrence.file.number for occurrence in different], np.int64)
+    number = np.repeat(numbers, [len(occurrence.frames) for occurrence in different])
+    frames, number = frames[frames != 0], number[frames != 0]
+    order = np.argsort(frames, kind="stable")
+    frames, number = frames[order], number[order]
+    common = (frames[1:] == frames[:-1]) & (number[1:] != number[:-1])
+    pairs = distinct(number[:-1][common] << 32 | number[1:][common])
+    return [(pair >> 32, pair & 0xFFFFFFFF) for pair in pairs.tolist()]
+
+
+def _library(
+    occurrences: Sequence[Occurrence], level: LevelName, causes: bool, merged: NDArray[np.uint64] | None
+) -> AuditedLibrary:
+    files = [occurrence.file for occurrence in occurrences]
+    paths = Counter(file.identity.path for file in files)
+    readable = next((file for file in files if file.facts is not None), files[0])
+    return AuditedLibrary(
+        path=max(paths, key=paths.__getitem__),
+        build_id=next((file.build_id for file in files if file.build_id), None),
+        files=_separate_files(occurrences),
+        frames=_frames(occurrences, level),
+        processes=tuple(_in_process(occurrence, merged) for occurrence in occurrences),
+        private_pages=_private_pages(occurrences, readable.facts) if causes else (),
+        bss_pages=_bss_pages(occurrences, readable.facts) if causes else (),
+        swapped_pages=_swapped_pages(occurrences, readable.facts) if causes else (),
+    )
+
+
+def _in_process(occurrence: Occurrence, merged: NDArray[np.uint64] | None) -> LibraryProcess:
+    placed, several = occurrence.placed, occurrence.placed.several_frames
+    by_ksm = int(np.isin(several, merged).sum()) if merged is not None and len(merged) else 0
+    return LibraryProcess(
+        pid=occurrence.pid,
+        base=placed.base,
+        mapped=placed.mapped,
+        present=placed.shared + placed.private,
+        shared=placed.shared,
+        private=placed.private,
+        inherited=len(several) - by_ksm,
+        merged=None if merged is None and len(several) else by_ksm,
+        bss=len(placed.bss_vaddrs),
+        swapped=len(placed.swapped_vaddrs),
+        beforehand=placed.beforehand,
+    )
+
+
+def _separate_files(occurrences: Sequence[Occurrence]) -> int:
+    """How many files a library is: those with a frame in common are one."""
+    files = {occurrence.file.number: occurrence.file for occurrence in occurrences}
+    if len(files) == 1:
+        return 1
+    joined = {number: number for number in files}
+    for first, second in _with_common_frames(occurrences):
+        old, new = joined[second], joined[first]
+        joined = {number: new if leader == old else leader for number, leader in joined.items()}
+    # The same device and inode under several names (containers, a deleted name) is one file, too.
+    inodes = {file.identity[:2] for file in files.values()}
+    return min(len(set(joined.values())), len(inodes))
+
+
+def _frames(occurrences: Sequence[Occurrence], level: LevelName) -> int:
+    """The pages of memory behind all present pages."""
+    private = sum([occurrence.placed.private for occurrence in occurrences])
+    if level == "frames":
+        # A copy that is mapped once is a frame of its own; the others may be anybody's.
+        several = [occurrence.placed.several_frames for occurrence in occurrences]
+        own = {id(occurrence.frames): occurrence.frames for occurrence in occurrences}.values()
+        return private - sum([len(frames) for frames in several]) + len(_distinct([*own, *several]))
+    places: dict[int, list[NDArray[np.uint64]]] = {}
+    for occurrence in occurrences:
+        places.setdefault(occurrence.file.number, []).append(occurrence.placed.own_offsets)
+    return private + sum(len(_distinct(offsets)) for offsets in places.values())
+
+
+# ------------------------------------------------------------------------------------------------ pages
+class _Holder(NamedTuple):
+    """A process that has a page: in which frame (0: not told), and whether somebody else has that, too."""
+
+    pid: int
+    frame: int = 0
+    common: bool = False
+
+
+@dataclass(frozen=True)
+class _OnPage:
+    """What the file says of one page: its section, the symbols that are relocated on it, the kinds."""
+
+    section: str
+    relocated: frozenset[int]
+    kinds: dict[str, int]
+
+
+_Key = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
+"""What processes have alike of a private page: vaddr, causes, reason, the numbers of the symbols that were
+written after relocation, and of those that only the loader wrote."""
+
+
+def _private_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+    """The private pages, processes with the same page, causes and symbols together."""
+    holders: dict[_Key, list[_Holder]] = {}
+    for occurrence in occurrences:
+        for key, holder in _pages_of(occurrence):
+            holders.setdefault(key, []).append(holder)
+    on_pages = {vaddr: _on_page(facts, vaddr) for vaddr in {key[0] for key in holders}}
+    return tuple(
+        _page(facts, on_pages[vaddr], vaddr, causes, reason, changed, kept, processes)
+        for (vaddr, causes, reason, changed, kept), processes in sorted(holders.items())
+    )
+
+
+def _pages_of(occurrence: Occurrence) -> Iterable[tuple[_Key, _Holder]]:
+    """The private pages of a file in a process."""
+    placed = occurrence.placed
+    written: dict[int, list[tuple[int, int]]] = {}
+    for page, symbol, cause in placed.written.tolist():
+        written.setdefault(page, []).append((symbol, cause))
+    columns = (placed.vaddrs, placed.causes, placed.frames, placed.is_common)
+    rows = zip(*[column.tolist() for column in columns], strict=True)
+    for page, (vaddr, causes, frame, common) in enumerate(rows):
+        symbols = written.get(page, ())
+        changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
+        kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
+        key = (vaddr, causes, placed.reasons.get(page, ""), changed, kept)
+        yield key, _Holder(occurrence.pid, frame, common)
+
+
+def _bss_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+    """The anonymous pages of bss; their symbols are all that lie on them."""
+    on_page = _OnPage(".bss", frozenset(), {})
+    holders = _holders((occurrence.pid, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
+    return tuple(
+        _page(facts, on_page, vaddr, _BSS, "", _bss_symbols(facts, vaddr), (), processes)
+        for vaddr, processes in holders
+    )
+
+
+def _swapped_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+    """The copies that are swapped out, whose cause cannot be known."""
+    holders = _holders((occurrence.pid, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
+    return tuple(
+        _page(facts, _on_page(facts, vaddr), vaddr, _UNKNOWN, SWAPPED_OUT, (), (), processes)
+        for vaddr, processes in holders
+    )
+
+
+def _holders(pages: Iterable[tuple[int, NDArray[np.uint64]]]) -> list[tuple[int, list[_Holder]]]:
+    """The processes that have each page, by vaddr; ``pages`` are a pid and its vaddrs, time after time."""
+    holders: dict[int, list[_Holder]] = {}
+    for pid, vaddrs in pages:
+        for vaddr in vaddrs.tolist():
+            holders.setdefault(vaddr, []).append(_Holder(pid))
+    return sorted(holders.items())
+
+
+def _on_page(facts: FileFacts | None, vaddr: int) -> _OnPage:
+    if facts is None:
+        return _OnPage("", frozenset(), {})
+    ends = np.array([vaddr, vaddr + PAGE_SIZE], np.uint64)
+    low, high = np.searchsorted(facts.slot_vaddrs, ends).tolist()
+    slots = facts.slots[low:high]
+    slots = slots[slots["what"] != LOADER]
+    numbers = facts.symbols_at(slots["vaddr"])
+    counts = sorted(Counter(slots["kind"].tolist()).items())
+    kinds = {facts.kind_name(kind): count for kind, count in counts}
+    return _OnPage(facts.section_on(vaddr), frozenset(numbers[numbers >= 0].tolist()), kinds)
+
+
+def _page(
+    facts: FileFacts | None,
+    on_page: _OnPage,
+    vaddr: int,
+    causes: int,
+    reason: str,
+    changed: tuple[int, ...],
+    kept: tuple[int, ...],
+    holders: Sequence[_Holder],
+) -> PrivatePage:
+    symbols = {*changed, *kept}
+    if causes & _RELOCATION:
+        symbols |= on_page.relocated
+    return PrivatePage(
+        vaddr=vaddr,
+        section=on_page.section,
+        symbols=_names(facts, symbols),
+        written=_names(facts, changed),
+        causes=cause_names(causes),
+        kinds=on_page.kinds if causes & _RELOCATION else {},
+        pids=tuple(holder.pid for holder in holders),
+        groups=_groups(holders),
+        reason=reason,
+        common=tuple(holder.pid for holder in holders if holder.common),
+    )
+
+
+def _names(facts: FileFacts | None, numbers: Iterable[int]) -> tuple[str, ...]:
+    """The symbols' names, by vaddr."""
+    return () if facts is None else tuple(facts.symbol_name(number) for number in sorted(numbers))
+
+
+def _groups(holders: Sequence[_Holder]) -> tuple[tuple[int, ...], ...]:
+    """The pids by frame; () where no two have the same, or frames are hidden.
+
+    >>> _groups([_Holder(1, 70), _Holder(2, 70), _Holder(3, 71)])
+    ((1, 2), (3,))
+    """
+    by_frame: dict[int, list[int]] = {}
+    for holder in holders:
+        by_frame.setdefault(holder.frame, []).append(holder.pid)
+    if 0 in by_frame or len(by_frame) == len(holders):
+        return ()
+    return tuple(tuple(pids) for pids in by_frame.values())
+
+
+def _bss_symbols(facts: FileFacts | None, vaddr: int) -> tuple[int, ...]:
+    return () if facts is None else facts.symbols_between(vaddr, vaddr + PAGE_SIZE)
