@@ -98,8 +98,9 @@ def audit(
 
 
 def jobs_for(pids: Collection[int]) -> int:
-    """How many jobs are worth their while for ``pids``; 1 where this process is among them, as the helpers that
-    it forks would share its memory.
+    """How many jobs are worth their while for ``pids``.
+
+    One where this process is among them: the helpers that it forks would share its memory.
 
     >>> jobs_for(range(1 << 22, (1 << 22) + 100))
     8
@@ -171,17 +172,15 @@ def _proportional(surveys: Sequence[Survey], files: Sequence[Sequence[Occurrence
     The kernel is asked at once about the frames of all, and each array of them is looked up only once.
     """
     outside = [process.frames_outside_files for process in surveys]
-    inside = {id(file.frames): file.frames for of_process in files for file in of_process}
-    arrays = inside | {id(frames): frames for frames in outside}
+    inside = [file.frames for mapped in files for file in mapped]
+    arrays = {id(array): array for array in (*inside, *outside)}
     frames = distinct(np.concatenate(list(arrays.values())))
     # A page that has been given up since counts as its own, not as infinitely shared.
     shares = PAGE_SIZE / np.maximum(map_counts(frames), np.uint64(1)).astype(np.float64)
     part = {key: float(shares[np.searchsorted(frames, array)].sum()) for key, array in arrays.items()}
     return [
-        round(
-            process.alone * PAGE_SIZE + part[id(rest)] + sum([part[id(file.frames)] for file in of_process])
-        )
-        for process, rest, of_process in zip(surveys, outside, files, strict=True)
+        round(process.alone * PAGE_SIZE + part[id(array)] + sum([part[id(file.frames)] for file in mapped]))
+        for process, array, mapped in zip(surveys, outside, files, strict=True)
     ]
 
 

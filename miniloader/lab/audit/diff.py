@@ -76,9 +76,8 @@ def _changes(
     before, after = _copies(old, pids), _copies(new, pids)
     # A process that has not had the library before has not eroded: it has just loaded it.
     had, has = _having(old, pids), _having(new, pids)
-    sections = {
-        page.vaddr: page.section for library in (old, new) if library for page in _every_private(library)
-    }
+    pages = [page for library in (old, new) if library for page in _every_private(library)]
+    sections = {page.vaddr: page.section for page in pages}
     found: dict[tuple[int, str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for place in sorted({*before, *after}):
         vaddr, pid = place

@@ -40,7 +40,7 @@ class MappedFile:
     """A file that is mapped somewhere: by process ``pid`` at ``vma``, where it was met first.
 
     ``build_id`` is the kernel's (in hexadecimal, None: none, or not known).  ``facts`` is None where the file
-    itself cannot be read, for the reason ``trouble``.  Pickled, it is only where it was met, and its build-id.
+    itself cannot be read, for the reason ``trouble``.  Pickled is only where it was met, and its build-id.
     """
 
     def __init__(self, number: int, pid: int, vma: Vma, build_id: str | None = None) -> None:

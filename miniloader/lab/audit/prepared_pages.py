@@ -62,9 +62,8 @@ class PreparedPages:
         mapping = cached.plan.at(vaddr)
         bias = vma.start - vaddr
         # Its device and path as maps has them, which may not be those of stat.
-        own = next(
-            (image for image in vmas if image.is_file and image.start == bias + cached.plan.start), None
-        )
+        start = bias + cached.plan.start
+        own = next((image for image in vmas if image.is_file and image.start == start), None)
         if own is None or mapping is None or own.inode != cached.ready.file[2]:
             return None
         return replace(

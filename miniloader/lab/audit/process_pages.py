@@ -123,8 +123,9 @@ class Pages:
         return zero, count_set(huge & ~zero), 0
 
     def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> tuple[NDArray[np.bool_], int, int]:
-        """What :meth:`_scanned` tells, by the flags of the frames, or by sums: which are the page of zeros, how
-        many are in huge pages, and how many zeros are among the other pages.
+        """Which are the page of zeros, how many are in huge pages, how many zeros are among the other pages.
+
+        Told by the flags of the frames, or by sums, for kernels without PAGEMAP_SCAN.
         """
         sums, maybe = zeros_by_sums(self._pagemap, vmas), doubtful(self.entries)
         if frames:

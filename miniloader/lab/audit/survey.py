@@ -151,7 +151,7 @@ class Survey:
 
     @property
     def frames_outside_files(self) -> NDArray[np.uint64]:
-        """The frames of all rss pages but those that are mapped by it alone, and the own pages of ``files``."""
+        """The frames of its rss pages but for copies that it alone has, and the files' own of ``files``."""
         outside = np.ones(len(self.originals.frames), np.bool_)
         for placed in self.files:
             outside[placed.own] = False
