@@ -29,10 +29,11 @@ from miniloader.elf.header import Segment
 from miniloader.errors import ElfError, UsageError
 from miniloader.values import dataclass
 
-__all__ = ["LoadPlan", "PlannedMapping", "Span", "plan_segments"]
+__all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]
 
 Kind = Literal["file", "zero", "gap"]
 _LAST: Final = 1 << 64
+_PROTECTIONS: Final = {"r": "PROT_READ", "w": "PROT_WRITE", "x": "PROT_EXEC"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,55 @@ class PlannedMapping:
     def length(self) -> int:
         """Bytes."""
         return self.end - self.start
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """A call of mmap, mprotect or memset that a loader makes to carry out a plan, and ``why``.
+
+    ``start`` is a vaddr and ``length`` is in bytes.  ``protection`` is ``""`` for memset; ``flags`` are those
+    of mmap, by name; ``file_offset`` is ``None`` where no file is mapped.  ``step`` is when it is made:
+    ``reserve`` and ``map`` come first, ``zero`` when all is mapped, ``protect`` when all is relocated.
+    """
+
+    step: Literal["reserve", "map", "zero", "protect"]
+    call: Literal["mmap", "mprotect", "memset"]
+    start: int
+    length: int
+    protection: str
+    flags: tuple[str, ...]
+    file_offset: int | None
+    why: str
+
+    @property
+    def end(self) -> int:
+        """The vaddr after the last byte."""
+        return self.start + self.length
+
+    def text(self, bias: int | None = None) -> str:
+        """The call as strace(1) would show it; without a ``bias``, addresses are relative to ``base``.
+
+        >>> PlannedCall("protect", "mprotect", 0x3000, 0x1000, "r--", (), None, "RELRO").text()
+        'mprotect(base+0x3000, 0x1000, PROT_READ)'
+        """
+        address = (
+            (f"base+{self.start:#x}" if self.start else "base") if bias is None else hex(bias + self.start)
+        )
+        if self.call == "memset":
+            return f"memset({address}, 0, {self.length:#x})"
+        protection = "|".join(_PROTECTIONS[sign] for sign in self.protection if sign != "-") or "PROT_NONE"
+        if self.call == "mprotect":
+            return f"mprotect({address}, {self.length:#x}, {protection})"
+        file = "-1, 0" if self.file_offset is None else f"fd, {self.file_offset:#x}"
+        if self.is_placed:
+            return f"mmap({address}, {self.length:#x}, {protection}, {'|'.join(self.flags)}, {file})"
+        less = f" - {self.start:#x}" if self.start else ""
+        return f"base = mmap(NULL, {self.length:#x}, {protection}, {'|'.join(self.flags)}, {file}){less}"
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the caller says where, and not the kernel."""
+        return self.call != "mmap" or not {"MAP_FIXED", "MAP_FIXED_NOREPLACE"}.isdisjoint(self.flags)
 
 
 @dataclass(frozen=True)
@@ -99,6 +149,24 @@ class LoadPlan:
     def at(self, vaddr: int) -> PlannedMapping | None:
         """The mapping that holds ``vaddr``."""
         return next((m for m in self.mappings if m.start <= vaddr < m.end), None)
+
+    def calls(self, *, placed: bool = False) -> tuple[PlannedCall, ...]:
+        """The mmap, mprotect and memset calls that carry the plan out, in order.
+
+        The kernel decides where the first one maps, unless it is ``placed`` by who loads; with that the load
+        bias (``base``) is settled, and all others are relative to it.
+
+        >>> text = PlannedMapping(0, 0x2000, 0, "r-x", "file")
+        >>> data = PlannedMapping(0x2000, 0x3000, 0x1000, "rw-", "file")
+        >>> plan = LoadPlan(0x1000, 0x1000, (text, data), (Span(0x2830, 0x3000),), Span(0x2000, 0x2000))
+        >>> for call in plan.calls():
+        ...     print(call.text())
+        base = mmap(NULL, 0x3000, PROT_NONE, MAP_PRIVATE, fd, 0x0)
+        mmap(base, 0x2000, PROT_READ|PROT_EXEC, MAP_PRIVATE|MAP_FIXED, fd, 0x0)
+        mmap(base+0x2000, 0x1000, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_FIXED, fd, 0x1000)
+        memset(base+0x2830, 0, 0x7d0)
+        """
+        return tuple(_calls(self, placed))
 
 
 def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None = None) -> LoadPlan:
@@ -202,3 +270,55 @@ def _relro(segments: Sequence[Segment], page_size: int) -> Span:
     if relro is None:
         return Span(0, 0)
     return Span(relro.vaddr & -page_size, relro.end & -page_size)
+
+
+# -------------------------------------------------------------------------------------------- the calls
+def _calls(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:
+    yield from _reserve(plan, placed)
+    flags = ("MAP_PRIVATE", "MAP_FIXED")
+    for mapping in plan.mappings:
+        start, length, protection = mapping.start, mapping.length, mapping.protection
+        if mapping.kind == "file":
+            why = f"{protection} pages of the file"
+            yield PlannedCall("map", "mmap", start, length, protection, flags, mapping.file_offset, why)
+        elif mapping.kind == "zero":
+            why = "bss: pages of zeroes, of no file"
+            yield PlannedCall("map", "mmap", start, length, protection, (*flags, "MAP_ANONYMOUS"), None, why)
+    for span in plan.zeroed:
+        yield from _zero(plan, span)
+    if plan.relro:
+        start, length, why = (
+            plan.relro.start,
+            plan.relro.end - plan.relro.start,
+            "RELRO, once it is relocated",
+        )
+        yield PlannedCall("protect", "mprotect", start, length, "r--", (), None, why)
+
+
+def _reserve(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:
+    """Room for the whole span, so that nothing else can come between: inaccessible pages of the file."""
+    flags: tuple[str, ...] = ("MAP_PRIVATE",)
+    if placed:
+        flags = ("MAP_PRIVATE", "MAP_FIXED_NOREPLACE")
+    elif plan.alignment > plan.page_size:
+        length, flags = plan.length + plan.alignment, ("MAP_PRIVATE", "MAP_ANONYMOUS")
+        why = f"room to spare: base is rounded up to {plan.alignment:#x}, what is left over unmapped"
+        yield PlannedCall("reserve", "mmap", plan.start, length, "---", flags, None, why)
+        flags = ("MAP_PRIVATE", "MAP_FIXED")
+    file_offset, why = plan.mappings[0].file_offset, "room for all, inaccessible"
+    yield PlannedCall("reserve", "mmap", plan.start, plan.length, "---", flags, file_offset, why)
+
+
+def _zero(plan: LoadPlan, span: Span) -> Iterator[PlannedCall]:
+    mapping = plan.at(span.start)
+    if mapping is None or mapping.kind != "file":
+        return  # a later segment took the page
+    start, sealed = span.start & -plan.page_size, "w" not in mapping.protection
+    pages = (start, span.end - start)
+    if sealed:
+        why = "writable until its end is zeroed"
+        yield PlannedCall("zero", "mprotect", *pages, "rw-", (), None, why)
+    why = "bss in the file's last page"
+    yield PlannedCall("zero", "memset", span.start, span.end - span.start, "", (), None, why)
+    if sealed:
+        yield PlannedCall("zero", "mprotect", *pages, mapping.protection, (), None, "as the segment asks")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf import LoadPlan
+from miniloader.elf import LoadPlan, PlannedCall
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
 from miniloader.errors import LoadError, SymbolError
@@ -20,7 +20,7 @@ from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
 from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Graph, Loaded
-from miniloader.loader.memory import Memory, map_plan, zero_tails
+from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
 from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
@@ -41,39 +41,32 @@ _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
 def map_library(graph: Graph, library: Loaded) -> None:
     """Reserve, map the segments, zero the tails."""
-    image = library.image
-    plan = image.plan(PAGE_SIZE)
-    memory = library.memory = _reserve(graph, library, plan)
-    text = f"{plan.length:#x} bytes at {memory.start:#x}"
-    graph.event("reserve", image.path, text, address=memory.start, length=plan.length)
-    for mapping in plan.mappings if graph.tell is not None else ():
-        start, end = memory.bias + mapping.start, memory.bias + mapping.end
-        text = f"{start:#x}-{end:#x} {mapping.protection} {mapping.kind}"
-        if mapping.kind == "file":
-            text += f", offset {mapping.file_offset:#x}"
-        graph.event("map", image.path, text, bias=memory.bias, mapping=mapping)
+    plan = library.image.plan(PAGE_SIZE)
+    library.memory = _reserve(graph, library, plan)
     if library.ready is None:  # its cached pages are as they have to be
-        _zero(graph, library)
+        library.memory.perform_step("zero")
 
 
 def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
     """Map it where it has been prepared for, where the caller wants it, or where there is room."""
     source, wanted = library.image.source, graph.policy.address if library is graph.new[0] else None
+
+    def tell(memory: Memory, call: PlannedCall) -> None:
+        numbers = {"bias": memory.bias, "address": memory.bias + call.start, "length": call.length}
+        settled = "" if call.is_placed else f"; base is {memory.bias:#x}"
+        text = f"{call.text(memory.bias)}: {call.why}{settled}"
+        graph.event(call.step, library.image.path, text, **numbers, call=call)
+
+    on_call = tell if graph.tell is not None else None
     if library.ready is not None:
         try:
             if wanted in (None, library.ready.address):
-                return map_plan(plan, source, address=library.ready.address)
+                return map_plan(plan, source, address=library.ready.address, on_call=on_call)
             reason = f"it was prepared for {library.ready.address:#x}"
         except LoadError as error:
             reason = str(error)
         library.give_up(graph, reason)
-    return map_plan(plan, source, address=wanted)
-
-
-def _zero(graph: Graph, library: Loaded) -> None:
-    zeroed = zero_tails(library.mapped)
-    if zeroed:
-        graph.event("zero", library.name, f"{zeroed} bytes of bss in file pages", bytes=zeroed)
+    return map_plan(plan, source, address=wanted, on_call=on_call)
 
 
 def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
@@ -96,11 +89,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
             _link(graph, library, order, carrier_of)
     except Stopped as stopped:
         refuse(image, stopped)
-    relro = memory.plan.relro
-    if relro:
-        memory.protect(relro.start, relro.end, "r--")
-        text = f"{memory.bias + relro.start:#x}-{memory.bias + relro.end:#x} r--"
-        graph.event("protect", image.path, text, start=relro.start, end=relro.end)
+    memory.perform_step("protect")
     if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
         table = library.ready.unwind_table if library.ready is not None else unwinder.eh_frame(image)
         if table is not None and unwinder.register(memory.bias + table):
@@ -122,7 +111,7 @@ def _fill(
         reason = str(error)
     if reason is not None:
         library.give_up(graph, reason)
-        _zero(graph, library)
+        memory.perform_step("zero")
         return False
     values, room = _values(library, ready, order), ready.room(memory)
     ready.fill(room, values)

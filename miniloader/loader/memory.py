@@ -1,28 +1,36 @@
 """Mapping a load plan into this process, and reading and writing what is mapped.
 
-The whole span is reserved by one inaccessible private mapping of the file and kept; each segment goes
-over its part with ``MAP_FIXED``, so no other thread's mapping can slip in between and the gaps stay
-inaccessible (and look in ``/proc/self/maps`` as ld.so leaves them).  Where a page of the file is gone, a read
+The calls made are :meth:`miniloader.elf.LoadPlan.calls`, in that order.  The whole span is reserved by one
+inaccessible private mapping of the file and kept; each segment goes over its part with ``MAP_FIXED``, so no
+other thread's mapping can slip in between and the gaps stay inaccessible (and look in ``/proc/self/maps`` as
+ld.so leaves them).  Where a page of the file is gone, a read
 or a write is an error and no SIGBUS, which ends the process: see :func:`miniloader.native.copy`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf import LoadPlan, PlannedMapping, Source
+from miniloader.elf import LoadPlan, PlannedCall, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.native import Stopped, copy
 
-__all__ = ["Memory", "map_plan", "protection_bits", "put_words"]
+__all__ = ["Memory", "flag_bits", "map_plan", "protection_bits", "put_words"]
 
 _BITS: Final = {"r": sys.PROT_READ, "w": sys.PROT_WRITE, "x": sys.PROT_EXEC, "-": 0, "p": 0}
+_FLAGS: Final = {
+    "MAP_PRIVATE": sys.MAP_PRIVATE,
+    "MAP_FIXED": sys.MAP_FIXED,
+    "MAP_FIXED_NOREPLACE": sys.MAP_FIXED_NOREPLACE,
+    "MAP_ANONYMOUS": sys.MAP_ANONYMOUS,
+}
 
 
 @lru_cache(maxsize=16)
@@ -31,14 +39,27 @@ def protection_bits(protection: str) -> int:
     return sum(_BITS[sign] for sign in protection)
 
 
-class Memory:
-    """The pages of one library in this process: ``bias`` + vaddr is the address of its byte ``vaddr``."""
+def flag_bits(flags: Iterable[str]) -> int:
+    """``MAP_PRIVATE`` and its like, by name, as mmap(2) wants them."""
+    return sum(_FLAGS[name] for name in flags)
 
-    def __init__(self, name: str, plan: LoadPlan, bias: int) -> None:
+
+OnCall = Callable[["Memory", PlannedCall], None]
+"""Called with a call of a plan once it is made, and the memory that it was made for."""
+
+
+class Memory:
+    """The pages of one library in this process: ``bias`` + vaddr is the address of its byte ``vaddr``.
+
+    ``on_call`` is told each call of the plan once it is made.
+    """
+
+    def __init__(self, name: str, plan: LoadPlan, bias: int, on_call: OnCall | None = None) -> None:
         self.name = name
         self.plan = plan
         self.bias = bias
         self.mapped = True
+        self._on_call = on_call
 
     @property
     def start(self) -> int:
@@ -70,6 +91,29 @@ class Memory:
         for vaddr, word in zip(vaddrs.tolist(), octets, strict=True):
             self.write(vaddr, word)
 
+    def perform(self, calls: Iterable[PlannedCall], source: Source | None = None) -> None:
+        """Make calls of the plan; ``source`` is the file, for those that map it.
+
+        :class:`LoadError` names the call that was refused.
+        """
+        for call in calls:
+            if call.call == "mmap":
+                self._map(call, source)
+            elif call.call == "mprotect":
+                self.protect(call.start, call.end, call.protection)
+            else:
+                self.write(call.start, np.zeros(call.length, np.uint8))
+            self.tell(call)
+
+    def perform_step(self, step: Literal["zero", "protect"]) -> None:
+        """Make the calls of one of the plan's steps that come after the mapping."""
+        self.perform(call for call in self.plan.calls() if call.step == step)
+
+    def tell(self, call: PlannedCall) -> None:
+        """Tell ``on_call`` that ``call`` has been made."""
+        if self._on_call is not None:
+            self._on_call(self, call)
+
     def protect(self, start: int, end: int, protection: str) -> None:
         """mprotect(2) the whole pages from vaddr ``start`` to ``end``."""
         try:
@@ -82,6 +126,12 @@ class Memory:
         if self.mapped:
             sys.munmap(self.start, self.plan.length)
             self.mapped = False
+
+    def _map(self, call: PlannedCall, source: Source | None) -> None:
+        try:
+            _mmap(call, self.bias + call.start, source)
+        except OSError as error:
+            raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}") from None
 
     def _transfer(self, vaddr: int, data: NDArray[Any], *, reading: bool) -> None:
         if not self.plan.start <= vaddr <= vaddr + data.nbytes <= self.plan.end:  # somebody else's memory
@@ -119,7 +169,9 @@ def put_words(
         buffer[offsets[:, None] + np.arange(size)] = octets
 
 
-def map_plan(plan: LoadPlan, source: Source, *, address: int | None = None) -> Memory:
+def map_plan(
+    plan: LoadPlan, source: Source, *, address: int | None = None, on_call: OnCall | None = None
+) -> Memory:
     """Map ``plan`` with the bytes of ``source``: at ``address`` (of its first page), or where there is room.
 
     Raises :class:`LoadError` when the kernel refuses; nothing stays mapped then.
@@ -129,77 +181,48 @@ def map_plan(plan: LoadPlan, source: Source, *, address: int | None = None) -> M
             f"{source.name}: begins at byte {source.start} of its file, no multiple of the page size",
             hint="load a copy of its bytes: Source.from_bytes",
         )
-    offset = source.start + plan.mappings[0].file_offset
+    first, *following = plan.calls(placed=address is not None)
     try:
-        start = _reserve(plan, source, offset, address)
+        start = _mmap(first, address or 0, source)
     except OSError as error:
         hint = f"is {address:#x} free, and a multiple of the page size?" if address is not None else None
         raise LoadError(
             f"{source.name}: reserving {plan.length:#x} bytes: {error.strerror}", hint=hint
         ) from None
-    memory = Memory(source.name, plan, start - plan.start)
+    if first.length > plan.length:
+        start = _keep_aligned(plan, start, first.length)
+    memory = Memory(source.name, plan, start - plan.start, on_call)
     try:
-        for mapping in plan.mappings:
-            if mapping.kind != "gap":
-                _map(memory.bias, mapping, source)
+        memory.tell(first)
+        memory.perform((call for call in following if call.step in ("reserve", "map")), source)
         status = os.fstat(source.fd)
         if status.st_size - source.start < source.size:
             found = f"{status.st_size - source.start:#x} bytes"
             raise ElfError(source.name, "file", found, f"{source.size:#x}", hint="it was cut short meanwhile")
-    except OSError as error:
-        memory.unmap()
-        raise LoadError(f"{source.name}: mapping: {error.strerror}") from None
-    except ElfError:
+    except BaseException:  # whatever on_call raises, too
         memory.unmap()
         raise
     return memory
 
 
-def zero_tails(memory: Memory) -> int:
-    """Zero what of file pages is bss; the number of bytes.  A read-only page is made writable meanwhile."""
-    total = 0
-    for span in memory.plan.zeroed:
-        page = memory.plan.at(span.start)
-        if page is None or page.kind != "file":
-            continue  # a later segment took the page
-        writable = "w" in page.protection
-        pages = (span.start & -memory.plan.page_size, span.end)
-        if not writable:
-            memory.protect(*pages, "rw-")
-        memory.write(span.start, np.zeros(span.end - span.start, np.uint8))
-        if not writable:
-            memory.protect(*pages, page.protection)
-        total += span.end - span.start
-    return total
+def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:
+    """mmap(2) as ``call`` says, at ``address``; where the mapping begins."""
+    fd, offset = -1, 0
+    if call.file_offset is not None:
+        assert source is not None
+        fd, offset = source.fd, source.start + call.file_offset
+    protection, flags = protection_bits(call.protection), flag_bits(call.flags)
+    return sys.mmap(address, call.length, protection, flags, fd, offset)
 
 
-def _reserve(plan: LoadPlan, source: Source, offset: int, address: int | None) -> int:
-    flags = sys.MAP_PRIVATE
-    if address is not None:
-        return sys.mmap(
-            address, plan.length, sys.PROT_NONE, flags | sys.MAP_FIXED_NOREPLACE, source.fd, offset
-        )
-    if plan.alignment <= sys.PAGE_SIZE:
-        return sys.mmap(0, plan.length, sys.PROT_NONE, flags, source.fd, offset)
-    # Reserve enough to find an aligned place in it, then give back what is before and after.
-    length = plan.length + plan.alignment
-    room = sys.mmap(0, length, sys.PROT_NONE, flags | sys.MAP_ANONYMOUS)
+def _keep_aligned(plan: LoadPlan, room: int, length: int) -> int:
+    """Unmap what ``plan`` does not need of the ``length`` bytes at ``room``; where the part kept begins.
+
+    With the plan's first page there, the bias is a multiple of the plan's alignment.
+    """
     start = -(-(room - plan.start) // plan.alignment) * plan.alignment + plan.start
     if start > room:
         sys.munmap(room, start - room)
     if start + plan.length < room + length:
         sys.munmap(start + plan.length, room + length - start - plan.length)
-    try:
-        return sys.mmap(start, plan.length, sys.PROT_NONE, flags | sys.MAP_FIXED, source.fd, offset)
-    except OSError:
-        sys.munmap(start, plan.length)
-        raise
-
-
-def _map(bias: int, mapping: PlannedMapping, source: Source) -> None:
-    flags = sys.MAP_PRIVATE | sys.MAP_FIXED
-    address, bits = bias + mapping.start, protection_bits(mapping.protection)
-    if mapping.kind == "zero":
-        sys.mmap(address, mapping.length, bits, flags | sys.MAP_ANONYMOUS)
-    else:
-        sys.mmap(address, mapping.length, bits, flags, source.fd, source.start + mapping.file_offset)
+    return start

@@ -124,13 +124,13 @@ def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[L
     plan = image.plan(page_size)
     pages = count(plan.length // page_size, "page")
     yield heading("Load plan", f"{plan.length:#x} bytes of address space, {pages}; base is the load bias")
-    calls = list(say.calls(plan))
+    calls = plan.calls()
     if width is None or width >= _ROOMY:
         yield from columns(
-            [((f"  {call.step}", "dim"), call.text, (call.why, "dim")) for call in calls], width
+            [((f"  {call.step}", "dim"), call.text(), (call.why, "dim")) for call in calls], width
         )
     else:
-        yield from columns([((f"  {call.step}", "dim"), call.text) for call in calls], width)
+        yield from columns([((f"  {call.step}", "dim"), call.text()) for call in calls], width)
 
 
 # ---------------------------------------------------------------------------------------- relocations

@@ -110,7 +110,7 @@ class _Commands(Commands):
         def on_event(event: Event) -> None:
             if event.stage == "reserve" and self._memory is None:  # it is mapped before what it needs
                 self._memory = Memory(path, plan, event.data["address"] - plan.start)
-            if event.stage == "map" and event.data["mapping"] == plan.mappings[-1]:
+            if event.stage == "map" and event.data["call"].end == plan.end:
                 pause("mapped")
             if event.stage == "initialise":
                 pause("linked")

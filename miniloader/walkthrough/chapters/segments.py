@@ -7,17 +7,11 @@ from collections.abc import Generator
 from typing import Any
 
 from miniloader.elf import ElfImage, inspect
-from miniloader.elf.plan import PlannedMapping
+from miniloader.elf.plan import PlannedCall, PlannedMapping
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps, within
-from miniloader.kernel.syscalls import (
-    MAP_ANONYMOUS,
-    MAP_FIXED,
-    MAP_PRIVATE,
-    PAGE_SIZE,
-    PROT_NONE,
-)
-from miniloader.loader.memory import protection_bits
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.loader.memory import flag_bits, protection_bits
 from miniloader.values import dataclass
 from miniloader.walkthrough.model import (
     Answer,
@@ -34,6 +28,7 @@ from miniloader.walkthrough.model import (
     Table,
     Word,
 )
+from miniloader.walkthrough.recorded_calls import Mapping
 from miniloader.walkthrough.workbench import Bench, rows_of, shipped
 
 __all__ = ["CHAPTER", "Line", "Seen"]
@@ -92,20 +87,26 @@ def _file_page_mapped_twice(lines: tuple[Line, ...]) -> tuple[int, int]:
     raise EvidenceError(f"with pages of {PAGE_SIZE} bytes no page of this library's file is mapped twice")
 
 
+def _mmap(bench: Bench, call: PlannedCall, fd: int, address: int = 0) -> Mapping:
+    """Map as a call of the plan says, at ``address`` or where there is room."""
+    file = (-1, 0) if call.file_offset is None else (fd, call.file_offset)
+    return bench.mmap(
+        call.length, protection_bits(call.protection), flag_bits(call.flags), *file, address=address
+    )
+
+
 def _run(bench: Bench) -> Generator[Step, None, Seen]:
     path = bench.copy(shipped("chapters"))
     image = inspect(path)
     plan = image.plan(PAGE_SIZE)
     planned = _planned(plan.mappings)
     fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    room = bench.keep(bench.mmap(plan.length, PROT_NONE, MAP_PRIVATE, fd))
+    calls = plan.calls()
+    room = bench.keep(_mmap(bench, calls[0], fd))
     bias = room.address - plan.start
-    for one in plan.mappings:
-        bits, address = protection_bits(one.protection), bias + one.start
-        if one.kind == "file":
-            bench.mmap(one.length, bits, MAP_PRIVATE | MAP_FIXED, fd, one.file_offset, address=address)
-        elif one.kind == "zero":
-            bench.mmap(one.length, bits, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, address=address)
+    for call in calls:
+        if call.step == "map":
+            _mmap(bench, call, fd, bias + call.start)
     kernel = _in_kernel(bias, plan.start, plan.end)
     parts = tuple(Part(one.start - plan.start, one.protection) for one in plan.mappings)
     row = [("this process", os.getpid(), room.address)]
@@ -143,7 +144,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         grid=touched.grid,
     )
 
-    tail = plan.zeroed[0]
+    tail = next(call for call in calls if call.call == "memset")
     tail_page = (tail.start - plan.start) // PAGE_SIZE
     near = min(32, tail.end - tail.start)
     around = bias + tail.start - 32
