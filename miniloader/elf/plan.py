@@ -292,7 +292,9 @@ def _calls(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:
             plan.relro.end - plan.relro.start,
             "RELRO, once it is relocated",
         )
-        yield PlannedCall("protect", "mprotect", start, length, "r--", (), None, why)
+        yield PlannedCall(
+            "protect", "mprotect", start, length, "r--", (), None, "RELRO, once it is relocated"
+        )
 
 
 def _reserve(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:

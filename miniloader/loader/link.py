@@ -20,7 +20,7 @@ from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
 from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Graph, Loaded
-from miniloader.loader.memory import Memory, map_plan
+from miniloader.loader.memory import Memory, OnCall, map_plan
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
 from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
@@ -44,20 +44,13 @@ def map_library(graph: Graph, library: Loaded) -> None:
     plan = library.image.plan(PAGE_SIZE)
     library.memory = _reserve(graph, library, plan)
     if library.ready is None:  # its cached pages are as they have to be
-        library.memory.perform_step("zero")
+        library.memory.perform_step("zero", _teller(graph, library))
 
 
 def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
     """Map it where it has been prepared for, where the caller wants it, or where there is room."""
     source, wanted = library.image.source, graph.policy.address if library is graph.new[0] else None
-
-    def tell(memory: Memory, call: PlannedCall) -> None:
-        numbers = {"bias": memory.bias, "address": memory.bias + call.start, "length": call.length}
-        settled = "" if call.is_placed else f"; base is {memory.bias:#x}"
-        text = f"{call.text(memory.bias)}: {call.why}{settled}"
-        graph.event(call.step, library.image.path, text, **numbers, call=call)
-
-    on_call = tell if graph.tell is not None else None
+    on_call = _teller(graph, library)
     if library.ready is not None:
         try:
             if wanted in (None, library.ready.address):
@@ -67,6 +60,18 @@ def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
             reason = str(error)
         library.give_up(graph, reason)
     return map_plan(plan, source, address=wanted, on_call=on_call)
+
+
+def _teller(graph: Graph, library: Loaded) -> OnCall | None:
+    """Tells each call of the library's plan as an event, if anybody listens."""
+
+    def tell(memory: Memory, call: PlannedCall) -> None:
+        numbers = {"bias": memory.bias, "address": memory.bias + call.start, "length": call.length}
+        settled = "" if call.is_placed else f"; base is {memory.bias:#x}"
+        text = f"{call.text(memory.bias)}: {call.why}{settled}"
+        graph.event(call.step, library.image.path, text, **numbers, call=call)
+
+    return tell if graph.tell is not None else None
 
 
 def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
@@ -89,7 +94,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
             _link(graph, library, order, carrier_of)
     except Stopped as stopped:
         refuse(image, stopped)
-    memory.perform_step("protect")
+    memory.perform_step("protect", _teller(graph, library))
     if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
         table = library.ready.unwind_table if library.ready is not None else unwinder.eh_frame(image)
         if table is not None and unwinder.register(memory.bias + table):
@@ -111,7 +116,7 @@ def _fill(
         reason = str(error)
     if reason is not None:
         library.give_up(graph, reason)
-        memory.perform_step("zero")
+        memory.perform_step("zero", _teller(graph, library))
         return False
     values, room = _values(library, ready, order), ready.room(memory)
     ready.fill(room, values)

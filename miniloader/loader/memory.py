@@ -22,7 +22,7 @@ from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.native import Stopped, copy
 
-__all__ = ["Memory", "flag_bits", "map_plan", "protection_bits", "put_words"]
+__all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits", "put_words"]
 
 _BITS: Final = {"r": sys.PROT_READ, "w": sys.PROT_WRITE, "x": sys.PROT_EXEC, "-": 0, "p": 0}
 _FLAGS: Final = {
@@ -49,17 +49,13 @@ OnCall = Callable[["Memory", PlannedCall], None]
 
 
 class Memory:
-    """The pages of one library in this process: ``bias`` + vaddr is the address of its byte ``vaddr``.
+    """The pages of one library in this process: ``bias`` + vaddr is the address of its byte ``vaddr``."""
 
-    ``on_call`` is told each call of the plan once it is made.
-    """
-
-    def __init__(self, name: str, plan: LoadPlan, bias: int, on_call: OnCall | None = None) -> None:
+    def __init__(self, name: str, plan: LoadPlan, bias: int) -> None:
         self.name = name
         self.plan = plan
         self.bias = bias
         self.mapped = True
-        self._on_call = on_call
 
     @property
     def start(self) -> int:
@@ -91,10 +87,12 @@ class Memory:
         for vaddr, word in zip(vaddrs.tolist(), octets, strict=True):
             self.write(vaddr, word)
 
-    def perform(self, calls: Iterable[PlannedCall], source: Source | None = None) -> None:
+    def perform(
+        self, calls: Iterable[PlannedCall], on_call: OnCall | None = None, source: Source | None = None
+    ) -> None:
         """Make calls of the plan; ``source`` is the file, for those that map it.
 
-        :class:`LoadError` names the call that was refused.
+        ``on_call`` is told each call once it is made.  :class:`LoadError` names the call that was refused.
         """
         for call in calls:
             if call.call == "mmap":
@@ -103,16 +101,12 @@ class Memory:
                 self.protect(call.start, call.end, call.protection)
             else:
                 self.write(call.start, np.zeros(call.length, np.uint8))
-            self.tell(call)
+            if on_call is not None:
+                on_call(self, call)
 
-    def perform_step(self, step: Literal["zero", "protect"]) -> None:
+    def perform_step(self, step: Literal["zero", "protect"], on_call: OnCall | None = None) -> None:
         """Make the calls of one of the plan's steps that come after the mapping."""
-        self.perform(call for call in self.plan.calls() if call.step == step)
-
-    def tell(self, call: PlannedCall) -> None:
-        """Tell ``on_call`` that ``call`` has been made."""
-        if self._on_call is not None:
-            self._on_call(self, call)
+        self.perform((call for call in self.plan.calls() if call.step == step), on_call)
 
     def protect(self, start: int, end: int, protection: str) -> None:
         """mprotect(2) the whole pages from vaddr ``start`` to ``end``."""
@@ -184,25 +178,34 @@ def map_plan(
     first, *following = plan.calls(placed=address is not None)
     try:
         start = _mmap(first, address or 0, source)
+        if first.length > plan.length:
+            start = _keep_aligned(plan, start, first.length)
     except OSError as error:
         hint = f"is {address:#x} free, and a multiple of the page size?" if address is not None else None
         raise LoadError(
             f"{source.name}: reserving {plan.length:#x} bytes: {error.strerror}", hint=hint
         ) from None
-    if first.length > plan.length:
-        start = _keep_aligned(plan, start, first.length)
-    memory = Memory(source.name, plan, start - plan.start, on_call)
+    memory = Memory(source.name, plan, start - plan.start)
     try:
-        memory.tell(first)
-        memory.perform((call for call in following if call.step in ("reserve", "map")), source)
-        status = os.fstat(source.fd)
-        if status.st_size - source.start < source.size:
-            found = f"{status.st_size - source.start:#x} bytes"
-            raise ElfError(source.name, "file", found, f"{source.size:#x}", hint="it was cut short meanwhile")
+        if on_call is not None:
+            on_call(memory, first)
+        memory.perform((call for call in following if call.step in ("reserve", "map")), on_call, source)
+        _refuse_cut(source)
     except BaseException:  # whatever on_call raises, too
         memory.unmap()
         raise
     return memory
+
+
+def _refuse_cut(source: Source) -> None:
+    """Raise :class:`ElfError` if the file is shorter than it was when it was opened."""
+    try:
+        size = os.fstat(source.fd).st_size - source.start
+    except OSError as error:
+        raise LoadError(f"{source.name}: {error.strerror}") from None
+    if size < source.size:
+        expected, hint = f"{source.size:#x} bytes", "it was cut short while it was being mapped"
+        raise ElfError(source.name, "file", f"{size:#x} bytes", expected, hint=hint)
 
 
 def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:
