@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,6 +76,16 @@ def test_help_makes_no_environment(script: str, tmp_path: Path) -> None:
 def test_ci_calls_the_test_command() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "exec tools/test"
+
+
+def test_a_commit_is_linted_as_tests_are() -> None:
+    """By ``tools/test --lint``, which leaves out pytest and nothing else."""
+    assert re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text()) == ["tools/test --lint"]
+    script = (ROOT / "tools" / "test").read_text()
+    first, last = script.split('if [ "${1-}" != --lint ]; then\n')
+    linters, tests = (re.findall(r'^ *step "(.*?)"', part, re.MULTILINE) for part in (first, last))
+    assert linters == ["ruff check", "ruff format", "mypy", "imports"]
+    assert tests == ["pytest"]
 
 
 # ---------------------------------------------------------------------------------------- environment
@@ -177,4 +190,28 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
         str(path.relative_to(checkout)) for path in (checkout / "miniloader").rglob("*.py")
     }
     assert any(name.endswith("LICENSE") for name in names)
-    assert not any(name.startswith(("fixtures", "tests", "tools")) for name in names)
+    assert not any(name.startswith(("docs", "fixtures", "tests", "tools")) for name in names)
+
+
+def test_the_source_distribution_has_what_the_repository_has(checkout: Path, open_directory: Path) -> None:
+    for directory in ("docs", "fixtures", "tests"):
+        shutil.copytree(ROOT / directory, checkout / directory, ignore=shutil.ignore_patterns("__pycache__"))
+    builder = open_directory / "builder"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--target", builder]
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert run([*pip, *requires]).returncode == 0
+    build = f"from hatchling.build import build_sdist; build_sdist({str(open_directory)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(builder)}
+    done = run([sys.executable, "-c", build], cwd=checkout, env=environment)
+    assert done.returncode == 0, done.stderr
+    (archive,) = open_directory.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    there = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
+    assert names - {"PKG-INFO", ".gitignore"} == there
+    assert names >= {
+        "docs/design.md",
+        "docs/examples/load_and_call.py",
+        "tests/oracle/compare.py",
+        "tools/test",
+    }
