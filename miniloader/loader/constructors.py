@@ -131,7 +131,7 @@ def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) ->
     ``before`` gives what each needs; of the one asked for nothing is known yet.  It comes last of all, even
     where others need it.
     """
-    order = _dependents_first(items, before)[::-1]
+    order = dependents_first(items, before)[::-1]
     order.remove(items[0])
     return [*order, items[0]]
 
@@ -149,13 +149,13 @@ def destructor_order(
     """
     first = [item for item in items if item is closed and _CLOSED_FIRST]
     items = [*first, *(item for item in items if item not in first)]
-    order = _dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])
+    order = dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])
     if any(holds(item) for item in items):
-        order = _dependents_first(order, before)
+        order = dependents_first(order, before)
     return [*first, *(item for item in order if item not in first)]
 
 
-def _dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
+def dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:
     """The reverse postorder of a depth-first walk from the last item to the first: ``_dl_sort_maps_dfs``."""
     done: list[T] = []
     members = {id(item) for item in items}

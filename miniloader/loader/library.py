@@ -20,7 +20,7 @@ from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import host, stand_ins, thread_local
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.events import OnEvent
-from miniloader.loader.link import initialise_library, link_library, map_library, read_life
+from miniloader.loader.link import initialise_library, link_library, linking_order, map_library, read_life
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.relocate import call_resolver
@@ -224,7 +224,7 @@ def _load(graph: Graph, source: Source, clock: _Clock) -> Loaded:
     scope: list[Definer] = [library for library in graph.listing.found if library.is_global]
     scope += (library for library in root.local_scope(graph.listing) if library not in scope)
     order = [library for library in _sort(root) if library in graph.new]
-    for library in order:
+    for library in linking_order(order, scope):
         link_library(graph, library, scope)
     clock.ends("relocate")
     if graph.policy.gdb:

@@ -22,19 +22,26 @@ from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Graph, Loaded
 from miniloader.loader.memory import Memory, OnCall, map_plan
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
-from miniloader.loader.relocation_groups import sort_relocations
+from miniloader.loader.relocation_groups import TLS, sort_relocations
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
-from miniloader.loader.spans import refuse
-from miniloader.machine.relocation import Kind
+from miniloader.loader.spans import open_names, readable, refuse
+from miniloader.machine.relocation import KINDS, Kind
 from miniloader.machine.stub_code import with_third_argument
 from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped, resolve
 
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared
 
-__all__ = ["initialise_library", "link_library", "map_library", "read_life", "thread_exits", "used"]
+__all__ = [
+    "initialise_library",
+    "link_library",
+    "linking_order",
+    "map_library",
+    "read_life",
+    "thread_exits",
+    "used",
+]
 
-CarrierOf = Callable[[Definer], Carrier | None]
 #: They register a destructor for a thread's object and are told, third, to which library it belongs.
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
@@ -74,24 +81,50 @@ def _teller(graph: Graph, library: Loaded) -> OnCall | None:
     return tell if graph.tell is not None else None
 
 
-def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
-    """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder; nothing, if that has begun."""
-    if library.linked:
-        return
-    library.linked = True
-    image, memory = library.image, library.mapped
-    order = [library, *scope] if image.dynamic.symbolic else scope
+def linking_order(libraries: Sequence[Loaded], scope: Sequence[Definer]) -> list[Loaded]:
+    """``libraries`` in their order, but each after those whose thread-local storage it refers to.
 
-    def carrier_of(other: Definer) -> Carrier | None:
-        """Who has the thread-local storage of a library of ours, which may not have had its turn yet."""
-        if not isinstance(other, Loaded):
-            return None
-        link_library(graph, other, scope)
-        return other.blocks.own
+    Where two refer to each other there is no such order: the first to be linked is refused.
+    """
+    holders = {library for library in libraries if library.image.tls is not None}
 
+    def storage(library: Loaded) -> list[Loaded]:
+        return _storage_of_others(library, _lookup_order(library, scope)) if holders - {library} else []
+
+    return constructors.dependents_first(libraries[::-1], storage)[::-1]
+
+
+def _storage_of_others(library: Loaded, order: Sequence[Definer]) -> list[Loaded]:
+    """The libraries of ours whose thread-local storage the relocations of ``library`` refer to."""
+    image = library.image
+    codes = [code for code, kind in KINDS.get(image.header.machine, {}).items() if kind.formula in TLS]
+    tables = image.relocations.tables
+    symbols = [table.rest["symbol"][np.isin(table.rest["type"], codes)] for table in tables]
+    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *symbols])).astype(np.int64)
+    if not len(wanted):
+        return []
+    spans, highest = readable(image, library.plan), image.relocations.highest_symbol
+    library.names = open_names(image, spans, library.bias, at_least=highest + 1)
     try:
-        if library.ready is None or not _fill(graph, library, library.ready, order, carrier_of):
-            _link(graph, library, order, carrier_of)
+        bindings = bind(wanted, order, order.index(library))
+    except Stopped as stopped:
+        refuse(image, stopped)
+    definers = (order[owner] for owner in bindings.owners)
+    return [definer for definer in definers if isinstance(definer, Loaded) and definer is not library]
+
+
+def _lookup_order(library: Loaded, scope: Sequence[Definer]) -> Sequence[Definer]:
+    """Where the library's symbols are looked up: with DT_SYMBOLIC first of all in itself."""
+    return [library, *scope] if library.image.dynamic.symbolic else scope
+
+
+def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:
+    """Bind its symbols in ``scope``, relocate, protect, and tell the unwinder."""
+    image, memory = library.image, library.mapped
+    order = _lookup_order(library, scope)
+    try:
+        if library.ready is None or not _fill(graph, library, library.ready, order):
+            _link(graph, library, order)
     except Stopped as stopped:
         refuse(image, stopped)
     memory.perform_step("protect", _teller(graph, library))
@@ -102,9 +135,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
             graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
-def _fill(
-    graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer], carrier_of: CarrierOf
-) -> bool:
+def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Definer]) -> bool:
     """Relocate it with its cached pages; ``False`` if they do not fit, and the plain way is left."""
     memory = library.mapped
     reason = ready.differs(order)
@@ -122,7 +153,7 @@ def _fill(
     ready.fill(room, values)
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
-        for vaddrs, words, size in _thread_local(library, bindings, rows, memory.read, carrier_of):
+        for vaddrs, words, size in _thread_local(library, bindings, rows, memory.read):
             ready.store(room, vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
@@ -165,7 +196,6 @@ def _thread_local(
     bindings: Bindings,
     rows: Iterable[tuple[Kind, Table]],
     read: Callable[[int, int], NDArray[np.uint8]],
-    carrier_of: CarrierOf,
 ) -> list[thread_local.Write]:
     """Open its carriers; the thread-local words to write."""
     template, rows = library.image.tls, tuple(rows)
@@ -177,13 +207,18 @@ def _thread_local(
         lambda: read(template.vaddr, template.filesz).tobytes() if template is not None else b"",
         bindings,
         rows,
-        carrier_of,
+        _carrier_of,
     )
     _count_for_carrier(library)
     return writes
 
 
-def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: CarrierOf) -> None:
+def _carrier_of(definer: Definer) -> Carrier | None:
+    """Who has the thread-local storage of a library of ours that has been linked."""
+    return definer.blocks.own if isinstance(definer, Loaded) else None
+
+
+def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     """Bind its symbols in ``order`` and relocate."""
     image, memory = library.image, library.mapped
     lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
@@ -198,7 +233,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer], carrier_of: C
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
     def thread_local_words(rows: Iterable[tuple[Kind, Table]]) -> list[thread_local.Write]:
-        return _thread_local(library, bindings, rows, memory.read, carrier_of)
+        return _thread_local(library, bindings, rows, memory.read)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
     restore = read_only if image.dynamic.text_relocations else []

@@ -55,7 +55,6 @@ class Loaded:
         self.handles = 0  # how many callers hold it
         self.stays = False  # until the process ends, whoever closes it
         self.destructors: list[int] = []  # their addresses, in order
-        self.linked = False  # or about to be
         self.initialised = False
 
     @property

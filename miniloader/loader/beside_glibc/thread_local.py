@@ -44,6 +44,12 @@ class Blocks:
     own: Carrier | None = None
     asking: Carrier | None = None
 
+    def answer(self, question: Question) -> NDArray[np.uint64]:
+        """The two words that glibc has answered a question with."""
+        carrier = self.own if question.symbol is None else self.asking
+        assert carrier is not None
+        return carrier.answers[question]
+
     def close(self) -> bool:
         """Close both, the one that may need the other first; whether they are gone (see :class:`Carrier`)."""
         gone = [carrier.close() for carrier in (self.asking, self.own) if carrier is not None]
@@ -60,136 +66,145 @@ def answer(
 ) -> tuple[Blocks, list[Write]]:
     """Open the carriers that library ``me`` needs and compute its thread-local relocations ``rows``.
 
-    ``template`` gives the bytes of its ``PT_TLS``, relocated; ``carrier_of`` the carrier of another
-    library of ours, which may have to be linked for that.  Raises :class:`LoadError`, in glibc's words when
-    glibc refuses.
+    ``template`` gives the bytes of its ``PT_TLS``, relocated; ``carrier_of`` the carrier of another library
+    of ours, if it has been linked.  Raises :class:`LoadError`, in glibc's words when glibc refuses.
     """
-    starts = bindings.field("value")
-    # Of the system's libraries the symbol is asked for; of ours the block, which it has an offset in.
-    of_host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)
-    begins = np.where((bindings.owner >= 0) & of_host[bindings.owner], starts, np.uint64(0))
-    asked = [_Asked(kind, table, bindings, starts, begins) for kind, table in rows]
-    own: dict[Question, None] = {}
-    foreign: dict[Question, None] = {}
-    needed: dict[str, None] = {}
+    words = [_needs(me, tls, bindings, kind, table, carrier_of) for kind, table in rows]
+    blocks = _open_carriers(me, tls, template, words)
+    return blocks, [write for needed in words for write in _writes(needed, blocks)]
 
-    def owner(definer: Definer, place: int) -> _Block:
-        """Who has the block that a symbol is in."""
-        if definer is me:
-            if tls is None:
-                raise LoadError(f"{me.name}: relocations of its own thread-local storage, but no PT_TLS")
-            return None
-        if not isinstance(definer, HostLibrary):
-            carrier = carrier_of(definer)
-            if carrier is None:
-                text = f"{me.name}: thread-local storage of {definer.name} is not there yet"
-                raise LoadError(text, hint=_CYCLE)
-            return carrier
-        if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
-            label = bindings.label(place)
-            raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
-        return definer
 
-    def question(kind: str, definer: Definer, place: int, value: int) -> tuple[bool, Question]:
-        """Whose carrier is asked what: own block by offset, others' by their symbols."""
-        block = owner(definer, place)
-        if block is None:
-            return True, Question(_KIND[kind], None, value)
-        if isinstance(block, Carrier):
-            needed[block.name] = None
-            return False, Question(_KIND[kind], block.symbol, value)
-        if block.path:
-            needed[block.path] = None
-        return False, Question(_KIND[kind], bindings.label(place), value - int(starts[place]))
+_Block = Carrier | HostLibrary | None
+"""Who has a variable's storage: ``None`` is the library that is relocated."""
 
-    def module(block: _Block) -> int:
-        """Its module, for which nobody has to be asked."""
-        block = block or mine
-        assert block is not None
-        return block.tls_module if isinstance(block, HostLibrary) else block.module
 
-    blocks = [item.blocks(owner) for item in asked]
-    for item in asked:
-        for is_own, asks in item.questions(question):
-            (own if is_own else foreign)[asks] = None
-    mine = open_carrier(me.name, list(own), tls=tls, template=template()) if tls is not None else None
+@dataclass(frozen=True, eq=False)
+class _Words:
+    """The thread-local words of one relocation kind: where they are, and what each needs to be known.
+
+    A variable is ``offsets`` from the beginning of its module's block, and ``within`` from what glibc is
+    asked about: a symbol of the system's libraries, the whole block of ours.  ``blocks`` says who has the
+    block, of all but module offsets; ``questions`` what glibc is asked, for thread offsets and descriptors.
+    """
+
+    kind: Kind
+    vaddrs: NDArray[np.uint64]
+    offsets: NDArray[np.uint64]
+    within: NDArray[np.uint64]
+    blocks: Sequence[_Block]
+    questions: Sequence[Question]
+
+
+# ------------------------------------------------------------------------------------- what is needed
+def _needs(
+    me: Definer,
+    tls: Tls | None,
+    bindings: Bindings,
+    kind: Kind,
+    rows: Table,
+    carrier_of: Callable[[Definer], Carrier | None],
+) -> _Words:
+    """What the ``rows`` of one kind need; those whose weak symbol nobody defines stay as they are."""
+    place = bindings.place(rows["symbol"])
+    bound = bindings.owner[place] >= 0
+    rows, place = rows[bound], place[bound]
+    owner, start = bindings.owner[place], bindings.field("value")[place]
+    from_host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)[owner]
+    with np.errstate(over="ignore"):
+        offsets = start + rows["addend"].view(np.uint64)
+        within = offsets - np.where(from_host, start, np.uint64(0))
+    if kind.formula == "module offset":
+        return _Words(kind, rows["offset"], offsets, within, (), ())
+    places = place.tolist()
+    blocks = [
+        _block(me, tls, bindings, symbol, carrier_of(bindings.scope[definer]))
+        for symbol, definer in zip(places, owner.tolist(), strict=True)
+    ]
+    # Thread offsets are asked for the beginning, descriptors for the variable itself: offsets can be added.
+    addends = (within if kind.formula == "descriptor" else np.zeros_like(within)).view(np.int64).tolist()
+    questions = [
+        Question(_KIND[kind.formula], _symbol(block, bindings, symbol), addend)
+        for block, symbol, addend in zip(blocks, places, addends, strict=True)
+        if kind.formula in _KIND
+    ]
+    return _Words(kind, rows["offset"], offsets, within, blocks, questions)
+
+
+def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier: Carrier | None) -> _Block:
+    """Who has the storage of the symbol that ``bindings.wanted[place]`` is bound to."""
+    definer = bindings.scope[int(bindings.owner[place])]
+    if definer is me:
+        if tls is None:
+            raise LoadError(f"{me.name}: relocations of its own thread-local storage, but no PT_TLS")
+        return None
+    if not isinstance(definer, HostLibrary):
+        if carrier is None:
+            text = f"{me.name}: thread-local storage of {definer.name} is not there yet"
+            raise LoadError(text, hint="the two libraries need each other")
+        return carrier
+    if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
+        label = bindings.label(place)
+        raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
+    return definer
+
+
+def _symbol(block: _Block, bindings: Bindings, place: int) -> str | None:
+    """The symbol that glibc is asked about; ``None`` is the block of the carrier that asks."""
+    if block is None:
+        return None
+    return block.symbol if isinstance(block, Carrier) else bindings.label(place)
+
+
+# ------------------------------------------------------------------------------------- which carriers
+def _open_carriers(
+    me: Definer, tls: Tls | None, template: Callable[[], bytes], words: Sequence[_Words]
+) -> Blocks:
+    """The library's own carrier, if it has ``PT_TLS``, and one to ask about others' storage, if it has to."""
+    asked = [pair for needed in words for pair in zip(needed.blocks, needed.questions, strict=False)]
+    of_own = dict.fromkeys(question for block, question in asked if block is None)
+    of_others = dict.fromkeys(question for block, question in asked if block is not None)
+    names = dict.fromkeys(_opened_as(block) for block, _ in asked if block is not None)
+    own = open_carrier(me.name, list(of_own), tls=tls, template=template()) if tls is not None else None
+    if not of_others:
+        return Blocks(own)
     try:
-        asking = open_carrier(me.name, list(foreign), needed=list(needed)) if foreign else None
+        asking = open_carrier(me.name, list(of_others), needed=[name for name in names if name])
+        return Blocks(own, asking)
     except LoadError:
-        if mine is not None:
-            mine.close()
+        if own is not None:
+            own.close()
         raise
-    known = {(True, asks): mine.answers[place] for place, asks in enumerate(own)} if mine else {}
-    if asking is not None:
-        known |= {(False, asks): asking.answers[place] for place, asks in enumerate(foreign)}
-    modules = [[module(block) for block in of] for of in blocks]
-    writes = [w for item, of in zip(asked, modules, strict=True) for w in item.writes(question, known, of)]
-    return Blocks(mine, asking), writes
 
 
-_CYCLE: Final = "the two libraries need each other"
-_Block = Carrier | HostLibrary | None  # None: the library's own
-_Ask = Callable[[str, Definer, int, int], tuple[bool, Question]]
+def _opened_as(block: Carrier | HostLibrary) -> str:
+    """The name by which glibc knows the library that has a block; ``""`` for the program itself."""
+    return block.name if isinstance(block, Carrier) else block.path
 
 
-class _Asked:
-    """The relocations of one kind, and what has to be known for each."""
-
-    def __init__(
-        self,
-        kind: Kind,
-        rows: Table,
-        bindings: Bindings,
-        starts: NDArray[np.uint64],
-        begins: NDArray[np.uint64],
-    ) -> None:
-        self.kind = kind
-        place = bindings.place(rows["symbol"])
-        bound = bindings.owner[place] >= 0  # what is weak and undefined stays as it is
-        self.rows, self.place = rows[bound], place[bound]
-        self.owner, self.start = bindings.owner[self.place], begins[self.place]
-        self.scope = bindings.scope
-        with np.errstate(over="ignore"):
-            self.offset = starts[self.place] + self.rows["addend"].view(np.uint64)
-
-    def _each(self, ask: _Ask) -> list[tuple[bool, Question]]:
-        """The question of each row.  A thread offset is asked for the beginning: offsets are added."""
-        formula = self.kind.formula
-        if formula not in _KIND:
-            return []
-        about = self.offset if formula == "descriptor" else self.start
-        rows = zip(self.owner.tolist(), self.place.tolist(), about.view(np.int64).tolist(), strict=True)
-        return [ask(formula, self.scope[owner], place, offset) for owner, place, offset in rows]
-
-    def questions(self, ask: _Ask) -> Iterable[tuple[bool, Question]]:
-        return self._each(ask)
-
-    def blocks(self, owner: Callable[[Definer, int], _Block]) -> list[_Block]:
-        """Whose block each row is about, if it wants the module."""
-        if self.kind.formula != "module":
-            return []
-        rows = zip(self.owner.tolist(), self.place.tolist(), strict=True)
-        return [owner(self.scope[definer], place) for definer, place in rows]
-
-    def writes(
-        self, ask: _Ask, known: dict[tuple[bool, Question], Any], modules: Sequence[int]
-    ) -> Iterable[Write]:
-        if not len(self.rows):
-            return
-        vaddrs, formula = self.rows["offset"], self.kind.formula
-        if formula == "module offset":
-            yield vaddrs, self.offset, self.kind.size
-            return
-        if formula == "module":
-            yield vaddrs, np.array(modules, np.uint64), self.kind.size
-            return
-        answers = np.array([known[key] for key in self._each(ask)], np.uint64)
+# ----------------------------------------------------------------------------------------- which words
+def _writes(words: _Words, carriers: Blocks) -> Iterable[Write]:
+    """The words of one kind, now that glibc has answered."""
+    vaddrs, formula, size = words.vaddrs, words.kind.formula, words.kind.size
+    if not len(vaddrs):
+        return
+    if formula == "module offset":
+        yield vaddrs, words.offsets, size
+    elif formula == "module":
+        yield vaddrs, np.array([_module(block or carriers.own) for block in words.blocks], np.uint64), size
+    else:
+        answers = np.array([carriers.answer(question) for question in words.questions], np.uint64)
         if formula == "thread offset":
             with np.errstate(over="ignore"):
-                yield vaddrs, answers[:, 0] + (self.offset - self.start), self.kind.size
+                yield vaddrs, answers[:, 0] + words.within, size
         else:
             yield vaddrs, answers[:, 0], 8
             yield vaddrs + np.uint64(8), answers[:, 1], 8
+
+
+def _module(block: _Block) -> int:
+    """The TLS module that glibc has for a block."""
+    assert block is not None  # with PT_TLS there is a carrier
+    return block.tls_module if isinstance(block, HostLibrary) else block.module
 
 
 class _Index(ctypes.Structure):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -71,7 +71,9 @@ class Question:
 class Carrier:
     """An opened carrier.  ``answers`` has two words for each question; ``inside`` is an address within it."""
 
-    def __init__(self, name: str, handle: int, fd: int, answers: NDArray[np.uint64], inside: int) -> None:
+    def __init__(
+        self, name: str, handle: int, fd: int, answers: Mapping[Question, NDArray[np.uint64]], inside: int
+    ) -> None:
         self.name = name
         self.symbol = name.replace("-", "_")
         self.answers = answers
@@ -134,7 +136,7 @@ def open_carrier(
         raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
     start = host.load_address(handle)
     answers = host.read_words(start + answers_at, 2 * len(questions)).reshape(-1, 2)
-    return Carrier(name, handle, fd, answers, start + answers_at)
+    return Carrier(name, handle, fd, dict(zip(questions, answers, strict=True)), start + answers_at)
 
 
 def open_bytes(name: str, data: bytes) -> tuple[int, int]:

@@ -98,14 +98,14 @@ def test_a_dependency_s_variable_is_reached_from_who_needs_it(
 def test_a_variable_of_a_library_that_has_not_had_its_turn(
     fixture_library: Callable[[str], Path], in_child: Callable[..., list[int]]
 ) -> None:
-    """It is found by its place in the scope; who uses it does not need it, and so is linked before it."""
+    """It is found by its place in the scope; who uses it does not need it, and yet is linked after it."""
     path = fixture_library("tls_beside")
 
     def ours() -> list[int]:
         events: list[miniloader.Event] = []
         with miniloader.load(path, on_event=events.append) as library:
             linked = [os.path.basename(event.library) for event in events if event.stage == "bind"]
-            assert linked[:2] == ["libtls_user_alone.so", "libtls_general.so"]
+            assert linked[:2] == ["libtls_general.so", "libtls_user_alone.so"]
             return [library.function(name)() for name in ("user_bump", "user_bump", "user_peek")]
 
     def theirs() -> list[int]:
