@@ -4,6 +4,7 @@
 
     image = miniloader.inspect(path)        # ElfImage; maps nothing, runs nothing, any architecture
     lib = miniloader.load(path)             # Library: mapped, linked and initialised by us
+    steps = miniloader.Loading(path)        # the same in three steps: .map(), .link(), .initialise()
     proof = miniloader.prove(path)          # Proof: what several processes share, and what they copied
     audit = miniloader.audit([pid, other])  # Audit: which pages running processes copied, and why
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from miniloader.lab.proof.proof import Proof as Proof
     from miniloader.lab.proof.prove import prove as prove
     from miniloader.loader import Library as Library
+    from miniloader.loader import Loading as Loading
     from miniloader.loader import inspect as inspect
     from miniloader.loader import load as load
     from miniloader.loader.prepare import prepare as prepare
@@ -46,6 +48,7 @@ _HOMES = {
     "Library": "miniloader.loader",
     "LoadError": "miniloader.errors",
     "LoadPlan": "miniloader.elf",
+    "Loading": "miniloader.loader",
     "MiniloaderError": "miniloader.errors",
     "Proof": "miniloader.lab.proof.proof",
     "Source": "miniloader.elf",

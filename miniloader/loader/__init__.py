@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from miniloader.loader.events import Event as Event
     from miniloader.loader.library import Library as Library
-    from miniloader.loader.library import load as load
+    from miniloader.loader.loading import Loading as Loading
+    from miniloader.loader.loading import load as load
     from miniloader.loader.search import inspect as inspect
 
-__all__ = ["Event", "Library", "inspect", "load"]
+__all__ = ["Event", "Library", "Loading", "inspect", "load"]
 
-_HOMES: Final = {"Event": "events", "Library": "library", "inspect": "search", "load": "library"}
+_HOMES: Final = {
+    "Event": "events",
+    "Library": "library",
+    "Loading": "loading",
+    "inspect": "search",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> object:

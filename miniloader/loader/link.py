@@ -18,8 +18,9 @@ from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import gnu_unique, stand_ins, thread_local, unwinder
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
+from miniloader.loader.graph import Graph
 from miniloader.loader.lazy_binding import Slots
-from miniloader.loader.loaded import Graph, Loaded
+from miniloader.loader.loaded import Loaded
 from miniloader.loader.memory import Memory, OnCall, map_plan
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
 from miniloader.loader.relocation_groups import TLS, sort_relocations
@@ -38,8 +39,10 @@ __all__ = [
     "linking_order",
     "map_library",
     "read_life",
+    "show_to_libraries",
     "thread_exits",
     "used",
+    "zero_library",
 ]
 
 #: They register a destructor for a thread's object and are told, third, to which library it belongs.
@@ -47,11 +50,9 @@ _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
 
 def map_library(graph: Graph, library: Loaded) -> None:
-    """Reserve, map the segments, zero the tails."""
-    plan = library.image.plan(PAGE_SIZE)
-    library.memory = _reserve(graph, library, plan)
-    if library.ready is None:  # its cached pages are as they have to be
-        library.memory.perform_step("zero", _teller(graph, library))
+    """Reserve address space and map the segments: no page is touched."""
+    library.memory = _reserve(graph, library, library.image.plan(PAGE_SIZE))
+    library.undo.callback(library.memory.unmap)
 
 
 def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
@@ -65,8 +66,14 @@ def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
             reason = f"it was prepared for {library.ready.address:#x}"
         except LoadError as error:
             reason = str(error)
-        library.give_up(graph, reason)
+        graph.go_plain(library, reason)
     return map_plan(plan, source, address=wanted, on_call=on_call)
+
+
+def zero_library(graph: Graph, library: Loaded) -> None:
+    """Zero what of its file pages is bss, unless its pages come from the cache, where that is done."""
+    if library.ready is None:
+        library.mapped.perform_step("zero", _teller(graph, library))
 
 
 def _teller(graph: Graph, library: Loaded) -> OnCall | None:
@@ -131,7 +138,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
     if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
         table = library.ready.unwind_table if library.ready is not None else unwinder.eh_frame(image)
         if table is not None and unwinder.register(memory.bias + table):
-            library.unwind_table = memory.bias + table
+            library.undo.callback(unwinder.deregister, memory.bias + table)
             graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
@@ -146,8 +153,8 @@ def _fill(graph: Graph, library: Loaded, ready: Prepared, order: Sequence[Define
     except LoadError as error:
         reason = str(error)
     if reason is not None:
-        library.give_up(graph, reason)
-        memory.perform_step("zero", _teller(graph, library))
+        graph.go_plain(library, reason)
+        zero_library(graph, library)
         return False
     values, room = _values(library, ready, order), ready.room(memory)
     ready.fill(room, values)
@@ -226,7 +233,7 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     work = Relocation(image, memory, relocations)
     library.names = work.names
     _check_versions(library)
-    bindings = bind(work.wanted, order, order.index(library))
+    graph.bindings[library] = bindings = bind(work.wanted, order, order.index(library))
     if bindings.met & UNBOUND:
         refuse_unbound(image, bindings)
     addresses = _addresses(library, bindings)
@@ -240,8 +247,9 @@ def _link(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
     if len(relocations.lazy):  # before an IFUNC's resolver calls through them
-        library.slots = Slots(image, memory, relocations.lazy, _finder(library, order))
-        library.slots.connect()
+        slots = Slots(image, memory, relocations.lazy, _finder(library, order))
+        library.undo.callback(slots.close)
+        slots.connect()
     late = _resolved(bindings, addresses)
     copied = work.apply(bindings, addresses, late, thread_local_words, may_run=graph.policy.init)
     for mapping in restore:
@@ -270,6 +278,13 @@ def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.b
         late = late.copy()
         late[theirs] = False
     return late
+
+
+def show_to_libraries(library: Loaded) -> None:
+    """Have dladdr(3) and its like, which libraries of ours call, know the library."""
+    memory, own = library.mapped, library.blocks.own
+    stand_ins.add(library.image, memory, len(library.names), own.module if own is not None else 0)
+    library.undo.callback(stand_ins.remove, memory)
 
 
 def read_life(library: Loaded) -> list[int]:
@@ -330,13 +345,10 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
 
 
 def _share(library: Loaded, definer: Definer) -> None:
-    """Note that ``library`` is bound to a unique symbol of ``definer``, which stays for whoever comes later.
-
-    As glibc's, who does not unload such a library either; without its code nothing can refer to it.
-    """
+    """Note that ``library`` is bound to a unique symbol of ``definer``, which others will be bound to."""
     _hold(library, definer)
-    if isinstance(definer, Loaded) and library.policy.init:
-        definer.stays = True
+    if isinstance(definer, Loaded):
+        definer.share()
 
 
 def _hold(library: Loaded, definer: Definer) -> None:

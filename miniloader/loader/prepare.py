@@ -22,10 +22,10 @@ from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import unwinder
 from miniloader.loader.beside_glibc.host import HostLibrary
-from miniloader.loader.events import Event, OnEvent
-from miniloader.loader.library import Library, load
+from miniloader.loader.events import OnEvent
 from miniloader.loader.link import thread_exits, used
 from miniloader.loader.loaded import Loaded
+from miniloader.loader.loading import Loading
 from miniloader.loader.prepared import store
 from miniloader.loader.prepared.pages import (
     ADDRESS,
@@ -97,20 +97,13 @@ def prepare(
         raise LoadError(f"{name}: relocates its code, and so cannot be prepared")
     if address is None:
         address = _choose(build_id, image.plan(PAGE_SIZE))
-    bindings: list[Bindings] = []
-
-    def listen(event: Event) -> None:
-        if event.stage == "bind" and event.library == name:
-            bindings.append(event.data["bindings"])
-        if on_event is not None:
-            on_event(event)
-
-    with load(image.source, init=False, on_event=listen, address=address) as library:
-        if not bindings:
+    with Loading(image.source, init=False, on_event=on_event, address=address) as steps:
+        if not steps.map():
             raise LoadError(
-                f"{name}: this process has it there already", hint="prepare it in another process"
+                f"{name}: this process has it at {address:#x} already", hint="prepare it in another process"
             )
-        return _keep(library, bindings[0])
+        library = steps.mapped[0]
+        return _keep(library, steps.link()[library])
 
 
 def entries() -> tuple[Entry, ...]:
@@ -172,13 +165,12 @@ def _choose(build_id: str, plan: LoadPlan) -> int:
     raise AssertionError("there are more places than libraries")
 
 
-def _keep(library: Library, bindings: Bindings) -> Entry:
+def _keep(library: Loaded, bindings: Bindings) -> Entry:
     """Write the file of ``library``, which is relocated and otherwise as it was mapped."""
-    loaded = library.loaded
-    image, memory = loaded.image, loaded.mapped
+    image, memory = library.image, library.mapped
     relocations = sort_relocations(image)
-    pages = _pages(loaded, relocations)
-    index, special, names = _index(loaded, relocations, bindings)
+    pages = _pages(library, relocations)
+    index, special, names = _index(library, relocations, bindings)
     tls = [rows for _, rows in relocations.of(*TLS)]
     tls_rows = np.concatenate([np.empty(0, RELOCATION), *tls])
     data = np.concatenate([memory.read(int(vaddr), PAGE_SIZE) for vaddr in pages] or [np.empty(0, np.uint8)])
@@ -197,7 +189,7 @@ def _keep(library: Library, bindings: Bindings) -> Entry:
         "tls_names": [
             bindings.label(place) for place in bindings.place(np.unique(tls_rows["symbol"])).tolist()
         ],
-        "held": [bindings.scope.index(definer) for definer in used(loaded, bindings)],
+        "held": [bindings.scope.index(definer) for definer in used(library, bindings)],
         "words": len(image.relocations),
         "filled": int(differing(pages, index["slots"], tls_rows).sum()),
         "unwind_table": unwinder.eh_frame(image),

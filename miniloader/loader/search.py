@@ -12,11 +12,9 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Final
-
-import numpy as np
 
 from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
@@ -24,14 +22,12 @@ from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.cpuinfo import features
 from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader.beside_glibc import host
+from miniloader.loader.ld_so_cache import CACHE, cached
 from miniloader.values import dataclass
 
 __all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]
 
-CACHE: Final = "/etc/ld.so.cache"
 _MACHINE: Final = {"x86_64": (2, 62), "aarch64": (2, 183), "i386": (1, 3), "riscv64": (2, 243)}
-_CACHE_FLAGS: Final = {"x86_64": 0x0303, "aarch64": 0x0A03, "riscv64": 0x1003}
-_HWCAP_EXTENSION: Final = 1 << 62
 
 # The micro-architecture levels of the x86-64 psABI, by what /proc/cpuinfo calls their features.
 _LEVELS: Final = (
@@ -142,7 +138,7 @@ def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
     if asker is not None:
         directories += (("DT_RUNPATH", _expand(part, asker.path)) for part in asker.runpath)
     yield from _in_directories(name, directories)
-    for path in _cached(name):
+    for path in cached(name, _hwcaps()):
         yield CACHE, path
     yield from _in_directories(name, [("default directory", part) for part in _default_directories()])
 
@@ -235,70 +231,3 @@ def _hwcaps() -> tuple[str, ...]:
             break
         names.insert(0, level)
     return tuple(names)
-
-
-@lru_cache(maxsize=1)
-def _cache_tables(_stamp: tuple[int, int]) -> tuple[np.ndarray, bytes, tuple[str, ...]] | None:
-    """The entries of ``/etc/ld.so.cache``, the whole file's bytes, and the names of its hwcaps.
-
-    Format: glibc's ``sysdeps/generic/dl-cache.h``, "new format".
-    """
-    with open(CACHE, "rb") as file:
-        data = file.read()
-    start = data.find(b"glibc-ld.so.cache1.1")
-    if start < 0:
-        return None
-    data = data[start:]
-    count, _, _, extension = np.frombuffer(data, "<u4", 4, 20).tolist()
-    entry = np.dtype([("flags", "<i4"), ("key", "<u4"), ("value", "<u4"), ("os", "<u4"), ("hwcap", "<u8")])
-    rows = np.frombuffer(data, entry, count, 48)
-    names: tuple[str, ...] = ()
-    if extension:
-        sections = np.frombuffer(data, "<u4", 2, extension).tolist()[1]
-        for tag, _, offset, size in (
-            np.frombuffer(data, "<u4", 4 * sections, extension + 8).reshape(-1, 4).tolist()
-        ):
-            if tag == 1:  # cache_extension_tag_glibc_hwcaps
-                names = tuple(
-                    _text(data, at) for at in np.frombuffer(data, "<u4", size // 4, offset).tolist()
-                )
-    return rows, data, names
-
-
-def _text(data: bytes, offset: int) -> str:
-    return os.fsdecode(data[offset : data.index(b"\0", offset)])
-
-
-def _cached(name: str) -> Sequence[str]:
-    """What the cache says of ``name``: the best hwcaps variant first."""
-    try:
-        status = os.stat(CACHE)
-        tables = _cache_tables((status.st_mtime_ns, status.st_ino))
-    except (OSError, ValueError):
-        return ()  # there is no cache, or none of this format
-    if tables is None:
-        return ()
-    rows, data, capabilities = tables
-    key, wanted = os.fsencode(name) + b"\0", []
-    at = data.find(key)
-    while at >= 0:  # a name may be stored as the end of a path
-        wanted.append(at)
-        at = data.find(key, at + 1)
-    flags = _CACHE_FLAGS.get(platform.machine())
-    keyed = (
-        np.logical_or.reduce([rows["key"] == at for at in wanted]) if wanted else np.zeros(len(rows), bool)
-    )
-    matching = rows[keyed & (rows["flags"] == flags)]
-    usable = _hwcaps()
-    ranked = []
-    for _, _, value, _, hwcap in matching.tolist():
-        rank = len(usable)
-        if hwcap & _HWCAP_EXTENSION:
-            label = capabilities[hwcap & 0xFFFFFFFF]
-            if label not in usable:
-                continue
-            rank = usable.index(label)
-        elif hwcap:
-            continue  # the legacy hwcaps, which current glibc ignores
-        ranked.append((rank, _text(data, value)))
-    return [path for _, path in sorted(ranked, key=lambda item: item[0])]

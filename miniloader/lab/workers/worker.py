@@ -35,7 +35,7 @@ def main() -> NoReturn:
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     settle(parent)
     travel_light()
-    import miniloader.loader.library  # noqa: F401 - now, while the parent is importing as well
+    import miniloader.loader.loading  # noqa: F401 - now, while the parent is importing as well
 
     _Commands(descriptor).serve()
     raise AssertionError("only a paused load is resumed")

@@ -16,19 +16,18 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.beside_glibc import host
+from miniloader.loader.memory import Memory
 from miniloader.machine import stand_in_code
 from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
-
-if TYPE_CHECKING:
-    from miniloader.loader.loaded import Loaded
 
 __all__ = ["add", "answer", "is_held", "make", "remove", "stand_ins"]
 
@@ -39,7 +38,10 @@ _HOLDS: Final = 152  # where it says how often it is held
 
 _Counts: Final = ctypes.c_uint64 * 3
 
-_waiting: Final[list[Loaded]] = []  # not in the table, since nobody has asked yet
+_Listed = tuple[ElfImage, Memory, int, int]
+"""What is told of a library: its image, its pages, how many symbols and which thread-local module it has."""
+
+_waiting: Final[dict[Memory, _Listed]] = {}  # not in the table, since nobody has asked yet
 
 
 class _Table:
@@ -57,14 +59,13 @@ class _Table:
         self.head = HEAD.pack(*(_of_host().get(name, 0) for name in FUNCTIONS), 0, 0, 0)
         ctypes.memmove(self.base + TABLE, self.head, HEAD.size)
         self._counts = _Counts.from_address(self.base + TABLE + _COUNTS)
-        self._listed: dict[Loaded, int] = {}  # its entry's number
+        self._listed: dict[Memory, int] = {}  # its entry's number
         self._free: list[int] = []
         self._texts: dict[int, bytearray] = {}  # what an entry points at
 
-    def add(self, library: Loaded) -> None:
-        """List ``library``: its entry is valid when all of it is there."""
-        image, memory, number = library.image, library.mapped, len(self._listed) + len(self._free)
-        number = self._free.pop() if self._free else number
+    def add(self, image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> None:
+        """List the library: its entry is valid when all of it is there."""
+        number = self._free.pop() if self._free else len(self._listed)
         header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
         table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
         path, soname = os.fsencode(image.path), os.fsencode(image.soname or image.path)
@@ -75,22 +76,22 @@ class _Table:
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
         entry = ENTRY.pack(
             *(memory.bias, name, headers, header.phnum, 0, 0),
-            *(library.blocks.own.module if library.blocks.own is not None else 0, 0),
+            *(tls_module, 0),
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
-            *(symbols, len(library.names), names),
+            *(symbols, symbol_count, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
             *(0, name + len(path) + 1),
         )
         at = self._at(number)
         ctypes.memmove(at, entry, ENTRY.size)
         ctypes.c_uint64.from_address(at + _END).value = memory.end
-        self._texts[number], self._listed[library] = text, number
+        self._texts[number], self._listed[memory] = text, number
         self._counts[0] = max(self._counts[0], number + 1)
         self._counts[1] += 1
 
-    def remove(self, library: Loaded) -> None:
-        """Withdraw ``library``, unless it is not listed."""
-        number = self._listed.pop(library, None)
+    def remove(self, memory: Memory) -> None:
+        """Withdraw the library at ``memory``, unless it is not listed."""
+        number = self._listed.pop(memory, None)
         if number is None:
             return
         ctypes.c_uint64.from_address(self._at(number) + _END).value = 0
@@ -99,36 +100,39 @@ class _Table:
         self._free.append(number)
         del self._texts[number]
 
-    def holds(self, library: Loaded) -> bool:
-        """Whether somebody has asked for ``library`` to stay."""
-        number = self._listed.get(library)
+    def holds(self, memory: Memory) -> bool:
+        """Whether somebody has asked for the library at ``memory`` to stay."""
+        number = self._listed.get(memory)
         return number is not None and bool(ctypes.c_uint64.from_address(self._at(number) + _HOLDS).value)
 
     def _at(self, number: int) -> int:
         return self.base + TABLE + HEAD.size + number * ENTRY.size
 
 
-def add(library: Loaded) -> None:
-    """Make ``library`` known, which is linked, to those of ours that ask, now or later."""
+def add(image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> None:
+    """Make a library that is linked known to those of ours that ask, now or later.
+
+    ``symbol_count`` is the number of its dynamic symbols, ``tls_module`` 0 without thread-local storage.
+    """
     if _table.cache_info().currsize and (table := _table()) is not None:
-        table.add(library)
+        table.add(image, memory, symbol_count, tls_module)
     else:
-        _waiting.append(library)
+        _waiting[memory] = image, memory, symbol_count, tls_module
 
 
-def remove(library: Loaded) -> None:
-    """``library`` goes: to be called before it is unmapped, whether or not it was added."""
-    if library in _waiting:
-        _waiting.remove(library)
+def remove(memory: Memory) -> None:
+    """The library at ``memory`` goes: to be called before it is unmapped."""
+    if memory in _waiting:
+        del _waiting[memory]
     elif _table.cache_info().currsize and (table := _table()) is not None:
-        table.remove(library)
+        table.remove(memory)
 
 
-def is_held(library: Loaded) -> bool:
-    """Whether a library has asked, by dlopen(3), for ``library`` to stay."""
+def is_held(memory: Memory) -> bool:
+    """Whether a library has asked, by dlopen(3), for the one at ``memory`` to stay."""
     if not _table.cache_info().currsize or (table := _table()) is None:
         return False
-    return table.holds(library)
+    return table.holds(memory)
 
 
 def answer(addresses: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> None:
@@ -155,7 +159,7 @@ def _table() -> _Table | None:
     """The table, in use from now on."""
     table = make()
     while _waiting and table is not None:
-        table.add(_waiting.pop())
+        table.add(*_waiting.popitem()[1])
     return table
 
 

@@ -1,0 +1,160 @@
+"""What one load brings: the library, and all that it needs and this process does not have yet.
+
+ld.so's ``_dl_map_object_deps``: breadth first, each file once.  What is found is opened and read; mapping it
+comes later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from miniloader.elf import Source, read_image
+from miniloader.elf.checks import refuse_problems
+from miniloader.errors import LoadError, MiniloaderError
+from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc.host import HostLibrary, Listing
+from miniloader.loader.events import Event, OnEvent, Stage
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.policy import Policy, comes_from_host, refuse
+from miniloader.loader.scope import Bindings
+from miniloader.loader.search import find
+from miniloader.loader.unload import find_present
+
+__all__ = ["Graph"]
+
+Needed = Loaded | HostLibrary
+
+
+class Graph:
+    """The libraries that one load brings: ``new`` holds them breadth first, what was asked for first.
+
+    ``listing`` is what ld.so had when it was last asked.  ``bindings`` are those of each library, once it is
+    linked; one that is relocated from prepared pages has none.
+    """
+
+    def __init__(self, policy: Policy, tell: OnEvent | None) -> None:
+        self.policy = policy
+        self.tell = tell
+        self.new: list[Loaded] = []
+        self.bindings: dict[Loaded, Bindings] = {}
+        self.listing: Listing
+
+    def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
+        """Tell whoever listens."""
+        if self.tell is not None:
+            self.tell(Event(stage, library, text, data))
+
+    def add(self, source: Source, needed_by: Loaded | None = None) -> Loaded:
+        """Open ``source`` as a new member; it is closed when it is refused."""
+        try:
+            image = read_image(source)
+            refuse(image, self.policy)
+            library = Loaded(image, needed_by, self.policy)
+            reason = _find_prepared(library) if self.policy.prepared else None
+            if library.ready is None:  # what is in the cache has been checked when it was prepared
+                refuse_problems(image)
+        except MiniloaderError:
+            source.close()
+            raise
+        self.new.append(library)
+        count = len(image.segments)
+        self.event("parse", image.path, f"{count} program headers", segments=count)
+        if reason is not None:
+            self.go_plain(library, reason)
+        return library
+
+    def go_plain(self, library: Loaded, reason: str) -> None:
+        """The relocated pages of ``library`` are of no use, for this ``reason``: it goes the plain way."""
+        library.drop_prepared()
+        library.not_prepared = f"not from the cache: {reason}"
+        self.event("prepared", library.name, library.not_prepared, reason=reason)
+
+    def complete(self) -> None:
+        """Find what each member needs, and what that needs, breadth first."""
+        self.listing = host.listing()
+        for library in self.new:  # grows meanwhile
+            for name in library.image.needed:
+                library.needs.append(self._need(name, library))
+        for library in self.new[1:]:
+            library.before = library.ours
+
+    def _need(self, name: str, library: Loaded) -> Needed:
+        """What ``library`` gets for ``name``: what is loaded already, ld.so's, or the file that is found."""
+        same = self._present(lambda member: member.is_called(name))
+        if same is not None:
+            return self._answer(name, library, same, "loaded already")
+        of_host = self._from_host(name, library)
+        if of_host is not None:
+            return self._answer(name, library, of_host, f"the process's own, {of_host.name}")
+        source = Source.open(self._search(name, library))
+        same_file = self._same_file(source)
+        if same_file is not None:
+            source.close()
+            return self._answer(name, library, same_file, f"loaded already as {same_file.name}")
+        self.event("need", library.name, f"{name}: {source.name}", needed=name, path=source.name)
+        return self.add(source, library)
+
+    def _answer(self, name: str, library: Loaded, needed: Needed, how: str) -> Needed:
+        self.event("need", library.name, f"{name}: {how}", needed=name, path=needed.name)
+        return needed
+
+    def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
+        """A library of ours: of this load, or of an earlier one that initialised as this one will."""
+        new = next((library for library in self.new if is_it(library)), None)
+        return new or find_present(lambda library: library.policy.init == self.policy.init and is_it(library))
+
+    def _from_host(self, name: str, library: Loaded) -> HostLibrary | None:
+        """The library ``name`` of the system's loader: what it has, or loads since a process has it once."""
+        handle = host.open_host(name, load=False)
+        if handle is None and "/" not in name and comes_from_host(name):  # a path could lead to any file
+            handle = host.open_host(name, load=True)
+            self.listing = host.listing()
+        if handle is None:
+            return None
+        library.undo.callback(host.close_host, handle)
+        bias = host.load_address(handle)
+        if bias not in self.listing.by_bias:
+            self.listing = host.listing()
+        if bias not in self.listing.by_bias:
+            raise LoadError(f"{library.name}: needs {name}, which the system's loader has, but does not list")
+        return self.listing.by_bias[bias]
+
+    def _search(self, name: str, library: Loaded) -> str:
+        """The path of the file that ld.so would take for ``name``; each place is told."""
+        found = find(name, library.asker())
+        for step in found.steps:
+            text = f"{step.rule}: {step.path}: {step.outcome}"
+            fields = {"rule": step.rule, "path": step.path, "outcome": step.outcome}
+            self.event("search", library.name, text, needed=name, **fields)
+        if found.path is None:
+            places = len(found.steps)
+            raise LoadError(f"{library.name}: needs {name}, which is in none of the {places} places searched")
+        return found.path
+
+    def _same_file(self, source: Source) -> Needed | None:
+        """The library that was loaded from the same file under another name."""
+        same = self._present(lambda library: library.key == source.key)
+        return same or next((library for library in self.listing.found if _is_of(library, source)), None)
+
+
+def _is_of(library: HostLibrary, source: Source) -> bool:
+    """Whether the file of ``library`` is ``source``."""
+    try:
+        status = os.stat(library.path) if library.path else None
+    except OSError:
+        return False  # its file is gone: it is another than the one just found
+    return status is not None and (status.st_dev, status.st_ino) == source.identity
+
+
+def _find_prepared(library: Loaded) -> str | None:
+    """Give the library its relocated pages, if the cache has any; else why it has none."""
+    from miniloader.loader.prepared.pages import find as find_prepared
+
+    try:
+        library.ready = find_prepared(library.image)
+    except LoadError as error:
+        return str(error)
+    library.undo.callback(library.drop_prepared)
+    return None

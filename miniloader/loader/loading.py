@@ -1,0 +1,302 @@
+"""``Loading`` and ``load``: from a file to running code, one step at a time or at once.
+
+``map`` finds the library and what it needs, and maps them; nothing is written yet.  ``link`` binds their
+symbols and writes what has to be relocated; nothing of them has run yet, but what choosing among functions
+takes (IFUNC).  ``initialise`` runs their constructors.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from miniloader.elf import Source
+from miniloader.errors import UsageError
+from miniloader.loader import unload
+from miniloader.loader.beside_glibc import stand_ins
+from miniloader.loader.constructors import constructor_order
+from miniloader.loader.events import OnEvent
+from miniloader.loader.graph import Graph
+from miniloader.loader.library import Library
+from miniloader.loader.link import (
+    initialise_library,
+    link_library,
+    linking_order,
+    map_library,
+    read_life,
+    show_to_libraries,
+    zero_library,
+)
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.policy import Binding, Policy
+from miniloader.loader.scope import Bindings, Definer
+from miniloader.loader.search import find_path
+from miniloader.native import functions
+
+__all__ = ["Loading", "load"]
+
+_NEXT: Final = "{}() comes next"
+_HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
+
+
+class Loading:
+    """A load in three steps, each taken once, in order: :meth:`map`, :meth:`link`, :meth:`initialise`.
+
+    A context manager: leaving it before the last step is done takes everything back, and so does a step that
+    fails.  After the last step :attr:`library` is the caller's, to close.  Between the steps nobody else has
+    what is being loaded: another load of the file maps it again.  The arguments are those of :func:`load`.
+
+    >>> import miniloader
+    >>> with miniloader.Loading("libz.so.1") as steps:
+    ...     libz, *needed = steps.map()
+    ...     bindings = steps.link()[libz]
+    ...     constructors = steps.initialise()[libz]
+    >>> steps.library.base == libz.bias
+    True
+    >>> steps.library.close()
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Source,
+        init: bool = True,
+        bind: Binding = "now",
+        on_event: OnEvent | None = None,
+        *,
+        address: int | None = None,
+        text_relocations: bool = False,
+        executable_stack: bool = False,
+        writable_code: bool = False,
+        prepared: bool = False,
+        gdb: bool = False,
+    ) -> None:
+        if bind not in ("now", "lazy"):
+            raise UsageError(f"bind={bind!r}: expected 'now' or 'lazy'")
+        if prepared and bind == "lazy":
+            raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
+        #: What is to be loaded, as the caller gave it.
+        self.path = path
+        #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
+        #: Empty where this process had it already, which is then shared.
+        self.mapped: tuple[Loaded, ...] = ()
+        #: The constructors that :meth:`initialise` has run: the addresses of each library's, in order.
+        self.constructors: dict[Loaded, list[int]] = {}
+        #: Milliseconds that each stage took.
+        self.stages_ms: dict[str, float] = {}
+        policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
+        self._graph = Graph(policy, on_event)
+        #: What :meth:`link` has bound the symbols of each mapped library to; those that take their relocated
+        #: pages from the cache bind nothing, and are not among them.
+        self.bindings: dict[Loaded, Bindings] = self._graph.bindings
+        self._root: Loaded | None = None
+        self._order: list[Loaded] = []  # those mapped, as they are initialised
+        self._library: Library | None = None
+        self._state = _NEXT.format("map")
+        self._since = 0.0
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._library is None:
+            self._undo()
+
+    @property
+    def library(self) -> Library:
+        """What has been loaded; :class:`UsageError` before the last step is done."""
+        if self._library is None:
+            raise UsageError(f"{self._name}: is not loaded: {self._state}", hint=_HINT)
+        return self._library
+
+    def map(self) -> tuple[Loaded, ...]:
+        """Find the library and all that it needs, and map them: see :attr:`mapped`.
+
+        Where the process has the library already, it gets another handle, and there is nothing to do in any
+        step.
+        """
+        with self._step("map", then=_NEXT.format("link")):
+            source = self.path if isinstance(self.path, Source) else Source.open(find_path(self.path))
+            self._root = self._share(source) or self._map(source)
+        return self.mapped
+
+    def link(self) -> dict[Loaded, Bindings]:
+        """Bind symbols, write the words that are relocated, take away rights: see :attr:`bindings`."""
+        with self._step("link", then=_NEXT.format("initialise")):
+            order = _sort(self._asked_for)
+            self._order = [library for library in order if library in self.mapped]
+            if self.mapped:
+                self._link()
+            if self._graph.policy.gdb:
+                _show_to_debugger(self._order or order)
+                self._took("gdb")
+        return self.bindings
+
+    def initialise(self) -> dict[Loaded, list[int]]:
+        """Run the constructors, of what is needed first: see :attr:`constructors`."""
+        with self._step("initialise", then="all steps are taken"):
+            if self.mapped:
+                self._initialise()
+            self._library = Library(self._asked_for, self.stages_ms)
+        return self.constructors
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @property
+    def _asked_for(self) -> Loaded:
+        assert self._root is not None  # once it is mapped
+        return self._root
+
+    @property
+    def _name(self) -> str:
+        return self.path.name if isinstance(self.path, Source) else os.fspath(self.path)
+
+    @contextmanager
+    def _step(self, name: str, then: str) -> Iterator[None]:
+        """One step, with the lock held; when it fails, all is undone."""
+        if self._state != _NEXT.format(name):
+            raise UsageError(f"{self._name}: {name}() is called out of turn: {self._state}", hint=_HINT)
+        with unload.lock:
+            self._state, self._since = f"{name}() has begun", time.perf_counter()
+            try:
+                yield
+            except BaseException:
+                self._undo()
+                raise
+            self._state = then
+
+    def _undo(self) -> None:
+        """Take back whatever the steps have done."""
+        with unload.lock:
+            self._state = "what was done is undone"
+            new, self._graph.new, root, self._root = self._graph.new, [], self._root, None
+            unload.take_back(new)
+            if root is not None and root not in new:
+                unload.let_go(root)
+
+    def _took(self, stage: str) -> None:
+        """What has been done since the last one was this ``stage``."""
+        since, self._since = self._since, time.perf_counter()
+        self.stages_ms[stage] = (self._since - since) * 1e3
+
+    def _share(self, source: Source) -> Loaded | None:
+        """One more handle of what this process has of the file, initialised as this one is to be."""
+        policy = self._graph.policy
+        library = unload.find_present(
+            lambda library: library.key == source.key and library.policy.init == policy.init
+        )
+        if library is None or policy.address not in (None, library.mapped.start):
+            return None
+        library.handles += 1
+        return library
+
+    def _map(self, source: Source) -> Loaded:
+        graph = self._graph
+        root = graph.add(source)
+        functions()  # the loader's own library, before it is asked which there are
+        stand_ins.make()
+        graph.complete()
+        self._took("parse")
+        for library in graph.new:
+            map_library(graph, library)
+        self._took("map")
+        self.mapped = tuple(graph.new)
+        unload.unfinished.update(graph.new)
+        return root
+
+    def _link(self) -> None:
+        for library in self.mapped:
+            zero_library(self._graph, library)
+        # ld.so's global scope comes first, then the library and what it needs.
+        listing = self._graph.listing
+        scope: list[Definer] = [library for library in listing.found if library.is_global]
+        scope += (library for library in self._asked_for.local_scope(listing) if library not in scope)
+        for library in linking_order(self._order, scope):
+            link_library(self._graph, library, scope)
+        self._took("relocate")
+
+    def _initialise(self) -> None:
+        unload.present.extend(self.mapped)
+        if self._graph.policy.init:
+            for library in self.mapped:
+                show_to_libraries(library)
+            # All are read before any runs: a page of the file that is gone must not be met half-way.
+            constructors = [read_life(library) for library in self._order]
+            for library, addresses in zip(self._order, constructors, strict=True):
+                self.constructors[library] = addresses
+                initialise_library(self._graph, library, addresses)
+        unload.unfinished.difference_update(self.mapped)
+        self._asked_for.handles += 1
+        self._took("init")
+
+
+def load(
+    path: str | os.PathLike[str] | Source,
+    init: bool = True,
+    bind: Binding = "now",
+    on_event: OnEvent | None = None,
+    *,
+    address: int | None = None,
+    text_relocations: bool = False,
+    executable_stack: bool = False,
+    writable_code: bool = False,
+    prepared: bool = False,
+    gdb: bool = False,
+) -> Library:
+    """Load the shared library ``path`` as dlopen(3) does, but ourselves: all steps of a :class:`Loading`.
+
+    A bare name is searched as ld.so searches.  ``path`` may also be a :class:`~miniloader.elf.Source` (a
+    descriptor, bytes in memory).  With ``init=False`` nothing of the library runs: no constructor, and no
+    IFUNC resolver (their slots stay 0).  With ``init=True`` its own code does, which can do anything.
+    ``bind="lazy"`` leaves PLT slots until they are first called.  ``address`` asks for its first page to be
+    there.  ``prepared`` takes relocated pages from the cache, at the address they were made for (see
+    :func:`miniloader.prepare`), or says in an event why it does not.  ``gdb`` shows the library, and
+    what is loaded with it, to a debugger, before its constructors run.  The others allow what else is
+    refused.  ``on_event`` hears of each thing as it is done.
+
+    Raises :class:`ElfError` when the file is at fault, else :class:`LoadError`; nothing stays mapped then.
+
+    >>> import ctypes, miniloader
+    >>> with miniloader.load("libz.so.1") as libz:
+    ...     crc32 = libz.function("crc32", ctypes.c_ulong, [ctypes.c_ulong, ctypes.c_char_p, ctypes.c_uint])
+    ...     hex(crc32(0, b"hello", 5))
+    '0x3610a686'
+    """
+    steps = Loading(
+        path,
+        init,
+        bind,
+        on_event,
+        address=address,
+        text_relocations=text_relocations,
+        executable_stack=executable_stack,
+        writable_code=writable_code,
+        prepared=prepared,
+        gdb=gdb,
+    )
+    with unload.lock, steps:
+        steps.map()
+        steps.link()
+        steps.initialise()
+    return steps.library
+
+
+def _show_to_debugger(libraries: Sequence[Loaded]) -> None:
+    from miniloader.loader.beside_glibc.debugger import register
+
+    for library in libraries:
+        if library.debugging is None:
+            library.debugging = register(library.image, library.bias)
+            library.undo.callback(library.debugging.withdraw)
+
+
+def _sort(root: Loaded) -> list[Loaded]:
+    """``root`` and what of ours it needs, in the order they are initialised, which is noted in it."""
+    members = [root]
+    for library in members:  # grows meanwhile: breadth first
+        members += (needed for needed in library.ours if needed not in members)
+    order = constructor_order(members, lambda library: library.before)
+    root.before = order[::-1]
+    return order

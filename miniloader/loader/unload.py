@@ -1,0 +1,118 @@
+"""Which libraries of ours this process has, and how they leave it: what glibc's ``dl-close.c`` does.
+
+A library goes when no caller holds it and nothing that stays needs it.  First all that go are finalised, in
+the order of their needs, and then unmapped: what one of them calls on the way is still there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
+from miniloader.loader import constructors
+from miniloader.loader.beside_glibc import stand_ins
+from miniloader.loader.loaded import Loaded
+
+__all__ = ["find_present", "let_go", "lock", "present", "take_back", "unfinished"]
+
+#: Held by whoever changes what this process has, or looks at it.  To be read from the module: a child that
+#: is forked gets another one.
+lock = threading.RLock()
+#: The libraries that other loads may share, in the order in which they were loaded.
+present: Final[list[Loaded]] = []
+#: Those of loads that are not complete; what they need has to stay.
+unfinished: Final[set[Loaded]] = set()
+_lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
+
+
+def find_present(is_it: Callable[[Loaded], bool]) -> Loaded | None:
+    """The first library present for which ``is_it`` holds."""
+    return next((library for library in present if is_it(library)), None)
+
+
+def let_go(library: Loaded) -> None:
+    """A caller does not hold ``library`` any more: what nobody holds now is finalised and unmapped."""
+    library.handles -= 1
+    kept = [*unfinished, *filter(_stays, present)]
+    _add_what_they_use(kept)
+    gone = [member for member in _in_destructor_order(library) if member not in kept]
+    for member in gone:
+        _finalise(member)
+    _unmap(gone)
+
+
+def take_back(new: list[Loaded]) -> None:
+    """Undo the load that brought ``new``, whatever it has come to."""
+    for library in reversed(new):
+        if library in present:
+            _finalise(library)  # whoever listens has raised between two constructors
+    unfinished.difference_update(new)
+    _unmap(new[::-1])
+    for library in new:
+        if library not in _lingering:
+            library.image.source.close()
+
+
+def _stays(library: Loaded) -> bool:
+    """Whether ``library`` is held: by a caller, by another library, or for as long as the process lives.
+
+    As glibc's, one with a unique symbol that others may be bound to is never unloaded; without its code,
+    ``init=False``, nothing can refer to it.
+    """
+    return bool(
+        library.handles
+        or (library.shared and library.policy.init)
+        or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
+        or (library.is_mapped and stand_ins.is_held(library.mapped))
+    )
+
+
+def _add_what_they_use(libraries: list[Loaded]) -> None:
+    for library in libraries:  # grows meanwhile
+        libraries += (used for used in (*library.ours, *library.holds) if used not in libraries)
+
+
+def _unmap(gone: list[Loaded]) -> None:
+    """Unmap ``gone``, and what had to wait, but for what has to wait still."""
+    gone += (library for library in _lingering if library not in gone)
+    for library in gone:
+        library.blocks.close()  # one carrier may be what another one waits for
+    waiting = [library for library in gone if not library.blocks.close()]
+    _add_what_they_use(waiting)
+    _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
+
+
+def _in_destructor_order(closed: Loaded | None = None) -> list[Loaded]:
+    return constructors.destructor_order(
+        present, lambda library: library.before, lambda library: library.holds, closed
+    )
+
+
+def _finalise(library: Loaded) -> None:
+    """Run the destructors of ``library``, if it was initialised; nobody shares it from now on."""
+    present.remove(library)
+    if library.initialised:
+        library.initialised = False
+        for address in library.destructors:
+            constructors.run_destructor(address)
+
+
+@atexit.register
+def _finalise_all() -> None:
+    """At the end of the process all finalisers run; nothing is unmapped."""
+    with lock:
+        for library in _in_destructor_order():
+            _finalise(library)
+
+
+def _after_fork() -> None:
+    """A thread that held the lock is not in the child."""
+    global lock
+    lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
