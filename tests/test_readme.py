@@ -51,6 +51,14 @@ def test_the_transcript_is_what_the_command_prints() -> None:
     assert masked(done.stdout)[: len(expected)] == expected
 
 
+def test_what_it_says_to_try_works() -> None:
+    """Each command of the ``sh`` blocks that is miniloader itself; tools/demo is tested with the tools."""
+    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("miniloader ")]
+    assert len(commands) > 2
+    assert {command: run(command).returncode for command in commands} == dict.fromkeys(commands, 0)
+
+
 def test_the_python_runs() -> None:
     (code,) = blocks("python")
     done = subprocess.run(
