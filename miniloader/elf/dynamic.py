@@ -5,7 +5,6 @@ Source: gABI chapter 5, "Dynamic Section".  Tags are numbers here; :func:`tag_na
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
@@ -13,6 +12,9 @@ from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from elftools.elf.enums import ENUM_D_TAG_COMMON
+
+from miniloader.elf.parsing import parse_rows, structs
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -127,24 +129,35 @@ class Dynamic:
 
 
 def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = None) -> Dynamic:
-    """Decode the bytes of ``PT_DYNAMIC`` up to ``DT_NULL`` or the end."""
-    record = struct.Struct(order + ("qQ" if elf_class == 64 else "iI"))
-    rows = record.iter_unpack(memoryview(data)[: len(data) // record.size * record.size])
-    entries: tuple[tuple[int, int], ...] = tuple(
-        islice(takewhile(lambda entry: entry[0] != DT_NULL, rows), _MOST_ENTRIES + 1)
-    )
+    """Read the bytes of ``PT_DYNAMIC`` up to ``DT_NULL`` or the end.
+
+    :class:`ElfError` names the file ``name`` where there are more entries than any file has.
+
+    >>> parse_dynamic(bytes([14, *bytes(7), 7, *bytes(7)]) + bytes(16), 64, "<").entries
+    ((14, 7),)
+    """
+    rows = parse_rows(structs(elf_class, order).Elf_Dyn, data, "PT_DYNAMIC", name)
+    before_null = takewhile(lambda row: row.d_tag != "DT_NULL", rows)
+    entries = tuple([(_number(row.d_tag), row.d_val) for row in islice(before_null, _MOST_ENTRIES + 1)])
     if len(entries) > _MOST_ENTRIES:
         raise ElfError(name, "PT_DYNAMIC", "more entries", f"at most {_MOST_ENTRIES}")
     return Dynamic(entries, MappingProxyType(dict(entries)))
 
 
+def _number(tag: str | int) -> int:
+    """The number of a tag that pyelftools knows by name."""
+    return tag if isinstance(tag, int) else ENUM_D_TAG_COMMON[tag]
+
+
 @lru_cache(maxsize=1)
 def _tag_names() -> dict[int, str]:
-    from elftools.elf.enums import ENUM_D_TAG_COMMON
-
     return {code: label for label, code in reversed(list(ENUM_D_TAG_COMMON.items())) if isinstance(code, int)}
 
 
 def tag_name(tag: int) -> str:
-    """``DT_…``, or the number in hexadecimal."""
+    """``DT_…``, or the number in hexadecimal.
+
+    >>> tag_name(25), tag_name(0x70000001)
+    ('DT_INIT_ARRAY', '0x70000001')
+    """
     return _tag_names().get(tag, f"{tag:#x}")

@@ -26,7 +26,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.image import ElfImage
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SysvHash
-from miniloader.elf.tables import blocks
+from miniloader.elf.tables import blocks, distinct
 from miniloader.errors import ElfError
 
 Fault = tuple[str, str, str]
@@ -165,7 +165,7 @@ def _target_arrays(image: ElfImage) -> Iterator[tuple[str, NDArray[np.uint64], i
         offsets, kinds = table.rows["offset"], table.rows["type"]
         # R_*_NONE relocates nothing, wherever it points.
         yield table.name, offsets[kinds != 0] if not kinds.all() else offsets, word
-        for code in np.unique(kinds).tolist():
+        for code in distinct(kinds)[0].tolist():
             if "TLSDESC" in kind_name(image.header.machine, code):
                 yield table.name, offsets[kinds == code], 2 * word
 
@@ -214,7 +214,7 @@ def arrays(image: ElfImage) -> Iterator[Fault]:
 def relative_head(image: ElfImage) -> Iterator[Fault]:
     """The rows that DT_RELACOUNT counts do nothing but add the load bias."""
     for table in image.relocations.tables:
-        for code in np.unique(table.rows["type"][: table.head]).tolist():
+        for code in distinct(table.rows["type"][: table.head])[0].tolist():
             kind = kind_name(image.header.machine, code)
             if "_RELATIVE" not in kind:
                 yield "DT_RELACOUNT", f"{table.head} rows, {kind} among them", "R_*_RELATIVE alone"

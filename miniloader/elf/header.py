@@ -1,18 +1,15 @@
 """The ELF header, the program headers and the section headers.
 
-pyelftools knows how they are laid out for each class, byte order and machine; this module bounds what
-is read, names what is wrong, and turns its containers into frozen values.  Source: gABI chapters 4, 5.
+pyelftools parses them, for each class, byte order and machine; this module bounds what is read, names what is
+wrong, and turns what pyelftools gives into frozen values.  Source: gABI chapters 4, 5.
 """
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from elftools.elf import enums
-from elftools.elf.structs import ELFStructs
-
+from miniloader.elf.parsing import parse, parse_rows, structs
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -39,7 +36,6 @@ class Header:
     abi_version: int
     type: str
     machine: str
-    machine_code: int
     entry: int
     flags: int
     phoff: int
@@ -110,38 +106,14 @@ def protection(flags: int) -> str:
     return "".join(sign if flags & bit else "-" for sign, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))
 
 
-@lru_cache(maxsize=64)
-def _structs(elf_class: int, little: bool, e_type: Any, e_machine: Any, os_abi: Any) -> ELFStructs:
-    structs = ELFStructs(little_endian=little, elfclass=elf_class)
-    structs.create_basic_structs()
-    structs.create_advanced_structs(e_type, e_machine, os_abi)
-    return structs
-
-
-@lru_cache(maxsize=4)
-def _names(table: str, prefix: str) -> dict[int, str]:
-    """pyelftools' names of an enumeration, by number, without their prefix; the first of each."""
-    entries = reversed(getattr(enums, table).items())
-    return {code: name.removeprefix(prefix) for name, code in entries if isinstance(code, int)}
-
-
-def _container(header: Header) -> ELFStructs:
-    return _structs(
-        header.elf_class,
-        header.byte_order == "little",
-        f"ET_{header.type}",
-        f"EM_{header.machine}",
-        _OS_ABI.get(header.os_abi, header.os_abi),
-    )
-
-
 # In use, though not in pyelftools' tables: binutils' include/elf/common.h and mips.h.
 _MACHINES: Final = {0x9026: "ALPHA"}
-_SFRAME: Final = {0x6474E554: "PT_GNU_SFRAME"}  # binutils 2.40
-_SEGMENT_TYPES: Final = {
-    "MIPS": {0x70000000: "PT_MIPS_REGINFO", 0x70000001: "PT_MIPS_RTPROC", 0x70000002: "PT_MIPS_OPTIONS"}
+_SEGMENT_TYPES: Final = {0x6474E554: "PT_GNU_SFRAME"}  # binutils 2.40
+_MIPS_SEGMENT_TYPES: Final = {
+    0x70000000: "PT_MIPS_REGINFO",
+    0x70000001: "PT_MIPS_RTPROC",
+    0x70000002: "PT_MIPS_OPTIONS",
 }
-_OS_ABI: Final = {code: name for name, code in enums.ENUM_EI_OSABI.items() if isinstance(code, int)}
 
 
 def read_header(source: Source) -> Header:
@@ -159,72 +131,66 @@ def read_header(source: Source) -> Header:
     if ident[6] != 1:
         raise ElfError(name, "EI_VERSION", str(ident[6]), "1")
     elf_class: Literal[32, 64] = 32 if ident[4] == 1 else 64
-    record = struct.Struct(
-        ("<" if ident[5] == 1 else ">") + ("16xHHIIIIIHHHHHH" if elf_class == 32 else "16xHHIQQQIHHHHHH")
-    )
-    e_type, code, version, *rest = record.unpack(source.read(0, record.size, "ELF header"))
-    if version != 1:
-        raise ElfError(name, "e_version", f"{version:#x}", "1")
-    entry, phoff, shoff, flags, _, phentsize, phnum, shentsize, shnum, shstrndx = rest
+    byte_order: Literal["little", "big"] = "little" if ident[5] == 1 else "big"
+    declared = structs(elf_class, "<" if byte_order == "little" else ">").Elf_Ehdr
+    row = parse(declared, source.read(0, declared.sizeof(), "ELF header"), "ELF header", name)
+    if row.e_version != "EV_CURRENT":
+        raise ElfError(name, "e_version", _named(row.e_version, "EV_"), "1")
     return Header(
         elf_class=elf_class,
-        byte_order="little" if ident[5] == 1 else "big",
+        byte_order=byte_order,
         os_abi=ident[7],
         abi_version=ident[8],
-        type=_names("ENUM_E_TYPE", "ET_").get(e_type, f"{e_type:#x}"),
-        machine=_MACHINES.get(code) or _names("ENUM_E_MACHINE", "EM_").get(code, f"{code:#x}"),
-        machine_code=code,
-        entry=entry,
-        flags=flags,
-        phoff=phoff,
-        phentsize=phentsize,
-        phnum=phnum,
-        shoff=shoff,
-        shentsize=shentsize,
-        shnum=shnum,
-        shstrndx=shstrndx,
+        type=_named(row.e_type, "ET_"),
+        machine=_MACHINES.get(row.e_machine) or _named(row.e_machine, "EM_"),
+        entry=row.e_entry,
+        flags=row.e_flags,
+        phoff=row.e_phoff,
+        phentsize=row.e_phentsize,
+        phnum=row.e_phnum,
+        shoff=row.e_shoff,
+        shentsize=row.e_shentsize,
+        shnum=row.e_shnum,
+        shstrndx=row.e_shstrndx,
     )
+
+
+def _named(value: str | int, prefix: str = "") -> str:
+    """pyelftools' name of a value without its prefix, or the number in hexadecimal."""
+    return f"{value:#x}" if isinstance(value, int) else value.removeprefix(prefix)
 
 
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     """Read the program headers, in table order."""
-    record = struct.Struct(header.order + ("IIIIIIII" if header.elf_class == 32 else "IIQQQQQQ"))
+    declared = structs(header.elf_class, header.order, header.machine).Elf_Phdr
+    size = declared.sizeof()
     if header.phnum == 0 and header.type == "REL":
         raise ElfError(source.name, "e_type", "ET_REL, an object file", "ET_DYN, a shared object")
     if header.phnum == 0:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
     if header.phnum == _PN_XNUM:
         raise ElfError(source.name, "e_phnum", "PN_XNUM", "fewer than 65535 program headers")
-    most = _MOST_HEADERS // record.size
+    most = _MOST_HEADERS // size
     if header.phnum > most:
         expected = f"at most {most}: Linux maps no file with more"
         raise ElfError(source.name, "e_phnum", str(header.phnum), expected)
-    if header.phentsize != record.size:
-        raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(record.size))
-    table = source.read(header.phoff, record.size * header.phnum, "program headers")
-    names = _segment_types(header.machine)
+    if header.phentsize != size:
+        raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
+    table = source.read(header.phoff, size * header.phnum, "program headers")
+    names = _SEGMENT_TYPES | (_MIPS_SEGMENT_TYPES if header.machine == "MIPS" else {})
     return tuple(
-        Segment(index, names.get(kind, f"{kind:#x}"), protection(flags), offset, vaddr, filesz, memsz, align)
-        for index, row in enumerate(record.iter_unpack(table))
-        for kind, flags, offset, vaddr, filesz, memsz, align in [_in_one_order(row, header.elf_class)]
+        Segment(
+            index=index,
+            type=names.get(row.p_type) or _named(row.p_type),
+            flags=protection(row.p_flags),
+            file_offset=row.p_offset,
+            vaddr=row.p_vaddr,
+            filesz=row.p_filesz,
+            memsz=row.p_memsz,
+            align=row.p_align,
+        )
+        for index, row in enumerate(parse_rows(declared, table, "program headers", source.name))
     )
-
-
-def _in_one_order(row: tuple[int, ...], elf_class: int) -> tuple[int, ...]:
-    """type, flags, offset, vaddr, filesz, memsz, align: ``p_flags`` is second in 64-bit files, late in 32."""
-    if elf_class == 64:
-        kind, flags, offset, vaddr, _, filesz, memsz, align = row
-    else:
-        kind, offset, vaddr, _, filesz, memsz, flags, align = row
-    return kind, flags, offset, vaddr, filesz, memsz, align
-
-
-@lru_cache(maxsize=16)
-def _segment_types(machine: str) -> dict[int, str]:
-    """pyelftools' names of segment types, those of the machine included."""
-    table = getattr(enums, f"ENUM_P_TYPE_{machine}", enums.ENUM_P_TYPE_BASE)
-    names = {code: name for name, code in reversed(list(table.items())) if isinstance(code, int)}
-    return names | _SFRAME | _SEGMENT_TYPES.get(machine, {})
 
 
 def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
@@ -232,18 +198,18 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
 
     Sections are a convenience for naming things: nothing that matters to loading is read from them.
     """
-    structs = _container(header)
-    size = structs.Elf_Shdr.sizeof()
+    declared = structs(header.elf_class, header.order, header.machine).Elf_Shdr
+    size, what = declared.sizeof(), "section headers"
     if header.shoff == 0 or header.shentsize != size:
         return ()
     try:
-        first = structs.Elf_Shdr.parse(bytes(source.read(header.shoff, size, "section headers")))
+        first = parse(declared, source.read(header.shoff, size, what), what, source.name)
         count = header.shnum or first.sh_size  # gABI: more than SHN_LORESERVE sections
         strings_index = first.sh_link if header.shstrndx == _SHN_XINDEX else header.shstrndx
         if count > _MOST_SECTIONS:
             return ()
-        table = source.read(header.shoff, size * count, "section headers")
-        rows = [structs.Elf_Shdr.parse(table[at : at + size]) for at in range(0, len(table), size)]
+        table = source.read(header.shoff, size * count, what)
+        rows = list(parse_rows(declared, table, what, source.name))
         if not 0 < strings_index < len(rows):
             return ()
         names = source.read(rows[strings_index].sh_offset, rows[strings_index].sh_size, "section names")
@@ -253,7 +219,7 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
         Section(
             index=index,
             name=_section_name(names, row.sh_name),
-            type=row.sh_type if isinstance(row.sh_type, str) else f"{row.sh_type:#x}",
+            type=_named(row.sh_type),
             vaddr=row.sh_addr,
             file_offset=row.sh_offset,
             size=row.sh_size,

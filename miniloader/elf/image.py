@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
@@ -23,6 +22,7 @@ from miniloader.elf.dynamic import (
     string_at,
 )
 from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
+from miniloader.elf.parsing import elffile_of, parse, structs
 from miniloader.elf.plan import LoadPlan, plan_segments
 from miniloader.elf.relocations import Relocations, read_relocations
 from miniloader.elf.source import Bytes, Source
@@ -31,11 +31,12 @@ from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
+
     from miniloader.elf.checks import Problem
 
-__all__ = ["NT_GNU_BUILD_ID", "ElfImage", "Tls", "inspect", "notes_in", "read_image"]
+__all__ = ["ElfImage", "Tls", "inspect", "notes_in", "read_image"]
 
-NT_GNU_BUILD_ID: Final = 3
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
 _MOST_NOTE_SEGMENTS: Final = 16
@@ -99,6 +100,17 @@ class ElfImage:
             f"vaddrs {vaddr:#x} to {vaddr + length:#x}",
             "inside the file's part of one PT_LOAD",
         )
+
+    @cached_property
+    def elffile(self) -> ELFFile:
+        """pyelftools' ``ELFFile`` of this file, for who knows it; it reads as long as ``source`` is open.
+
+        :class:`ElfError` where pyelftools refuses the file; its methods raise pyelftools' own errors.
+
+        >>> inspect("libz.so.1").elffile.header.e_type  # doctest: +SKIP
+        'ET_DYN'
+        """
+        return elffile_of(self.source)
 
     # -- what the file says -----------------------------------------------------------------------
 
@@ -181,7 +193,7 @@ class ElfImage:
     def build_id(self) -> str | None:
         """The ``NT_GNU_BUILD_ID`` note in hexadecimal."""
         for note_name, note_type, description in islice(self._notes(), _MOST_NOTES):
-            if note_name == b"GNU\0" and note_type == NT_GNU_BUILD_ID:
+            if note_name == b"GNU\0" and note_type == "NT_GNU_BUILD_ID":
                 return description.hex()
         return None
 
@@ -248,7 +260,7 @@ class ElfImage:
         if tag in self.dynamic.tags:
             yield self._string(self.dynamic.tags[tag], what)
 
-    def _notes(self) -> Iterator[tuple[bytes, int, bytes]]:
+    def _notes(self) -> Iterator[tuple[bytes, str | int, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""
         noted = (segment for segment in self.segments if segment.type == "PT_NOTE")
         for segment in islice(noted, _MOST_NOTE_SEGMENTS):
@@ -261,14 +273,22 @@ class ElfImage:
             yield from notes_in(data, self.header.order, 8 if segment.align == 8 else 4)
 
 
-def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, int, bytes]]:
-    """Name, type and description of each note in the bytes of a ``PT_NOTE`` (gABI, "Note Section")."""
-    at = 0
-    while at + 12 <= len(data):
-        name_size, size, kind = struct.unpack_from(f"{order}3I", data, at)
-        start = -(-(at + 12 + name_size) // align) * align
-        yield data[at + 12 : at + 12 + name_size], kind, data[start : start + size]
-        at = -(-(start + size) // align) * align
+def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, str | int, bytes]]:
+    """Name, type and description of each note in the bytes of a ``PT_NOTE`` (gABI, "Note Section").
+
+    The type is a number where pyelftools has no name for it.
+
+    >>> list(notes_in(build_id_note("0123"), "<", 4))
+    [(b'GNU\x00', 'NT_GNU_BUILD_ID', b'\x01#')]
+    """
+    declared = structs(64, order).Elf_Nhdr  # the record is the same in 32-bit files
+    size, place = declared.sizeof(), 0
+    while place + size <= len(data):
+        note = parse(declared, data[place : place + size], "PT_NOTE", None)
+        name_end = place + size + note.n_namesz
+        start = -(-name_end // align) * align
+        yield data[place + size : name_end], note.n_type, data[start : start + note.n_descsz]
+        place = -(-(start + note.n_descsz) // align) * align
 
 
 def read_image(source: Source) -> ElfImage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +24,7 @@ from miniloader.errors import ElfError
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-__all__ = ["elffile_of", "parse", "structs"]
+__all__ = ["elffile_of", "parse", "parse_rows", "structs"]
 
 #: What pyelftools raises for a malformed file when a record of it is parsed …
 _FAULTS: Final = (ELFError, ConstructError)
@@ -51,6 +52,21 @@ def parse(construct: Construct, data: Bytes, what: str, name: str | None) -> Any
     """
     try:
         return construct.parse(bytes(data))
+    except _FAULTS as error:
+        raise _refused(error, what, name) from None
+
+
+def parse_rows(construct: Construct, data: Bytes, what: str, name: str | None) -> Iterator[Any]:
+    """What pyelftools makes of each of the whole records ``construct`` that ``data`` consists of, in order.
+
+    >>> rows = parse_rows(structs(64, "<").Elf_Dyn, bytes([14, *bytes(15)]) * 2, "PT_DYNAMIC", None)
+    >>> [(row.d_tag, row.d_val) for row in rows]
+    [('DT_SONAME', 0), ('DT_SONAME', 0)]
+    """
+    stream = io.BytesIO(data)
+    try:
+        for _ in range(len(data) // construct.sizeof()):
+            yield construct.parse_stream(stream)
     except _FAULTS as error:
         raise _refused(error, what, name) from None
 

@@ -31,7 +31,7 @@ from miniloader.elf.dynamic import (
     tag_name,
 )
 from miniloader.elf.source import Bytes, Source
-from miniloader.elf.tables import Table, decode_relocations, decode_relr
+from miniloader.elf.tables import Table, decode_relocations, decode_relr, distinct
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
@@ -168,7 +168,7 @@ class Relocations:
         """How many relocations of each kind, most frequent first; ``RELR`` counts the words it relocates."""
         found: dict[str, int] = {"RELR": len(self.relr)} if len(self.relr) else {}
         for table in self.tables:
-            codes, counts = np.unique(table.rows["type"], return_counts=True)
+            codes, counts = distinct(table.rows["type"])
             for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
                 name = kind_name(self.machine, code)
                 found[name] = found.get(name, 0) + count
@@ -185,7 +185,7 @@ class Relocations:
         """
         mask = np.uint64(~(page_size - 1) & 0xFFFF_FFFF_FFFF_FFFF)
         written = [table.rows["offset"][table.rows["type"] != 0] for table in self.tables]
-        return np.unique(np.concatenate([self.relr, *written]) & mask, return_counts=True)
+        return distinct(np.concatenate([self.relr, *written]) & mask)
 
     @property
     def highest_symbol(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Any, Final
+
+from elftools.construct import Construct
 
 from miniloader.elf.dynamic import (
     DT_VERDEF,
@@ -14,6 +15,7 @@ from miniloader.elf.dynamic import (
     Reader,
     string_at,
 )
+from miniloader.elf.parsing import parse, structs
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -56,29 +58,36 @@ class _Records:
         self._read, self._what, self._name = read, what, name
         self._start, self._block = 0, b""
 
-    def unpack(self, record: struct.Struct, vaddr: int) -> tuple[int, ...]:
+    def at(self, vaddr: int, construct: Construct) -> Any:
         """The record at ``vaddr``."""
-        if not self._start <= vaddr <= self._start + len(self._block) - record.size:
+        size = construct.sizeof()
+        if not self._start <= vaddr <= self._start + len(self._block) - size:
             try:
                 block = self._read(vaddr, _BLOCK, self._what)
             except ElfError:  # not so many before the segment ends
-                block = self._read(vaddr, record.size, self._what)
+                block = self._read(vaddr, size, self._what)
             self._start, self._block = vaddr, bytes(block)
-        return record.unpack_from(self._block, vaddr - self._start)
+        place = vaddr - self._start
+        return parse(construct, self._block[place : place + size], self._what, self._name)
 
-    def linked(self, record: struct.Struct, vaddr: int, count: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """The ``count`` records linked by their last field from ``vaddr`` on; each step goes forward."""
+    def linked(
+        self, construct: Construct, vaddr: int, count: int, following: str
+    ) -> Iterator[tuple[int, Any]]:
+        """Where each of ``count`` records lies, and the record, from ``vaddr`` on.
+
+        The field ``following`` says how many bytes behind a record the next one is; 0 ends them.
+        """
         if count > _MOST:
             raise ElfError(self._name, self._what, f"{count} records", f"at most {_MOST}")
+        size = construct.sizeof()
         for _ in range(count):
-            fields = self.unpack(record, vaddr)
-            yield vaddr, fields
-            step = fields[-1]
+            found = self.at(vaddr, construct)
+            yield vaddr, found
+            step = found[following]
             if step == 0:
                 return
-            if step < record.size:
-                expected = f"0 or at least {record.size}"
-                raise ElfError(self._name, self._what, f"a step of {step} bytes", expected)
+            if step < size:
+                raise ElfError(self._name, self._what, f"a step of {step} bytes", f"0 or at least {size}")
             vaddr += step
 
 
@@ -93,32 +102,30 @@ def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
 def _needed(
     read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    # Elf*_Verneed: version, count, file, aux, next; Elf*_Vernaux: hash, flags, other, name, next.
-    need, auxiliary = struct.Struct(f"{order}HHIII"), struct.Struct(f"{order}IHHII")
+    declared = structs(64, order)  # the records are the same in 32-bit files
     records, total = _Records(read, "DT_VERNEED", name), 0
-    number = tags.get(DT_VERNEEDNUM, 0)
-    for at, (_, count, file, aux, _) in records.linked(need, tags[DT_VERNEED], number):
-        total += count
+    files = records.linked(declared.Elf_Verneed, tags[DT_VERNEED], tags.get(DT_VERNEEDNUM, 0), "vn_next")
+    for vaddr, needed in files:
+        total += needed.vn_cnt
         if total > _MOST:
             raise ElfError(name, "DT_VERNEED", f"{total} versions", f"at most {_MOST}")
-        library = _text(strings, file, "DT_VERNEED", name)
-        for _, (_, flags, index, label, _) in records.linked(auxiliary, at + aux, count):
-            weak = bool(flags & _VER_FLG_WEAK)
-            yield (
-                index & ~VERSION_HIDDEN,
-                Version(_text(strings, label, "DT_VERNEED", name), library, weak=weak),
-            )
+        library = _text(strings, needed.vn_file, "DT_VERNEED", name)
+        versions = records.linked(declared.Elf_Vernaux, vaddr + needed.vn_aux, needed.vn_cnt, "vna_next")
+        for _, version in versions:
+            label = _text(strings, version.vna_name, "DT_VERNEED", name)
+            weak = bool(version.vna_flags & _VER_FLG_WEAK)
+            yield version.vna_other & ~VERSION_HIDDEN, Version(label, library, weak=weak)
 
 
 def _defined(
     read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    # Elf*_Verdef: version, flags, index, count, hash, aux, next; Elf*_Verdaux: name, next.
-    define, auxiliary = struct.Struct(f"{order}HHHHIII"), struct.Struct(f"{order}II")
-    records, number = _Records(read, "DT_VERDEF", name), tags.get(DT_VERDEFNUM, 0)
-    for at, (_, flags, index, _, _, aux, _) in records.linked(define, tags[DT_VERDEF], number):
-        label, _ = records.unpack(auxiliary, at + aux)
-        yield (
-            index & ~VERSION_HIDDEN,
-            Version(_text(strings, label, "DT_VERDEF", name), None, base=bool(flags & _VER_FLG_BASE)),
+    declared, records = structs(64, order), _Records(read, "DT_VERDEF", name)
+    versions = records.linked(declared.Elf_Verdef, tags[DT_VERDEF], tags.get(DT_VERDEFNUM, 0), "vd_next")
+    for vaddr, defined in versions:
+        # The first name is the version's; those behind it are its predecessors'.
+        label = _text(
+            strings, records.at(vaddr + defined.vd_aux, declared.Elf_Verdaux).vda_name, "DT_VERDEF", name
         )
+        base = bool(defined.vd_flags & _VER_FLG_BASE)
+        yield defined.vd_ndx & ~VERSION_HIDDEN, Version(label, None, base=base)

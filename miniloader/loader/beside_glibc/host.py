@@ -28,7 +28,7 @@ from miniloader.elf.dynamic import (
     Dynamic,
     parse_dynamic,
 )
-from miniloader.elf.image import NT_GNU_BUILD_ID, notes_in
+from miniloader.elf.image import notes_in
 from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
@@ -277,7 +277,7 @@ class HostLibrary:
         """The ``NT_GNU_BUILD_ID`` note in hexadecimal, as it is in memory: the file may be another by now."""
         for vaddr, size in self.notes:
             for name, kind, description in notes_in(self.read(vaddr, size, "PT_NOTE"), "<", 4):
-                if name == b"GNU\0" and kind == NT_GNU_BUILD_ID:
+                if name == b"GNU\0" and kind == "NT_GNU_BUILD_ID":
                     return description.hex()
         return None
 
