@@ -12,8 +12,8 @@ def main(library: str) -> None:
     """Print what the file says that matters to who loads it."""
     image = miniloader.inspect(library)
     print(f"{image.path}: {image.header.machine}, needs {', '.join(image.needed) or 'nothing'}")
-    for call in image.plan().mappings:
-        print(f"  {call}")
+    for call in image.plan().calls():
+        print(f"  {call.text()}    {call.why}")
     for problem in image.problems:
         print(f"  {problem.severity}: {problem.field} is {problem.found}, expected {problem.expected}")
     relocated = {table.name: len(table.rows) for table in image.relocations.tables}

@@ -19,8 +19,15 @@ PRINTED = {
         [],
         r"private pages of libc\.so\.6: .*relocation(.|\n)*: 3 processes, unreadable: 0\n$",
     ),
-    "inspect_library.py": (["libz.so.1"], r"needs libc\.so\.6\n(.|\n)*protection='r-x'(.|\n)*'DT_RELA': \d+"),
+    "inspect_library.py": (
+        ["libz.so.1"],
+        r"needs libc\.so\.6\n(.|\n)*PROT_READ\|PROT_EXEC(.|\n)*'DT_RELA': \d+",
+    ),
     "load_and_call.py": ([], r"/libz\.so\.1(\.\S+)? at 0x(.|\n)* says 0x3610a686\n"),
+    "load_step_by_step.py": (
+        ["libz.so.1"],
+        r"^mapped: +0 of \d+ pages copied\nlinked: +[1-9]\d*, [1-9]\d* symbols bound\ninitialised: +[1-9]",
+    ),
 }
 
 
