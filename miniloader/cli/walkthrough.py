@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from miniloader.walkthrough.model import Chapter, Question, Result, Step
+    from miniloader.walkthrough.chapter import Chapter, Quiz
+    from miniloader.walkthrough.run_chapter import ChapterResult
+    from miniloader.walkthrough.step import ChapterStep
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """List, tell, check or write; the exit status is that of the verdicts."""
     _sensible(arguments)
     from miniloader.walkthrough.chapters import chapter, chapters
-    from miniloader.walkthrough.interrupts import interruptible
+    from miniloader.walkthrough.ctrl_c import interruptible
 
     named = tuple(dict.fromkeys(chapter(name) for name in arguments.chapters))
     with interruptible():
@@ -74,7 +76,7 @@ def _sensible(arguments: argparse.Namespace) -> None:
         raise UsageError("--quiz needs a chapter", hint="name some, or say --all")
 
 
-def _status(results: Sequence[Result]) -> int:
+def _status(results: Sequence[ChapterResult]) -> int:
     """1 where a claim was refuted, 3 where none could be judged, else 0."""
     verdicts = {claim.verdict for result in results for claim in result.claims}
     return 1 if "refuted" in verdicts else 0 if "proven" in verdicts else 3
@@ -93,7 +95,7 @@ def _contents(arguments: argparse.Namespace) -> int:
 def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> int:
     """Run, then print one object, or write a page and print what came of each chapter."""
     from miniloader.report.progress import progress
-    from miniloader.walkthrough.perform import perform
+    from miniloader.walkthrough.run_chapter import run_chapter
 
     if arguments.html is not None:
         from miniloader.report.html import refuse_unwritable
@@ -103,7 +105,7 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
     with progress() as say:
         for chapter in chapters:
             say(f"chapter {chapter.number}: {chapter.title}")
-            results.append(perform(chapter, level=arguments.level))
+            results.append(run_chapter(chapter, level=arguments.level))
     if arguments.html is not None:  # before a reader may close the pipe
         from miniloader.report.html import write_walkthrough
 
@@ -125,7 +127,7 @@ def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> in
     from miniloader.report.walkthrough import page, summary
 
     out, reader = page(), _Reader(arguments)
-    results: list[Result] = []
+    results: list[ChapterResult] = []
     for chapter in chapters:
         if results:
             reader.pause("the next chapter")
@@ -139,27 +141,29 @@ def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> in
     return _status(results)
 
 
-def _tell_one(arguments: argparse.Namespace, chapter: Chapter[Any], out: Console, reader: _Reader) -> Result:
+def _tell_one(
+    arguments: argparse.Namespace, chapter: Chapter[Any], out: Console, reader: _Reader
+) -> ChapterResult:
     """Question, experiment, verdicts, explanation and exercise of one chapter."""
     from contextlib import ExitStack
 
     from miniloader.report.progress import progress
     from miniloader.report.walkthrough import closing, opening, step_view, told_by
     from miniloader.walkthrough.chapters import CHAPTERS
-    from miniloader.walkthrough.perform import perform
-    from miniloader.walkthrough.workbench import Bench
+    from miniloader.walkthrough.run_chapter import run_chapter
+    from miniloader.walkthrough.workbench import Workbench
 
-    out.print(opening(chapter, len(CHAPTERS), Bench(arguments.level).facts))
+    out.print(opening(chapter, len(CHAPTERS), Workbench(arguments.level).environment))
     out.print()
     reader.ask(chapter.question, out)
-    steps: list[Step] = []
+    steps: list[ChapterStep] = []
     told: set[int] = set()
     with ExitStack() as waiting:
 
         def wait() -> None:
             waiting.enter_context(progress())(f"chapter {chapter.number}, after step {len(steps)}")
 
-        def on_step(step: Step) -> None:
+        def on_step(step: ChapterStep) -> None:
             waiting.close()
             steps.append(step)
             out.print()
@@ -169,7 +173,7 @@ def _tell_one(arguments: argparse.Namespace, chapter: Chapter[Any], out: Console
             wait()
 
         wait()
-        result = perform(chapter, level=arguments.level, on_step=on_step)
+        result = run_chapter(chapter, level=arguments.level, on_step=on_step)
     out.print()
     out.print(closing(result))
     return result
@@ -189,7 +193,7 @@ class _Reader:
         if self._pauses:
             self._line(f"[Enter: {what}] ")
 
-    def ask(self, question: Question, out: Console) -> None:
+    def ask(self, question: Quiz, out: Console) -> None:
         """Ask, take an answer (``--quiz``) or wait, and give the right one."""
         from miniloader.report import walkthrough
 
@@ -242,7 +246,7 @@ def _exercise(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
 
 
 def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
-    from miniloader.walkthrough.exercises import check_file
+    from miniloader.walkthrough.exercise_runner import check_file
 
     answer, printed = check_file(chapter, arguments.check)
     if arguments.json:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from miniloader.lab.audit.library_pages import Sight
     from miniloader.lab.audit.result import Audit
     from miniloader.lab.proof.proof import Proof
-    from miniloader.walkthrough.model import Question, Result
+    from miniloader.walkthrough.chapter import Quiz
+    from miniloader.walkthrough.run_chapter import ChapterResult
 
 __all__ = ["refuse_unwritable", "write_audit", "write_page", "write_proof", "write_walkthrough"]
 
@@ -44,7 +45,7 @@ def write_proof(proof: Proof, path: Path) -> None:
     write_page("proof.html", view_of(proof), path)
 
 
-def write_walkthrough(results: Sequence[Result], path: Path) -> None:
+def write_walkthrough(results: Sequence[ChapterResult], path: Path) -> None:
     """Write the chapters that were run as one page to ``path``; MiniloaderError when it cannot be written."""
     from miniloader.report.walkthrough_page import view_of
 
@@ -109,7 +110,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _choices_of(question: Question) -> list[tuple[str, bool, str]]:
+def _choices_of(question: Quiz) -> list[tuple[str, bool, str]]:
     """Each choice, whether it is right, and why."""
     return [(one.text, at == question.answer, one.why) for at, one in enumerate(question.choices)]
 

@@ -22,21 +22,11 @@ from miniloader.report.grid import explained, matrix, matrix_legend
 from miniloader.report.numbers import size
 from miniloader.report.output import console, count, drawing_width, heading, pairs, safe, table
 from miniloader.report.walkthrough_page import dump, moves
-from miniloader.walkthrough.model import (
-    Answer,
-    Call,
-    Chapter,
-    Evidence,
-    Facts,
-    Grid,
-    Listing,
-    PageBytes,
-    Question,
-    Result,
-    Statement,
-    Step,
-)
-from miniloader.walkthrough.model import Table as Figures
+from miniloader.walkthrough.chapter import Answer, Chapter, Quiz, Statement
+from miniloader.walkthrough.run_chapter import ChapterResult
+from miniloader.walkthrough.step import BeforeAfter, ChapterStep, CodeListing, Figures, Grid, PageBytes
+from miniloader.walkthrough.traced_calls import TracedCall
+from miniloader.walkthrough.workbench import Environment
 
 __all__ = [
     "checked",
@@ -132,7 +122,7 @@ def _command(text: str) -> Text:
 
 
 # --------------------------------------------------------------------------------------- before it runs
-def opening(chapter: Chapter[Any], of: int, facts: Facts) -> Group:
+def opening(chapter: Chapter[Any], of: int, facts: Environment) -> Group:
     """Title, claim, and where it runs."""
     title = f"Chapter {chapter.number} of {of}: {chapter.title}"
     where = f"{facts.kernel}, {facts.machine}, pages of {size(facts.page_size)}, {facts.privilege}"
@@ -145,7 +135,7 @@ def opening(chapter: Chapter[Any], of: int, facts: Facts) -> Group:
     )
 
 
-def question(asked: Question) -> Group:
+def question(asked: Quiz) -> Group:
     """The question and its choices."""
     choices = Table.grid(padding=(0, 2, 0, 0))
     choices.add_column(no_wrap=True)
@@ -155,7 +145,7 @@ def question(asked: Question) -> Group:
     return Group(_part("What do you expect?"), Text(asked.text), choices)
 
 
-def correction(asked: Question, chosen: int | None) -> Group:
+def correction(asked: Quiz, chosen: int | None) -> Group:
     """The answer; and, where another was ``chosen`` (None: none was), what is wrong with that."""
     right = asked.choices[asked.answer]
     answer = Text.assemble("The answer is ", (f"{asked.answer + 1}: {right.text}", "bold"), ". ", right.why)
@@ -169,7 +159,7 @@ def correction(asked: Question, chosen: int | None) -> Group:
 
 
 # ---------------------------------------------------------------------------------------- the experiment
-def step_view(number: int, step: Step, width: int, told: Collection[int] = ()) -> Group:
+def step_view(number: int, step: ChapterStep, width: int, told: Collection[int] = ()) -> Group:
     """Everything of one step; the signs that are ``told`` are not explained again."""
     parts: list[RenderableType] = [_part(f"Step {number}: {step.name}"), Text(step.did)]
     if step.calls:
@@ -189,7 +179,7 @@ def step_view(number: int, step: Step, width: int, told: Collection[int] = ()) -
     return Group(*parts)
 
 
-def _calls(calls: Sequence[Call]) -> Table:
+def _calls(calls: Sequence[TracedCall]) -> Table:
     """Who did what: what the kernel returned behind ``=``, what a plain access gave behind ``→``."""
     rows = Table.grid(padding=(0, 1, 0, 0))
     rows.add_column(no_wrap=True, style="dim")
@@ -209,7 +199,7 @@ def _one_line(text: str) -> str:
     return safe(text).plain
 
 
-def _before_and_after(evidence: Evidence) -> Group:
+def _before_and_after(evidence: BeforeAfter) -> Group:
     rows = table("", "", "before", "after")
     for row in evidence.rows:
         style = "bold" if row.changed else ""
@@ -244,7 +234,7 @@ def _octets(octets: PageBytes, width: int) -> Group:
     return Group(*lines)
 
 
-def _listing(listing: Listing) -> Group:
+def _listing(listing: CodeListing) -> Group:
     """Code, and below the instruction that uses it first, each slot with what it holds."""
     rows = Table.grid(padding=(0, 2, 0, 0))
     rows.add_column(no_wrap=True, style="dim")
@@ -261,7 +251,7 @@ def _listing(listing: Listing) -> Group:
     return Group(safe(f"   {listing.title}", "bold"), rows)
 
 
-def told_by(step: Step) -> frozenset[int]:
+def told_by(step: ChapterStep) -> frozenset[int]:
     """What the legend of the grid of ``step`` has explained."""
     return frozenset() if step.grid is None else explained(step.grid.snapshot, _parts(step.grid))
 
@@ -280,9 +270,9 @@ def _grid(grid: Grid, width: int, told: Collection[int]) -> Group:
 
 
 # ------------------------------------------------------------------------------------- when it has run
-def closing(result: Result) -> Group:
+def closing(result: ChapterResult) -> Group:
     """The claims and their verdicts, why it is so, and what to try."""
-    chapter, facts = result.chapter, result.facts
+    chapter, facts = result.chapter, result.environment
     parts: list[RenderableType] = [_part("What was claimed, and what was seen")]
     parts += _claims(result.claims)
     if facts.file_systems:
@@ -321,7 +311,7 @@ def _claims(claims: Iterable[Claim]) -> Iterator[RenderableType]:
             yield pairs([("unknown", safe(reason))])
 
 
-def summary(results: Sequence[Result]) -> Group:
+def summary(results: Sequence[ChapterResult]) -> Group:
     """A line for each chapter; what was refuted or could not be told, and why."""
     rows = table("", ">", "chapter", "claims")
     for result in results:
@@ -335,7 +325,7 @@ def summary(results: Sequence[Result]) -> Group:
         if amiss:
             parts += [Text(""), Text(result.chapter.title, "bold"), *_claims(amiss)]
     if results:
-        parts += [Text(""), pairs([*_evidence(results[0].facts.level)], indent=0)]
+        parts += [Text(""), pairs([*_evidence(results[0].environment.level)], indent=0)]
     return Group(*parts)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from miniloader.evidence.verdict import combine
 from miniloader.report.matrix_data import Film, Group, Scene
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import Grid, Line, Listing, PageBytes, Result, Step
+from miniloader.walkthrough.run_chapter import ChapterResult
+from miniloader.walkthrough.step import ChapterStep, CodeLine, CodeListing, Grid, PageBytes
 
 __all__ = ["view_of"]
 
@@ -33,12 +34,12 @@ class DumpRow:
 class Move:
     """An instruction, and the slot that it goes through, told at the first instruction that does."""
 
-    line: Line
+    line: CodeLine
     slot: tuple[int, str, str, str] | None
     again: bool
 
 
-def view_of(results: Sequence[Result]) -> dict[str, Any]:
+def view_of(results: Sequence[ChapterResult]) -> dict[str, Any]:
     """Everything that the template asks for."""
     return {
         "results": results,
@@ -51,9 +52,9 @@ def view_of(results: Sequence[Result]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------- films
-def _films(result: Result) -> Iterator[tuple[int, Film]]:
+def _films(result: ChapterResult) -> Iterator[tuple[int, Film]]:
     """By the step after which it is shown: steps with a grid of the same rows and pages are one film."""
-    scenes: list[tuple[Step, Grid]] = []
+    scenes: list[tuple[ChapterStep, Grid]] = []
     last = 0
     for number, step in enumerate(result.steps):
         if step.grid is None or not len(step.grid.sharing.vaddrs):
@@ -71,7 +72,7 @@ def _alike(one: Grid, other: Grid) -> bool:
     return one.rows == other.rows and np.array_equal(one.sharing.vaddrs, other.sharing.vaddrs)
 
 
-def _film(result: Result, scenes: Sequence[tuple[Step, Grid]]) -> Film:
+def _film(result: ChapterResult, scenes: Sequence[tuple[ChapterStep, Grid]]) -> Film:
     names = [step.name for step, _ in scenes]
     return Film(
         title=f"{result.chapter.title}: the pages, {' → '.join(names)}",
@@ -125,7 +126,7 @@ def _octets(octets: bytes, marked: Sequence[bool]) -> tuple[tuple[str, bool], ..
     return tuple(runs)
 
 
-def moves(listing: Listing) -> list[Move]:
+def moves(listing: CodeListing) -> list[Move]:
     """Each instruction with its slot."""
     slots = {slot[0]: slot for slot in listing.slots}
     told: set[int] = set()

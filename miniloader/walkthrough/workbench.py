@@ -1,6 +1,6 @@
-"""The bench that a chapter works at: fresh files, recorded system calls, children, and looks at pages.
+"""The workbench of a chapter: fresh files, traced system calls, other processes, and looks at pages.
 
-Everything made here is gone when the ``with`` block ends, however it ends.
+Everything made with it is gone when the ``with`` block ends, however it ends.
 """
 
 from __future__ import annotations
@@ -10,84 +10,51 @@ import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Self
 
 from miniloader.errors import EvidenceError, WorkerError
-from miniloader.evidence.sharing import STATES
-from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.evidence.snapshot import Target, take
 from miniloader.kernel.features import LEVELS, LevelName
-from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
-from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.kernel.syscalls import PAGE_SIZE, munmap
 from miniloader.lab.workers.child import uninterrupted
 from miniloader.values import dataclass
-from miniloader.walkthrough.children import Body, Child, Program
-from miniloader.walkthrough.model import Call, Facts, Grid, Part, Row
-from miniloader.walkthrough.recorded_calls import Calls, Made, Mapping
+from miniloader.walkthrough.child_processes import Body, Child, Program
+from miniloader.walkthrough.mapping_views import MappingView, views_of
+from miniloader.walkthrough.scratch_files import Place, find_place
+from miniloader.walkthrough.step import Grid, Part
+from miniloader.walkthrough.traced_calls import Calls, Mapping, TracedCall
 
-__all__ = ["ZEROS_UNTOLD", "Bench", "Place", "View", "file_system_of", "rows_of", "shipped", "views"]
-
-#: Why a state may be unknown where frames are hidden (before Linux 6.7).
-ZEROS_UNTOLD: Final = "this kernel does not say which pages are the page of zeros"
-
-_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-_NOT_FOR_FILES: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue"})
+__all__ = ["Environment", "Workbench", "shipped"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A directory for fresh files, and the type of its file system."""
+class Environment:
+    """Where a chapter ran: its header.  ``file_systems`` read like ``ext4 (/var/tmp)``."""
 
-    directory: str
-    file_system: str
+    kernel: str
+    machine: str
+    page_size: int
+    file_systems: tuple[str, ...]
+    privilege: str
+    level: LevelName
+    shows: str
 
-    def __str__(self) -> str:
-        return f"{self.file_system} ({self.directory})"
-
-
-class View:
-    """What the kernel said of the pages of one mapping: arrays by page, and words for people.
-
-    ``states`` are names of :data:`~miniloader.evidence.sharing.STATES`; ``frames`` are page frame numbers, 0
-    where there is none or it is not known.
-    """
-
-    def __init__(self, states: Sequence[str], frames: NDArray[np.uint64], grid: Grid) -> None:
-        self.states = tuple(states)
-        self.frames = tuple(int(frame) for frame in frames)
-        self.grid = grid
-
-    @property
-    def present(self) -> int:
-        """How many pages the page table has."""
-        return sum(state not in ("absent", "swapped", "unknown") for state in self.states)
-
-    def pages(self, *states: str) -> tuple[int, ...]:
-        """The pages in one of ``states``."""
-        return tuple(page for page, state in enumerate(self.states) if state in states)
-
-    def words(self, page: int) -> str:
-        """One page for people: what it is, and its frame where that is known."""
-        frame = self.frames[page]
-        return _WORDS[self.states[page]] + (f", frame {frame:#x}" if frame else "")
+    def to_json(self) -> dict[str, Any]:
+        """The key ``facts`` of a chapter; its level is told beside it."""
+        return {
+            "kernel": self.kernel,
+            "machine": self.machine,
+            "page_size": self.page_size,
+            "file_systems": list(self.file_systems),
+            "privilege": self.privilege,
+            "shows": self.shows,
+        }
 
 
-_WORDS: Final = {state.name: state.name for state in STATES} | {
-    "absent": "not in the page table",
-    "shared": "page cache",
-    "sole": "page cache",
-    "copied": "private copy",
-    "copied-shared": "private copy, mapped twice",
-    "zero": "page of zeros",
-}
-
-
-class Bench(Calls):
-    """Files, calls, children and looks for one chapter; a context manager that takes all of it away.
+class Workbench(Calls):
+    """Files, calls, processes and looks for one chapter; a context manager that takes all of it away.
 
     ``level`` asks for less evidence than the best that works here.
     """
@@ -95,10 +62,9 @@ class Bench(Calls):
     def __init__(self, level: LevelName | None = None) -> None:
         super().__init__()
         best = best_level()
-        names = [known.name for known in LEVELS]
+        names = [evidence.name for evidence in LEVELS]
         self.level: LevelName = best if level is None or names.index(level) < names.index(best) else level
         self._undo = ExitStack()
-        self._recorded: list[Call] = []
         self._used: list[Place] = []
         self._places: dict[str, Place] = {}
 
@@ -111,36 +77,36 @@ class Bench(Calls):
 
     # -- where it happens
     @property
-    def facts(self) -> Facts:
+    def environment(self) -> Environment:
         """Kernel, file systems used so far, privilege and evidence."""
         system, uid = os.uname(), os.geteuid()
-        return Facts(
+        return Environment(
             kernel=f"{system.sysname} {system.release}",
             machine=system.machine,
             page_size=PAGE_SIZE,
             file_systems=tuple(dict.fromkeys(map(str, self._used))),
             privilege=f"{'root' if uid == 0 else f'uid {uid}'}, {_right()}",
             level=self.level,
-            shows=next(known.shows for known in LEVELS if known.name == self.level),
+            shows=next(evidence.shows for evidence in LEVELS if evidence.name == self.level),
         )
 
     def place(self, kind: str = "disk") -> Place:
         """A directory of our own on a file system with a disk behind it, or on ``tmpfs``.
 
-        Where there is no disk for us, tmpfs has to do; :attr:`facts` says which it was.  Raises EvidenceError
-        where nothing can be written.
+        Where there is no disk for us, tmpfs has to do; :attr:`environment` says which it was.  Raises
+        EvidenceError where nothing can be written.
         """
         if kind not in self._places:
-            parent = _find_place(kind)
-            made = os.path.join(parent.directory, f"miniloader-{os.urandom(8).hex()}")
-            self._undo.callback(shutil.rmtree, made, ignore_errors=True)  # first: Ctrl-C may come in between
-            os.mkdir(made, 0o700)
-            self._places[kind] = Place(made, parent.file_system)
+            parent = find_place(kind)
+            directory = os.path.join(parent.directory, f"miniloader-{os.urandom(8).hex()}")
+            self._undo.callback(shutil.rmtree, directory, ignore_errors=True)  # Ctrl-C may come before mkdir
+            os.mkdir(directory, 0o700)
+            self._places[kind] = Place(directory, parent.file_system)
             self._used.append(parent)
         return self._places[kind]
 
     def file(self, name: str, content: bytes, kind: str = "disk") -> str:
-        """A fresh file, written back to its disk; its path."""
+        """The path of a fresh file, written back to its disk."""
         path = os.path.join(self.place(kind).directory, name)
         with open(path, "wb") as file:
             file.write(content)
@@ -149,20 +115,21 @@ class Bench(Calls):
         return path
 
     def copy(self, library: Path) -> str:
-        """A fresh copy of ``library`` that nobody else has mapped; its path."""
+        """The path of a fresh copy of ``library`` that nobody else has mapped."""
         return self.file(library.name, library.read_bytes())
 
-    def keep(self, mapping: Mapping) -> Mapping:
-        """Unmap ``mapping`` in the end."""
-        from miniloader.kernel.syscalls import munmap
-
-        self._undo.callback(munmap, *mapping)
-        return mapping
-
-    def keep_open(self, fd: int) -> int:
-        """Close ``fd`` in the end."""
+    # -- what stays until the end
+    def opened(self, path: str, flags: int = os.O_RDONLY) -> int:
+        """open(2) a file that is closed in the end."""
+        fd = self.open(path, flags)
         self._undo.callback(os.close, fd)
         return fd
+
+    def mapped(self, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> Mapping:
+        """mmap(2) what is unmapped in the end."""
+        mapping = self.mmap(length, protection, flags, fd, offset)
+        self._undo.callback(munmap, *mapping)
+        return mapping
 
     # -- who does it
     def child(self, name: str, body: Body) -> Child:
@@ -175,61 +142,40 @@ class Bench(Calls):
         with uninterrupted():
             return self._undo.enter_context(Program(name))
 
+    def resume(self, child: Child) -> Any:
+        """Let ``child`` run to its next ``yield``, and trace what it does; the value it yields."""
+        value, calls = child.next()
+        self.add(calls, child.name)
+        return value
+
+    def ask(self, program: Program, request: str, **arguments: Any) -> Any:
+        """Have ``program`` carry out ``request``, and trace what it does; its answer."""
+        value, calls = program.ask(request, **arguments)
+        self.add(calls, program.name)
+        return value
+
     def fatal(self, child: Child, doing: str) -> str:
-        """Let ``child`` do the last thing, noted as ``doing``; the signal that it died by, "" for none."""
+        """Let ``child`` do the last thing, told as ``doing``; the signal that it died by, "" for none."""
         signal = ""
         try:
             child.next()
         except WorkerError:
             signal = child.died()
-        self.record([Made(doing, f"killed by {signal}" if signal else "", access=True)], "child")
+        self.add([TracedCall(doing, f"killed by {signal}" if signal else "", access=True)], child.name)
         return signal
-
-    # -- what was done
-    def record(self, made: Iterable[Made], process: str = "") -> None:
-        """Keep calls in order: those of our own so far, then ``made`` by ``process``."""
-        self._recorded += (Call(m.text, m.result, "", m.access) for m in self.taken())
-        self._recorded += (Call(m.text, m.result, process, m.access) for m in made)
-
-    def calls(self) -> tuple[Call, ...]:
-        """What was done since the last time, for a step."""
-        self.record(())
-        recorded, self._recorded = tuple(self._recorded), []
-        return recorded
 
     # -- what is seen
     def look(
-        self,
-        rows: Sequence[tuple[str, int, int]],
-        pages: int,
-        title: str = "",
-        parts: Sequence[Part] = (),
-    ) -> tuple[View, ...]:
+        self, rows: Sequence[tuple[str, int, int]], pages: int, title: str = "", parts: Iterable[Part] = ()
+    ) -> tuple[MappingView, ...]:
         """The first ``pages`` pages of each of ``rows``, (name, pid, address); all share one grid."""
         targets = [Target(pid, address, 0, pages * PAGE_SIZE) for _, pid, address in rows]
-        grid = Grid(title, tuple(name for name, _, _ in rows), self._take(targets, title), tuple(parts))
-        return views(grid)
+        snapshot = take(targets, step=title, level=self.level)
+        return views_of(Grid(title, tuple(name for name, _, _ in rows), snapshot, tuple(parts)))
 
-    def look_at(self, mapping: Mapping, name: str = "this process", title: str = "") -> View:
+    def look_at(self, mapping: Mapping, name: str = "this process", title: str = "") -> MappingView:
         """All pages of a mapping of this process."""
         return self.look([(name, os.getpid(), mapping.address)], mapping.pages, title)[0]
-
-    def _take(self, targets: Sequence[Target], step: str) -> Snapshot:
-        return take(targets, step=step, level=self.level)
-
-
-def views(grid: Grid) -> tuple[View, ...]:
-    """One for each row of ``grid``."""
-    names = [state.name for state in STATES]
-    return tuple(
-        View([names[code] for code in states], process.pages["frame"], grid)
-        for states, process in zip(grid.sharing.states.tolist(), grid.snapshot.processes, strict=True)
-    )
-
-
-def rows_of(before: View, after: View, pages: Iterable[int], name: str = "page") -> tuple[Row, ...]:
-    """Evidence of some pages before and after."""
-    return tuple(Row(f"{name} {page}", before.words(page), after.words(page)) for page in pages)
 
 
 def shipped(name: str) -> Path:
@@ -250,32 +196,3 @@ def _right() -> str:
     except EvidenceError:
         return "capabilities not known"
     return f"{'with' if held else 'without'} CAP_SYS_ADMIN"
-
-
-# ----------------------------------------------------------------------------------------- places
-def _find_place(kind: str) -> Place:
-    """A directory that we may write, on the kind of file system asked for if there is any."""
-    if kind == "tmpfs":
-        wanted = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/tmp", "/run"]
-    else:
-        wanted = [os.environ.get("TMPDIR", ""), "/var/tmp", "/tmp", os.path.expanduser("~"), os.getcwd()]
-    found = [
-        Place(path, file_system_of(path)) for path in wanted if path and os.access(path, os.W_OK | os.X_OK)
-    ]
-    if kind == "tmpfs":
-        found = [place for place in found if place.file_system in _IN_MEMORY]
-    else:
-        found.sort(key=lambda place: place.file_system in _IN_MEMORY)  # stable: disks first
-    found = [place for place in found if place.file_system not in _NOT_FOR_FILES]
-    if not found:
-        raise EvidenceError(f"no {kind} directory that we may write in", hint="set TMPDIR to one")
-    return found[0]
-
-
-def file_system_of(path: str) -> str:
-    """The type of the file system that ``path`` is on; "?" when not told."""
-    try:
-        mount = mount_of(None, os.path.realpath(path))
-    except EvidenceError:
-        return "?"
-    return mount.kind if mount is not None else "?"

@@ -27,10 +27,10 @@ from fixtures import build
 from miniloader import cli
 from miniloader.errors import EvidenceError
 from miniloader.kernel.probe import best_level
-from miniloader.walkthrough import exercises
+from miniloader.walkthrough import exercise_runner
+from miniloader.walkthrough.chapter import Finding
 from miniloader.walkthrough.chapters import CHAPTERS, chapters, cow
-from miniloader.walkthrough.model import Finding
-from miniloader.walkthrough.workbench import Bench
+from miniloader.walkthrough.workbench import Workbench
 from tests.conftest import AsNobody
 from tests.lab.conftest import children_of, wait_until_gone
 
@@ -300,7 +300,7 @@ def test_an_exercise_that_is_done(tmp_path: Path) -> None:
 def test_an_exercise_that_goes_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
-    monkeypatch.setattr(exercises, "_SECONDS", 1)
+    monkeypatch.setattr(exercise_runner, "_SECONDS", 1)
     status, said = check(tmp_path, text)
     assert status == 1
     assert f"✘ not yet {message}" in " ".join(said.split())
@@ -325,7 +325,7 @@ def test_a_check_as_json(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- verdicts
-def fails(bench: Bench) -> Any:
+def fails(bench: Workbench) -> Any:
     raise EvidenceError("there is nothing to see here")
     yield
 

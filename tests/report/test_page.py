@@ -27,7 +27,7 @@ from miniloader.lab.audit.library_pages import look, look_again
 from miniloader.lab.proof.proof import STEPS, Proof, Worked
 from miniloader.report.html import write_audit, write_proof, write_walkthrough
 from miniloader.walkthrough.chapters import segments
-from miniloader.walkthrough.perform import perform
+from miniloader.walkthrough.run_chapter import run_chapter
 from tests.memory import still_child
 from tests.report.conftest import Open, Opened
 
@@ -74,7 +74,7 @@ def big_page(big: Proof, directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def walkthrough_page(directory: Path) -> Path:
     path = directory / "walkthrough.html"
-    write_walkthrough([perform(segments.CHAPTER)], path)
+    write_walkthrough([run_chapter(segments.CHAPTER)], path)
     return path
 
 

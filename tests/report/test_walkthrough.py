@@ -14,26 +14,23 @@ from miniloader.evidence.snapshot import Target, take
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
+from miniloader.walkthrough.chapter import Answer, Choice, Quiz
 from miniloader.walkthrough.chapters import cow, relocation
-from miniloader.walkthrough.model import (
-    Answer,
-    Call,
-    Choice,
-    Evidence,
-    Line,
-    Listing,
+from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
+from miniloader.walkthrough.step import (
+    BeforeAfter,
+    ChangedWord,
+    ChapterStep,
+    CodeLine,
+    CodeListing,
+    Figures,
     PageBytes,
-    Question,
-    Result,
     Row,
-    Step,
-    Table,
-    Word,
 )
-from miniloader.walkthrough.perform import perform
-from miniloader.walkthrough.workbench import Bench
+from miniloader.walkthrough.traced_calls import TracedCall
+from miniloader.walkthrough.workbench import Workbench
 
-QUESTION = Question("Which?", (Choice("this", "It is not."), Choice("that", "It is.")), 1)
+QUESTION = Quiz("Which?", (Choice("this", "It is not."), Choice("that", "It is.")), 1)
 
 
 def lines(part: RenderableType, width: int = 80) -> list[str]:
@@ -44,12 +41,12 @@ def lines(part: RenderableType, width: int = 80) -> list[str]:
 
 
 def step(width: int = 80, told: Collection[int] = (), **seen: object) -> list[str]:
-    return lines(walkthrough.step_view(1, Step("name", "did.", **seen), width, told), width)[2:]  # type: ignore[arg-type]
+    return lines(walkthrough.step_view(1, ChapterStep("name", "did.", **seen), width, told), width)[2:]  # type: ignore[arg-type]
 
 
 @cache
-def result(level: str | None = None) -> Result:
-    return perform(cow.CHAPTER, level=level)  # type: ignore[arg-type]
+def result(level: str | None = None) -> ChapterResult:
+    return run_chapter(cow.CHAPTER, level=level)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------ the question
@@ -71,26 +68,32 @@ def test_the_choices_are_numbered() -> None:
 
 # ---------------------------------------------------------------------------------------- the experiment
 def test_calls_and_accesses_are_told_apart_and_by_whom() -> None:
-    calls = (Call("open(x)", "3"), Call("p[0]", '"a"', "child", access=True), Call("close(3)", "0", "child"))
+    calls = (
+        TracedCall("open(x)", "3"),
+        TracedCall("p[0]", '"a"', "child", access=True),
+        TracedCall("close(3)", "0", "child"),
+    )
     assert step(calls=calls) == [
         "",
         "  this process open(x) = 3",
         '  child        p[0] → "a"',
         "               close(3) = 0",
     ]
-    alone = (Call("open(x)", "3"), Call("note"))
+    alone = (TracedCall("open(x)", "3"), TracedCall("note"))
     assert step(calls=alone) == ["", "   open(x) = 3", "   note"]
 
 
 def test_what_changed_is_marked_without_colour() -> None:
     rows = (Row("page 0", "here", "here"), Row("page 1", "here", "there"))
-    shown = step(evidence=(Evidence("Pages", "/proc", rows),))
+    shown = step(evidence=(BeforeAfter("Pages", "/proc", rows),))
     assert shown[-2:] == ["     page 0  here    here", "  ≠  page 1  here    there"]
 
 
 @pytest.mark.parametrize(("width", "row"), [(80, 16), (60, 8)])
 def test_bytes_are_marked_below(width: int, row: int) -> None:
-    page = PageBytes("page", 0x1000, bytes(32), bytes(9) + b"\x01\x02" + bytes(21), (Word(9, 2, "a store"),))
+    page = PageBytes(
+        "page", 0x1000, bytes(32), bytes(9) + b"\x01\x02" + bytes(21), (ChangedWord(9, 2, "a store"),)
+    )
     shown = step(width, bytes=(page,))
     start = shown.index("   page") + 1
     first, after, marks, name = shown[start : start + 4]
@@ -103,11 +106,11 @@ def test_bytes_are_marked_below(width: int, row: int) -> None:
 
 def test_a_listing_leads_to_its_slots() -> None:
     code = (
-        Line(0x10, b"\xff", "jmp slot", 0x80),
-        Line(0x12, b"\xff", "jmp slot", 0x80),
-        Line(0x14, b"\xc3", "ret"),
+        CodeLine(0x10, b"\xff", "jmp slot", 0x80),
+        CodeLine(0x12, b"\xff", "jmp slot", 0x80),
+        CodeLine(0x14, b"\xc3", "ret"),
     )
-    shown = step(listing=Listing("code", code, ((0x80, "puts", "stub", "libc"),)))
+    shown = step(listing=CodeListing("code", code, ((0x80, "puts", "stub", "libc"),)))
     assert shown[1:] == [
         "   code",
         "   10  jmp slot  → slot 0x80",
@@ -121,14 +124,14 @@ def test_a_listing_leads_to_its_slots() -> None:
 
 def test_nothing_from_outside_acts_on_the_terminal() -> None:
     evil = "\x1b[31m"
-    page = PageBytes(evil, 0, b"\0", b"\1", (Word(0, 1, evil),))
+    page = PageBytes(evil, 0, b"\0", b"\1", (ChangedWord(0, 1, evil),))
     seen = {
-        "calls": (Call(evil, evil, evil),),
+        "calls": (TracedCall(evil, evil, evil),),
         "saw": (evil,),
-        "evidence": (Evidence(evil, "", (Row(evil, evil, evil),)),),
-        "tables": (Table(evil, ("a",), ((evil,),)),),
+        "evidence": (BeforeAfter(evil, "", (Row(evil, evil, evil),)),),
+        "tables": (Figures(evil, ("a",), ((evil,),)),),
         "bytes": (page,),
-        "listing": Listing(evil, (Line(0, b"", evil, 0),), ((0, evil, evil, evil),)),
+        "listing": CodeListing(evil, (CodeLine(0, b"", evil, 0),), ((0, evil, evil, evil),)),
     }
     shown = "\n".join(step(**seen))
     assert "\x1b" not in shown
@@ -138,9 +141,9 @@ def test_nothing_from_outside_acts_on_the_terminal() -> None:
 # -------------------------------------------------------------------------------------------- the grid
 def test_the_grid_is_what_the_kernel_says() -> None:
     """Page 2 of four is written: its sign is another, in that row and column only."""
-    with Bench() as bench:
-        fd = bench.keep_open(bench.open(bench.file("file", bytes(4 * PAGE_SIZE)), os.O_RDONLY))
-        both = [bench.keep(bench.mmap(4 * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)) for _ in "ab"]
+    with Workbench() as bench:
+        fd = bench.opened(bench.file("file", bytes(4 * PAGE_SIZE)))
+        both = [bench.mapped(4 * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd) for _ in "ab"]
         for mapping in both:
             for page in range(4):
                 bench.load(mapping.page(page))
@@ -160,7 +163,7 @@ def test_the_grid_is_what_the_kernel_says() -> None:
     assert matrix_legend(snapshot, (), told).row_count == 0
 
 
-def grids(found: Result, width: int) -> Sequence[str]:
+def grids(found: ChapterResult, width: int) -> Sequence[str]:
     told: set[int] = set()
     shown = []
     for number, one in enumerate(found.steps, 1):
@@ -172,7 +175,7 @@ def grids(found: Result, width: int) -> Sequence[str]:
 @pytest.mark.parametrize("width", [60, 80, 110])
 def test_steps_fit(width: int) -> None:
     for chapter in (cow.CHAPTER, relocation.CHAPTER):
-        shown = grids(perform(chapter), width)
+        shown = grids(run_chapter(chapter), width)
         assert max(map(len, shown)) <= width
 
 

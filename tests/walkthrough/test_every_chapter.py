@@ -12,10 +12,9 @@ import pytest
 from miniloader.evidence.verdict import Verdict
 from miniloader.kernel.probe import best_level
 from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
-from miniloader.walkthrough.exercises import check_file
-from miniloader.walkthrough.model import Result
-from miniloader.walkthrough.perform import perform
-from miniloader.walkthrough.workbench import file_system_of
+from miniloader.walkthrough.exercise_runner import check_file
+from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
+from miniloader.walkthrough.scratch_files import file_system_of
 from tests.conftest import AsNobody
 
 #: Claims about a clock, which a machine that does much else may disagree with.
@@ -24,7 +23,8 @@ BY_CLOCK = {"read-wins-once", "mmap-wins-random"}
 
 def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
     return {
-        claim.id: (claim.verdict, claim.reason or claim.observed) for claim in perform(chapter(name)).claims
+        claim.id: (claim.verdict, claim.reason or claim.observed)
+        for claim in run_chapter(chapter(name)).claims
     }
 
 
@@ -87,7 +87,7 @@ def test_ids_are_names_of_modules_and_all_different() -> None:
 
 def test_less_evidence_is_never_a_refutation() -> None:
     for one in chapters():
-        result: Result = perform(one, level="totals")
+        result: ChapterResult = run_chapter(one, level="totals")
         assert not [one for one in result.claims if one.verdict == "refuted" and one.id not in BY_CLOCK]
         levels: dict[str, Any] = {claim.id: claim.level for claim in one.claims}
         unknown = {claim.id for claim in result.claims if claim.verdict == "unknown"}

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.walkthrough import workbench as bench_module
+from miniloader.walkthrough import scratch_files, workbench
 from miniloader.walkthrough.chapters import CHAPTERS, chapter
-from miniloader.walkthrough.perform import perform
-from miniloader.walkthrough.workbench import Bench
+from miniloader.walkthrough.mapping_views import ZEROS_UNTOLD
+from miniloader.walkthrough.run_chapter import run_chapter
+from miniloader.walkthrough.workbench import Workbench
 
 Tamper = Callable[[Any], Any]
 
@@ -132,8 +133,8 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
         "frames-distinct": (but(mapping_frames=(7,), buffer_frames=(7,)),),
         "buffer-is-a-snapshot": (but(in_buffer=b"new "), but(in_other_buffer=b"old ")),
         "mapping-follows": (but(in_mapping=b"old "),),
-        "read-wins-once": (but(once=but(by_read=2.0, by_mmap=1.0)),),
-        "mmap-wins-random": (but(random=but(by_read=1.0, by_mmap=2.0)),),
+        "read-wins-once": (but(once=but(by_read=(2.0,), by_mmap=(1.0,))),),
+        "mmap-wins-random": (but(random=but(by_read=(1.0,), by_mmap=(2.0,))),),
     },
     "unmappable": {
         "streams-refuse": (answers(a_pipe="mapped"), answers(a_terminal="EACCES")),
@@ -247,7 +248,7 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
 @cache
 def seen_by(name: str) -> Any:
     """What the chapter's experiment sees, at the best level there is."""
-    with Bench() as bench:
+    with Workbench() as bench:
         experiment = chapter(name).run(bench)
         try:
             while True:
@@ -279,18 +280,18 @@ def test_a_state_that_is_not_told_refutes_nothing() -> None:
     found = {one.id: one.finding(other) for one in chapter("fork").claims}
     untold = {id for id, finding in found.items() if finding.holds is None}
     assert untold == {"all-shared", "own-when-written", "owner-again"}
-    assert {found[id].reason for id in untold} == {bench_module.ZEROS_UNTOLD}
+    assert {found[id].reason for id in untold} == {ZEROS_UNTOLD}
 
 
 @pytest.mark.parametrize("name", [name for name in CHAPTERS if name not in ("copies", "fork")])
 def test_without_a_disk_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All files on tmpfs; that waits for no disk, so nothing can be said of cold files there."""
-    find = bench_module._find_place
-    if bench_module.file_system_of(find("tmpfs").directory) != "tmpfs":
+    find = scratch_files.find_place
+    if scratch_files.file_system_of(find("tmpfs").directory) != "tmpfs":
         pytest.skip("this machine lacks a tmpfs")
-    monkeypatch.setattr(bench_module, "_find_place", lambda kind: find("tmpfs"))
-    result = perform(chapter(name))
-    assert all(one.startswith("tmpfs ") for one in result.facts.file_systems)
+    monkeypatch.setattr(workbench, "find_place", lambda kind: find("tmpfs"))
+    result = run_chapter(chapter(name))
+    assert all(one.startswith("tmpfs ") for one in result.environment.file_systems)
     said = {claim.id: (claim.verdict, claim.reason) for claim in result.claims}
     unknown = {id: reason for id, (verdict, reason) in said.items() if verdict == "unknown"}
     assert "refuted" not in {verdict for verdict, _ in said.values()}, said
@@ -305,14 +306,14 @@ def _children() -> set[str]:
 
 @pytest.mark.parametrize("name", ["processes", "textrel", "relro", "tls", "shared", "fork"])
 def test_nothing_is_left_behind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = bench_module.Place(str(tmp_path), "here")
-    monkeypatch.setattr(bench_module, "_find_place", lambda kind: place)
+    place = scratch_files.Place(str(tmp_path), "here")
+    monkeypatch.setattr(workbench, "find_place", lambda kind: place)
     children, threads = _children(), len(os.listdir("/proc/self/task"))
-    with Bench() as bench:
+    with Workbench() as bench:
         experiment = chapter(name).run(bench)
         next(experiment)
         experiment.close()  # in the middle of it: as when it is interrupted
-    perform(chapter(name))
+    run_chapter(chapter(name))
     assert os.listdir(tmp_path) == []
     assert _children() <= children
     assert len(os.listdir("/proc/self/task")) <= threads

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from miniloader.errors import UsageError
 
 if TYPE_CHECKING:
-    from miniloader.walkthrough.model import Chapter
+    from miniloader.walkthrough.chapter import Chapter
 
 __all__ = ["CHAPTERS", "chapter", "chapters"]
 

@@ -6,11 +6,13 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import (
     MAP_ANONYMOUS,
     MAP_PRIVATE,
@@ -22,50 +24,52 @@ from miniloader.kernel.syscalls import (
     munmap,
 )
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import states_of
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-    Table,
-)
-from miniloader.walkthrough.recorded_calls import Mapping
-from miniloader.walkthrough.workbench import Bench, rows_of
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import address_of, before_and_after, states_of
+from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Race", "Seen"]
+__all__ = ["CHAPTER", "Race", "ReadAndMapped"]
 
 _PAGES = 8
 _BUFFER = 64 << 10
 _SIZES = (256 << 10, 4 << 20, 32 << 20)
 _READS = 20_000
-_ROUNDS = 5
+_ROUNDS = 7
+_pread = ctypes.CDLL(None).pread
+_pread.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long)
 
 
 @dataclass(frozen=True)
 class Race:
-    """One pattern, done both ways: the best of some rounds, in microseconds, and why who won."""
+    """One pattern, done both ways: what each round took, in microseconds, and why who won."""
 
     pattern: str
-    by_read: float
-    by_mmap: float
+    by_read: tuple[float, ...]
+    by_mmap: tuple[float, ...]
     why: str
 
     @property
     def winner(self) -> str:
-        """Who was faster, and how much."""
-        fast, slow = sorted((self.by_read, self.by_mmap))
-        name = "read" if self.by_read < self.by_mmap else "mmap"
-        return f"{name}, {slow / fast:.1f} times"
+        """Who was faster, and how much, by the medians.
+
+        >>> Race("", (1.0, 2.0, 3.0), (4.0, 5.0, 9.0), "").winner
+        'read, 2.5 times'
+        """
+        read, mapped = median(self.by_read), median(self.by_mmap)
+        return f"read, {mapped / read:.1f} times" if read < mapped else f"mmap, {read / mapped:.1f} times"
+
+    @property
+    def spread(self) -> tuple[str, str]:
+        """The shortest and the longest round of each side, read first."""
+        read, mapped = (
+            f"{min(rounds):,.0f} to {max(rounds):,.0f}" for rounds in (self.by_read, self.by_mmap)
+        )
+        return read, mapped
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadAndMapped:
     """What was seen: states and frames of mapping and buffer, and what a change of the file did."""
 
     mapping: tuple[str, ...]
@@ -80,11 +84,10 @@ class Seen:
     others: tuple[Race, ...]
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
-    path = bench.file("file", b"old " * (_PAGES * PAGE_SIZE // 4))
-    fd = bench.keep_open(bench.open(path, os.O_RDWR))
-    mapping = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd))
-    buffer = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS))
+def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
+    fd = bench.opened(bench.file("file", b"old " * (_PAGES * PAGE_SIZE // 4)), os.O_RDWR)
+    mapping = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd)
+    buffer = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
     rows = [("mapping", os.getpid(), mapping.address), ("buffer", os.getpid(), buffer.address)]
     empty = bench.look(rows, _PAGES, "before")[1]
     memory = memoryview((ctypes.c_char * buffer.length).from_address(buffer.address))
@@ -92,14 +95,12 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     for page in range(_PAGES):
         bench.load(mapping.page(page), 1, f"mapping[{page} * {PAGE_SIZE}]")
     mapped, filled = bench.look(rows, _PAGES, "read both ways")
-    yield Step(
+    yield ChapterStep(
         "two ways to the bytes",
         "The same file is mapped, and read into a buffer. Both now hold the same bytes.",
-        bench.calls(),
+        bench.taken(),
         (f"The mapping is {mapped.words(0)}. The buffer is {filled.words(0)}: other frames, with a copy.",),
-        evidence=(
-            Evidence("Pages of the buffer", "/proc/self/pagemap", rows_of(empty, filled, range(_PAGES))),
-        ),
+        evidence=(before_and_after("Pages of the buffer", empty, filled, range(_PAGES)),),
         grid=mapped.grid,
     )
 
@@ -108,210 +109,196 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     in_buffer = bench.load(buffer.address, 4, "buffer[0:4]")
     bench.store(buffer.address, b"mine", "buffer[0]")
     in_file = bench.pread(fd, 4, 0)
-    yield Step(
+    yield ChapterStep(
         "then the file changes",
         "The file is changed with pwrite; then the buffer is changed.",
-        bench.calls(),
+        bench.taken(),
         (
             f"Mapping: {in_mapping!r}. Buffer: {in_buffer!r}. File, once the buffer changed: {in_file!r}.",
             "A buffer is a snapshot. A mapping is the file.",
         ),
     )
-    once, random, others = yield from _races(bench)
-    return Seen(
-        mapped.states,
-        filled.states,
-        mapped.frames,
-        filled.frames,
-        in_mapping,
-        in_buffer,
-        in_file,
-        once,
-        random,
-        others,
+    once, random, *sizes = yield from _races(bench)
+    return ReadAndMapped(
+        mapping=mapped.states,
+        buffer=filled.states,
+        mapping_frames=mapped.frames,
+        buffer_frames=filled.frames,
+        in_mapping=in_mapping,
+        in_buffer=in_buffer,
+        in_other_buffer=in_file,
+        once=once,
+        random=random,
+        others=tuple(sizes),
     )
 
 
 # ----------------------------------------------------------------------------------------- clocks
-def _best(work: Callable[[], int]) -> tuple[float, int]:
-    """The shortest of some rounds, in µs, and the result."""
-    best, result = float("inf"), 0
-    for _ in range(_ROUNDS):
-        start = time.perf_counter_ns()
-        result = work()
-        best = min(best, (time.perf_counter_ns() - start) / 1000)
-    return best, result
-
-
-def _array(address: int, length: int) -> NDArray[np.uint64]:
-    view = memoryview((ctypes.c_char * length).from_address(address)).cast("B")
-    return np.frombuffer(view, np.uint64)
+def _races(bench: Workbench) -> Generator[ChapterStep, None, list[Race]]:
+    fd = bench.opened(bench.file("race", np.random.default_rng(1).bytes(_SIZES[-1])))
+    races = [_once(fd), _random(bench, fd), *(_in_order(fd, size) for size in _SIZES), _written(bench)]
+    rows = tuple((race.pattern, *race.spread, race.winner, race.why) for race in races)
+    yield ChapterStep(
+        "with a clock",
+        "The same work is done with read and with mmap, on a file in the page cache, both in the same "
+        f"language; {_ROUNDS} rounds each.",
+        bench.taken(),
+        ("Neither always wins: see what each has to do for the pattern.",),
+        tables=(Figures("Who is faster", ("pattern", ">read µs", ">mmap µs", "faster", "why"), rows),),
+    )
+    return races
 
 
 def _race(pattern: str, why: tuple[str, str], by_read: Callable[[], int], by_mmap: Callable[[], int]) -> Race:
-    """Run both; ``why`` explains a win of read, and one of mmap."""
-    (read, result), (mapped, same) = _best(by_read), _best(by_mmap)
-    assert result == same, f"{pattern}: {result} by read, {same} by mmap"
-    return Race(pattern, read, mapped, why[0] if read < mapped else why[1])
+    """Run both by turns; ``why`` explains a win of read, and one of mmap."""
+    rounds = [(_timed(by_read), _timed(by_mmap)) for _ in range(_ROUNDS)]
+    results = {result for pair in rounds for _, result in pair}
+    assert len(results) == 1, f"{pattern}: read and mmap came to {results}"
+    read, mapped = zip(*(((pair[0][0]), pair[1][0]) for pair in rounds), strict=True)
+    return Race(pattern, read, mapped, why[0] if median(read) < median(mapped) else why[1])
 
 
-def _races(bench: Bench) -> Generator[Step, None, tuple[Race, Race, tuple[Race, ...]]]:
-    path = bench.file("race", np.random.default_rng(1).bytes(_SIZES[-1]))
-    fd = bench.keep_open(os.open(path, os.O_RDONLY))
+def _timed(work: Callable[[], int]) -> tuple[float, int]:
+    """How long ``work`` took, in µs, and its result."""
+    start = time.perf_counter_ns()
+    result = work()
+    return (time.perf_counter_ns() - start) / 1000, result
+
+
+def _words(address: int, length: int) -> NDArray[np.uint64]:
+    octets = memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+    return np.frombuffer(octets, np.uint64)
+
+
+def _once(fd: int) -> Race:
+    """Pages that are used once, each by calls of the C library."""
+    page = ctypes.create_string_buffer(PAGE_SIZE)
+    address, offsets = ctypes.addressof(page), range(0, 64 * PAGE_SIZE, PAGE_SIZE)
+
+    def by_read() -> int:
+        total = 0
+        for offset in offsets:
+            _pread(fd, address, PAGE_SIZE, offset)
+            total += int.from_bytes(ctypes.string_at(address, 8), "little")
+        return total
+
+    def by_mmap() -> int:
+        total = 0
+        for offset in offsets:
+            mapped = mmap(0, PAGE_SIZE, PROT_READ, MAP_SHARED, fd, offset)
+            total += int.from_bytes(ctypes.string_at(mapped, 8), "little")
+            munmap(mapped, PAGE_SIZE)
+        return total
+
+    why = ("a page costs mmap two calls and a fault", "the copy cost more than two calls and a fault")
+    return _race("64 pages, each once, one by one", why, by_read, by_mmap)
+
+
+def _random(bench: Workbench, fd: int) -> Race:
+    """Words at random places, each taken by one line of Python."""
+    memory = bench.mapped(_SIZES[-1], PROT_READ, MAP_SHARED, fd)
+    mapped = memoryview((ctypes.c_char * memory.length).from_address(memory.address)).cast("B")
+    offsets = (np.random.default_rng(2).integers(0, memory.length // 8, _READS) * 8).tolist()
+
+    def by_read() -> int:
+        return sum(int.from_bytes(os.pread(fd, 8, offset), "little") for offset in offsets)
+
+    def by_mmap() -> int:
+        return sum(int.from_bytes(mapped[offset : offset + 8], "little") for offset in offsets)
+
+    why = ("a call cost less than a load", "a read is a system call, a load is a load")
+    return _race(f"{_READS:,} random words, mapped before", why, by_read, by_mmap)
+
+
+def _in_order(fd: int, size: int) -> Race:
+    """A file from its beginning to its end, summed by numpy."""
     buffer = bytearray(_BUFFER)
-    whole = memoryview(buffer)
     words = np.frombuffer(buffer, np.uint64)
 
-    def read_all(size: int) -> int:
+    def by_read() -> int:
         total = 0
         for offset in range(0, size, _BUFFER):
-            os.preadv(fd, [whole], offset)
+            os.preadv(fd, [buffer], offset)
             total += int(words.sum())
         return total % 2**64
 
-    def map_all(size: int) -> int:
+    def by_mmap() -> int:
         address = mmap(0, size, PROT_READ, MAP_SHARED, fd, 0)
         try:
-            return int(_array(address, size).sum())
+            return int(_words(address, size).sum())
         finally:
             munmap(address, size)
 
-    mapped = bench.keep(Mapping(mmap(0, _SIZES[-1], PROT_READ, MAP_SHARED, fd, 0), _SIZES[-1]))
-    values = _array(*mapped)
-    places = np.random.default_rng(2).integers(0, len(values), _READS)
-    offsets = (places * 8).tolist()
-    eight = bytearray(8)
-    small = memoryview(buffer)[:PAGE_SIZE]
-    page = np.frombuffer(small, np.uint64)
-
-    def read_places() -> int:
-        views, total = [memoryview(eight)], 0
-        for offset in offsets:
-            os.preadv(fd, views, offset)
-            total += int.from_bytes(eight, "little")
-        return total % 2**64
-
-    def read_page() -> int:
-        total = 0
-        for offset in range(0, 64 * PAGE_SIZE, PAGE_SIZE):
-            os.preadv(fd, [small], offset)
-            total += int(page[0])
-        return total
-
-    def map_page() -> int:
-        total = 0
-        for offset in range(0, 64 * PAGE_SIZE, PAGE_SIZE):
-            address = mmap(0, PAGE_SIZE, PROT_READ, MAP_SHARED, fd, offset)
-            total += int.from_bytes(ctypes.string_at(address, 8), "little")
-            munmap(address, PAGE_SIZE)
-        return total
-
-    once = _race(
-        "64 pages, each once, one by one",
-        ("a page costs mmap two calls and a fault", "the copy cost more than two calls and a fault"),
-        read_page,
-        map_page,
+    why = (
+        f"its {_BUFFER >> 10} KiB buffer stays in the processor's cache; mmap faults",
+        "few faults map many pages; read copies every byte",
     )
-    random = _race(
-        f"{_READS:,} random words, mapped before",
-        ("a call cost less than a load", "a read is a system call, a load is a load"),
-        read_places,
-        lambda: int(values[places].sum()),
-    )
-    others = tuple(
-        _race(
-            f"{size >> 10:,} KiB summed in order",
-            (
-                f"its {_BUFFER >> 10} KiB buffer stays in the processor's cache; mmap faults",
-                "few faults map many pages; read copies every byte",
-            ),
-            lambda size=size: read_all(size),  # type: ignore[misc]  # a default binds it now
-            lambda size=size: map_all(size),  # type: ignore[misc]
-        )
-        for size in _SIZES
-    )
-    others += (_written(bench, buffer),)
-    races = (once, random, *others)
-    yield Step(
-        "with a clock",
-        f"The same work is done with read and with mmap, on a file in the page cache; best of {_ROUNDS}.",
-        bench.calls(),
-        ("Neither always wins: see what each has to do for the pattern.",),
-        tables=(
-            Table(
-                "Who is faster",
-                ("pattern", ">read µs", ">mmap µs", "faster", "why"),
-                tuple(
-                    (one.pattern, f"{one.by_read:,.0f}", f"{one.by_mmap:,.0f}", one.winner, one.why)
-                    for one in races
-                ),
-            ),
-        ),
-    )
-    return once, random, others
+    return _race(f"{size >> 10:,} KiB summed in order", why, by_read, by_mmap)
 
 
-def _written(bench: Bench, buffer: bytearray) -> Race:
-    path = bench.file("written", bytes(_SIZES[1]))
-    fd = bench.keep_open(os.open(path, os.O_RDWR))
-    target = bench.keep(Mapping(mmap(0, _SIZES[1], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0), _SIZES[1]))
+def _written(bench: Workbench) -> Race:
+    size, buffer = _SIZES[1], bytearray(_BUFFER)
+    fd = bench.opened(bench.file("written", bytes(size)), os.O_RDWR)
+    target = bench.mapped(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd)
     source = (ctypes.c_char * _BUFFER).from_buffer(buffer)
 
-    def write_all() -> int:
-        return sum(os.pwrite(fd, buffer, offset) for offset in range(0, _SIZES[1], _BUFFER))
+    def by_write() -> int:
+        return sum(os.pwrite(fd, buffer, offset) for offset in range(0, size, _BUFFER))
 
-    def store_all() -> int:
-        for offset in range(0, _SIZES[1], _BUFFER):
+    def by_store() -> int:
+        for offset in range(0, size, _BUFFER):
             ctypes.memmove(target.address + offset, source, _BUFFER)
-        return _SIZES[1]
+        return size
 
-    return _race(
-        f"{_SIZES[1] >> 10:,} KiB written in order, mapped before",
-        ("stores fault for every page that is to be marked dirty", "a store is no system call"),
-        write_all,
-        store_all,
-    )
+    why = ("stores fault for every page that is to be marked dirty", "a store is no system call")
+    return _race(f"{size >> 10:,} KiB written in order, mapped before", why, by_write, by_store)
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _mapping_is_cache(seen: Seen) -> Finding:
-    good = all(state in ("shared", "sole") for state in seen.mapping)
-    return Finding(good, "the page cache's own pages", ", ".join(sorted(set(seen.mapping))))
+@claim("mapping-is-the-cache", "A mapping's pages are the page cache's", "flags")
+def _mapping_is_cache(seen: ReadAndMapped) -> Finding:
+    states = {*seen.mapping}
+    return Finding(states <= {"shared", "sole"}, "the page cache's own pages", ", ".join(sorted(states)))
 
 
-def _read_copies(seen: Seen) -> Finding:
-    good = all(state == "copied" for state in seen.buffer)
-    return Finding(good, "anonymous pages of our own", ", ".join(sorted(set(seen.buffer))))
+@claim("read-copies", "read fills pages of our own", "flags")
+def _read_copies(seen: ReadAndMapped) -> Finding:
+    states = {*seen.buffer}
+    return Finding(states == {"copied"}, "anonymous pages of our own", ", ".join(sorted(states)))
 
 
-def _distinct(seen: Seen) -> Finding:
-    both = {*seen.mapping_frames} & {*seen.buffer_frames}
-    known = all(seen.mapping_frames) and all(seen.buffer_frames)
-    observed = f"{len(seen.mapping_frames)} and {len(seen.buffer_frames)} frames, {len(both)} in both"
-    return Finding(known and not both, "no frame in both", observed)
+@claim("frames-distinct", "Page cache and buffer are different frames", "frames")
+def _distinct(seen: ReadAndMapped) -> Finding:
+    common = {*seen.mapping_frames} & {*seen.buffer_frames}
+    told = all(seen.mapping_frames) and all(seen.buffer_frames)
+    observed = f"{len(seen.mapping_frames)} and {len(seen.buffer_frames)} frames, {len(common)} in both"
+    return Finding(told and not common, "no frame in both", observed)
 
 
-def _snapshot(seen: Seen) -> Finding:
-    good = (seen.in_buffer, seen.in_other_buffer) == (b"old ", b"new ")
+@claim("buffer-is-a-snapshot", "A buffer and its file go separate ways")
+def _snapshot(seen: ReadAndMapped) -> Finding:
     return Finding(
-        good,
+        (seen.in_buffer, seen.in_other_buffer) == (b"old ", b"new "),
         "the buffer keeps the old bytes, and the file does not follow the buffer",
         f"buffer {seen.in_buffer!r}, file {seen.in_other_buffer!r}",
     )
 
 
-def _follows(seen: Seen) -> Finding:
-    return Finding(seen.in_mapping == b"new ", "b'new ' in the mapping", repr(seen.in_mapping))
+@equal("mapping-follows", "A mapping shows the file as it is now", b"new ", "{!r} in the mapping")
+def _follows(seen: ReadAndMapped) -> bytes:
+    return seen.in_mapping
 
 
-def _read_wins(seen: Seen) -> Finding:
-    observed = f"read {seen.once.by_read:,.0f} µs, mmap {seen.once.by_mmap:,.0f} µs"
-    return Finding(seen.once.by_read < seen.once.by_mmap, "read is faster", observed)
+@claim("read-wins-once", "A page that is read once is cheaper to copy than to map")
+def _read_wins(seen: ReadAndMapped) -> Finding:
+    faster = median(seen.once.by_read) < median(seen.once.by_mmap)
+    return Finding(faster, "read is faster", "read {} µs, mmap {} µs".format(*seen.once.spread))
 
 
-def _mmap_wins(seen: Seen) -> Finding:
-    observed = f"read {seen.random.by_read:,.0f} µs, mmap {seen.random.by_mmap:,.0f} µs"
-    return Finding(seen.random.by_mmap < seen.random.by_read, "mmap is faster", observed)
+@claim("mmap-wins-random", "Many random reads are cheaper through a mapping")
+def _mmap_wins(seen: ReadAndMapped) -> Finding:
+    faster = median(seen.random.by_mmap) < median(seen.random.by_read)
+    return Finding(faster, "mmap is faster", "read {} µs, mmap {} µs".format(*seen.random.spread))
 
 
 _SNIPPET = """\
@@ -333,15 +320,10 @@ total = sum(data[page * PAGE] for page in range(16))
 def _check(names: dict[str, Any]) -> Answer:
     if names["total"] != 16 * ord("x"):
         return Answer(False, "total should be the sum of the first bytes of 16 pages")
-    import mmap as python_mmap
-
-    if not isinstance(names["data"], python_mmap.mmap):
+    if type(names["data"]).__name__ != "mmap":
         return Answer(False, "data should be a mapping")
-    import miniloader.kernel.maps as maps
-    from miniloader.walkthrough.exercises import address_of
-
     address = address_of(names["data"])
-    vma = next(vma for vma in maps.read_maps() if address in vma)
+    vma = next(vma for vma in read_maps() if address in vma)
     behind = os.fstat(names["file"].fileno()).st_ino
     copied = sum(state.startswith("copied") for state in states_of(names["data"]))
     if vma.inode == behind and not copied:
@@ -349,24 +331,22 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"data is not the file's own pages ({copied} are copies)")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
     id="copies",
     number=5,
     title="read and write against mmap",
     claim="read and write copy between the page cache and a buffer; a mapping is the page cache.",
     surprise="Avoiding the copy does not always win: it depends on the pattern.",
     claims=(
-        Statement(
-            "mapping-is-the-cache", "A mapping's pages are the page cache's", _mapping_is_cache, "flags"
-        ),
-        Statement("read-copies", "read fills pages of our own", _read_copies, "flags"),
-        Statement("frames-distinct", "Page cache and buffer are different frames", _distinct, "frames"),
-        Statement("buffer-is-a-snapshot", "A buffer and its file go separate ways", _snapshot),
-        Statement("mapping-follows", "A mapping shows the file as it is now", _follows),
-        Statement("read-wins-once", "A page that is read once is cheaper to copy than to map", _read_wins),
-        Statement("mmap-wins-random", "Many random reads are cheaper through a mapping", _mmap_wins),
+        _mapping_is_cache,
+        _read_copies,
+        _distinct,
+        _snapshot,
+        _follows,
+        _read_wins,
+        _mmap_wins,
     ),
-    question=Question(
+    question=Quiz(
         "A program needs one page of a file, once. What is faster?",
         (
             Choice("mmap: nothing is copied", "But two system calls, a fault and a TLB flush are needed."),

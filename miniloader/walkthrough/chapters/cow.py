@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import copied_pages
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    PageBytes,
-    Question,
-    Statement,
-    Step,
-    Word,
-)
-from miniloader.walkthrough.recorded_calls import Calls
-from miniloader.walkthrough.workbench import Bench, rows_of
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after, copied_pages
+from miniloader.walkthrough.step import ChangedWord, ChapterStep, PageBytes
+from miniloader.walkthrough.traced_calls import Calls, Mapping
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "CowPages"]
 
 _PAGES, _WRITTEN, _LATER = 8, 3, 5
+_LETTER = bytes([ord("A") + _WRITTEN])
 _LARGE, _EDITS = 512, (7, 130, 131, 400)
+_IN_CACHE = ("shared", "sole")
 
 
 @dataclass(frozen=True)
-class Seen:
+class CowPages:
     """What was seen; states and frames are of this process's pages, before the store and after it."""
 
     states_before: tuple[str, ...]
@@ -58,144 +49,135 @@ def _letters(pages: int) -> bytes:
     return b"".join(bytes([ord("A") + page % 26]) * PAGE_SIZE for page in range(pages))
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     path = bench.file("letters", _letters(_PAGES))
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    mine = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd))
+    fd = bench.opened(path)
+    memory = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)
 
     def read_along(calls: Calls) -> Generator[Any, None, None]:
-        own = calls.open(path, os.O_RDONLY)
-        theirs = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_PRIVATE, own)
-        for page in range(_PAGES):
-            calls.load(theirs.page(page), 1, f"p[{page} * {PAGE_SIZE}]")
-        yield theirs.address
-        yield calls.load(theirs.page(_WRITTEN), 1, f"p[{_WRITTEN} * {PAGE_SIZE}]")
+        inherited = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_PRIVATE, calls.open(path, os.O_RDONLY))
+        _touch_all(calls, inherited)
+        yield inherited.address
+        yield calls.load(inherited.page(_WRITTEN), 1, f"p[{_WRITTEN} * {PAGE_SIZE}]")
 
-    other = bench.child("another process", read_along)
-    address, made = other.next()
-    bench.record(made, "other")
-    for page in range(_PAGES):
-        bench.load(mine.page(page), 1, f"p[{page} * {PAGE_SIZE}]")
-    rows = [("this process", os.getpid(), mine.address), ("other", other.pid, address)]
+    reader = bench.child("other", read_along)
+    rows = [("this process", os.getpid(), memory.address), ("other", reader.pid, bench.resume(reader))]
+    _touch_all(bench, memory)
     before = bench.look(rows, _PAGES, "touched")[0]
-    bytes_before = bench.load(mine.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
-    yield Step(
+    bytes_before = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
+    yield ChapterStep(
         "touched",
         f"Two processes map the same file of {_PAGES} pages with MAP_PRIVATE, and read every page. "
         "The descriptor is read-only, yet the mapping may be writable: no write will reach the file.",
-        bench.calls(),
+        bench.taken(),
         ("Both page tables point to the page cache: one copy of the file, two readers.",),
         grid=before.grid,
     )
 
-    bench.store(mine.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
+    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
     after = bench.look(rows, _PAGES, "written")[0]
     in_file = bench.pread(fd, 5, _WRITTEN * PAGE_SIZE)
-    others, made = other.next()
-    bench.record(made, "other")
-    bytes_after = bench.load(mine.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
-    yield Step(
+    read_by_other = bench.resume(reader)
+    bytes_after = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
+    store = ChangedWord(0, 5, "the store: in this process's copy only")
+    title = f"page {_WRITTEN}, as this process sees it"
+    yield ChapterStep(
         "written",
         f"This process stores five bytes into page {_WRITTEN}. Then we ask the file and the other process.",
-        bench.calls(),
+        bench.taken(),
         (
             f"The store faulted; the kernel copied page {_WRITTEN} to a new frame and let the store go on.",
-            f"Here: {bytes_after[:5]!r}. In the file: {in_file!r}. In the other process: {others!r}.",
+            f"Here: {bytes_after[:5]!r}. In the file: {in_file!r}. In the other process: {read_by_other!r}.",
         ),
-        evidence=(
-            Evidence("Pages of this process", "/proc/self/pagemap", rows_of(before, after, range(_PAGES))),
-        ),
+        evidence=(before_and_after("Pages of this process", before, after, range(_PAGES)),),
         grid=after.grid,
-        bytes=(
-            PageBytes(
-                f"page {_WRITTEN}, as this process sees it",
-                _WRITTEN * PAGE_SIZE,
-                bytes_before,
-                bytes_after,
-                (Word(0, 5, "the store: in this process's copy only"),),
-            ),
-        ),
+        bytes=(PageBytes(title, _WRITTEN * PAGE_SIZE, bytes_before, bytes_after, (store,)),),
     )
 
-    writer = bench.keep_open(bench.open(path, os.O_RDWR))
+    later_in_copy, later_elsewhere = yield from _file_changed(bench, path, memory)
+    on_tmpfs = yield from _on_tmpfs(bench)
+    copied, file_same = yield from _working_copy(bench)
+    return CowPages(
+        states_before=before.states,
+        states_after=after.states,
+        frames_before=before.frames,
+        frames_after=after.frames,
+        mine=bytes_after[:5],
+        others=read_by_other,
+        in_file=in_file,
+        on_tmpfs=on_tmpfs,
+        later_elsewhere=later_elsewhere,
+        later_in_copy=later_in_copy,
+        edited=_EDITS,
+        copied=copied,
+        file_same=file_same,
+        read_only=(yield from _store_into_read_only(bench, path)),
+        past_end=(yield from _beyond_the_end(bench)),
+    )
+
+
+def _touch_all(calls: Calls, mapping: Mapping) -> None:
+    for page in range(_PAGES):
+        calls.load(mapping.page(page), 1, f"p[{page} * {PAGE_SIZE}]")
+
+
+def _file_changed(
+    bench: Workbench, path: str, memory: Mapping
+) -> Generator[ChapterStep, None, tuple[bytes, bytes]]:
+    """Change the file behind the copied page and behind another; what both then show."""
+    writer = bench.opened(path, os.O_RDWR)
     for page in (_WRITTEN, _LATER):
         bench.pwrite(writer, b"later", page * PAGE_SIZE)
-    later_copy = bench.load(mine.page(_WRITTEN), 5, f"p[{_WRITTEN} * {PAGE_SIZE}:+5]")
-    later_elsewhere = bench.load(mine.page(_LATER), 5, f"p[{_LATER} * {PAGE_SIZE}:+5]")
-    yield Step(
+    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN} * {PAGE_SIZE}:+5]")
+    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER} * {PAGE_SIZE}:+5]")
+    yield ChapterStep(
         "file changed",
         f"Now somebody changes the file itself, with pwrite, in page {_WRITTEN} and in page {_LATER}.",
-        bench.calls(),
+        bench.taken(),
         (
-            f"Page {_LATER}, not copied, shows it: {later_elsewhere!r}. Private does not mean frozen.",
-            f"Page {_WRITTEN} keeps our copy: {later_copy!r}. (POSIX leaves this open; Linux does this.)",
+            f"Page {_LATER}, not copied, shows it: {elsewhere!r}. Private does not mean frozen.",
+            f"Page {_WRITTEN} keeps our copy: {in_copy!r}. (POSIX leaves this open; Linux does this.)",
         ),
     )
-
-    on_tmpfs = yield from _on_tmpfs(bench)
-    copied, same = yield from _working_copy(bench)
-    read_only = yield from _store_into_read_only(bench, path)
-    past_end = yield from _beyond_the_end(bench)
-    return Seen(
-        before.states,
-        after.states,
-        before.frames,
-        after.frames,
-        bytes_after[:5],
-        others,
-        in_file,
-        on_tmpfs,
-        later_elsewhere,
-        later_copy,
-        _EDITS,
-        copied,
-        same,
-        read_only,
-        past_end,
-    )
+    return in_copy, elsewhere
 
 
-def _on_tmpfs(bench: Bench) -> Generator[Step, None, tuple[str, ...] | None]:
+def _on_tmpfs(bench: Workbench) -> Generator[ChapterStep, None, tuple[str, ...] | None]:
     try:
         path = bench.file("letters", _letters(_PAGES), "tmpfs")
     except EvidenceError as error:
-        yield Step("on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
+        yield ChapterStep("on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
         return None
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    mine = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd))
-    for page in range(_PAGES):
-        bench.load(mine.page(page), 1, f"p[{page} * {PAGE_SIZE}]")
-    before = bench.look_at(mine)
-    bench.store(mine.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
-    after = bench.look_at(mine, title="written, on tmpfs")
-    yield Step(
+    memory = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, bench.opened(path))
+    _touch_all(bench, memory)
+    before = bench.look_at(memory)
+    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
+    after = bench.look_at(memory, title="written, on tmpfs")
+    yield ChapterStep(
         "on tmpfs",
         "The same on tmpfs, a file system without a disk: its page cache is the file.",
-        bench.calls(),
+        bench.taken(),
         (f"Copied: page {', '.join(map(str, after.pages('copied'))) or 'none'}. It makes no difference.",),
-        evidence=(
-            Evidence("Pages of this process", "/proc/self/pagemap", rows_of(before, after, range(2, 5))),
-        ),
+        evidence=(before_and_after("Pages of this process", before, after, range(2, 5)),),
     )
     return after.states
 
 
-def _working_copy(bench: Bench) -> Generator[Step, None, tuple[tuple[int, ...], bool]]:
+def _working_copy(bench: Workbench) -> Generator[ChapterStep, None, tuple[tuple[int, ...], bool]]:
     content = _letters(_LARGE)
     path = bench.file("document", content)
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    copy = bench.keep(bench.mmap(_LARGE * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd))
+    copy = bench.mapped(_LARGE * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, bench.opened(path))
     for page in _EDITS:
         bench.store(copy.page(page), b"edited", f"p[{page} * {PAGE_SIZE}]")
-    view = bench.look_at(copy, title="a working copy")
+    view: MappingView = bench.look_at(copy, title="a working copy")
     copied = view.pages("copied", "copied-shared")
     with open(path, "rb") as file:
         same = file.read() == content
     size = _LARGE * PAGE_SIZE // 1024
-    yield Step(
+    yield ChapterStep(
         "working copy",
         f"A private mapping is a working copy of a whole file: here {size:,} KiB, edited in four places.",
-        bench.calls(),
+        bench.taken(),
         (
             f"Copied: {len(copied)} of {_LARGE} pages ({', '.join(map(str, copied))}), "
             f"{len(copied) * PAGE_SIZE // 1024} KiB instead of {size:,}.",
@@ -206,21 +188,18 @@ def _working_copy(bench: Bench) -> Generator[Step, None, tuple[tuple[int, ...], 
     return copied, same
 
 
-def _store_into_read_only(bench: Bench, path: str) -> Generator[Step, None, str]:
+def _store_into_read_only(bench: Workbench, path: str) -> Generator[ChapterStep, None, str]:
     def store(calls: Calls) -> Generator[Any, None, None]:
-        fd = calls.open(path, os.O_RDONLY)
-        memory = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_PRIVATE, fd)
+        memory = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_PRIVATE, calls.open(path, os.O_RDONLY))
         yield memory.address
         calls.store(memory.address, b"x")
 
-    child = bench.child("a child", store)
-    address, made = child.next()
-    bench.record(made, "child")
-    signal = bench.fatal(child, f"store at {address:#x} = 'x'")
-    yield Step(
+    child = bench.child("child", store)
+    signal = bench.fatal(child, f"store at {bench.resume(child):#x} = 'x'")
+    yield ChapterStep(
         "a store that is refused",
         "A child maps the file with PROT_READ only, and stores all the same. This is what it dies of.",
-        bench.calls(),
+        bench.taken(),
         (
             f"{signal or 'Nothing'}: there is a mapping at that address, but its protection forbids stores. "
             "No copy is made: copy-on-write is for pages that one may write.",
@@ -229,7 +208,7 @@ def _store_into_read_only(bench: Bench, path: str) -> Generator[Step, None, str]
     return signal
 
 
-def _beyond_the_end(bench: Bench) -> Generator[Step, None, str]:
+def _beyond_the_end(bench: Workbench) -> Generator[ChapterStep, None, str]:
     path = bench.file("cut", _letters(_PAGES))
 
     def read_after_cut(calls: Calls) -> Generator[Any, None, None]:
@@ -239,16 +218,14 @@ def _beyond_the_end(bench: Bench) -> Generator[Step, None, str]:
         yield memory.page(6)
         calls.load(memory.page(6))
 
-    child = bench.child("a child", read_after_cut)
-    address, made = child.next()
-    bench.record(made, "child")
-    fd = bench.keep_open(bench.open(path, os.O_RDWR))
-    bench.ftruncate(fd, 4 * PAGE_SIZE)
+    child = bench.child("child", read_after_cut)
+    address = bench.resume(child)
+    bench.ftruncate(bench.opened(path, os.O_RDWR), 4 * PAGE_SIZE)
     signal = bench.fatal(child, f"load 1 at {address:#x}")
-    yield Step(
+    yield ChapterStep(
         "a file cut short",
         "A child writes page 6 of its private mapping. Then the file is cut to 4 pages, and it reads page 6.",
-        bench.calls(),
+        bench.taken(),
         (
             f"{signal or 'Nothing'}: the mapping is there and allows it, but the file has no page for it any "
             "more. Even the page that had been copied is gone.",
@@ -258,76 +235,76 @@ def _beyond_the_end(bench: Bench) -> Generator[Step, None, str]:
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _copied(seen: Seen) -> Finding:
-    was, became = seen.states_before[_WRITTEN], seen.states_after[_WRITTEN]
-    moved = seen.frames_before[_WRITTEN] != seen.frames_after[_WRITTEN] or not seen.frames_before[_WRITTEN]
+@claim("copied", "A write moves the page to a new, anonymous frame", "flags")
+def _copied(pages: CowPages) -> Finding:
+    before, after = pages.states_before[_WRITTEN], pages.states_after[_WRITTEN]
+    frame = pages.frames_before[_WRITTEN]
+    moved = not frame or frame != pages.frames_after[_WRITTEN]
     return Finding(
-        was in ("shared", "sole") and became == "copied" and moved,
+        before in _IN_CACHE and after == "copied" and moved,
         f"page {_WRITTEN}: the page cache's before, anonymous and in another frame after",
-        f"{was} before, {became} after" + ("" if moved else ", in the same frame"),
+        f"{before} before, {after} after" + ("" if moved else ", in the same frame"),
     )
 
 
-def _only_that_page(seen: Seen) -> Finding:
+@claim("only-that-page", "Every other page stays what it was", "flags")
+def _only_that_page(pages: CowPages) -> Finding:
     changed = [
         page
         for page in range(_PAGES)
-        if (seen.states_before[page] in ("shared", "sole")) != (seen.states_after[page] in ("shared", "sole"))
-        or seen.frames_before[page] != seen.frames_after[page]
+        if (pages.states_before[page] in _IN_CACHE) != (pages.states_after[page] in _IN_CACHE)
+        or pages.frames_before[page] != pages.frames_after[page]
     ]
-    none_moved = not any(seen.frames_before)
-    wanted = [_WRITTEN]
-    return Finding(
-        changed == wanted,
-        f"page {_WRITTEN} alone" + (" (frames not shown here)" if none_moved else ""),
-        f"pages {changed}",
-    )
+    hidden = "" if any(pages.frames_before) else " (frames not shown here)"
+    return Finding(changed == [_WRITTEN], f"page {_WRITTEN} alone{hidden}", f"pages {changed}")
 
 
-def _invisible(seen: Seen) -> Finding:
-    letter = bytes([ord("A") + _WRITTEN])
-    return Finding(
-        seen.mine == b"hello" and seen.others == letter,
-        f"b'hello' here, {letter!r} in the other process",
-        f"{seen.mine!r} here, {seen.others!r} there",
-    )
+@equal("invisible", "Another process does not see the write", (b"hello", _LETTER), "{} here, {} there")
+def _invisible(pages: CowPages) -> tuple[bytes, bytes]:
+    return pages.mine, pages.others
 
 
-def _never_in_file(seen: Seen) -> Finding:
-    wanted = bytes([ord("A") + _WRITTEN]) * 5
-    return Finding(seen.in_file == wanted, f"pread gives {wanted!r}", f"{seen.in_file!r}")
+@equal("never-in-file", "The write does not reach the file", _LETTER * 5, "pread gives {!r}")
+def _never_in_file(pages: CowPages) -> bytes:
+    return pages.in_file
 
 
-def _later_change(seen: Seen) -> Finding:
-    return Finding(
-        seen.later_elsewhere == b"later" and seen.later_in_copy == b"hello",
-        "b'later' in a page not copied, b'hello' in the copied one",
-        f"{seen.later_elsewhere!r} and {seen.later_in_copy!r}",
-    )
+_SHOWN = "{} in a page not copied, {} in the copied one"
 
 
-def _tmpfs(seen: Seen) -> Finding:
+@equal(
+    "later-change-shows", "A later change of the file shows in pages not copied", (b"later", b"hello"), _SHOWN
+)
+def _later_change(pages: CowPages) -> tuple[bytes, bytes]:
+    return pages.later_elsewhere, pages.later_in_copy
+
+
+@claim("same-on-tmpfs", "It is the same without a disk", "flags")
+def _tmpfs(pages: CowPages) -> Finding:
     expected = f"on tmpfs, too, page {_WRITTEN} alone is copied"
-    if seen.on_tmpfs is None:
+    if pages.on_tmpfs is None:
         return Finding(None, expected, "nothing", "there is no tmpfs here that we may write in")
-    copied = [page for page, state in enumerate(seen.on_tmpfs) if state == "copied"]
+    copied = [page for page, state in enumerate(pages.on_tmpfs) if state == "copied"]
     return Finding(copied == [_WRITTEN], expected, f"copied: {copied}")
 
 
-def _working(seen: Seen) -> Finding:
+@claim("working-copy", "A working copy of a file costs the pages that are written", "flags")
+def _working(pages: CowPages) -> Finding:
     return Finding(
-        seen.copied == seen.edited and seen.file_same,
-        f"pages {list(seen.edited)} copied, the file as it was",
-        f"pages {list(seen.copied)} copied, the file {'as it was' if seen.file_same else 'changed'}",
+        pages.copied == pages.edited and pages.file_same,
+        f"pages {list(pages.edited)} copied, the file as it was",
+        f"pages {list(pages.copied)} copied, the file {'as it was' if pages.file_same else 'changed'}",
     )
 
 
-def _refused(seen: Seen) -> Finding:
-    return Finding(seen.read_only == "SIGSEGV", "SIGSEGV", seen.read_only or "nothing happened")
+@equal("read-only-refused", "A store into a read-only mapping ends in SIGSEGV", "SIGSEGV")
+def _refused(pages: CowPages) -> str:
+    return pages.read_only or "nothing happened"
 
 
-def _no_page(seen: Seen) -> Finding:
-    return Finding(seen.past_end == "SIGBUS", "SIGBUS", seen.past_end or "nothing happened")
+@equal("past-the-end", "Touching a page that the file has lost ends in SIGBUS", "SIGBUS")
+def _no_page(pages: CowPages) -> str:
+    return pages.past_end or "nothing happened"
 
 
 _SNIPPET = """\
@@ -353,28 +330,24 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"{len(copied)} pages were copied, 1 was asked for; {what}")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[CowPages]] = Chapter(
     id="cow",
     number=3,
     title="MAP_PRIVATE: copy on write",
     claim="A write to a private mapping gets its own copy of the page: seen by nobody, never in the file.",
     surprise="Only the page written is copied; later changes of the file still show through the others.",
     claims=(
-        Statement("copied", "A write moves the page to a new, anonymous frame", _copied, "flags"),
-        Statement("only-that-page", "Every other page stays what it was", _only_that_page, "flags"),
-        Statement("invisible", "Another process does not see the write", _invisible),
-        Statement("never-in-file", "The write does not reach the file", _never_in_file),
-        Statement(
-            "later-change-shows", "A later change of the file shows in pages not copied", _later_change
-        ),
-        Statement("same-on-tmpfs", "It is the same without a disk", _tmpfs, "flags"),
-        Statement(
-            "working-copy", "A working copy of a file costs the pages that are written", _working, "flags"
-        ),
-        Statement("read-only-refused", "A store into a read-only mapping ends in SIGSEGV", _refused),
-        Statement("past-the-end", "Touching a page that the file has lost ends in SIGBUS", _no_page),
+        _copied,
+        _only_that_page,
+        _invisible,
+        _never_in_file,
+        _later_change,
+        _tmpfs,
+        _working,
+        _refused,
+        _no_page,
     ),
-    question=Question(
+    question=Quiz(
         f"A process has a file of {_PAGES} pages mapped with MAP_PRIVATE and has read all of it. "
         "It stores one byte. How much memory does the kernel copy?",
         (

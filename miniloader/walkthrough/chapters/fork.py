@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from miniloader.kernel.syscalls import (
     MAP_ANONYMOUS,
@@ -15,28 +16,20 @@ from miniloader.kernel.syscalls import (
     PROT_WRITE,
 )
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-)
-from miniloader.walkthrough.recorded_calls import Calls
-from miniloader.walkthrough.workbench import ZEROS_UNTOLD, Bench, View, rows_of
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import ZEROS_UNTOLD, MappingView, before_and_after, states_of
+from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.traced_calls import Calls, Mapping
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "ForkedPages"]
 
 _PAGES, _BY_CHILD, _BY_PARENT = 8, 2, 5
-_BOTH = PROT_READ | PROT_WRITE
+_READ_WRITE = PROT_READ | PROT_WRITE
 
 
 @dataclass(frozen=True)
-class Seen:
+class ForkedPages:
     """States and frames of parent and child: after fork, when each has written, when the child has gone."""
 
     forked: tuple[tuple[str, ...], tuple[str, ...]]
@@ -50,11 +43,10 @@ class Seen:
     shared_word: bytes  # that the child stored in a shared mapping
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
-    memory = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, _BOTH, MAP_PRIVATE | MAP_ANONYMOUS))
-    board = bench.keep(bench.mmap(PAGE_SIZE, _BOTH, MAP_SHARED | MAP_ANONYMOUS))
-    for page in range(_PAGES):
-        bench.store(memory.page(page), b"first", f"p[{page} * {PAGE_SIZE}]")
+def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
+    memory = bench.mapped(_PAGES * PAGE_SIZE, _READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+    board = bench.mapped(PAGE_SIZE, _READ_WRITE, MAP_SHARED | MAP_ANONYMOUS)
+    _write_all(bench, memory, b"first")
     alone = bench.look_at(memory, "parent", "before fork")
 
     def child_body(calls: Calls) -> Generator[Any, None, None]:
@@ -65,152 +57,156 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         yield calls.load(memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT} * {PAGE_SIZE}:+5]")
 
     child = bench.child("child", child_body)
-    child.next()
+    bench.resume(child)
     bench.note("fork()", str(child.pid))
     rows = [("parent", os.getpid(), memory.address), ("child", child.pid, memory.address)]
     forked = bench.look(rows, _PAGES, "forked")
-    yield Step(
+    yield ChapterStep(
         "forked",
         f"A process writes {_PAGES} pages of private memory, and forks.",
-        bench.calls(),
+        bench.taken(),
         (
-            f"Parent and child have the same {_PAGES} frames: {_alike(*forked)}. fork copied the page table, "
-            "and no page.",
+            f"Parent and child have the same {_PAGES} frames: {_frames(forked[0])}. fork copied the page "
+            "table, and no page.",
         ),
-        evidence=(
-            Evidence("Pages of the parent", "/proc/self/pagemap", rows_of(alone, forked[0], range(_PAGES))),
-        ),
+        evidence=(before_and_after("Pages of the parent", alone, forked[0], range(_PAGES)),),
         grid=forked[0].grid,
     )
 
-    _, made = child.next()
-    bench.record(made, "child")
+    bench.resume(child)
     bench.store(memory.page(_BY_PARENT), b"mine!", f"p[{_BY_PARENT} * {PAGE_SIZE}]")
     written = bench.look(rows, _PAGES, "written")
     parent_reads = bench.load(memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD} * {PAGE_SIZE}:+5]")
     word = bench.load(board.address, 5, "shared[0:5]")
-    child_reads, made = child.next()
-    bench.record(made, "child")
-    yield Step(
+    child_reads = bench.resume(child)
+    pages = (_BY_CHILD, _BY_PARENT)
+    yield ChapterStep(
         "written",
         f"The child writes page {_BY_CHILD}, the parent page {_BY_PARENT}: each is the first to write there.",
-        bench.calls(),
+        bench.taken(),
         (
             "Whoever writes first gets the new frame; the other keeps the old one.",
             f"In the child's page the parent still reads {parent_reads!r}; in the shared mapping {word!r}.",
         ),
         evidence=(
-            Evidence("Parent", "/proc/self/pagemap", rows_of(forked[0], written[0], (_BY_CHILD, _BY_PARENT))),
-            Evidence(
-                "Child", f"/proc/{child.pid}/pagemap", rows_of(forked[1], written[1], (_BY_CHILD, _BY_PARENT))
-            ),
+            before_and_after("Parent", forked[0], written[0], pages),
+            before_and_after("Child", forked[1], written[1], pages, child.pid),
         ),
         grid=written[0].grid,
     )
 
     child.end()
     bench.note("the child is gone", access=True)
+    last = yield from _alone_again(bench, memory, written[0])
+    return ForkedPages(
+        forked=(forked[0].states, forked[1].states),
+        forked_frames=(forked[0].frames, forked[1].frames),
+        written=(written[0].states, written[1].states),
+        written_frames=(written[0].frames, written[1].frames),
+        alone=last.states,
+        alone_frames=last.frames,
+        parent_reads=parent_reads,
+        child_reads=child_reads,
+        shared_word=word,
+    )
+
+
+def _write_all(bench: Workbench, memory: Mapping, word: bytes) -> None:
     for page in range(_PAGES):
-        bench.store(memory.page(page), b"again", f"p[{page} * {PAGE_SIZE}]")
-    last = bench.look_at(memory, "parent", "the child is gone")
-    yield Step(
+        bench.store(memory.page(page), word, f"p[{page} * {PAGE_SIZE}]")
+
+
+def _frames(view: MappingView) -> str:
+    if not all(view.frames):
+        return "which frames, only root may know, but each is mapped twice"
+    return ", ".join(f"{frame:#x}" for frame in view.frames[:3]) + ", …"
+
+
+def _alone_again(
+    bench: Workbench, memory: Mapping, before: MappingView
+) -> Generator[ChapterStep, None, MappingView]:
+    """Write every page when the child is gone."""
+    _write_all(bench, memory, b"again")
+    after = bench.look_at(memory, "parent", "the child is gone")
+    yield ChapterStep(
         "alone again",
         "The child ends, and the parent writes every page.",
-        bench.calls(),
+        bench.taken(),
         ("Nobody else has these frames any more, so the parent writes where it is: no page is copied.",),
-        evidence=(
-            Evidence("Pages of the parent", "/proc/self/pagemap", rows_of(written[0], last, range(_PAGES))),
-        ),
-        grid=last.grid,
+        evidence=(before_and_after("Pages of the parent", before, after, range(_PAGES)),),
+        grid=after.grid,
     )
-    return Seen(
-        (forked[0].states, forked[1].states),
-        (forked[0].frames, forked[1].frames),
-        (written[0].states, written[1].states),
-        (written[0].frames, written[1].frames),
-        last.states,
-        last.frames,
-        parent_reads,
-        child_reads,
-        word,
-    )
-
-
-def _alike(one: View, other: View) -> str:
-    if not all(one.frames):
-        return "which frames, only root may know, but each is mapped twice"
-    return ", ".join(f"{frame:#x}" for frame in one.frames[:3]) + ", …"
+    return after
 
 
 # ---------------------------------------------------------------------------------------- claims
 def _of_states(states: set[str], holds: bool, expected: str, observed: str) -> Finding:
     """What the states of pages come to; nothing where one could not be told."""
-    if "unknown" in states:
-        return Finding(None, expected, observed, ZEROS_UNTOLD)
-    return Finding(holds, expected, observed)
+    return Finding(None if "unknown" in states else holds, expected, observed, ZEROS_UNTOLD)
 
 
-def _all_shared(seen: Seen) -> Finding:
-    parent, child = seen.forked
-    frames = seen.forked_frames
-    same = frames[0] == frames[1]
+@claim("all-shared", "fork copies no page", "flags")
+def _all_shared(pages: ForkedPages) -> Finding:
+    states, frames = {*pages.forked[0], *pages.forked[1]}, pages.forked_frames
+    observed = ", ".join(sorted(states))
+    if any(frames[0]):
+        observed += f"; {sum(map(int.__eq__, *frames))} of {_PAGES} frames equal"
+    holds = states == {"copied-shared"} and frames[0] == frames[1]
+    return _of_states(states, holds, f"{_PAGES} pages, each mapped by both", observed)
+
+
+@claim("own-when-written", "A written page becomes each one's own, the rest stay", "flags")
+def _unwritten_stay(pages: ForkedPages) -> Finding:
+    written = {states[page] for states in pages.written for page in (_BY_CHILD, _BY_PARENT)}
+    unwritten = {
+        states[page] for states in pages.written for page in {*range(_PAGES)} - {_BY_CHILD, _BY_PARENT}
+    }
     return _of_states(
-        {*parent, *child},
-        {*parent, *child} == {"copied-shared"} and same,
-        f"{_PAGES} pages, each mapped by both",
-        f"{', '.join(sorted({*parent, *child}))}; {sum(map(int.__eq__, *frames))} of {_PAGES} frames equal"
-        if any(frames[0])
-        else ", ".join(sorted({*parent, *child})),
-    )
-
-
-def _first_writer(seen: Seen) -> Finding:
-    before, (parent, child) = seen.forked_frames[0], seen.written_frames
-    moved = [page for page in range(_PAGES) if parent[page] != before[page]]
-    childs = [page for page in range(_PAGES) if child[page] != before[page]]
-    return Finding(
-        moved == [_BY_PARENT] and childs == [_BY_CHILD],
-        f"the parent's page {_BY_PARENT} and the child's page {_BY_CHILD} in new frames",
-        f"new frames: parent {moved}, child {childs}",
-    )
-
-
-def _others_stay(seen: Seen) -> Finding:
-    parent, child = seen.written
-    written = {_BY_CHILD, _BY_PARENT}
-    rest = {states[page] for states in (parent, child) for page in range(_PAGES) if page not in written}
-    own = {states[page] for states in (parent, child) for page in written}
-    return _of_states(
-        rest | own,
-        rest == {"copied-shared"} and own == {"copied"},
+        written | unwritten,
+        unwritten == {"copied-shared"} and written == {"copied"},
         "the two written pages are each process's own, the others are still shared",
-        f"written: {', '.join(sorted(own))}; others: {', '.join(sorted(rest))}",
+        f"written: {', '.join(sorted(written))}; others: {', '.join(sorted(unwritten))}",
     )
 
 
-def _isolated(seen: Seen) -> Finding:
+@claim("first-writer-moves", "The first writer gets the new frame", "frames")
+def _first_writer(pages: ForkedPages) -> Finding:
+    before = pages.forked_frames[0]
+    moved = [
+        [page for page in range(_PAGES) if frames[page] != before[page]] for frames in pages.written_frames
+    ]
     return Finding(
-        (seen.parent_reads, seen.child_reads) == (b"first", b"first"),
-        "each still reads b'first' where the other wrote",
-        f"{seen.parent_reads!r} and {seen.child_reads!r}",
+        moved == [[_BY_PARENT], [_BY_CHILD]],
+        f"the parent's page {_BY_PARENT} and the child's page {_BY_CHILD} in new frames",
+        f"new frames: parent {moved[0]}, child {moved[1]}",
     )
 
 
-def _never_moved(seen: Seen) -> Finding:
-    before, after = seen.written_frames[0], seen.alone_frames
+_STILL_READ = "{} where the child wrote, {} where the parent wrote"
+
+
+@equal("isolated", "Neither sees what the other writes", (b"first", b"first"), _STILL_READ)
+def _isolated(pages: ForkedPages) -> tuple[bytes, bytes]:
+    return pages.parent_reads, pages.child_reads
+
+
+@claim("last-owner-stays", "The last owner writes without a copy", "frames")
+def _never_moved(pages: ForkedPages) -> Finding:
+    before, after = pages.written_frames[0], pages.alone_frames
     moved = [page for page in range(_PAGES) if before[page] != after[page]]
     return Finding(not moved, "every page in the frame it was in", f"moved: {moved or 'none'}")
 
 
-def _owner(seen: Seen) -> Finding:
-    states = {*seen.alone}
-    return _of_states(
-        states, states == {"copied"}, "the parent's own, all of them", ", ".join(sorted(states))
-    )
+@claim("owner-again", "When the child has gone, all pages are the parent's own", "flags")
+def _owner(pages: ForkedPages) -> Finding:
+    states = {*pages.alone}
+    observed = ", ".join(sorted(states))
+    return _of_states(states, states == {"copied"}, "the parent's own, all of them", observed)
 
 
-def _shared_mapping(seen: Seen) -> Finding:
-    return Finding(seen.shared_word == b"hello", "b'hello'", repr(seen.shared_word))
+@equal("shared-stays-shared", "A shared mapping stays shared over fork", b"hello", "{!r}")
+def _shared_mapping(pages: ForkedPages) -> bytes:
+    return pages.shared_word
 
 
 _SNIPPET = """\
@@ -232,41 +228,27 @@ for page in range(PAGES):
 
 
 def _check(names: dict[str, Any]) -> Answer:
-    import signal
-
-    from miniloader.walkthrough.exercises import states_of
-
     try:
         states = states_of(names["memory"])
     finally:
         os.kill(names["child"], signal.SIGKILL)
         os.waitpid(names["child"], 0)
-    own = states.count("copied")
-    if own == 1 and states.count("copied-shared") == len(states) - 1:
+    copied = states.count("copied")
+    if copied == 1 and states.count("copied-shared") == len(states) - 1:
         return Answer(
             True, f"one page is the parent's own; {len(states) - 1} are still shared with the child"
         )
-    return Answer(False, f"{own} pages are the parent's own, 1 was asked for")
+    return Answer(False, f"{copied} pages are the parent's own, 1 was asked for")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[ForkedPages]] = Chapter(
     id="fork",
     number=10,
     title="fork: shared until written",
     claim="After fork parent and child have every page in common, until one of them writes to it.",
     surprise="Who writes first moves; and when the child has gone, the parent never moves again.",
-    claims=(
-        Statement("all-shared", "fork copies no page", _all_shared, "flags"),
-        Statement(
-            "own-when-written", "A written page becomes each one's own, the rest stay", _others_stay, "flags"
-        ),
-        Statement("first-writer-moves", "The first writer gets the new frame", _first_writer, "frames"),
-        Statement("isolated", "Neither sees what the other writes", _isolated),
-        Statement("last-owner-stays", "The last owner writes without a copy", _never_moved, "frames"),
-        Statement("owner-again", "When the child has gone, all pages are the parent's own", _owner, "flags"),
-        Statement("shared-stays-shared", "A shared mapping stays shared over fork", _shared_mapping),
-    ),
-    question=Question(
+    claims=(_all_shared, _unwritten_stay, _first_writer, _isolated, _never_moved, _owner, _shared_mapping),
+    question=Quiz(
         "A process with 8 private pages forks; then the parent writes one of them. Who gets a new frame?",
         (
             Choice(

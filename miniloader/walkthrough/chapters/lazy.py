@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from miniloader.kernel.frames import KPF
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, mincore
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import states_of
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Question,
-    Row,
-    Statement,
-    Step,
-    Table,
-)
-from miniloader.walkthrough.recorded_calls import Mapping
-from miniloader.walkthrough.workbench import Bench, View
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import MappingView, states_of
+from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, Row
+from miniloader.walkthrough.traced_calls import Mapping
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Faults", "Seen"]
+__all__ = ["CHAPTER", "Faults", "TouchedPages"]
 
 _PAGES = 1024
+_LENGTH = _PAGES * PAGE_SIZE
 _TOUCHED = 300
 
 
@@ -43,7 +34,7 @@ class Faults(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class TouchedPages:
     """What was seen; counts of pages and of faults."""
 
     before: int  # pages present when mapped
@@ -57,190 +48,184 @@ class Seen:
     everything: int  # pages present when all were touched
 
 
-def _faults() -> Faults:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return Faults(usage.ru_minflt, usage.ru_majflt)
+def _run(bench: Workbench) -> Generator[ChapterStep, None, TouchedPages]:
+    fd = bench.opened(bench.file("large", os.urandom(_LENGTH)))
+    before, after = yield from _one_touch(bench, fd)
+    written = yield from _one_write(bench, fd)
+    cached, cold, warm, everything = yield from _cold_and_warm(bench)
+    yield from _one_at_a_time(bench)
+    return TouchedPages(
+        before=before.present,
+        touched_before=before.states[_TOUCHED],
+        touched_after=after.states[_TOUCHED],
+        by_one_touch=len(after.pages("shared", "sole")),
+        by_one_write=written.present,
+        cached=cached,
+        cold=cold,
+        warm=warm,
+        everything=everything,
+    )
 
 
-def _touch_all(bench: Bench, mapping: Mapping) -> Faults:
-    """Read a byte of each page, in order; the faults that took."""
-    import ctypes
-
-    array = (ctypes.c_char * mapping.length).from_address(mapping.address)
-    before = _faults()
-    for offset in range(0, mapping.length, PAGE_SIZE):
-        array[offset]
-    after = _faults()
-    found = Faults(after.minor - before.minor, after.major - before.major)
-    what = f"load 1 byte of each of {mapping.pages:,} pages"
-    bench.note(what, f"{found.minor} minor, {found.major} major faults", access=True)
-    return found
-
-
-def _cached(bench: Bench, fd: int) -> int:
-    """How many pages of the file are in the page cache."""
-    memory = bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd)
-    text = f"mincore({memory.address:#x}, {memory.length}, …)"
-    found = sum(bench.do(text, lambda: mincore(*memory), lambda pages: f"0: {sum(pages)} pages"))
-    bench.munmap(memory)
-    return found
-
-
-def _large(view: View) -> str:
-    """How many of the frames belong to large folios, where that is told."""
-    pages = view.grid.snapshot.processes[0].pages
-    known = pages["flags"] != 0
-    if not known.any():
-        return "whether they are large folios, only root may know"
-    mask = KPF["thp"].mask | KPF["compound_head"].mask | KPF["compound_tail"].mask
-    return f"{np.count_nonzero(pages['flags'][known] & mask)} of them in large folios"
-
-
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
-    path = bench.file("large", os.urandom(_PAGES * PAGE_SIZE))
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    memory = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd))
+def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[MappingView, MappingView]]:
+    memory = bench.mapped(_LENGTH, PROT_READ, MAP_SHARED, fd)
     before = bench.look_at(memory, title="mapped")
     bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED} * {PAGE_SIZE}]")
     after = bench.look_at(memory, title="one touch")
     pages = after.pages("shared", "sole")
     around = f"{pages[0]} to {pages[-1]}" if pages else "none"
-    yield Step(
+    rows = (
+        Row("present", f"{before.present}", f"{after.present} of {_PAGES:,}"),
+        Row(f"page {_TOUCHED}", before.words(_TOUCHED), after.words(_TOUCHED)),
+        Row("page 0", before.words(0), after.words(0)),
+    )
+    yield ChapterStep(
         "one touch",
         f"A file of {_PAGES:,} pages, all in the page cache, is mapped; one byte of page {_TOUCHED} is read.",
-        bench.calls(),
+        bench.taken(),
         (
             f"One fault brought {len(pages)} pages: {around}. The kernel maps what is at hand around the "
             f"one that was asked for; {_large(after)}.",
             "So a page that is present need not have been touched.",
         ),
-        evidence=(
-            Evidence(
-                "Pages of the mapping",
-                "/proc/self/pagemap",
-                (
-                    Row("present", f"{before.present}", f"{after.present} of {_PAGES:,}"),
-                    Row(f"page {_TOUCHED}", before.words(_TOUCHED), after.words(_TOUCHED)),
-                    Row("page 0", before.words(0), after.words(0)),
-                ),
-            ),
-        ),
+        evidence=(BeforeAfter("Pages of the mapping", "/proc/self/pagemap", rows),),
         grid=after.grid,
     )
+    return before, after
 
-    private = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd))
+
+def _large(view: MappingView) -> str:
+    """How many of the frames belong to large folios, where that is told."""
+    pages = view.grid.snapshot.processes[0].pages
+    told = pages["flags"] != 0
+    if not told.any():
+        return "whether they are large folios, only root may know"
+    mask = KPF["thp"].mask | KPF["compound_head"].mask | KPF["compound_tail"].mask
+    return f"{np.count_nonzero(pages['flags'][told] & mask)} of them in large folios"
+
+
+def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, MappingView]:
+    private = bench.mapped(_LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)
     bench.store(private.page(_TOUCHED), b"x", f"q[{_TOUCHED} * {PAGE_SIZE}]")
     written = bench.look_at(private, title="one write")
-    yield Step(
+    yield ChapterStep(
         "one write",
         "The same file in a private mapping; this time the first touch is a store.",
-        bench.calls(),
+        bench.taken(),
         (f"One fault brought {written.present}: a write needs a copy, and copies are made one at a time.",),
         grid=written.grid,
     )
+    return written
 
-    cold_path = bench.file("cold", os.urandom(_PAGES * PAGE_SIZE))
-    cold_fd = bench.keep_open(bench.open(cold_path, os.O_RDONLY))
-    bench.drop_cache(cold_fd)
-    cached = _cached(bench, cold_fd)
-    runs = []
+
+def _cold_and_warm(bench: Workbench) -> Generator[ChapterStep, None, tuple[int, Faults, Faults, int]]:
+    """Read a file twice; how much of it was cached, the faults of both times, and the pages at last."""
+    fd = bench.opened(bench.file("cold", os.urandom(_LENGTH)))
+    bench.drop_cache(fd)
+    cached = _cached(bench, fd)
+    faults = []
     for _ in range(2):
-        mapping = bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, cold_fd)
-        runs.append(_touch_all(bench, mapping))
+        mapping = bench.mmap(_LENGTH, PROT_READ, MAP_SHARED, fd)
+        faults.append(_touch_all(bench, mapping))
         everything = bench.look_at(mapping).present
         bench.munmap(mapping)
-    cold, warm = runs
-    yield Step(
+    cold, warm = faults
+    rows = tuple(
+        (file, f"{_PAGES:,}", f"{count.minor}", f"{count.major}")
+        for file, count in (("cold", cold), ("warm", warm))
+    )
+    columns = ("file", ">pages touched", ">minor faults", ">major faults")
+    yield ChapterStep(
         "cold and warm",
         "A file that the page cache has let go of is mapped and read page by page, and then once more.",
-        bench.calls(),
+        bench.taken(),
         (
             f"Cold: {cold.major} faults waited for the disk; read-ahead brought the rest in time.",
             f"Warm: {warm.major} did. And {warm.minor} faults were enough for {_PAGES:,} pages.",
         ),
-        tables=(
-            Table(
-                "getrusage(2)",
-                ("file", ">pages touched", ">minor faults", ">major faults"),
-                (
-                    ("cold", f"{_PAGES:,}", f"{cold.minor}", f"{cold.major}"),
-                    ("warm", f"{_PAGES:,}", f"{warm.minor}", f"{warm.major}"),
-                ),
-            ),
-        ),
+        tables=(Figures("getrusage(2)", columns, rows),),
     )
-
-    yield from _one_at_a_time(bench)
-    return Seen(
-        before.present,
-        before.states[_TOUCHED],
-        after.states[_TOUCHED],
-        len(pages),
-        written.present,
-        cached,
-        cold,
-        warm,
-        everything,
-    )
+    return cached, cold, warm, everything
 
 
-def _one_at_a_time(bench: Bench) -> Generator[Step, None, None]:
-    path = bench.file("random", os.urandom(_PAGES * PAGE_SIZE))
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    bench.calls()
+def _cached(bench: Workbench, fd: int) -> int:
+    """How many pages of the file are in the page cache."""
+    memory = bench.mmap(_LENGTH, PROT_READ, MAP_SHARED, fd)
+    text = f"mincore({memory.address:#x}, {memory.length}, …)"
+    cached = sum(bench.do(text, lambda: mincore(*memory), lambda pages: f"0: {sum(pages)} pages"))
+    bench.munmap(memory)
+    return cached
+
+
+def _touch_all(bench: Workbench, mapping: Mapping) -> Faults:
+    """Read a byte of each page, in order; the faults that took."""
+    array = (ctypes.c_char * mapping.length).from_address(mapping.address)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for offset in range(0, mapping.length, PAGE_SIZE):
+        array[offset]
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    faults = Faults(after.ru_minflt - before.ru_minflt, after.ru_majflt - before.ru_majflt)
+    text = f"load 1 byte of each of {mapping.pages:,} pages"
+    bench.note(text, f"{faults.minor} minor, {faults.major} major faults", access=True)
+    return faults
+
+
+def _one_at_a_time(bench: Workbench) -> Generator[ChapterStep, None, None]:
+    fd = bench.opened(bench.file("random", os.urandom(_LENGTH)))
+    bench.taken()
     bench.drop_cache(fd)
-    memory = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd))
+    memory = bench.mapped(_LENGTH, PROT_READ, MAP_SHARED, fd)
     bench.madvise(memory, "MADV_RANDOM")
     bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED} * {PAGE_SIZE}]")
     view = bench.look_at(memory, title="cold, at random")
-    yield Step(
+    yield ChapterStep(
         "one at a time",
         "A cold file again, and the kernel is told that we read at random: no read-ahead.",
-        bench.calls(),
+        bench.taken(),
         (f"One touch brought {view.present} of {_PAGES:,} pages: there was nothing else to bring.",),
         grid=view.grid,
     )
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _on_demand(seen: Seen) -> Finding:
-    good = (
-        seen.before == 0
-        and seen.touched_before == "absent"
-        and seen.touched_after in ("shared", "sole")
-        and seen.by_one_touch < _PAGES
-    )
+@claim("on-demand", "Pages are mapped when they are touched", "flags")
+def _on_demand(pages: TouchedPages) -> Finding:
+    came = pages.touched_before == "absent" and pages.touched_after in ("shared", "sole")
     return Finding(
-        good,
+        pages.before == 0 and came and pages.by_one_touch < _PAGES,
         "0 pages when mapped; the page when it is touched, and not the whole file",
-        f"{seen.before} pages, then {seen.by_one_touch} of {_PAGES:,}; the page is {seen.touched_after}",
+        f"{pages.before} pages, then {pages.by_one_touch} of {_PAGES:,}; the page is {pages.touched_after}",
     )
 
 
-def _at_least_one(seen: Seen) -> Finding:
-    return Finding(seen.by_one_touch >= 1, "1 page or more by one touch", f"{seen.by_one_touch}")
+@claim("one-fault-many", "One fault brings the page, and may bring neighbours", "flags")
+def _at_least_one(pages: TouchedPages) -> Finding:
+    return Finding(pages.by_one_touch >= 1, "1 page or more by one touch", f"{pages.by_one_touch}")
 
 
-def _write_one(seen: Seen) -> Finding:
-    return Finding(seen.by_one_write == 1, "1 page by one write", f"{seen.by_one_write}")
+@equal("write-one", "A write to a private page brings that page alone", 1, "pages by one write: {}", "flags")
+def _write_one(pages: TouchedPages) -> int:
+    return pages.by_one_write
 
 
-def _by_fault(seen: Seen) -> Finding:
-    faults = sum(seen.warm)
+@claim("by-fault", "Every page comes by a page fault", "flags")
+def _by_fault(pages: TouchedPages) -> Finding:
+    faults = sum(pages.warm)
     return Finding(
-        1 <= faults <= _PAGES + 64 and seen.everything == _PAGES,
+        1 <= faults <= _PAGES + 64 and pages.everything == _PAGES,
         f"all {_PAGES:,} pages, by at least one fault and at most one each",
-        f"{seen.everything:,} pages by {faults} faults",
+        f"{pages.everything:,} pages by {faults} faults",
     )
 
 
-def _cold_major(seen: Seen) -> Finding:
+@claim("cold-and-warm", "A cold file waits for the disk, a warm one does not")
+def _cold_major(pages: TouchedPages) -> Finding:
     expected = "cold: at least one fault waits for the disk; warm: none"
-    observed = f"cold: {seen.cold.major}, warm: {seen.warm.major}"
-    if seen.cached:
-        reason = f"the page cache would not let go of {seen.cached:,} pages of the file"
+    observed = f"cold: {pages.cold.major}, warm: {pages.warm.major}"
+    if pages.cached:
+        reason = f"the page cache would not let go of {pages.cached:,} pages of the file"
         return Finding(None, expected, observed, reason)
-    return Finding(seen.cold.major >= 1 and seen.warm.major == 0, expected, observed)
+    return Finding(pages.cold.major >= 1 and pages.warm.major == 0, expected, observed)
 
 
 _SNIPPET = """\
@@ -263,22 +248,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"{present} pages are in the page table, 1 was asked for; what if you do not read?")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
     id="lazy",
     number=2,
     title="Lazy loading",
     claim="A page enters memory when it is first touched, and not before.",
     surprise="One read brings 1, 16 or 256 pages; one write brings exactly 1.",
-    claims=(
-        Statement("on-demand", "Pages are mapped when they are touched", _on_demand, "flags"),
-        Statement(
-            "one-fault-many", "One fault brings the page, and may bring neighbours", _at_least_one, "flags"
-        ),
-        Statement("write-one", "A write to a private page brings that page alone", _write_one, "flags"),
-        Statement("by-fault", "Every page comes by a page fault", _by_fault, "flags"),
-        Statement("cold-and-warm", "A cold file waits for the disk, a warm one does not", _cold_major),
-    ),
-    question=Question(
+    claims=(_on_demand, _at_least_one, _write_one, _by_fault, _cold_major),
+    question=Quiz(
         f"A file of {_PAGES:,} pages is in the page cache. A program maps it and reads one byte. "
         "How many pages has its page table then?",
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
@@ -18,31 +18,21 @@ from miniloader.kernel.syscalls import (
     PROT_WRITE,
 )
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import states_of
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-    Table,
-)
-from miniloader.walkthrough.recorded_calls import Mapping
-from miniloader.walkthrough.workbench import ZEROS_UNTOLD, Bench, View, rows_of
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import ZEROS_UNTOLD, MappingView, before_and_after, states_of
+from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.traced_calls import Mapping
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "MappedThings"]
 
 _PAGES = 8
-_BOTH = PROT_READ | PROT_WRITE
+_READ_WRITE = PROT_READ | PROT_WRITE
 _HUGE = 1 << 30
 
 
 @dataclass(frozen=True)
-class Seen:
+class MappedThings:
     """What was seen of the three mappings.  ``kinds`` are the names that ``maps`` gives them, in order."""
 
     kinds: tuple[str, ...]
@@ -58,97 +48,52 @@ class Seen:
     huge_present: int
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedThings]:
     content = bytes(range(256)) * (_PAGES * PAGE_SIZE // 256)
-    path = bench.file("data", content)
-    fd = bench.keep_open(bench.open(path, os.O_RDWR))
-    file = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, _BOTH, MAP_SHARED, fd))
-    zero_fd = bench.keep_open(bench.open("/dev/zero", os.O_RDWR))
-    device = bench.keep(bench.mmap(2 * PAGE_SIZE, _BOTH, MAP_PRIVATE, zero_fd))
-    anonymous = bench.keep(bench.mmap(3 * PAGE_SIZE, _BOTH, MAP_PRIVATE | MAP_ANONYMOUS))
-    at_first = bench.look_at(file, title="mapped")
-    none_yet = bench.look_at(anonymous)
+    fd = bench.opened(bench.file("data", content), os.O_RDWR)
+    file = bench.mapped(_PAGES * PAGE_SIZE, _READ_WRITE, MAP_SHARED, fd)
+    zero = bench.opened("/dev/zero", os.O_RDWR)
+    device = bench.mapped(2 * PAGE_SIZE, _READ_WRITE, MAP_PRIVATE, zero)
+    anonymous = bench.mapped(3 * PAGE_SIZE, _READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+    at_first, untouched = bench.look_at(file, title="mapped"), bench.look_at(anonymous)
     kinds, rows = _in_maps(file, device, anonymous)
-    yield Step(
+    yield ChapterStep(
         "mapped",
         "Three things are mapped: a file, a device and memory that nothing is behind.",
-        bench.calls(),
+        bench.taken(),
         (
             f"Each is now a line of /proc/self/maps. Of the file's {_PAGES} pages the page table has "
-            f"{at_first.present}: the call made room, and loaded nothing.",
+            f"{at_first.present}: the call made a mapping, and loaded nothing.",
         ),
-        tables=(Table("/proc/self/maps", ("addresses", "mode", "what is behind"), rows),),
+        tables=(Figures("/proc/self/maps", ("addresses", "mode", "what is behind"), rows),),
         grid=at_first.grid,
     )
-
     huge_present = yield from _huge(bench)
-
-    second = bench.keep(bench.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd))
-    whole = bench.load(file.address, file.length, f"file[0:{file.length}]")
-    bench.load(second.address, second.length, f"second[0:{second.length}]")
-    middle = bench.load(file.address + PAGE_SIZE + 65, 1, f"file[{PAGE_SIZE} + 65]")
-    pid = os.getpid()
-    rows2 = [("file", pid, file.address), ("second", pid, second.address)]
-    first_view, second_view = bench.look(rows2, _PAGES, "read")
-    yield Step(
-        "read like an array",
-        "The file is mapped a second time, and both are read: plain loads, no read(2).",
-        bench.calls(),
-        (
-            f"Byte {PAGE_SIZE + 65} is {middle!r}; all {len(content):,} bytes are the file's.",
-            "Both mappings point at the same frames, the page cache's: no byte was copied to us.",
-        ),
-        evidence=(
-            Evidence("Pages of the file", "/proc/self/pagemap", rows_of(at_first, first_view, range(4))),
-        ),
-        grid=first_view.grid,
-    )
-
-    zeros = bench.load(device.address, 8, "device[0:8]")
-    nothing = bench.load(anonymous.page(1), 8, f"memory[{PAGE_SIZE}:+8]")
-    bench.store(anonymous.page(2), b"mine", f"memory[{2 * PAGE_SIZE}]")
-    memory = bench.look_at(anonymous, title="device and memory")
-    yield Step(
-        "device and memory",
-        "/dev/zero gives zeros for ever; so does anonymous memory. One page of it is read, one written.",
-        bench.calls(),
-        (
-            f"Only read: {memory.words(1)}. All of the system's untouched memory can be that one page.",
-            f"Written: {memory.words(2)}.",
-        ),
-        evidence=(Evidence("Anonymous memory", "/proc/self/pagemap", rows_of(none_yet, memory, range(3))),),
-    )
-
-    from_pwrite, by_store = [], []
+    views, as_array = yield from _read(bench, fd, file, at_first, content)
+    zeros, nothing, memory = yield from _zeros(bench, device, anonymous, untouched)
+    both_ways = []
     for kind in ("disk", "tmpfs"):
         try:
-            read, stored = yield from _in_step(bench, kind)
+            both_ways.append((yield from _in_step(bench, kind)))
         except EvidenceError as error:
-            yield Step("in step on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
-            continue
-        from_pwrite.append(read)
-        by_store.append(stored)
-    return Seen(
-        kinds,
-        at_first.present,
-        first_view.states + second_view.states,
-        _same(first_view, second_view),
-        whole == content and middle == content[PAGE_SIZE + 65 : PAGE_SIZE + 66],
-        zeros,
-        nothing,
-        (none_yet.states[0], memory.states[1], memory.states[2]),
-        tuple(from_pwrite),
-        tuple(by_store),
-        huge_present,
+            yield ChapterStep("in step on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
+    return MappedThings(
+        kinds=kinds,
+        present_at_first=at_first.present,
+        touched=views[0].states + views[1].states,
+        same_frames=_same(*views),
+        as_array=as_array,
+        device=zeros,
+        anonymous=nothing,
+        anonymous_states=(untouched.states[0], memory.states[1], memory.states[2]),
+        from_pwrite=tuple(read for read, _ in both_ways),
+        by_store=tuple(stored for _, stored in both_ways),
+        huge_present=huge_present,
     )
-
-
-def _same(one: View, other: View) -> bool | None:
-    return one.frames == other.frames if all(one.frames) and all(other.frames) else None
 
 
 def _in_maps(*mappings: Mapping) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """The name that ``maps`` has for each, and their lines."""
+    """The name that ``maps`` has for each mapping, and their lines."""
     names, rows = [], []
     vmas = read_maps()
     for mapping in mappings:
@@ -159,93 +104,144 @@ def _in_maps(*mappings: Mapping) -> tuple[tuple[str, ...], tuple[tuple[str, ...]
     return tuple(names), tuple(rows)
 
 
-def _huge(bench: Bench) -> Generator[Step, None, int]:
-    path = os.path.join(bench.place().directory, "huge")
-    fd = bench.keep_open(bench.open(path, os.O_RDWR | os.O_CREAT))
+def _huge(bench: Workbench) -> Generator[ChapterStep, None, int]:
+    fd = bench.opened(os.path.join(bench.place().directory, "huge"), os.O_RDWR | os.O_CREAT)
     bench.ftruncate(fd, _HUGE)
     start = time.perf_counter_ns()
     huge = bench.mmap(_HUGE, PROT_READ, MAP_SHARED, fd)
     took = (time.perf_counter_ns() - start) / 1000
     view = bench.look([("this process", os.getpid(), huge.address)], 1024)[0]
     bench.munmap(huge)
-    yield Step(
+    yield ChapterStep(
         "a gibibyte",
         "A file of 1 GiB (all hole, it takes no room on the disk) is mapped, and not touched.",
-        bench.calls(),
+        bench.taken(),
         (f"The call took {took:.0f} µs and brought in {view.present} pages: its cost is not the size.",),
     )
     return view.present
 
 
-def _in_step(bench: Bench, kind: str) -> Generator[Step, None, tuple[bytes, bytes]]:
-    path = bench.file("in-step", bytes(PAGE_SIZE), kind)
-    fd = bench.keep_open(bench.open(path, os.O_RDWR))
-    memory = bench.keep(bench.mmap(PAGE_SIZE, _BOTH, MAP_SHARED, fd))
+def _read(
+    bench: Workbench, fd: int, file: Mapping, at_first: MappingView, content: bytes
+) -> Generator[ChapterStep, None, tuple[tuple[MappingView, ...], bool]]:
+    """Read the file through two mappings; what is seen of them, and whether the bytes are ``content``."""
+    second = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, fd)
+    whole = bench.load(file.address, file.length, f"file[0:{file.length}]")
+    bench.load(second.address, second.length, f"second[0:{second.length}]")
+    middle = bench.load(file.address + PAGE_SIZE + 65, 1, f"file[{PAGE_SIZE} + 65]")
+    rows = [("file", os.getpid(), file.address), ("second", os.getpid(), second.address)]
+    views = bench.look(rows, _PAGES, "read")
+    yield ChapterStep(
+        "read like an array",
+        "The file is mapped a second time, and both are read: plain loads, no read(2).",
+        bench.taken(),
+        (
+            f"Byte {PAGE_SIZE + 65} is {middle!r}; all {len(content):,} bytes are the file's.",
+            "Both mappings point at the same frames, the page cache's: no byte was copied to us.",
+        ),
+        evidence=(before_and_after("Pages of the file", at_first, views[0], range(4)),),
+        grid=views[0].grid,
+    )
+    return views, whole == content and middle == content[PAGE_SIZE + 65 : PAGE_SIZE + 66]
+
+
+def _zeros(
+    bench: Workbench, device: Mapping, anonymous: Mapping, untouched: MappingView
+) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
+    """Read and write memory without a file; what the device gave, what memory gave, and its pages."""
+    zeros = bench.load(device.address, 8, "device[0:8]")
+    nothing = bench.load(anonymous.page(1), 8, f"memory[{PAGE_SIZE}:+8]")
+    bench.store(anonymous.page(2), b"mine", f"memory[{2 * PAGE_SIZE}]")
+    memory = bench.look_at(anonymous, title="device and memory")
+    yield ChapterStep(
+        "device and memory",
+        "/dev/zero gives zeros for ever; so does anonymous memory. One page of it is read, one written.",
+        bench.taken(),
+        (
+            f"Only read: {memory.words(1)}. All of the system's untouched memory can be that one page.",
+            f"Written: {memory.words(2)}.",
+        ),
+        evidence=(before_and_after("Anonymous memory", untouched, memory, range(3)),),
+    )
+    return zeros, nothing, memory
+
+
+def _in_step(bench: Workbench, kind: str) -> Generator[ChapterStep, None, tuple[bytes, bytes]]:
+    fd = bench.opened(bench.file("in-step", bytes(PAGE_SIZE), kind), os.O_RDWR)
+    memory = bench.mapped(PAGE_SIZE, _READ_WRITE, MAP_SHARED, fd)
     bench.load(memory.address, 8, "p[0:8]")
     bench.pwrite(fd, b"written", 0)
     read = bench.load(memory.address, 7, "p[0:7]")
     bench.store(memory.address + 100, b"stored", "p[100]")
     stored = bench.pread(fd, 6, 100)
-    yield Step(
+    yield ChapterStep(
         f"in step on {bench.place(kind).file_system}",
         "The file is written with pwrite and read through the mapping, then the other way round.",
-        bench.calls(),
+        bench.taken(),
         (f"The mapping shows {read!r}, pread gives {stored!r}: they are the same page, at any moment.",),
     )
     return read, stored
 
 
+def _same(first: MappingView, second: MappingView) -> bool | None:
+    """Whether two mappings have the same frames; None where those are not told."""
+    return first.frames == second.frames if all(first.frames) and all(second.frames) else None
+
+
 # ---------------------------------------------------------------------------------------- claims
-def _file(seen: Seen) -> Finding:
-    return Finding(seen.kinds[0] == "data", "a mapping of data", f"a mapping of {seen.kinds[0] or 'nothing'}")
+@equal("file-mapped", "A file is mapped into the address space", "data", "a mapping of {}")
+def _file(things: MappedThings) -> str:
+    return things.kinds[0] or "nothing"
 
 
-def _device(seen: Seen) -> Finding:
-    good = seen.kinds[1] == "zero" and seen.device == bytes(8)
-    return Finding(good, "a mapping of /dev/zero that reads 0", f"{seen.kinds[1]}, {seen.device!r}")
+@equal(
+    "device-mapped", "A device is mapped: /dev/zero", ("zero", bytes(8)), "a mapping of {} that reads {!r}"
+)
+def _device(things: MappedThings) -> tuple[str, bytes]:
+    return things.kinds[1], things.device
 
 
-def _anonymous(seen: Seen) -> Finding:
-    good = seen.kinds[2] in ("", "[anon]") and seen.anonymous == bytes(8)
-    return Finding(
-        good, "a mapping of nothing that reads 0", f"{seen.kinds[2] or 'nothing'}, {seen.anonymous!r}"
-    )
+@claim("anonymous-mapped", "Memory without a file is mapped")
+def _anonymous(things: MappedThings) -> Finding:
+    good = things.kinds[2] in ("", "[anon]") and things.anonymous == bytes(8)
+    observed = f"{things.kinds[2] or 'nothing'}, {things.anonymous!r}"
+    return Finding(good, "a mapping of nothing that reads 0", observed)
 
 
-def _nothing_loaded(seen: Seen) -> Finding:
-    observed = f"{seen.present_at_first} of {_PAGES} pages; of the gibibyte {seen.huge_present}"
-    return Finding(
-        not seen.present_at_first and not seen.huge_present, "0 pages, 0 of the gibibyte", observed
-    )
+_AT_FIRST = f"{{}} of {_PAGES} pages; of the gibibyte {{}}"
 
 
-def _page_tables(seen: Seen) -> Finding:
-    direct = all(state in ("shared", "sole") for state in seen.touched)
+@equal("nothing-loaded", "The call loads nothing", (0, 0), _AT_FIRST, "flags")
+def _nothing(things: MappedThings) -> tuple[int, int]:
+    return things.present_at_first, things.huge_present
+
+
+@claim("page-tables", "The page table points directly at the page cache", "flags")
+def _page_tables(things: MappedThings) -> Finding:
+    direct = {*things.touched} <= {"shared", "sole"} and things.same_frames is not False
     frames = {None: "", True: ", the same frames in both mappings", False: ", different frames"}
-    return Finding(
-        direct and seen.same_frames is not False,
-        "every entry points to the page cache's own page",
-        f"{', '.join(sorted(set(seen.touched)))}{frames[seen.same_frames]}",
-    )
+    observed = f"{', '.join(sorted(set(things.touched)))}{frames[things.same_frames]}"
+    return Finding(direct, "every entry points to the page cache's own page", observed)
 
 
-def _array(seen: Seen) -> Finding:
-    return Finding(
-        seen.as_array, "loads give the file's bytes", "they do" if seen.as_array else "they differ"
-    )
+@claim("like-an-array", "The mapping is read like an array")
+def _array(things: MappedThings) -> Finding:
+    observed = "they do" if things.as_array else "they differ"
+    return Finding(things.as_array, "loads give the file's bytes", observed)
 
 
-def _zero_then_own(seen: Seen) -> Finding:
+@claim("zero-then-own", "Anonymous memory gets a frame when written", "flags")
+def _zero_then_own(things: MappedThings) -> Finding:
     wanted = ("absent", "zero", "copied")
-    if "unknown" in seen.anonymous_states:
-        return Finding(None, ", ".join(wanted), ", ".join(seen.anonymous_states), ZEROS_UNTOLD)
-    return Finding(seen.anonymous_states == wanted, ", ".join(wanted), ", ".join(seen.anonymous_states))
+    holds = None if "unknown" in things.anonymous_states else things.anonymous_states == wanted
+    return Finding(holds, ", ".join(wanted), ", ".join(things.anonymous_states), ZEROS_UNTOLD)
 
 
-def _steps(seen: Seen) -> Finding:
-    both = {*seen.from_pwrite} == {b"written"} and {*seen.by_store} == {b"stored"}
-    observed = " ".join(map(repr, (*seen.from_pwrite, *seen.by_store)))
-    return Finding(both, "what one writes the other reads, both ways", observed)
+@claim("in-step", "The kernel keeps mapping and file in step")
+def _steps(things: MappedThings) -> Finding:
+    good = {*things.from_pwrite} == {b"written"} and {*things.by_store} == {b"stored"}
+    observed = " ".join(map(repr, (*things.from_pwrite, *things.by_store)))
+    return Finding(good, "what one writes the other reads, both ways", observed)
 
 
 _SNIPPET = """\
@@ -270,23 +266,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"{present} of 64 pages are in the page table; touch page 40, but not all")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[MappedThings]] = Chapter(
     id="mapping",
     number=1,
     title="Mapping files, devices and memory",
-    claim="mmap makes room in the page tables for a file, a device or memory, to be read like an array.",
+    claim="mmap makes a mapping of a file, a device or memory, to be read like an array.",
     surprise="The call itself loads nothing: a gibibyte is mapped in microseconds.",
-    claims=(
-        Statement("file-mapped", "A file is mapped into the address space", _file),
-        Statement("device-mapped", "A device is mapped: /dev/zero", _device),
-        Statement("anonymous-mapped", "Memory without a file is mapped", _anonymous),
-        Statement("nothing-loaded", "The call loads nothing", _nothing_loaded, "flags"),
-        Statement("page-tables", "The page table points directly at the page cache", _page_tables, "flags"),
-        Statement("like-an-array", "The mapping is read like an array", _array),
-        Statement("zero-then-own", "Anonymous memory gets a frame when written", _zero_then_own, "flags"),
-        Statement("in-step", "The kernel keeps mapping and file in step", _steps),
-    ),
-    question=Question(
+    claims=(_file, _device, _anonymous, _nothing, _page_tables, _array, _zero_then_own, _steps),
+    question=Quiz(
         "A program maps a file of 1 GiB and touches nothing yet. How much of the file is in its page table?",
         (
             Choice("All of it", "That would take a quarter of a million page table entries at once."),

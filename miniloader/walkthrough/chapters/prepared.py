@@ -5,44 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.prepare import prepare
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import copied_pages
-from miniloader.walkthrough.library_in_processes import Several, in_several, shown_steps
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-    Table,
-)
-from miniloader.walkthrough.workbench import Bench, shipped
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
+from miniloader.walkthrough.mapping_views import copied_pages
+from miniloader.walkthrough.proof_steps import LibraryInProcesses, in_processes, told_steps
+from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "PlainAndPrepared"]
 
 
 @dataclass(frozen=True)
-class Seen:
+class PlainAndPrepared:
     """The library in several processes, each relocating it for itself, and then all with prepared pages."""
 
-    plain: Several
-    shared: Several
+    plain: LibraryInProcesses
+    shared: LibraryInProcesses
     address: int  # that it was prepared for
     cached: int  # pages
     filled: int  # of them with words that each process writes
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, PlainAndPrepared]:
     path = bench.copy(shipped("demo"))
-    _, plain = in_several(bench, path)
-    yield Step(
+    _, plain = in_processes(bench, path)
+    yield ChapterStep(
         "plain",
         f"{len(plain.states)} processes load the library, each for itself.",
         (),
@@ -53,7 +44,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     )
     with _cache(bench.place().directory):
         entry = prepare(path)
-        yield Step(
+        yield ChapterStep(
             "prepared",
             "miniloader prepare loads it once, at an address chosen for it, and keeps the relocated pages.",
             (),
@@ -62,8 +53,8 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
                 f"Kept: {entry.pages} pages, {entry.filled} of them with words that differ in each process.",
             ),
         )
-        proof, shared = in_several(bench, path, prepared=True)
-    yield from shown_steps(
+        proof, shared = in_processes(bench, path, prepared=True)
+    yield from told_steps(
         proof,
         {
             "relocated": ("Nothing is computed: the pages are mapped from the file that prepare wrote.",),
@@ -71,7 +62,7 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
         },
         {"written": (_table(plain, shared),)},
     )
-    return Seen(plain, shared, entry.address, entry.pages, entry.filled)
+    return PlainAndPrepared(plain, shared, address=entry.address, cached=entry.pages, filled=entry.filled)
 
 
 @contextmanager
@@ -88,53 +79,49 @@ def _cache(directory: str) -> Iterator[None]:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-def _table(plain: Several, shared: Several) -> Table:
+def _table(plain: LibraryInProcesses, shared: LibraryInProcesses) -> Figures:
     rows = (
         ("each for itself", str(len(plain.states)), f"{plain.used // 1024} KiB"),
         ("prepared", str(len(shared.states)), f"{shared.used // 1024} KiB"),
     )
-    return Table("What the library takes", ("relocated", ">processes", ">memory"), rows)
+    return Figures("What the library takes", ("relocated", ">processes", ">memory"), rows)
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _in_all(seen: Several, state: str, frames: int) -> int:
-    """How many relocated pages are in that state in every process, in so many frames."""
-    return sum(
-        {row[page] for row in seen.states} == {state} and len({row[page] for row in seen.groups}) == frames
-        for page in seen.relocated
-    )
+@claim("private-otherwise", "Relocating for oneself copies each page", "flags")
+def _private(seen: PlainAndPrepared) -> Finding:
+    pages, copied = len(seen.plain.relocated), seen.plain.own_copies(seen.plain.relocated)
+    processes = len(seen.plain.states)
+    expected = f"{pages} relocated pages, each a copy of its own in each of {processes} processes"
+    return Finding(copied == pages > 0, expected, f"{copied} of {pages}")
 
 
-def _private(seen: Seen) -> Finding:
-    number, processes = len(seen.plain.relocated), len(seen.plain.states)
-    found = _in_all(seen.plain, "copied", processes)
-    expected = f"{number} relocated pages, each a copy of its own in each of {processes} processes"
-    return Finding(found == number > 0, expected, f"{found} of {number}")
+@claim("relocated-one-copy", "Relocated beforehand, a page is one frame for all", "flags")
+def _one_frame(seen: PlainAndPrepared) -> Finding:
+    pages = len(seen.shared.relocated) - seen.filled
+    shared = seen.shared.one_copy(seen.shared.relocated)
+    expected = f"{pages} relocated pages, each one frame in all {len(seen.shared.states)} processes"
+    return Finding(shared == pages > 0, expected, f"{shared} of {pages}")
 
 
-def _one_frame(seen: Seen) -> Finding:
-    number = len(seen.shared.relocated) - seen.filled
-    found = _in_all(seen.shared, "shared", 1)
-    expected = f"{number} relocated pages, each one frame in all {len(seen.shared.states)} processes"
-    return Finding(found == number > 0, expected, f"{found} of {number}")
-
-
-def _same_address(seen: Seen) -> Finding:
+@claim("same-address", "All have the library at one address")
+def _same_address(seen: PlainAndPrepared) -> Finding:
     expected = f"every process has its first page at {seen.address:#x}"
-    good = set(seen.shared.bases) == {seen.address}
-    return Finding(good, expected, ", ".join(sorted(map(hex, set(seen.shared.bases)))))
+    bases = {*seen.shared.bases}
+    return Finding(bases == {seen.address}, expected, ", ".join(sorted(map(hex, bases))))
 
 
-def _saved(seen: Seen) -> Finding:
+@claim("saved", "The copies of all processes but one are saved", "flags")
+def _saved(seen: PlainAndPrepared) -> Finding:
     copies = (len(seen.shared.states) - 1) * (seen.cached - seen.filled)
     expected = f"at least {copies} pages of {PAGE_SIZE // 1024} KiB less"
     less = (seen.plain.used - seen.shared.used) // PAGE_SIZE
     return Finding(less >= copies > 0, expected, f"{less} pages less")
 
 
-def _isolated(seen: Seen) -> Finding:
-    holds, observed = seen.shared.claims["writes-isolated"]
-    return Finding(holds, "each process reads back what it wrote itself", observed, observed)
+@claim("isolated", "What a process writes is still its own")
+def _isolated(seen: PlainAndPrepared) -> Finding:
+    return seen.shared.proven("writes-isolated", "each process reads back what it wrote itself")
 
 
 _SNIPPET = """\
@@ -186,22 +173,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(True, "every user has its words, and nobody has a copy")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[PlainAndPrepared]] = Chapter(
     id="prepared",
     number=14,
     title="Prepared pages",
     claim="Relocated pages differ only because addresses do: at one address they are one copy, too.",
     surprise="A write that every process would make the same way need be made only once.",
-    claims=(
-        Statement("private-otherwise", "Relocating for oneself copies each page", _private, "flags"),
-        Statement(
-            "relocated-one-copy", "Relocated beforehand, a page is one frame for all", _one_frame, "flags"
-        ),
-        Statement("same-address", "All have the library at one address", _same_address),
-        Statement("saved", "The copies of all processes but one are saved", _saved, "flags"),
-        Statement("isolated", "What a process writes is still its own", _isolated),
-    ),
-    question=Question(
+    claims=(_private, _one_frame, _same_address, _saved, _isolated),
+    question=Quiz(
         "Relocated pages are private copies in every process. What makes them differ?",
         (
             Choice("Each process has another library", "It is one file; its pages start out as one copy."),

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.walkthrough.exercises import copied_pages
-from miniloader.walkthrough.library_in_processes import (
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
+from miniloader.walkthrough.mapping_views import copied_pages
+from miniloader.walkthrough.proof_steps import (
     PROCESSES,
-    Several,
-    in_several,
+    LibraryInProcesses,
+    in_processes,
     memory_table,
-    shown_steps,
+    told_steps,
 )
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-)
-from miniloader.walkthrough.workbench import Bench, shipped
+from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
-
-Seen = Several
+__all__ = ["CHAPTER"]
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
-    proof, seen = in_several(bench, bench.copy(shipped("demo")))
-    own = {len(_own(row)) for row in seen.states}
+def _run(bench: Workbench) -> Generator[ChapterStep, None, LibraryInProcesses]:
+    proof, seen = in_processes(bench, bench.copy(shipped("demo")))
+    added = sorted({states.count("copied") for states in seen.states})
     saved = (seen.unshared - seen.used) // 1024
-    yield from shown_steps(
+    yield from told_steps(
         proof,
         {
             "mapped": (f"Load biases: {', '.join(map(hex, seen.bases))}.",),
@@ -44,57 +34,40 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
             "written": (
                 f"Used: {seen.used // 1024} KiB. If each had everything to itself: "
                 f"{seen.unshared // 1024} KiB. Saved: {saved} KiB.",
-                f"A further process costs {' or '.join(map(str, sorted(own)))} pages of its own.",
+                f"A further process costs {' or '.join(map(str, added))} pages of its own.",
             ),
             "exited": ("The frames of those who stay have not changed; its own pages are free again.",),
         },
-        {"written": (memory_table(seen),) if seen.text else ()},
+        {"written": memory_table(seen)},
     )
     return seen
 
 
-def _own(row: tuple[str, ...]) -> tuple[int, ...]:
-    """The pages that a process has for itself."""
-    return tuple(page for page, state in enumerate(row) if state == "copied")
-
-
 # ---------------------------------------------------------------------------------------- claims
-def _code(seen: Seen) -> Finding:
-    one = [
-        page
-        for page in seen.code
-        if {row[page] for row in seen.states} == {"shared"} and len({row[page] for row in seen.groups}) == 1
-    ]
-    return Finding(
-        len(one) == len(seen.code) > 0,
-        f"{len(seen.code)} pages of code, each one frame in all {len(seen.states)} processes",
-        f"{len(one)} of {len(seen.code)}",
-    )
+@claim("code-one-copy", "Each page of code is one frame for all processes", "flags")
+def _code(seen: LibraryInProcesses) -> Finding:
+    pages, shared = len(seen.code), seen.one_copy(seen.code)
+    expected = f"{pages} pages of code, each one frame in all {len(seen.states)} processes"
+    return Finding(shared == pages > 0, expected, f"{shared} of {pages}")
 
 
-def _relocated(seen: Seen) -> Finding:
-    of_own = [
-        page
-        for page in seen.relocated
-        if {row[page] for row in seen.states} == {"copied"}
-        and len({row[page] for row in seen.groups}) == len(seen.groups)
-    ]
-    return Finding(
-        len(of_own) == len(seen.relocated) > 0,
-        f"{len(seen.relocated)} relocated pages, each another frame in each of {len(seen.groups)} processes",
-        f"{len(of_own)} of {len(seen.relocated)}",
-    )
+@claim("relocated-own", "Each relocated page is a frame of each one's own", "flags")
+def _relocated(seen: LibraryInProcesses) -> Finding:
+    pages, copied = len(seen.relocated), seen.own_copies(seen.relocated)
+    expected = f"{pages} relocated pages, each another frame in each of {len(seen.groups)} processes"
+    return Finding(copied == pages > 0, expected, f"{copied} of {pages}")
 
 
-def _adds(seen: Seen) -> Finding:
+@claim("adds-what-it-writes", "A further process adds only what it writes", "flags")
+def _adds(seen: LibraryInProcesses) -> Finding:
     """Frames are counted, and copies: two answers of the kernel that need not agree."""
-    known = {group for group in seen.groups[0] if group}
+    counted = {group for group in seen.groups[0] if group}
     added, copied = [], []
     for states, groups in zip(seen.states[1:], seen.groups[1:], strict=True):
-        new = {group for group, state in zip(groups, states, strict=True) if state != "zero"} - known - {0}
-        known |= new
+        new = {group for group, state in zip(groups, states, strict=True) if state != "zero"} - counted - {0}
+        counted |= new
         added.append(len(new))
-        copied.append(len(_own(states)))
+        copied.append(states.count("copied"))
     return Finding(
         added == copied and all(count < len(seen.states[0]) for count in added),
         f"{', '.join(map(str, copied))} frames for processes 2 to {len(seen.states)}: the pages they wrote",
@@ -102,26 +75,27 @@ def _adds(seen: Seen) -> Finding:
     )
 
 
-def _isolated(seen: Seen) -> Finding:
-    holds, observed = seen.claims["writes-isolated"]
-    return Finding(holds, "each process reads back what it wrote itself", observed, observed)
+@claim("isolated", "No process sees what another writes")
+def _isolated(seen: LibraryInProcesses) -> Finding:
+    return seen.proven("writes-isolated", "each process reads back what it wrote itself")
 
 
-def _file(seen: Seen) -> Finding:
-    holds, observed = seen.claims["file-unchanged"]
-    return Finding(holds, "the file as it was", observed, observed)
+@claim("file-unchanged", "The library's file stays as it was")
+def _file(seen: LibraryInProcesses) -> Finding:
+    return seen.proven("file-unchanged", "the file as it was")
 
 
-def _pss(seen: Seen) -> Finding:
+@claim("pss", "The text costs each process its Nth part: Pss = Rss / N", "totals")
+def _pss(seen: LibraryInProcesses) -> Finding:
     expected = f"Rss / {PROCESSES} in each process, give or take a kB"
     if not seen.text:
         return Finding(None, expected, "nothing", "smaps does not tell")
-    kib = 1024
-    good = all(rss > 0 and abs(pss - rss / PROCESSES) <= kib for rss, pss in seen.text)
-    return Finding(good, expected, ", ".join(f"{pss // kib} of {rss // kib} kB" for rss, pss in seen.text))
+    good = all(rss > 0 and abs(pss - rss / PROCESSES) <= 1024 for rss, pss in seen.text)
+    return Finding(good, expected, ", ".join(f"{pss // 1024} of {rss // 1024} kB" for rss, pss in seen.text))
 
 
-def _saved(seen: Seen) -> Finding:
+@claim("saved", "Sharing saves the code for each process but one", "flags")
+def _saved(seen: LibraryInProcesses) -> Finding:
     least = (len(seen.states) - 1) * len(seen.code) * PAGE_SIZE
     saved = seen.unshared - seen.used
     return Finding(
@@ -161,22 +135,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"{total} pages were copied; one for each user is enough")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[LibraryInProcesses]] = Chapter(
     id="processes",
     number=9,
     title="The library in N processes",
     claim="The code of a library is one copy for all processes; each adds only the pages that it writes.",
     surprise="Each process has the library at another address, and yet the same frames of code.",
-    claims=(
-        Statement("code-one-copy", "Each page of code is one frame for all processes", _code, "flags"),
-        Statement("relocated-own", "Each relocated page is a frame of each one's own", _relocated, "flags"),
-        Statement("adds-what-it-writes", "A further process adds only what it writes", _adds, "flags"),
-        Statement("isolated", "No process sees what another writes", _isolated),
-        Statement("file-unchanged", "The library's file stays as it was", _file),
-        Statement("pss", "The text costs each process its Nth part: Pss = Rss / N", _pss, "totals"),
-        Statement("saved", "Sharing saves the code for each process but one", _saved, "flags"),
-    ),
-    question=Question(
+    claims=(_code, _relocated, _adds, _isolated, _file, _pss, _saved),
+    question=Quiz(
         "Four processes load a library with 3 pages of code, and run it. How many frames hold that code?",
         (
             Choice("12: processes are isolated", "Isolated is what they write; nobody writes code."),

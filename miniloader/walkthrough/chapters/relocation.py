@@ -5,40 +5,37 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
-from miniloader.elf import inspect
+from miniloader.elf import ElfImage, inspect
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import Event, load
+from miniloader.loader import Event, Library, load
 from miniloader.machine.disassembly import disassemble
 from miniloader.machine.find_code import Span, locate
 from miniloader.machine.names_at import Landmarks, Stub
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Line,
-    Listing,
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.proof_steps import code_pages
+from miniloader.walkthrough.step import (
+    BeforeAfter,
+    ChangedWord,
+    ChapterStep,
+    CodeLine,
+    CodeListing,
     PageBytes,
     Part,
-    Question,
-    Statement,
-    Step,
-    Word,
+    Row,
 )
-from miniloader.walkthrough.workbench import Bench, rows_of, shipped
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "CalledThroughSlot"]
 
 _WORD = 8
 
 
 @dataclass(frozen=True)
-class Seen:
+class CalledThroughSlot:
     """What was seen of one stub, its slot and the pages; addresses are less the load bias."""
 
     stub: tuple[int, int]  # vaddrs: its first, the one after its last byte
@@ -55,15 +52,11 @@ class Seen:
     written: tuple[int, ...]  # vaddrs of pages that hold relocations or zeroed bytes
 
 
-def _value(address: int) -> int:
-    return int(ctypes.c_uint64.from_address(address).value)
-
-
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, CalledThroughSlot]:
     path = bench.copy(shipped("chapters"))
     image = inspect(path)
     landmarks = Landmarks(image)
-    stub = next(one for one in landmarks.stubs() if one.slot.symbol == "answer")
+    stub = next(stub for stub in landmarks.stubs() if stub.slot.symbol == "answer")
     slot = stub.slot.vaddr
 
     def note(event: Event) -> None:
@@ -71,156 +64,161 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
             bench.note(f"{event.stage}: {event.text}", access=True)
 
     with load(path, bind="lazy", on_event=note) as library:
-        plan, bias = library.plan, library.base
-        pages = plan.length // PAGE_SIZE
-        row = [("this process", os.getpid(), bias + plan.start)]
-        parts = [Part(one.start - plan.start, one.protection) for one in plan.mappings]
-        got_page = slot // PAGE_SIZE * PAGE_SIZE
-        for one in plan.mappings:
-            if one.kind == "file":
-                for vaddr in range(one.start, one.end, PAGE_SIZE):
-                    ctypes.string_at(bias + vaddr, 1)
-        loaded = bench.look(row, pages, "loaded", parts)[0]
-        unbound = _value(bias + slot) - bias
-        in_file = int.from_bytes(image.read(slot, _WORD), "little")
-        before = bytes(image.read(got_page, min(64, _in_page(image, got_page)), "GOT"))
-        during = ctypes.string_at(bias + got_page, len(before))
-        copied = tuple(plan.start + page * PAGE_SIZE for page in loaded.pages("copied", "copied-shared"))
-        yield Step(
-            "relocated",
-            "A library is loaded by miniloader. Its code was linked for vaddr 0, and is somewhere else now; "
-            "the loader writes the addresses that depend on that into data pages.",
-            bench.calls(),
-            (
-                f"Copied by that: {len(copied)} of {pages} pages ({', '.join(map(hex, copied))}). "
-                "No page of code is among them.",
-            ),
-            grid=loaded.grid,
-            bytes=(
-                PageBytes(
-                    "the GOT: in the file, and loaded",
-                    got_page,
-                    before,
-                    during,
-                    _words(image, got_page, before),
-                ),
-            ),
-        )
-
-        ask = library.function("ask", ctypes.c_long, [ctypes.c_long])
-        result = ask(2)
+        loaded = yield from _relocated(bench, image, landmarks, library, slot)
+        unbound = _value(library.base + slot) - library.base
+        result = library.function("ask", ctypes.c_long, [ctypes.c_long])(2)
         bench.note("ask(2)", str(result), access=True)
-        bound = _value(bias + slot) - bias
-        after = bench.look(row, pages, "called", parts)[0]
-        function = library.address("answer") - bias
-        code = [one for one in plan.mappings if "x" in one.protection]
-        code_pages = [
-            (vaddr - plan.start) // PAGE_SIZE
-            for one in code
-            for vaddr in range(one.start, one.end, PAGE_SIZE)
-        ]
-        equal = _code_equal(image, bias)
-        listing = _listing(landmarks, stub, bias, unbound, bound)
-        slot_line = next((line.slot for line in listing.lines if line.slot == slot), None)
-        yield Step(
-            "called",
-            "ask(2) calls answer through the PLT. The stub jumps to whatever its slot in the GOT holds.",
-            bench.calls(),
-            (
-                f"Before the first call the slot held {unbound:#x}"
-                + (", inside the stub: a way to the loader" if stub.vaddr <= unbound < stub.end else "")
-                + f"; after it {bound:#x}, which is answer. (All less the load bias.)",
-                f"The code in memory is {'byte for byte' if equal else 'not'} that of the file.",
-            ),
-            evidence=(
-                Evidence(
-                    "The slot",
-                    "memory of this process",
-                    (*_slot_rows(slot, unbound, bound),),
-                ),
-                Evidence(
-                    "Pages of code and GOT",
-                    "/proc/self/pagemap",
-                    rows_of(loaded, after, (code_pages[0], (got_page - plan.start) // PAGE_SIZE)),
-                ),
-            ),
-            grid=after.grid,
-            listing=listing,
-        )
-        return Seen(
-            (stub.vaddr, stub.end),
-            slot,
-            slot_line,
-            in_file,
-            unbound,
-            bound,
-            function,
-            result,
-            equal,
-            tuple(after.states[page] for page in code_pages),
-            copied,
-            _written(image),
+        bound = _value(library.base + slot) - library.base
+        code_equal = _code_equal(image, library.base)
+        listing = _listing(landmarks, stub, library.base, unbound, bound)
+        after = yield from _called(bench, library, stub, listing, loaded, code_equal)
+        return CalledThroughSlot(
+            stub=(stub.vaddr, stub.end),
+            slot=slot,
+            named_by_code=next((line.slot for line in listing.lines if line.slot == slot), None),
+            in_file=int.from_bytes(image.read(slot, _WORD), "little"),
+            unbound=unbound,
+            bound=bound,
+            function=library.address("answer") - library.base,
+            result=result,
+            code_equal=code_equal,
+            code_states=tuple(after.states[page] for page in code_pages(library.plan)),
+            copied=_copied(library, loaded),
+            written=_written(image),
         )
 
 
-def _in_page(image: Any, vaddr: int) -> int:
+def _value(address: int) -> int:
+    return int(ctypes.c_uint64.from_address(address).value)
+
+
+def _look(bench: Workbench, library: Library, title: str) -> MappingView:
+    plan = library.plan
+    parts = [Part(mapping.start - plan.start, mapping.protection) for mapping in plan.mappings]
+    rows = [("this process", os.getpid(), library.base + plan.start)]
+    return bench.look(rows, plan.length // PAGE_SIZE, title, parts)[0]
+
+
+def _relocated(
+    bench: Workbench, image: ElfImage, landmarks: Landmarks, library: Library, slot: int
+) -> Generator[ChapterStep, None, MappingView]:
+    """Touch every page of the file: which of them are copies, and what relocating has written to the GOT."""
+    for mapping in library.plan.mappings:
+        if mapping.kind == "file":
+            for vaddr in range(mapping.start, mapping.end, PAGE_SIZE):
+                ctypes.string_at(library.base + vaddr, 1)
+    loaded = _look(bench, library, "loaded")
+    got = slot // PAGE_SIZE * PAGE_SIZE
+    before = bytes(image.read(got, min(64, _in_page(image, got)), "GOT"))
+    after = ctypes.string_at(library.base + got, len(before))
+    words = _words(image, landmarks, got, len(before))
+    copied = _copied(library, loaded)
+    yield ChapterStep(
+        "relocated",
+        "A library is loaded by miniloader. Its code was linked for vaddr 0, and is somewhere else now; "
+        "the loader writes the addresses that depend on that into data pages.",
+        bench.taken(),
+        (
+            f"Copied by that: {len(copied)} of {len(loaded.states)} pages ({', '.join(map(hex, copied))}). "
+            "No page of code is among them.",
+        ),
+        grid=loaded.grid,
+        bytes=(PageBytes("the GOT: in the file, and loaded", got, before, after, words),),
+    )
+    return loaded
+
+
+def _copied(library: Library, view: MappingView) -> tuple[int, ...]:
+    """The vaddrs of pages that were copied."""
+    return tuple(library.plan.start + page * PAGE_SIZE for page in view.pages("copied", "copied-shared"))
+
+
+def _in_page(image: ElfImage, vaddr: int) -> int:
     """How many bytes of the file are in the page at ``vaddr``."""
-    load_ = next(one for one in image.loads if one.vaddr < vaddr + PAGE_SIZE and vaddr < one.file_end)
-    return int(min(load_.file_end, vaddr + PAGE_SIZE) - vaddr)
+    segment = next(load for load in image.loads if load.vaddr < vaddr + PAGE_SIZE and vaddr < load.file_end)
+    return min(segment.file_end, vaddr + PAGE_SIZE) - vaddr
 
 
-def _words(image: Any, page: int, data: bytes) -> tuple[Word, ...]:
+def _words(image: ElfImage, landmarks: Landmarks, page: int, length: int) -> tuple[ChangedWord, ...]:
     """The relocated words among the first bytes of a page, named by what fills them."""
-    landmarks = Landmarks(image)
-    found = []
-    for vaddr in sorted({int(target) for target in image.relocations.targets()}):
-        if page <= vaddr and vaddr + _WORD <= page + len(data):
-            slot = landmarks.slot_at(vaddr)
-            found.append(Word(vaddr - page, _WORD, landmarks.meaning(slot) if slot else "relocated"))
-    return tuple(found)
-
-
-def _code_equal(image: Any, bias: int) -> bool:
-    return all(
-        ctypes.string_at(bias + one.vaddr, one.filesz) == bytes(image.read(one.vaddr, one.filesz, "code"))
-        for one in image.loads
-        if "x" in one.flags
+    slots = {
+        vaddr: landmarks.slot_at(vaddr)
+        for vaddr in sorted({int(target) for target in image.relocations.targets()})
+        if page <= vaddr and vaddr + _WORD <= page + length
+    }
+    return tuple(
+        ChangedWord(vaddr - page, _WORD, landmarks.meaning(slot) if slot else "relocated")
+        for vaddr, slot in slots.items()
     )
 
 
-def _written(image: Any) -> tuple[int, ...]:
-    """The pages that relocating and zeroing write."""
-    plan = image.plan(PAGE_SIZE)
-    vaddrs = [int(one) for one in image.relocations.targets()] + [span.start for span in plan.zeroed]
+def _called(
+    bench: Workbench,
+    library: Library,
+    stub: Stub,
+    listing: CodeListing,
+    loaded: MappingView,
+    code_equal: bool,
+) -> Generator[ChapterStep, None, MappingView]:
+    """What the first call has changed."""
+    after = _look(bench, library, "called")
+    slot, _, *values = listing.slots[0]
+    unbound, bound = (value.removeprefix("bias + ") for value in values)
+    in_stub = stub.vaddr <= int(unbound, 16) < stub.end
+    leads = ", inside the stub: a way to the loader" if in_stub else ""
+    pages = (code_pages(library.plan)[0], (slot // PAGE_SIZE * PAGE_SIZE - library.plan.start) // PAGE_SIZE)
+    yield ChapterStep(
+        "called",
+        "ask(2) calls answer through the PLT. The stub jumps to whatever its slot in the GOT holds.",
+        bench.taken(),
+        (
+            f"Before the first call the slot held {unbound}{leads}; after it {bound}, which is answer. "
+            "(All less the load bias.)",
+            f"The code in memory is {'byte for byte' if code_equal else 'not'} that of the file.",
+        ),
+        evidence=(
+            BeforeAfter("The slot", "memory of this process", (Row(f"GOT slot {slot:#x}", *values),)),
+            before_and_after("Pages of code and GOT", loaded, after, pages),
+        ),
+        grid=after.grid,
+        listing=listing,
+    )
+    return after
+
+
+def _code_equal(image: ElfImage, bias: int) -> bool:
+    return all(
+        ctypes.string_at(bias + load.vaddr, load.filesz) == bytes(image.read(load.vaddr, load.filesz, "code"))
+        for load in image.loads
+        if "x" in load.flags
+    )
+
+
+def _written(image: ElfImage) -> tuple[int, ...]:
+    """The vaddrs of the pages that relocating and zeroing write."""
+    zeroed = [span.start for span in image.plan(PAGE_SIZE).zeroed]
+    vaddrs = [*image.relocations.targets().tolist(), *zeroed]
     return tuple(sorted({vaddr // PAGE_SIZE * PAGE_SIZE for vaddr in vaddrs}))
 
 
-def _slot_rows(slot: int, unbound: int, bound: int) -> tuple[Any, ...]:
-    from miniloader.walkthrough.model import Row
-
-    return (Row(f"GOT slot {slot:#x}", f"bias + {unbound:#x}", f"bias + {bound:#x}"),)
-
-
-def _listing(landmarks: Landmarks, stub: Stub, bias: int, unbound: int, bound: int) -> Listing:
+def _listing(landmarks: Landmarks, stub: Stub, bias: int, unbound: int, bound: int) -> CodeListing:
     """The caller and the stub, with the slot that the stub goes through."""
     lines = []
-    spans = [
-        locate(landmarks, "ask"),
-        Span("answer@plt", stub.vaddr, stub.end - stub.vaddr),
-    ]
-    for span in spans:
+    for span in (locate(landmarks, "ask"), Span("answer@plt", stub.vaddr, stub.end - stub.vaddr)):
         code = ctypes.string_at(bias + span.vaddr, span.size)
-        for one in disassemble(landmarks, span, code):
-            refers = one.target.vaddr if one.target is not None else None
-            name = f"   # {one.target.name}" if one.target is not None and one.target.name else ""
-            reads = refers if refers == stub.slot.vaddr else None
-            lines.append(Line(one.vaddr, one.bytes, f"{one.mnemonic} {one.operands}{name}".strip(), reads))
+        for instruction in disassemble(landmarks, span, code):
+            target = instruction.target
+            text = f"{instruction.mnemonic} {instruction.operands}"
+            text += f"   # {target.name}" if target is not None and target.name else ""
+            slot = stub.slot.vaddr if target is not None and target.vaddr == stub.slot.vaddr else None
+            lines.append(CodeLine(instruction.vaddr, instruction.bytes, text.strip(), slot))
     slots = ((stub.slot.vaddr, stub.slot.symbol or "", f"bias + {unbound:#x}", f"bias + {bound:#x}"),)
-    return Listing("ask, and the PLT stub that it calls", tuple(lines), slots)
+    return CodeListing("ask, and the PLT stub that it calls", tuple(lines), slots)
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _code(seen: Seen) -> Finding:
+@claim("code-unchanged", "Code in memory is the file's, page for page", "flags")
+def _code(seen: CalledThroughSlot) -> Finding:
     return Finding(
         seen.code_equal and {*seen.code_states} <= {"sole", "shared"},
         "every byte as in the file, every page the page cache's",
@@ -228,30 +226,31 @@ def _code(seen: Seen) -> Finding:
     )
 
 
-def _holds(seen: Seen) -> Finding:
-    return Finding(
-        seen.bound == seen.function and seen.result == 43,
-        f"bias + {seen.function:#x} in the slot, and ask(2) is 43",
-        f"bias + {seen.bound:#x}, {seen.result}",
-    )
-
-
-def _through(seen: Seen) -> Finding:
+@claim("through-the-slot", "A PLT stub reads its target from a GOT slot")
+def _through(seen: CalledThroughSlot) -> Finding:
     named = "none" if seen.named_by_code is None else f"{seen.named_by_code:#x}"
     return Finding(seen.named_by_code == seen.slot, f"the stub reads slot {seen.slot:#x}", named)
 
 
-def _when_called(seen: Seen) -> Finding:
+@claim("slot-holds-address", "The slot holds the function's address")
+def _holds(seen: CalledThroughSlot) -> Finding:
+    good = seen.bound == seen.function and seen.result == 43
+    expected = f"bias + {seen.function:#x} in the slot, and ask(2) is 43"
+    return Finding(good, expected, f"bias + {seen.bound:#x}, {seen.result}")
+
+
+@claim("bound-when-called", "With lazy binding the first call fills it in")
+def _when_called(seen: CalledThroughSlot) -> Finding:
     start, end = seen.stub
     expected = "first an address inside the library's PLT, then the function's"
     observed = f"bias + {seen.unbound:#x}, then bias + {seen.bound:#x}"
     if seen.unbound == seen.function:
         return Finding(None, expected, observed, "on this machine miniloader binds every slot at once")
-    inside = start <= seen.unbound < end
-    return Finding(inside and seen.bound == seen.function, expected, observed)
+    return Finding(start <= seen.unbound < end and seen.bound == seen.function, expected, observed)
 
 
-def _only(seen: Seen) -> Finding:
+@claim("only-written-copied", "Only pages with relocations or bss are copied", "flags")
+def _only(seen: CalledThroughSlot) -> Finding:
     return Finding(
         seen.copied == seen.written,
         f"pages {', '.join(map(hex, seen.written))}: those with relocations or bss",
@@ -288,20 +287,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"stub(ord('Q')) should give 'q', it gives {answer!r}")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
     id="relocation",
     number=8,
     title="Relocation, the GOT and the PLT",
     claim="The loader writes addresses into data, so that code need not change and can be shared.",
     surprise="Code calls through a table: one data page is copied, and every page of code stays shared.",
-    claims=(
-        Statement("code-unchanged", "Code in memory is the file's, page for page", _code, "flags"),
-        Statement("through-the-slot", "A PLT stub reads its target from a GOT slot", _through),
-        Statement("slot-holds-address", "The slot holds the function's address", _holds),
-        Statement("bound-when-called", "With lazy binding the first call fills it in", _when_called),
-        Statement("only-written-copied", "Only pages with relocations or bss are copied", _only, "flags"),
-    ),
-    question=Question(
+    claims=(_code, _through, _holds, _when_called, _only),
+    question=Quiz(
         "A library calls a function whose address is not known before it is loaded. What is changed?",
         (
             Choice(

@@ -5,43 +5,31 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from miniloader.elf import LoadPlan, inspect
+from miniloader.elf import ElfImage, LoadPlan, inspect
 from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, load
 from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import address_of
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Part,
-    Question,
-    Row,
-    Statement,
-    Step,
-    Table,
-)
-from miniloader.walkthrough.recorded_calls import Calls
-from miniloader.walkthrough.workbench import Bench, View, rows_of, shipped
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import MappingView, address_of, before_and_after
+from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, Part, Row
+from miniloader.walkthrough.traced_calls import Calls
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "RelroPages"]
 
 _WORD = 8
-_USERS = 16
+_USERS = (1, 4, 16)
 
 
 @dataclass(frozen=True)
-class Seen:
+class RelroPages:
     """What was seen of the pages of PT_GNU_RELRO, and of the data behind them."""
 
     pages: int  # of RELRO
@@ -57,101 +45,118 @@ class Seen:
     others_equal: bool  # all other words of RELRO
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+class _Comparison(NamedTuple):
+    """Two copies of RELRO: load biases, differences of relocated words, and whether all others are equal."""
+
+    bases: tuple[int, int]
+    differences: tuple[int, ...]
+    others_equal: bool
+
+
+def _run(bench: Workbench) -> Generator[ChapterStep, None, RelroPages]:
     path = bench.copy(shipped("demo"))
     image = inspect(path)
     plan = image.plan(PAGE_SIZE)
-    relro = plan.relro
-    pages = (relro.end - relro.start) // PAGE_SIZE
-    located = sort_relocations(image).dynamic["offset"].tolist()
-    targets = sorted([*image.relocations.targets().tolist(), *located])
-    words = tuple(vaddr for vaddr in targets if relro.start <= vaddr < relro.end)
-    parts = (Part(0, "RELRO"), Part(relro.end - relro.start, "data"))
-    meanwhile: list[str] = []
-    mapped: list[View] = []
+    pages = (plan.relro.end - plan.relro.start) // PAGE_SIZE
+    words = _relocated_words(image, plan)
+    relocating: list[str] = []
+    mapped: list[MappingView] = []
     biases: list[int] = []
-
-    def look(title: str) -> View:
-        row = [("this process", os.getpid(), biases[0] + relro.start)]
-        return bench.look(row, pages + 1, title, parts)[0]
 
     def note(event: Event) -> None:
         bench.note(f"{event.stage}: {event.text}", access=True)
         if event.stage == "reserve":
             biases.append(event.data["address"] - plan.start)
         if event.stage == "bind":  # mapped, and not yet relocated
-            mapped.append(look("mapped"))
+            mapped.append(_look(bench, biases[0], plan, "mapped"))
         if event.stage == "relocate":
-            meanwhile.append(_protection(biases[0] + relro.start))
+            relocating.append(_protection(biases[0] + plan.relro.start))
 
     with load(path, on_event=note) as library:
-        start = library.base + relro.start
+        start = library.base + plan.relro.start
         frozen = tuple(_protection(start + page * PAGE_SIZE) for page in range(pages))
-        data = _protection(library.base + relro.end)
-        view = look("frozen")
-        yield Step(
-            "frozen",
-            f"A library is loaded. {pages} pages of its data, PT_GNU_RELRO, hold addresses that never change "
-            "again: the loader fills them in, and then takes the right to write away.",
-            bench.calls(),
-            (
-                f"While it relocates they are {meanwhile[0] if meanwhile else '?'}, afterwards "
-                f"{', '.join(dict.fromkeys(frozen))}; the data behind them stays {data}.",
-                "All but the last step of this is copy-on-write as ever: what was written is a copy.",
-            ),
-            evidence=(
-                Evidence(
-                    "Protection",
-                    "/proc/self/maps",
-                    (
-                        Row("RELRO", meanwhile[0] if meanwhile else "?", frozen[0] if frozen else "?"),
-                        Row("data behind it", meanwhile[0] if meanwhile else "?", data),
-                    ),
-                ),
-                Evidence("Pages", "/proc/self/pagemap", rows_of(mapped[0], view, range(pages + 1))),
-            ),
-            grid=view.grid,
-        )
-
+        data = _protection(library.base + plan.relro.end)
+        view = _look(bench, library.base, plan, "frozen")
+        yield _frozen_step(bench, relocating[0] if relocating else "?", frozen, data, mapped[0], view)
         signal = yield from _store(bench, library.base + words[0])
-        stored = yield from _store_behind(bench, library, plan)
-        bases, differences, others_equal = yield from _twice(bench, library, words)
+        stored = yield from _store_behind(bench, library.base + plan.relro.end)
+        comparison = yield from _twice(bench, library, words)
 
-    return Seen(
-        pages,
-        meanwhile[0] if meanwhile else "",
-        frozen,
-        data,
-        view.states[:pages],
-        tuple(sorted({(vaddr - relro.start) // PAGE_SIZE for vaddr in words})),
-        signal,
-        stored,
-        bases,
-        differences,
-        others_equal,
+    return RelroPages(
+        pages=pages,
+        relocating=relocating[0] if relocating else "",
+        frozen=frozen,
+        data=data,
+        states=view.states[:pages],
+        written=tuple(sorted({(vaddr - plan.relro.start) // PAGE_SIZE for vaddr in words})),
+        store=signal,
+        store_data=stored,
+        bases=comparison.bases,
+        differences=comparison.differences,
+        others_equal=comparison.others_equal,
     )
+
+
+def _relocated_words(image: ElfImage, plan: LoadPlan) -> tuple[int, ...]:
+    """The vaddrs of the words of RELRO that relocating writes, the dynamic section's among them."""
+    located = sort_relocations(image).dynamic["offset"].tolist()
+    targets = sorted([*image.relocations.targets().tolist(), *located])
+    return tuple(vaddr for vaddr in targets if plan.relro.start <= vaddr < plan.relro.end)
+
+
+def _look(bench: Workbench, bias: int, plan: LoadPlan, title: str) -> MappingView:
+    """The pages of RELRO, and the one behind them."""
+    length = plan.relro.end - plan.relro.start
+    rows = [("this process", os.getpid(), bias + plan.relro.start)]
+    return bench.look(rows, length // PAGE_SIZE + 1, title, (Part(0, "RELRO"), Part(length, "data")))[0]
 
 
 def _protection(address: int) -> str:
     """What maps says of the page at ``address``."""
-    found = read_maps(start=address, end=address + 1)
-    return found[0].protection if found else "not mapped"
+    vmas = read_maps(start=address, end=address + 1)
+    return vmas[0].protection if vmas else "not mapped"
 
 
-def _store(bench: Bench, address: int) -> Generator[Step, None, str]:
+def _frozen_step(
+    bench: Workbench,
+    relocating: str,
+    frozen: tuple[str, ...],
+    data: str,
+    mapped: MappingView,
+    view: MappingView,
+) -> ChapterStep:
+    rows = (Row("RELRO", relocating, frozen[0] if frozen else "?"), Row("data behind it", relocating, data))
+    return ChapterStep(
+        "frozen",
+        f"A library is loaded. {len(frozen)} pages of its data, PT_GNU_RELRO, hold addresses that never "
+        "change again: the loader fills them in, and then takes the right to write away.",
+        bench.taken(),
+        (
+            f"While it relocates they are {relocating}, afterwards {', '.join(dict.fromkeys(frozen))}; the "
+            f"data behind them stays {data}.",
+            "All but the last step of this is copy-on-write as ever: what was written is a copy.",
+        ),
+        evidence=(
+            BeforeAfter("Protection", "/proc/self/maps", rows),
+            before_and_after("Pages", mapped, view, range(len(frozen) + 1)),
+        ),
+        grid=view.grid,
+    )
+
+
+def _store(bench: Workbench, address: int) -> Generator[ChapterStep, None, str]:
     def attack(calls: Calls) -> Generator[Any, None, None]:
         yield calls.load(address, _WORD, "table[0]")
         calls.store(address, bytes(_WORD))
 
-    child = bench.child("a child", attack)
-    _, made = child.next()
-    bench.record(made, "child")
+    child = bench.child("child", attack)
+    bench.resume(child)
     signal = bench.fatal(child, f"store at {address:#x}")
-    yield Step(
+    yield ChapterStep(
         "a store into RELRO",
         "A child, which has inherited the library, overwrites the first of these addresses, as an attacker "
         "would who wants the next call to go elsewhere.",
-        bench.calls(),
+        bench.taken(),
         (
             f"{signal or 'Nothing'}: the processor faults; the kernel finds a mapping there (r--) that does "
             "not allow stores, and sends SIGSEGV. No copy is made, and the parent goes on.",
@@ -160,52 +165,47 @@ def _store(bench: Bench, address: int) -> Generator[Step, None, str]:
     return signal
 
 
-def _store_behind(bench: Bench, library: Library, plan: LoadPlan) -> Generator[Step, None, tuple[bool, str]]:
-    address = library.base + plan.relro.end
-
+def _store_behind(bench: Workbench, address: int) -> Generator[ChapterStep, None, tuple[bool, str]]:
     def write(calls: Calls) -> Generator[Any, None, None]:
         calls.store(address, b"allowed!", "data[0]")
         yield calls.load(address, _WORD, "data[0]")
 
-    child = bench.child("a child", write)
+    child = bench.child("child", write)
     try:
-        read, made = child.next()
-        bench.record(made, "child")
-        stored = (read == b"allowed!", "")
+        stored = (bench.resume(child) == b"allowed!", "")
     except WorkerError:
         stored = (False, child.died())
     child.end()
-    yield Step(
+    yield ChapterStep(
         "a store behind it",
         "Another child stores one page further on, into ordinary data of the same segment.",
-        bench.calls(),
+        bench.taken(),
         ("It works: the freeze ends with the page." if stored[0] else f"{stored[1] or 'It is lost'}.",),
     )
     return stored
 
 
 def _twice(
-    bench: Bench, library: Library, words: tuple[int, ...]
-) -> Generator[Step, None, tuple[tuple[int, int], tuple[int, ...], bool]]:
+    bench: Workbench, library: Library, words: tuple[int, ...]
+) -> Generator[ChapterStep, None, _Comparison]:
     relro = library.plan.relro
-    again = bench.file("another.so", shipped("demo").read_bytes())
-    with load(again) as other:
-        bench.note('load("another.so")', hex(other.base), access=True)
-        ours, theirs = (
-            np.frombuffer(ctypes.string_at(one.base + relro.start, relro.end - relro.start), np.uint64)
-            for one in (library, other)
+    with load(bench.file("another.so", shipped("demo").read_bytes())) as copy:
+        bench.note('load("another.so")', hex(copy.base), access=True)
+        bases = (library.base, copy.base)
+        first, second = (
+            np.frombuffer(ctypes.string_at(base + relro.start, relro.end - relro.start), np.uint64)
+            for base in bases
         )
-        bases = (library.base, other.base)
-    relocated = np.zeros(len(ours), np.bool_)
+    relocated = np.zeros(len(first), np.bool_)
     relocated[[(vaddr - relro.start) // _WORD for vaddr in words]] = True
-    differences = tuple(sorted({int(one) for one in (theirs - ours)[relocated].view(np.int64)}))
-    others_equal = bool((ours == theirs)[~relocated].all())
+    differences = tuple(sorted(set((second - first)[relocated].view(np.int64).tolist())))
     size = len({vaddr // PAGE_SIZE for vaddr in words}) * PAGE_SIZE // 1024
-    yield Step(
+    rows = tuple((str(users), f"{users * size} KiB", f"{size} KiB") for users in _USERS)
+    yield ChapterStep(
         "what sharing would save",
         "The same library is loaded a second time, from a copy of the file, to another address; then the "
         "two RELRO areas are compared word by word.",
-        bench.calls(),
+        bench.taken(),
         (
             f"{len(words)} relocated words, those of the dynamic section among them, differ by "
             f"{', '.join(map(hex, differences))}; the distance of the two libraries is "
@@ -213,32 +213,28 @@ def _twice(
             "So at one and the same address for all processes these pages would be equal, too: one process "
             "could relocate, and all of them map the result.",
         ),
-        tables=(
-            Table(
-                "RELRO of this library",
-                ("processes", ">as it is", ">shared"),
-                tuple((str(users), f"{users * size} KiB", f"{size} KiB") for users in (1, 4, _USERS)),
-            ),
-        ),
+        tables=(Figures("RELRO of this library", ("processes", ">as it is", ">shared"), rows),),
     )
-    return bases, differences, others_equal
+    return _Comparison(bases, differences, others_equal=bool((first == second)[~relocated].all()))
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _writable(seen: Seen) -> Finding:
-    return Finding(seen.relocating == "rw-", "rw- while words are filled in", seen.relocating or "not seen")
+@equal("writable-at-first", "While it is relocated it is writable", "rw-", "{} while words are filled in")
+def _writable(seen: RelroPages) -> str:
+    return seen.relocating or "not seen"
 
 
-def _frozen(seen: Seen) -> Finding:
-    good = len(seen.frozen) == seen.pages > 0 and {*seen.frozen} == {"r--"} and seen.data == "rw-"
+@claim("frozen", "Then it is read-only, and the data behind it is not")
+def _frozen(seen: RelroPages) -> Finding:
     return Finding(
-        good,
+        len(seen.frozen) == seen.pages > 0 and {*seen.frozen} == {"r--"} and seen.data == "rw-",
         f"{seen.pages} pages r--, the data behind them rw-",
         f"{', '.join(dict.fromkeys(seen.frozen))}; behind them {seen.data}",
     )
 
 
-def _copied(seen: Seen) -> Finding:
+@claim("still-copied", "Frozen or not, what was relocated is a copy", "flags")
+def _copied(seen: RelroPages) -> Finding:
     copied = tuple(page for page, state in enumerate(seen.states) if state == "copied")
     return Finding(
         copied == seen.written and bool(copied),
@@ -247,16 +243,19 @@ def _copied(seen: Seen) -> Finding:
     )
 
 
-def _refused(seen: Seen) -> Finding:
-    return Finding(seen.store == "SIGSEGV", "SIGSEGV", seen.store or "nothing happened")
+@equal("store-refused", "A store there ends in SIGSEGV", "SIGSEGV")
+def _refused(seen: RelroPages) -> str:
+    return seen.store or "nothing happened"
 
 
-def _allowed(seen: Seen) -> Finding:
+@claim("data-writable", "A store right behind it is allowed")
+def _allowed(seen: RelroPages) -> Finding:
     good, signal = seen.store_data
     return Finding(good, "the store is read back", signal or ("read back" if good else "something else"))
 
 
-def _by_bias(seen: Seen) -> Finding:
+@claim("differ-by-bias", "Two copies differ by the distance of the two libraries")
+def _by_bias(seen: RelroPages) -> Finding:
     distance = seen.bases[1] - seen.bases[0]
     return Finding(
         bool(distance) and seen.differences == (distance,) and seen.others_equal,
@@ -296,21 +295,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"the table is {table}, the variable {variable}; r-- and rw- are asked for")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[RelroPages]] = Chapter(
     id="relro",
     number=12,
     title="RELRO: relocated, then frozen",
     claim="Addresses that the loader has filled in once can be made read-only; a store there is fatal.",
     surprise="Read-only, equal but for a constant in all processes, and yet each has a copy of its own.",
-    claims=(
-        Statement("writable-at-first", "While it is relocated it is writable", _writable),
-        Statement("frozen", "Then it is read-only, and the data behind it is not", _frozen),
-        Statement("still-copied", "Frozen or not, what was relocated is a copy", _copied, "flags"),
-        Statement("store-refused", "A store there ends in SIGSEGV", _refused),
-        Statement("data-writable", "A store right behind it is allowed", _allowed),
-        Statement("differ-by-bias", "Two copies differ by the distance of the two libraries", _by_bias),
-    ),
-    question=Question(
+    claims=(_writable, _frozen, _copied, _refused, _allowed, _by_bias),
+    question=Quiz(
         "A page of addresses was relocated, then made read-only. Is it shared with other processes that load "
         "the library?",
         (

@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, Final
 
-from miniloader.elf import ElfImage, inspect
-from miniloader.elf.plan import PlannedCall, PlannedMapping
+from miniloader.elf import ElfImage, LoadPlan, inspect
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps, within
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import flag_bits, protection_bits
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    PageBytes,
-    Part,
-    Question,
-    Statement,
-    Step,
-    Table,
-    Word,
-)
-from miniloader.walkthrough.recorded_calls import Mapping
-from miniloader.walkthrough.workbench import Bench, rows_of, shipped
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.step import ChangedWord, ChapterStep, Figures, PageBytes, Part
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Line", "Seen"]
+__all__ = ["CHAPTER", "MappedRange", "MappedSegments"]
 
 #: A mapping as both the plan and the kernel tell it: first vaddr, end, protection, file offset or None.
-Line = tuple[int, int, str, int | None]
+MappedRange = tuple[int, int, str, int | None]
+
+#: Looks at the pages of the library, under a title.
+_Look = Callable[[str], MappingView]
 
 
 @dataclass(frozen=True)
-class Seen:
+class MappedSegments:
     """What was planned, what the kernel shows, and what is in memory."""
 
-    planned: tuple[Line, ...]
-    kernel: tuple[Line, ...]
+    planned: tuple[MappedRange, ...]
+    kernel: tuple[MappedRange, ...]
     present_at_first: int
     twice: tuple[str, str]  # states of the two pages that show one file page
     twice_frames: tuple[int, int]
@@ -52,16 +41,76 @@ class Seen:
     tail_state: tuple[str, str]  # of its page, before and after
 
 
-def _planned(mappings: tuple[PlannedMapping, ...]) -> tuple[Line, ...]:
-    return tuple(
-        (one.start, one.end, one.protection, one.file_offset if one.kind == "file" else None)
-        for one in mappings
-        if one.kind != "gap"
+def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedSegments]:
+    path = bench.copy(shipped("chapters"))
+    image = inspect(path)
+    plan = image.plan(PAGE_SIZE)
+    planned = _planned(plan)
+    bias = _map(bench, path, plan)
+    parts = tuple(Part(mapping.start - plan.start, mapping.protection) for mapping in plan.mappings)
+
+    def look(title: str) -> MappingView:
+        rows = [("this process", os.getpid(), bias + plan.start)]
+        return bench.look(rows, plan.length // PAGE_SIZE, title, parts)[0]
+
+    kernel, at_first = _in_kernel(bias, plan.start, plan.end), look("mapped")
+    columns = ("from", "to", "mode", "shows")
+    yield ChapterStep(
+        "mapped",
+        "One call reserves room for the whole library; then each PT_LOAD is mapped over its part of it.",
+        bench.taken(),
+        (f"{len(planned)} mappings, and {at_first.present} pages in memory: nothing has been loaded yet.",),
+        tables=(
+            Figures("PT_LOAD in the file", _SEGMENTS, _segment_rows(image)),
+            Figures("What a loader does with them", ("call", "from", "to", "why"), _call_rows(plan)),
+            Figures("/proc/self/maps, less the load bias", columns, _rows(kernel)),
+        ),
+        grid=at_first.grid,
+    )
+    touched, (first, second), alike = yield from _mapped_twice(bench, image, plan, bias, look)
+    zeroed, in_file, after = yield from _zero_the_tail(bench, plan, bias, touched, look)
+    tail = (plan.zeroed[0].start - plan.start) // PAGE_SIZE
+    return MappedSegments(
+        planned=planned,
+        kernel=kernel,
+        present_at_first=at_first.present,
+        twice=(touched.states[first], touched.states[second]),
+        twice_frames=(touched.frames[first], touched.frames[second]),
+        twice_bytes_equal=alike,
+        tail=zeroed,
+        tail_in_file=in_file,
+        tail_state=(touched.states[tail], after.states[tail]),
     )
 
 
-def _in_kernel(bias: int, start: int, end: int) -> tuple[Line, ...]:
-    """What ``maps`` has there, in vaddrs."""
+def _map(bench: Workbench, path: str, plan: LoadPlan) -> int:
+    """Make the mmap calls of ``plan``; the load bias, which the first of them settles."""
+    fd = bench.opened(path)
+    reserve, *calls = (call for call in plan.calls() if call.step in ("reserve", "map"))
+    bits = protection_bits(reserve.protection)
+    bias = bench.mapped(reserve.length, bits, flag_bits(reserve.flags), fd).address - plan.start
+    for call in calls:
+        file = (-1, 0) if call.file_offset is None else (fd, call.file_offset)
+        bits = protection_bits(call.protection)
+        bench.mmap(call.length, bits, flag_bits(call.flags), *file, address=bias + call.start)
+    return bias
+
+
+def _planned(plan: LoadPlan) -> tuple[MappedRange, ...]:
+    return tuple(
+        (
+            mapping.start,
+            mapping.end,
+            mapping.protection,
+            mapping.file_offset if mapping.kind == "file" else None,
+        )
+        for mapping in plan.mappings
+        if mapping.kind != "gap"
+    )
+
+
+def _in_kernel(bias: int, start: int, end: int) -> tuple[MappedRange, ...]:
+    """What ``maps`` has between vaddrs ``start`` and ``end``, in vaddrs."""
     return tuple(
         (vma.start - bias, vma.end - bias, vma.protection, vma.file_offset if vma.is_file else None)
         for vma in within(read_maps(), bias + start, bias + end)
@@ -69,124 +118,10 @@ def _in_kernel(bias: int, start: int, end: int) -> tuple[Line, ...]:
     )
 
 
-def _rows(lines: tuple[Line, ...]) -> tuple[tuple[str, ...], ...]:
+def _rows(ranges: tuple[MappedRange, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (f"{start:#x}", f"{end:#x}", protection, "zeros" if offset is None else f"file, from {offset:#x}")
-        for start, end, protection, offset in lines
-    )
-
-
-def _file_page_mapped_twice(lines: tuple[Line, ...]) -> tuple[int, int]:
-    """Two vaddrs that show the same page of the file; EvidenceError where there is none."""
-    pages: dict[int, int] = {}
-    for start, end, _, offset in lines:
-        for vaddr in range(start, end, PAGE_SIZE) if offset is not None else ():
-            first = pages.setdefault((offset or 0) + vaddr - start, vaddr)
-            if first != vaddr:
-                return first, vaddr
-    raise EvidenceError(f"with pages of {PAGE_SIZE} bytes no page of this library's file is mapped twice")
-
-
-def _mmap(bench: Bench, call: PlannedCall, fd: int, address: int = 0) -> Mapping:
-    """Map as a call of the plan says, at ``address`` or where there is room."""
-    file = (-1, 0) if call.file_offset is None else (fd, call.file_offset)
-    return bench.mmap(
-        call.length, protection_bits(call.protection), flag_bits(call.flags), *file, address=address
-    )
-
-
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
-    path = bench.copy(shipped("chapters"))
-    image = inspect(path)
-    plan = image.plan(PAGE_SIZE)
-    planned = _planned(plan.mappings)
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
-    calls = plan.calls()
-    room = bench.keep(_mmap(bench, calls[0], fd))
-    bias = room.address - plan.start
-    for call in calls:
-        if call.step == "map":
-            _mmap(bench, call, fd, bias + call.start)
-    kernel = _in_kernel(bias, plan.start, plan.end)
-    parts = tuple(Part(one.start - plan.start, one.protection) for one in plan.mappings)
-    row = [("this process", os.getpid(), room.address)]
-    pages = plan.length // PAGE_SIZE
-    at_first = bench.look(row, pages, "mapped", parts)[0]
-    yield Step(
-        "mapped",
-        "One call reserves room for the whole library; then each PT_LOAD is mapped over its part of it.",
-        bench.calls(),
-        (f"{len(planned)} mappings, and {at_first.present} pages in memory: nothing has been loaded yet.",),
-        tables=(
-            Table("PT_LOAD in the file", _SEGMENTS, _segment_rows(image)),
-            Table("/proc/self/maps, less the load bias", ("from", "to", "mode", "shows"), _rows(kernel)),
-        ),
-        grid=at_first.grid,
-    )
-
-    first, second = _file_page_mapped_twice(planned)
-    size = image.source.size
-    offset = next(line[3] or 0 for line in planned if line[0] <= first < line[1]) // PAGE_SIZE * PAGE_SIZE
-    length = min(PAGE_SIZE, size - offset)
-    once = bench.load(bias + first, length, f"library[{first:#x}:+{length}]")
-    again = bench.load(bias + second, length, f"library[{second:#x}:+{length}]")
-    touched = bench.look(row, pages, "read", parts)[0]
-    page, other = (first - plan.start) // PAGE_SIZE, (second - plan.start) // PAGE_SIZE
-    yield Step(
-        "one file page, mapped twice",
-        f"Constants end and data begins in one page of the file. It is seen at {first:#x}, read-only, and "
-        f"at {second:#x}, writable.",
-        bench.calls(),
-        (
-            f"At {first:#x}: {touched.words(page)}. At {second:#x}: {touched.words(other)}.",
-            "That saves a page in the file; each mapping uses its own part of it.",
-        ),
-        grid=touched.grid,
-    )
-
-    tail = next(call for call in calls if call.call == "memset")
-    tail_page = (tail.start - plan.start) // PAGE_SIZE
-    near = min(32, tail.end - tail.start)
-    around = bias + tail.start - 32
-    bytes_before = bench.load(around, 32 + near, f"library[{tail.start - 32:#x}:+{32 + near}]")
-    bench.store(bias + tail.start, bytes(tail.end - tail.start), f"library[{tail.start:#x}:{tail.end:#x}]")
-    zeroed = bench.load(bias + tail.start, tail.end - tail.start, f"library[{tail.start:#x}:{tail.end:#x}]")
-    bytes_after = bench.load(around, 32 + near, f"library[{tail.start - 32:#x}:+{32 + near}]")
-    after = bench.look(row, pages, "tail zeroed", parts)[0]
-    yield Step(
-        "the tail is zeroed",
-        f"The file's part of the data ends at {tail.start:#x}, in the middle of a page. What follows is bss "
-        "and has to be zero; what is there is whatever comes next in the file.",
-        bench.calls(),
-        (f"So the loader writes zeros, and that copies the page: {after.words(tail_page)}.",),
-        evidence=(
-            Evidence(
-                "Pages of the data segment",
-                "/proc/self/pagemap",
-                rows_of(touched, after, range(max(tail_page - 1, 0), tail_page + 1)),
-            ),
-        ),
-        bytes=(
-            PageBytes(
-                "where data ends and bss begins",
-                tail.start - 32,
-                bytes_before,
-                bytes_after,
-                (Word(32, near, "bss: zeroed by the loader"),),
-            ),
-        ),
-        grid=after.grid,
-    )
-    return Seen(
-        planned,
-        kernel,
-        at_first.present,
-        (touched.states[page], touched.states[other]),
-        (touched.frames[page], touched.frames[other]),
-        once == again,
-        zeroed,
-        bytes_before[32:],
-        (touched.states[tail_page], after.states[tail_page]),
+        for start, end, protection, offset in ranges
     )
 
 
@@ -195,51 +130,125 @@ _SEGMENTS = ("flags", ">file offset", ">in file", ">vaddr", ">in memory")
 
 def _segment_rows(image: ElfImage) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        (one.flags, f"{one.file_offset:#x}", f"{one.filesz:#x}", f"{one.vaddr:#x}", f"{one.memsz:#x}")
-        for one in image.loads
+        (load.flags, f"{load.file_offset:#x}", f"{load.filesz:#x}", f"{load.vaddr:#x}", f"{load.memsz:#x}")
+        for load in image.loads
     )
+
+
+def _call_rows(plan: LoadPlan) -> tuple[tuple[str, ...], ...]:
+    return tuple((call.call, f"{call.start:#x}", f"{call.end:#x}", call.why) for call in plan.calls())
+
+
+def _mapped_twice(
+    bench: Workbench, image: ElfImage, plan: LoadPlan, bias: int, look: _Look
+) -> Generator[ChapterStep, None, tuple[MappingView, tuple[int, int], bool]]:
+    """Read the file page that is mapped twice; the view then, its two pages, and whether they are alike."""
+    first, second, offset = _file_page_mapped_twice(_planned(plan))
+    length = min(PAGE_SIZE, image.source.size - offset)
+    read = [bench.load(bias + vaddr, length, f"library[{vaddr:#x}:+{length}]") for vaddr in (first, second)]
+    view = look("read")
+    pages = ((first - plan.start) // PAGE_SIZE, (second - plan.start) // PAGE_SIZE)
+    yield ChapterStep(
+        "one file page, mapped twice",
+        f"Constants end and data begins in one page of the file. It is seen at {first:#x}, read-only, and "
+        f"at {second:#x}, writable.",
+        bench.taken(),
+        (
+            f"At {first:#x}: {view.words(pages[0])}. At {second:#x}: {view.words(pages[1])}.",
+            "That saves a page in the file; each mapping uses its own part of it.",
+        ),
+        grid=view.grid,
+    )
+    return view, pages, read[0] == read[1]
+
+
+def _file_page_mapped_twice(ranges: tuple[MappedRange, ...]) -> tuple[int, int, int]:
+    """Two vaddrs that show the same page of the file, and its offset; EvidenceError where there is none."""
+    vaddrs: dict[int, int] = {}
+    for start, end, _, offset in ranges:
+        if offset is not None:
+            for vaddr in range(start, end, PAGE_SIZE):
+                first = vaddrs.setdefault(offset + vaddr - start, vaddr)
+                if first != vaddr:
+                    return first, vaddr, offset + vaddr - start
+    raise EvidenceError(f"with pages of {PAGE_SIZE} bytes no page of this library's file is mapped twice")
+
+
+def _zero_the_tail(
+    bench: Workbench, plan: LoadPlan, bias: int, before: MappingView, look: _Look
+) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
+    """Zero what follows the data; what is there then, what was there of the file, and the view then."""
+    tail = next(call for call in plan.calls() if call.call == "memset")
+    page, length, near = (
+        (tail.start - plan.start) // PAGE_SIZE,
+        tail.end - tail.start,
+        min(32, tail.end - tail.start),
+    )
+    around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:+{32 + near}]"
+    bytes_before = bench.load(around, 32 + near, name)
+    bench.store(bias + tail.start, bytes(length), f"library[{tail.start:#x}:{tail.end:#x}]")
+    zeroed = bench.load(bias + tail.start, length, f"library[{tail.start:#x}:{tail.end:#x}]")
+    bytes_after = bench.load(around, 32 + near, name)
+    after = look("tail zeroed")
+    pages = range(max(page - 1, 0), page + 1)
+    bss = ChangedWord(32, near, "bss: zeroed by the loader")
+    title = "where data ends and bss begins"
+    yield ChapterStep(
+        "the tail is zeroed",
+        f"The file's part of the data ends at {tail.start:#x}, in the middle of a page. What follows is bss "
+        "and has to be zero; what is there is whatever comes next in the file.",
+        bench.taken(),
+        (f"So the loader writes zeros, and that copies the page: {after.words(page)}.",),
+        evidence=(before_and_after("Pages of the data segment", before, after, pages),),
+        bytes=(PageBytes(title, tail.start - 32, bytes_before, bytes_after, (bss,)),),
+        grid=after.grid,
+    )
+    return zeroed, bytes_before[32:], after
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _decides(seen: Seen) -> Finding:
-    missing = [line for line in seen.planned if line not in seen.kernel]
+@claim("segments-decide", "Each mapping is what a program header asks for")
+def _decides(seen: MappedSegments) -> Finding:
+    as_planned = sum(mapping in seen.kernel for mapping in seen.planned)
     return Finding(
-        not missing and len(seen.planned) == len(seen.kernel),
+        as_planned == len(seen.planned) == len(seen.kernel),
         f"{len(seen.planned)} mappings, as the program headers say",
-        f"{len(seen.kernel)} in /proc/self/maps, {len(seen.planned) - len(missing)} of them as planned",
+        f"{len(seen.kernel)} in /proc/self/maps, {as_planned} of them as planned",
     )
 
 
-def _nothing(seen: Seen) -> Finding:
-    return Finding(seen.present_at_first == 0, "0 pages in memory", str(seen.present_at_first))
+@equal("nothing-loaded", "Mapping a library loads none of it", 0, "{} pages in memory", "flags")
+def _nothing(seen: MappedSegments) -> int:
+    return seen.present_at_first
 
 
-def _twice(seen: Seen) -> Finding:
+@claim("one-page-twice", "One page of the file is mapped at two addresses", "flags")
+def _twice(seen: MappedSegments) -> Finding:
     frames = seen.twice_frames
     same = frames[0] == frames[1]
-    good = {*seen.twice} <= {"sole", "shared"} and seen.twice_bytes_equal and same
     return Finding(
-        good,
+        {*seen.twice} <= {"sole", "shared"} and seen.twice_bytes_equal and same,
         "the same bytes, both the page cache's own page",
         f"{', '.join(seen.twice)}; bytes {'equal' if seen.twice_bytes_equal else 'differ'}"
         + ("; one frame" if same and frames[0] else "" if same else "; two frames"),
     )
 
 
-def _zeroed(seen: Seen) -> Finding:
-    return Finding(
-        not any(seen.tail) and seen.tail_state[1] == "copied",
-        "only zeros, on a page of our own",
-        f"{sum(map(bool, seen.tail))} bytes are not zero; the page is {seen.tail_state[1]}",
-    )
-
-
-def _before(seen: Seen) -> Finding:
+@claim("tail-was-not-zero", "Past the end of the data come other bytes of the file", "flags")
+def _before(seen: MappedSegments) -> Finding:
     return Finding(
         any(seen.tail_in_file) and seen.tail_state[0] in ("sole", "shared"),
         "other bytes of the file, on the page cache's page",
         f"{seen.tail_in_file[:8]!r}, {seen.tail_state[0]}",
     )
+
+
+_ZEROED = "{} bytes are not zero; the page is {}"
+
+
+@equal("tail-zeroed", "The loader zeroes that tail, on a copy", (0, "copied"), _ZEROED, "flags")
+def _zeroed(seen: MappedSegments) -> tuple[int, str]:
+    return sum(map(bool, seen.tail)), seen.tail_state[1]
 
 
 _SNIPPET = """\
@@ -261,28 +270,20 @@ def _check(names: dict[str, Any]) -> Answer:
         return Answer(False, "the file was changed; only this process's pages may be")
     if segment[:100] != b"d" * 100:
         return Answer(False, "the first 100 bytes should be the file's")
-    left = sum(map(bool, segment[100:]))
-    return Answer(
-        not left, f"{left} bytes of the tail are not zero" if left else "the tail is zero, as bss is"
-    )
+    unzeroed = sum(map(bool, segment[100:]))
+    if unzeroed:
+        return Answer(False, f"{unzeroed} bytes of the tail are not zero")
+    return Answer(True, "the tail is zero, as bss is")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
     id="segments",
     number=7,
     title="From segments to mappings",
     claim="The PT_LOAD entries of a library decide every mapping of it.",
     surprise="One page of the file can be mapped twice, and the end of the data is zeroed by hand.",
-    claims=(
-        Statement("segments-decide", "Each mapping is what a program header asks for", _decides),
-        Statement("nothing-loaded", "Mapping a library loads none of it", _nothing, "flags"),
-        Statement("one-page-twice", "One page of the file is mapped at two addresses", _twice, "flags"),
-        Statement(
-            "tail-was-not-zero", "Past the end of the data come other bytes of the file", _before, "flags"
-        ),
-        Statement("tail-zeroed", "The loader zeroes that tail, on a copy", _zeroed, "flags"),
-    ),
-    question=Question(
+    claims=(_decides, _nothing, _twice, _before, _zeroed),
+    question=Quiz(
         "A segment has 0x190 bytes in the file and 0x1190 in memory. Where do the other 0x1000 come from?",
         (
             Choice("From the file", "The file ends the segment at 0x190; what follows belongs to others."),

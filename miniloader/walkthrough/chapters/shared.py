@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, Final
 
 from miniloader.errors import EvidenceError
+from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import MAP_SHARED, PAGE_SIZE, PROT_READ
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    Question,
-    Statement,
-    Step,
-)
-from miniloader.walkthrough.workbench import Bench, View, rows_of
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, Statement
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.workbench import Workbench
 
-__all__ = ["CHAPTER", "Seen", "Talk"]
+__all__ = ["CHAPTER", "Talk", "Talks"]
 
 _PAGES = 4
 _QUESTION, _ANSWER = "are you there?", "yes, I am"
@@ -46,80 +39,92 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Talks:
     """What was seen, on each file system that there is."""
 
     talks: tuple[Talk, ...]
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, Talks]:
     talks = [(yield from _talk(bench, "disk"))]
     try:
         bench.place("tmpfs")
     except EvidenceError as error:
-        yield Step("on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
+        yield ChapterStep("on tmpfs", "The same on tmpfs.", saw=(f"Not here: {error}.",))
     else:
         talks.append((yield from _talk(bench, "tmpfs")))
-    return Seen(tuple(talks))
+    return Talks(tuple(talks))
 
 
-def _frames(view: View, pages: tuple[int, ...]) -> tuple[int, ...] | None:
-    frames = tuple(view.frames[page] for page in pages)
-    return frames if all(frames) else None
-
-
-def _talk(bench: Bench, kind: str) -> Generator[Step, None, Talk]:
-    where = bench.place(kind).file_system
+def _talk(bench: Workbench, kind: str) -> Generator[ChapterStep, None, Talk]:
+    file_system = bench.place(kind).file_system
     path = bench.file("board", b"." * (_PAGES * PAGE_SIZE), kind)
     a, b = bench.program("A"), bench.program("B")
     rows = []
     for program in (a, b):
-        address, made = program.ask("map", path=path, length=_PAGES * PAGE_SIZE)
-        bench.record(made, program.name)
+        address = bench.ask(program, "map", path=path, length=_PAGES * PAGE_SIZE)
         rows.append((f"{program.name} {program.pid}", program.pid, address))
     related = a.pid in b.ask("parents")[0] or b.pid in a.ask("parents")[0]
-    used = (_AT // PAGE_SIZE, _REPLY_AT // PAGE_SIZE)
     for program in (a, b):
         for page in range(_PAGES):
-            bench.record(program.ask("load", offset=page * PAGE_SIZE, length=1)[1], program.name)
-    before_a = bench.look(rows, _PAGES, f"mapped on {where}")[0]
-    yield Step(
-        f"two programs on {where}",
+            bench.ask(program, "load", offset=page * PAGE_SIZE, length=1)
+    before = bench.look(rows, _PAGES, f"mapped on {file_system}")[0]
+    yield ChapterStep(
+        f"two programs on {file_system}",
         "Two programs are started; neither has started the other. Each opens the same file, maps it "
         "with MAP_SHARED, and reads every page.",
-        bench.calls(),
+        bench.taken(),
         (f"A is process {a.pid}, B is process {b.pid}. Their addresses differ, their frames do not.",),
-        grid=before_a.grid,
+        grid=before.grid,
     )
 
-    bench.record(a.ask("store", offset=_AT, text=_QUESTION)[1], "A")
-    heard_by_b, made = b.ask("load", offset=_AT, length=len(_QUESTION))
-    bench.record(made, "B")
-    bench.record(b.ask("store", offset=_REPLY_AT, text=_ANSWER)[1], "B")
-    heard_by_a, made = a.ask("load", offset=_REPLY_AT, length=len(_ANSWER))
-    bench.record(made, "A")
-    fd = bench.keep_open(bench.open(path, os.O_RDONLY))
+    bench.ask(a, "store", offset=_AT, text=_QUESTION)
+    heard_by_b = bench.ask(b, "load", offset=_AT, length=len(_QUESTION))
+    bench.ask(b, "store", offset=_REPLY_AT, text=_ANSWER)
+    heard_by_a = bench.ask(a, "load", offset=_REPLY_AT, length=len(_ANSWER))
+    fd = bench.opened(path)
     by_pread = bench.pread(fd, len(_QUESTION), _AT).decode()
-    after_a, after_b = bench.look(rows, _PAGES, f"written on {where}")
-    first, then = _frames(before_a, used), _frames(after_a, used)
-    others = _frames(after_b, used)
-    yield Step(
-        f"a conversation on {where}",
+    after, after_b = bench.look(rows, _PAGES, f"written on {file_system}")
+    yield ChapterStep(
+        f"a conversation on {file_system}",
         "A stores a question, B loads it, and answers. Then the file is read, before any msync.",
-        bench.calls(),
+        bench.taken(),
         (
             f"B read {heard_by_b!r}, A read {heard_by_a!r}: no pipe, no system call, only loads and stores.",
             f"pread gave {by_pread!r}: the store was in the file at once. msync is for the disk.",
         ),
-        evidence=(
-            Evidence("Pages of A", f"/proc/{a.pid}/pagemap", rows_of(before_a, after_a, range(_PAGES))),
-        ),
-        grid=after_a.grid,
+        evidence=(before_and_after("Pages of A", before, after, range(_PAGES), a.pid),),
+        grid=after.grid,
     )
 
     a.end()
     b.end()
     bench.note("A and B are ended", access=True)
+    stayed = _same_frames(before, after)
+    after_both, from_disk = yield from _afterwards(bench, fd, kind)
+    return Talk(
+        file_system=file_system,
+        related=related,
+        heard_by_b=heard_by_b,
+        heard_by_a=heard_by_a,
+        by_pread=by_pread,
+        after_both=after_both,
+        from_disk=from_disk,
+        states=after.states + after_b.states,
+        same_frames=_same_frames(after, after_b),
+        moved=None if stayed is None else not stayed,
+    )
+
+
+def _same_frames(first: MappingView, second: MappingView) -> bool | None:
+    """Whether the pages of question and answer have the same frames in both views; None where not told."""
+    pages = (_AT // PAGE_SIZE, _REPLY_AT // PAGE_SIZE)
+    frames = [tuple(view.frames[page] for page in pages) for view in (first, second)]
+    return frames[0] == frames[1] if all(frames[0]) and all(frames[1]) else None
+
+
+def _afterwards(bench: Workbench, fd: int, kind: str) -> Generator[ChapterStep, None, tuple[str, str | None]]:
+    """What the file says when both programs have ended; and what the disk says, where there is one."""
     after_both = bench.pread(fd, len(_ANSWER), _REPLY_AT).decode()
     from_disk = None
     if kind == "disk":
@@ -129,102 +134,79 @@ def _talk(bench: Bench, kind: str) -> Generator[Step, None, Talk]:
         bench.fsync(fd)
         bench.drop_cache(fd)
         from_disk = bench.pread(fd, len(_ANSWER), _REPLY_AT).decode()
-    yield Step(
-        f"afterwards on {where}",
+    reread = "" if from_disk is None else f" Synced, and read again from the disk: {from_disk!r}."
+    yield ChapterStep(
+        f"afterwards on {bench.place(kind).file_system}",
         "Both programs are ended. Who still knows what they said?",
-        bench.calls(),
-        (
-            f"The file does: {after_both!r}."
-            + ("" if from_disk is None else f" Synced, and read again from the disk: {from_disk!r}."),
-        ),
+        bench.taken(),
+        (f"The file does: {after_both!r}.{reread}",),
     )
-    return Talk(
-        where,
-        related,
-        heard_by_b,
-        heard_by_a,
-        by_pread,
-        after_both,
-        from_disk,
-        after_a.states + after_b.states,
-        None if then is None or others is None else then == others,
-        None if first is None or then is None else first != then,
-    )
+    return after_both, from_disk
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _on_each(seen: Seen, good: Any, expected: str, observed: Any) -> Finding:
-    """One finding for all file systems: ``good`` and ``observed`` are functions of a talk."""
-    return Finding(
-        bool(seen.talks) and all(good(talk) for talk in seen.talks),
-        expected,
-        "; ".join(f"{talk.file_system}: {observed(talk)}" for talk in seen.talks),
-    )
+def _on_each(
+    id: str, text: str, expected: str, level: LevelName = "none"
+) -> Callable[[Callable[[Talk], tuple[bool, str]]], Statement[Talks]]:
+    """Make the function below it the judge of every talk: whether the claim holds, and what was observed."""
+
+    def statement(judge: Callable[[Talk], tuple[bool, str]]) -> Statement[Talks]:
+        def finding(seen: Talks) -> Finding:
+            judged = [(talk.file_system, *judge(talk)) for talk in seen.talks]
+            observed = "; ".join(f"{file_system}: {text}" for file_system, _, text in judged)
+            return Finding(bool(judged) and all(good for _, good, _ in judged), expected, observed)
+
+        return Statement(id, text, finding, level)
+
+    return statement
 
 
-def _unrelated(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: not talk.related,
-        "neither program is an ancestor of the other",
-        lambda talk: "related" if talk.related else "unrelated",
-    )
+_NO_ANCESTOR = "neither program is an ancestor of the other"
+_ONE_CACHE = "the page cache's own page, the same in both"
+_ON_DISK = f"{_ANSWER!r} in the file, and on the disk where there is one"
 
 
-def _visible(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: talk.heard_by_b == _QUESTION,
-        f"B reads {_QUESTION!r}",
-        lambda talk: repr(talk.heard_by_b),
-    )
+@_on_each("unrelated", "Two programs that know nothing of each other map one file", _NO_ANCESTOR)
+def _unrelated(talk: Talk) -> tuple[bool, str]:
+    return not talk.related, "related" if talk.related else "unrelated"
 
 
-def _both_ways(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: (talk.heard_by_b, talk.heard_by_a) == (_QUESTION, _ANSWER),
-        f"{_QUESTION!r} there, {_ANSWER!r} back",
-        lambda talk: f"{talk.heard_by_b!r} there, {talk.heard_by_a!r} back",
-    )
+@_on_each("visible-at-once", "What one stores the other loads", f"B reads {_QUESTION!r}")
+def _visible(talk: Talk) -> tuple[bool, str]:
+    return talk.heard_by_b == _QUESTION, repr(talk.heard_by_b)
 
 
-def _one_frame(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: set(talk.states) == {"shared"} and talk.same_frames is not False,
-        "the page cache's own page, the same in both",
-        lambda talk: (
-            ", ".join(sorted(set(talk.states))) + (", other frames" if talk.same_frames is False else "")
-        ),
-    )
+@_on_each(
+    "both-ways",
+    "A message and its answer: inter-process communication",
+    f"{_QUESTION!r} there, {_ANSWER!r} back",
+)
+def _both_ways(talk: Talk) -> tuple[bool, str]:
+    heard = (talk.heard_by_b, talk.heard_by_a)
+    return heard == (_QUESTION, _ANSWER), "{!r} there, {!r} back".format(*heard)
 
 
-def _not_copied(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: not any("copied" in state for state in talk.states) and not talk.moved,
-        "no page copied by a store",
-        lambda talk: f"{sum('copied' in state for state in talk.states)} copied",
-    )
+@_on_each("one-frame", "Both page tables point to the same frames", _ONE_CACHE, "flags")
+def _one_frame(talk: Talk) -> tuple[bool, str]:
+    moved = ", other frames" if talk.same_frames is False else ""
+    return {*talk.states} == {"shared"} and not moved, ", ".join(sorted(set(talk.states))) + moved
 
 
-def _in_file(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: talk.by_pread == _QUESTION,
-        f"pread gives {_QUESTION!r} before msync",
-        lambda talk: repr(talk.by_pread),
-    )
+@_on_each("not-copied", "A store copies nothing", "no page copied by a store", "flags")
+def _not_copied(talk: Talk) -> tuple[bool, str]:
+    copied = sum("copied" in state for state in talk.states)
+    return not copied and not talk.moved, f"{copied} copied"
 
 
-def _persistent(seen: Seen) -> Finding:
-    return _on_each(
-        seen,
-        lambda talk: talk.after_both == _ANSWER and talk.from_disk in (None, _ANSWER),
-        f"{_ANSWER!r} in the file, and on the disk where there is one",
-        lambda talk: repr(talk.after_both) + (f", {talk.from_disk!r}" if talk.from_disk is not None else ""),
-    )
+@_on_each("in-the-file", "pread sees the store before msync", f"pread gives {_QUESTION!r} before msync")
+def _in_file(talk: Talk) -> tuple[bool, str]:
+    return talk.by_pread == _QUESTION, repr(talk.by_pread)
+
+
+@_on_each("persistent", "It is still there when both programs are gone", _ON_DISK)
+def _persistent(talk: Talk) -> tuple[bool, str]:
+    read = [text for text in (talk.after_both, talk.from_disk) if text is not None]
+    return {*read} == {_ANSWER}, ", ".join(map(repr, read))
 
 
 _SNIPPET = """\
@@ -250,22 +232,14 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(False, f"the parent reads {heard!r} and the file holds {in_file!r}")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[Talks]] = Chapter(
     id="shared",
     number=4,
     title="MAP_SHARED: talking through memory",
     claim="A write to a shared mapping is seen at once by all who map the file, and it is in the file.",
     surprise="pread sees the store before any msync: msync is about the disk, not about being seen.",
-    claims=(
-        Statement("unrelated", "Two programs that know nothing of each other map one file", _unrelated),
-        Statement("visible-at-once", "What one stores the other loads", _visible),
-        Statement("both-ways", "A message and its answer: inter-process communication", _both_ways),
-        Statement("one-frame", "Both page tables point to the same frames", _one_frame, "flags"),
-        Statement("not-copied", "A store copies nothing", _not_copied, "flags"),
-        Statement("in-the-file", "pread sees the store before msync", _in_file),
-        Statement("persistent", "It is still there when both programs are gone", _persistent),
-    ),
-    question=Question(
+    claims=(_unrelated, _visible, _both_ways, _one_frame, _not_copied, _in_file, _persistent),
+    question=Quiz(
         "A program stores into a shared mapping of a file and calls nothing else. Another program reads the "
         "file with read(2). What does it get?",
         (

@@ -4,130 +4,131 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from miniloader.elf import ElfImage, inspect
 from miniloader.errors import EvidenceError, MiniloaderError, WorkerError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import load
 from miniloader.values import dataclass
-from miniloader.walkthrough.exercises import copied_pages
-from miniloader.walkthrough.library_in_processes import (
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
+from miniloader.walkthrough.mapping_views import copied_pages
+from miniloader.walkthrough.proof_steps import (
     PROCESSES,
-    Several,
-    in_several,
+    LibraryInProcesses,
+    in_processes,
     memory_table,
-    shown_steps,
+    told_steps,
 )
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Exercise,
-    Finding,
-    PageBytes,
-    Question,
-    Statement,
-    Step,
-    Word,
-)
-from miniloader.walkthrough.workbench import Bench, shipped
+from miniloader.walkthrough.step import ChangedWord, ChapterStep, PageBytes
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "RelocatedCode"]
 
 _WORD = 8
 _SHOWN = 32  # bytes
 
 
 @dataclass(frozen=True)
-class Seen:
+class RelocatedCode:
     """What was seen of the library here, and in several processes."""
 
     refused: str  # what loading it unasked says, "" for nothing
     changed: tuple[int, ...]  # vaddrs of bytes of code that are not the file's
     words: tuple[int, ...]  # vaddrs of the relocated words in code
     differ: tuple[bool, ...]  # for each page of code, whether its bytes are not the file's
-    several: Several | str  # why not
+    several: LibraryInProcesses | str  # why not
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+def _run(bench: Workbench) -> Generator[ChapterStep, None, RelocatedCode]:
     path = bench.copy(shipped("copied_code"))
     image = inspect(path)
+    refused = yield from _refuse(bench, path)
+    targets = sorted(image.relocations.targets().tolist())
+    code = [load for load in image.loads if "x" in load.flags]
+    words = tuple(vaddr for vaddr in targets if any(load.vaddr <= vaddr < load.file_end for load in code))
+    pages = yield from _allow(bench, image, words)
+    return RelocatedCode(
+        refused=refused,
+        changed=tuple(
+            page + offset
+            for page, (before, after) in pages.items()
+            for offset, (old, new) in enumerate(zip(before, after, strict=False))
+            if old != new
+        ),
+        words=words,
+        differ=tuple(after[: len(before)] != before for before, after in pages.values()),
+        several=(yield from _in_several(bench, path)),
+    )
+
+
+def _refuse(bench: Workbench, path: str) -> Generator[ChapterStep, None, str]:
     refused = ""
     try:
         load(path).close()
     except MiniloaderError as error:
         refused = str(error).removeprefix(f"{path}: ")
     bench.note('load("libcopied_code.so")', refused or "loaded", access=True)
-    yield Step(
+    yield ChapterStep(
         "refused",
         "A library whose code was not compiled to be position-independent: instructions hold addresses.",
-        bench.calls(),
+        bench.taken(),
         (f"Miniloader says: {refused}." if refused else "It is loaded.", "Here we allow it, to see why not."),
     )
+    return refused
 
-    code = [one for one in image.loads if "x" in one.flags]
-    words = tuple(
-        vaddr
-        for vaddr in sorted(int(one) for one in image.relocations.targets())
-        if any(one.vaddr <= vaddr < one.file_end for one in code)
-    )
-    with load(path, text_relocations=True) as library:
+
+def _allow(
+    bench: Workbench, image: ElfImage, words: tuple[int, ...]
+) -> Generator[ChapterStep, None, dict[int, tuple[bytes, bytes]]]:
+    """Load it all the same: each page of code by vaddr, in the file and in memory."""
+    code = [load for load in image.loads if "x" in load.flags]
+    with load(image.path, text_relocations=True) as library:
         bench.note('load("libcopied_code.so", text_relocations=True)', hex(library.base), access=True)
         pages = {
             vaddr: (_file_page(image, vaddr), ctypes.string_at(library.base + vaddr, PAGE_SIZE))
-            for one in code
-            for vaddr in range(one.vaddr & -PAGE_SIZE, one.file_end, PAGE_SIZE)
+            for segment in code
+            for vaddr in range(segment.vaddr & -PAGE_SIZE, segment.file_end, PAGE_SIZE)
         }
-    changed = tuple(
-        page + at
-        for page, (before, after) in pages.items()
-        for at, (was, became) in enumerate(zip(before, after, strict=False))
-        if was != became
-    )
     first = words[0] // _SHOWN * _SHOWN if words else code[0].vaddr
-    page, at = first & -PAGE_SIZE, first % PAGE_SIZE
-    before, after = (one[at : at + _SHOWN] for one in pages[page])
-    yield Step(
+    before, after = (
+        octets[first % PAGE_SIZE : first % PAGE_SIZE + _SHOWN] for octets in pages[first & -PAGE_SIZE]
+    )
+    shown = tuple(
+        ChangedWord(vaddr - first, _WORD, "an address, inside an instruction")
+        for vaddr in words
+        if first <= vaddr <= first + _SHOWN - _WORD
+    )
+    written = len({vaddr // PAGE_SIZE for vaddr in words})
+    yield ChapterStep(
         "loaded",
         "Loaded all the same: the loader makes the code writable, and fills in the addresses.",
-        bench.calls(),
+        bench.taken(),
         (
-            f"{len(words)} words on {len({one // PAGE_SIZE for one in words})} of {len(pages)} pages of code "
-            f"were written: {', '.join(map(hex, words))}.",
+            f"{len(words)} words on {written} of {len(pages)} pages of code were written: "
+            f"{', '.join(map(hex, words))}.",
         ),
-        bytes=(
-            PageBytes(
-                "code: in the file, and loaded",
-                first,
-                before,
-                after,
-                tuple(
-                    Word(one - first, _WORD, "an address, inside an instruction")
-                    for one in words
-                    if first <= one <= first + _SHOWN - _WORD
-                ),
-            ),
-        ),
+        bytes=(PageBytes("code: in the file, and loaded", first, before, after, shown),),
     )
-
-    several = yield from _in_several(bench, path)
-    return Seen(
-        refused,
-        changed,
-        words,
-        tuple(after[: len(before)] != before for before, after in pages.values()),
-        several,
-    )
+    return pages
 
 
-def _in_several(bench: Bench, path: str) -> Generator[Step, None, Several | str]:
+def _file_page(image: ElfImage, page: int) -> bytes:
+    """What the file has for the page at vaddr ``page``: less than a page at the end of its segment."""
+    segment = next(load for load in image.loads if load.vaddr & -PAGE_SIZE <= page < load.file_end)
+    assert segment.vaddr <= page, "code that begins within a page"
+    return bytes(image.read(page, min(segment.file_end, page + PAGE_SIZE) - page, "code"))
+
+
+def _in_several(bench: Workbench, path: str) -> Generator[ChapterStep, None, LibraryInProcesses | str]:
     try:
-        proof, several = in_several(bench, path, text_relocations=True)
+        proof, several = in_processes(bench, path, text_relocations=True)
     except (WorkerError, EvidenceError) as error:
-        yield Step("in several processes", "The same in several processes.", saw=(f"Not here: {error}.",))
+        yield ChapterStep(
+            "in several processes", "The same in several processes.", saw=(f"Not here: {error}.",)
+        )
         return str(error)
-    yield from shown_steps(
+    yield from told_steps(
         proof,
         {
             "touched": ("So far it is like any library: one copy for all of them.",),
@@ -137,27 +138,21 @@ def _in_several(bench: Bench, path: str) -> Generator[Step, None, Several | str]
                 "What is still shared are headers and constants.",
             ),
         },
-        {"written": (memory_table(several),) if several.text else ()},
+        {"written": memory_table(several)},
     )
     return several
 
 
-def _file_page(image: ElfImage, page: int) -> bytes:
-    """What the file has for the page at vaddr ``page``: less than a page at the end of its segment."""
-    one = next(one for one in image.loads if one.vaddr & -PAGE_SIZE <= page < one.file_end)
-    start = max(page, one.vaddr)
-    assert start == page, "code that begins within a page"
-    return bytes(image.read(page, min(one.file_end, page + PAGE_SIZE) - page, "code"))
-
-
 # ---------------------------------------------------------------------------------------- claims
-def _refused(seen: Seen) -> Finding:
+@claim("refused-unasked", "Miniloader does not load such a library unasked")
+def _refused(seen: RelocatedCode) -> Finding:
     return Finding("DT_TEXTREL" in seen.refused, "an error that names DT_TEXTREL", seen.refused or "loaded")
 
 
-def _only_words(seen: Seen) -> Finding:
+@claim("addresses-in-code", "Loading writes into code: addresses, nothing else")
+def _only_words(seen: RelocatedCode) -> Finding:
     inside = {vaddr + byte for vaddr in seen.words for byte in range(_WORD)}
-    elsewhere = [vaddr for vaddr in seen.changed if vaddr not in inside]
+    elsewhere = {*seen.changed} - inside
     return Finding(
         bool(seen.changed) and not elsewhere,
         f"other bytes in the {len(seen.words)} relocated words, and nowhere else",
@@ -165,44 +160,39 @@ def _only_words(seen: Seen) -> Finding:
     )
 
 
-def _every_page(seen: Seen) -> Finding:
-    return Finding(
-        all(seen.differ) and bool(seen.differ),
-        f"each of {len(seen.differ)} pages of code differs from the file",
-        f"{sum(seen.differ)} do",
-    )
+@claim("every-page-differs", "One address makes a whole page differ from the file")
+def _every_page(seen: RelocatedCode) -> Finding:
+    expected = f"each of {len(seen.differ)} pages of code differs from the file"
+    return Finding(all(seen.differ) and bool(seen.differ), expected, f"{sum(seen.differ)} do")
 
 
-def _private(seen: Seen) -> Finding:
+@claim("code-private", "Each page of code is a frame of each process's own", "flags")
+def _private(seen: RelocatedCode) -> Finding:
     expected = f"every page of code another frame in each of {PROCESSES} processes"
     if isinstance(seen.several, str):
         return Finding(None, expected, "nothing", seen.several)
-    code, states, groups = seen.several.code, seen.several.states, seen.several.groups
-    of_own = [
-        page
-        for page in code
-        if {row[page] for row in states} == {"copied"} and len({row[page] for row in groups}) == len(groups)
-    ]
-    return Finding(len(of_own) == len(code) > 0, expected, f"{len(of_own)} of {len(code)}")
+    pages, copied = len(seen.several.code), seen.several.own_copies(seen.several.code)
+    return Finding(copied == pages > 0, expected, f"{copied} of {pages}")
 
 
-def _pss(seen: Seen) -> Finding:
+@claim("pss", "The text costs each process all of it: Pss = Rss", "totals")
+def _pss(seen: RelocatedCode) -> Finding:
     expected = "Pss = Rss in each process"
     if isinstance(seen.several, str):
         return Finding(None, expected, "nothing", seen.several)
     text = seen.several.text
     if not text:
         return Finding(None, expected, "nothing", "smaps does not tell")
-    good = all(rss == pss > 0 for rss, pss in text)
-    return Finding(good, expected, ", ".join(f"{pss // 1024} of {rss // 1024} kB" for rss, pss in text))
+    observed = ", ".join(f"{pss // 1024} of {rss // 1024} kB" for rss, pss in text)
+    return Finding(all(rss == pss > 0 for rss, pss in text), expected, observed)
 
 
-def _file(seen: Seen) -> Finding:
+@claim("file-unchanged", "The library's file stays as it was")
+def _file(seen: RelocatedCode) -> Finding:
     expected = "the file as it was"
     if isinstance(seen.several, str):
         return Finding(None, expected, "nothing", seen.several)
-    holds, observed = seen.several.claims["file-unchanged"]
-    return Finding(holds, expected, observed, observed)
+    return seen.several.proven("file-unchanged", expected)
 
 
 _SNIPPET = """\
@@ -222,31 +212,22 @@ for number, address in enumerate(addresses):
 
 def _check(names: dict[str, Any]) -> Answer:
     library, copied = names["library"], copied_pages(names["library"])
-    there = all(library.find(one.to_bytes(8, "little")) >= 0 for one in names["addresses"])
-    if len(names["addresses"]) != 8 or not there:
+    stored = all(library.find(address.to_bytes(8, "little")) >= 0 for address in names["addresses"])
+    if len(names["addresses"]) != 8 or not stored:
         return Answer(False, "all 8 addresses should be somewhere in the library")
     if copied == (8,):
         return Answer(True, "one page of data was copied; the code is still the page cache's: that is a GOT")
     return Answer(False, f"pages {list(copied)} were copied; only page 8, the data, should be")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
     id="textrel",
     number=11,
     title="When sharing breaks: text relocations",
     claim="Code that is not position-independent is written by the loader, and so copied in each process.",
     surprise="The same matrix as in chapter 9, and all code is private: eight bytes cost a page.",
-    claims=(
-        Statement("refused-unasked", "Miniloader does not load such a library unasked", _refused),
-        Statement(
-            "addresses-in-code", "Loading writes into code: addresses, nothing else", _only_words, "none"
-        ),
-        Statement("every-page-differs", "One address makes a whole page differ from the file", _every_page),
-        Statement("code-private", "Each page of code is a frame of each process's own", _private, "flags"),
-        Statement("pss", "The text costs each process all of it: Pss = Rss", _pss, "totals"),
-        Statement("file-unchanged", "The library's file stays as it was", _file),
-    ),
-    question=Question(
+    claims=(_refused, _only_words, _every_page, _private, _pss, _file),
+    question=Quiz(
         "Each of 4 pages of code holds one address that the loader must fill in. 4 processes load it. How "
         "many frames hold its code?",
         (

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, Final, NamedTuple
 
 from miniloader.elf import inspect
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import load
 from miniloader.values import dataclass
-from miniloader.walkthrough.model import (
-    Answer,
-    Chapter,
-    Choice,
-    Evidence,
-    Exercise,
-    Finding,
-    PageBytes,
-    Question,
-    Row,
-    Statement,
-    Step,
-    Table,
-    Word,
-)
-from miniloader.walkthrough.recorded_calls import Made
-from miniloader.walkthrough.workbench import Bench, shipped
+from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
+from miniloader.walkthrough.step import BeforeAfter, ChangedWord, ChapterStep, Figures, PageBytes, Row
+from miniloader.walkthrough.traced_calls import Calls
+from miniloader.walkthrough.workbench import Workbench, shipped
 
-__all__ = ["CHAPTER", "Seen"]
+__all__ = ["CHAPTER", "ThreadLocals"]
 
 _LONG = 8
 _FIRST = 1000  # what the template says
@@ -49,7 +36,7 @@ class Thread:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ThreadLocals:
     """What was seen of PT_TLS and of each thread's own."""
 
     span: tuple[int, int]  # addresses of the library
@@ -60,7 +47,14 @@ class Seen:
     late: int  # the first value that a thread sees that was begun when the others had visited
 
 
-def _run(bench: Bench) -> Generator[Step, None, Seen]:
+class _Visits(NamedTuple):
+    """Functions of the library: where the variable of the calling thread is, and one that counts it up."""
+
+    address: Callable[[], int]
+    visit: Callable[[], int]
+
+
+def _run(bench: Workbench) -> Generator[ChapterStep, None, ThreadLocals]:
     path = bench.copy(shipped("chapters"))
     image = inspect(path)
     tls = image.tls
@@ -68,185 +62,185 @@ def _run(bench: Bench) -> Generator[Step, None, Seen]:
     in_file = int.from_bytes(image.read(tls.vaddr, _LONG, "PT_TLS"), "little")
     with load(path) as library:
         template = library.base + tls.vaddr
-        span = (library.base + library.plan.start, library.base + library.plan.end)
-        where = library.function("where_visits", ctypes.c_size_t, [])
-        visit = library.function("visit", ctypes.c_long, [])
+        visits = _Visits(
+            library.function("where_visits", ctypes.c_size_t, []),
+            library.function("visit", ctypes.c_long, []),
+        )
         bench.note('load("libchapters.so")', hex(library.base), access=True)
         before = _value(template)
-        yield Step(
+        yield ChapterStep(
             "loaded",
             "A library with a variable that each thread has for itself: __thread long visits = 1000. "
             "PT_TLS says where its first value is, and how much room each thread needs.",
-            bench.calls(),
+            bench.taken(),
             (
                 f"PT_TLS: vaddr {tls.vaddr:#x}, {tls.filesz} bytes in the file, {tls.memsz} in memory. "
                 f"There is {in_file} there.",
                 f"There are as many variables as threads, and there is one template, at {template:#x}.",
             ),
         )
-
-        first = _Visitor("first thread", where, visit, 1)
-        second = _Visitor("second thread", where, visit, _VISITS)
-        seen = _side_by_side([first, second])
-        for visitor in (first, second):
-            bench.record(visitor.made, visitor.name)
+        threads = _side_by_side(bench, visits, {"first thread": 1, "second thread": _VISITS})
         after = _value(template)
-        rows = tuple(
-            (
-                one.name,
-                hex(one.address),
-                str(one.values[0]),
-                ", ".join(map(str, one.values[1:])),
-                "not known" if one.file is None else one.file or "anonymous",
-            )
-            for one in seen
-        )
-        yield Step(
-            "visited",
-            f"Two threads call visit(), which is return ++visits: one of them once, one {_VISITS} times.",
-            bench.calls(),
-            (
-                f"The same instructions, two addresses: {' and '.join(hex(one.address) for one in seen)}.",
-                "Each began at the value of the template, and neither saw the other's visits.",
-            ),
-            evidence=(
-                Evidence(
-                    "Values",
-                    "memory of this process",
-                    (
-                        Row("the template", str(before), str(after)),
-                        *(Row(one.name, str(one.values[0]), str(one.at_the_end)) for one in seen),
-                    ),
-                ),
-            ),
-            tables=(
-                Table(
-                    "visits",
-                    ("thread", "address", ">at first", ">after each visit", "memory"),
-                    rows,
-                ),
-            ),
-            bytes=(
-                PageBytes(
-                    "the template, and the second thread's variable",
-                    tls.vaddr,
-                    in_file.to_bytes(_LONG, "little"),
-                    seen[1].at_the_end.to_bytes(_LONG, "little"),
-                    (Word(0, _LONG, "visits"),),
-                ),
-            ),
-        )
-
-        third = _Visitor("third thread", where, visit, 1)
-        late = _side_by_side([third])[0]
-        bench.record(third.made, third.name)
-        yield Step(
+        yield _visited(bench, threads, tls.vaddr, (before, after))
+        late = _side_by_side(bench, visits, {"third thread": 1})[0]
+        yield ChapterStep(
             "a thread more",
             "Now that the others have visited, one more thread begins.",
-            bench.calls(),
+            bench.taken(),
             (f"It begins with {late.values[0]}: as the template says, not as others left it.",),
         )
-        return Seen(span, template, in_file, (before, after), seen, late.values[0])
+        return ThreadLocals(
+            span=(library.base + library.plan.start, library.base + library.plan.end),
+            template=template,
+            in_file=in_file,
+            in_memory=(before, after),
+            threads=threads,
+            late=late.values[0],
+        )
+
+
+def _visited(
+    bench: Workbench, threads: tuple[Thread, ...], vaddr: int, template: tuple[int, int]
+) -> ChapterStep:
+    """The step of two threads' visits; ``template`` are the values before and after."""
+    rows = tuple(
+        (
+            thread.name,
+            hex(thread.address),
+            str(thread.values[0]),
+            ", ".join(map(str, thread.values[1:])),
+            "not known" if thread.file is None else thread.file or "anonymous",
+        )
+        for thread in threads
+    )
+    values = (
+        Row("the template", *map(str, template)),
+        *(Row(thread.name, str(thread.values[0]), str(thread.at_the_end)) for thread in threads),
+    )
+    octets = [value.to_bytes(_LONG, "little") for value in (template[0], threads[1].at_the_end)]
+    title = "the template, and the second thread's variable"
+    addresses = " and ".join(hex(thread.address) for thread in threads)
+    columns = ("thread", "address", ">at first", ">after each visit", "memory")
+    return ChapterStep(
+        "visited",
+        f"Two threads call visit(), which is return ++visits: one of them once, one {_VISITS} times.",
+        bench.taken(),
+        (
+            f"The same instructions, two addresses: {addresses}.",
+            "Each began at the value of the template, and neither saw the other's visits.",
+        ),
+        evidence=(BeforeAfter("Values", "memory of this process", values),),
+        tables=(Figures("visits", columns, rows),),
+        bytes=(PageBytes(title, vaddr, octets[0], octets[1], (ChangedWord(0, _LONG, "visits"),)),),
+    )
 
 
 def _value(address: int) -> int:
     return int(ctypes.c_long.from_address(address).value)
 
 
-class _Visitor:
+def _side_by_side(bench: Workbench, visits: _Visits, counts: dict[str, int]) -> tuple[Thread, ...]:
+    """Let threads visit so many times each, at the same time; what each has seen."""
+    barrier = threading.Barrier(len(counts))
+    visitors = [_Visitor(name, visits, count, barrier) for name, count in counts.items()]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    for visitor in visitors:
+        if visitor.error is not None and not isinstance(visitor.error, threading.BrokenBarrierError):
+            raise visitor.error
+        bench.add(visitor.calls.taken(), visitor.name)
+    return tuple(visitor.seen for visitor in visitors if visitor.seen is not None)
+
+
+class _Visitor(threading.Thread):
     """A thread that looks for its variable and visits; it stays until all others have, too."""
 
-    def __init__(self, name: str, where: Any, visit: Any, visits: int) -> None:
-        self.name, self._where, self._visit, self._visits = name, where, visit, visits
-        self.made: list[Made] = []
+    def __init__(self, name: str, visits: _Visits, count: int, all_have: threading.Barrier) -> None:
+        super().__init__(name=name)
+        self._visits, self._count, self._all_have = visits, count, all_have
+        self.calls = Calls()
         self.seen: Thread | None = None
         self.error: Exception | None = None
 
-    def run(self, all_have: threading.Barrier) -> None:
+    def run(self) -> None:
         """In the thread: where no other thread waits for ever when this one fails."""
         try:
-            address = self._where()
-            self.made.append(Made("where_visits()", hex(address), True))
+            address = self._visits.address()
+            self.calls.note("where_visits()", hex(address), access=True)
             values = [_value(address)]
-            for _ in range(self._visits):
-                values.append(self._visit())
-                self.made.append(Made("visit()", str(values[-1]), True))
-            all_have.wait()
+            for _ in range(self._count):
+                values.append(self._visits.visit())
+                self.calls.note("visit()", str(values[-1]), access=True)
+            self._all_have.wait()
             self.seen = Thread(self.name, address, tuple(values), _value(address), _file_at(address))
-            all_have.wait()  # or another thread might be given the same memory
+            self._all_have.wait()  # or another thread might be given the same memory
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits for us
             self.error = error
-            all_have.abort()
+            self._all_have.abort()
 
 
 def _file_at(address: int) -> str | None:
     """The file that is mapped there, "" for none, None when the kernel does not tell."""
     try:
-        found = read_maps(start=address, end=address + 1)
+        vmas = read_maps(start=address, end=address + 1)
     except EvidenceError:
         return None
-    return found[0].path if found and found[0].is_file else ""
-
-
-def _side_by_side(visitors: list[_Visitor]) -> tuple[Thread, ...]:
-    """Let them run at the same time; what each has seen."""
-    barrier = threading.Barrier(len(visitors))
-    threads = [threading.Thread(target=one.run, args=(barrier,)) for one in visitors]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one in visitors:
-        if one.error is not None and not isinstance(one.error, threading.BrokenBarrierError):
-            raise one.error
-    return tuple(one.seen for one in visitors if one.seen is not None)
+    return vmas[0].path if vmas and vmas[0].is_file else ""
 
 
 # ---------------------------------------------------------------------------------------- claims
-def _addresses(seen: Seen) -> Finding:
-    addresses = {one.address for one in seen.threads}
+@claim("two-addresses", "Each thread has the variable at another address")
+def _addresses(seen: ThreadLocals) -> Finding:
+    addresses = [thread.address for thread in seen.threads]
     return Finding(
-        len(addresses) == len(seen.threads) > 1,
-        f"{len(seen.threads)} threads, {len(seen.threads)} addresses",
-        ", ".join(hex(one.address) for one in seen.threads),
+        len(set(addresses)) == len(addresses) > 1,
+        f"{len(addresses)} threads, {len(addresses)} addresses",
+        ", ".join(map(hex, addresses)),
     )
 
 
-def _begins(seen: Seen) -> Finding:
-    begun = [one.values[0] for one in seen.threads]
+@claim("from-the-template", "Each begins with the value that the template has")
+def _begins(seen: ThreadLocals) -> Finding:
+    first = [thread.values[0] for thread in seen.threads]
     return Finding(
-        seen.in_file == _FIRST and {*begun} == {seen.in_file},
+        seen.in_file == _FIRST and {*first} == {seen.in_file},
         f"each begins with {_FIRST}, as in the file",
-        f"{', '.join(map(str, begun))}; {seen.in_file} in the file",
+        f"{', '.join(map(str, first))}; {seen.in_file} in the file",
     )
 
 
-def _own(seen: Seen) -> Finding:
-    good = all(
-        one.values == tuple(range(_FIRST, _FIRST + len(one.values))) and one.at_the_end == one.values[-1]
-        for one in seen.threads
+@claim("own-values", "No thread sees another's visits")
+def _own(seen: ThreadLocals) -> Finding:
+    counted = all(
+        thread.values == tuple(range(_FIRST, _FIRST + len(thread.values)))
+        and thread.at_the_end == thread.values[-1]
+        for thread in seen.threads
     )
-    wanted = ", ".join(str(_FIRST + len(one.values) - 1) for one in seen.threads)
-    return Finding(good, f"{wanted} in the end", ", ".join(str(one.at_the_end) for one in seen.threads))
+    wanted = ", ".join(str(_FIRST + len(thread.values) - 1) for thread in seen.threads)
+    observed = ", ".join(str(thread.at_the_end) for thread in seen.threads)
+    return Finding(counted, f"{wanted} in the end", observed)
 
 
-def _template(seen: Seen) -> Finding:
-    return Finding(
-        seen.in_memory == (_FIRST, _FIRST), f"{_FIRST} before and after", "{} and {}".format(*seen.in_memory)
-    )
+@equal("template-stays", "Nobody writes to the template", (_FIRST, _FIRST), "{} before, {} after")
+def _template(seen: ThreadLocals) -> tuple[int, int]:
+    return seen.in_memory
 
 
-def _elsewhere(seen: Seen) -> Finding:
+@claim("not-in-the-library", "The variables are not in the library's mappings")
+def _elsewhere(seen: ThreadLocals) -> Finding:
     start, end = seen.span
     expected = "in anonymous memory, outside the library"
-    if any(one.file is None for one in seen.threads):
+    if any(thread.file is None for thread in seen.threads):
         return Finding(None, expected, "nothing", "/proc/self/maps does not tell")
-    inside = [one.name for one in seen.threads if start <= one.address < end or one.file]
+    inside = [thread.name for thread in seen.threads if start <= thread.address < end or thread.file]
     return Finding(not inside, expected, f"inside a file: {', '.join(inside) or 'none'}")
 
 
-def _late(seen: Seen) -> Finding:
-    return Finding(seen.late == _FIRST, str(_FIRST), str(seen.late))
+@equal("late-thread", "A later thread begins with the template's value as well", _FIRST)
+def _late(seen: ThreadLocals) -> int:
+    return seen.late
 
 
 _SNIPPET = """\
@@ -286,22 +280,15 @@ def _check(names: dict[str, Any]) -> Answer:
     return Answer(True, "each thread began with the template, and had a variable of its own")
 
 
-CHAPTER = Chapter(
+CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
     id="tls",
     number=13,
     title="Thread-local storage",
     claim="PT_TLS is a template, not storage: each thread gets a copy of it, at an address of its own.",
     surprise="One variable, one instruction, two threads: two addresses. It also works for a library that "
     "the system's loader has not loaded.",
-    claims=(
-        Statement("two-addresses", "Each thread has the variable at another address", _addresses),
-        Statement("from-the-template", "Each begins with the value that the template has", _begins),
-        Statement("own-values", "No thread sees another's visits", _own),
-        Statement("template-stays", "Nobody writes to the template", _template),
-        Statement("not-in-the-library", "The variables are not in the library's mappings", _elsewhere),
-        Statement("late-thread", "A later thread begins with the template's value as well", _late),
-    ),
-    question=Question(
+    claims=(_addresses, _begins, _own, _template, _elsewhere, _late),
+    question=Quiz(
         "A library has __thread long visits = 1000. One thread has counted to 1003. A new thread reads it. "
         "What does it see?",
         (

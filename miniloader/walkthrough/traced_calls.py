@@ -1,4 +1,4 @@
-"""System calls that are made and written down at once, as strace(1) would show them.
+"""System calls that are made and traced at once, as strace(1) would show them.
 
 Light on purpose (no numpy): the programs that chapters start import it, too.
 """
@@ -9,12 +9,12 @@ import ctypes
 import errno
 import mmap as _mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from miniloader.kernel import syscalls
 
-__all__ = ["Calls", "Made", "Mapping", "flag_text"]
+__all__ = ["Calls", "Mapping", "TracedCall", "flag_text"]
 
 T = TypeVar("T")
 
@@ -31,12 +31,17 @@ _OPENS: Final = {name: getattr(os, name) for name in ("O_CREAT", "O_TRUNC", "O_P
 _ACCESS: Final = {os.O_RDONLY: "O_RDONLY", os.O_WRONLY: "O_WRONLY", os.O_RDWR: "O_RDWR"}
 
 
-class Made(NamedTuple):
-    """One call: its text, its result ("" for nothing), and whether it is a plain load or store."""
+class TracedCall(NamedTuple):
+    """One thing that a process did, as strace(1) would write it.
+
+    ``text`` is the call with its arguments, ``result`` what came back ("" for nothing).  ``process`` names
+    who did it ("" for this process).  ``access`` marks a plain load or store, which is no system call.
+    """
 
     text: str
-    result: str
-    access: bool
+    result: str = ""
+    process: str = ""
+    access: bool = False
 
 
 class Mapping(NamedTuple):
@@ -56,10 +61,14 @@ class Mapping(NamedTuple):
 
 
 def flag_text(value: int, names: dict[str, int], none: str) -> str:
-    """``value`` as flags in C."""
-    found = [name for name, bit in names.items() if bit and value & bit == bit]
-    left = value & ~sum(names[name] for name in found)
-    return "|".join(found + ([f"{left:#x}"] if left else [])) or none
+    """``value`` as flags in C, by their ``names``; ``none`` where it has no bit set.
+
+    >>> flag_text(0x13, {"MAP_PRIVATE": 2, "MAP_FIXED": 0x10}, "0")
+    'MAP_PRIVATE|MAP_FIXED|0x1'
+    """
+    flags = [name for name, bit in names.items() if bit and value & bit == bit]
+    unnamed = value & ~sum(names[name] for name in flags)
+    return "|".join(flags + ([f"{unnamed:#x}"] if unnamed else [])) or none
 
 
 def _quoted(data: bytes, most: int = 24) -> str:
@@ -69,26 +78,29 @@ def _quoted(data: bytes, most: int = 24) -> str:
 
 
 class Calls:
-    """Makes system calls and keeps what it made; :meth:`taken` hands that over and begins anew.
+    """Makes system calls and traces them; :meth:`taken` hands the trace over and begins a new one.
 
-    A call that fails is kept with its errno, and raises the OSError.
+    A call that fails is traced with its errno, and raises the OSError.
     """
 
     def __init__(self) -> None:
-        self._made: list[Made] = []
-        self._names: dict[int, str] = {}
+        self._trace: list[TracedCall] = []
 
-    def taken(self) -> tuple[Made, ...]:
-        """What was made since the last time."""
-        made, self._made = tuple(self._made), []
-        return made
+    def taken(self) -> tuple[TracedCall, ...]:
+        """What was done since the trace was last handed over."""
+        trace, self._trace = tuple(self._trace), []
+        return trace
 
     def note(self, text: str, result: str = "", *, access: bool = False) -> None:
-        """Keep something made elsewhere."""
-        self._made.append(Made(text, result, access))
+        """Trace something done elsewhere."""
+        self._trace.append(TracedCall(text, result, access=access))
+
+    def add(self, calls: Iterable[TracedCall], process: str) -> None:
+        """Trace what another ``process`` has done."""
+        self._trace += (call._replace(process=process) for call in calls)
 
     def do(self, text: str, call: Callable[[], T], shown: Callable[[T], str] = str) -> T:
-        """Make any ``call``, kept as ``text``."""
+        """Make any ``call``, traced as ``text``; ``shown`` writes its result."""
         try:
             result = call()
         except OSError as error:
@@ -99,15 +111,13 @@ class Calls:
         self.note(text, shown(result))
         return result
 
-    def _fd(self, fd: int) -> str:
-        return f"{fd}</{self._names[fd]}>" if fd in self._names else str(fd)
-
     # -- files
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
-        """open(2); the file is shown by its last name."""
+        """open(2); a fresh file is shown by its last name, a device and what is in /proc by its path."""
         text = _ACCESS[flags & os.O_ACCMODE]
         more = flag_text(flags & ~os.O_ACCMODE, _OPENS, "")
-        shown = f'open("{os.path.basename(path) or path}", {text}{"|" + more if more else ""})'
+        name = path if path.startswith(("/dev/", "/proc/")) else os.path.basename(path) or path
+        shown = f'open("{name}", {text}{"|" + more if more else ""})'
         return self.do(shown, lambda: os.open(path, flags | os.O_CLOEXEC, mode))
 
     def close(self, fd: int) -> None:
@@ -142,9 +152,9 @@ class Calls:
         self, length: int, protection: int, flags: int, fd: int = -1, offset: int = 0, *, address: int = 0
     ) -> Mapping:
         """mmap(2), where there is room, or at ``address`` with MAP_FIXED."""
-        where = f"{address:#x}" if address else "NULL"
+        start = f"{address:#x}" if address else "NULL"
         text = (
-            f"mmap({where}, {length}, {flag_text(protection, _PROTECTIONS, 'PROT_NONE')}, "
+            f"mmap({start}, {length}, {flag_text(protection, _PROTECTIONS, 'PROT_NONE')}, "
             f"{flag_text(flags, _MAPS, '0')}, {fd}, {offset})"
         )
         call: Callable[[], int] = lambda: syscalls.mmap(address, length, protection, flags, fd, offset)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Interruption by signals, at moments that leave nothing behind."""
+"""Ctrl-C, and what else ends a program, heard once: so that what was made is taken away in peace."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def interruptible() -> Iterator[None]:
 
     interrupted = False
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def first(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        for one in INTERRUPTS:
-            signal.signal(one, signal.SIG_IGN)
+        for interrupt in INTERRUPTS:
+            signal.signal(interrupt, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -37,7 +37,7 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in INTERRUPTS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+            signal.signal(number, first)
     try:
         yield
     finally:

@@ -1,9 +1,8 @@
-"""Exercises: a learner's snippet is run in a child, and what it leaves behind is judged there."""
+"""Running an exercise: a learner's snippet runs in a child, and what it leaves behind is judged there."""
 
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import pickle
 import resource
@@ -15,39 +14,13 @@ import traceback
 from contextlib import suppress
 from typing import Any, Final
 
-import numpy as np
-
 from miniloader.errors import EvidenceError, UsageError
-from miniloader.evidence.sharing import STATES, analyse
-from miniloader.evidence.snapshot import Target, take
 from miniloader.lab.workers.child import die_with
-from miniloader.walkthrough.model import Answer, Chapter
+from miniloader.walkthrough.chapter import Answer, Chapter
 
-__all__ = ["address_of", "check_file", "copied_pages", "states_of"]
+__all__ = ["check_file"]
 
 _SECONDS: Final = 10
-
-
-def address_of(memory: mmap.mmap) -> int:
-    """Where a mapping of Python's is."""
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
-
-
-def states_of(memory: mmap.mmap) -> tuple[str, ...]:
-    """The state of each page of a mapping of Python's; EvidenceError where the kernel does not tell.
-
-    By flags, even where frames are told: one process's frames do not say who else has them.
-    """
-    start = address_of(memory)
-    snapshot = take([Target(os.getpid(), start, 0, len(memory))], level="flags")
-    if snapshot.processes[0].reason:
-        raise EvidenceError(snapshot.processes[0].reason)
-    return tuple(STATES[code].name for code in analyse(snapshot).states[0].tolist())
-
-
-def copied_pages(memory: mmap.mmap) -> tuple[int, ...]:
-    """The pages of it that were copied on write."""
-    return tuple(page for page, state in enumerate(states_of(memory)) if state.startswith("copied"))
 
 
 def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
@@ -71,10 +44,10 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
             _, status = os.waitpid(pid, 0)
         output.seek(0)
         verdict.seek(0)
-        said, printed = verdict.read(), output.read().decode(errors="replace")
-    if not said:
+        pickled, printed = verdict.read(), output.read().decode(errors="replace")
+    if not pickled:
         return Answer(False, _end(os.waitstatus_to_exitcode(status))), printed
-    answer = pickle.loads(said)
+    answer = pickle.loads(pickled)
     if isinstance(answer, EvidenceError):
         raise answer
     return Answer(*answer), printed
@@ -84,8 +57,8 @@ def _end(code: int) -> str:
     """Why there is nothing to judge."""
     if code == -signal.SIGALRM:
         return f"it was still running after {_SECONDS} seconds, and was ended"
-    how = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    return f"it {how} before it could be judged"
+    end = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return f"it {end} before it could be judged"
 
 
 def _end_group(pid: int) -> None:
@@ -96,7 +69,7 @@ def _end_group(pid: int) -> None:
 
 
 def _be_the_child(chapter: Chapter[Any], path: str, output: int, verdict: int, parent: int) -> None:
-    """Never returns."""
+    """Run the learner's file, which prints to ``output``; pickle the answer into ``verdict``, and end."""
     try:
         os.setpgid(0, 0)
         die_with(parent)

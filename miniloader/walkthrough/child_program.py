@@ -12,23 +12,23 @@ import sys
 from typing import Any
 
 from miniloader.kernel import syscalls
-from miniloader.walkthrough.recorded_calls import Calls, Mapping
+from miniloader.walkthrough.traced_calls import Calls, Mapping
 
 __all__ = ["main"]
 
 
 class _Requests:
-    """What it can be asked; each returns a value for JSON."""
+    """What the program can be asked, each by the name of a method that returns a value for JSON."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._mapping = Mapping(0, 0)
 
     def map(self, path: str, length: int) -> int:
-        """Map the file shared, readable and writable; the address."""
+        """Map the file at ``path`` shared, readable and writable; the address."""
         fd = self._calls.open(path, os.O_RDWR)
-        both = syscalls.PROT_READ | syscalls.PROT_WRITE
-        self._mapping = self._calls.mmap(length, both, syscalls.MAP_SHARED, fd)
+        protection = syscalls.PROT_READ | syscalls.PROT_WRITE
+        self._mapping = self._calls.mmap(length, protection, syscalls.MAP_SHARED, fd)
         self._calls.close(fd)  # the mapping keeps the file
         return self._mapping.address
 
@@ -42,16 +42,16 @@ class _Requests:
         return self._calls.load(self._mapping.address + offset, length, name).decode()
 
     def parents(self) -> list[int]:
-        """Its parent, its parent's parent and so on."""
-        found, pid = [], os.getppid()
+        """The ids of this program's parent, its parent's parent and so on."""
+        ancestors, pid = [], os.getppid()
         while pid > 0:
-            found.append(pid)
+            ancestors.append(pid)
             try:
                 with open(f"/proc/{pid}/stat") as file:
                     pid = int(file.read().rpartition(")")[2].split()[1])
             except OSError:
                 break
-        return found
+        return ancestors
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
         reply: dict[str, Any]
         try:
             value = getattr(requests, request.pop("request"))(**request)
-            reply = {"value": value, "made": calls.taken()}
+            reply = {"value": value, "calls": calls.taken()}
         except OSError as error:
             reply = {"error": [error.errno, error.strerror]}
         print(json.dumps(reply), flush=True)

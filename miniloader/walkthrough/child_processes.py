@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, Self
 
 from miniloader.errors import EvidenceError, WorkerError
 from miniloader.lab.workers.child import die_with
-from miniloader.walkthrough.recorded_calls import Calls, Made
+from miniloader.walkthrough.traced_calls import Calls, TracedCall
 
 __all__ = ["Body", "Child", "Program"]
 
@@ -30,12 +30,12 @@ Body = Callable[[Calls], Generator[Any, None, None]]
 
 # It imports exactly what we would: our sys.path as it is, without site's search for more.
 _START: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; from miniloader.walkthrough.mapping_program import main; main()"
+    "import sys; sys.path[:] = sys.argv[1:]; from miniloader.walkthrough.child_program import main; main()"
 )
 
 
-class _Process:
-    """A process that answers over a pipe, one message for each it is sent."""
+class _Ended:
+    """A process that is ended with its ``with`` block."""
 
     pid: int
     name: str
@@ -47,11 +47,11 @@ class _Process:
         self.end()
 
     def end(self) -> None:
-        """End it, if it still runs, and reap it."""
+        """End the process, if it still runs, and reap it."""
         raise NotImplementedError
 
 
-class Child(_Process):
+class Child(_Ended):
     """A forked child that runs ``body`` a ``yield`` at a time.  ``name`` is what to call it.
 
     To be made while no interrupt is heard, and until somebody is bound to end it.
@@ -71,8 +71,8 @@ class Child(_Process):
         os.close(turns)
         os.close(answers)
 
-    def next(self) -> tuple[Any, tuple[Made, ...]]:
-        """Let it run to its next ``yield``: the value, and the calls that it made.
+    def next(self) -> tuple[Any, tuple[TracedCall, ...]]:
+        """Let the child run to its next ``yield``: the value, and the calls that it made.
 
         Raises :class:`WorkerError` when it ends instead; :meth:`died` says how.
         """
@@ -86,13 +86,13 @@ class Child(_Process):
         message = b""
         while len(message) < int.from_bytes(size, "little"):
             message += os.read(self._answers, 1 << 16)
-        value, made = pickle.loads(message)
+        value, calls = pickle.loads(message)
         if isinstance(value, Exception):
             raise value
-        return value, tuple(made)
+        return value, tuple(calls)
 
     def died(self) -> str:
-        """Wait for its end; the name of the signal that killed it, "" when none did."""
+        """Wait for the child's end; the name of the signal that killed it, "" when none did."""
         if self._status is None:
             _, status = os.waitpid(self.pid, 0)
             self._status = os.waitstatus_to_exitcode(status)
@@ -101,14 +101,14 @@ class Child(_Process):
         return signal.Signals(-self._status).name if self._status < 0 else ""
 
     def end(self) -> None:
-        """Kill it, if it has not been waited for."""
+        """Kill the child, if it has not been waited for."""
         if self._status is None:
             os.kill(self.pid, signal.SIGKILL)
             self.died()
 
 
 def _be_the_child(body: Body, turns: int, answers: int, parent: int) -> NoReturn:
-    """Never returns."""
+    """Run ``body`` up to a ``yield`` for each byte from ``turns``, and end."""
     try:
         die_with(parent)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
@@ -129,8 +129,8 @@ def _be_the_child(body: Body, turns: int, answers: int, parent: int) -> NoReturn
         os._exit(0)
 
 
-class Program(_Process):
-    """A freshly started Python that carries out requests (:mod:`miniloader.walkthrough.mapping_program`)."""
+class Program(_Ended):
+    """A freshly started Python that carries out requests (:mod:`miniloader.walkthrough.child_program`)."""
 
     def __init__(self, name: str) -> None:
         try:
@@ -144,8 +144,8 @@ class Program(_Process):
             raise EvidenceError(f"{sys.executable}: cannot be started: {error.strerror}") from error
         self.name, self.pid = name, self._process.pid
 
-    def ask(self, request: str, **arguments: Any) -> tuple[Any, tuple[Made, ...]]:
-        """Have it carry out ``request``: its answer, and the calls that it made."""
+    def ask(self, request: str, **arguments: Any) -> tuple[Any, tuple[TracedCall, ...]]:
+        """Have the program carry out ``request``: its answer, and the calls that it made."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # the empty answer says so
@@ -158,10 +158,10 @@ class Program(_Process):
         reply = json.loads(line)
         if "error" in reply:
             raise OSError(*reply["error"])
-        return reply["value"], tuple(Made(*made) for made in reply["made"])
+        return reply["value"], tuple(TracedCall(*call) for call in reply["calls"])
 
     def end(self) -> None:
-        """Kill it and reap it."""
+        """Kill the program and reap it."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

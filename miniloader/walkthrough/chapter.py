@@ -1,0 +1,171 @@
+"""What a chapter declares: claims, a question, an explanation, an exercise, and the experiment that it runs.
+
+A :class:`Chapter` is declared once, in a module of its own.  Its ``run`` is a generator: it yields a
+:class:`~miniloader.walkthrough.step.ChapterStep` as each is done, and returns what it has seen.  Each claim
+is judged by a pure function of that, so that a test can hand it other observations and see it refuted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import field
+from types import CodeType, FunctionType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from miniloader.kernel.features import LevelName
+from miniloader.lab.proof.claims import Finding
+from miniloader.values import dataclass
+from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.workbench import Workbench
+
+__all__ = ["Answer", "Chapter", "Choice", "Exercise", "Finding", "Quiz", "Statement", "claim", "equal"]
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Statement(Generic[Seen]):
+    """A claim before it is judged: ``finding`` judges it by what the chapter has seen.
+
+    ``level`` is the least evidence it needs: with less, it stays unknown.
+    """
+
+    id: str
+    text: str
+    finding: Callable[[Seen], Finding]
+    level: LevelName = "none"
+
+
+def claim(
+    id: str, text: str, level: LevelName = "none"
+) -> Callable[[Callable[[Seen], Finding]], Statement[Seen]]:
+    """Make the function below it the judge of a claim.
+
+    >>> @claim("even", "The number is even")
+    ... def even(number: int) -> Finding:
+    ...     return Finding(number % 2 == 0, "an even number", str(number))
+    >>> even.finding(3)
+    Finding(holds=False, expected='an even number', observed='3', reason='')
+    """
+    return lambda finding: Statement(id, text, finding, level)
+
+
+def equal(
+    id: str, text: str, expected: object, form: str = "{}", level: LevelName = "none"
+) -> Callable[[Callable[[Seen], object]], Statement[Seen]]:
+    """Make the function below it the observer of a claim, which holds when it gives what was ``expected``.
+
+    Both are told in one ``form``, which is given the value, or each of the values of a tuple.
+
+    >>> @equal("killed", "It is killed", "SIGSEGV", "by {}")
+    ... def killed(signal: str) -> str:
+    ...     return signal or "nothing"
+    >>> killed.finding("")
+    Finding(holds=False, expected='by SIGSEGV', observed='by nothing', reason='')
+    """
+
+    def told(value: object) -> str:
+        return form.format(*value) if isinstance(value, tuple) else form.format(value)
+
+    def statement(observe: Callable[[Seen], object]) -> Statement[Seen]:
+        def finding(seen: Seen) -> Finding:
+            observed = observe(seen)
+            return Finding(observed == expected, told(expected), told(observed))
+
+        return Statement(id, text, finding, level)
+
+    return statement
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer to a question, and why it is right or wrong."""
+
+    text: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """What to predict before the experiment; ``choices[answer]`` is right."""
+
+    text: str
+    choices: tuple[Choice, ...]
+    answer: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The key ``question`` of a chapter."""
+        choices = [{"text": choice.text, "why": choice.why} for choice in self.choices]
+        return {"text": self.text, "choices": choices, "answer": self.answer}
+
+
+class Answer(NamedTuple):
+    """Whether a learner's snippet does what the exercise asks for, and a sentence about it."""
+
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A small change to a ``snippet`` of Python that runs as it is.
+
+    ``check`` judges the names that the snippet leaves behind, while its mappings are still there; it runs in
+    the snippet's own process.  ``solution`` is the snippet as it may look when done.
+    """
+
+    task: str
+    snippet: str
+    solution: str
+    check: Callable[[dict[str, Any]], Answer]
+
+
+@dataclass(frozen=True)
+class Chapter(Generic[Seen]):
+    """One chapter.  ``claim`` is its one sentence, ``claims`` the statements that are judged.
+
+    ``surprise`` is what the experiment shows that few expect.  ``explanation`` are paragraphs; ``sources``
+    say where that is written down.
+    """
+
+    id: str
+    number: int
+    title: str
+    claim: str
+    surprise: str
+    claims: tuple[Statement[Seen], ...]
+    question: Quiz
+    explanation: tuple[str, ...]
+    sources: tuple[str, ...]
+    exercise: Exercise
+    run: Callable[[Workbench], Generator[ChapterStep, None, Seen]] = field(repr=False)
+
+    @property
+    def code(self) -> str:
+        """The source of the experiment: ``run``, then each function of its module that it calls."""
+        assert isinstance(self.run, FunctionType)
+        return "\n\n".join(map(inspect.getsource, _with_calls(self.run)))
+
+
+def _with_calls(function: FunctionType) -> list[FunctionType]:
+    """``function`` and the functions of its module that it calls, directly or not, each once."""
+    functions = [function]
+    for caller in functions:  # which grows meanwhile
+        called = (function.__globals__.get(name) for name in _names(caller.__code__))
+        functions += (
+            callee
+            for callee in dict.fromkeys(called)
+            if isinstance(callee, FunctionType)
+            and callee.__module__ == function.__module__
+            and callee not in functions
+        )
+    return functions
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global names that ``code`` uses, with the functions defined inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

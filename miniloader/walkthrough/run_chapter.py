@@ -1,0 +1,93 @@
+"""Running a chapter: each step as it is done, then the claims, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from miniloader.errors import MiniloaderError
+from miniloader.evidence.verdict import Claim, Verdict, combine, judge
+from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.values import dataclass
+from miniloader.walkthrough.chapter import Chapter, Statement
+from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.workbench import Environment, Workbench
+
+__all__ = ["ChapterResult", "judged", "run_chapter"]
+
+
+@dataclass(frozen=True)
+class ChapterResult:
+    """What came of running ``chapter``: the steps, and the claims judged by what was seen."""
+
+    chapter: Chapter[Any]
+    environment: Environment
+    steps: tuple[ChapterStep, ...]
+    claims: tuple[Claim, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on all claims together."""
+        return combine(self.claims)
+
+    def to_json(self) -> dict[str, Any]:
+        """One element of ``chapters`` of ``walkthrough --json``."""
+        chapter = self.chapter
+        return {
+            "id": chapter.id,
+            "number": chapter.number,
+            "title": chapter.title,
+            "claim": chapter.claim,
+            "surprise": chapter.surprise,
+            "verdict": self.verdict,
+            "evidence": self.environment.level,
+            "facts": self.environment.to_json(),
+            "claims": [claim.to_json() for claim in self.claims],
+            "question": chapter.question.to_json(),
+            "steps": [step.to_json() for step in self.steps],
+            "explanation": list(chapter.explanation),
+            "sources": list(chapter.sources),
+            "exercise": {"task": chapter.exercise.task, "snippet": chapter.exercise.snippet},
+        }
+
+
+def run_chapter(
+    chapter: Chapter[Any],
+    *,
+    level: LevelName | None = None,
+    on_step: Callable[[ChapterStep], None] | None = None,
+) -> ChapterResult:
+    """Run ``chapter`` and judge its claims; ``on_step`` hears of each step as it is done.
+
+    ``level`` asks for less evidence than the best that works here.  Where the kernel or the permissions here
+    do not let the experiment go on, its claims are unknown, and say why.
+    """
+    steps: list[ChapterStep] = []
+    with Workbench(level) as bench:
+        experiment = chapter.run(bench)
+        try:
+            while True:
+                step = next(experiment)
+                steps.append(step)
+                if on_step is not None:
+                    on_step(step)
+        except StopIteration as end:
+            claims = judged(chapter, end.value, bench.level)
+        except (MiniloaderError, OSError) as error:
+            claims = tuple(_not_judged(statement, str(error)) for statement in chapter.claims)
+        return ChapterResult(chapter, bench.environment, tuple(steps), claims)
+
+
+def judged(chapter: Chapter[Any], seen: Any, level: LevelName) -> tuple[Claim, ...]:
+    """The claims of ``chapter``, judged by what was ``seen`` with evidence of ``level``."""
+    names = [evidence.name for evidence in LEVELS]
+    return tuple(
+        _not_judged(statement, f"evidence here is {level}, and this needs {statement.level}")
+        if names.index(level) > names.index(statement.level)
+        else judge(statement.id, statement.text, **statement.finding(seen)._asdict())
+        for statement in chapter.claims
+    )
+
+
+def _not_judged(statement: Statement[Any], reason: str) -> Claim:
+    return judge(statement.id, statement.text, holds=None, expected="", observed="nothing", reason=reason)
