@@ -179,15 +179,11 @@ def _zero_the_tail(
 ) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
     """Zero what follows the data; what is there then, what was there of the file, and the view then."""
     tail = next(call for call in plan.calls() if call.call == "memset")
-    page, length, near = (
-        (tail.start - plan.start) // PAGE_SIZE,
-        tail.end - tail.start,
-        min(32, tail.end - tail.start),
-    )
+    page, near = (tail.start - plan.start) // PAGE_SIZE, min(32, tail.length)
     around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:+{32 + near}]"
     bytes_before = bench.load(around, 32 + near, name)
-    bench.store(bias + tail.start, bytes(length), f"library[{tail.start:#x}:{tail.end:#x}]")
-    zeroed = bench.load(bias + tail.start, length, f"library[{tail.start:#x}:{tail.end:#x}]")
+    bench.store(bias + tail.start, bytes(tail.length), f"library[{tail.start:#x}:{tail.end:#x}]")
+    zeroed = bench.load(bias + tail.start, tail.length, f"library[{tail.start:#x}:{tail.end:#x}]")
     bytes_after = bench.load(around, 32 + near, name)
     after = look("tail zeroed")
     pages = range(max(page - 1, 0), page + 1)
