@@ -24,11 +24,12 @@ from miniloader.loader.loaded import Loaded
 from miniloader.loader.memory import Memory, OnCall, map_plan
 from miniloader.loader.relocate import Relocation, call_resolver, refuse_unbound
 from miniloader.loader.relocation_groups import TLS, sort_relocations
+from miniloader.loader.relocation_job import resolve
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.spans import open_names, readable, refuse
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.machine.stub_code import with_third_argument
-from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped, resolve
+from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Stopped
 
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared

@@ -21,7 +21,7 @@ from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
 from miniloader.loader.search import Asker
 from miniloader.loader.spans import open_names, readable
-from miniloader.native import Names
+from miniloader.loader.symbol_lookup import MappedSymbols
 
 if TYPE_CHECKING:
     from miniloader.loader.beside_glibc.debugger import Registered
@@ -57,7 +57,7 @@ class Loaded:
         self.shared = False  # whether others may be bound to a unique symbol of it
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
-        self._names: Names | None = None
+        self._names: MappedSymbols | None = None
 
     def __repr__(self) -> str:
         return f"<Loaded {self.name!r} {f'at {self.bias:#x}' if self.is_mapped else 'not mapped'}>"
@@ -95,14 +95,14 @@ class Loaded:
         return self.image.symbols
 
     @property
-    def names(self) -> Names:
+    def names(self) -> MappedSymbols:
         """Its dynamic symbols where they lie in memory, to be looked up by name."""
         if self._names is None:
             self._names = open_names(self.image, readable(self.image, self.plan), self.bias)
         return self._names
 
     @names.setter
-    def names(self, names: Names) -> None:
+    def names(self, names: MappedSymbols) -> None:
         self._names = names
 
     @property

@@ -22,10 +22,12 @@ from miniloader.errors import ElfError, LoadError, SymbolError
 from miniloader.loader.beside_glibc.thread_local import Write
 from miniloader.loader.memory import Memory
 from miniloader.loader.relocation_groups import TLS, Sorted, refuse_kind
+from miniloader.loader.relocation_job import RelocationJob, kinds_table
 from miniloader.loader.scope import Bindings
 from miniloader.loader.spans import open_names, readable, refuse, writable
+from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.relocation import KINDS, Kind
-from miniloader.native import INDIRECT_FUNCTION, Job, Names, Reason, Stopped, kinds_table
+from miniloader.native import INDIRECT_FUNCTION, Reason, Stopped
 
 __all__ = ["Relocation", "call_resolver", "refuse_unbound"]
 
@@ -42,7 +44,7 @@ class Relocation:
     def __init__(self, image: ElfImage, memory: Memory, relocations: Sorted) -> None:
         self._image, self._memory, self._relocations = image, memory, relocations
         plan, tags, parts = memory.plan, image.dynamic.tags, relocations.parts
-        self._job = Job(
+        self._job = RelocationJob(
             memory.bias,
             _kinds(image.header.machine),
             writable=writable(image, plan),
@@ -209,7 +211,7 @@ def call_resolver(address: int) -> int:
     return int(_RESOLVER(address)())
 
 
-def _by_turns(names: Names, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+def _by_turns(names: MappedSymbols, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """The symbols that are IFUNCs: others' first, then those of the library ``names``; no group is empty."""
     if not late.any():
         return []

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
-from miniloader.native import Names, look_name_up, look_up
+from miniloader.loader.symbol_lookup import MappedSymbols, look_name_up, look_up
 from miniloader.values import dataclass
 
 __all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
@@ -49,7 +49,7 @@ class Definer(Protocol):
         ...
 
     @property
-    def names(self) -> Names:
+    def names(self) -> MappedSymbols:
         """The same where they lie in memory."""
         ...
 
@@ -58,7 +58,7 @@ class Definer(Protocol):
 class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
-    ``found`` has a row of :data:`~miniloader.native.DEFINITION` for each; ``indirect``
+    ``found`` has a row of :data:`~miniloader.loader.symbol_lookup.DEFINITION` for each; ``indirect``
     says which are IFUNCs, whose addresses are what their resolvers return, ``owners`` are the positions of
     the libraries that define any, and ``met`` says what is among them.
 
@@ -163,5 +163,5 @@ def find_name(name: bytes, scope: Sequence[Definer]) -> Table:
     return look_name_up(name, *_in_memory(scope))
 
 
-def _in_memory(scope: Sequence[Definer]) -> tuple[list[Names], list[int]]:
+def _in_memory(scope: Sequence[Definer]) -> tuple[list[MappedSymbols], list[int]]:
     return [definer.names for definer in scope], [definer.bias for definer in scope]

@@ -9,35 +9,38 @@ from typing import Final, NoReturn
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
 from miniloader.elf.checks import refuse_problems
 from miniloader.errors import ElfError
-from miniloader.native import Names, Reason, Span, Stopped
+from miniloader.loader.symbol_lookup import MappedSymbols, VaddrRange
+from miniloader.native import Reason, Stopped
 
 __all__ = ["open_names", "readable", "refuse", "writable"]
 
 
-def open_names(image: ElfImage, spans: Sequence[Span], bias: int, *, at_least: int = 0) -> Names:
+def open_names(
+    image: ElfImage, spans: Sequence[VaddrRange], bias: int, *, at_least: int = 0
+) -> MappedSymbols:
     """Its dynamic symbols, ``at_least`` so many; :class:`ElfError` if they are not there."""
     try:
-        return Names(bias, spans, image.dynamic.tags, at_least=at_least, check=True)
+        return MappedSymbols(bias, spans, image.dynamic.tags, at_least=at_least, check=True)
     except Stopped as stopped:
         refuse(image, stopped)
 
 
-def readable(image: ElfImage, plan: LoadPlan) -> list[Span]:
+def readable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
     """Where bytes of the file can be read."""
     mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
     return _common(mappings, [(load.vaddr, load.file_end) for load in image.loads])
 
 
-def writable(image: ElfImage, plan: LoadPlan) -> list[Span]:
+def writable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
     """Where words may be relocated: in segments that can be written to, or be made so."""
     open_ = image.dynamic.text_relocations
     mappings = [m for m in plan.mappings if "w" in m.protection or (open_ and m.kind == "file")]
     return _common(mappings, [(load.vaddr, load.end) for load in image.loads])
 
 
-def _common(mappings: Sequence[PlannedMapping], segments: Sequence[Span]) -> list[Span]:
+def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) -> list[VaddrRange]:
     """What lies in both; all are in ascending order."""
-    found: list[Span] = []
+    found: list[VaddrRange] = []
     first = 0
     for start, end in segments:
         while first < len(mappings) and mappings[first].end <= start:

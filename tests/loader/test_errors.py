@@ -22,7 +22,7 @@ from fixtures import build
 from miniloader import native
 from miniloader.errors import ElfError, LoadError, SymbolError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.native import Reason, Stopped
+from miniloader.native import Reason
 from tests.failing_calls import Footprint, failing
 
 Build = Callable[[Path], Path]
@@ -244,16 +244,15 @@ VICTIMS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def gone(at: int) -> Iterator[list[str]]:
     """The ``at``-th loop in C meets a page of the file that is gone; the names of those that were run."""
-    run, names = native._run, list[str]()
+    loops, names = native.functions(), list[str]()
 
-    def counting(name: str, *arguments: int) -> None:
-        names.append(name)
-        if len(names) == at:
-            raise Stopped(Reason.GONE)
-        run(name, *arguments)
+    class Counting:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            names.append(name)
+            return (lambda *_: Reason.GONE) if len(names) == at else getattr(loops, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_run", counting)
+        patch.setattr(native, "functions", Counting)
         yield names
 
 

@@ -16,7 +16,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.scope import bind
 from miniloader.loader.spans import open_names, readable
-from miniloader.native import Names
+from miniloader.loader.symbol_lookup import MappedSymbols
 
 _SOURCES = {
     "given.c": "int given(int n) { return n + 1; }\nint other(int n) { return n + 2; }\n",
@@ -49,7 +49,7 @@ class At:
     name: str
     bias: int
     image: ElfImage
-    names: Names
+    names: MappedSymbols
     build_id: str | None = None
 
     @property

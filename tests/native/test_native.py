@@ -27,23 +27,11 @@ from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory, map_plan
+from miniloader.loader.relocation_job import RelocationJob, kinds_table
 from miniloader.loader.spans import readable
+from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, look_name_up, look_up
 from miniloader.machine.relocation import KINDS
-from miniloader.native import (
-    DEFINITION,
-    INDIRECT_FUNCTION,
-    UNBOUND,
-    UNIQUE,
-    Job,
-    Names,
-    Reason,
-    Stopped,
-    copy,
-    functions,
-    kinds_table,
-    look_name_up,
-    look_up,
-)
+from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Reason, Stopped, copy, functions
 
 Opened = tuple[Memory, ElfImage]
 
@@ -122,10 +110,10 @@ def opened(tmp_path: Path) -> Iterator[Callable[[str], tuple[Path, Opened]]]:
         memory.unmap()
 
 
-def names_of(opened: Opened, **changed: int) -> Names:
+def names_of(opened: Opened, **changed: int) -> MappedSymbols:
     memory, image = opened
     tags = {**image.dynamic.tags, **{getattr(dt, f"DT_{tag}"): value for tag, value in changed.items()}}
-    return Names(memory.bias, readable(image, memory.plan), tags, check=True)
+    return MappedSymbols(memory.bias, readable(image, memory.plan), tags, check=True)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +173,7 @@ def hashed(text: bytes) -> int:
 
 def made(
     names: list[bytes], sections: list[int], buckets: int = 1
-) -> tuple[Names, dict[bytes, int], bytearray]:
+) -> tuple[MappedSymbols, dict[bytes, int], bytearray]:
     """A table of symbols in a buffer, in the order of their buckets; the index of each name; the buffer."""
     order = sorted(range(len(names)), key=lambda at: hashed(names[at]) % buckets)
     strings, offsets = bytearray(b"\0"), {}
@@ -211,7 +199,7 @@ def made(
         dt.DT_STRSZ: len(strings),
         dt.DT_GNU_HASH: 0x1000 + len(rows) + len(strings) + len(padding),
     }
-    found = Names(bias, [(0x1000, 0x1000 + len(memory))], tags, check=True)
+    found = MappedSymbols(bias, [(0x1000, 0x1000 + len(memory))], tags, check=True)
     assert len(found) == len(names) + 1
     return found, {names[at]: place + 1 for place, at in enumerate(order)}, memory
 
@@ -268,7 +256,7 @@ class Bench:
         table = np.array(rows, RELOCATION)
         self.memory[: table.nbytes] = table.tobytes()
         self.words = (BASE + PAGE_SIZE, BASE + LENGTH)
-        self.job = Job(
+        self.job = RelocationJob(
             self.bias,
             kinds_table(KINDS["X86_64"]),
             writable=[self.words],
@@ -400,7 +388,7 @@ def test_a_page_that_is_gone_is_never_overlooked(part: str, tmp_path: Path) -> N
           for place, name in enumerate(("known", "added", "head", "rest"))}  # fmt: skip
     table = np.array([(at["head"], 8, 0, 1), (at["rest"], 8, 0, 1)], RELOCATION)
     ctypes.memmove(base, table.tobytes(), table.nbytes)
-    job = Job(
+    job = RelocationJob(
         base,
         kinds_table(KINDS["X86_64"]),
         writable=[(PAGE_SIZE, 4 * PAGE_SIZE)],
@@ -482,7 +470,7 @@ def test_a_constructor_leads_into_code(addend: int, good: bool, head: tuple[int,
 def test_the_structures_are_as_long_here_as_there() -> None:
     """The fields of the two structures are those of loops.h, in its order."""
     header = (Path(functions()._name).parent / "loops.h").read_text()
-    for name, ours in (("Table", "_Table"), ("Job", "_Job")):
+    for name, ours in (("Table", "SymbolsStructure"), ("Job", "JobStructure")):
         end = header.index(f"}} {name};")
         body = header[header.rindex("typedef struct", 0, end) : end]
         lines = [line.split("/*")[0] for line in body.splitlines()[1:]]

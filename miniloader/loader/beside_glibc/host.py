@@ -33,8 +33,9 @@ from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
 from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.stub_code import collect
-from miniloader.native import Names, Stopped
+from miniloader.native import Stopped
 from miniloader.values import dataclass
 
 __all__ = ["HostLibrary", "Listing", "global_handle", "libraries", "listing", "open_host", "thread_pointer"]
@@ -199,10 +200,10 @@ class HostLibrary:
         return read_symbols(self.read, self.dynamic.tags, elf_class=64, order="<", name=self.name)
 
     @cached_property
-    def names(self) -> Names:
+    def names(self) -> MappedSymbols:
         """The same, to look names up where they lie."""
         try:
-            return Names(self.bias, self.ranges, self.dynamic.tags)
+            return MappedSymbols(self.bias, self.ranges, self.dynamic.tags)
         except Stopped as stopped:
             reason = stopped.reason.name.lower().replace("_", " ")
             raise ElfError(self.name, "dynamic symbols", reason, "tables inside its segments") from None

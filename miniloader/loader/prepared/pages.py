@@ -36,8 +36,8 @@ from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.prepared import store
 from miniloader.loader.scope import Bindings, Definer
+from miniloader.loader.symbol_lookup import DEFINITION
 from miniloader.machine.relocation import KINDS, Kind
-from miniloader.native import DEFINITION
 from miniloader.values import dataclass
 
 __all__ = [
