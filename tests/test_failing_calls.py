@@ -335,9 +335,9 @@ STEPS = ("start", "mapped", "linked", "loaded", "touched", "written")
 def test_a_worker_killed_at_any_step_is_named(number: signal.Signals, step: str) -> None:
     path = str(build.build("misbehaves"))
     asks: list[tuple[str, dict[str, object]]] = [
-        ("load", {"path": path, "pauses": ["mapped", "linked"]}),
-        ("resume", {}),
-        ("resume", {}),
+        ("map", {"path": path}),
+        ("link", {}),
+        ("initialise", {}),
         ("touch", {"ranges": [[0, 4096]]}),
         ("fetch", {"vaddr": 0}),
         ("fetch", {"vaddr": 0}),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import pytest
 import miniloader
 from fixtures import build
 from miniloader.errors import WorkerError
+from miniloader.kernel import syscalls
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.scope import Bindings
 from tests.oracle import compare as lab
 from tests.oracle.compare import Comparer, Comparison
 
@@ -144,53 +148,26 @@ def test_a_sample_of_the_system_libraries(comparer: Comparer, system_libraries: 
     assert different == []
 
 
-def spoiled(
-    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], Callable[[miniloader.Event], None]]
-) -> None:
-    """Have ``load`` do something wrong in the child that ``compare`` forks."""
-    from tests.oracle import held
+class Spoiled(miniloader.Loading):
+    """A load that leaves one word and one protection wrong."""
 
-    original = held.load
-
-    def load(
-        path: str, *, on_event: Callable[[miniloader.Event], None], **options: bool
-    ) -> miniloader.Library:
-        wrong = spoil(path)
-
-        def both(event: miniloader.Event) -> None:
-            wrong(event)
-            on_event(event)
-
-        return original(path, on_event=both, **options)
-
-    monkeypatch.setattr(held, "load", load)
+    def link(self) -> dict[Loaded, Bindings]:
+        bindings = super().link()
+        library = self.mapped[0]
+        index = library.symbols.find("demo_current")
+        assert index is not None
+        word = library.bias + int(library.symbols.rows["value"][index])
+        ctypes.c_uint64.from_address(word).value += 1
+        syscalls.mprotect(library.mapped.start, syscalls.PAGE_SIZE, syscalls.PROT_NONE)
+        return bindings
 
 
 def test_one_wrong_word_and_one_wrong_protection_are_found(
     monkeypatch: pytest.MonkeyPatch, demo: Path
 ) -> None:
-    import ctypes
+    from tests.oracle import held
 
-    from miniloader.kernel import syscalls
-
-    def spoil(path: str) -> Callable[[miniloader.Event], None]:
-        start = 0
-        image = miniloader.inspect(path)
-
-        def wrong(event: miniloader.Event) -> None:
-            nonlocal start
-            if event.stage == "reserve":
-                start = event.data["address"]
-            elif event.stage == "protect":
-                at = image.symbols.find("demo_current")
-                assert at is not None
-                word = start + int(image.symbols.rows["value"][at])
-                ctypes.c_uint64.from_address(word).value += 1
-                syscalls.mprotect(start, syscalls.PAGE_SIZE, syscalls.PROT_NONE)
-
-        return wrong
-
-    spoiled(monkeypatch, spoil)
+    monkeypatch.setattr(held, "Loading", Spoiled)  # in the child that is forked
     comparison = lab.compare(str(demo))
     assert comparison.dlopen == comparison.ours == "loaded"
     assert not comparison.alike

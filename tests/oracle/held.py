@@ -20,7 +20,7 @@ from miniloader.elf import LoadPlan
 from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.lab.workers.child import die_with
-from miniloader.loader import Event, load
+from miniloader.loader import Loading
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.thread_local import address_of
@@ -135,8 +135,6 @@ def load_and_hold(path: str, seconds: float = 60, *, prepared_in: str | None = N
 
 
 def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
-    start: int | None = None
-    held = False
     plain = None
     if prepared_in is not None:
         os.environ["XDG_CACHE_HOME"] = prepared_in
@@ -146,35 +144,28 @@ def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
         os.write(report, json.dumps(what).encode() + b"\n")
         os.read(hold, 1)
 
-    def on_event(event: Event) -> None:
-        nonlocal start, held, plain
-        if event.stage == "prepared" and event.library == path:
-            plain = plain or event.text
-        elif event.stage == "reserve" and start is None:  # the library itself is mapped first
-            start = event.data["address"]
-        elif event.stage == "initialise" and not held:
-            held = True
-            tell({"start": start})
-
     try:
-        library = load(
+        with Loading(
             path,
-            on_event=on_event,
             text_relocations=True,
             executable_stack=True,
             writable_code=True,
             prepared=prepared_in is not None,
-        )
-        if prepared_in is not None:
-            store.clear()  # what is mapped stays
+        ) as steps:
+            steps.map()
+            steps.link()
+            if prepared_in is not None:
+                store.clear()  # what is mapped stays
+            tell({"start": steps.mapped[0].mapped.start})
+            steps.initialise()
     except MiniloaderError as error:
         tell({"error": str(error)})
         return
     except Exception as error:  # noqa: BLE001 - a fault of the loader's is what this is here to find
         tell({"error": f"a fault of miniloader's own, {type(error).__name__}: {error}"})
         return
-    if not held:
-        tell({"start": start})
+    library = steps.library
+    plain = plain or steps.mapped[0].not_prepared
     ours = [other for other in library.libraries if not isinstance(other, HostLibrary)]
     stubs = [(here, function) for other in ours for function, here in other.stand_ins.items()]
     used = dlopen_child.libraries() + [_described(other) for other in ours]

@@ -46,7 +46,7 @@ def experiment(
     led = _Led(crew, plan, level, on_step)
 
     led.begin("mapped")
-    replies = crew.ask("load", step="mapped", path=path, pauses=["mapped", "linked"], **allow)
+    replies = crew.ask("map", step="mapped", path=path, **allow)
     led.bases = [reply["base"] for reply in replies]
     mapped = led.look("mapped")
 
@@ -55,10 +55,9 @@ def experiment(
     touched = led.look("touched")
 
     led.begin("relocated")
-    linked = None
-    if crew.ask("resume", step="relocated")[0]["at"] == "linked":
-        linked = led.look("linked")
-        crew.ask("resume", step="relocated")
+    crew.ask("link", step="relocated")
+    linked = led.look("linked")
+    crew.ask("initialise", step="relocated")
     loaded = led.look("relocated")
 
     led.begin("written")
@@ -86,7 +85,7 @@ def experiment(
     evidence = Evidence(
         image=image,
         plan=plan,
-        linked=linked or loaded,
+        linked=linked,
         loaded=loaded,
         written=written,
         exited=exited,

@@ -3,9 +3,9 @@
 ::
 
     with Crew(4) as crew:
-        replies = crew.ask("load", path="/usr/lib/libz.so.1", pauses=["mapped"])
+        replies = crew.ask("map", path="/usr/lib/libz.so.1")
         …                                    # look at the workers' pages
-        replies = crew.ask("resume")
+        crew.ask("link")
 
 Each worker is a Python of its own (:mod:`miniloader.lab.workers.worker`), started by exec and not forked from
 here, so that it has its own address space layout and shares nothing with its parent but files.  Requests

@@ -1,9 +1,8 @@
 """One worker process of a :class:`~miniloader.lab.workers.crew.Crew`: a request and an answer a line.
 
 A request is ``{"command": NAME, …arguments}``; each is answered by one object, the command's own or
-``{"error": {"kind", "message", "fields"}}``.  The commands are the ``do_`` methods of a :class:`Commands`.  A
-load can be paused half-way: then the worker answers, and takes further commands right where it is, inside
-the loader, until it is told to ``resume``.
+``{"error": {"kind", "message", "fields"}}``.  The commands are the ``do_`` methods of a :class:`Commands`.
+A library is loaded step by step, ``map``, ``link`` and ``initialise``, or at once by ``load``.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from miniloader.errors import LoadError, MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
-from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.workers.child import die_with
 from miniloader.startup import travel_light
 
 if TYPE_CHECKING:
-    from miniloader.loader.events import Event
+    from miniloader.loader import Loading
     from miniloader.loader.memory import Memory
 
 __all__ = ["Commands", "main", "settle"]
@@ -38,7 +36,6 @@ def main() -> NoReturn:
     import miniloader.loader.loading  # noqa: F401 - now, while the parent is importing as well
 
     _Commands(descriptor).serve()
-    raise AssertionError("only a paused load is resumed")
 
 
 def settle(parent: int) -> None:
@@ -54,14 +51,11 @@ class Commands:
         self._connection = connection  # a descriptor: importing socket takes 2 ms
         self._requests = open(connection, "rb", closefd=False)  # noqa: SIM115 - as long as the process
 
-    def serve(self) -> None:
-        """Carry out commands until one says to resume; end the process when the parent has gone."""
+    def serve(self) -> NoReturn:
+        """Carry out commands; end the process when the parent has gone."""
         for line in self._requests:
             request = json.loads(line)
-            command = request.pop("command")
-            if command == "resume":
-                return
-            self._reply(self._carry_out(command, request))
+            self._reply(self._carry_out(request.pop("command"), request))
         os._exit(0)  # without the library's finalisers: nobody would see what they do
 
     def _carry_out(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -87,38 +81,34 @@ class _Commands(Commands):
 
     def __init__(self, connection: int) -> None:
         super().__init__(connection)
-        self._memory: Memory | None = None
+        self._steps: Loading | None = None
 
-    def do_load(self, path: str, pauses: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-        """Load the library ``path``, with the options of :func:`miniloader.load`; its base.
+    def do_map(self, path: str, **options: Any) -> dict[str, Any]:
+        """Map the library ``path``, with the options of :func:`miniloader.load`; its base."""
+        from miniloader.loader import Loading
 
-        ``pauses`` are where to stop on the way: "mapped", when all its pages are mapped and none is touched;
-        "linked", when everything is relocated and no constructor has run (never, if there is none).
-        """
-        from miniloader.loader import inspect, load
-        from miniloader.loader.memory import Memory
+        self._steps = Loading(path, **options)
+        self._steps.map()
+        self._refuse_plain()
+        return {"base": self._mapped.bias}
 
-        plan = inspect(path).plan(PAGE_SIZE)
-        left = [*pauses]
+    def do_link(self) -> dict[str, Any]:
+        """Link what is mapped: everything is relocated, and no constructor has run."""
+        self._started.link()
+        self._refuse_plain()
+        return {}
 
-        def pause(here: str) -> None:
-            if here in left:
-                left.remove(here)
-                self._reply(self._where(here))
-                self.serve()
+    def do_initialise(self) -> dict[str, Any]:
+        """Run the constructors."""
+        self._started.initialise()
+        return {}
 
-        def on_event(event: Event) -> None:
-            if event.stage == "reserve" and self._memory is None:  # it is mapped before what it needs
-                self._memory = Memory(path, plan, event.data["address"] - plan.start)
-            if event.stage == "map" and event.data["call"].end == plan.end:
-                pause("mapped")
-            if event.stage == "initialise":
-                pause("linked")
-            if event.stage == "prepared" and event.library == path:
-                raise LoadError(f"{path}: {event.text}")
-
-        load(path, on_event=on_event, **options)
-        return self._where("loaded")
+    def do_load(self, path: str, **options: Any) -> dict[str, Any]:
+        """Load the library ``path``: all three steps; its base."""
+        reply = self.do_map(path, **options)
+        self.do_link()
+        self.do_initialise()
+        return reply
 
     def do_touch(self, ranges: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Read the pages of the vaddr ranges [start, end)."""
@@ -143,13 +133,20 @@ class _Commands(Commands):
     # -- inside -----------------------------------------------------------------------------------
 
     @property
-    def _mapped(self) -> Memory:
-        if self._memory is None:
+    def _started(self) -> Loading:
+        if self._steps is None:
             raise WorkerError("no library is mapped yet")
-        return self._memory
+        return self._steps
 
-    def _where(self, here: str) -> dict[str, Any]:
-        return {"at": here, "base": self._mapped.bias}
+    @property
+    def _mapped(self) -> Memory:
+        return self._started.mapped[0].mapped
+
+    def _refuse_plain(self) -> None:
+        """Raise LoadError when the library was to take its pages from the cache, and does not."""
+        library = self._started.mapped[0]
+        if library.not_prepared is not None:
+            raise LoadError(f"{library.name}: {library.not_prepared}")
 
     def _word(self, vaddr: int) -> ctypes.c_uint64:
         return ctypes.c_uint64.from_address(self._mapped.bias + vaddr)

@@ -23,23 +23,26 @@ def test_workers_load_step_by_step_and_are_gone_afterwards(demo: Path) -> None:
     with Crew(2) as crew:
         pids = [worker.pid for worker in crew.workers]
         assert len({os.getpid(), *pids}) == 3
-        replies = crew.ask("load", path=str(demo), pauses=["mapped", "linked"])
-        assert [reply["at"] for reply in replies] == ["mapped", "mapped"]
+        replies = crew.ask("map", path=str(demo))
         for pid, reply in zip(pids, replies, strict=True):
             assert mappings_of(read_maps(pid), demo)[0].start == reply["base"]
         assert replies[0]["base"] != replies[1]["base"]  # they do not inherit a layout
-        again = crew.ask("resume")
-        assert [reply["at"] for reply in again] == ["loaded", "loaded"]  # it has no constructor
-        assert [reply["base"] for reply in again] == [reply["base"] for reply in replies]
+        word = {"vaddr": 0x9000}  # demo_counters, of which the page is read when it is linked
+        assert crew.ask("link") == [{}, {}]
+        assert crew.ask("initialise") == [{}, {}]
+        assert crew.ask("fetch", **word) == [{"value": 100}] * 2
     assert not any(map(lives, pids))
 
 
-def test_a_worker_is_paused_before_any_constructor_runs(misbehaves: Callable[[str], str]) -> None:
+def test_no_constructor_runs_before_a_worker_initialises(
+    misbehaves: Callable[[str], str],
+) -> None:
     path = misbehaves("crash")
     with Crew(1) as crew:
-        assert crew.ask("load", path=path, pauses=["linked"])[0]["at"] == "linked"
+        crew.ask("map", path=path)
+        crew.ask("link")
         with pytest.raises(WorkerError, match=r"worker 1 of 1 .*: killed by SIGSEGV at step constructors"):
-            crew.ask("resume", step="constructors")
+            crew.ask("initialise", step="constructors")
 
 
 def test_stores_are_each_worker_s_own(demo: Path) -> None:
@@ -53,7 +56,7 @@ def test_stores_are_each_worker_s_own(demo: Path) -> None:
 def test_what_the_library_prints_disturbs_nothing(misbehaves: Callable[[str], str], capfd) -> None:
     path = misbehaves("print")
     with Crew(1) as crew:
-        assert crew.ask("load", path=path)[0]["at"] == "loaded"
+        assert crew.ask("load", path=path)[0]["base"]
     assert capfd.readouterr() == ("", "")
 
 
@@ -177,14 +180,14 @@ def test_workers_import_what_their_parent_imports(flags: list[str], demo: Path, 
     code = (
         f"import sys; sys.path[:] = {[str(build.ROOT), *sys.path[1:]]!r}\n"
         "from miniloader.lab.workers.crew import Crew\n"
-        "with Crew(1) as crew: print(crew.ask('load', path=sys.argv[1])[0]['at'])\n"
+        "with Crew(1) as crew: print(*crew.ask('load', path=sys.argv[1])[0])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, *flags, "-c", code, str(demo)]
     (tmp_path / "json.py").unlink()  # the parent itself would import it
     (tmp_path / "socket.py").unlink()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert (done.stdout, done.stderr) == ("loaded\n", "")
+    assert (done.stdout, done.stderr) == ("base\n", "")
 
 
 def test_workers_die_with_a_killed_parent(misbehaves: Callable[[str], str]) -> None:
