@@ -21,7 +21,7 @@ import miniloader
 from fixtures import build
 from miniloader.elf import Source
 from miniloader.errors import EvidenceError, MiniloaderError, WorkerError
-from miniloader.evidence.snapshot import Target, take
+from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.files import write_whole
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
@@ -75,7 +75,7 @@ def library() -> tuple[int, int, int]:
 
 def snapshot() -> None:
     pid, base, end = library()
-    take([Target(pid, base, 0, end)])
+    take([ProcessRange(pid, base, 0, end)])
 
 
 def audit_one(pid: int) -> Callable[[], object]:

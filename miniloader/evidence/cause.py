@@ -64,12 +64,20 @@ _MOST_MODULES: Final = 1 << 20
 
 
 def bit(cause: Cause) -> int:
-    """The bit that stands for ``cause`` in a set."""
+    """The bit that stands for ``cause`` in a set of causes.
+
+    >>> bit("relocation") | bit("write")
+    17
+    """
     return 1 << CAUSES.index(cause)
 
 
 def cause_names(causes: int) -> tuple[Cause, ...]:
-    """The causes in a set."""
+    """The causes in the set ``causes``, in the order of CAUSES.
+
+    >>> cause_names(17)
+    ('relocation', 'write')
+    """
     return tuple(cause for index, cause in enumerate(CAUSES) if causes >> index & 1)
 
 
@@ -102,24 +110,32 @@ class Space:
         vdso: tuple[int, int] = (0, 0),
         stand_ins: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self._placed = sorted(placed, key=lambda one: one.start)
-        self._starts = np.array([one.start for one in self._placed], dtype=np.uint64)
-        self._ends = np.array([one.end for one in self._placed], dtype=np.uint64)
-        self._bias = {one.facts: one.bias for one in self._placed if one.facts is not None}
+        self._placed = sorted(placed, key=lambda file: file.start)
+        self._starts = np.array([file.start for file in self._placed], dtype=np.uint64)
+        self._ends = np.array([file.end for file in self._placed], dtype=np.uint64)
+        self._bias = {file.facts: file.bias for file in self._placed if file.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
         self._stand_ins = np.array(sorted(stand_ins.items()), dtype=np.uint64).reshape(-1, 2)
 
     def meant(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The same; of code that stands for a function, that function's address."""
+        """``values``, but for an address of code that stands for a function: that function's address.
+
+        >>> Space([], [], stand_ins={0x7000: 0x1234}).meant(np.array([0x7000, 0x8000], np.uint64)).tolist()
+        [4660, 32768]
+        """
         if not len(self._stand_ins):
             return values
-        here, functions = self._stand_ins.T
-        at = np.minimum(np.searchsorted(here, values), len(here) - 1)
-        return np.where(here[at] == values, functions[at], values)
+        addresses, functions = self._stand_ins.T
+        at = np.minimum(np.searchsorted(addresses, values), len(addresses) - 1)
+        return np.where(addresses[at] == values, functions[at], values)
 
     def in_code(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which addresses are executable."""
+        """Which addresses are executable.
+
+        >>> Space([], [(0x1000, 0x2000)]).in_code(np.array([0xFFF, 0x1000, 0x2000], np.uint64)).tolist()
+        [False, True, False]
+        """
         return _inside(addresses, self._code)
 
     def defines(
@@ -137,24 +153,22 @@ class Space:
         at = np.searchsorted(self._starts, addresses, side="right") - 1
         at = np.where((at >= 0) & (addresses <= self._ends[at]), at, -1)
         for index in np.flatnonzero(np.bincount(at[at >= 0], minlength=0)).tolist():
-            here, facts = np.flatnonzero(at == index), self._placed[index].facts
+            rows, facts = np.flatnonzero(at == index), self._placed[index].facts
             if facts is None:
-                hidden[here] = True
+                hidden[rows] = True
                 continue
-            vaddrs = addresses[here] - np.uint64(self._placed[index].bias)
-            wanted, known = facts.keys(vaddrs, names[here]), facts.definitions
-            if len(known):
-                found = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-                good[here] = known[found] == wanted
+            vaddrs = addresses[rows] - np.uint64(self._placed[index].bias)
+            if len(facts.definitions):
+                good[rows] = _contains(facts.definitions, facts.keys(vaddrs, names[rows]))
             if len(facts.indirect_names):
-                resolved = _contains(facts.indirect_names, names[here]) & _inside(vaddrs, facts.code)
-                good[here] |= resolved
+                resolved = _contains(facts.indirect_names, names[rows]) & _inside(vaddrs, facts.code)
+                good[rows] |= resolved
         in_vdso = np.flatnonzero(_inside(values, self._vdso))
         if len(in_vdso):
-            every = [one.facts.indirect_names for one in self._placed if one.facts is not None]
-            known = distinct(np.concatenate(every))
-            if len(known):
-                good[in_vdso] |= _contains(known, names[in_vdso])
+            indirect = [file.facts.indirect_names for file in self._placed if file.facts is not None]
+            resolvable = distinct(np.concatenate(indirect))
+            if len(resolvable):
+                good[in_vdso] |= _contains(resolvable, names[in_vdso])
         return good, hidden, at
 
     def in_block(
@@ -165,18 +179,18 @@ class Space:
         The second answer: which of the others cannot be told, since some file cannot be read.
         """
         good = np.zeros(len(names), np.bool_)
-        for one in self._placed:
-            if one.facts is not None and len(one.facts.thread_local):
-                good |= _contains(one.facts.thread_local, one.facts.keys(offsets, names))
-        return good, ~good & any(one.facts is None for one in self._placed)
+        for facts in self._bias:
+            if len(facts.thread_local):
+                good |= _contains(facts.thread_local, facts.keys(offsets, names))
+        return good, ~good & any(file.facts is None for file in self._placed)
 
     def address_of(self, name: int) -> int | None:
         """The address of the symbol so called; None where none, several or only an IFUNC define it."""
         found = {
-            one.bias + vaddr
-            for one in self._placed
-            if one.facts is not None
-            for vaddr in one.facts.defined(name)
+            file.bias + vaddr
+            for file in self._placed
+            if file.facts is not None
+            for vaddr in file.facts.defined(name)
         }
         return found.pop() if len(found) == 1 else None
 
@@ -189,21 +203,21 @@ class Space:
     ) -> None:
         """Keep with ``slots`` that the files ``where`` define what their ``rows`` want, at ``addresses``."""
         for index in np.flatnonzero(np.bincount(where[where >= 0], minlength=0)).tolist():
-            facts, here = self._placed[index].facts, where == index
+            facts, found = self._placed[index].facts, where == index
             if facts is None:
                 continue
             if facts not in slots.targets:
                 slots.targets.append(facts)
-            slots.target[rows[here]] = slots.targets.index(facts)
-            vaddrs = addresses[here] - np.uint64(self._placed[index].bias)
-            slots.target_vaddr[rows[here]] = vaddrs + slots.addend[rows[here]]
+            slots.target[rows[found]] = slots.targets.index(facts)
+            vaddrs = addresses[found] - np.uint64(self._placed[index].bias)
+            slots.target_vaddr[rows[found]] = vaddrs + slots.addend[rows[found]]
 
     def as_known(self, slots: Symbolic, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which slots hold the address of a definition that was found before, in whatever process."""
         biases = [self._bias.get(facts) for facts in slots.targets]
         bias = np.array([bias or 0 for bias in (*biases, None)], np.uint64)  # the last is for -1
-        there = np.array([bias is not None for bias in (*biases, None)])
-        return np.asarray(there[slots.target] & (values == bias[slots.target] + slots.target_vaddr))
+        mapped = np.array([bias is not None for bias in (*biases, None)])
+        return np.asarray(mapped[slots.target] & (values == bias[slots.target] + slots.target_vaddr))
 
 
 def _inside(values: NDArray[np.uint64], spans: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -264,25 +278,25 @@ def classify(
     values = layout.values(live)
     cause = _judged(facts, layout, space, np.uint64(bias), values)
     # Nearly every slot is as its relocation made it: only the others are looked at one by one.
-    others = np.flatnonzero(cause != _RELOCATION)
-    relocated = layout.on_page > np.bincount(layout.page[others], minlength=pages)
+    rows = np.flatnonzero(cause != _RELOCATION)
+    relocated = layout.on_page > np.bincount(layout.page[rows], minlength=pages)
     causes[relocated] |= np.uint8(_RELOCATION)
-    if len(others):
+    if len(rows):
         for value in (_OVERWRITTEN, _LOADER, _UNKNOWN):
-            causes[layout.page[others[cause[others] == value]]] |= np.uint8(value)
-        unreadable[layout.page[others[cause[others] == _UNKNOWN]]] = True
+            causes[layout.page[rows[cause[rows] == value]]] |= np.uint8(value)
+        unreadable[layout.page[rows[cause[rows] == _UNKNOWN]]] = True
     layout.undo(live)
     differing = np.flatnonzero(live.view(np.uint64) != layout.expected.view(np.uint64))
-    own = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
-    places = _places(facts, vaddrs, tails, live, layout.expected, differing)
-    place_cause = np.where(_in_tail(places.page, places.vaddr, vaddrs, tails), np.uint8(_BSS), own)
-    for value in (_BSS, int(own)):
-        causes[places.page[place_cause == value]] |= np.uint8(value)
-    changed = others[(cause[others] == _OVERWRITTEN) | (cause[others] == _LOADER)]
+    writer = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
+    pieces = _differing_pieces(facts, vaddrs, tails, live, layout.expected, differing)
+    piece_cause = np.where(_in_tail(pieces.page, pieces.vaddr, vaddrs, tails), np.uint8(_BSS), writer)
+    for value in (_BSS, int(writer)):
+        causes[pieces.page[piece_cause == value]] |= np.uint8(value)
+    changed = rows[(cause[rows] == _OVERWRITTEN) | (cause[rows] == _LOADER)]
     written = _written(
-        np.concatenate([places.page, layout.page[changed]]),
-        np.concatenate([places.symbol, facts.symbols_at(layout.vaddr[changed])]),
-        np.concatenate([place_cause, cause[changed]]),
+        np.concatenate([pieces.page, layout.page[changed]]),
+        np.concatenate([pieces.symbol, facts.symbols_at(layout.vaddr[changed])]),
+        np.concatenate([piece_cause, cause[changed]]),
     )
     causes[causes == 0] = _IDENTICAL
     listed = np.empty(0, WORD_DTYPE)
@@ -290,7 +304,7 @@ def classify(
         slots = _slot_words(layout, np.arange(len(cause)) if words == "every" else changed, cause, values)
         beside = _differing_words(vaddrs, live, layout.expected, differing)
         inside = _in_tail(beside["page"], beside["vaddr"], vaddrs, tails)
-        beside["cause"] = np.where(inside, np.uint8(_BSS), own)
+        beside["cause"] = np.where(inside, np.uint8(_BSS), writer)
         listed = np.concatenate([slots, beside])
         listed = listed[np.lexsort((listed["vaddr"], listed["page"]))]
     return Classified(causes, unreadable, listed, written)
@@ -299,7 +313,7 @@ def classify(
 def _tails(
     facts: FileFacts, vaddrs: NDArray[np.uint64], file_offsets: NDArray[np.uint64], live: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each page's bss tail begins (PAGE_SIZE: none), and the same of those that were zeroed."""
+    """Where each page's bss tail begins (PAGE_SIZE: none), and where each tail that was zeroed does."""
     tails = np.full(len(vaddrs), PAGE_SIZE, np.int64)
     zeroed = tails.copy()
     for span in facts.plan.zeroed if facts.plan is not None else ():
@@ -325,7 +339,7 @@ def _in_tail(
     return inside
 
 
-class _Places(NamedTuple):
+class _Pieces(NamedTuple):
     """What differs, in pieces of one symbol (its number, -1: none): words, and single bytes."""
 
     page: NDArray[np.intp]
@@ -333,14 +347,14 @@ class _Places(NamedTuple):
     symbol: NDArray[np.int64]
 
 
-def _places(
+def _differing_pieces(
     facts: FileFacts,
     vaddrs: NDArray[np.uint64],
     tails: NDArray[np.int64],
     live: NDArray[np.uint8],
     expected: NDArray[np.uint8],
     differing: NDArray[np.intp],
-) -> _Places:
+) -> _Pieces:
     """The ``differing`` words, and instead of those that are not one symbol's alone the bytes that differ."""
     page, start = _at(vaddrs, differing)
     symbol, alone = facts.symbols_of(start, _WORD)
@@ -348,12 +362,12 @@ def _places(
     for straddling in border * _PAGE_WORDS + tails[border] // _WORD:
         alone &= differing != straddling
     if alone.all():
-        return _Places(page, start, symbol)
+        return _Pieces(page, start, symbol)
     at = differing[~alone]
     bits = live.view(np.uint64).reshape(-1)[at] ^ expected.view(np.uint64).reshape(-1)[at]
     row, octet = np.divmod(np.flatnonzero(bits.view(np.uint8)), _WORD)
     octets = start[~alone][row] + octet.astype(np.uint64)
-    return _Places(
+    return _Pieces(
         np.concatenate([page[alone], page[~alone][row]]),
         np.concatenate([start[alone], octets]),
         np.concatenate([symbol[alone], facts.symbols_at(octets)]),
@@ -402,7 +416,11 @@ def _written(
 
 
 def _changing(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those that are not as the one before."""
+    """The elements of ``values`` that differ from the element before; the first always.
+
+    >>> _changing(np.array([3, 3, 5, 5, 3])).tolist()
+    [3, 5, 3]
+    """
     first = np.ones(len(values), np.bool_)
     first[1:] = values[1:] != values[:-1]
     return values[first]
@@ -427,12 +445,12 @@ def _judged(
         cleared = layout.symbolic.rows[~layout.symbolic.is_offset & (file[layout.symbolic.rows] == 0)]
         same[cleared] = False
     # What counts most comes last.
-    others = np.full(len(live), changed, np.uint8)
-    others[hidden] = _UNKNOWN
-    others[same] = 0
-    others[good] = _RELOCATION
-    others[layout.loader] = np.where(same[layout.loader], 0, _LOADER)
-    cause[layout.other] = others
+    verdict = np.full(len(live), changed, np.uint8)
+    verdict[hidden] = _UNKNOWN
+    verdict[same] = 0
+    verdict[good] = _RELOCATION
+    verdict[layout.loader] = np.where(same[layout.loader], 0, _LOADER)
+    cause[layout.other] = verdict
     return cause
 
 
@@ -460,7 +478,10 @@ def _verified(
 def _bound(
     slots: Symbolic, space: Space, bias: np.uint64, value: NDArray[np.uint64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The same for slots that hold a symbol's address, or its offset in a module's block."""
+    """Which slots hold the address of their symbol, or its offset in a module's block; which nobody can tell.
+
+    ``value`` is what each of ``slots`` holds in the process, ``bias`` the load bias of the file they are in.
+    """
     hidden = np.zeros(len(value), np.bool_)
     value = space.meant(value)
     if slots.names is None:
@@ -470,12 +491,12 @@ def _bound(
     good |= slots.weak & (value == slots.addend)
     good |= (slots.file != 0) & (value == bias + slots.file)  # its own PLT entry: not bound yet
     good |= space.as_known(slots, value)
-    left = np.flatnonzero(~good & ~slots.offset)
-    if len(left):
-        target = value[left] - slots.addend[left]
-        good[left], hidden[left], where = space.defines(slots.names[left], target, value[left])
-        space.remember(slots, left[good[left]], target[good[left]], where[good[left]])
-    left = np.flatnonzero(~good & slots.offset)
-    if len(left):
-        good[left], hidden[left] = space.in_block(slots.names[left], value[left] - slots.addend[left])
+    rows = np.flatnonzero(~good & ~slots.offset)
+    if len(rows):
+        target = value[rows] - slots.addend[rows]
+        good[rows], hidden[rows], where = space.defines(slots.names[rows], target, value[rows])
+        space.remember(slots, rows[good[rows]], target[good[rows]], where[good[rows]])
+    rows = np.flatnonzero(~good & slots.offset)
+    if len(rows):
+        good[rows], hidden[rows] = space.in_block(slots.names[rows], value[rows] - slots.addend[rows])
     return good, hidden

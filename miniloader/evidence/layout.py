@@ -79,17 +79,17 @@ class Layout:
 
     def _sort(self, facts: FileFacts, slots: Table) -> None:
         """Tell the other slots apart by how they are judged."""
-        what, short = slots["what"], self.size[self.other] < _WORD
-        symbolic = np.isin(what, (SYMBOL, MODULE_OFFSET))
-        self.uneven = np.flatnonzero(what == RELATIVE)
+        kind, short = slots["what"], self.size[self.other] < _WORD
+        symbolic = np.isin(kind, (SYMBOL, MODULE_OFFSET))
+        self.uneven = np.flatnonzero(kind == RELATIVE)
         self.uneven_addend = slots["addend"].view(np.uint64)[self.uneven]
         self.anything = np.flatnonzero(
-            np.isin(what, (OTHER, COPY, ARGUMENT)) | (short & ~np.isin(what, (RELATIVE, LOADER)) & ~symbolic)
+            np.isin(kind, (OTHER, COPY, ARGUMENT)) | (short & ~np.isin(kind, (RELATIVE, LOADER)) & ~symbolic)
         )
-        self.thread = np.flatnonzero((what == THREAD_OFFSET) & ~short)
-        self.module = np.flatnonzero((what == MODULE) & ~short)
-        self.code = np.flatnonzero(np.isin(what, (INDIRECT, DESCRIPTOR)))
-        self.loader = np.flatnonzero(what == LOADER)
+        self.thread = np.flatnonzero((kind == THREAD_OFFSET) & ~short)
+        self.module = np.flatnonzero((kind == MODULE) & ~short)
+        self.code = np.flatnonzero(np.isin(kind, (INDIRECT, DESCRIPTOR)))
+        self.loader = np.flatnonzero(kind == LOADER)
         self.symbolic = _symbolic(facts, slots, np.flatnonzero(symbolic), self.file[self.other])
 
     def values(self, pages: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -144,18 +144,18 @@ class Symbolic:
 
 def _symbolic(facts: FileFacts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
     chosen = slots[rows]
-    made = Symbolic(rows, chosen["addend"].view(np.uint64).copy(), file[rows])
+    symbolic = Symbolic(rows, chosen["addend"].view(np.uint64).copy(), file[rows])
     table, symbol = facts.symbols, chosen["symbol"]
     if table is None or (symbol >= len(table)).any():
-        return made
+        return symbolic
     kind, undefined = table.type[symbol], table.rows["shndx"][symbol] == SHN_UNDEF
-    made.names = facts.name_numbers[symbol]
-    made.own = table.rows["value"][symbol].astype(np.uint64) + made.addend
-    made.offset = chosen["what"] == MODULE_OFFSET
-    made.local = ~undefined & (kind != STT_GNU_IFUNC) & (kind != STT_TLS)
-    made.weak = undefined & (table.bind[symbol] == STB_WEAK)
-    made.target, made.target_vaddr = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint64)
-    return made
+    symbolic.names = facts.name_numbers[symbol]
+    symbolic.own = table.rows["value"][symbol].astype(np.uint64) + symbolic.addend
+    symbolic.offset = chosen["what"] == MODULE_OFFSET
+    symbolic.local = ~undefined & (kind != STT_GNU_IFUNC) & (kind != STT_TLS)
+    symbolic.weak = undefined & (table.bind[symbol] == STB_WEAK)
+    symbolic.target, symbolic.target_vaddr = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint64)
+    return symbolic
 
 
 class Layouts:

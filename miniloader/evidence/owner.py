@@ -54,11 +54,11 @@ def owner_of(
     if landmarks is None or vaddr is None:
         return Owner(vmas[place].path)
     try:
-        known = landmarks.symbol(symbol, version) if symbol is not None else None
-        if known is not None and known.type == STT_GNU_IFUNC and known.vaddr != vaddr:
-            return Owner(vma.path, vaddr, known.name, ifunc=True)
-        if known is not None and known.vaddr == vaddr:
-            return Owner(vma.path, vaddr, known.name)
+        bound = landmarks.symbol(symbol, version) if symbol is not None else None
+        if bound is not None and bound.type == STT_GNU_IFUNC and bound.vaddr != vaddr:
+            return Owner(vma.path, vaddr, bound.name, ifunc=True)
+        if bound is not None and bound.vaddr == vaddr:
+            return Owner(vma.path, vaddr, bound.name)
         target = landmarks.at(vaddr)
     except ElfError:
         target = None
@@ -80,6 +80,6 @@ def _vaddr(landmarks: Landmarks, vma: Vma, address: int) -> int | None:
     for load in sorted(loads, key=lambda load: ("x" in load.flags) != ("x" in vma.protection)):
         if load.file_offset & -PAGE_SIZE <= vma.file_offset < load.file_offset + max(load.filesz, 1):
             vaddr = address - vma.start + vma.file_offset - load.file_offset + load.vaddr
-            if any(other.vaddr <= vaddr < other.end for other in loads):
+            if any(segment.vaddr <= vaddr < segment.end for segment in loads):
                 return vaddr
     return None

@@ -174,7 +174,7 @@ class Sharing:
 def analyse(snapshot: Snapshot) -> Sharing:
     """What the processes of ``snapshot`` share."""
     processes, level = snapshot.processes, snapshot.level
-    vaddrs = distinct(np.concatenate([one.pages["vaddr"] for one in processes] or [_no_vaddrs()]))
+    vaddrs = distinct(np.concatenate([process.pages["vaddr"] for process in processes] or [_no_vaddrs()]))
     shape = (len(processes), len(vaddrs))
     states = np.full(shape, UNKNOWN, dtype=np.uint8)
     exclusive = np.zeros(shape, dtype=np.bool_)
@@ -204,7 +204,7 @@ def analyse(snapshot: Snapshot) -> Sharing:
         states[(states == SOLE) & several] = SHARED
     for array in (vaddrs, states, groups):
         array.flags.writeable = False
-    return Sharing(level, tuple(one.pid for one in processes), vaddrs, states, groups)
+    return Sharing(level, tuple(process.pid for process in processes), vaddrs, states, groups)
 
 
 def _no_vaddrs() -> NDArray[np.uint64]:
@@ -222,7 +222,7 @@ def _states_alone(process: ProcessPages, level: LevelName) -> NDArray[np.uint8]:
         no_frame = pages["frame"] == 0
         file, copied = np.where(no_frame, UNKNOWN, SOLE), np.where(no_frame, UNKNOWN, COPIED)
     else:
-        named = np.array([one.vma.is_file for one in process.mappings] + [False])
+        named = np.array([backing.vma.is_file for backing in process.mappings] + [False])
         file = np.where(named[pages["mapping"]], SOLE, UNKNOWN)
         # In anonymous memory, not exclusive may also mean the page of zeros, where nothing tells.
         sure = named[pages["mapping"]] | pages["zero_known"]
@@ -250,7 +250,7 @@ class _Places:
 
     def __init__(self, processes: Collection[ProcessPages]) -> None:
         self._files: dict[object, int] = {}
-        offsets = [one.pages["file_offset"] for one in processes]
+        offsets = [process.pages["file_offset"] for process in processes]
         self._offsets = distinct(np.concatenate(offsets or [_no_vaddrs()]))
 
     def keys(self, process: ProcessPages) -> NDArray[np.int64]:

@@ -95,16 +95,16 @@ _MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
 
 
 class NameNumbers:
-    """Gives every symbol name a number, the same in all files."""
+    """Gives every symbol name a number, the same in all files that share this object."""
 
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
 
     def numbers(self, table: SymbolTable) -> NDArray[np.uint64]:
-        """The number of each symbol's name."""
-        known = self._numbers
+        """The number of the name of each symbol of ``table``."""
+        numbers = self._numbers
         names = table.names(np.arange(len(table)))
-        return np.fromiter((known.setdefault(name, len(known)) for name in names), np.uint64, len(names))
+        return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.uint64, len(names))
 
 
 class FileFacts:
@@ -133,7 +133,7 @@ class FileFacts:
     def zeros(self) -> tuple[tuple[int, int], ...]:
         """The vaddrs [start, end) of its anonymous pages: bss, but for what the file's last page holds."""
         mappings = self.plan.mappings if self.plan is not None else ()
-        return tuple((one.start, one.end) for one in mappings if one.kind == "zero")
+        return tuple((mapping.start, mapping.end) for mapping in mappings if mapping.kind == "zero")
 
     # -- bytes ------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class FileFacts:
 
     @cached_property
     def thread_local(self) -> NDArray[np.uint64]:
-        """The same for thread-local symbols, with their offsets in the module's block for vaddrs."""
+        """The keys of its thread-local symbols, sorted; offsets in the module's block stand for vaddrs."""
         table = self.symbols
         if table is None:
             return np.empty(0, np.uint64)
@@ -246,9 +246,8 @@ class FileFacts:
         """The vaddrs at which it defines the name of this number, other than by an IFUNC."""
         if name in self.indirect_names:
             return ()
-        known = self.definitions
-        here = known & np.uint64((1 << _NAME_BITS) - 1) == np.uint64(name)
-        return tuple((known[here] >> np.uint64(_NAME_BITS)).tolist())
+        so_called = self.definitions & np.uint64((1 << _NAME_BITS) - 1) == np.uint64(name)
+        return tuple((self.definitions[so_called] >> np.uint64(_NAME_BITS)).tolist())
 
     @cached_property
     def indirect_names(self) -> NDArray[np.uint64]:
@@ -302,7 +301,10 @@ class FileFacts:
     def symbols_of(
         self, vaddrs: NDArray[np.uint64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The same, and of which [vaddr, vaddr + ``size``) every byte is that symbol's, or no symbol's."""
+        """For each vaddr the number of the symbol that covers it (-1: none), and whether it is the only one.
+
+        It is where every byte of [vaddr, vaddr + ``size``) is that symbol's, or no symbol's.
+        """
         starts, ends, _ = self._named
         if not len(starts):
             return np.full(len(vaddrs), -1, np.int64), np.ones(len(vaddrs), np.bool_)
@@ -333,9 +335,9 @@ class FileFacts:
         """Start, end and name of the sections that take memory, but for what lld fills a page with."""
         sections = self.image.sections if self.image is not None else ()
         return tuple(
-            (one.vaddr, one.end, one.name)
-            for one in sections
-            if one.allocated and one.size and one.name not in (".tbss", ".relro_padding")
+            (section.vaddr, section.end, section.name)
+            for section in sections
+            if section.allocated and section.size and section.name not in (".tbss", ".relro_padding")
         )
 
     def section_on(self, vaddr: int) -> str:
@@ -349,25 +351,25 @@ class FileFacts:
 
 
 # ------------------------------------------------------------------------------------------ the slots
-def _slots(vaddrs: NDArray[np.uint64], what: int, **fields: object) -> Table:
-    made = np.zeros(len(vaddrs), SLOT_DTYPE)
-    made["vaddr"], made["what"], made["size"], made["kind"] = vaddrs, what, _WORD, _NO_KIND
+def _slots(vaddrs: NDArray[np.uint64], meaning: int, **fields: object) -> Table:
+    slots = np.zeros(len(vaddrs), SLOT_DTYPE)
+    slots["vaddr"], slots["what"], slots["size"], slots["kind"] = vaddrs, meaning, _WORD, _NO_KIND
     for name, value in fields.items():
-        made[name] = value
-    return made
+        slots[name] = value
+    return slots
 
 
 def _relocated(image: ElfImage) -> Table:
     """The slots of the relocation tables; of a TLS descriptor its two words; without COPY."""
     kinds = KINDS[image.header.machine]
-    made = [np.empty(0, SLOT_DTYPE)]
+    slots = [np.empty(0, SLOT_DTYPE)]
     for table in image.relocations.tables:
         rows = table.rows
         for code in distinct(rows["type"]).tolist():
             kind = kinds.get(code)
             if kind is not None and kind.formula in ("none", "copy"):
                 continue
-            what = OTHER if kind is None or kind.size not in (8, 16) else _OF_FORMULA[kind.formula]
+            meaning = OTHER if kind is None or kind.size not in (8, 16) else _OF_FORMULA[kind.formula]
             chosen = rows[rows["type"] == code]
             fields = {
                 "kind": code,
@@ -376,10 +378,10 @@ def _relocated(image: ElfImage) -> Table:
                 "addend": 0 if kind is not None and kind.formula == "S" else chosen["addend"],
                 "size": _WORD if kind is None else min(kind.size, _WORD),
             }
-            made.append(_slots(chosen["offset"], what, **fields))
-            if what == DESCRIPTOR:
-                made.append(_slots(chosen["offset"] + np.uint64(_WORD), ARGUMENT, **fields))
-    return np.concatenate(made)
+            slots.append(_slots(chosen["offset"], meaning, **fields))
+            if meaning == DESCRIPTOR:
+                slots.append(_slots(chosen["offset"] + np.uint64(_WORD), ARGUMENT, **fields))
+    return np.concatenate(slots)
 
 
 def _relr(image: ElfImage) -> Table:
@@ -400,14 +402,14 @@ def _copied(image: ElfImage) -> Table:
     """The words of the variables that COPY relocations bring into an executable."""
     kinds = KINDS[image.header.machine]
     codes = [code for code, kind in kinds.items() if kind.formula == "copy"]
-    made = [np.empty(0, SLOT_DTYPE)]
+    slots = [np.empty(0, SLOT_DTYPE)]
     for table in image.relocations.tables:
         for row in table.rows[np.isin(table.rows["type"], codes)]:
             start = int(row["offset"])
             size = min(int(image.symbols.rows["size"][row["symbol"]]), _MOST_COPIED)
             words = np.arange(start & -_WORD, start + max(size, 1), _WORD, dtype=np.uint64)
-            made.append(_slots(words, COPY, kind=row["type"], symbol=row["symbol"]))
-    return np.concatenate(made)
+            slots.append(_slots(words, COPY, kind=row["type"], symbol=row["symbol"]))
+    return np.concatenate(slots)
 
 
 def _loader(image: ElfImage) -> Table:

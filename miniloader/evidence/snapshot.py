@@ -31,7 +31,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import doubtful, zeros_by_sums
 from miniloader.values import dataclass
 
-__all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "Snapshot", "Target", "take"]
+__all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "ProcessRange", "Snapshot", "take"]
 
 PAGE_DTYPE: Final = np.dtype(
     [
@@ -58,7 +58,7 @@ _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 
 
 @dataclass(frozen=True)
-class Target:
+class ProcessRange:
     """What to look at: the pages [``vaddr_start``, ``vaddr_end``) of an image in process ``pid``.
 
     ``base`` is the load bias, address - vaddr, a multiple of the page size; the range is widened to
@@ -117,7 +117,7 @@ class Snapshot:
 class _Reading:
     """What was read of one process before its frames were asked about."""
 
-    target: Target
+    target: ProcessRange
     pagemap: PageMap
     vmas: tuple[Vma, ...]
     table: PageTable
@@ -129,7 +129,7 @@ class _Reading:
         return self.target.base + self.target.vaddr_start, self.target.base + self.target.vaddr_end
 
 
-def take(targets: Sequence[Target], *, step: str = "", level: LevelName | None = None) -> Snapshot:
+def take(targets: Sequence[ProcessRange], *, step: str = "", level: LevelName | None = None) -> Snapshot:
     """Look at every page of ``targets`` once, at the best level of evidence that works, or at ``level``.
 
     A lower level than the best asks the kernel for no more than that level does.  A process that has
@@ -149,7 +149,7 @@ def take(targets: Sequence[Target], *, step: str = "", level: LevelName | None =
     return Snapshot(step, chosen, processes, when)
 
 
-def _whole_pages(target: Target) -> Target:
+def _whole_pages(target: ProcessRange) -> ProcessRange:
     if target.base % PAGE_SIZE:
         raise UsageError(f"load bias {target.base:#x}: expected a multiple of the page size {PAGE_SIZE}")
     return replace(
@@ -162,7 +162,7 @@ def _whole_pages(target: Target) -> Target:
 _Found = TypeVar("_Found")
 
 
-def _recorded(target: Target, look: Callable[[], _Found]) -> _Found | ProcessPages:
+def _recorded(target: ProcessRange, look: Callable[[], _Found]) -> _Found | ProcessPages:
     """What ``look`` finds, or the record of why it could not."""
     try:
         return look()
@@ -172,7 +172,7 @@ def _recorded(target: Target, look: Callable[[], _Found]) -> _Found | ProcessPag
         return _blank(target, reason=str(error))
 
 
-def _blank_pages(target: Target) -> NDArray[np.void]:
+def _blank_pages(target: ProcessRange) -> NDArray[np.void]:
     """A record for each page of the range that knows nothing but its vaddr."""
     pages = np.zeros((target.vaddr_end - target.vaddr_start) // PAGE_SIZE, dtype=PAGE_DTYPE)
     pages["vaddr"] = np.arange(target.vaddr_start, target.vaddr_end, PAGE_SIZE, dtype=np.uint64)
@@ -181,46 +181,46 @@ def _blank_pages(target: Target) -> NDArray[np.void]:
     return pages
 
 
-def _blank(target: Target, *, reason: str, gone: bool = False) -> ProcessPages:
+def _blank(target: ProcessRange, *, reason: str, gone: bool = False) -> ProcessPages:
     pages = _blank_pages(target)
     pages.flags.writeable = False
     return ProcessPages(target.pid, target.base, (), pages, gone=gone, reason=reason)
 
 
-def _totals(target: Target) -> ProcessPages:
+def _totals(target: ProcessRange) -> ProcessPages:
     """The sums of the image's mappings, for level ``totals``.
 
     The kernel may have merged its bss with somebody else's memory behind it: that mapping says nothing of it.
     """
     start, end = target.base + target.vaddr_start, target.base + target.vaddr_end
-    inside = [one for one in read_smaps(target.pid) if start <= one.vma.start and one.vma.end <= end]
+    inside = [sums for sums in read_smaps(target.pid) if start <= sums.vma.start and sums.vma.end <= end]
     return replace(
         _blank(target, reason="sums of mappings say nothing about a page"),
-        mappings=tuple(Backing(one.vma, None) for one in inside),
+        mappings=tuple(Backing(sums.vma, None) for sums in inside),
         totals=MappingProxyType(sum_sizes(inside)),
     )
 
 
-def _touched(target: Target) -> tuple[Vma, ...]:
+def _touched(target: ProcessRange) -> tuple[Vma, ...]:
     """The mappings that the image touches, by address."""
     return read_maps(target.pid, start=target.base + target.vaddr_start, end=target.base + target.vaddr_end)
 
 
-def _look(targets: Sequence[Target], *, with_frames: bool) -> tuple[ProcessPages, ...]:
+def _look(targets: Sequence[ProcessRange], *, with_frames: bool) -> tuple[ProcessPages, ...]:
     """Read every process's entries, then ask about all frames at once, then read the entries again."""
     with ExitStack() as files:
         found = [_recorded(target, partial(_first, target, files)) for target in targets]
-        readings = [one for one in found if isinstance(one, _Reading)]
-        facts = iter(_facts(readings, with_frames=with_frames))
+        readings = [answer for answer in found if isinstance(answer, _Reading)]
+        facts = iter(_frame_facts(readings, with_frames=with_frames))
         return tuple(
-            one
-            if isinstance(one, ProcessPages)
-            else _recorded(one.target, partial(_second, one, next(facts), with_frames=with_frames))
-            for one in found
+            answer
+            if isinstance(answer, ProcessPages)
+            else _recorded(answer.target, partial(_second, answer, next(facts), with_frames=with_frames))
+            for answer in found
         )
 
 
-def _first(target: Target, files: ExitStack) -> _Reading:
+def _first(target: ProcessRange, files: ExitStack) -> _Reading:
     pagemap = files.enter_context(PageMap(target.pid))
     start, end = target.base + target.vaddr_start, target.base + target.vaddr_end
     vmas, table = _touched(target), pagemap.table(start, end)
@@ -232,19 +232,19 @@ def _first(target: Target, files: ExitStack) -> _Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class _Facts:
-    """What is known of the frames of one process's pages; None: not known."""
+class _FrameFacts:
+    """What the kernel says of the frames of one process's pages; None: nothing."""
 
     map_count: NDArray[np.uint64] | None
     flags: NDArray[np.uint64] | None
 
 
-def _facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_Facts]:
+def _frame_facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_FrameFacts]:
     """The facts for each reading; one question for all of them, since they mostly share their frames."""
     if not with_frames or not readings:
-        return [_Facts(None, None)] * len(readings)
+        return [_FrameFacts(None, None)] * len(readings)
     frames = [reading.table.frame for reading in readings]
-    ends = np.cumsum([len(one) for one in frames])[:-1]
+    ends = np.cumsum([len(array) for array in frames])[:-1]
 
     def split(ask: Callable[[NDArray[np.uint64]], NDArray[np.uint64]]) -> list[NDArray[np.uint64] | None]:
         try:
@@ -252,10 +252,10 @@ def _facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_Facts]:
         except EvidenceError:  # counts and flags corroborate; without them the frames still prove
             return [None] * len(frames)
 
-    return [_Facts(*both) for both in zip(split(map_counts), split(frame_flags), strict=True)]
+    return [_FrameFacts(*both) for both in zip(split(map_counts), split(frame_flags), strict=True)]
 
 
-def _second(reading: _Reading, facts: _Facts, *, with_frames: bool) -> ProcessPages:
+def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> ProcessPages:
     """Read the entries again and put everything together."""
     target, before, vmas = reading.target, reading.table, reading.vmas
     addresses, after = before.addresses, reading.pagemap.table(*reading.span)
@@ -289,7 +289,9 @@ def _remapped(
     addresses: NDArray[np.uint64], before: Sequence[Vma], after: Sequence[Vma]
 ) -> NDArray[np.bool_]:
     """Which pages are not mapped as they were."""
-    same = np.array([[_same_mapping(one, other) for other in (*after, None)] for one in (*before, None)])
+    # Their extents do not matter: the kernel merges and splits neighbouring mappings as it likes.
+    old, new = ([*map(_meaning, vmas), None] for vmas in (before, after))
+    same = np.array([[first == second for second in new] for first in old])
     return ~same[_mapping_of(addresses, before), _mapping_of(addresses, after)]
 
 
@@ -308,19 +310,9 @@ def _shift(vma: Vma) -> int | None:
     return (vma.file_offset - vma.start) % 2**64 if vma.is_file else None
 
 
-def _same_mapping(one: Vma | None, other: Vma | None) -> bool:
-    """Whether a page that both hold is mapped the same.  Their extents do not matter: the kernel merges
-    and splits neighbouring mappings as it likes.
-    """
-    if one is None or other is None:
-        return one is other
-    return (_shift(one), one.device, one.inode, one.protection, one.shared) == (
-        _shift(other),
-        other.device,
-        other.inode,
-        other.protection,
-        other.shared,
-    )
+def _meaning(vma: Vma) -> tuple[object, ...]:
+    """What a mapping says of each of its pages."""
+    return _shift(vma), vma.device, vma.inode, vma.protection, vma.shared
 
 
 def _file_offsets(
@@ -328,19 +320,19 @@ def _file_offsets(
 ) -> NDArray[np.uint64]:
     """The offset of each page in its mapping's file; 0 where there is none."""
     shifts = [_shift(vma) for vma in vmas] + [None]
-    shift = np.array([one or 0 for one in shifts], dtype=np.uint64)[mapping]
-    of_file = np.array([one is not None for one in shifts])[mapping]
+    shift = np.array([shift or 0 for shift in shifts], dtype=np.uint64)[mapping]
+    of_file = np.array([shift is not None for shift in shifts])[mapping]
     return np.where(of_file, addresses + shift, np.uint64(0))
 
 
 def _backings(pid: int, vmas: Sequence[Vma]) -> tuple[Backing, ...]:
     """The mappings with the build-id of their file, which is asked for once a file."""
-    known: dict[tuple[tuple[int, int], int], bytes | None] = {}
+    build_ids: dict[tuple[tuple[int, int], int], bytes | None] = {}
     for vma in vmas:
         key = (vma.device, vma.inode)
-        if vma.is_file and key not in known:
-            known[key] = _build_id(pid, vma)
-    return tuple(Backing(vma, known.get((vma.device, vma.inode))) for vma in vmas)
+        if vma.is_file and key not in build_ids:
+            build_ids[key] = _build_id(pid, vma)
+    return tuple(Backing(vma, build_ids.get((vma.device, vma.inode))) for vma in vmas)
 
 
 def _build_id(pid: int, vma: Vma) -> bytes | None:

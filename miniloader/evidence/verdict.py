@@ -56,7 +56,12 @@ def judge(
 
 
 def combine(claims: Iterable[Claim]) -> Verdict:
-    """One verdict for all: refuted wins, then unknown; nothing at all is unknown."""
+    """One verdict for all: refuted wins, then unknown; nothing at all is unknown.
+
+    >>> claim = judge("code-shared", "…", holds=True, expected="1 frame", observed="1 frame")
+    >>> combine([claim]), combine([])
+    ('proven', 'unknown')
+    """
     verdicts = {claim.verdict for claim in claims}
     if "refuted" in verdicts:
         return "refuted"

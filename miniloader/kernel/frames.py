@@ -104,7 +104,11 @@ KPF: Final = {
 
 
 def flag_names(word: int) -> tuple[str, ...]:
-    """The names of the flags set in one ``kpageflags`` word, lowest bit first."""
+    """The names of the flags set in one ``kpageflags`` word, lowest bit first.
+
+    >>> flag_names(1 << 12 | 1 << 14)
+    ('anonymous', 'swapbacked')
+    """
     return tuple(flag.name for flag in KPF.values() if word >> flag.bit & 1)
 
 
@@ -144,6 +148,9 @@ def marks_merged() -> bool:
 def distinct(values: NDArray[_Number]) -> NDArray[_Number]:
     """The different values, sorted.
 
+    >>> distinct(np.array([7, 3, 7])).tolist()
+    [3, 7]
+
     Sorting beats the hashing of ``np.unique`` tenfold on frames, and does not import ``numpy.ma``; where
     there are many for how high they go, as frames of many processes are, ticking them off beats sorting.
     """
@@ -173,11 +180,11 @@ def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
     wanted = distinct(frames)
     skip = int(len(wanted) > 0 and wanted[0] == 0)
     # A run ends where the gap to the next frame is wide, and where it would exceed one read.
-    known = wanted[skip:]
-    ends = (np.diff(known) > _GAP) | (np.diff(known // _CHUNK) != 0)
+    numbers = wanted[skip:]
+    ends = (np.diff(numbers) > _GAP) | (np.diff(numbers // _CHUNK) != 0)
     breaks = np.flatnonzero(ends) + 1
-    firsts = known[np.concatenate([np.zeros(min(len(known), 1), np.intp), breaks])]
-    lasts = known[np.concatenate([breaks - 1, np.full(min(len(known), 1), len(known) - 1, np.intp)])]
+    firsts = numbers[np.concatenate([np.zeros(min(len(numbers), 1), np.intp), breaks])]
+    lasts = numbers[np.concatenate([breaks - 1, np.full(min(len(numbers), 1), len(numbers) - 1, np.intp)])]
     lengths = (lasts - firsts + np.uint64(1)) * np.uint64(_WORD)
     try:
         with open(path, "rb", buffering=0) as file:
@@ -190,10 +197,10 @@ def _lookup(path: str, frames: NDArray[np.uint64]) -> NDArray[np.uint64]:
     except OSError as error:
         raise _refused(path, error) from error
     table = np.frombuffer(b"".join(parts), np.uint64)
-    run = np.searchsorted(firsts, known, side="right") - 1
+    run = np.searchsorted(firsts, numbers, side="right") - 1
     before = np.concatenate([np.zeros(1, np.uint64), np.cumsum(lengths // np.uint64(_WORD))]).astype(np.intp)
     words = np.zeros(len(wanted), np.uint64)
-    words[skip:] = table[before[run] + (known - firsts[run]).astype(np.intp)]
+    words[skip:] = table[before[run] + (numbers - firsts[run]).astype(np.intp)]
     return words[np.searchsorted(wanted, frames)]
 
 

@@ -128,7 +128,11 @@ def _is_named(vma: Vma, path: str) -> bool:
 
 
 def mappings_of(vmas: Iterable[Vma], path: str | os.PathLike[str]) -> tuple[Vma, ...]:
-    """Those of ``vmas`` that the kernel names ``path``, in the order given; ``path`` is absolute."""
+    """The mappings among ``vmas`` that the kernel names ``path``, in the order given; ``path`` is absolute.
+
+    >>> [vma.path for vma in mappings_of(read_maps(), "[stack]")]
+    ['[stack]']
+    """
     name = os.fspath(path)
     return tuple(vma for vma in vmas if vma.path == name)
 

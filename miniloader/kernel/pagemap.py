@@ -155,7 +155,7 @@ class PageMap:
         return words
 
     def table(self, start: int, end: int) -> PageTable:
-        """The same as :meth:`read`, with its address and its meaning."""
+        """The words of [``start``, ``end``), with their address and their meaning; raises as :meth:`read`."""
         return PageTable(start, self.read(start, end))
 
     def _read_into(self, buffer: memoryview, offset: int) -> int:

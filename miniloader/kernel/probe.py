@@ -112,7 +112,7 @@ def _expect(right: object, otherwise: str) -> None:
 def _smaps() -> None:
     with _anonymous_page() as address:
         _write(address)
-        sizes = next((one.sizes for one in read_smaps() if address in one.vma), {})
+        sizes = next((sums.sizes for sums in read_smaps() if address in sums.vma), {})
         _expect(sizes.get("Anonymous", 0) >= PAGE_SIZE, "a page just written is not counted")
 
 

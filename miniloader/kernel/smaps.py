@@ -88,9 +88,15 @@ def read_rollup(pid: int | None = None) -> Mapping[str, int]:
 
 
 def sum_sizes(totals: Iterable[VmaTotals]) -> dict[str, int]:
-    """The sizes of several mappings added up, by name."""
+    """The sizes of several mappings added up, by name, in bytes.
+
+    >>> from miniloader.kernel.maps import parse_vma
+    >>> vma = parse_vma(b"00400000-00402000 r-xp 00000000 08:02 173521 /usr/bin/dbus-daemon")
+    >>> sum_sizes([VmaTotals(vma, {"Rss": 4096}, frozenset()), VmaTotals(vma, {"Rss": 8192}, frozenset())])
+    {'Rss': 12288}
+    """
     added: dict[str, int] = {}
-    for one in totals:
-        for name, size in one.sizes.items():
+    for mapping in totals:
+        for name, size in mapping.sizes.items():
             added[name] = added.get(name, 0) + size
     return added

@@ -195,8 +195,8 @@ def process_vm_readv(pid: int, remote: int, local: int, length: int) -> int:
 
     A page that cannot be read ends the copy (EFAULT when it is the first), it never raises a signal.
     """
-    here, there = _Iovec(local, length), _Iovec(remote, length)
-    count = int(_LIBC["process_vm_readv"](pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
+    destination, source = _Iovec(local, length), _Iovec(remote, length)
+    count = int(_LIBC["process_vm_readv"](pid, ctypes.byref(destination), 1, ctypes.byref(source), 1, 0))
     if count < 0:
         raise _failed("process_vm_readv")
     return count

@@ -56,7 +56,7 @@ def zeros_by_sums(pagemap: PageMap, vmas: Sequence[Vma]) -> Sums:
     chosen = [index for index, vma in enumerate(vmas) if _may_have(vma)]
     small = [index for index in chosen if vmas[index].size <= _MOST]
     before = {index: pagemap.read(vmas[index].start, vmas[index].end) & _KINDS for index in small}
-    sums = {one.vma: one.sizes for one in read_smaps(pagemap.pid)}
+    sums = {mapping.vma: mapping.sizes for mapping in read_smaps(pagemap.pid)}
     zeros, all_or_none = np.zeros(len(vmas), np.int64), np.zeros(len(vmas), np.int8)
     zeros[chosen] = all_or_none[chosen] = -1
     for index, entries in before.items():

@@ -49,7 +49,7 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
     if audit.libraries:
         yield ()
         yield library_rows(audit)
-    said = [text for one in audit.libraries if (text := sentence(one))]
+    said = [text for library in audit.libraries if (text := sentence(library))]
     if audit.explained and said:
         yield ()
         yield from said if pages else said[:_MOST_SENTENCES]
@@ -70,60 +70,62 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
 def summary(audit: Audit) -> Iterator[Line]:
     """The answer in a few lines."""
     page = audit.page_size
-    present = sum(one.present for one in audit.libraries)
-    frames = sum(one.frames for one in audit.libraries)
-    private = sum(one.private for one in audit.libraries)
-    swapped = sum(one.swapped for one in audit.libraries)
+    present = sum(library.present for library in audit.libraries)
+    frames = sum(library.frames for library in audit.libraries)
+    private = sum(library.private for library in audit.libraries)
+    swapped = sum(library.swapped for library in audit.libraries)
     exact = "" if audit.level == "frames" else "at most "
     yield (
         (count(len(audit.processes), "process", "processes"), "bold"),
         f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
         f"where separate copies would take {size(present * page)}",
     )
-    common = sum(one.common for one in audit.libraries)
+    common = sum(library.common for library in audit.libraries)
     besides = f"; {count(common, 'copy', 'copies')} besides are shared, by fork or KSM" if common else ""
     besides += f"; {size(swapped * page)} of copies besides are swapped out" if swapped else ""
     yield (f"  {size((private - common) * page)} of it are private copies{besides}",)
     if audit.processes:
-        pss = [one.pss for one in audit.processes if one.pss is not None]
-        known = len(pss) == len(audit.processes)
+        pss = [process.pss for process in audit.processes if process.pss is not None]
+        complete = len(pss) == len(audit.processes)
         yield (
-            f"  in all, with heaps and stacks: RSS {size(sum(one.rss for one in audit.processes))}, "
-            f"PSS {size(sum(pss)) if known else 'unknown'}, "
-            f"USS {size(sum(one.uss for one in audit.processes))}",
+            f"  in all, with heaps and stacks: RSS {size(sum(process.rss for process in audit.processes))}, "
+            f"PSS {size(sum(pss)) if complete else 'unknown'}, "
+            f"USS {size(sum(process.uss for process in audit.processes))}",
         )
     yield ((f"  evidence: {audit.level} ({_MEANING.get(audit.level, '')})", "dim"),)
 
 
 def library_rows(audit: Audit, before: Audit | None = None) -> Table:
     """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
-    counted = (*_COUNTED, "swapped") if any(one.swapped for one in audit.libraries) else _COUNTED
+    counted = (*_COUNTED, "swapped") if any(library.swapped for library in audit.libraries) else _COUNTED
     columns = ("library", ">in", *(f">{name}" for name in counted), ">takes", ">apart")
-    old = {one.build_id or one.path: one for one in before.libraries} if before is not None else {}
+    libraries_before = before.libraries if before is not None else ()
+    old = {library.build_id or library.path: library for library in libraries_before}
     rows = []
-    for one in audit.libraries:
-        several = f" ({one.files} separate files)" if one.files > 1 else ""
+    for library in audit.libraries:
+        several = f" ({library.files} separate files)" if library.files > 1 else ""
         cells: list[Piece] = [
-            (printable(one.name) + several, "yellow") if several else printable(one.name),
-            f"{len({process.pid for process in one.processes}):,}",
-            *(f"{sum(getattr(process, field) for process in one.processes):,}" for field in counted),
-            size(one.frames * audit.page_size),
-            size(one.present * audit.page_size),
+            (printable(library.name) + several, "yellow") if several else printable(library.name),
+            f"{len({process.pid for process in library.processes}):,}",
+            *(f"{sum(getattr(process, field) for process in library.processes):,}" for field in counted),
+            size(library.frames * audit.page_size),
+            size(library.present * audit.page_size),
         ]
         if before is not None:
-            was = old.get(one.build_id or one.path)
-            change = one.own - (was.own if was is not None else 0)
+            counterpart = old.get(library.build_id or library.path)
+            change = library.own - (counterpart.own if counterpart is not None else 0)
             cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
         rows.append(cells)
     return Table((*columns, ">since start") if before is not None else columns, rows)
 
 
 def tick(audit: Audit, before: Audit) -> Line:
-    """One look of many, on one line."""
-    old = {one.build_id or one.path: one.own for one in before.libraries}
-    grown = [(one, one.own - old.get(one.build_id or one.path, 0)) for one in audit.libraries]
-    changed = ", ".join(f"{one.name} {number:+,}" for one, number in grown if number)
-    total = sum(one.own for one in audit.libraries)
+    """One look of many, on one line: how many private pages there are, and which libraries have more."""
+    old = {library.build_id or library.path: library.own for library in before.libraries}
+    names = [(library.name, library.own, library.build_id or library.path) for library in audit.libraries]
+    grown = [(name, own - old.get(key, 0)) for name, own, key in names]
+    changed = ", ".join(f"{name} {number:+,}" for name, number in grown if number)
+    total = sum(library.own for library in audit.libraries)
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
     return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
 
@@ -146,25 +148,25 @@ def sentence(library: AuditedLibrary) -> Line:
         if kind == "written":
             for name in page.written:
                 symbols[name] = symbols.get(name, 0) + len(page.pids)
-    pids = {one.pid for one in library.processes}
+    pids = {process.pid for process in library.processes}
     private = dict.fromkeys(pids, 0)
-    for one in library.processes:
-        private[one.pid] += one.private
-    each = " in each process" if len(pids) > 1 else ""
-    pages = f": {_span(private.values(), 'private page')}{each}"
+    for process in library.processes:
+        private[process.pid] += process.private
+    in_each = " in each process" if len(pids) > 1 else ""
+    pages = f": {_span(private.values(), 'private page')}{in_each}"
     parts = []
     for kind, words in _KINDS.items():
         if kind in by_kind:
             numbers = [by_kind[kind].get(pid, 0) for pid in pids]
-            if kind == "relocated" and any(one.beforehand for one in library.processes):
+            if kind == "relocated" and any(process.beforehand for process in library.processes):
                 words = "relocated in each process, with addresses in other libraries"
             parts.append(f"{_span(numbers)} {words}")
             if kind == "written" and symbols:
                 parts[-1] += f", {_named(sorted(symbols, key=lambda name: (-symbols[name], name)))}"
-    beforehand = [one.beforehand for one in library.processes]
+    beforehand = [process.beforehand for process in library.processes]
     if any(beforehand):
         parts.append(f"{_span(beforehand)} besides, relocated beforehand, are shared")
-    swapped = [one.swapped for one in library.processes]
+    swapped = [process.swapped for process in library.processes]
     if any(swapped):
         parts.append(f"{_span(swapped)} besides are swapped out, and not read, as that would bring them in")
     return ((printable(library.name), "bold"), f"{pages}: " + printable("; ".join(parts)))
@@ -194,43 +196,45 @@ def _kind(page: PrivatePage) -> str:
 
 
 def _span(numbers: Iterable[int], noun: str = "") -> str:
-    """``97``, or ``95 to 97`` where processes differ."""
-    found = sorted(numbers)
-    low, high = found[0], found[-1]
+    """``97``, or ``95 to 97`` where processes differ.
+
+    >>> _span([97, 97], "private page"), _span([95, 97])
+    ('97 private pages', '95 to 97')
+    """
+    ordered = sorted(numbers)
+    low, high = ordered[0], ordered[-1]
     text = f"{high:,}" if low == high else f"{low:,} to {high:,}"
     return f"{text} {noun}{'' if high == 1 else 's'}" if noun else text
 
 
 def _named(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_SYMBOLS
-    listed = ", ".join(names[:_MOST_SYMBOLS])
-    return f"symbol{'s' if len(names) > 1 else ''} {listed}" + (f" and {more} more" if more > 0 else "")
+    return f"symbol{'s' if len(names) > 1 else ''} {_shortened(names)}"
 
 
 # --------------------------------------------------------------------------------------------- tables
 def _processes(processes: Sequence[AuditedProcess]) -> Table:
     columns = ("process", "name", ">RSS", ">PSS", ">USS", ">anonymous", ">of it shared", "also")
     rows = []
-    for one in sorted(processes, key=lambda one: (-one.uss, one.pid)):
+    for process in sorted(processes, key=lambda process: (-process.uss, process.pid)):
         also = [
             f"{number:,} {name}"
             for number, name in (
-                (one.swapped, "swapped"),
-                (one.huge, "in huge pages"),
-                (one.ksm or 0, "merged (KSM)"),
-                (one.zero, "zero"),
+                (process.swapped, "swapped"),
+                (process.huge, "in huge pages"),
+                (process.ksm or 0, "merged (KSM)"),
+                (process.zero, "zero"),
             )
             if number
         ]
         rows.append(
             (
-                str(one.pid),
-                printable(one.name),
-                size(one.rss),
-                "?" if one.pss is None else size(one.pss),
-                size(one.uss),
-                f"{one.anonymous:,}",
-                f"{one.anonymous_shared:,}",
+                str(process.pid),
+                printable(process.name),
+                size(process.rss),
+                "?" if process.pss is None else size(process.pss),
+                size(process.uss),
+                f"{process.anonymous:,}",
+                f"{process.anonymous_shared:,}",
                 ", ".join(also),
             )
         )
@@ -240,13 +244,13 @@ def _processes(processes: Sequence[AuditedProcess]) -> Table:
 def _library(library: AuditedLibrary) -> Iterator[Part]:
     yield ()
     yield heading(printable(library.path), f"build-id {library.build_id or 'none'}")
-    merged = ["merged"] if any(one.merged != 0 for one in library.processes) else []
+    merged = ["merged"] if any(process.merged != 0 for process in library.processes) else []
     numbers = (*_COUNTED[:4], "inherited", *merged, "bss", "swapped")
     yield Table(
         ("process", "base", *(f">{name}" for name in numbers)),
         [
-            (str(one.pid), f"{one.base:#x}", *(_number(getattr(one, name)) for name in numbers))
-            for one in library.processes
+            (str(process.pid), f"{process.base:#x}", *(_number(getattr(process, name)) for name in numbers))
+            for process in library.processes
         ],
     )
     pages = (*library.private_pages, *library.bss_pages, *library.swapped_pages)
@@ -285,13 +289,13 @@ def _shortened(names: Sequence[str]) -> str:
 
 def _unreadable(unreadable: Sequence[Unreadable]) -> Iterator[Line]:
     yield heading("not audited")
-    for one in unreadable:
-        yield (f"  {said_of(one)}",)
+    for process in unreadable:
+        yield (f"  {said_of(process)}",)
 
 
-def said_of(one: Unreadable) -> str:
+def said_of(process: Unreadable) -> str:
     """Which process could not be audited, why, and what would be needed."""
-    return printable(f"{one.pid}: {one.reason}" + (f"; {one.needed}" if one.needed else ""))
+    return printable(f"{process.pid}: {process.reason}" + (f"; {process.needed}" if process.needed else ""))
 
 
 # ------------------------------------------------------------------------------------------- one page
@@ -330,25 +334,26 @@ def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part
     if not changes:
         yield ("no page went private, was rewritten, or returned",)
         return
-    number = {kind: sum(one.processes for one in changes if one.change == kind) for kind in _CHANGES}
+    number = {kind: sum(page.processes for page in changes if page.change == kind) for kind in _CHANGES}
     said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]
     grown = (number["private"] - number["returned"]) * page_size
     yield ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
     yield ()
-    order = list(_CHANGES)
+    kinds = list(_CHANGES)
+    ordered = sorted(changes, key=lambda page: (kinds.index(page.change), -page.processes, page.vaddr))
     yield Table(
         ("library", ">vaddr", "section", "change", ">in", "causes", "symbols"),
         [
             (
-                printable(os.path.basename(one.path)),
-                f"{one.vaddr:#x}",
-                printable(one.section),
-                one.change,
-                f"{one.processes:,}",
-                ", ".join(one.causes),
-                printable(_shortened(one.symbols)),
+                printable(os.path.basename(page.path)),
+                f"{page.vaddr:#x}",
+                printable(page.section),
+                page.change,
+                f"{page.processes:,}",
+                ", ".join(page.causes),
+                printable(_shortened(page.symbols)),
             )
-            for one in sorted(changes, key=lambda one: (order.index(one.change), -one.processes, one.vaddr))
+            for page in ordered
         ],
     )
 
@@ -365,6 +370,6 @@ def write_csv(audit: Audit, file: IO[str]) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "build_id", "pid", *fields])
     for library in audit.libraries:
-        for one in library.processes:
-            numbers = [getattr(one, name) for name in fields]
-            writer.writerow([printable(library.path), library.build_id or "", one.pid, *numbers])
+        for process in library.processes:
+            numbers = [getattr(process, name) for name in fields]
+            writer.writerow([printable(library.path), library.build_id or "", process.pid, *numbers])

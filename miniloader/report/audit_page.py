@@ -39,37 +39,39 @@ class _Drawn:
 
 def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
     """Everything that the template asks for."""
-    drawn = tuple(_drawn(audit, one) for one in sights)
+    drawn = tuple(_drawn(audit, sight) for sight in sights)
     first = sights[0] if sights else None
+    pids = [process.pid for process in audit.processes[:_MOST_PIDS]]
     return {
         "audit": audit,
         "when": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(audit.when)),
-        "present": sum(one.present for one in audit.libraries) * audit.page_size,
-        "used": sum(one.frames for one in audit.libraries) * audit.page_size,
-        "private": sum(one.private for one in audit.libraries) * audit.page_size,
+        "present": sum(library.present for library in audit.libraries) * audit.page_size,
+        "used": sum(library.frames for library in audit.libraries) * audit.page_size,
+        "private": sum(library.private for library in audit.libraries) * audit.page_size,
         "libraries": audit.libraries[:_MOST_LIBRARIES],
         "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
         "drawn": drawn,
         "jumps": jumps(Landmarks(first.image), first.plan, first.contents) if first else (),
-        "several": any(len(one.snapshots) > 1 for one in sights),
-        "command": f"miniloader audit {' '.join(str(one.pid) for one in audit.processes[:_MOST_PIDS])}",
-        "pids": [one.pid for one in audit.processes[:_MOST_PIDS]],
+        "several": any(len(sight.snapshots) > 1 for sight in sights),
+        "command": " ".join(["miniloader audit", *map(str, pids)]),
+        "pids": pids,
     }
 
 
 def _drawn(audit: Audit, sight: Sight) -> _Drawn:
     landmarks, library = Landmarks(sight.image), sight.library
-    called = {one.pid: one.name for one in audit.processes}
-    names = tuple(f"{called.get(one.pid, 'process')} {one.pid}" for one in sight.processes)
+    names = {process.pid: process.name for process in audit.processes}
+    rows = tuple(f"{names.get(process.pid, 'process')} {process.pid}" for process in sight.processes)
     several = len(sight.processes) < len(library.processes)
     of = f"{len(sight.processes)} of {len(library.processes)}" if several else f"{len(sight.processes)}"
     noun = "process" if len(library.processes) == 1 else "processes"
     film = Film(
         title=f"The pages of {library.name} in {of} {noun}",
-        rows=names,
+        rows=rows,
         groups=groups_of(sight.plan),
         scenes=tuple(
-            Scene(one.step, about, one) for one, about in zip(sight.snapshots, _LOOKS, strict=False)
+            Scene(snapshot.step, about, snapshot)
+            for snapshot, about in zip(sight.snapshots, _LOOKS, strict=False)
         ),
         start=len(sight.snapshots) - 1,
         ranges=(*_causes(audit, sight), *_named(audit, sight)),
@@ -80,15 +82,15 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
 
 def _named(audit: Audit, sight: Sight) -> Iterator[Range]:
     """Sections and symbols; what the file says of causes only where nobody asked the processes."""
-    for one in ranges(sight.image, sight.plan, None):
-        if one[2] != "cause" or not audit.explained:
-            yield one
+    for marked in ranges(sight.image, sight.plan, None):
+        if marked[2] != "cause" or not audit.explained:
+            yield marked
 
 
 def _causes(audit: Audit, sight: Sight) -> Iterator[Range]:
     """Why each copied page is no longer the file's, as far as the audit says."""
     library = sight.library
-    several = len({one.pid for one in library.processes}) > 1
+    several = len({process.pid for process in library.processes}) > 1
     for page in (*library.private_pages, *library.bss_pages, *library.swapped_pages):
         index = (page.vaddr - sight.plan.start) // audit.page_size
         where = f"in {count(len(page.pids), 'process', 'processes')}: " if several else ""

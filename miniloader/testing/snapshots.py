@@ -18,7 +18,7 @@ from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names, classify
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
 from miniloader.evidence.slots import FileFacts
-from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
@@ -253,7 +253,7 @@ def _library(
         raise AssertionError(f"{path} was chosen, so its file could be read")
     plan = facts.plan
     copies = [_copies(process, here) for process, here in found]
-    targets = [Target(process.pid, here.base, plan.start, plan.end) for process, here in found]
+    targets = [ProcessRange(process.pid, here.base, plan.start, plan.end) for process, here in found]
     look = take(targets, step=step, level=level)
     for one in look.processes:
         if one.gone:

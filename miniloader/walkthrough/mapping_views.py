@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
 from miniloader.evidence.sharing import STATES, analyse
-from miniloader.evidence.snapshot import Target, take
+from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.walkthrough.step import BeforeAfter, Grid, Row
 
 __all__ = [
@@ -98,7 +98,7 @@ def states_of(memory: mmap.mmap) -> tuple[str, ...]:
     >>> states_of(memory)
     ('absent', 'copied', 'absent')
     """
-    snapshot = take([Target(os.getpid(), address_of(memory), 0, len(memory))], level="flags")
+    snapshot = take([ProcessRange(os.getpid(), address_of(memory), 0, len(memory))], level="flags")
     if snapshot.processes[0].reason:
         raise EvidenceError(snapshot.processes[0].reason)
     return tuple(STATES[code].name for code in analyse(snapshot).states[0].tolist())

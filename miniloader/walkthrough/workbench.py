@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from miniloader.errors import EvidenceError, WorkerError
-from miniloader.evidence.snapshot import Target, take
+from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
@@ -169,7 +169,7 @@ class Workbench(Calls):
         self, rows: Sequence[tuple[str, int, int]], pages: int, title: str = "", parts: Iterable[Part] = ()
     ) -> tuple[MappingView, ...]:
         """The first ``pages`` pages of each of ``rows``, (name, pid, address); all share one grid."""
-        targets = [Target(pid, address, 0, pages * PAGE_SIZE) for _, pid, address in rows]
+        targets = [ProcessRange(pid, address, 0, pages * PAGE_SIZE) for _, pid, address in rows]
         snapshot = take(targets, step=title, level=self.level)
         return views_of(Grid(title, tuple(name for name, _, _ in rows), snapshot, tuple(parts)))
 

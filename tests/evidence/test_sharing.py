@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from miniloader.evidence import sharing
 from miniloader.evidence.sharing import STATES, Sharing, analyse
-from miniloader.evidence.snapshot import PAGE_DTYPE, Backing, ProcessPages, Snapshot, Target, take
+from miniloader.evidence.snapshot import PAGE_DTYPE, Backing, ProcessPages, ProcessRange, Snapshot, take
 from miniloader.kernel import syscalls
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.maps import Vma
@@ -267,7 +267,7 @@ def test_runs_end_at_gaps() -> None:
 PAGES = 10
 
 
-def image(path: Path, written: int) -> Target:
+def image(path: Path, written: int) -> ProcessRange:
     """Eight file pages, one of them written; a page of zeros and an anonymous page."""
     start = map_anonymous(PAGES)
     with path.open("rb") as file:
@@ -276,7 +276,7 @@ def image(path: Path, written: int) -> Target:
     store(start + written * PAGE_SIZE)
     store(start + 9 * PAGE_SIZE)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
-    return Target(os.getpid(), start, 0, PAGES * PAGE_SIZE)
+    return ProcessRange(os.getpid(), start, 0, PAGES * PAGE_SIZE)
 
 
 EXPECTED = ["██◆█████0◆", "███◆████0◆", "████◆███0◆"]
@@ -315,7 +315,7 @@ def test_fork_shares_copies_until_they_are_written(file8: Path) -> None:
         store(target.base + 9 * PAGE_SIZE, 1)
 
     with still_child(write_again) as (pid, _):
-        both = [target, Target(pid, target.base, 0, PAGES * PAGE_SIZE)]
+        both = [target, ProcessRange(pid, target.base, 0, PAGES * PAGE_SIZE)]
         for level in ("flags", None):
             found = analyse(take(both, level=level))
             assert signs(found)[0][2] == signs(found)[1][2] == "◇"
@@ -338,14 +338,14 @@ def test_one_page_of_a_file_at_two_places(file8: Path) -> None:
             )
     touch(start, 2)
     for level in ("flags", None):
-        found = analyse(take([Target(os.getpid(), start, 0, 2 * PAGE_SIZE)], level=level))
+        found = analyse(take([ProcessRange(os.getpid(), start, 0, 2 * PAGE_SIZE)], level=level))
         assert signs(found) == ["▒▒"]
         assert found.frame_group.tolist() == [[1, 1]]
 
 
 def test_an_untouched_page_is_absent(file8: Path) -> None:
     address = map_file(file8, 1)
-    found = analyse(take([Target(os.getpid(), address, 0, PAGE_SIZE)]))
+    found = analyse(take([ProcessRange(os.getpid(), address, 0, PAGE_SIZE)]))
     assert found.count(sharing.ABSENT) == 1
 
 

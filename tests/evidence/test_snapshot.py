@@ -13,7 +13,7 @@ import pytest
 
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.evidence import snapshot
-from miniloader.evidence.snapshot import PAGE_DTYPE, ProcessPages, Snapshot, Target, take
+from miniloader.evidence.snapshot import PAGE_DTYPE, ProcessPages, ProcessRange, Snapshot, take
 from miniloader.kernel import syscalls
 from miniloader.kernel.frames import KPF
 from miniloader.kernel.maps import read_maps
@@ -37,7 +37,7 @@ BASE = 3 * PAGE_SIZE  # the image begins at this vaddr: base and address are not
 PAGES = 12
 
 
-def image(path: Path) -> Target:
+def image(path: Path) -> ProcessRange:
     """An image of ours: six file pages from page 2 of the file on, a hole, three anonymous pages, a hole."""
     start = map_anonymous(PAGES, syscalls.PROT_NONE)
     fixed = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED
@@ -51,10 +51,10 @@ def image(path: Path) -> Target:
     store(start + 5 * PAGE_SIZE)
     store(anonymous)
     touch(anonymous + PAGE_SIZE)
-    return Target(os.getpid(), start - BASE, BASE, BASE + PAGES * PAGE_SIZE)
+    return ProcessRange(os.getpid(), start - BASE, BASE, BASE + PAGES * PAGE_SIZE)
 
 
-def start_of(target: Target) -> int:
+def start_of(target: ProcessRange) -> int:
     return target.base + target.vaddr_start
 
 
@@ -148,11 +148,11 @@ def test_a_level_that_does_not_work_is_refused(as_nobody) -> None:
 
 def test_the_range_is_widened_to_pages(file8: Path) -> None:
     target = image(file8)
-    odd = Target(target.pid, target.base, target.vaddr_start + 5, target.vaddr_end - 5)
+    odd = ProcessRange(target.pid, target.base, target.vaddr_start + 5, target.vaddr_end - 5)
     assert (only(take([odd])).pages["vaddr"] == only(take([target])).pages["vaddr"]).all()
     with pytest.raises(UsageError, match="load bias 0x1"):
-        take([Target(os.getpid(), 1, 0, PAGE_SIZE)])
-    assert len(only(take([Target(os.getpid(), 0, 0, 0)])).pages) == 0
+        take([ProcessRange(os.getpid(), 1, 0, PAGE_SIZE)])
+    assert len(only(take([ProcessRange(os.getpid(), 0, 0, 0)])).pages) == 0
 
 
 def test_pages_are_read_only(file8: Path) -> None:
@@ -172,13 +172,13 @@ def test_where_nothing_is_mapped(file8: Path) -> None:
 # ------------------------------------------------------------------------------ what does not hold still
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act) -> None:
     """Do something between the first reading of the entries and the second."""
-    facts = snapshot._facts
+    facts = snapshot._frame_facts
 
     def then(*arguments, **options):
         act()
         return facts(*arguments, **options)
 
-    monkeypatch.setattr(snapshot, "_facts", then)
+    monkeypatch.setattr(snapshot, "_frame_facts", then)
 
 
 def test_a_page_written_meanwhile_is_marked(file8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_process_that_ends_meanwhile_is_recorded(file8: Path, monkeypatch: pyt
 @pytest.mark.needs_root("it asks as another user than its own")
 @pytest.mark.parametrize("level", ["flags", "totals"])
 def test_somebody_elses_process_is_recorded(as_nobody, level) -> None:
-    process = as_nobody(lambda: _plain(take([Target(os.getppid(), 0, 0, PAGE_SIZE)], level=level)))
+    process = as_nobody(lambda: _plain(take([ProcessRange(os.getppid(), 0, 0, PAGE_SIZE)], level=level)))
     assert process == (False, f"/proc/{os.getpid()}/{'pagemap' if level == 'flags' else 'smaps'}")
 
 
@@ -295,7 +295,7 @@ def test_build_ids_are_those_of_the_library() -> None:
         expected = query_vma(None, libc.start)
     except EvidenceError:
         pytest.skip("this kernel lacks PROCMAP_QUERY (6.11)")
-    process = only(take([Target(os.getpid(), libc.start, 0, libc.size)]))
+    process = only(take([ProcessRange(os.getpid(), libc.start, 0, libc.size)]))
     assert expected is not None
     assert process.mappings[0].build_id == expected.build_id
     assert process.mappings[0].build_id
@@ -305,6 +305,6 @@ def test_whole_files_are_covered(file8: Path) -> None:
     """A mapping longer than the range, and a range longer than the mapping."""
     address = map_file(file8, 8)
     touch(address, 8)
-    inner = only(take([Target(os.getpid(), address, 2 * PAGE_SIZE, 4 * PAGE_SIZE)])).pages
+    inner = only(take([ProcessRange(os.getpid(), address, 2 * PAGE_SIZE, 4 * PAGE_SIZE)])).pages
     assert inner["file_offset"].tolist() == [2 * PAGE_SIZE, 3 * PAGE_SIZE]
     assert inner["present"].all()

@@ -10,7 +10,7 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from miniloader.evidence.snapshot import Target, take
+from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
@@ -148,7 +148,7 @@ def test_the_grid_is_what_the_kernel_says() -> None:
             for page in range(4):
                 bench.load(mapping.page(page))
         bench.store(both[1].page(2), b"x")
-        targets = [Target(os.getpid(), one.address, 0, one.length) for one in both]
+        targets = [ProcessRange(os.getpid(), one.address, 0, one.length) for one in both]
         snapshot = take(targets, level=bench.level)
     shown = lines(matrix(snapshot, ("one", "the other"), ((0, "begin"), (2 * PAGE_SIZE, "end")), 80))
     assert shown == [

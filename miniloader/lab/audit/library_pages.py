@@ -9,7 +9,7 @@ from typing import Final
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.errors import EvidenceError
 from miniloader.evidence.sharing import analyse
-from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.mapped_files import MappedFiles
@@ -54,22 +54,19 @@ def look(audit: Audit, step: str = "now") -> tuple[Sight, ...]:
 
 
 def look_again(sights: tuple[Sight, ...], audit: Audit, step: str) -> tuple[Sight, ...]:
-    """The same pages once more, after ``audit`` has found what it says of them."""
-    by_place = {(one.path, one.build_id): one for one in audit.libraries}
-    return tuple(
-        _looked(
-            replace(one, library=by_place.get((one.library.path, one.library.build_id), one.library)),
-            step,
-            audit,
-        )
-        for one in sights
-    )
+    """The pages of ``sights`` once more, after a later ``audit`` of the same processes."""
+    libraries = {(library.path, library.build_id): library for library in audit.libraries}
+    found = []
+    for sight in sights:
+        library = libraries.get((sight.library.path, sight.library.build_id), sight.library)
+        found.append(_looked(replace(sight, library=library), step, audit))
+    return tuple(found)
 
 
 def _sight(library: AuditedLibrary, files: MappedFiles) -> Sight | None:
-    processes = tuple(sorted(library.processes, key=lambda one: -one.private)[:_MOST_PROCESSES])
-    for one in processes:
-        for image in _images(one.pid, library, files):
+    processes = tuple(sorted(library.processes, key=lambda process: -process.private)[:_MOST_PROCESSES])
+    for process in processes:
+        for image in _images(process.pid, library, files):
             return Sight(library, image, image.plan(PAGE_SIZE), processes, (), ())
     return None
 
@@ -89,8 +86,8 @@ def _images(pid: int, library: AuditedLibrary, files: MappedFiles) -> Iterator[E
 
 def _looked(sight: Sight, step: str, audit: Audit) -> Sight:
     """``sight`` with one more look."""
-    plan, places = sight.plan, [(one.pid, one.base) for one in sight.processes]
-    targets = [Target(pid, base, plan.start, plan.end) for pid, base in places]
+    plan, places = sight.plan, [(process.pid, process.base) for process in sight.processes]
+    targets = [ProcessRange(pid, base, plan.start, plan.end) for pid, base in places]
     snapshot = take(targets, step=step, level=audit.level)
     vaddrs = worth_reading(analyse(snapshot), slot_vaddrs(sight.image), PAGE_SIZE)
     contents = read_contents(step, places, vaddrs, PAGE_SIZE)

@@ -18,12 +18,12 @@ from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import CHANGED, SWAPPED_OUT, FileInProcess, Memo, locate, space_of
 from miniloader.values import dataclass
 
-__all__ = ["PageView", "Word", "view_page"]
+__all__ = ["PageView", "PageWord", "view_page"]
 
 
 @dataclass(frozen=True)
-class Word:
-    """One word that the loader writes or that differs; ``cause`` "" while it is as in the file.
+class PageWord:
+    """A word of a page that the loader writes or that differs; ``cause`` "" while it is as in the file.
 
     ``file`` is what the file has, ``old`` what was there before the program wrote (what relocation put
     there, where that can be computed, else what the file has), ``new`` what is there now.
@@ -56,7 +56,7 @@ class PageView:
     section: str
     state: str
     causes: tuple[Cause, ...]
-    words: tuple[Word, ...]
+    words: tuple[PageWord, ...]
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -71,68 +71,71 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
     """
     with PageMap(pid) as pagemap:
         vmas, _, found = locate(pid, pagemap, Memo(), frames=True)
-        here = _one(found, library, vaddr & -PAGE_SIZE)
+        placed = _place(found, library, vaddr & -PAGE_SIZE)
         vaddr = vaddr & -PAGE_SIZE
-        entry = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
-        facts, causes, words, reason = here.file.facts, tuple[Cause, ...](), tuple[Word, ...](), ""
-        row, swapped = np.flatnonzero(here.vaddrs == vaddr), bool((here.swapped_vaddrs == vaddr).any())
-        if len(row) and facts is not None:
+        entry = pagemap.read(placed.base + vaddr, placed.base + vaddr + PAGE_SIZE)
+        facts, causes, words, reason = placed.file.facts, tuple[Cause, ...](), tuple[PageWord, ...](), ""
+        rows, swapped = np.flatnonzero(placed.vaddrs == vaddr), bool((placed.swapped_vaddrs == vaddr).any())
+        if len(rows) and facts is not None:
             with ProcessMemory(pid) as memory:  # all copies: they show whether the image has been relocated
-                live, _ = memory.pages(here.addresses)
-            space, page = space_of(pid, vmas, found), int(row[0])
-            answer = classify(facts, space, here.base, here.vaddrs, here.file_offsets, live, words="every")
+                live, _ = memory.pages(placed.addresses)
+            space, page = space_of(pid, vmas, found), int(rows[0])
+            answer = classify(
+                facts, space, placed.base, placed.vaddrs, placed.file_offsets, live, words="every"
+            )
             causes = cause_names(int(answer.causes[page]))
             of_page = answer.words[answer.words["page"] == page]
-            words = tuple(_word(facts, space, here.base, one) for one in of_page)
+            words = tuple(_word(facts, space, placed.base, row) for row in of_page)
             reason = facts.trouble
         elif facts is None:
-            causes, reason = ("unknown",), here.file.trouble
+            causes, reason = ("unknown",), placed.file.trouble
         elif swapped:
             causes, reason = ("unknown",), SWAPPED_OUT
-        again = pagemap.read(here.base + vaddr, here.base + vaddr + PAGE_SIZE)
-        if int((entry[0] ^ again[0]) & (PRESENT | FRAME)):
+        after = pagemap.read(placed.base + vaddr, placed.base + vaddr + PAGE_SIZE)
+        if int((entry[0] ^ after[0]) & (PRESENT | FRAME)):
             causes, words, reason = ("unknown",), (), CHANGED
     state = "unknown" if facts is None else "shared" if entry[0] & PRESENT else "absent"
     return PageView(
         pid=pid,
-        path=here.file.identity.path,
-        build_id=here.file.build_id,
-        base=here.base,
+        path=placed.file.identity.path,
+        build_id=placed.file.build_id,
+        base=placed.base,
         vaddr=vaddr,
         section=facts.section_on(vaddr) if facts is not None else "",
-        state="private" if len(row) and facts is not None else "swapped" if swapped else state,
+        state="private" if len(rows) and facts is not None else "swapped" if swapped else state,
         causes=causes,
         words=words,
         reason=reason,
     )
 
 
-def _one(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
+def _place(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
+    """Where the one file that the pattern ``library`` chooses has the page at ``vaddr``."""
     named = [
-        one
-        for one in found
-        if matches(library, one.file.identity.path, os.path.basename(one.file.identity.path))
+        placed
+        for placed in found
+        if matches(library, placed.file.identity.path, os.path.basename(placed.file.identity.path))
     ]
-    inside = [one for one in named if one.start <= one.base + vaddr < one.end]
+    inside = [placed for placed in named if placed.start <= placed.base + vaddr < placed.end]
     if not named:
         raise UsageError(f"--library {library!r}: this process has no such file mapped")
-    if len({one.file.number for one in named}) > 1:
-        names = ", ".join(sorted(one.file.identity.path for one in named))
+    if len({placed.file.number for placed in named}) > 1:
+        names = ", ".join(sorted(placed.file.identity.path for placed in named))
         raise UsageError(f"--library {library!r}: fits several files: {names}")
     if not inside:
-        end = max(one.end - one.base for one in named)
+        end = max(placed.end - placed.base for placed in named)
         raise UsageError(f"--page {vaddr:#x}: not in {named[0].file.identity.path}, which ends at {end:#x}")
     return inside[0]
 
 
-def _word(facts: FileFacts, space: Space, base: int, row: np.void) -> Word:
+def _word(facts: FileFacts, space: Space, base: int, row: np.void) -> PageWord:
     number = int(facts.symbols_at(np.array([row["vaddr"]], np.uint64))[0])
     slot = facts.slots[row["slot"]] if row["slot"] >= 0 else None
     put = base if slot is not None and slot["what"] == RELATIVE else None
     if slot is not None and slot["what"] == SYMBOL and slot["symbol"] < len(facts.name_numbers):
         put = space.address_of(int(facts.name_numbers[slot["symbol"]]))
     old = int(row["file"]) if slot is None or put is None else (put + int(slot["addend"])) % 2**64
-    return Word(
+    return PageWord(
         vaddr=int(row["vaddr"]),
         size=int(row["size"]),
         cause=next(iter(cause_names(int(row["cause"]))), ""),

@@ -133,8 +133,8 @@ class Pages:
                 flags = frame_flags(self.entries[maybe] & FRAME)
                 maybe[maybe] = (flags & KPF["zero_page"].mask).astype(np.bool_)
                 return maybe, sums.huge, 0
-        some = (sums.all_or_none < 0) & (sums.zeros > 0)
-        return maybe & (sums.all_or_none[self.vma] == 1), sums.huge, int(sums.zeros[some].sum())
+        mixed = (sums.all_or_none < 0) & (sums.zeros > 0)
+        return maybe & (sums.all_or_none[self.vma] == 1), sums.huge, int(sums.zeros[mixed].sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
-from miniloader.evidence.snapshot import Snapshot, Target, take
+from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import process_file, read_process_file
@@ -134,7 +134,7 @@ class _Led:
     def look(self, step: str) -> Snapshot:
         """A snapshot of all, also of who has been dismissed; WorkerError when another one has died."""
         targets = [
-            Target(pid, base, self._plan.start, self._plan.end)
+            ProcessRange(pid, base, self._plan.start, self._plan.end)
             for pid, base in zip(self.pids, self.bases, strict=True)
         ]
         snapshot = take(targets, step=step, level=self._level)
