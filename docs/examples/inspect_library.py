@@ -6,6 +6,7 @@ python inspect_library.py [LIB]     a path, or a name such as libz.so.1; of any 
 import sys
 
 import miniloader
+from miniloader.elf import problems_of
 
 
 def main(library: str) -> None:
@@ -14,7 +15,7 @@ def main(library: str) -> None:
     print(f"{image.path}: {image.header.machine}, needs {', '.join(image.needed) or 'nothing'}")
     for call in image.plan().calls():
         print(f"  {call.text()}    {call.why}")
-    for problem in image.problems:
+    for problem in problems_of(image):
         print(f"  {problem.severity}: {problem.field} is {problem.found}, expected {problem.expected}")
     relocated = {table.name: len(table.rows) for table in image.relocations.tables}
     print(f"  relocations {relocated}, and {len(image.relocations.relr)} packed ones")

@@ -1,7 +1,9 @@
 """What does the file say?  ELF files, decoded into frozen values and numpy tables; nothing is mapped."""
 
-from miniloader.elf.image import ElfImage, Tls, inspect, read_image
+from miniloader.elf.checks import Problem, problems_of
+from miniloader.elf.image import ElfImage, Tls, read_image
 from miniloader.elf.plan import LoadPlan, PlannedCall, PlannedMapping, Span
+from miniloader.elf.shared_object import inspect
 from miniloader.elf.source import Source
 
 __all__ = [
@@ -9,9 +11,11 @@ __all__ = [
     "LoadPlan",
     "PlannedCall",
     "PlannedMapping",
+    "Problem",
     "Source",
     "Span",
     "Tls",
     "inspect",
+    "problems_of",
     "read_image",
 ]

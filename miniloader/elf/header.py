@@ -22,6 +22,12 @@ PF_R: Final = 4
 _MOST_HEADERS: Final = 1 << 16  # bytes: load_elf_phdrs of the kernel's fs/binfmt_elf.c
 _MOST_SECTIONS: Final = 4096
 _SECTION_NAME: Final = 256
+_TYPES: Final = {
+    "DYN": "a shared object",
+    "EXEC": "an executable",
+    "REL": "an object file",
+    "CORE": "a core dump",
+}
 _PN_XNUM: Final = 0xFFFF
 _SHN_XINDEX: Final = 0xFFFF
 
@@ -45,6 +51,11 @@ class Header:
     shentsize: int
     shnum: int
     shstrndx: int
+
+    @property
+    def described_type(self) -> str:
+        """The type with what it means: ``ET_EXEC, an executable``."""
+        return f"ET_{self.type}, {_TYPES.get(self.type, 'of unknown kind')}"
 
     @property
     def word(self) -> int:
@@ -165,7 +176,7 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     declared = structs(header.elf_class, header.order, header.machine).Elf_Phdr
     size = declared.sizeof()
     if header.phnum == 0 and header.type == "REL":
-        raise ElfError(source.name, "e_type", "ET_REL, an object file", "ET_DYN, a shared object")
+        raise ElfError(source.name, "e_type", header.described_type, "ET_DYN, a shared object")
     if header.phnum == 0:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
     if header.phnum == _PN_XNUM:

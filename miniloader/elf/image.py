@@ -9,8 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from miniloader.elf.dynamic import (
-    DF_1_PIE,
-    DT_FLAGS_1,
     DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
@@ -33,9 +31,8 @@ from miniloader.values import dataclass
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-    from miniloader.elf.checks import Problem
 
-__all__ = ["ElfImage", "Tls", "inspect", "notes_in", "read_image"]
+__all__ = ["ElfImage", "Tls", "notes_in", "read_image"]
 
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
@@ -209,13 +206,6 @@ class ElfImage:
         stack = self.segment("PT_GNU_STACK")
         return stack is not None and "x" in stack.flags
 
-    @cached_property
-    def problems(self) -> tuple[Problem, ...]:
-        """What is wrong with the file, by the rules of :mod:`miniloader.elf.checks`."""
-        from miniloader.elf.checks import problems_of
-
-        return problems_of(self)
-
     def plan(self, page_size: int = 4096) -> LoadPlan:
         """The mmap calls that load the image with pages of ``page_size`` bytes."""
         if page_size not in self._plans:
@@ -295,28 +285,3 @@ def read_image(source: Source) -> ElfImage:
     """The image in ``source``, of whatever type; the header and segments are read and checked now."""
     header = read_header(source)
     return ElfImage(source.name, source, header, read_segments(source, header))
-
-
-def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
-    """Read the shared object ``path``: nothing is mapped, nothing is run, any machine will do.
-
-    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
-    is wrong with it is listed in :attr:`ElfImage.problems`.
-    """
-    source = path if isinstance(path, Source) else Source.open(path)
-    try:
-        return _shared_object(source)
-    except ElfError:
-        source.close()
-        raise
-
-
-def _shared_object(source: Source) -> ElfImage:
-    image = read_image(source)
-    kinds = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
-    if image.header.type != "DYN":
-        found = f"ET_{image.header.type}, {kinds.get(image.header.type, 'of unknown kind')}"
-        raise ElfError(image.path, "e_type", found, "ET_DYN, a shared object")
-    if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
-        raise ElfError(image.path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
-    return image

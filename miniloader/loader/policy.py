@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Final, Literal
 
 from miniloader.elf import ElfImage, Source, read_image
-from miniloader.elf.checks import refuse_problems
-from miniloader.elf.dynamic import DF_1_NOOPEN, DF_1_PIE, DT_FLAGS_1
+from miniloader.elf.checks import refuse_other_types, refuse_problems
+from miniloader.elf.dynamic import DF_1_NOOPEN, DT_FLAGS_1
 from miniloader.errors import ElfError, LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
@@ -34,8 +34,6 @@ _FROM_HOST: Final = (
     "libc++.so",
     "libc++abi.so",
 )
-
-_KINDS: Final = {"EXEC": "an executable", "REL": "an object file", "CORE": "a core dump"}
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,10 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
 def refuse(image: ElfImage, policy: Policy) -> None:
     """Raise :class:`ElfError` or :class:`LoadError` for what is no library, not for here, or not allowed."""
     path, header = image.path, image.header
-    if header.type != "DYN":
-        found = f"ET_{header.type}, {_KINDS.get(header.type, 'of unknown kind')}"
-        raise ElfError(path, "e_type", found, "ET_DYN, a shared object")
     if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or _HERE != "x86_64":
         found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
         raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {_HERE})")
-    if image.dynamic.flag(DT_FLAGS_1, DF_1_PIE):
-        raise ElfError(path, "DT_FLAGS_1", "DF_1_PIE, an executable", "a shared object")
+    refuse_other_types(image)
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
     if _is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):

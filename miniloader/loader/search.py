@@ -98,7 +98,7 @@ def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     nothing is run, any machine will do.
 
     Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
-    is wrong with it is listed in :attr:`ElfImage.problems`.
+    is wrong with it :func:`miniloader.elf.checks.problems_of` lists.
     """
     return elf.inspect(path if isinstance(path, Source) else find_path(path))
 

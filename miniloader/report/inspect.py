@@ -57,6 +57,8 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
     ``tls`` is ``null`` or ``{vaddr, filesz, memsz, align}``.  A problem has the keys
     ``rule, severity, field, found, expected``.
     """
+    from miniloader.elf.checks import problems_of
+
     plan = readable(lambda: image.plan(page_size), None)
     defined, undefined = readable(lambda: symbol_counts(image), (0, 0))
     return {
@@ -75,7 +77,7 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
         "relocations": readable(lambda: image.relocations.by_kind(), {}),
         "symbols": {"defined": defined, "undefined": undefined},
         "tls": asdict(image.tls) if image.tls else None,
-        "problems": [asdict(problem) for problem in image.problems],
+        "problems": [asdict(problem) for problem in problems_of(image)],
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.elf.checks import RULES, Problem, outcomes
+from miniloader.elf.checks import RULES, Problem, outcomes, problems_of
 from miniloader.elf.symbols import GnuHash
 from miniloader.errors import ElfError, printable
 from miniloader.report import inspect as say
@@ -225,13 +225,14 @@ _STYLES: Final = {"error": "red", "warning": "yellow"}
 
 def _problems(image: ElfImage, width: int | None) -> Iterator[Line]:
     """What is wrong with the file."""
-    if not image.problems:
+    problems = problems_of(image)
+    if not problems:
         yield heading("Problems", f"none: {len(RULES)} rules hold (--checks lists them)")
         return
-    errors = any(problem.severity == "error" for problem in image.problems)
+    errors = any(problem.severity == "error" for problem in problems)
     verdict = "this file cannot be loaded" if errors else "it can be loaded all the same"
-    yield heading("Problems", f"{len(image.problems)}: {verdict}")
-    rows = [((f"  {p.severity}", _STYLES[p.severity]), _fault(p)) for p in image.problems]
+    yield heading("Problems", f"{len(problems)}: {verdict}")
+    rows = [((f"  {p.severity}", _STYLES[p.severity]), _fault(p)) for p in problems]
     yield from columns(rows, width)
 
 

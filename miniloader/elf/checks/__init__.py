@@ -1,0 +1,76 @@
+"""What must hold before anything of a file is used: one table of rules.
+
+Each :class:`Rule` is a decorated function in one of the modules here: it says what it protects from and which
+document asks for it, and finds the places where a file breaks it.  The table gives ``inspect``'s problems,
+``load``'s refusals and the documentation.  Most rules are checked before anything is mapped; those of words
+and names (:attr:`Rule.when_linked`) as they are linked, before anything runs.  What makes a file unreadable
+altogether (magic, class, byte order, header sizes) is found by :func:`miniloader.elf.read_image` before any
+rule can run.  That it is for another machine is no fault of a file: only ``load`` refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from miniloader.elf.checks import headers, linking, pointers, protections
+from miniloader.elf.checks.rule import Fault, Problem, Rule
+from miniloader.elf.image import ElfImage
+from miniloader.errors import ElfError
+
+__all__ = ["RULES", "Problem", "Rule", "outcomes", "problems_of", "refuse_other_types", "refuse_problems"]
+
+RULES: Final[tuple[Rule, ...]] = tuple(
+    value
+    for subject in (headers, linking, pointers, protections)
+    for value in vars(subject).values()
+    if isinstance(value, Rule)
+)
+"""Every rule, in the order they are checked and written; a later one may rely on the earlier."""
+
+_REFUSED: Final = {
+    when: tuple(rule for rule in RULES if rule.severity == "error" and rule.when_linked == when)
+    for when in (False, True)
+}
+
+
+def _broken(rule: Rule, image: ElfImage) -> Iterator[Problem]:
+    try:
+        for field, found, expected in rule.faults(image):
+            yield Problem(rule.name, rule.severity, field, found, expected)
+    except ElfError as error:  # a table could not even be decoded
+        yield Problem(rule.name, "error", error.field, error.found, error.expected)
+
+
+def outcomes(image: ElfImage) -> Iterator[tuple[Rule, tuple[Problem, ...]]]:
+    """Every rule, and where the file breaks it (``()``: it holds)."""
+    for rule in RULES:
+        yield rule, tuple(_broken(rule, image))
+
+
+def problems_of(image: ElfImage) -> tuple[Problem, ...]:
+    """Every problem of the file, each named once (a table that cannot be read breaks several rules)."""
+    found: dict[Fault, Problem] = {}
+    for _, problems in outcomes(image):
+        for problem in problems:
+            found.setdefault((problem.field, problem.found, problem.expected), problem)
+    return tuple(found.values())
+
+
+def refuse_problems(image: ElfImage, *, when_linked: bool = False) -> None:
+    """Raise :class:`ElfError` for the first problem of the file that keeps it from being loaded.
+
+    ``when_linked`` says by which rules: those that the loader sees to as it links, or all others.
+    """
+    _refuse(image, _REFUSED[when_linked])
+
+
+def refuse_other_types(image: ElfImage) -> None:
+    """Raise :class:`ElfError` for what is no shared object: a program, an object file, a core dump."""
+    _refuse(image, (headers.file_type,))
+
+
+def _refuse(image: ElfImage, rules: Sequence[Rule]) -> None:
+    for rule in rules:
+        for problem in _broken(rule, image):
+            raise ElfError(image.path, problem.field, problem.found, problem.expected)
