@@ -26,7 +26,7 @@ from miniloader.elf.dynamic import (
 )
 from miniloader.errors import LoadError
 from miniloader.kernel.procfs import read_proc_file
-from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
 from miniloader.machine.stub_code import call_each
 
@@ -113,7 +113,7 @@ def _call_each() -> Any:
     ``None`` where no page may become executable.
     """
     try:
-        stub = Stub()
+        stub = CodePage()
         stub.fill(call_each())
     except LoadError:
         return None

@@ -14,7 +14,7 @@ from miniloader.elf import Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.errors import LoadError, MiniloaderError
 from miniloader.loader.beside_glibc import host
-from miniloader.loader.beside_glibc.host import HostLibrary, Listing
+from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy, comes_from_host, refuse
@@ -39,7 +39,7 @@ class Graph:
         self.tell = tell
         self.new: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
-        self.listing: Listing
+        self.listing: HostListing
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""

@@ -20,7 +20,7 @@ from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
 from miniloader.errors import MiniloaderError
 from miniloader.kernel.cpuinfo import features
-from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
 from miniloader.machine.stub_code import lazy_trampoline
 
@@ -44,7 +44,7 @@ class Slots:
         self._name = image.path
         self._got = image.dynamic.tags.get(DT_PLTGOT, 0)
         self._callback: Any = _CALLBACK(self._bind)
-        self._stub = Stub()
+        self._stub = CodePage()
 
     def connect(self) -> None:
         """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""

@@ -14,8 +14,8 @@ from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
-from miniloader.loader.beside_glibc.code_page import Stub
-from miniloader.loader.beside_glibc.host import HostLibrary, Listing
+from miniloader.loader.beside_glibc.code_page import CodePage
+from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
@@ -49,7 +49,7 @@ class Loaded:
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
-        self.stubs: dict[int, Stub] = {}  # by the function that each stands for
+        self.stubs: dict[int, CodePage] = {}  # by the function that each stands for
         self.debugging: Registered | None = None  # what gdb is told of it
         self.ready: Prepared | None = None  # its relocated pages, while they may be of use
         self.not_prepared: str | None = None  # why they were asked for, and are of no use
@@ -137,10 +137,10 @@ class Loaded:
         self.needs, self.before, self.holds = [], [], []  # circles, which would keep the file open
         return True
 
-    def stub_for(self, function: int) -> Stub:
+    def stub_for(self, function: int) -> CodePage:
         """The code that stands for ``function`` in this library."""
         if function not in self.stubs:
-            self.stubs[function] = stub = Stub()
+            self.stubs[function] = stub = CodePage()
             self.undo.callback(stub.unmap)
         return self.stubs[function]
 
@@ -161,7 +161,7 @@ class Loaded:
             self.ready.close()
             self.ready = None
 
-    def local_scope(self, listing: Listing | None = None) -> list[Loaded | HostLibrary]:
+    def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
         """The library and everything it needs, breadth first, each once; ``listing`` is what ld.so has."""
         scope: list[Loaded | HostLibrary] = [self]
         seen, by_name = {id(self)}, (listing or host.listing()).by_name

@@ -131,8 +131,8 @@ class Memory:
         if not self.plan.start <= vaddr <= vaddr + data.nbytes <= self.plan.end:  # somebody else's memory
             found, expected = f"{vaddr:#x} to {vaddr + data.nbytes:#x}", "inside the PT_LOADs"
             raise ElfError(self.name, "vaddrs", found, expected)
-        there, here = (self.bias + vaddr) % (1 << 64), data.ctypes.data
-        to, from_ = (here, there) if reading else (there, here)
+        mapped, array = (self.bias + vaddr) % (1 << 64), data.ctypes.data
+        to, from_ = (array, mapped) if reading else (mapped, array)
         try:
             copy(to, from_, data.nbytes)
         except Stopped as stopped:

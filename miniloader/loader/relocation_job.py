@@ -44,8 +44,7 @@ def kinds_table(kinds: Mapping[int, Kind]) -> NDArray[Any]:
     """What the loops have to know of each relocation kind, by its number."""
     table = np.zeros(KINDS, _KIND)
     for code, kind in kinds.items():
-        known = kind.formula in FORMULAS
-        formula = FORMULAS.index(kind.formula) + 1 if known else len(FORMULAS) + 1
+        formula = FORMULAS.index(kind.formula) + 1 if kind.formula in FORMULAS else len(FORMULAS) + 1
         table[code] = formula, kind.size, kind.signed, kind.call
     return table
 
@@ -75,7 +74,7 @@ class RelocationJob:
         lists = writable, code, pointers, [self._part(*part) for part in parts]
         spans, counts = spans_array(chain.from_iterable(lists)), [len(part) for part in lists]
         self._kept, self._used = (kinds, spans), np.empty(0, np.uint8)
-        places = [buffer_address(spans) + 16 * sum(counts[:before]) for before in range(len(counts))]
+        places = [buffer_address(spans) + 16 * sum(counts[:index]) for index in range(len(counts))]
         self._job = JobStructure(
             *(bias & ADDRESS_MASK, page_size, pages[0], buffer_address(kinds)),
             *places,
@@ -87,51 +86,44 @@ class RelocationJob:
     def survey(self) -> tuple[dict[int, int], int]:
         """How many rows there are of each kind, and the highest symbol that they have."""
         counts, highest = np.zeros(KINDS, np.uint64), ctypes.c_uint64()
-        self._run("survey", buffer_address(counts), ctypes.addressof(highest))
+        self._run("survey", counts, ctypes.addressof(highest))
         kinds = counts.nonzero()[0]
         return dict(zip(kinds.tolist(), counts[kinds].tolist(), strict=True)), highest.value
 
     def used(self, symbols: int) -> NDArray[np.int64]:
         """Which of so many symbols have to be bound, ascending."""
         self._used = np.zeros(symbols, np.uint8)
-        self._run("use", buffer_address(self._used), symbols)
+        self._run("use", self._used, symbols)
         return self._used.nonzero()[0]
 
     def rows(self, code: int, count: int) -> Table:
         """The rows of a kind, of which there are ``count``: a copy.  Their symbols are used."""
         rows = np.empty(count, RELOCATION)
-        self._run("gather", code, buffer_address(rows), count, buffer_address(self._used), len(self._used))
+        self._run("gather", code, rows, count, self._used, len(self._used))
         return rows
 
     def relocate(
         self,
-        known: Table,
+        located: Table,
         added: NDArray[np.uint64],
         head: tuple[int, int],
         called: NDArray[np.int64],
         pointed: NDArray[np.int64],
         addresses: NDArray[np.uint64],
-        found: Table,
+        definitions: Table,
         late: NDArray[np.bool_],
     ) -> None:
         """Write all words but those of symbols that are ``late``, and of formulas that are not the loops'.
 
-        First come the ``known`` rows, of B + A; then the load bias is added at the vaddrs ``added``; then
+        First come the rows ``located``, of B + A; then the load bias is added at the vaddrs ``added``; then
         come the rows of ``head`` (vaddr and count), of B + A, and those surveyed.  ``called`` and
-        ``pointed`` say where each symbol is in ``addresses``, ``found`` and ``late``.
+        ``pointed`` say where each symbol is in ``addresses``, ``definitions`` and ``late``.
         """
         first = spans_array([self._part(*head)])
         self._run(
             "relocate",
-            *(buffer_address(known), len(known), buffer_address(added), len(added), buffer_address(first)),
-            *(
-                buffer_address(called),
-                buffer_address(pointed),
-                len(called),
-                buffer_address(addresses),
-                buffer_address(found),
-                buffer_address(late),
-            ),
+            *(located, len(located), added, len(added), first),
+            *(called, pointed, len(called), addresses, definitions, late),
         )
 
     def note(self, vaddrs: NDArray[np.uint64], size: int) -> None:
@@ -147,7 +139,7 @@ class RelocationJob:
     def _part(self, vaddr: int, count: int) -> tuple[int, int]:
         return (self._bias + vaddr) & ADDRESS_MASK, count
 
-    def _run(self, name: str, *arguments: int) -> None:
+    def _run(self, name: str, *arguments: Any) -> None:
         try:
             run(name, self._place, *arguments)
         except Stopped as stopped:

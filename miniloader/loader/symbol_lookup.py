@@ -114,26 +114,18 @@ class MappedSymbols:
         room, length = 256, ctypes.c_uint64()
         while True:
             copy = bytearray(room)
-            run(
-                "text_at",
-                self.place,
-                at,
-                symbol & ADDRESS_MASK,
-                buffer_address(copy),
-                room,
-                ctypes.addressof(length),
-            )
+            run("text_at", self.place, at, symbol & ADDRESS_MASK, copy, room, ctypes.addressof(length))
             if length.value < room:
                 return bytes(copy[: length.value])
             room = length.value + 1
 
-    def missing_version(self, file: bytes, other: MappedSymbols) -> bytes | None:
-        """The first version that is needed of ``file``, and that ``other``, which is that one's, lacks.
+    def missing_version(self, file: bytes, needed: MappedSymbols) -> bytes | None:
+        """The first version asked of the library ``needed``, whose name is ``file``, that it lacks.
 
         As glibc: a library without any versions lacks none, and what is needed weakly may be missing.
         """
         text, missing = _text(file), ctypes.c_uint64()
-        run("missing_version", self.place, buffer_address(text), other.place, ctypes.addressof(missing))
+        run("missing_version", self.place, text, needed.place, ctypes.addressof(missing))
         return self._string(missing.value, -1) if missing.value else None
 
 
@@ -148,7 +140,7 @@ class Lookup(NamedTuple):
 
 
 def look_up(
-    mine: MappedSymbols,
+    library: MappedSymbols,
     wanted: NDArray[np.int64],
     scope: Sequence[MappedSymbols],
     biases: Sequence[int],
@@ -157,7 +149,7 @@ def look_up(
     versioned: bool = True,
     plt_entries: bool = False,
 ) -> Lookup:
-    """What the symbols ``wanted`` (indices in ``mine``) are bound to in ``scope``.
+    """What the symbols ``wanted`` (indices in ``library``) are bound to in ``scope``.
 
     Its libraries lie at ``biases``; ``own`` is the position of their own library.  What is local, hidden,
     internal or protected is bound there; so is all that it defines itself, unless a library before it does,
@@ -165,34 +157,31 @@ def look_up(
     ``versioned``.  ``plt_entries`` are what is found instead of definitions: undefined symbols that have a
     value.
     """
-    found, owners, met = np.empty(len(wanted), DEFINITION), np.zeros(len(scope), np.uint8), ctypes.c_uint64()
+    definitions, owners, met = (
+        np.empty(len(wanted), DEFINITION),
+        np.zeros(len(scope), np.uint8),
+        ctypes.c_uint64(),
+    )
     indirect = np.zeros(len(wanted), np.bool_)
     wanted = np.ascontiguousarray(wanted, np.int64)
     tables, offsets = _scope(scope, biases)
     how = versioned * VERSIONED + plt_entries * PLT_ENTRIES
     run(
         "look_up",
-        *(mine.place, buffer_address(wanted), len(wanted)),
-        *(buffer_address(tables), buffer_address(offsets), len(scope)),
-        *(ADDRESS_MASK if own is None else own, how, buffer_address(found)),
-        *(buffer_address(indirect), buffer_address(owners), ctypes.addressof(met)),
+        *(library.place, wanted, len(wanted)),
+        *(tables, offsets, len(scope)),
+        *(ADDRESS_MASK if own is None else own, how, definitions),
+        *(indirect, owners, ctypes.addressof(met)),
     )
-    return Lookup(found, indirect, owners.nonzero()[0].tolist(), met.value)
+    return Lookup(definitions, indirect, owners.nonzero()[0].tolist(), met.value)
 
 
 def look_name_up(name: bytes, scope: Sequence[MappedSymbols], biases: Sequence[int]) -> Table:
     """What ``name``, of any version, is bound to in ``scope``, whose libraries lie at ``biases``: one row."""
-    found = np.empty(1, DEFINITION)
+    definition = np.empty(1, DEFINITION)
     text, (tables, offsets) = _text(name), _scope(scope, biases)
-    run(
-        "look_name_up",
-        buffer_address(text),
-        buffer_address(tables),
-        buffer_address(offsets),
-        len(scope),
-        buffer_address(found),
-    )
-    return found
+    run("look_name_up", text, tables, offsets, len(scope), definition)
+    return definition
 
 
 def _scope(scope: Sequence[MappedSymbols], biases: Sequence[int]) -> tuple[array[int], array[int]]:

@@ -14,10 +14,10 @@ import capstone
 
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
-from miniloader.machine.find_code import Span
-from miniloader.machine.names_at import Landmarks, Target
+from miniloader.machine.find_code import CodeRange
+from miniloader.machine.names_at import Landmark, Landmarks
 from miniloader.machine.processors import PROCESSORS, Processor, Value
-from miniloader.machine.register_flow import Flow, Memory, Operand, Reference, Step, references
+from miniloader.machine.register_flow import Effect, Flow, MemoryOperand, Operand, Reference, references
 from miniloader.values import dataclass
 
 __all__ = ["Instruction", "disassemble", "processor_of"]
@@ -46,7 +46,7 @@ class Instruction:
     bytes: bytes
     mnemonic: str
     operands: str
-    target: Target | None
+    target: Landmark | None
 
 
 def processor_of(image: ElfImage) -> Processor:
@@ -60,7 +60,7 @@ def processor_of(image: ElfImage) -> Processor:
     return processor
 
 
-def disassemble(landmarks: Landmarks, span: Span, code: bytes | None = None) -> tuple[Instruction, ...]:
+def disassemble(landmarks: Landmarks, span: CodeRange, code: bytes | None = None) -> tuple[Instruction, ...]:
     """The instructions of ``span``, from the file or from ``code`` (its bytes as they are in memory).
 
     Raises :class:`ElfError` for a processor that is not known, and where the file has no such bytes.
@@ -71,28 +71,38 @@ def disassemble(landmarks: Landmarks, span: Span, code: bytes | None = None) -> 
     decoder = _Decoder(processor, code, span.vaddr)
     regions = _regions(landmarks, span, code)
     decoded = decoder.all(regions)
-    literals = [extent for one in decoded for extent in _literals(one, span)]
+    literals = [extent for instruction in decoded for extent in _literals(instruction, span)]
     if literals:  # constants beside the code, which were decoded as if they were code
         decoded = decoder.all(_carved(regions, literals))
-    found = references(
-        [one.step for one in decoded], processor, _word_of(image), image.header.elf_class, _thunk_of(image)
+    referred = references(
+        [instruction.effect for instruction in decoded],
+        processor,
+        _word_of(image),
+        image.header.elf_class,
+        _thunk_of(image),
     )
     return tuple(
         Instruction(
-            one.step.vaddr, one.octets, one.mnemonic, one.text, _target(landmarks, span, one, reference)
+            instruction.effect.vaddr,
+            instruction.octets,
+            instruction.mnemonic,
+            instruction.text,
+            _target(landmarks, span, instruction, reference),
         )
-        for one, reference in zip(decoded, found, strict=True)
+        for instruction, reference in zip(decoded, referred, strict=True)
     )
 
 
-def _target(landmarks: Landmarks, span: Span, one: _Decoded, reference: Reference | None) -> Target | None:
+def _target(
+    landmarks: Landmarks, span: CodeRange, instruction: _Decoded, reference: Reference | None
+) -> Landmark | None:
     if landmarks.image.dynamic.text_relocations:
-        slot = landmarks.slot_at(one.step.vaddr, len(one.octets))
+        slot = landmarks.slot_at(instruction.effect.vaddr, len(instruction.octets))
         if slot is not None:  # what the file holds there is not what will run
-            return Target("relocation", landmarks.meaning(slot), slot.vaddr, slot)
-    stub = landmarks.stub_at(one.step.vaddr)
-    through_memory = any(isinstance(operand, Memory) for operand in one.step.operands)
-    if stub is not None and one.step.flow == "jump" and through_memory:
+            return Landmark("relocation", landmarks.meaning(slot), slot.vaddr, slot)
+    stub = landmarks.stub_at(instruction.effect.vaddr)
+    through_memory = any(isinstance(operand, MemoryOperand) for operand in instruction.effect.operands)
+    if stub is not None and instruction.effect.flow == "jump" and through_memory:
         return landmarks.at(stub.slot.vaddr)  # on i386 through ebx, which is the caller's
     if reference is None:
         return None
@@ -101,12 +111,12 @@ def _target(landmarks: Landmarks, span: Span, one: _Decoded, reference: Referenc
         if stub is not None and reference.address_taken:
             return None  # half way to its slot's address
         distance = vaddr - span.vaddr
-        return Target("symbol", f"{span.name}+{distance:#x}" if distance else span.name, vaddr)
+        return Landmark("symbol", f"{span.name}+{distance:#x}" if distance else span.name, vaddr)
     return landmarks.at(vaddr, address_taken=reference.address_taken)
 
 
 # ------------------------------------------------------------------------------------ code and data
-def _regions(landmarks: Landmarks, span: Span, code: bytes) -> list[Region]:
+def _regions(landmarks: Landmarks, span: CodeRange, code: bytes) -> list[Region]:
     """Which parts of ``span`` are code and which data, as far as mapping symbols tell."""
     first: Kind = "thumb" if span.thumb else "code"
     stub = landmarks.stub_at(span.vaddr)
@@ -121,14 +131,14 @@ def _regions(landmarks: Landmarks, span: Span, code: bytes) -> list[Region]:
     return [(start, end, kind) for (start, kind), end in zip(starts, ends, strict=True)]
 
 
-def _literals(one: _Decoded, span: Span) -> Iterator[tuple[int, int]]:
+def _literals(instruction: _Decoded, span: CodeRange) -> Iterator[tuple[int, int]]:
     """The first vaddr and the end of a constant within ``span`` that an instruction loads relative to pc."""
-    if not one.step.word.startswith(("ldr", "vldr")) or not one.step.operands:
+    if not instruction.effect.word.startswith(("ldr", "vldr")) or not instruction.effect.operands:
         return
-    last = one.step.operands[-1]
-    vaddr = last.offset if isinstance(last, Memory) and not (last.base or last.index) else last
-    wide = one.step.word == "ldrd" or one.text.startswith(("d", "x"))
-    size = 16 if one.text.startswith("q") else 8 if wide else 4
+    last = instruction.effect.operands[-1]
+    vaddr = last.offset if isinstance(last, MemoryOperand) and not (last.base or last.index) else last
+    wide = instruction.effect.word == "ldrd" or instruction.text.startswith(("d", "x"))
+    size = 16 if instruction.text.startswith("q") else 8 if wide else 4
     if isinstance(vaddr, Value) and vaddr.anchored and span.vaddr <= vaddr.number <= span.end - size:
         yield vaddr.number, vaddr.number + size
 
@@ -183,7 +193,7 @@ class _Decoded:
     octets: bytes
     mnemonic: str
     text: str
-    step: Step
+    effect: Effect
 
 
 class _Decoder:
@@ -196,7 +206,7 @@ class _Decoder:
 
     def all(self, regions: Iterable[Region]) -> list[_Decoded]:
         """Every instruction and every piece of data, in order."""
-        return [one for start, end, kind in regions for one in self._region(start, end, kind)]
+        return [instruction for start, end, kind in regions for instruction in self._region(start, end, kind)]
 
     def _region(self, start: int, end: int, kind: Kind) -> Iterator[_Decoded]:
         code = self.code[start - self.vaddr : end - self.vaddr]
@@ -222,7 +232,7 @@ class _Decoder:
             # Compressed loads and stores: register, offset, base.
             base, offset = operands[2], operands[1]
             if isinstance(base, str) and isinstance(offset, Value):
-                operands = (operands[0], Memory(base, None, 1, offset))
+                operands = (operands[0], MemoryOperand(base, None, 1, offset))
         if processor.arch == "ARM" and len(operands) == 4 and word in ("add", "sub"):
             # An immediate written as eight bits and how far they are rotated to the right.
             octet, turn = operands[2:]
@@ -239,7 +249,7 @@ class _Decoder:
                 text = _LAST_NUMBER.sub(f"{direct:#x}", text)
         if processor.arch == "ARM64" and word.startswith("ldr") and isinstance(last, Value):
             operands = (*operands[:-1], Value(last.number, True))  # a literal
-        step = Step(
+        effect = Effect(
             vaddr=vaddr,
             size=int(insn.size),
             word=word,
@@ -249,7 +259,7 @@ class _Decoder:
             direct=direct,
             conditional=processor.arch == "ARM" and insn.cc not in _ALWAYS,
         )
-        return _Decoded(bytes(insn.bytes), insn.mnemonic, text, step)
+        return _Decoded(bytes(insn.bytes), insn.mnemonic, text, effect)
 
     def _flow(self, insn: Any, word: str, operands: tuple[Operand, ...]) -> Flow:
         processor = self.processor
@@ -299,7 +309,7 @@ class _Decoder:
             return self._memory(insn, operand.mem, thumb=thumb)
         return None
 
-    def _memory(self, insn: Any, mem: Any, *, thumb: bool) -> Memory | None:
+    def _memory(self, insn: Any, mem: Any, *, thumb: bool) -> MemoryOperand | None:
         base = insn.reg_name(mem.base) if mem.base else None
         index_register = getattr(mem, "index", 0)
         index = insn.reg_name(index_register) if index_register else None
@@ -311,14 +321,14 @@ class _Decoder:
         elif base == "pc":
             ahead = (insn.address + 4) & ~3 if thumb else insn.address + 8
             base, offset = None, Value(ahead + mem.disp, True)
-        return Memory(base, index, getattr(mem, "scale", 1), offset)
+        return MemoryOperand(base, index, getattr(mem, "scale", 1), offset)
 
 
 def _data(octets: bytes, vaddr: int) -> Iterator[_Decoded]:
     """``octets`` as aligned words and what is left of them."""
     while octets:
         size = next(size for size in _DATA if vaddr % size == 0 and len(octets) >= size)
-        step = Step(vaddr, size, "", (), (), "stop", None, False)
+        effect = Effect(vaddr, size, "", (), (), "stop", None, False)
         number = int.from_bytes(octets[:size], "little")
-        yield _Decoded(octets[:size], _DATA[size], f"{number:#0{2 + 2 * size}x}", step)
+        yield _Decoded(octets[:size], _DATA[size], f"{number:#0{2 + 2 * size}x}", effect)
         octets, vaddr = octets[size:], vaddr + size

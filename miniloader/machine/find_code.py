@@ -11,10 +11,10 @@ import numpy as np
 
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError, UsageError
-from miniloader.machine.names_at import Landmarks, Symbol
+from miniloader.machine.names_at import CodeSymbol, Landmarks
 from miniloader.values import dataclass
 
-__all__ = ["Span", "locate"]
+__all__ = ["CodeRange", "locate"]
 
 _ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(0[xX][0-9a-fA-F]+|[0-9]+))?")
 _MOST: Final = 1 << 20  # bytes
@@ -22,7 +22,7 @@ _MOST_UNSIZED: Final = 1 << 12
 
 
 @dataclass(frozen=True)
-class Span:
+class CodeRange:
     """``size`` bytes of code at ``vaddr``.
 
     ``whole``: ``name`` begins at ``vaddr``, so places inside are ``name+…``.  ``ifunc``: it is an IFUNC's
@@ -42,7 +42,7 @@ class Span:
         return self.vaddr + self.size
 
 
-def locate(landmarks: Landmarks, text: str) -> Span:
+def locate(landmarks: Landmarks, text: str) -> CodeRange:
     """The code that ``text`` names.
 
     Where the file does not say how long it is, it ends at the next symbol, with its section or its segment,
@@ -63,13 +63,13 @@ def locate(landmarks: Landmarks, text: str) -> Span:
     return span
 
 
-def _at_address(landmarks: Landmarks, vaddr: int, length: int | None) -> Span:
+def _at_address(landmarks: Landmarks, vaddr: int, length: int | None) -> CodeRange:
     arm = landmarks.image.header.machine == "ARM"
     thumb, vaddr = (bool(vaddr & 1), vaddr & ~1) if arm else (False, vaddr)
     target = landmarks.at(vaddr)
     if target is None or not landmarks.is_code(vaddr):
-        found = "outside the image" if target is None else f"{target.name}, which is not code"
-        raise SymbolError(f"{landmarks.image.path}: {vaddr:#x} is {found}")
+        place = "outside the image" if target is None else f"{target.name}, which is not code"
+        raise SymbolError(f"{landmarks.image.path}: {vaddr:#x} is {place}")
     symbol, stub = landmarks.symbol_at(vaddr), landmarks.stub_at(vaddr)
     if stub is not None:
         end, start = stub.end, stub.vaddr
@@ -78,7 +78,9 @@ def _at_address(landmarks: Landmarks, vaddr: int, length: int | None) -> Span:
     else:
         end, start = vaddr, -1
     size = length if length is not None else end - vaddr if end - vaddr > 1 else _unsized(landmarks, vaddr)
-    return Span(target.name, vaddr, min(size, landmarks.end_of_code(vaddr) - vaddr), thumb, start == vaddr)
+    return CodeRange(
+        target.name, vaddr, min(size, landmarks.end_of_code(vaddr) - vaddr), thumb, start == vaddr
+    )
 
 
 def _unsized(landmarks: Landmarks, vaddr: int) -> int:
@@ -87,17 +89,17 @@ def _unsized(landmarks: Landmarks, vaddr: int) -> int:
     return min(ends) - vaddr
 
 
-def _stub(landmarks: Landmarks, text: str) -> Span:
+def _stub(landmarks: Landmarks, text: str) -> CodeRange:
     names = []
     for stub in landmarks.stubs():
         name = f"{landmarks.meaning(stub.slot)}@plt"
         if name == text:
-            return Span(name, stub.vaddr, stub.end - stub.vaddr)
+            return CodeRange(name, stub.vaddr, stub.end - stub.vaddr)
         names.append(name)
     raise SymbolError(f"{landmarks.image.path}: no PLT stub {text}", hint=_similar(text, names))
 
 
-def _symbol(landmarks: Landmarks, text: str) -> Span:
+def _symbol(landmarks: Landmarks, text: str) -> CodeRange:
     name, _, version = text.partition("@")
     symbol = landmarks.symbol(name, version.lstrip("@") or None)
     path = landmarks.image.path
@@ -112,9 +114,9 @@ def _symbol(landmarks: Landmarks, text: str) -> Span:
     return _whole(landmarks, symbol)
 
 
-def _whole(landmarks: Landmarks, symbol: Symbol) -> Span:
+def _whole(landmarks: Landmarks, symbol: CodeSymbol) -> CodeRange:
     size = symbol.size or _unsized(landmarks, symbol.vaddr)
-    return Span(symbol.name, symbol.vaddr, size, symbol.thumb, ifunc=symbol.type == STT_GNU_IFUNC)
+    return CodeRange(symbol.name, symbol.vaddr, size, symbol.thumb, ifunc=symbol.type == STT_GNU_IFUNC)
 
 
 def _instead(landmarks: Landmarks, name: str) -> str | None:
@@ -137,6 +139,6 @@ def _instead(landmarks: Landmarks, name: str) -> str | None:
 def _similar(name: str, names: Iterable[str]) -> str | None:
     import difflib
 
-    near = sorted({other for other in names if abs(len(other) - len(name)) <= 3})
+    near = sorted({candidate for candidate in names if abs(len(candidate) - len(name)) <= 3})
     close = difflib.get_close_matches(name, near, 3)
     return f"did you mean {', '.join(close)}?" if close else None

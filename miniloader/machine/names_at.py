@@ -31,7 +31,7 @@ from miniloader.errors import ElfError
 from miniloader.machine.plt import find_stubs
 from miniloader.values import dataclass
 
-__all__ = ["Landmarks", "Slot", "Stub", "Symbol", "Target"]
+__all__ = ["CodeSymbol", "Landmark", "Landmarks", "PltStub", "Slot"]
 
 Kind = Literal["symbol", "plt", "got", "string", "section", "segment", "relocation"]
 
@@ -60,7 +60,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Stub:
+class PltStub:
     """A stub of the procedure linkage table, and the slot through which it jumps."""
 
     vaddr: int
@@ -69,7 +69,7 @@ class Stub:
 
 
 @dataclass(frozen=True)
-class Symbol:
+class CodeSymbol:
     """A named range.  ``size`` is 0 where the file does not say; ``type`` is the gABI's STT number.
 
     On arm the lowest bit of a function's value, which says that its code is Thumb, is in ``thumb`` instead.
@@ -83,7 +83,7 @@ class Symbol:
 
 
 @dataclass(frozen=True)
-class Target:
+class Landmark:
     """What lies at ``vaddr``; ``slot`` is the relocated word there, or the one a PLT stub goes through."""
 
     kind: Kind
@@ -119,7 +119,7 @@ class Landmarks:
         """The dynamic symbols, and those of ``.symtab``."""
         return self.image.symbols, read_symtab(self.image)
 
-    def symbol(self, name: str, version: str | None = None) -> Symbol | None:
+    def symbol(self, name: str, version: str | None = None) -> CodeSymbol | None:
         """The defined symbol ``name``: a dynamic one, else one of ``.symtab``."""
         dynamic, static = self.tables
         index = dynamic.find(name, version)
@@ -129,7 +129,7 @@ class Landmarks:
             return None
         return next((self._symbol(static, int(index)) for index in _named(static, name)), None)
 
-    def symbol_at(self, vaddr: int) -> Symbol | None:
+    def symbol_at(self, vaddr: int) -> CodeSymbol | None:
         """The symbol that covers ``vaddr``, the innermost if several do."""
         names = self._by_vaddr
         place = int(np.searchsorted(names.starts, np.uint64(vaddr), side="right")) - 1
@@ -156,8 +156,8 @@ class Landmarks:
         low, high = np.searchsorted(vaddrs, np.array([start, end], np.uint64)).tolist()
         if low > 0 and (low == len(vaddrs) or int(vaddrs[low]) != start):
             low -= 1  # what began before goes on
-        found = zip(vaddrs[low:high].tolist(), kinds[low:high].tolist(), strict=True)
-        return [(max(vaddr, start), _MARKS[kind]) for vaddr, kind in found if kind in _MARKS]
+        marks = zip(vaddrs[low:high].tolist(), kinds[low:high].tolist(), strict=True)
+        return [(max(vaddr, start), _MARKS[kind]) for vaddr, kind in marks if kind in _MARKS]
 
     @cached_property
     def _marks(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
@@ -170,11 +170,11 @@ class Landmarks:
         order = np.argsort(rows["value"], kind="stable")
         return rows["value"][order].astype(np.uint64), _octet(table, 1)[index][order]
 
-    def _symbol(self, table: SymbolTable, index: int) -> Symbol:
+    def _symbol(self, table: SymbolTable, index: int) -> CodeSymbol:
         row = table.rows[index]
         value, kind = int(row["value"]), int(row["info"]) & 0xF
         thumb = self.image.header.machine == "ARM" and kind in _FUNCTIONS and bool(value & 1)
-        return Symbol(table.name(index), value - thumb, int(row["size"]), kind, thumb)
+        return CodeSymbol(table.name(index), value - thumb, int(row["size"]), kind, thumb)
 
     @cached_property
     def _by_vaddr(self) -> _Symbols:
@@ -254,20 +254,20 @@ class Landmarks:
     def _stub_rows(self) -> NDArray[Any]:
         return find_stubs(self.image, self.covered)
 
-    def stubs(self) -> Iterator[Stub]:
+    def stubs(self) -> Iterator[PltStub]:
         """Every PLT stub, ascending."""
         return (self._stub(row) for row in self._stub_rows)
 
-    def stub_at(self, vaddr: int) -> Stub | None:
+    def stub_at(self, vaddr: int) -> PltStub | None:
         """The PLT stub that covers ``vaddr``."""
         rows = self._stub_rows
         place = int(np.searchsorted(rows["vaddr"], np.uint64(vaddr), side="right")) - 1
         return self._stub(rows[place]) if place >= 0 and int(rows["end"][place]) > vaddr else None
 
-    def _stub(self, row: Any) -> Stub:
+    def _stub(self, row: Any) -> PltStub:
         slot = self.slot_at(int(row["slot"]))
         assert slot is not None, "find_stubs gives stubs of relocated slots only"
-        return Stub(int(row["vaddr"]), int(row["end"]), slot)
+        return PltStub(int(row["vaddr"]), int(row["end"]), slot)
 
     def meaning(self, slot: Slot) -> str:
         """What ``slot`` stands for: a symbol's name, or ``*ABS*+0x…`` as objdump writes what has none."""
@@ -295,7 +295,7 @@ class Landmarks:
         ends = [load.file_end for load in self._code if load.vaddr <= vaddr < load.file_end]
         return min([*ends, section.end]) if section is not None else min(ends)
 
-    def at(self, vaddr: int, *, address_taken: bool = False) -> Target | None:
+    def at(self, vaddr: int, *, address_taken: bool = False) -> Landmark | None:
         """What lies at ``vaddr``; ``None`` outside the image.
 
         A string is told from other constants only where its address is taken (``address_taken``).
@@ -306,22 +306,22 @@ class Landmarks:
         stub = self.stub_at(vaddr)
         if stub is not None:
             name = _offset(f"{self.meaning(stub.slot)}@plt", vaddr - stub.vaddr)
-            return Target("plt", name, vaddr, stub.slot)
+            return Landmark("plt", name, vaddr, stub.slot)
         slot, section = self.slot_at(vaddr), self.image.section_at(vaddr)
         if slot is not None and _in_got(slot, section):
-            return Target("got", f"{self.meaning(slot)}@got", vaddr, slot)
+            return Landmark("got", f"{self.meaning(slot)}@got", vaddr, slot)
         got = self.image.dynamic.tags.get(DT_PLTGOT)
         if got is not None and 0 <= vaddr - got < 3 * self.image.header.word:
-            return Target("got", _offset("_GLOBAL_OFFSET_TABLE_", vaddr - got), vaddr, slot)
+            return Landmark("got", _offset("_GLOBAL_OFFSET_TABLE_", vaddr - got), vaddr, slot)
         symbol = self.symbol_at(vaddr)
         if symbol is not None:
-            return Target("symbol", _offset(symbol.name, _from(symbol, vaddr)), vaddr, slot)
+            return Landmark("symbol", _offset(symbol.name, _from(symbol, vaddr)), vaddr, slot)
         text = self._string(vaddr) if address_taken and "w" not in segment.flags else None
         if text is not None:
-            return Target("string", text, vaddr, slot)
+            return Landmark("string", text, vaddr, slot)
         if section is not None:
-            return Target("section", _offset(section.name, vaddr - section.vaddr), vaddr, slot)
-        return Target("segment", _offset(f"PT_LOAD[{segment.index}]", vaddr - segment.vaddr), vaddr, slot)
+            return Landmark("section", _offset(section.name, vaddr - section.vaddr), vaddr, slot)
+        return Landmark("segment", _offset(f"PT_LOAD[{segment.index}]", vaddr - segment.vaddr), vaddr, slot)
 
     def _string(self, vaddr: int) -> str | None:
         """The C string at ``vaddr``, quoted, when all of it is text."""
@@ -360,7 +360,7 @@ def _offset(name: str, distance: int) -> str:
     return f"{name}+{distance:#x}" if distance else name
 
 
-def _from(symbol: Symbol, vaddr: int) -> int:
+def _from(symbol: CodeSymbol, vaddr: int) -> int:
     """How far ``vaddr`` is from the symbol's start; a Thumb function's address has its lowest bit set."""
     return (vaddr - symbol.vaddr) & ~int(symbol.thumb)
 

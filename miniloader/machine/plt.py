@@ -142,13 +142,13 @@ _FORMS: Final[dict[str, tuple[Form, ...]]] = {
         for lazy in (_LAZY, "")
     ),
     "AARCH64": tuple(
-        _words(_aarch64(len(before)), *before, _ADRP, _LDR, _ADD, *after, _BR)
-        for before in ((), (_BTI,))
-        for after in ((), (_AUTH,))
+        _words(_aarch64(len(landing)), *landing, _ADRP, _LDR, _ADD, *signing, _BR)
+        for landing in ((), (_BTI,))
+        for signing in ((), (_AUTH,))
     ),
     "ARM": tuple(
-        _words(_arm(len(before), adds), *before, _ADD_PC, *[_ADD_IP] * (adds - 1), _LDR_PC)
-        for before in ((), *((word,) for word in _THUMB))
+        _words(_arm(len(thumb), adds), *thumb, _ADD_PC, *[_ADD_IP] * (adds - 1), _LDR_PC)
+        for thumb in ((), *((word,) for word in _THUMB))
         for adds in (2, 3)
     ),
     "RISCV": (_words(_riscv, (0xFFF, 0xE17), (0xFFFFF, 0xE3E03), (_EXACT, 0xE0367), (_EXACT, 0x13)),),
@@ -156,20 +156,20 @@ _FORMS: Final[dict[str, tuple[Form, ...]]] = {
 
 
 # ------------------------------------------------------------------------------------------ finding
-def find_stubs(image: ElfImage, known: Callable[[NDArray[np.uint64]], NDArray[np.bool_]]) -> NDArray[Any]:
+def find_stubs(image: ElfImage, covered: Callable[[NDArray[np.uint64]], NDArray[np.bool_]]) -> NDArray[Any]:
     """Every PLT stub of ``image`` as an array of :data:`STUB`, ascending.
 
-    ``known`` tells which of some vaddrs a symbol covers: where no section says where the PLT is, a jump in
+    ``covered`` tells which of some vaddrs a symbol covers: where no section says where the PLT is, a jump in
     the middle of a function is none of it.
     """
     forms = _FORMS.get(image.header.machine, ())
     slots = np.concatenate([np.empty(0, np.uint64), *(t.rows["offset"] for t in image.relocations.tables)])
     got = image.dynamic.tags.get(DT_PLTGOT, 0)
-    found = [_matches(code, vaddr, form, got) for vaddr, code in _regions(image) for form in forms]
-    stubs = np.concatenate([np.empty(0, STUB), *found])
+    matches = [_matches(code, vaddr, form, got) for vaddr, code in _regions(image) for form in forms]
+    stubs = np.concatenate([np.empty(0, STUB), *matches])
     stubs = stubs[np.isin(stubs["slot"], slots)]
     if not image.sections:
-        stubs = stubs[~known(stubs["vaddr"])]
+        stubs = stubs[~covered(stubs["vaddr"])]
     return _without_overlaps(stubs[np.lexsort((-stubs["end"].astype(np.int64), stubs["vaddr"]))])
 
 
@@ -205,6 +205,6 @@ def _matches(code: bytes, vaddr: int, form: Form, got: int) -> NDArray[Any]:
 
 def _without_overlaps(rows: NDArray[Any]) -> NDArray[Any]:
     """Of rows that overlap only the first, which is the longest that starts there."""
-    before = np.maximum.accumulate(rows["end"][:-1]) if len(rows) else rows["end"]
+    reach = np.maximum.accumulate(rows["end"][:-1]) if len(rows) else rows["end"]
     first = np.ones(min(len(rows), 1), bool)
-    return np.asarray(rows[np.concatenate([first, rows["vaddr"][1:] >= before])])
+    return np.asarray(rows[np.concatenate([first, rows["vaddr"][1:] >= reach])])

@@ -58,13 +58,13 @@ def _anchor(values: Sequence[Value | None], vaddr: int) -> Value | None:
 
 
 def _add(values: Sequence[Value | None], vaddr: int) -> Value | None:
-    left, right = values[-2:] if len(values) in (2, 3) else (None, None)
-    return left and right and Value(left.number + right.number, left.anchored or right.anchored)
+    first, second = values[-2:] if len(values) in (2, 3) else (None, None)
+    return first and second and Value(first.number + second.number, first.anchored or second.anchored)
 
 
 def _subtract(values: Sequence[Value | None], vaddr: int) -> Value | None:
-    left, right = values[-2:] if len(values) in (2, 3) else (None, None)
-    return left and right and Value(left.number - right.number, left.anchored and not right.anchored)
+    first, second = values[-2:] if len(values) in (2, 3) else (None, None)
+    return first and second and Value(first.number - second.number, first.anchored and not second.anchored)
 
 
 def _auipc(values: Sequence[Value | None], vaddr: int) -> Value | None:

@@ -254,5 +254,5 @@ def stand_ins(base: int, head: bytes) -> dict[int, int]:
 
     The code is at ``base``, and its table begins with ``head``.
     """
-    there = HEAD.unpack(head)
-    return {address: base + at for address, at in zip(there, FUNCTIONS.values(), strict=False) if address}
+    functions = HEAD.unpack(head)
+    return {address: base + at for address, at in zip(functions, FUNCTIONS.values(), strict=False) if address}

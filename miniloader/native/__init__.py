@@ -128,9 +128,13 @@ def buffer_address(data: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) if len(data) else 0
 
 
-def run(name: str, *arguments: int) -> None:
-    """Call one of :func:`functions`; :class:`Stopped` says why it could not do what it was to."""
-    reason = getattr(functions(), name)(*arguments)
+def run(name: str, *arguments: Any) -> None:
+    """Call one of :func:`functions` with numbers, and buffers, of which it gets the address.
+
+    :class:`Stopped` says why it did not come to its end.
+    """
+    numbers = (value if isinstance(value, int) else buffer_address(value) for value in arguments)
+    reason = getattr(functions(), name)(*numbers)
     if reason:
         raise Stopped(Reason(reason))
 

@@ -11,8 +11,8 @@ from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import Library
 from miniloader.machine.disassembly import Instruction, disassemble, processor_of
-from miniloader.machine.find_code import Span, locate
-from miniloader.machine.names_at import Landmarks, Slot, Target
+from miniloader.machine.find_code import CodeRange, locate
+from miniloader.machine.names_at import Landmark, Landmarks, Slot
 from miniloader.machine.relocation import KINDS
 from miniloader.report.text import Line, heading, plain
 from miniloader.values import dataclass
@@ -59,7 +59,7 @@ class Listing:
     path: str
     machine: str
     processor: str
-    span: Span
+    span: CodeRange
     instructions: tuple[Instruction, ...]
     meanings: Mapping[int, str]  # of its slots
     base: int | None
@@ -143,7 +143,7 @@ def as_json(listing: Listing) -> dict[str, Any]:
     }
 
 
-def _target_json(target: Target, held: Mapping[int, Held]) -> dict[str, Any]:
+def _target_json(target: Landmark, held: Mapping[int, Held]) -> dict[str, Any]:
     slot = target.slot
     now = None if slot is None else held.get(slot.vaddr)
     owner = None if now is None else now.owner
@@ -202,7 +202,7 @@ def _code(instructions: Sequence[Instruction], width: int | None) -> Iterator[Li
             yield ((f"  {'':{digits}}  {one.bytes[at : at + octets].hex(' ')}", "dim"),)
 
 
-def _note(target: Target | None) -> Line:
+def _note(target: Landmark | None) -> Line:
     if target is None:
         return ()
     name = printable(target.name)

@@ -13,7 +13,7 @@ from miniloader.elf.symbols import STT_FUNC
 from miniloader.errors import MiniloaderError
 from miniloader.lab.page_bytes import Contents
 from miniloader.machine.disassembly import Instruction, disassemble
-from miniloader.machine.find_code import Span, locate
+from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks, Slot
 from miniloader.report.page_notes import in_file, short
 from miniloader.values import dataclass
@@ -60,13 +60,13 @@ def jumps(landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents]) ->
         return ()
 
 
-def _stubs(landmarks: Landmarks) -> Iterator[tuple[Span, Slot | None]]:
+def _stubs(landmarks: Landmarks) -> Iterator[tuple[CodeRange, Slot | None]]:
     for stub in landmarks.stubs():
         name = f"{landmarks.meaning(stub.slot)}@plt"
-        yield Span(name, stub.vaddr, stub.end - stub.vaddr), stub.slot
+        yield CodeRange(name, stub.vaddr, stub.end - stub.vaddr), stub.slot
 
 
-def _functions(landmarks: Landmarks) -> Iterator[tuple[Span, Slot | None]]:
+def _functions(landmarks: Landmarks) -> Iterator[tuple[CodeRange, Slot | None]]:
     table = landmarks.image.symbols
     sizes = table.rows["size"]
     some = np.flatnonzero(table.defined & (table.type == STT_FUNC) & (sizes > 0) & (sizes <= _LONGEST))
@@ -75,7 +75,7 @@ def _functions(landmarks: Landmarks) -> Iterator[tuple[Span, Slot | None]]:
 
 
 def _found(
-    landmarks: Landmarks, plan: LoadPlan, contents: Contents, spans: Iterator[tuple[Span, Slot | None]]
+    landmarks: Landmarks, plan: LoadPlan, contents: Contents, spans: Iterator[tuple[CodeRange, Slot | None]]
 ) -> Iterator[Jump]:
     """Those whose slot lies on a page that was read; each slot once."""
     told: set[int] = set()
@@ -94,7 +94,7 @@ def _jump(
     landmarks: Landmarks,
     plan: LoadPlan,
     contents: Contents,
-    span: Span,
+    span: CodeRange,
     code: tuple[Instruction, ...],
     at: int,
     slot: Slot,

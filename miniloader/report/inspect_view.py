@@ -166,13 +166,15 @@ def _writes(kind: str) -> str:
 
 def _relocations(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Line]:
     """How many of each kind, and which pages they make private to each process."""
-    found = image.relocations
-    if not len(found):
+    relocations = image.relocations
+    if not len(relocations):
         yield heading("Relocations", "none: no page is written before the library runs")
         return
-    yield heading("Relocations", f"{len(found):,}, which write to the pages below")
+    yield heading("Relocations", f"{len(relocations):,}, which write to the pages below")
     rows: list[tuple[Piece, ...]] = [(("  count", "bold"), ("kind", "bold"), ("writes", "bold"))]
-    rows += [(f"  {number:,}", kind, (_writes(kind), "dim")) for kind, number in found.by_kind().items()]
+    rows += [
+        (f"  {number:,}", kind, (_writes(kind), "dim")) for kind, number in relocations.by_kind().items()
+    ]
     yield from columns(rows, width, right=(0,))
     yield ()
     yield from _private_pages(image, image.plan(page_size), drawing)
@@ -193,18 +195,20 @@ def _private_pages(image: ElfImage, plan: LoadPlan, drawing: int) -> Iterator[Li
     digits = len(f"{plan.end:#x}")
     columns = max(16, drawing - digits - 8)
     runs = list(_runs(plan, written))
-    each = max(1, -(-sum(end - start for start, end, _ in runs) // page_size // (columns * _MOST_LINES)))
+    pages_a_sign = max(
+        1, -(-sum(end - start for start, end, _ in runs) // page_size // (columns * _MOST_LINES))
+    )
     fullness = counts * image.header.word / page_size
     for start, end, protection in runs:
         first, last = np.searchsorted(written, np.array([start, end], np.uint64)).tolist()
-        cells = np.zeros(-(-(end - start) // (each * page_size)))
-        places = (written[first:last] - np.uint64(start)) // np.uint64(each * page_size)
+        cells = np.zeros(-(-(end - start) // (pages_a_sign * page_size)))
+        places = (written[first:last] - np.uint64(start)) // np.uint64(pages_a_sign * page_size)
         np.maximum.at(cells, places.astype(np.intp), fullness[first:last])
         signs = "".join(map(level, cells.tolist()))
         for at in range(0, len(signs), columns):
-            where = f"  {f'{start + at * each * page_size:#x}':>{digits}} {protection} "
+            where = f"  {f'{start + at * pages_a_sign * page_size:#x}':>{digits}} {protection} "
             yield where, (signs[at : at + columns], PROTECTION_STYLES.get(protection, ""))
-    unit = "a page" if each == 1 else f"{each:,} pages, by the fullest"
+    unit = "a page" if pages_a_sign == 1 else f"{pages_a_sign:,} pages, by the fullest"
     meanings = [("·", "", "not written"), ("▁", "", "a few words of it"), ("█", "", "every word")]
     yield from legend([("each sign:", "dim", unit), *meanings], drawing)
 

@@ -15,7 +15,7 @@ from miniloader.elf.symbols import STT_FUNC, STT_GNU_IFUNC
 from miniloader.errors import LoadError
 from miniloader.loader.search import find_path
 from miniloader.machine.disassembly import disassemble
-from miniloader.machine.find_code import Span, locate
+from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks
 
 LIBRARIES = ("libz.so.1", "libm.so.6", "libcrypto.so.3", "libsqlite3.so.0")
@@ -46,7 +46,7 @@ def tool_of(machine: str) -> str:
     return build.MACHINES[machine].compiler.removesuffix("gcc") + "objdump"
 
 
-def functions(landmarks: Landmarks) -> list[Span]:
+def functions(landmarks: Landmarks) -> list[CodeRange]:
     """The functions of the dynamic symbol table that say how long they are, each place once."""
     table, found = landmarks.image.symbols, {}
     for index in np.flatnonzero(table.defined & np.isin(table.type, (STT_FUNC, STT_GNU_IFUNC))).tolist():
@@ -58,7 +58,7 @@ def functions(landmarks: Landmarks) -> list[Span]:
     return [found[vaddr] for vaddr in sorted(found)]
 
 
-def sample(landmarks: Landmarks) -> list[Span]:
+def sample(landmarks: Landmarks) -> list[CodeRange]:
     every = functions(landmarks)
     return every[:: max(len(every) // SAMPLE, 1)]
 

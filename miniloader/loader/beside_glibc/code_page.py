@@ -7,10 +7,10 @@ import ctypes
 from miniloader.errors import LoadError
 from miniloader.kernel import syscalls as sys
 
-__all__ = ["Stub"]
+__all__ = ["CodePage"]
 
 
-class Stub:
+class CodePage:
     """A page at ``address`` that holds code once it is ``filled``."""
 
     def __init__(self) -> None:

@@ -161,7 +161,7 @@ def _places(image: ElfImage, bias: int) -> list[NewSection]:
         rights = "r" + "".join(sign for sign in "wx" if sign in load.flags)
         return NewSection(name, "SHT_NOBITS", _ALLOC[rights], bias + vaddr, size)
 
-    found = [
+    sections = [
         place(section.name, load, section.vaddr, section.size)
         for section in image.sections
         for load in image.loads
@@ -169,7 +169,7 @@ def _places(image: ElfImage, bias: int) -> list[NewSection]:
         and section.name != ".tbss"  # which takes no memory
         and load.vaddr <= section.vaddr <= section.end <= load.vaddr + load.memsz
     ]
-    return found or [place(f"load{load.index}", load, load.vaddr, load.memsz) for load in image.loads]
+    return sections or [place(f"load{load.index}", load, load.vaddr, load.memsz) for load in image.loads]
 
 
 def _symbols(image: ElfImage, bias: int, sections: Sequence[NewSection]) -> tuple[bytes, Table]:

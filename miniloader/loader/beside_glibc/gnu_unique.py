@@ -62,15 +62,17 @@ def forget(definer: Definer) -> None:
 
 def _of_host(library: Definer, symbols: NDArray[np.int64]) -> list[int | None]:
     """The address of each of ``symbols`` of ``library`` whose name a library of ld.so's defines as unique."""
-    found: list[int | None] = [None] * len(symbols)
-    left = np.arange(len(symbols))
-    for other in host.libraries():
-        unique = _is_unique(find_names(library, symbols[left], other))
-        for place in left[unique].tolist():
-            found[place] = host.symbol_address(other.handle, library.names.name(int(symbols[place])))
-        left = left[~unique]
-    return found
+    addresses: list[int | None] = [None] * len(symbols)
+    remaining = np.arange(len(symbols))
+    for host_library in host.libraries():
+        unique = _is_unique(find_names(library, symbols[remaining], host_library))
+        for place in remaining[unique].tolist():
+            addresses[place] = host.symbol_address(
+                host_library.handle, library.names.name(int(symbols[place]))
+            )
+        remaining = remaining[~unique]
+    return addresses
 
 
-def _is_unique(found: Table) -> NDArray[np.bool_]:
-    return np.asarray((found["owner"] >= 0) & (found["info"] >> np.uint64(4) == STB_GNU_UNIQUE))
+def _is_unique(definitions: Table) -> NDArray[np.bool_]:
+    return np.asarray((definitions["owner"] >= 0) & (definitions["info"] >> np.uint64(4) == STB_GNU_UNIQUE))

@@ -32,13 +32,21 @@ from miniloader.elf.image import notes_in
 from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
-from miniloader.loader.beside_glibc.code_page import Stub
+from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.stub_code import collect
 from miniloader.native import Stopped
 from miniloader.values import dataclass
 
-__all__ = ["HostLibrary", "Listing", "global_handle", "libraries", "listing", "open_host", "thread_pointer"]
+__all__ = [
+    "HostLibrary",
+    "HostListing",
+    "global_handle",
+    "libraries",
+    "listing",
+    "open_host",
+    "thread_pointer",
+]
 
 RTLD_LAZY: Final = 1
 RTLD_NOW: Final = 2
@@ -106,12 +114,12 @@ def close_host(handle: int) -> None:
 def symbol_address(handle: int, name: bytes, version: str | None = None) -> int | None:
     """dlsym(3), or dlvsym(3) with ``version``; resolves IFUNCs and gives the thread's own TLS address."""
     if version is None:
-        found = _dlsym(handle, name)
+        address = _dlsym(handle, name)
     else:
-        found = _dlvsym(handle, name, version.encode("utf-8", "surrogateescape"))
-    if found is None:
+        address = _dlvsym(handle, name, version.encode("utf-8", "surrogateescape"))
+    if address is None:
         _dlerror()
-    return None if found is None else int(found)
+    return None if address is None else int(address)
 
 
 def information(handle: int, request: int, address: int) -> None:
@@ -201,7 +209,7 @@ class HostLibrary:
 
     @cached_property
     def names(self) -> MappedSymbols:
-        """The same, to look names up where they lie."""
+        """Its dynamic symbols where they lie in memory, to be looked up by name."""
         try:
             return MappedSymbols(self.bias, self.ranges, self.dynamic.tags)
         except Stopped as stopped:
@@ -288,7 +296,7 @@ class HostLibrary:
 
 
 @dataclass(frozen=True)
-class Listing:
+class HostListing:
     """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``."""
 
     adds: int
@@ -307,7 +315,7 @@ class Listing:
         return {name: library for name, library in reversed(pairs) if name}
 
 
-_last: list[Listing] = []
+_last: list[HostListing] = []
 _room: list[int] = [1 << 15]  # bytes that all records took, and some more
 _FIRST: Final = 1 << 11  # that the first of them takes, the main program's
 
@@ -317,28 +325,28 @@ def libraries() -> tuple[HostLibrary, ...]:
     return listing().found
 
 
-def listing() -> Listing:
-    """The same, and what finds one of them."""
+def listing() -> HostListing:
+    """What ld.so has loaded, in its order, and what finds a library of it by bias or name."""
     if _last and _counts(_collect_into(_FIRST)[0]) == (_last[0].adds, _last[0].subs):
         return _last[0]
     room, used = _collected()
     adds, subs = _counts(room)
-    before = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
+    earlier = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
     all_stay = bool(_last) and _last[0].subs == subs
-    found: list[HostLibrary] = []
+    present: list[HostLibrary] = []
     at = _START
     while at < used:
         bias, _, _, count, _, _, module, _ = _INFO.unpack_from(room, at)
         headers, at = at + _INFO.size, at + _INFO.size + count * _PHDR.size
         end = room.index(b"\0", at)
         path, at = os.fsdecode(bytes(room[at:end])), -(-(end + 1) // 8) * 8
-        old = before.get((path, bias))
+        old = earlier.get((path, bias))
         if old is not None and all_stay:
-            found.append(old)
+            present.append(old)
         elif not path.startswith("linux-vdso"):
             new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
-            found.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
-    _last[:] = [Listing(adds, subs, tuple(found))]
+            present.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
+    _last[:] = [HostListing(adds, subs, tuple(present))]
     return _last[0]
 
 
@@ -374,7 +382,7 @@ def _collector() -> Any:
     executable.
     """
     try:
-        stub = Stub()
+        stub = CodePage()
         stub.fill(collect())
     except LoadError:
         return _CALLBACK(_collect)

@@ -44,7 +44,7 @@ _Listed = tuple[ElfImage, Memory, int, int]
 _waiting: Final[dict[Memory, _Listed]] = {}  # not in the table, since nobody has asked yet
 
 
-class _Table:
+class _StandInTable:
     """The code, and behind it the table; both stay as long as the process."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ def stand_ins() -> dict[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _table() -> _Table | None:
+def _table() -> _StandInTable | None:
     """The table, in use from now on."""
     table = make()
     while _waiting and table is not None:
@@ -164,10 +164,10 @@ def _table() -> _Table | None:
 
 
 @lru_cache(maxsize=1)
-def make() -> _Table | None:
+def make() -> _StandInTable | None:
     """The table, which nobody has asked for yet; ``None`` where no page may become executable."""
     try:
-        return _Table()
+        return _StandInTable()
     except OSError:
         return None
 
@@ -180,5 +180,5 @@ def _asked() -> frozenset[int]:
 @lru_cache(maxsize=1)
 def _of_host() -> dict[bytes, int]:
     """The addresses of glibc's functions, by name."""
-    found = {name: host.symbol_address(host.global_handle(), name) for name in FUNCTIONS}
-    return {name: address for name, address in found.items() if address is not None}
+    addresses = {name: host.symbol_address(host.global_handle(), name) for name in FUNCTIONS}
+    return {name: address for name, address in addresses.items() if address is not None}

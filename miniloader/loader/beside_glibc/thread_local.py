@@ -23,7 +23,7 @@ from miniloader.elf.tables import Table
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
-from miniloader.loader.beside_glibc.tls_carrier import TLSDESC, TPOFF64, Carrier, Question, open_carrier
+from miniloader.loader.beside_glibc.tls_carrier import TLSDESC, TPOFF64, Carrier, GlibcQuestion, open_carrier
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
 from miniloader.values import dataclass
@@ -44,7 +44,7 @@ class Blocks:
     own: Carrier | None = None
     asking: Carrier | None = None
 
-    def answer(self, question: Question) -> NDArray[np.uint64]:
+    def answer(self, question: GlibcQuestion) -> NDArray[np.uint64]:
         """The two words that glibc has answered a question with."""
         carrier = self.own if question.symbol is None else self.asking
         assert carrier is not None
@@ -92,7 +92,7 @@ class _Words:
     offsets: NDArray[np.uint64]
     within: NDArray[np.uint64]
     blocks: Sequence[_Block]
-    questions: Sequence[Question]
+    questions: Sequence[GlibcQuestion]
 
 
 # ------------------------------------------------------------------------------------- what is needed
@@ -123,7 +123,7 @@ def _needs(
     # Thread offsets are asked for the beginning, descriptors for the variable itself: offsets can be added.
     addends = (within if kind.formula == "descriptor" else np.zeros_like(within)).view(np.int64).tolist()
     questions = [
-        Question(_KIND[kind.formula], _symbol(block, bindings, symbol), addend)
+        GlibcQuestion(_KIND[kind.formula], _symbol(block, bindings, symbol), addend)
         for block, symbol, addend in zip(blocks, places, addends, strict=True)
         if kind.formula in _KIND
     ]

@@ -49,7 +49,7 @@ from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
 
-__all__ = ["Carrier", "Question", "open_bytes", "open_carrier"]
+__all__ = ["Carrier", "GlibcQuestion", "open_bytes", "open_carrier"]
 
 TPOFF64: Final = 18
 TLSDESC: Final = 36
@@ -60,7 +60,7 @@ _numbers: Final = itertools.count(1)
 
 
 @dataclass(frozen=True)
-class Question:
+class GlibcQuestion:
     """A relocation for glibc to do: of ``kind``, against ``symbol`` (``None``: the carrier's own block)."""
 
     kind: int
@@ -72,7 +72,12 @@ class Carrier:
     """An opened carrier.  ``answers`` has two words for each question; ``inside`` is an address within it."""
 
     def __init__(
-        self, name: str, handle: int, fd: int, answers: Mapping[Question, NDArray[np.uint64]], inside: int
+        self,
+        name: str,
+        handle: int,
+        fd: int,
+        answers: Mapping[GlibcQuestion, NDArray[np.uint64]],
+        inside: int,
     ) -> None:
         self.name = name
         self.symbol = name.replace("-", "_")
@@ -97,12 +102,12 @@ class Carrier:
         if self._handle is not None:
             host.close_host(self._handle)
             self._handle = None
-        again = host.open_host(self.name, load=False)
-        if again is not None:
-            host.close_host(again)  # closing is also what makes glibc look whether it can go now
-            again = host.open_host(self.name, load=False)
-            if again is not None:
-                host.close_host(again)
+        handle = host.open_host(self.name, load=False)
+        if handle is not None:
+            host.close_host(handle)  # closing is also what makes glibc look whether it can go now
+            handle = host.open_host(self.name, load=False)
+            if handle is not None:
+                host.close_host(handle)
                 return False
         if self._fd >= 0:
             os.close(self._fd)
@@ -112,7 +117,7 @@ class Carrier:
 
 def open_carrier(
     owner: str,
-    questions: Sequence[Question],
+    questions: Sequence[GlibcQuestion],
     *,
     tls: Tls | None = None,
     template: bytes = b"",
@@ -160,7 +165,7 @@ def open_bytes(name: str, data: bytes) -> tuple[int, int]:
 
 
 def _build(
-    name: str, questions: Sequence[Question], tls: Tls | None, template: bytes, needed: Sequence[str]
+    name: str, questions: Sequence[GlibcQuestion], tls: Tls | None, template: bytes, needed: Sequence[str]
 ) -> tuple[bytes, int]:
     """The carrier's bytes, and where the answers will be."""
     strings = Strings()

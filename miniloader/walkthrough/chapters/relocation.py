@@ -11,8 +11,8 @@ from miniloader.elf import ElfImage, inspect
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, load
 from miniloader.machine.disassembly import disassemble
-from miniloader.machine.find_code import Span, locate
-from miniloader.machine.names_at import Landmarks, Stub
+from miniloader.machine.find_code import CodeRange, locate
+from miniloader.machine.names_at import Landmarks, PltStub
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after
@@ -155,7 +155,7 @@ def _words(image: ElfImage, landmarks: Landmarks, page: int, length: int) -> tup
 def _called(
     bench: Workbench,
     library: Library,
-    stub: Stub,
+    stub: PltStub,
     listing: CodeListing,
     loaded: MappingView,
     code_equal: bool,
@@ -201,10 +201,10 @@ def _written(image: ElfImage) -> tuple[int, ...]:
     return tuple(sorted({vaddr // PAGE_SIZE * PAGE_SIZE for vaddr in vaddrs}))
 
 
-def _listing(landmarks: Landmarks, stub: Stub, bias: int, unbound: int, bound: int) -> CodeListing:
+def _listing(landmarks: Landmarks, stub: PltStub, bias: int, unbound: int, bound: int) -> CodeListing:
     """The caller and the stub, with the slot that the stub goes through."""
     lines = []
-    for span in (locate(landmarks, "ask"), Span("answer@plt", stub.vaddr, stub.end - stub.vaddr)):
+    for span in (locate(landmarks, "ask"), CodeRange("answer@plt", stub.vaddr, stub.end - stub.vaddr)):
         code = ctypes.string_at(bias + span.vaddr, span.size)
         for instruction in disassemble(landmarks, span, code):
             target = instruction.target
