@@ -1,48 +1,55 @@
 """A program of its own, started afresh: maps a file when asked, and reads and writes what it has mapped.
 
-It answers each line of JSON on standard input with one on standard output; it ends when there are no more.
+A worker as :mod:`miniloader.lab.workers` describes them; a reply has the ``value``, and the ``calls`` made.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 from typing import Any
 
 from miniloader.kernel import syscalls
+from miniloader.lab.workers.worker import Commands, settle
 from miniloader.walkthrough.traced_calls import Calls, Mapping
 
 __all__ = ["main"]
 
 
-class _Requests:
-    """What the program can be asked, each by the name of a method that returns a value for JSON."""
+def main() -> None:
+    """``argv``: the descriptor of the connection, and the pid of the parent."""
+    settle(int(sys.argv[2]))
+    _MappingCommands(int(sys.argv[1])).serve()
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+
+class _MappingCommands(Commands):
+    """The commands of a program that maps one file."""
+
+    def __init__(self, connection: int) -> None:
+        super().__init__(connection)
+        self._calls = Calls()
         self._mapping = Mapping(0, 0)
 
-    def map(self, path: str, length: int) -> int:
+    def do_map(self, path: str, length: int) -> dict[str, Any]:
         """Map the file at ``path`` shared, readable and writable; the address."""
         fd = self._calls.open(path, os.O_RDWR)
-        protection = syscalls.PROT_READ | syscalls.PROT_WRITE
-        self._mapping = self._calls.mmap(length, protection, syscalls.MAP_SHARED, fd)
+        both = syscalls.PROT_READ | syscalls.PROT_WRITE
+        self._mapping = self._calls.mmap(length, both, syscalls.MAP_SHARED, fd)
         self._calls.close(fd)  # the mapping keeps the file
-        return self._mapping.address
+        return self._answer(self._mapping.address)
 
-    def store(self, offset: int, text: str) -> None:
+    def do_store(self, offset: int, text: str) -> dict[str, Any]:
         """Write text into the mapping."""
         self._calls.store(self._mapping.address + offset, text.encode(), f"mapping[{offset}]")
+        return self._answer(None)
 
-    def load(self, offset: int, length: int) -> str:
+    def do_load(self, offset: int, length: int) -> dict[str, Any]:
         """Read text from the mapping."""
         name = f"mapping[{offset}:{offset + length}]"
-        return self._calls.load(self._mapping.address + offset, length, name).decode()
+        return self._answer(self._calls.load(self._mapping.address + offset, length, name).decode())
 
-    def parents(self) -> list[int]:
-        """The ids of this program's parent, its parent's parent and so on."""
+    def do_parents(self) -> dict[str, Any]:
+        """The pids of this program's parent, its parent's parent and so on."""
         ancestors, pid = [], os.getppid()
         while pid > 0:
             ancestors.append(pid)
@@ -51,21 +58,7 @@ class _Requests:
                     pid = int(file.read().rpartition(")")[2].split()[1])
             except OSError:
                 break
-        return ancestors
+        return self._answer(ancestors)
 
-
-def main() -> None:
-    """Serve standard input until it ends."""
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # or its /proc/PID would not be ours to read
-    calls = Calls()
-    requests = _Requests(calls)
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply: dict[str, Any]
-        try:
-            value = getattr(requests, request.pop("request"))(**request)
-            reply = {"value": value, "calls": calls.taken()}
-        except OSError as error:
-            reply = {"error": [error.errno, error.strerror]}
-        print(json.dumps(reply), flush=True)
+    def _answer(self, value: object) -> dict[str, Any]:
+        return {"value": value, "calls": self._calls.taken()}

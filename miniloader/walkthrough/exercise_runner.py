@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import pickle
-import resource
 import runpy
 import signal
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
 from typing import Any, Final
 
 from miniloader.errors import EvidenceError, UsageError
-from miniloader.lab.workers.child import die_with
+from miniloader.lab.workers.child import INTERRUPTS, ForkedProcess, crash_quietly, ending
+from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.walkthrough.chapter import Answer, Chapter
 
 __all__ = ["check_file"]
@@ -33,61 +30,46 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
             pass
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as verdict:
-        parent, pid = os.getpid(), os.fork()
-        if pid == 0:
-            _be_the_child(chapter, path, output.fileno(), verdict.fileno(), parent)
-        try:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        finally:
-            _end_group(pid)
-            _, status = os.waitpid(pid, 0)
+    verdict = SharedValue()
+    with tempfile.TemporaryFile() as output:
+
+        def judge() -> int:
+            _be_alone(output.fileno())
+            verdict.leave(_judged(chapter, path))
+            sys.stdout.flush()
+            return 0
+
+        with ForkedProcess(judge, leader=True) as learner:
+            code = learner.wait()
         output.seek(0)
-        verdict.seek(0)
-        pickled, printed = verdict.read(), output.read().decode(errors="replace")
-    if not pickled:
-        return Answer(False, _end(os.waitstatus_to_exitcode(status))), printed
-    answer = pickle.loads(pickled)
+        printed = output.read().decode(errors="replace")
+    answer = verdict.read()
+    if answer is None:
+        return Answer(False, _end(code)), printed
     if isinstance(answer, EvidenceError):
         raise answer
     return Answer(*answer), printed
 
 
-def _end(code: int) -> str:
+def _end(code: int | None) -> str:
     """Why there is nothing to judge."""
     if code == -signal.SIGALRM:
         return f"it was still running after {_SECONDS} seconds, and was ended"
-    end = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    return f"it {end} before it could be judged"
+    return f"it {ending(code)} before it could be judged"
 
 
-def _end_group(pid: int) -> None:
-    """Kill a child that leads a group, and what it has started: nobody was reaped, so the number is its."""
-    for kill in (os.kill, os.killpg):  # the group may not be there yet
-        with suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
-
-
-def _be_the_child(chapter: Chapter[Any], path: str, output: int, verdict: int, parent: int) -> None:
-    """Run the learner's file, which prints to ``output``; pickle the answer into ``verdict``, and end."""
-    try:
-        os.setpgid(0, 0)
-        die_with(parent)
-        faulthandler.disable()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_SECONDS)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # there is nobody to answer it
-        sys.stdin = os.fdopen(0, closefd=False)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
-        os.write(verdict, pickle.dumps(_judged(chapter, path)))
-        sys.stdout.flush()
-    finally:
-        os._exit(0)
+def _be_alone(output: int) -> None:
+    """In the child: no input, all output to ``output``, signals as they are by default, and not for long."""
+    crash_quietly()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_SECONDS)
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # there is nobody to answer it
+    sys.stdin = os.fdopen(0, closefd=False)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
 
 
 def _judged(chapter: Chapter[Any], path: str) -> tuple[bool, str] | EvidenceError:

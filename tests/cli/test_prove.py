@@ -156,7 +156,9 @@ def test_a_crash_is_one_line(fixture_library: Callable[[str], Path]) -> None:
     done = run(fixture_library("misbehaves"), "-n", 2, env={"MINILOADER_MISBEHAVE": "crash"})
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        r"miniloader: worker [12] of 2 \(pid \d+\): killed by SIGSEGV at step relocated\n", done.stderr
+        r"miniloader: step relocated: worker [12] of 2 \(pid \d+\) was killed by SIGSEGV"
+        r" \(Segmentation fault\)\n",
+        done.stderr,
     )
 
 

@@ -289,7 +289,10 @@ def test_an_exercise_that_is_done(tmp_path: Path) -> None:
         ("def f(:\n", "it raised SyntaxError: "),
         ("raise SystemExit(0)\n", "it left with exit()"),
         ("import os; os._exit(4)\n", "it ended with exit status 4 before it could be judged"),
-        ("import os; os.kill(os.getpid(), 11)\n", "it died by SIGSEGV before it could be judged"),
+        (
+            "import os; os.kill(os.getpid(), 11)\n",
+            "it was killed by SIGSEGV (Segmentation fault) before it could be judged",
+        ),
         ("input()\n", "it raised EOFError"),
         ("x = 1\n", "it no longer has a memory, which is looked at"),
         ("memory = 1\n", "what it leaves behind cannot be looked at: "),

@@ -19,8 +19,7 @@ from miniloader.kernel.procfs import process_file, read_process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.page_bytes import read_contents, slot_vaddrs, worth_reading
 from miniloader.lab.proof.claims import Evidence, FileState, judge_claims
-from miniloader.lab.proof.proof import Proof, Worked
-from miniloader.lab.proof.prove import OnStep
+from miniloader.lab.proof.proof import OnStep, Proof, Worked
 from miniloader.lab.proof.spare_word import choose_word
 from miniloader.lab.workers.crew import Crew
 from miniloader.loader.policy import Policy, open_image

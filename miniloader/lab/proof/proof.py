@@ -17,7 +17,7 @@ from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
 from miniloader.values import dataclass
 
-__all__ = ["DECISIVE", "STEPS", "MemoryUse", "Proof", "Step", "Worked"]
+__all__ = ["DECISIVE", "STEPS", "MemoryUse", "OnStep", "Proof", "Step", "Worked"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ STEPS: Final = (
     Step("exited", "one process has ended, the others go on"),
 )
 """The steps of a proof, in order."""
+
+OnStep = Callable[[str, tuple[int, ...]], None]
+"""Called before each of :data:`STEPS`: its name, and the processes' pids."""
 
 DECISIVE: Final = "written"
 """The step whose snapshot decides: all processes are there, and all have written."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from miniloader.errors import UsageError
@@ -11,12 +10,9 @@ from miniloader.lab.workers.crew import Crew
 
 if TYPE_CHECKING:
     from miniloader.kernel.features import LevelName
-    from miniloader.lab.proof.proof import Proof
+    from miniloader.lab.proof.proof import OnStep, Proof
 
-__all__ = ["OnStep", "prove"]
-
-OnStep = Callable[[str, tuple[int, ...]], None]
-"""Called before each step of :data:`miniloader.lab.proof.proof.STEPS`: its name, and the processes' pids."""
+__all__ = ["prove"]
 
 
 def prove(

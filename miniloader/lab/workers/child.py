@@ -1,16 +1,31 @@
-"""What holds for every child that is forked: it is known before an interrupt is heard, and ends with us."""
+"""The one way to fork, to end a child, and to say how a process died.
+
+A forked child does one function and nothing else of its parent's, ends with its parent, and is known to
+somebody before an interrupt is heard.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn, Self
 
+from miniloader.errors import WorkerError
 from miniloader.kernel import syscalls
 
-__all__ = ["INTERRUPTS", "die_with", "kill", "uninterrupted"]
+__all__ = [
+    "INTERRUPTS",
+    "ForkedProcess",
+    "crash_quietly",
+    "death",
+    "die_with",
+    "ending",
+    "kill",
+    "signal_name",
+    "uninterrupted",
+]
 
 INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,6 +52,71 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+class ForkedProcess:
+    """A forked child that exits with the status which ``body()`` returns, 1 when it raises.
+
+    No ``finally`` of a caller, no interrupt's handler and no atexit function runs in the child, and it is
+    killed when this process ends.  A ``leader`` begins a session: it takes no Ctrl-C from a terminal, and
+    what it has started is killed with it.  A context manager that kills it.
+
+    >>> with ForkedProcess(lambda: 3) as process:
+    ...     ending(process.wait())
+    'ended with exit status 3'
+    """
+
+    def __init__(self, body: Callable[[], int], *, leader: bool = False) -> None:
+        """Fork; OSError where there are too many processes."""
+        self._leader, self._runs, self.pid = leader, False, 0
+        self._code: int | None = None
+        parent = os.getpid()
+        try:
+            with uninterrupted():
+                self.pid = os.fork() or self._be_the_child(body, parent)
+                self._runs = True
+        except BaseException:
+            self.kill()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def wait(self) -> int | None:
+        """Wait for its end; its exit code, see :func:`ending`."""
+        if self._runs:
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # interrupted now, it is still ours
+            self._reap()
+        return self._code
+
+    def kill(self) -> None:
+        """End and reap it, if that is to be done."""
+        if self._runs:
+            kill(self.pid)
+            self._reap()
+
+    def _reap(self) -> None:
+        with uninterrupted():
+            if self._leader:
+                with suppress(ProcessLookupError):  # its group has ended, or was not begun
+                    os.killpg(self.pid, signal.SIGKILL)
+            with suppress(ChildProcessError):  # SIGCHLD is ignored: nobody is told how it has ended
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self._runs = False
+
+    def _be_the_child(self, body: Callable[[], int], parent: int) -> NoReturn:
+        status = 1
+        try:
+            if self._leader:
+                os.setsid()
+            die_with(parent)
+            status = body()
+        finally:
+            os._exit(status)
+
+
 def die_with(parent: int) -> None:
     """In a child: be killed when ``parent`` ends, however that ends (PR_SET_PDEATHSIG)."""
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -44,8 +124,54 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def crash_quietly() -> None:
+    """In a child whose crash is expected: leave neither a core file nor a Python traceback of it."""
+    import faulthandler
+    import resource
+
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def kill(pid: int) -> None:
-    """End a child and reap it; nothing happens where it has ended, or somebody else has reaped it."""
-    with suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    """Send SIGKILL to a child that is not reaped yet, and to the process group that it may lead."""
+    for send in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            send(pid, signal.SIGKILL)
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, by its exit code: negative for a signal, None where nobody was told.
+
+    >>> ending(-11)
+    'was killed by SIGSEGV (Segmentation fault)'
+    """
+    if code is None:
+        return "ended"
+    if code >= 0:
+        return f"ended with exit status {code}"
+    return f"was killed by {signal_name(code)} ({signal.strsignal(-code)})"
+
+
+def signal_name(code: int) -> str:
+    """The name of the signal that an exit code tells of, "" where it was none.
+
+    >>> signal_name(-9), signal_name(-40), signal_name(1)
+    ('SIGKILL', 'signal 40', '')
+    """
+    if code >= 0:
+        return ""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        return f"signal {-code}"
+
+
+def death(process: str, code: int | None, doing: str, last_line: str = "") -> WorkerError:
+    """The error that tells of a process's end: what it was ``doing``, and the last line that it printed.
+
+    >>> print(death("worker 2 of 4 (pid 77)", -9, "step written"))
+    step written: worker 2 of 4 (pid 77) was killed by SIGKILL (Killed)
+    """
+    printed = f"; the last line it printed: {last_line}" if last_line else ""
+    return WorkerError(f"{doing}: {process} {ending(code)}{printed}")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Final
 
-from miniloader.errors import WorkerError
-from miniloader.lab.workers.child import die_with, kill
+from miniloader.lab.workers.child import ForkedProcess, death
+from miniloader.lab.workers.shared_value import SharedValue
 
 __all__ = ["Doing", "flush_c_output", "in_child"]
 
 Doing = Callable[[str], None]
 """Notes what is being done, as the error shall name it when that is the end."""
 
-_SIZE = 1 << 16
+_LONGEST: Final = 10_000  # characters of a note: a file's names may have any length
 
 
 def flush_c_output() -> None:
@@ -32,49 +31,38 @@ def in_child(body: Callable[[Doing], int]) -> int:
     :class:`WorkerError` naming what was being done when the child ends before ``body`` does: by a signal, or
     because the code it runs called exit(3).
     """
-    parent = os.getpid()
-    with mmap.mmap(-1, _SIZE) as shared:
-        child = os.fork()
-        if child == 0:
-            _be_the_child(body, shared, parent)
-        try:
-            _, status = os.waitpid(child, 0)
-        except BaseException:
-            kill(child)
-            raise
-        done, doing = shared[0], shared[1:].partition(b"\0")[0].decode("utf-8", "replace")
-    code = os.waitstatus_to_exitcode(status)
-    if done:
-        return code
-    if code < 0:
-        how = f"died by {signal.Signals(-code).name} ({signal.strsignal(-code)})"
-    else:
-        how = f"was ended, with status {code}"
-    raise WorkerError(f"{doing}: the process {how}")
+    left = SharedValue()  # what is being done, and in the end the status
 
-
-def _be_the_child(body: Callable[[Doing], int], shared: mmap.mmap, parent: int) -> None:
-    """Never returns."""
-    status = 1
-    try:
+    def guarded() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
-        die_with(parent)
-
-        def doing(what: str) -> None:
-            text = what.encode("utf-8", "surrogateescape")[: _SIZE - 2].replace(b"\0", b"?") + b"\0"
-            shared[1 : 1 + len(text)] = text
-
+        status = 1
         try:
-            status = body(doing)
+            status = body(lambda doing: _note(left, doing))
         except BaseException:  # noqa: BLE001 - this process ends here, as an interpreter does
             sys.excepthook(*sys.exc_info())
-        shared[0] = 1
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                if stream is not None:  # as it is where it was closed from the start
-                    stream.flush()
-            except (OSError, ValueError):
-                status = status or 1  # nobody reads it any more
-        flush_c_output()
-        os._exit(status)
+        status = _flush(status)
+        left.leave(status)
+        return status
+
+    with ForkedProcess(guarded) as child:
+        code = child.wait()
+    told = left.read()
+    if isinstance(told, int):
+        return told
+    raise death("the process", code, told or "starting")
+
+
+def _note(left: SharedValue, doing: str) -> None:
+    left.leave(doing[:_LONGEST])
+
+
+def _flush(status: int) -> int:
+    """Write out all output; the status, 1 instead of 0 when nobody reads it any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # as it is where it was closed from the start
+                stream.flush()
+        except (OSError, ValueError):
+            status = status or 1
+    flush_c_output()
+    return status

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -30,10 +29,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final, Self
 
-import miniloader
 from miniloader import errors
 from miniloader.errors import MiniloaderError, UsageError, WorkerError
-from miniloader.lab.workers.child import uninterrupted
+from miniloader.lab.workers.child import death, kill, uninterrupted
 
 __all__ = ["Crew", "Reply", "Worker"]
 
@@ -42,6 +40,7 @@ Reply = Mapping[str, Any]
 
 # The worker imports exactly what we would: our sys.path as it is, without site's search for more.
 _START: Final = "import sys; sys.path[:] = sys.argv[3:]; from {} import main; main()"
+_HOME: Final = os.path.abspath(f"{__file__}/../../../..")  # the directory that this package is in
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
 _LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to its own
 _MEMORY: Final = 16 << 20  # bytes that a worker needs for itself: 12 MiB were seen, loading nothing yet
@@ -116,26 +115,21 @@ class Worker:
         return reply
 
     def death(self, step: str) -> WorkerError:
-        """How it died, now that its connection is closed; to be raised."""
+        """The error that says how the worker died, now that its connection is closed."""
         end = time.monotonic() + _LAST_BREATH
         while (status := self._ended()) is None:
             if time.monotonic() > end:
-                return WorkerError(f"{self._name}: closed its connection at step {step}, and goes on")
+                return WorkerError(f"step {step}: {self._name} has closed its connection, and goes on")
             time.sleep(0.001)
-        how = f"killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-        words = self._last_words()
-        said = f", its last words: {words}" if words else ""
-        return WorkerError(f"{self._name}: {how} at step {step}{said}")
+        return death(self._name, status, f"step {step}", self._last_line())
 
     def silence(self, step: str, seconds: float) -> WorkerError:
-        """It has not answered; to be raised."""
-        return WorkerError(f"{self._name}: no answer at step {step} within {seconds:g} seconds")
+        """The error that says that the worker has not answered within ``seconds``."""
+        return WorkerError(f"step {step}: {self._name} has not answered within {seconds:g} seconds")
 
     def kill(self) -> None:
         """End it, with what the library may have started that stayed in its process group."""
-        for end in (os.killpg, os.kill):  # both are its own until it is reaped
-            with suppress(ProcessLookupError):
-                end(self.pid, signal.SIGKILL)
+        kill(self.pid)
 
     def reap(self) -> None:
         """Wait for its end, and close everything that belonged to it."""
@@ -150,8 +144,8 @@ class Worker:
             return None
         return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
-    def _last_words(self) -> str:
-        """The last line that it printed."""
+    def _last_line(self) -> str:
+        """The last line that the worker printed, "" for none."""
         size = os.fstat(self._output).st_size
         lines = os.pread(self._output, 1000, max(0, size - 1000)).decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -194,7 +188,7 @@ class Crew:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        """Those that have not been told to end."""
+        """The workers that have not been dismissed."""
         return tuple(self._workers)
 
     def ask(self, command: str, *, step: str = "", **arguments: Any) -> list[Reply]:
@@ -213,10 +207,13 @@ class Crew:
         step: str = "",
         workers: Sequence[Worker] | None = None,
     ) -> list[Reply]:
-        """The same, with arguments of its own for each; ``workers`` are only some of them."""
+        """Have ``workers``, by default all, do ``command``, each with its element of ``arguments``.
+
+        Their replies, in order; ``step`` and errors are as for :meth:`ask`.
+        """
         step, asked = step or command, self._workers if workers is None else workers
-        for worker, own in zip(asked, arguments, strict=True):
-            worker.send(command, own, step)
+        for worker, request in zip(asked, arguments, strict=True):
+            worker.send(command, request, step)
         return self._replies(asked, step)
 
     def dismiss(self, worker: Worker) -> None:
@@ -262,8 +259,7 @@ class Crew:
 
 
 def _command(program: str, descriptor: int) -> list[str]:
-    home = os.path.dirname(os.path.dirname(os.path.abspath(miniloader.__file__)))
-    path = sys.path if home in sys.path else [*sys.path, home]
+    path = sys.path if _HOME in sys.path else [*sys.path, _HOME]
     flags = ["-S", *(["-I"] if sys.flags.isolated else [])]
     if not sys.executable:
         raise WorkerError("cannot start workers: this program is no Python interpreter (sys.executable)")
@@ -288,10 +284,3 @@ def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:
     revived: MiniloaderError = kind.__new__(kind, error["message"])
     vars(revived).update(error["fields"])
     return revived
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miniloader.errors import LoadError, SymbolError, UsageError, WorkerError
-from miniloader.lab.workers.child import kill
+from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.worker import Commands, settle
 from miniloader.values import dataclass
 
@@ -70,7 +69,7 @@ class _Steps(Commands):
 
     def __init__(self, connection: int) -> None:
         super().__init__(connection)
-        self._children: dict[int, socket.socket] = {}
+        self._children: dict[int, tuple[ForkedProcess, socket.socket]] = {}
         self._library: HasSymbols | None = None
         self._module = ""
 
@@ -129,22 +128,25 @@ class _Steps(Commands):
             return self._carry_out(request.pop("command"), request)
         pid, *further = route
         message = {"command": "relay", "route": further, "request": request}
-        reply, child = b"", self._children.get(pid)
-        if child is None:
-            raise WorkerError(f"process {pid}, forked by {os.getpid()}: has ended before")
+        if pid not in self._children:
+            raise WorkerError(f"process {pid}, forked by {os.getpid()}, has ended before")
+        process, connection = self._children[pid]
+        reply = b""
         with suppress(OSError):  # it has died: there is no reply, then
-            child.sendall(json.dumps(message).encode() + b"\n")
-            while not reply.endswith(b"\n") and (part := child.recv(1 << 16)):
+            connection.sendall(json.dumps(message).encode() + b"\n")
+            while not reply.endswith(b"\n") and (part := connection.recv(1 << 16)):
                 reply += part
         if not reply.endswith(b"\n"):
-            raise WorkerError(f"process {pid}, forked by {os.getpid()}: {self._death(pid)}")
+            connection.close()
+            del self._children[pid]
+            raise death(f"process {pid}, forked by {os.getpid()},", process.wait(), request["command"])
         answer: dict[str, Any] = json.loads(reply)
         return answer
 
     def do_disband(self) -> dict[str, Any]:
         """End and reap all children."""
-        for pid in self._children:
-            kill(pid)  # unless the library has reaped it, as it may
+        for process, _ in self._children.values():
+            process.kill()  # unless the library has reaped it, as it may
         return {}
 
     # -- inside -----------------------------------------------------------------------------------
@@ -157,26 +159,17 @@ class _Steps(Commands):
         return run_call(self._library, parse_call(call)).value
 
     def _fork(self) -> int:
-        ours, theirs = socket.socketpair()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                settle(parent)
-                os.close(self._connection)
-                for end in (ours, *self._children.values()):
-                    end.close()
-                steps = _Steps(theirs.detach())
-                steps._library, steps._module = self._library, self._module
-                _serve(steps)
-            finally:
-                os._exit(1)
-        theirs.close()
-        self._children[pid] = ours
-        return pid
+        connection, theirs = socket.socketpair()
 
-    def _death(self, pid: int) -> str:
-        """How a child ended; it is reaped."""
-        self._children.pop(pid).close()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        def serve() -> NoReturn:
+            os.close(self._connection)
+            for end in (connection, *(sibling for _, sibling in self._children.values())):
+                end.close()
+            steps = _Steps(theirs.detach())
+            steps._library, steps._module = self._library, self._module
+            _serve(steps)
+
+        process = ForkedProcess(serve)
+        theirs.close()
+        self._children[process.pid] = process, connection
+        return process.pid

@@ -262,7 +262,7 @@ def test_a_worker_killed_at_any_step(demo: Path, step: str) -> None:
         os.kill(pids[1], signal.SIGKILL)
         os.waitid(os.P_PID, pids[1], os.WEXITED | os.WNOWAIT)  # dead, not about to die
 
-    with pytest.raises(WorkerError, match=rf"^worker 2 of 3 \(pid \d+\): killed by SIGKILL at step {step}$"):
+    with pytest.raises(WorkerError, match=rf"^step {step}: worker 2 of 3 \(pid \d+\) was killed by SIGKILL"):
         prove(demo, 3, on_step=at(step, kill_the_second))
     assert len(met) == 3
     assert not any(map(lives, met))
