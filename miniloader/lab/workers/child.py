@@ -6,7 +6,9 @@ somebody before an interrupt is heard.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -126,9 +128,6 @@ def die_with(parent: int) -> None:
 
 def crash_quietly() -> None:
     """In a child whose crash is expected: leave neither a core file nor a Python traceback of it."""
-    import faulthandler
-    import resource
-
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
