@@ -1,8 +1,8 @@
-"""Writing files whole: whoever reads one finds all of it, or what was there before.
+"""Writing files whole: whoever reads a file finds all of it, or what was there before.
 
-The bytes go to another name beside it, to the disk, and only then take the name (rename(2) is atomic).  A
-full disk, a limit or an interrupt on the way leaves nothing behind.  Everything that miniloader keeps in a
-file is written here.
+The bytes go to another name in the same directory, to the disk, and only then take the file's name (rename(2)
+is atomic).  A full disk, a limit or an interrupt on the way leaves nothing behind.  Audits, pages and the
+cache of prepared libraries are written with :func:`write_whole`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def write_whole(
     The permissions are ``mode``; else those of the file that is replaced, or what the umask leaves.  Where a
     symbolic link leads is replaced, not the link.  What is no regular file (a pipe, ``/dev/stdout``) is
     written to as it is.  Raises OSError.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     write_whole(f"{directory}/notes", [b"whole", b"\\n"])
+    ...     print(os.listdir(directory), os.stat(f"{directory}/notes").st_size)
+    ['notes'] 6
     """
     name = os.fspath(path)
     if dir_fd is None:

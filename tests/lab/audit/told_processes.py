@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import miniloader
 from fixtures import build
 from miniloader.kernel.procfs import read_stat
+from miniloader.kernel.syscalls import PAGE_SIZE
 
 _LISTEN = """
 import ctypes, json, os, signal, sys
@@ -25,6 +29,8 @@ for line in sys.stdin:
 """
 
 
+KB = 1024  # the unit of smaps
+
 #: Lines for a process that maps memory of no file.
 ANONYMOUS = """
 libc = ctypes.CDLL(None, use_errno=True)
@@ -33,6 +39,23 @@ number = ctypes.c_int
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def mapped(length): return libc.mmap(None, length, 3, 0x22, -1, 0)
+"""
+
+
+#: What has a process load the library at ``path``, by whose loader does it.
+LOADED_BY = {
+    "the system's loader": "lib = ctypes.CDLL({path!r}); base = None",
+    "us": "import miniloader; ours = miniloader.load({path!r})",
+}
+
+#: Lines that write to the symbols of such a library, by its loader.
+AT_SYMBOLS = """
+def at(name):
+    if {by!r} == "us": return ours.address(name)
+    return ctypes.addressof(ctypes.c_char.in_dll(lib, name))
+def store(name, value, offset=0, size=8):
+    ctypes.memmove(at(name) + offset, value.to_bytes(size, "little"), size)
+def word(name, offset=0): return int.from_bytes(ctypes.string_at(at(name) + offset, 8), "little")
 """
 
 
@@ -113,3 +136,50 @@ def rollup_of(pid: int) -> Mapping[str, int]:
     """The kernel's sums over a process, in kB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {words[0][:-1]: int(words[1]) for words in map(str.split, lines)}
+
+
+def copy(source: Path, to: Path) -> Path:
+    """A file of the test's own, written to the disk."""
+    shutil.copy(source, to)
+    with to.open("rb") as file:
+        os.fsync(file.fileno())
+    return to
+
+
+def own_child(path: str, *, replace: bool = False) -> tuple[str, set[str], set[str]]:
+    """What an audit of a child that has the library at ``path`` finds: level, causes, written symbols."""
+    import ctypes
+
+    library = ctypes.CDLL(path)
+    library.demo_next()
+    if replace:
+        shutil.copy(path, f"{path}.new")
+        os.rename(f"{path}.new", path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"x")
+        while True:
+            signal.pause()
+    try:
+        os.read(reading, 1)
+        found = miniloader.audit([child])
+        pages = found.library(path).private_pages
+        causes = {cause for page in pages for cause in page.causes}
+        return found.level, causes, {name for page in pages for name in page.written}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def vaddr_of(path: Path, name: str) -> int:
+    """Where a library defines a symbol."""
+    symbols = miniloader.inspect(path).symbols
+    number = symbols.find(name)
+    assert number is not None
+    return int(symbols.rows["value"][number])
+
+
+def page_of(path: Path, name: str) -> int:
+    """The vaddr of the page where a library defines a symbol."""
+    return vaddr_of(path, name) & -PAGE_SIZE

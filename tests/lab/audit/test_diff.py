@@ -1,0 +1,49 @@
+"""What differs between two audits of processes that write meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader.kernel.features import LevelName
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.diff import diff
+from miniloader.report.audit import summary, tick
+from miniloader.report.text import plain
+from tests.lab.audit.told_processes import (
+    Told,
+    page_of,
+    told_children,
+)
+
+
+@pytest.mark.parametrize("level", [None, "flags"])
+def test_what_a_family_has_no_more_in_common_has_gone_private(
+    loaded: Told, demo: Path, level: LevelName | None
+) -> None:
+    """Whoever writes there, even the same as before the fork, has its own copy; and so has who is left."""
+    loaded("store('demo_counters', 5)")
+    with told_children(loaded, 1) as (child,):
+        pids = [loaded.pid, child]
+        before = miniloader.audit(pids, level=level)
+        loaded("store('demo_counters', 5)")
+        after = miniloader.audit(pids, level=level)
+    assert before.library(str(demo)).common > after.library(str(demo)).common
+    assert after.library(str(demo)).own - before.library(str(demo)).own >= 2
+    changes = [one for one in diff(before, after) if one.path == str(demo) and one.section == ".data"]
+    assert [(one.vaddr, one.change, one.symbols, {*one.pids}) for one in changes] == [
+        (page_of(demo, "demo_counters"), "private", ("demo_counters",), {*pids})
+    ]
+    assert "shared, by fork or KSM" in " ".join(plain(line) for line in summary(before))
+    assert "as at the start" not in plain(tick(after, before))
+
+
+def test_bss_that_is_touched_has_gone_private(loaded: Told, demo: Path) -> None:
+    before = miniloader.audit([loaded.pid])
+    loaded(f"store('demo_history', 1, 2 * {PAGE_SIZE})")
+    after = miniloader.audit([loaded.pid])
+    (change,) = [one for one in diff(before, after) if one.path == str(demo)]
+    assert (change.change, change.section, change.causes) == ("private", ".bss", ("bss",))
+    assert after.library(str(demo)).own - before.library(str(demo)).own == 1
