@@ -6,15 +6,15 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from miniloader.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from miniloader.lab.audit.library_pages import Sight
     from miniloader.lab.audit.result import Audit
+    from miniloader.report.output import Output
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -136,14 +136,14 @@ def _print(arguments: argparse.Namespace, found: Audit) -> None:
         dump(found.to_json())
         return
     from miniloader.report.audit import lines, said_of, write_csv
-    from miniloader.report.text import show
+    from miniloader.report.output import Output
 
     if arguments.csv:
         write_csv(found, sys.stdout)
         for one in found.unreadable:
             print(f"not audited: {said_of(one)}", file=sys.stderr)
     else:
-        show(lines(found, pages=arguments.library is not None))
+        Output().show(lines(found, pages=arguments.library is not None))
 
 
 def _save(arguments: argparse.Namespace, found: Audit) -> None:
@@ -180,9 +180,9 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         dump(view.to_json())
         return 0
     from miniloader.report.audit import page_view
-    from miniloader.report.text import show
+    from miniloader.report.output import Output
 
-    show(page_view(view))
+    Output().show(page_view(view))
     return 0
 
 
@@ -190,10 +190,10 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     """Look again and again; at the end, or at Ctrl-C, say what has changed since the start."""
     from miniloader.lab.audit.diff import diff
-    from miniloader.report.output import console
+    from miniloader.report.output import Output
 
     quiet = arguments.json or arguments.csv
-    out = console(stderr=quiet)
+    out = Output(stderr=quiet)
     first = _audit(arguments, pids)
     sights = _sights(arguments, first, "start")
     try:
@@ -202,10 +202,10 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
-        out.print("stopped")
+        out.show([("stopped",)])
     last = _audit(arguments, _living(first))
     if first.processes and not last.processes:
-        out.print("all of them have ended: this is what they were at the start")
+        out.show([("all of them have ended: this is what they were at the start",)])
         last = first
     changes = diff(first, last)
     _save(arguments, last)  # before a reader may close the pipe
@@ -224,10 +224,9 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         _print(arguments, last)
         if not arguments.csv:
             from miniloader.report.audit import changes_view
-            from miniloader.report.text import show
 
-            show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
-            show(changes_view(changes, last.page_size))
+            out.show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
+            out.show(changes_view(changes, last.page_size))
     return 0 if first.processes else 3
 
 
@@ -235,32 +234,33 @@ def _living(first: Audit) -> tuple[int, ...]:
     return tuple(one.pid for one in first.processes)
 
 
-def _follow(arguments: argparse.Namespace, first: Audit, out: Console) -> None:
+def _follow(arguments: argparse.Namespace, first: Audit, out: Output) -> None:
     """A live table in a terminal, else a line for every look."""
-    import time
-
-    from rich.live import Live
-
     from miniloader.report.audit import library_rows, tick
-    from miniloader.report.output import rendered
-    from miniloader.report.text import plain
 
-    def view(now: Audit) -> RenderableType:
-        return rendered(library_rows(now, first), out.width)
+    if not out.is_terminal:
+        for audit in _looks(arguments, first):
+            out.show([tick(audit, first)])
+        return
+    with out.live() as show:
+        show([library_rows(first, first)])
+        for audit in _looks(arguments, first):
+            show([library_rows(audit, first)])
+
+
+def _looks(arguments: argparse.Namespace, first: Audit) -> Iterator[Audit]:
+    """An audit whenever one is due, until the time is over or nobody is left."""
+    import time
 
     end = None if arguments.duration is None else time.monotonic() + arguments.duration
     due = time.monotonic()
-    with Live(view(first), console=out, auto_refresh=False, transient=True) as live:
-        while True:
-            due = max(due + arguments.every, time.monotonic())
-            if end is not None and due > end:
-                time.sleep(max(0.0, end - time.monotonic()))
-                return
-            time.sleep(max(0.0, due - time.monotonic()))
-            now = _look(arguments, _living(first), causes=False)  # the table is the progress
-            if not now.processes:  # nobody is left
-                return
-            if out.is_terminal:
-                live.update(view(now), refresh=True)
-            else:
-                out.print(plain(tick(now, first)))
+    while True:
+        due = max(due + arguments.every, time.monotonic())
+        if end is not None and due > end:
+            time.sleep(max(0.0, end - time.monotonic()))
+            return
+        time.sleep(max(0.0, due - time.monotonic()))
+        audit = _look(arguments, _living(first), causes=False)  # the table is the progress
+        if not audit.processes:
+            return
+        yield audit

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-__all__ = ["HELP", "configure", "run"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from miniloader.loader.prepare import Entry
+
+__all__ = ["HELP", "configure", "run", "show"]
 
 HELP = "list, verify or clear what `miniloader prepare` has kept"
 
@@ -20,13 +26,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit status 1 when something that was verified cannot be used."""
     from miniloader.loader.prepare import entries, verify
     from miniloader.loader.prepared import store
-    from miniloader.report.prepared import show
 
+    prepared = verify() if arguments.verify else entries()
     if arguments.clear:
-        known = entries()
         store.clear()
-        show(known, as_json=arguments.json, removed=True)
-        return 0
-    known = verify() if arguments.verify else entries()
-    show(known, as_json=arguments.json)
-    return 1 if arguments.verify and any(entry.fault for entry in known) else 0
+    show(prepared, arguments, removed=arguments.clear)
+    return 1 if arguments.verify and any(entry.fault for entry in prepared) else 0
+
+
+def show(entries: Sequence[Entry], arguments: argparse.Namespace, *, removed: bool = False) -> None:
+    """Print what is in the cache, or was until it was ``removed``."""
+    from miniloader.report.prepared import as_json, lines
+
+    if arguments.json:
+        from miniloader.loader.prepared import store
+        from miniloader.report.json import dump
+
+        dump(as_json(store.directory(), entries, removed=removed))
+    else:
+        from miniloader.report.output import Output
+
+        Output().show(lines(entries, removed=removed))

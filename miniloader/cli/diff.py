@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         dump({"since": before.when, "until": after.when, "changes": [asdict(change) for change in changes]})
         return 0
     from miniloader.report.audit import changes_view
-    from miniloader.report.text import show
+    from miniloader.report.output import Output
 
-    show(changes_view(changes, after.page_size))
+    Output().show(changes_view(changes, after.page_size))
     return 0

@@ -81,10 +81,11 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
 def _show(listing: Listing, arguments: argparse.Namespace) -> int:
     from miniloader.report.disasm import as_json, page
     from miniloader.report.json import dump
-    from miniloader.report.text import room, show
+    from miniloader.report.output import Output
 
     if arguments.json:
         dump(as_json(listing))
     else:
-        show(page(listing, room()[1]))
+        out = Output()
+        out.show(page(listing, out.width))
     return 0

@@ -61,12 +61,12 @@ def _reference(arguments: argparse.Namespace) -> int:
     from miniloader.report import inspect as say
     from miniloader.report import inspect_view
     from miniloader.report.json import dump
-    from miniloader.report.text import room, show
+    from miniloader.report.output import Output
 
     if arguments.json:
         dump({"checks": say.rules_json()})
     else:
-        show(inspect_view.rules(room()[1]))
+        Output().show(inspect_view.rules())
     return 0
 
 
@@ -93,26 +93,25 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
     if arguments.checks:
         said["checks"] = say.checks_json(image)
     if arguments.search:
+        from miniloader.loader.search import find_needed
         from miniloader.report.search import to_json
 
-        said["search"] = to_json(image)
+        said["search"] = to_json(find_needed(image))
     dump(said)
 
 
 def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
     from miniloader.report import inspect_view
-    from miniloader.report.text import room, show
+    from miniloader.report.output import Output
 
-    drawing, width = room()
-    show(inspect_view.page(image, page_size, drawing, width))
+    out = Output()
+    out.show(inspect_view.page(image, page_size, out.drawing, out.width))
     if arguments.checks:
-        show([()])
-        show(inspect_view.checks(image, width))
+        out.show([(), *inspect_view.checks(image)])
     if arguments.search:
+        from miniloader.loader.search import find_needed
         from miniloader.report.search import lines
 
-        show([()])
-        show(lines(image, width))
+        out.show([(), *lines(find_needed(image))])
     if arguments.symbols:
-        show([()])
-        show(inspect_view.symbols(image))
+        out.show([(), *inspect_view.symbols(image)])

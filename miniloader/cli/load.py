@@ -74,14 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, doing: Doing) -> int:
-    import json
-
     import miniloader
     from miniloader.errors import UsageError
     from miniloader.lab.workers.crash_guard import flush_c_output
     from miniloader.loader.call import parse_call, run_call
     from miniloader.loader.events import Event
-    from miniloader.report.load import Narrator, as_json, show, view_of
+    from miniloader.report.json import dump
+    from miniloader.report.load import Narrator, as_json, lines, results, view_of
+    from miniloader.report.output import Output
 
     calls = [parse_call(text) for text in arguments.call]
     if calls and arguments.no_init:
@@ -115,10 +115,12 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             flush_c_output()
         view = view_of(library, outcomes)
         if not arguments.json:
-            show(view)
+            out = Output()
+            out.show(lines(view))
+            out.show(results(outcomes), wrap=False)
         doing(f"{arguments.library}: closing it")
     if arguments.json:
-        print(json.dumps(as_json(view), indent=2))
+        dump(as_json(view))
     return 0
 
 

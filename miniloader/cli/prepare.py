@@ -31,10 +31,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prepare each in a process of its own, as several need not have room in one; stop where one fails."""
     from miniloader.cli import reported
+    from miniloader.cli.cache import show
     from miniloader.lab.workers.crash_guard import in_child
     from miniloader.loader import inspect
     from miniloader.loader.prepare import entries, prepare
-    from miniloader.report.prepared import show
 
     def prepared(library: str, doing: object) -> int:
         def work() -> int:
@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         if status:
             return status
     made = {inspect(library).build_id for library in arguments.libraries}
-    show([entry for entry in entries() if entry.build_id in made], as_json=arguments.json)
+    show([entry for entry in entries() if entry.build_id in made], arguments)
     return 0

@@ -46,12 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         write_proof(proof, arguments.html)
     if arguments.json:
-        import json
+        from miniloader.report.json import dump
 
-        print(json.dumps(proof.to_json()))
+        dump(proof.to_json())
     else:
-        from miniloader.report.output import console
-        from miniloader.report.prove import show
+        from miniloader.report.output import Output
+        from miniloader.report.prove import lines
 
-        show(proof, console(), all_steps=arguments.steps)
+        out = Output()
+        out.show(lines(proof, out.drawing, all_steps=arguments.steps))
     return EXIT_STATUS[proof.verdict]

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from rich.console import Console
-
+    from miniloader.report.output import Output
     from miniloader.walkthrough.chapter import Chapter, Quiz
     from miniloader.walkthrough.run_chapter import ChapterResult
     from miniloader.walkthrough.step import ChapterStep
@@ -82,12 +81,20 @@ def _status(results: Sequence[ChapterResult]) -> int:
     return 1 if "refuted" in verdicts else 0 if "proven" in verdicts else 3
 
 
+def _output() -> Output:
+    """Standard output, in lines no longer than what reads well."""
+    from miniloader.report.output import Output
+    from miniloader.report.walkthrough import WIDEST
+
+    return Output(widest=WIDEST)
+
+
 def _contents(arguments: argparse.Namespace) -> int:
     from miniloader.kernel.probe import best_level
-    from miniloader.report.walkthrough import contents, page
+    from miniloader.report.walkthrough import contents
     from miniloader.walkthrough.chapters import chapters
 
-    page().print(contents(chapters(), arguments.level or best_level()))
+    _output().show(contents(chapters(), arguments.level or best_level()))
     return 0
 
 
@@ -115,34 +122,33 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
 
         dump({"chapters": [result.to_json() for result in results]})
     else:
-        from miniloader.report.output import safe
-        from miniloader.report.walkthrough import page, summary
+        from miniloader.errors import printable
+        from miniloader.report.walkthrough import summary
 
-        page().print(summary(results), safe(f"The page is {arguments.html}"), sep="\n\n")
+        _output().show([*summary(results), (), (printable(f"The page is {arguments.html}"),)])
     return _status(results)
 
 
 # ---------------------------------------------------------------------------------------------- telling
 def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> int:
-    from miniloader.report.walkthrough import page, summary
+    from miniloader.report.walkthrough import summary
 
-    out, reader = page(), _Reader(arguments)
+    out, reader = _output(), _Reader(arguments)
     results: list[ChapterResult] = []
     for chapter in chapters:
         if results:
             reader.pause("the next chapter")
-            out.print("\n")
+            out.show([(), ()])
         results.append(_tell_one(arguments, chapter, out, reader))
     if len(results) > 1:
-        out.print()
-        out.print(summary(results))
+        out.show([(), *summary(results)])
     if arguments.quiz:
-        out.print(f"\nYour score: {reader.right} of {len(results)}")
+        out.show([(), (f"Your score: {reader.right} of {len(results)}",)])
     return _status(results)
 
 
 def _tell_one(
-    arguments: argparse.Namespace, chapter: Chapter[Any], out: Console, reader: _Reader
+    arguments: argparse.Namespace, chapter: Chapter[Any], out: Output, reader: _Reader
 ) -> ChapterResult:
     """Question, experiment, verdicts, explanation and exercise of one chapter."""
     from contextlib import ExitStack
@@ -153,8 +159,7 @@ def _tell_one(
     from miniloader.walkthrough.run_chapter import run_chapter
     from miniloader.walkthrough.workbench import Workbench
 
-    out.print(opening(chapter, len(CHAPTERS), Workbench(arguments.level).environment))
-    out.print()
+    out.show([*opening(chapter, len(CHAPTERS), Workbench(arguments.level).environment), ()])
     reader.ask(chapter.question, out)
     steps: list[ChapterStep] = []
     told: set[int] = set()
@@ -166,16 +171,14 @@ def _tell_one(
         def on_step(step: ChapterStep) -> None:
             waiting.close()
             steps.append(step)
-            out.print()
-            out.print(step_view(len(steps), step, out.width, told))
+            out.show([(), *step_view(len(steps), step, out.drawing, told)])
             told.update(told_by(step))
             reader.pause("go on")
             wait()
 
         wait()
         result = run_chapter(chapter, level=arguments.level, on_step=on_step)
-    out.print()
-    out.print(closing(result))
+    out.show([(), *closing(result)])
     return result
 
 
@@ -193,19 +196,18 @@ class _Reader:
         if self._pauses:
             self._line(f"[Enter: {what}] ")
 
-    def ask(self, question: Quiz, out: Console) -> None:
+    def ask(self, question: Quiz, out: Output) -> None:
         """Ask, take an answer (``--quiz``) or wait, and give the right one."""
         from miniloader.report import walkthrough
 
-        out.print(walkthrough.question(question))
-        out.print()
+        out.show([*walkthrough.question(question), ()])
         chosen = None
         if self._quiz:
             chosen = self._choice(len(question.choices))
             self.right += chosen == question.answer
         else:
             self.pause("the answer")
-        out.print(walkthrough.correction(question, chosen))
+        out.show(walkthrough.correction(question, chosen))
 
     def _choice(self, choices: int) -> int | None:
         """The index of the answer that was chosen; None: none was."""
@@ -254,7 +256,7 @@ def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
 
         dump({"id": chapter.id, "passed": answer.passed, "message": answer.message, "printed": printed})
     else:
-        from miniloader.report.walkthrough import checked, page
+        from miniloader.report.walkthrough import checked
 
-        page().print(checked(answer, printed))
+        _output().show(checked(answer, printed))
     return 0 if answer.passed else 1

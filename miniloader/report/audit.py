@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from miniloader.errors import printable
 from miniloader.report.numbers import count, size
-from miniloader.report.text import Line, Part, Piece, Table, heading
+from miniloader.report.text import Line, Part, Piece, Table, heading, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.diff import PageChange
@@ -54,7 +54,7 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
         yield ()
         yield from said if pages else said[:_MOST_SENTENCES]
         if len(said) > _MOST_SENTENCES and not pages:
-            yield ((f"… and {len(said) - _MOST_SENTENCES} more; --library NAME tells of one", "dim"),)
+            yield ((f"… {more(len(said) - _MOST_SENTENCES)}; --library NAME tells of one", "dim"),)
     if pages:
         for library in audit.libraries:
             yield from _library(library)
@@ -208,7 +208,7 @@ def _span(numbers: Iterable[int], noun: str = "") -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    return f"symbol{'s' if len(names) > 1 else ''} {_shortened(names)}"
+    return f"symbol{'s' if len(names) > 1 else ''} {listed(names, _MOST_SYMBOLS)}"
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -266,7 +266,7 @@ def _library(library: AuditedLibrary) -> Iterator[Part]:
                 f"{len(page.pids):,}{_family(page)}",
                 printable(", ".join(page.causes) + (f": {page.reason}" if page.reason else "")),
                 ", ".join(f"{n:,} {name.removeprefix('R_X86_64_')}" for name, n in page.kinds.items()),
-                printable(_shortened(page.written or page.symbols)),
+                printable(listed(page.written or page.symbols, _MOST_SYMBOLS)),
             )
             for page in pages
         ],
@@ -280,11 +280,6 @@ def _number(value: int | None) -> str:
 def _family(page: PrivatePage) -> str:
     """Where relatives still have one copy between them: in how many copies the page exists."""
     return f" ({count(len(page.groups), 'copy', 'copies')})" if page.groups else ""
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_SYMBOLS
-    return ", ".join(names[:_MOST_SYMBOLS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _unreadable(unreadable: Sequence[Unreadable]) -> Iterator[Line]:
@@ -351,7 +346,7 @@ def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part
                 page.change,
                 f"{page.processes:,}",
                 ", ".join(page.causes),
-                printable(_shortened(page.symbols)),
+                printable(listed(page.symbols, _MOST_SYMBOLS)),
             )
             for page in ordered
         ],

@@ -15,7 +15,7 @@ from miniloader.report.matrix_data import Film, Scene
 from miniloader.report.numbers import count
 from miniloader.report.page_notes import bytes_of_pages, ranges
 from miniloader.report.proof_page import groups_of
-from miniloader.report.text import plain
+from miniloader.report.text import listed, plain
 from miniloader.values import dataclass
 
 __all__ = ["view_of"]
@@ -96,15 +96,10 @@ def _causes(audit: Audit, sight: Sight) -> Iterator[Range]:
         where = f"in {count(len(page.pids), 'process', 'processes')}: " if several else ""
         yield index, index + 1, "cause", where + _cause(page)
         if page.written:
-            yield index, index + 1, "written", _list(page.written)
+            yield index, index + 1, "written", listed(page.written, _MOST_NAMES)
 
 
 def _cause(page: PrivatePage) -> str:
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in page.kinds.items())
     told = ", ".join(page.causes) + (f" ({page.reason})" if page.reason else "")
     return f"{told} ({kinds})" if kinds else told
-
-
-def _list(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

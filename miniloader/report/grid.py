@@ -13,10 +13,6 @@ from math import ceil, log2
 from string import ascii_letters
 from typing import Final
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from miniloader.elf import LoadPlan, PlannedMapping
 from miniloader.evidence.sharing import (
     ABSENT,
@@ -30,7 +26,8 @@ from miniloader.evidence.sharing import (
     analyse,
 )
 from miniloader.evidence.snapshot import ProcessPages, Snapshot
-from miniloader.report.output import PROTECTION_STYLES
+from miniloader.report.numbers import PROTECTION_STYLES
+from miniloader.report.text import Cell, Line, Piece, Table, plain, stripped
 from miniloader.values import dataclass
 
 __all__ = ["Mark", "explained", "grid_legend", "matrix", "matrix_legend", "page_grid"]
@@ -61,14 +58,16 @@ class _Block:
     runs: tuple[Run, ...]
 
 
-def page_grid(snapshot: Snapshot, plan: LoadPlan, width: int, mark: Mark | None = None) -> Group:
+def page_grid(snapshot: Snapshot, plan: LoadPlan, width: int, mark: Mark | None = None) -> list[Line]:
     """The grid of a snapshot (level frames or flags) within ``width`` columns."""
     marked = {mark.vaddr, mark.vaddr + plan.page_size} if mark is not None else set()
     blocks = [*_blocks(_runs(snapshot, plan, marked), plan, snapshot.processes)]
-    return Group(*_drawn(blocks, _labels(snapshot.processes), width, mark))
+    return _drawn(blocks, _labels(snapshot.processes), width, mark)
 
 
-def matrix(snapshot: Snapshot, rows: Sequence[str], parts: Sequence[tuple[int, str]], width: int) -> Group:
+def matrix(
+    snapshot: Snapshot, rows: Sequence[str], parts: Sequence[tuple[int, str]], width: int
+) -> list[Line]:
     """The grid of any mapping: ``rows`` name the processes, ``parts`` are (vaddr, name) where each begins."""
     runs = analyse(snapshot).runs([vaddr for vaddr, _ in parts])
     blocks = []
@@ -76,7 +75,7 @@ def matrix(snapshot: Snapshot, rows: Sequence[str], parts: Sequence[tuple[int, s
         blocks.append(_Block(protection, "" if name == protection else name, tuple(members)))
     longest = max(map(len, rows), default=0)
     lines = _drawn(blocks, [f"{label:{longest}}  " for label in ("", *rows)], width, None)
-    return Group(*(line for line in lines if line.plain.strip()))
+    return [line for line in lines if plain(line)]
 
 
 def matrix_legend(snapshot: Snapshot, parts: Sequence[tuple[int, str]], told: Collection[int] = ()) -> Table:
@@ -102,16 +101,18 @@ def _legend(runs: Sequence[Run], told: Collection[int] = ()) -> Table:
         for process, state in enumerate(run.states):
             sign, style = _sign(run, process)
             drawn.setdefault(state, {})[sign] = style
-    grid = Table.grid(padding=(0, 2, 0, 0))
+    rows: list[tuple[Cell, Cell]] = []
     for state in sorted(drawn.keys() - {*told}):
-        signs = [Text(sign, style) for sign, style in sorted(drawn[state].items())[:_MOST_SIGNS]]
-        more = [Text("…")] if len(drawn[state]) > _MOST_SIGNS else []
-        grid.add_row(Text(" ").join([*signs, *more]), Text(STATES[state].help, "dim"))
+        signs: list[Piece] = []
+        for sign, style in sorted(drawn[state].items())[:_MOST_SIGNS]:
+            signs += [" "] * bool(signs) + [(sign, style)]
+        signs += [" …"] * (len(drawn[state]) > _MOST_SIGNS)
+        rows.append((signs, (STATES[state].help, "dim")))
     number = next(filter(None, map(_number, runs)), "")
     if number and _NUMBERED not in told:
         text = "pages in the run below the number; where there is none, one sign is one page"
-        grid.add_row(Text(number, "dim"), Text(text, "dim"))
-    return grid
+        rows.append(((number, "dim"), (text, "dim")))
+    return Table((), rows)
 
 
 def _runs(snapshot: Snapshot, plan: LoadPlan, edges: Collection[int] = ()) -> tuple[Run, ...]:
@@ -224,42 +225,40 @@ def _labels(processes: Sequence[ProcessPages]) -> list[str]:
     return [f"{label:{longest}}" for label in (heading, *labels)]
 
 
-def _drawn(blocks: Sequence[_Block], labels: Sequence[str], width: int, mark: Mark | None) -> list[Text]:
+def _drawn(blocks: Sequence[_Block], labels: Sequence[str], width: int, mark: Mark | None) -> list[Line]:
     room = max(width - len(labels[0]), 20)
     stretch = next((one for one in _STRETCHES if _total(blocks, one) <= room), _STRETCHES[-1])
     return [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
 
 
-def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: Mark | None) -> Iterator[Text]:
+def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: Mark | None) -> Iterator[Line]:
     blank = " " * len(labels[0])
     yield _headings(blank, band, stretch, "role")
     yield _headings(labels[0], band, stretch, "protection")
     if any(_number(run) for block in band for run in block.runs):
-        yield Text(blank + "".join(_numbers(block, stretch) for block in band).rstrip(), "dim")
+        yield (((blank + "".join(_numbers(block, stretch) for block in band)).rstrip(), "dim"),)
     for process, label in enumerate(labels[1:]):
-        line = Text(label)
+        line: list[Piece] = [label]
         for block in band:
             for run in block.runs:
                 sign, style = _sign(run, process)
-                line.append(sign * _width(run, stretch), style)
+                line.append((sign * _width(run, stretch), style))
             line.append(
-                " " * (_block_width(block, stretch) + 1 - sum(_width(r, stretch) for r in block.runs))
+                " " * (_block_width(block, stretch) + 1 - sum(_width(run, stretch) for run in block.runs))
             )
-        line.rstrip()
-        yield line
+        yield stripped(line)
     column = len(blank) if mark is None else _column(band, stretch, mark.vaddr)
     if mark is not None and column is not None:
         yield _pointer(len(blank) + column, mark.text)
 
 
-def _headings(label: str, band: Sequence[_Block], stretch: float, what: str) -> Text:
-    line = Text(label, "dim" if label.strip() else "")
+def _headings(label: str, band: Sequence[_Block], stretch: float, what: str) -> Line:
+    line: list[Piece] = [(label, "dim" if label.strip() else "")]
     for block in band:
         text = getattr(block, what)
         style = PROTECTION_STYLES.get(text, "bold")
-        line.append(f"{text:{_block_width(block, stretch) + 1}}", style)
-    line.rstrip()
-    return line
+        line.append((f"{text:{_block_width(block, stretch) + 1}}", style))
+    return stripped(line)
 
 
 def _numbers(block: _Block, stretch: float) -> str:
@@ -280,8 +279,7 @@ def _column(band: Sequence[_Block], stretch: float, vaddr: int) -> int | None:
     return None
 
 
-def _pointer(column: int, text: str) -> Text:
+def _pointer(column: int, text: str) -> Line:
     """The text below the sign it is about: to the right of an arrow, or to the left where it needs room."""
-    return Text(
-        f"{' ' * column}▲ {text}" if column < len(text) + 3 else f"{text + ' ▲':>{column + 1}}", "bold"
-    )
+    pointer = f"{' ' * column}▲ {text}" if column < len(text) + 3 else f"{text + ' ▲':>{column + 1}}"
+    return ((pointer, "bold"),)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,9 +23,11 @@ from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
 from miniloader.files import write_whole
 from miniloader.report.matrix_data import Film, encode, table_of
-from miniloader.report.output import size
+from miniloader.report.numbers import size
+from miniloader.report.text import VERDICT_SIGNS, more
 
 if TYPE_CHECKING:
+    from miniloader.evidence.verdict import Verdict
     from miniloader.lab.audit.library_pages import Sight
     from miniloader.lab.audit.result import Audit
     from miniloader.lab.proof.proof import Proof
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["refuse_unwritable", "write_audit", "write_page", "write_proof", "write_walkthrough"]
 
 Path = str | os.PathLike[str]
-_SIGNS: Final = {"proven": "✓", "refuted": "✗", "unknown": "?"}
 
 
 def write_proof(proof: Proof, path: Path) -> None:
@@ -96,9 +97,10 @@ def _environment() -> Environment:
         "style": Markup(style),
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
-        "sign_of": _SIGNS.__getitem__,
+        "sign_of": _sign_of,
         "encode": _encode,
         "table_of": table_of,
+        "more_of": more,
     }
     environment.filters |= {
         "lines": str.splitlines,
@@ -108,6 +110,10 @@ def _environment() -> Environment:
         "choices_of": _choices_of,
     }
     return environment
+
+
+def _sign_of(verdict: Verdict) -> str:
+    return VERDICT_SIGNS[verdict][0]
 
 
 def _choices_of(question: Quiz) -> list[tuple[str, bool, str]]:

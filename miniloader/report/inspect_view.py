@@ -17,7 +17,7 @@ from miniloader.report import inspect as say
 from miniloader.report import ribbons
 from miniloader.report.numbers import PROTECTION_STYLES, count, level, size
 from miniloader.report.symbols import symbol_list
-from miniloader.report.text import Line, Piece, columns, heading, legend
+from miniloader.report.text import Cell, Line, Part, Piece, Table, heading, legend, pairs
 
 __all__ = ["checks", "page", "rules", "symbols"]
 
@@ -27,16 +27,16 @@ _ROOMY: Final = 130
 _MOST_LINES: Final = 12
 
 
-def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Line]:
-    """Everything but the long lists, in lines of ``width`` (``None``: any), drawings in ``drawing`` columns.
+def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Part]:
+    """Everything but the long lists, for lines of ``width`` (``None``: any), drawings in ``drawing`` columns.
 
     A part that cannot be read says so in its place.
     """
-    yield from _overview(image, width)
-    parts: tuple[tuple[str, Callable[[], Iterator[Line]]], ...] = (
+    yield from _overview(image)
+    parts: tuple[tuple[str, Callable[[], Iterator[Part]]], ...] = (
         ("Segments", lambda: _segments(image, page_size, drawing)),
         ("Load plan", lambda: _load_plan(image, page_size, width)),
-        ("Relocations", lambda: _relocations(image, page_size, drawing, width)),
+        ("Relocations", lambda: _relocations(image, page_size, drawing)),
     )
     for title, part in parts:
         yield ()
@@ -45,7 +45,7 @@ def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> It
         except ElfError as error:
             yield heading(title, f"cannot be read: {_fault(error)}")
     yield ()
-    yield from _problems(image, width)
+    yield from _problems(image)
 
 
 def _fault(fault: ElfError | Problem) -> str:
@@ -53,7 +53,7 @@ def _fault(fault: ElfError | Problem) -> str:
 
 
 # ------------------------------------------------------------------------------------------- overview
-def _overview(image: ElfImage, width: int | None) -> Iterator[Line]:
+def _overview(image: ElfImage) -> Iterator[Part]:
     """What kind of file it is, and what the dynamic linker is told."""
     header = image.header
     kind = (
@@ -74,8 +74,7 @@ def _overview(image: ElfImage, width: int | None) -> Iterator[Line]:
     ]
     always = ("soname", "build-id", "needed")
     shown = [(name, _fact(read)) for name, read in facts]
-    rows = [((f"  {name}", "dim"), said or ("none", "dim")) for name, said in shown if said or name in always]
-    yield from columns(rows, width)
+    yield pairs(((name, said or ("none", "dim")) for name, said in shown if said or name in always), indent=2)
 
 
 def _fact(read: Callable[[], str | None]) -> Piece | None:
@@ -119,18 +118,16 @@ def _segments(image: ElfImage, page_size: int, drawing: int) -> Iterator[Line]:
 
 
 # ------------------------------------------------------------------------------------------ load plan
-def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[Line]:
+def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[Part]:
     """The calls to come, and, where there is room, what each is for."""
     plan = image.plan(page_size)
     pages = count(plan.length // page_size, "page")
     yield heading("Load plan", f"{plan.length:#x} bytes of address space, {pages}; base is the load bias")
-    calls = plan.calls()
-    if width is None or width >= _ROOMY:
-        yield from columns(
-            [((f"  {call.step}", "dim"), call.text(), (call.why, "dim")) for call in calls], width
-        )
-    else:
-        yield from columns([((f"  {call.step}", "dim"), call.text()) for call in calls], width)
+    remarks = width is None or width >= _ROOMY
+    rows: list[list[Cell]] = [
+        [(call.step, "dim"), call.text(), *([(call.why, "dim")] if remarks else [])] for call in plan.calls()
+    ]
+    yield Table((), rows, 2)
 
 
 # ---------------------------------------------------------------------------------------- relocations
@@ -164,18 +161,16 @@ def _writes(kind: str) -> str:
     return best[1]
 
 
-def _relocations(image: ElfImage, page_size: int, drawing: int, width: int | None) -> Iterator[Line]:
+def _relocations(image: ElfImage, page_size: int, drawing: int) -> Iterator[Part]:
     """How many of each kind, and which pages they make private to each process."""
     relocations = image.relocations
     if not len(relocations):
         yield heading("Relocations", "none: no page is written before the library runs")
         return
     yield heading("Relocations", f"{len(relocations):,}, which write to the pages below")
-    rows: list[tuple[Piece, ...]] = [(("  count", "bold"), ("kind", "bold"), ("writes", "bold"))]
-    rows += [
-        (f"  {number:,}", kind, (_writes(kind), "dim")) for kind, number in relocations.by_kind().items()
-    ]
-    yield from columns(rows, width, right=(0,))
+    kinds = relocations.by_kind().items()
+    rows = [(f"{number:,}", kind, (_writes(kind), "dim")) for kind, number in kinds]
+    yield Table((">count", "kind", "writes"), rows, 2)
     yield ()
     yield from _private_pages(image, image.plan(page_size), drawing)
 
@@ -227,7 +222,7 @@ def _runs(plan: LoadPlan, written: NDArray[np.uint64]) -> Iterator[tuple[int, in
 _STYLES: Final = {"error": "red", "warning": "yellow"}
 
 
-def _problems(image: ElfImage, width: int | None) -> Iterator[Line]:
+def _problems(image: ElfImage) -> Iterator[Part]:
     """What is wrong with the file."""
     problems = problems_of(image)
     if not problems:
@@ -236,29 +231,29 @@ def _problems(image: ElfImage, width: int | None) -> Iterator[Line]:
     errors = any(problem.severity == "error" for problem in problems)
     verdict = "this file cannot be loaded" if errors else "it can be loaded all the same"
     yield heading("Problems", f"{len(problems)}: {verdict}")
-    rows = [((f"  {p.severity}", _STYLES[p.severity]), _fault(p)) for p in problems]
-    yield from columns(rows, width)
+    rows = [((problem.severity, _STYLES[problem.severity]), _fault(problem)) for problem in problems]
+    yield Table((), rows, 2)
 
 
-def checks(image: ElfImage, width: int | None) -> Iterator[Line]:
+def checks(image: ElfImage) -> Iterator[Part]:
     """Every rule with its outcome, what it protects from, and who asks for it."""
     yield heading("Checks", "what must hold before anything is mapped")
-    rows: list[tuple[Piece, ...]] = []
+    rows: list[tuple[Cell, ...]] = []
     for rule, broken in outcomes(image):
-        outcome = ("  broken", _STYLES[broken[0].severity]) if broken else ("  holds", "green")
+        outcome = ("broken", _STYLES[broken[0].severity]) if broken else ("holds", "green")
         rows.append((outcome, rule.name, f"{rule.protects} ({rule.source})"))
         rows += [("", "", (_fault(problem), "bold")) for problem in broken]
-    yield from columns(rows, width)
+    yield Table((), rows, 2)
 
 
-def rules(width: int | None) -> Iterator[Line]:
+def rules() -> Iterator[Part]:
     """Every rule: what it protects from, and who asks for it."""
     yield heading("Checks", "what must hold before anything is mapped")
-    rows: list[tuple[Piece, ...]] = [
-        ((f"  {rule.severity}", _STYLES[rule.severity]), rule.name, f"{rule.protects} ({rule.source})")
+    rows = [
+        ((rule.severity, _STYLES[rule.severity]), rule.name, f"{rule.protects} ({rule.source})")
         for rule in RULES
     ]
-    yield from columns(rows, width)
+    yield Table((), rows, 2)
 
 
 # -------------------------------------------------------------------------------------------- symbols

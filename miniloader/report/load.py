@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from miniloader.errors import printable
 from miniloader.kernel.maps import Vma, read_maps, within
 from miniloader.loader import Event, Library
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.call import Outcome, Value, Written
 from miniloader.loader.events import Stage
-from miniloader.report.output import console, safe
+from miniloader.report.output import Output
+from miniloader.report.text import Line, Part, Table
 from miniloader.values import dataclass
 
-__all__ = ["Narrator", "Used", "View", "as_json", "show", "view_of"]
+__all__ = ["Narrator", "Used", "View", "as_json", "lines", "results", "view_of"]
 
 Kind = Literal["file", "zero", "gap"]
 
@@ -29,7 +27,7 @@ _KINDS: Final[dict[Kind, str]] = {
     "gap": "nothing: a gap",
 }
 
-_WRAPPED: Final = ("what", "library", "loaded by", "file")
+_STAGE: Final = 11  # columns
 
 #: What each stage is for.
 _EXPLAINED: Final[dict[Stage, str]] = {
@@ -139,51 +137,48 @@ def _plain(value: Value) -> Value:
 
 
 # ---------------------------------------------------------------------------------------- for people
-def show(view: View) -> None:
-    """Print it."""
-    out = console()
-    out.print(
-        Text.assemble(safe(view.path, "bold"), f", load bias {view.base:#x}: as the kernel has it mapped")
+def lines(view: View) -> Iterator[Part]:
+    """How the library lies in memory, whose libraries it uses, and how long each stage took."""
+    yield (printable(view.path), "bold"), f", load bias {view.base:#x}: as the kernel has it mapped"
+    yield Table(
+        ("from", "to", ">size", "protection", "offset", "what"),
+        [
+            (
+                f"{vma.start:x}",
+                f"{vma.end:x}",
+                f"{vma.size // 1024:,} KiB",
+                vma.protection,
+                f"{vma.file_offset:#x}" if kind_of(vma) == "file" else "",
+                _KINDS[kind_of(vma)],
+            )
+            for vma in view.mappings
+        ],
     )
-    out.print(_mappings(view.mappings))
-    out.print()
-    out.print(_libraries(view.libraries))
-    out.print()
-    out.print("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in view.stages_ms.items()))
-    if view.outcomes:
-        out.print()
-    for outcome in view.outcomes:
-        shown = described(outcome.value, outcome.call.result)
-        out.print(Text.assemble(safe(outcome.call.text), " = ", (shown, "bold")), soft_wrap=True)
+    yield ()
+    yield Table(
+        ("library", "base", "loaded by", "file"),
+        [
+            (
+                printable(used.name),
+                f"{used.base:x}",
+                "miniloader" if used.ours else "the system's loader",
+                printable(used.path),
+            )
+            for used in view.libraries
+        ],
+    )
+    yield ()
+    yield ("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in view.stages_ms.items()),)
+
+
+def results(outcomes: Sequence[Outcome]) -> Iterator[Line]:
+    """What each call returned, and what it wrote."""
+    if outcomes:
+        yield ()
+    for outcome in outcomes:
+        yield printable(outcome.call.text), " = ", (described(outcome.value, outcome.call.result), "bold")
         for written in outcome.written:
-            out.print(safe(f"  {written.argument.text} = {_written(written)}"), soft_wrap=True)
-
-
-def _table(*headings: str) -> Table:
-    """Where a terminal is narrow names take several lines; numbers are never cut."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        justify: Literal["left", "right"] = "right" if heading == "size" else "left"
-        table.add_column(heading, no_wrap=heading not in _WRAPPED, overflow="fold", justify=justify)
-    return table
-
-
-def _mappings(mappings: Sequence[Vma]) -> Table:
-    table = _table("from", "to", "size", "protection", "offset", "what")
-    for vma in mappings:
-        kind = kind_of(vma)
-        offset = f"{vma.file_offset:#x}" if kind == "file" else ""
-        size = f"{vma.size // 1024:,} KiB"
-        table.add_row(f"{vma.start:x}", f"{vma.end:x}", size, vma.protection, offset, _KINDS[kind])
-    return table
-
-
-def _libraries(libraries: Sequence[Used]) -> Table:
-    table = _table("library", "base", "loaded by", "file")
-    for used in libraries:
-        who = "miniloader" if used.ours else "the system's loader"
-        table.add_row(safe(used.name), f"{used.base:x}", who, safe(used.path))
-    return table
+            yield (printable(f"  {written.argument.text} = {_written(written)}"),)
 
 
 def _written(written: Written) -> str:
@@ -218,20 +213,17 @@ class Narrator:
     """Tells each step as it happens; the first time that a stage comes, what it is for."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        self._out: Console = console(stderr=stderr)
+        self._out = Output(stderr=stderr)
         self._explained: set[Stage] = set()
         self._last: Stage | None = None
 
     def __call__(self, event: Event) -> None:
         """Print one step, at once."""
-        head = event.stage if event.stage != self._last else ""
+        head = f"{'' if event.stage == self._last else event.stage:<{_STAGE}}"
         self._last = event.stage
         if event.stage not in self._explained:
             self._explained.add(event.stage)
-            line = Table.grid()
-            line.add_column(width=11)
-            line.add_row(Text(head, "bold"), Text(_EXPLAINED[event.stage], "italic"))
-            self._out.print(line)
-            head = ""
+            self._out.show([Table((), [((head, "bold"), (_EXPLAINED[event.stage], "italic"))], gap=0)])
+            head = " " * _STAGE
         name = os.path.basename(event.library)
-        self._out.print(Text.assemble((f"{head:<11}", "bold"), safe(f"{name}: {event.text}")), soft_wrap=True)
+        self._out.show([((head, "bold"), printable(f"{name}: {event.text}"))], wrap=False)

@@ -1,108 +1,109 @@
-"""Where text for people goes, and the small pieces that every command draws with.
+"""Where text for people goes: a terminal, drawn by rich, or a pipe, which gets plain text.
 
-Names come from files and from other processes: :func:`safe` makes them inert.  Colour only repeats what a
-sign says already.
+Nothing else imports rich, and here it is imported only for a terminal: it costs as much as reading a library.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Final, Literal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
+from miniloader.report.text import Line, Part, laid_out, plain
 
-from miniloader.errors import printable
-from miniloader.report import text
-from miniloader.report.numbers import PROTECTION_STYLES, count, size
-from miniloader.report.text import Part
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
-__all__ = [
-    "PROTECTION_STYLES",
-    "console",
-    "count",
-    "drawing_width",
-    "heading",
-    "pairs",
-    "rendered",
-    "safe",
-    "size",
-    "table",
-]
+__all__ = ["Output"]
 
-#: Wide enough that nothing is wrapped or cut in a pipe: what reads there wants one thing a line.
-_PIPE_WIDTH: Final = 10_000
+#: What makes rich write anything but plain text, in lines of any length, into a pipe.
+_ASKS_FOR_RICH: Final = ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE")
 #: Drawings in a pipe are as wide as this, since a person may look at them.
 _PIPE_DRAWING: Final = 100
+_MOST: Final = 160
+#: Wide enough that nothing is wrapped or cut in a pipe: what reads there wants one thing a line.
+_PIPE_WIDTH: Final = 10_000
 
 
-class _Console(Console):
-    """When nobody reads any more it says so as everything else does; rich's own would leave by SystemExit."""
-
-    def on_broken_pipe(self) -> None:
-        """Called while the BrokenPipeError is being handled: let it through."""
-        raise
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Standard output (or error) for people.
+class Output:
+    """Standard output, or standard error, for people.
 
     rich takes the width from the terminal and honours ``NO_COLOR``, ``TERM`` and ``COLUMNS``; a pipe gets
-    plain text, and lines as long as they need to be unless ``COLUMNS`` says otherwise.  Strings are shown as
-    they are: markup and emoji codes are off, since names such as ``[heap]`` come from outside.
+    plain text, and lines as long as they need to be unless ``COLUMNS`` says otherwise.  ``widest`` is for
+    prose, which reads badly in long lines: in a pipe, too, no line is longer.
     """
-    out = _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not out.is_terminal and "COLUMNS" not in os.environ:
-        out.width = _PIPE_WIDTH
-    return out
+
+    def __init__(self, *, stderr: bool = False, widest: int | None = None) -> None:
+        self._stderr, self._widest = stderr, widest
+
+    @cached_property
+    def width(self) -> int | None:
+        """Columns for text; None: any number."""
+        if self._widest is not None:
+            return self.drawing
+        return None if self._console is None or self._console.width == _PIPE_WIDTH else self._console.width
+
+    @cached_property
+    def drawing(self) -> int:
+        """Columns for a drawing."""
+        wide = _PIPE_WIDTH if self._console is None else self._console.width
+        return min(_PIPE_DRAWING if wide == _PIPE_WIDTH else wide, self._widest or _MOST)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person looks at it now."""
+        return self._console is not None and self._console.is_terminal
+
+    def show(self, parts: Iterable[Part], *, wrap: bool = True) -> None:
+        """Print lines and tables; without ``wrap`` a terminal breaks long lines, and copies them whole."""
+        lines = laid_out(parts, self.width if wrap or self._console is None else None)
+        if self._console is None:
+            for line in lines:
+                print(plain(line).rstrip(), file=sys.stderr if self._stderr else sys.stdout)
+        else:
+            for line in lines:
+                self._console.print(_text(line), soft_wrap=True)
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[Iterable[Part]], None]]:
+        """A function that shows parts in the place of those before, which are gone at the end."""
+        from rich.console import Group
+        from rich.live import Live
+
+        with Live(
+            console=self._console or _console(self._stderr), auto_refresh=False, transient=True
+        ) as live:
+            yield lambda parts: live.update(Group(*map(_text, laid_out(parts, self.width))), refresh=True)
+
+    @cached_property
+    def _console(self) -> Console | None:
+        """What draws; None where plain text will do."""
+        stream = sys.stderr if self._stderr else sys.stdout
+        terminal = stream is not None and stream.isatty()
+        asked = any(os.environ.get(name) for name in _ASKS_FOR_RICH)
+        return _console(self._stderr) if terminal or asked else None
 
 
-def drawing_width(out: Console, most: int = 160) -> int:
-    """How many columns a drawing may take: the terminal's, up to ``most``; less in a pipe."""
-    return min(out.width, _PIPE_DRAWING if out.width == _PIPE_WIDTH else most)
+def _text(line: Line) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(*line)
 
 
-def safe(text: object, style: str = "") -> Text:
-    """``text`` from outside, such as a file's or a symbol's name: no character of it acts on a terminal."""
-    return Text(printable(text), style)
+def _console(stderr: bool) -> Console:
+    """rich's, which shows strings as they are: names such as ``[heap]`` come from outside."""
+    from rich.console import Console
 
+    class Drawn(Console):
+        def on_broken_pipe(self) -> None:
+            """Let the BrokenPipeError go on when nobody reads any more; rich's own leaves by SystemExit."""
+            raise
 
-def heading(title: str, about: str = "") -> Text:
-    """The first line of a part: its title, and what it says in short."""
-    return Text.assemble((title, "bold"), ("  " if about else "") + about)
-
-
-def table(*columns: str) -> Table:
-    """A table without lines; a column whose name starts with ``>`` is aligned to the right.
-
-    What does not fit into a cell goes on below: nothing is ever cut.
-    """
-    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in columns:
-        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        made.add_column(name.removeprefix(">"), justify=side, overflow="fold")
-    return made
-
-
-def rendered(part: Part, width: int) -> RenderableType:
-    """A line or a table for rich; a table that needs all of ``width`` has its columns closer together."""
-    if not isinstance(part, text.Table):
-        return Text.assemble(*part)
-    made = table(*part.columns)
-    if sum(part.widths) + 2 * len(part.columns) - 2 > width:
-        made.padding = (0, 1, 0, 0)
-    for row in part.rows:
-        made.add_row(*(cell if isinstance(cell, str) else Text(*cell) for cell in row))
-    return made
-
-
-def pairs(rows: Sequence[tuple[str, Text | str]], indent: int = 2) -> Table:
-    """Names and their values, one pair a row."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(" " * indent + name, value)
-    return grid
+    console = Drawn(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console

@@ -17,6 +17,7 @@ from miniloader.elf import ElfImage, LoadPlan
 from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
 from miniloader.machine.names_at import Landmarks, Slot
+from miniloader.report.text import listed
 
 __all__ = ["bytes_of_pages", "in_file", "ranges", "short"]
 
@@ -89,9 +90,8 @@ def _symbols(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, s
     for at in order[: _MOST_SYMBOLS // _SYMBOLS_SHOWN]:
         start, count = int(first[at]), int(counts[at])
         names = [table.name(int(one)) for one in index[start : start + min(count, _SYMBOLS_SHOWN)]]
-        text = ", ".join(short(name) for name in names)
-        more = f" and {count - len(names):,} more" if count > len(names) else ""
-        yield int(pages[start]), int(pages[start]) + 1, "symbols", text + more
+        text = listed([*map(short, names)], _SYMBOLS_SHOWN, count)
+        yield int(pages[start]), int(pages[start]) + 1, "symbols", text
 
 
 def _protection(plan: LoadPlan, page: int) -> str:

@@ -4,55 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from miniloader.loader.prepare import Entry
-from miniloader.loader.prepared import store
-from miniloader.report.json import dump
-from miniloader.report.output import count, size
-from miniloader.report.text import Line, Piece, columns, room
-from miniloader.report.text import show as show_lines
+from miniloader.errors import printable
+from miniloader.report.numbers import count, size
+from miniloader.report.text import Part, Piece, Table
 
-__all__ = ["show"]
+if TYPE_CHECKING:
+    from miniloader.loader.prepare import Entry
 
-
-def show(entries: Sequence[Entry], *, as_json: bool, removed: bool = False) -> None:
-    """Print what is (or was) in the cache."""
-    if as_json:
-        dump(
-            {
-                "directory": store.directory(),
-                "removed": removed,
-                "libraries": [asdict(entry) for entry in entries],
-            }
-        )
-        return
-    show_lines(_lines(entries, removed=removed))
+__all__ = ["as_json", "lines"]
 
 
-def _lines(entries: Sequence[Entry], *, removed: bool) -> Iterator[Line]:
+def as_json(directory: str, entries: Sequence[Entry], *, removed: bool) -> dict[str, Any]:
+    """The object that ``prepare --json`` and ``cache --json`` print: what is, or was, in ``directory``."""
+    return {
+        "directory": directory,
+        "removed": removed,
+        "libraries": [asdict(entry) for entry in entries],
+    }
+
+
+def lines(entries: Sequence[Entry], *, removed: bool) -> Iterator[Part]:
+    """What is, or was, in the cache, and what to do with it."""
     if not entries:
         yield ("Nothing is prepared.",)
         yield ("  next  miniloader prepare LIB",)
         return
-    _, width = room()
     for entry in entries:
-        yield ((entry.path or entry.name, "bold"), " (removed)" if removed else "")
-        yield from columns(list(_facts(entry)), width)
+        yield ((printable(entry.path or entry.name), "bold"), " (removed)" if removed else "")
+        yield Table((), list(_facts(entry)), 2)
     if not removed:
         usable = next((entry for entry in entries if entry.fault is None), None)
         if usable is not None:
-            yield ("  next      ", f"miniloader prove {usable.path} --prepared")
+            yield ("  next      ", printable(f"miniloader prove {usable.path} --prepared"))
 
 
 def _facts(entry: Entry) -> Iterator[Sequence[Piece]]:
     if entry.fault is not None:
-        yield "  unusable", (entry.fault, "bold red")
+        yield "unusable", (printable(entry.fault), "bold red")
     if entry.path:
-        yield "  address", f"{entry.address:#x}, in every process of yours until the machine boots again"
+        yield "address", f"{entry.address:#x}, in every process of yours until the machine boots again"
         shared = entry.pages - entry.filled
         yield (
-            "  shared",
+            "shared",
             f"{count(shared, 'page')} of {entry.pages:,} that are relocated, {size(entry.size)} of cache",
         )
-        yield "  private", f"{count(entry.filled, 'page')}, with words that differ from process to process"
-        yield "  build-id", entry.build_id
+        yield "private", f"{count(entry.filled, 'page')}, with words that differ from process to process"
+        yield "build-id", entry.build_id

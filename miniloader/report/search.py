@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miniloader.elf import ElfImage
 from miniloader.errors import printable
-from miniloader.loader.search import find_needed
-from miniloader.report.text import Line, Piece, columns, heading
+from miniloader.report.text import Part, Piece, Table, heading
+
+if TYPE_CHECKING:
+    from miniloader.loader.search import Found
 
 __all__ = ["lines", "to_json"]
 
 
-def to_json(image: ElfImage) -> list[dict[str, Any]]:
-    """``[{needed, needed_by, path, steps[{rule, path, outcome}]}]``, breadth first."""
+def to_json(needed: Iterable[tuple[str, Found]]) -> list[dict[str, Any]]:
+    """``[{needed, needed_by, path, steps[{rule, path, outcome}]}]``, in the order of ``needed``."""
     return [
         {
             "needed": found.name,
@@ -23,18 +24,15 @@ def to_json(image: ElfImage) -> list[dict[str, Any]]:
             "path": found.path,
             "steps": [asdict(step) for step in found.steps],
         }
-        for needed_by, found in find_needed(image)
+        for needed_by, found in needed
     ]
 
 
-def lines(image: ElfImage, width: int | None) -> Iterator[Line]:
+def lines(needed: Iterable[tuple[str, Found]]) -> Iterator[Part]:
     """For each name: who needs it first, every place that was looked at, and what was there."""
     yield heading("Search", "where each library it needs is looked for, in the order of ld.so(8)")
-    for needed_by, found in find_needed(image):
+    for needed_by, found in needed:
         outcome: Piece = (printable(found.path), "green") if found.path else ("not found", "bold red")
         yield ("  ", (printable(found.name), "bold"), "  ", outcome)
         yield (f"    needed by {printable(needed_by)}",)
-        rows: list[tuple[Piece, ...]] = [
-            (f"    {step.rule}", step.outcome, printable(step.path)) for step in found.steps
-        ]
-        yield from columns(rows, width)
+        yield Table((), [(step.rule, step.outcome, printable(step.path)) for step in found.steps], 4)

@@ -1,67 +1,73 @@
-"""Text for people as plain values: lines of styled pieces, columns made of such lines, and tables.
+"""Text for people as plain values: lines of styled pieces, and tables of cells, which become lines.
 
-A terminal gets them through rich.  A pipe needs no more than their text, and does without importing rich,
-which costs as much as reading a library.
+Every report is made of these; :mod:`miniloader.report.output` alone draws them.  Colour only repeats what a
+sign or a word says already.  Names come from files and from other processes: whoever puts one into a line
+makes it inert with :func:`miniloader.errors.printable`.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import zip_longest
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from miniloader.values import dataclass
 
-__all__ = ["Line", "Part", "Piece", "Table", "columns", "heading", "legend", "plain", "room", "show"]
+if TYPE_CHECKING:
+    from miniloader.evidence.verdict import Verdict
+
+__all__ = [
+    "VERDICT_SIGNS",
+    "Cell",
+    "Line",
+    "Part",
+    "Piece",
+    "Table",
+    "heading",
+    "indented",
+    "laid_out",
+    "legend",
+    "listed",
+    "more",
+    "pairs",
+    "plain",
+    "stripped",
+    "wrapped",
+]
 
 Piece = str | tuple[str, str]
 """A text, or a text and its style."""
 Line = tuple[Piece, ...]
+Cell = Piece | list[Piece]
+"""What stands in one column of one row: a piece, or a list of several."""
 
+#: The sign of each verdict and of a right or wrong answer, and its style: in terminals and pages alike.
+VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
+    "proven": ("✔", "bold green"),
+    "refuted": ("✘", "bold red"),
+    "unknown": ("?", "bold yellow"),
+}
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells below the names of their columns; one whose name starts with ``>`` is flush right."""
-
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Piece]]
-
-    @cached_property
-    def texts(self) -> list[list[str]]:
-        """Every row as text, that of the names first."""
-        names = [name.removeprefix(">") for name in self.columns]
-        return [names, *([plain((cell,)) for cell in row] for row in self.rows)]
-
-    @property
-    def widths(self) -> list[int]:
-        """How wide each column would like to be."""
-        return [max(map(len, column)) for column in zip(*self.texts, strict=True)]
-
-    def aligned(self) -> Iterator[str]:
-        """Its lines, each as long as it needs to be."""
-        sides = [str.rjust if name.startswith(">") else str.ljust for name in self.columns]
-        layout = tuple(zip(sides, self.widths, strict=True))
-        for row in self.texts:
-            cells = (side(text, width) for text, (side, width) in zip(row, layout, strict=True))
-            yield "  ".join(cells).rstrip()
-
-
-Part = Line | Table
-
-#: What makes rich write anything but plain text, in lines of any length, into a pipe.
-_ASKS_FOR_RICH: Final = ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE")
-#: Drawings in a pipe are as wide as this, since a person may look at them.
-_PIPE_DRAWING: Final = 100
-_MOST: Final = 160
+_NARROWEST: Final = 16  # columns that the last cell of a row keeps where others have all they want
+_LEAST: Final = 8  # columns that a cell keeps
+_UNBROKEN: Final = re.compile(r"(?<!\S)(?:0x)?[0-9a-f][0-9a-f,.]*(?!\S)")  # numbers and addresses
 
 
 def plain(line: Line) -> str:
-    """The text of a line."""
+    """The text of ``line`` without its styles.
+
+    >>> plain(("libz.so.1", ("  2 pages", "dim")))
+    'libz.so.1  2 pages'
+    """
     return "".join(piece if isinstance(piece, str) else piece[0] for piece in line)
+
+
+def stripped(line: Sequence[Piece]) -> Line:
+    """``line`` without the spaces at its end."""
+    return _cut(tuple(line), 0, len(plain(tuple(line)).rstrip()))
 
 
 def heading(title: str, about: str = "") -> Line:
@@ -69,70 +75,209 @@ def heading(title: str, about: str = "") -> Line:
     return ((title, "bold"), f"  {about}") if about else ((title, "bold"),)
 
 
+def more(number: int, what: str = "") -> str:
+    """How many items of a list are not shown, as its last item; "" for none.
+
+    >>> more(1200, "runs of pages")
+    'and 1,200 more runs of pages'
+    """
+    return f"and {number:,} more{' ' * bool(what)}{what}" if number > 0 else ""
+
+
+def listed(names: Sequence[str], most: int, of: int | None = None) -> str:
+    """The first ``most`` of ``names``, and the number of the others; where there are more, ``of`` how many.
+
+    >>> listed(["read", "write", "close"], 2)
+    'read, write and 1 more'
+    """
+    number = len(names) if of is None else of
+    return " ".join(filter(None, (", ".join(names[:most]), more(number - min(most, len(names))))))
+
+
 def legend(signs: Iterable[tuple[str, str, str]], width: int) -> Iterator[Line]:
     """What each sign of a drawing means, ``(sign, style, meaning)``, in lines of at most ``width``."""
     line: Line = (" ",)
     for sign, style, meaning in signs:
-        more: Line = (" " if len(line) == 1 else "   ", (sign, style), (f" {meaning}", "dim"))
-        if len(line) > 1 and len(plain(line + more)) > width:
+        entry: Line = (" " if len(line) == 1 else "   ", (sign, style), (f" {meaning}", "dim"))
+        if len(line) > 1 and len(plain(line + entry)) > width:
             yield line
-            line, more = (" ",), (" ", *more[1:])
-        line += more
+            line, entry = (" ",), (" ", *entry[1:])
+        line += entry
     yield line
 
 
-def columns(
-    rows: Sequence[Sequence[Piece]], width: int | None, *, right: Sequence[int] = ()
-) -> Iterator[Line]:
-    """Rows of cells below each other, those of the columns ``right`` flush right.
+# -------------------------------------------------------------------------------------------- wrapping
+def wrapped(line: Line, width: int | None, indent: int = 0) -> Iterator[Line]:
+    """``line`` in lines of at most ``width`` columns (None: any), those after the first set in by ``indent``.
 
-    The last cell of a row goes on below itself where it is too long for ``width``; ``None`` is any width.
+    It is broken at spaces; a word that is too long for a line is broken anywhere.
+
+    >>> [plain(part) for part in wrapped(("where it is ", ("looked for", "bold")), 16, indent=2)]
+    ['where it is', '  looked for']
     """
-    texts = [[plain((cell,)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip_longest(*(row[:-1] for row in texts), fillvalue="")]
-    for row, cells in zip(rows, texts, strict=True):
-        line: list[Piece] = []
-        for place, (cell, text) in enumerate(zip(row[:-1], cells, strict=False)):
-            padded = text.rjust(widths[place]) if place in right else text.ljust(widths[place])
-            line += [_like(cell, padded), "  "]
-        indent = sum(widths[: len(row) - 1]) + 2 * (len(row) - 1)
-        lines = [cells[-1]] if width is None else _wrapped(cells[-1], width - indent)
-        yield (*line, _like(row[-1], lines[0]))
-        for text in lines[1:]:
-            yield (" " * indent, _like(row[-1], text))
-
-
-def _like(cell: Piece, text: str) -> Piece:
-    return text if isinstance(cell, str) else (text, cell[1])
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(width, 16), break_on_hyphens=False) or [""]
-
-
-def room() -> tuple[int, int | None]:
-    """Columns for a drawing on standard output, and for text (``None``: no limit, as in a pipe)."""
-    if _is_plain():
-        return _PIPE_DRAWING, None
-    from miniloader.report.output import console
-
-    width = console().width
-    return min(width, _MOST), width
-
-
-def show(parts: Iterable[Part]) -> None:
-    """Print lines and tables on standard output."""
-    if _is_plain():
-        for part in parts:
-            for line in part.aligned() if isinstance(part, Table) else (plain(part).rstrip(),):
-                print(line)
+    text = plain(line)
+    if width is None or len(text) <= width:
+        yield line
         return
-    from miniloader.report.output import console, rendered
+    margin, at = " " * indent, 0
+    lines = textwrap.wrap(
+        text, max(width, indent + 4), subsequent_indent=margin, break_on_hyphens=False, expand_tabs=False
+    )
+    for number, broken in enumerate(lines or [""]):
+        words = broken[indent:] if number else broken
+        at = text.index(words, at)
+        yield (margin, *_cut(line, at, len(words))) if number and indent else _cut(line, at, len(words))
+        at += len(words)
 
-    out = console()
-    out.print(*(rendered(part, out.width) for part in parts), sep="\n")
+
+def _cut(line: Line, start: int, length: int) -> Line:
+    """``length`` characters of ``line`` from ``start`` on, in their styles."""
+    pieces: list[Piece] = []
+    for piece in line:
+        text = piece if isinstance(piece, str) else piece[0]
+        part = text[max(start, 0) : max(start + length, 0)]
+        if part:
+            pieces.append(part if isinstance(piece, str) else (part, piece[1]))
+        start -= len(text)
+    return tuple(pieces)
 
 
-def _is_plain() -> bool:
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return not terminal and not any(os.environ.get(name) for name in _ASKS_FOR_RICH)
+# ---------------------------------------------------------------------------------------------- tables
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below the names of their columns (none: the rows alone), set in by ``indent``.
+
+    Columns are ``gap`` apart; one whose name starts with ``>`` is flush right.  No number and no address is
+    ever broken: where a table is wider than its place, columns move together, then texts go on below
+    themselves, and a column that has no room even so stands below each row, behind its name.
+    """
+
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[Cell]]
+    indent: int = 0
+    gap: int = 2
+
+    def lines(self, width: int | None = None) -> Iterator[Line]:
+        """The table in lines of at most ``width`` columns (None: any).
+
+        >>> for line in Table(("library", ">pages"), [("libz.so.1", "31"), ("libc.so.6", "1,407")]).lines():
+        ...     print(plain(line))
+        library    pages
+        libz.so.1     31
+        libc.so.6  1,407
+        """
+        names = [name.removeprefix(">") for name in self.columns]
+        header: list[list[Cell]] = [[(name, "bold") for name in names]] if any(names) else []
+        rows = [[_as_line(cell) for cell in row] for row in [*header, *self.rows]]
+        columns = [
+            _Column(name, name.startswith(">"), cells)
+            for name, cells in zip_longest(
+                self.columns,
+                zip_longest(*([plain(cell) for cell in row] for row in rows), fillvalue=""),
+                fillvalue="",
+            )
+        ]
+        layout = _fitted(columns, None if width is None else width - self.indent, self.gap)
+        margin = (" " * self.indent,) if self.indent else ()
+        for number, row in enumerate(rows):
+            for line in _beside_each_other(row, layout):
+                yield margin + line if line else line
+            for name, cell in zip(names[len(layout.widths) :], row[len(layout.widths) :], strict=False):
+                if plain(cell) and (number or not header):
+                    yield from (margin + line for line in wrapped((f"    {name}: ", *cell), layout.room, 6))
+
+
+Part = Line | Table
+
+
+def pairs(rows: Iterable[tuple[str, Cell]], indent: int = 0) -> Table:
+    """Names and their values, a pair a row."""
+    return Table((), [((name, "dim"), value) for name, value in rows], indent)
+
+
+def indented(parts: Iterable[Part], indent: int) -> Iterator[Part]:
+    """``parts`` set in by ``indent`` columns."""
+    for part in parts:
+        if isinstance(part, Table):
+            yield Table(part.columns, part.rows, part.indent + indent, part.gap)
+        else:
+            yield (" " * indent, *part) if part else part
+
+
+def laid_out(parts: Iterable[Part], width: int | None) -> Iterator[Line]:
+    """All of ``parts`` in lines of at most ``width`` columns (None: any)."""
+    for part in parts:
+        yield from part.lines(width) if isinstance(part, Table) else wrapped(part, width)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The texts of one column, that of its heading first."""
+
+    name: str
+    right: bool
+    texts: Sequence[str]
+
+    @cached_property
+    def width(self) -> int:
+        """What it would like to have."""
+        return max(map(len, self.texts), default=0)
+
+    @cached_property
+    def least(self) -> int:
+        """What it needs, so that no number, no address and no word of its heading is broken."""
+        if self.right:
+            return self.width
+        numbers = (number for text in self.texts for number in _UNBROKEN.findall(text))
+        words = [*self.name.removeprefix(">").split(), *numbers]
+        return max(min(self.width, _LEAST), *map(len, words), 0)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How wide the columns are, as many as have room, and how far apart, flush right or not."""
+
+    widths: tuple[int, ...]
+    gap: int
+    right: tuple[bool, ...]
+    room: int | None
+
+
+def _fitted(columns: Sequence[_Column], room: int | None, gap: int) -> _Layout:
+    """The first of these that fits: wide, close together, with a long last column broken, with any broken."""
+    wide, right = [column.width for column in columns], tuple(column.right for column in columns)
+
+    def excess(widths: Sequence[int], gap: int) -> int:
+        return 0 if room is None else max(0, sum(widths) + gap * (len(widths) - 1) - room)
+
+    if not excess(wide, gap):
+        return _Layout(tuple(wide), gap, right, room)
+    if not excess(wide, 1) and len(columns) > 2:
+        return _Layout(tuple(wide), 1, right, room)
+    last = max(wide[-1] - excess(wide, gap), columns[-1].least, min(wide[-1], _NARROWEST))
+    if not excess([*wide[:-1], last], gap):
+        return _Layout((*wide[:-1], last), gap, right, room)
+    while excess(wide, 1):
+        spare = [at for at, column in enumerate(columns) if wide[at] > column.least]
+        if not spare and len(columns) > 1:
+            return _fitted(columns[:-1], room, gap)
+        if not spare:
+            break
+        wide[max(spare, key=wide.__getitem__)] -= 1
+    return _Layout(tuple(wide), 1, right, room)
+
+
+def _as_line(cell: Cell) -> Line:
+    return tuple(cell) if isinstance(cell, list) else (cell,)
+
+
+def _beside_each_other(cells: Sequence[Line], layout: _Layout) -> Iterator[Line]:
+    """One row, in as many lines as its highest cell has."""
+    columns = [list(wrapped(cell, width)) for cell, width in zip(cells, layout.widths, strict=False)]
+    for parts in zip_longest(*columns, fillvalue=()):
+        line: list[Piece] = []
+        for part, width, right in zip(parts, layout.widths, layout.right, strict=False):
+            padding = " " * (width - len(plain(part)))
+            line += [padding, *part] if right else [*part, padding]
+            line.append(" " * layout.gap)
+        yield stripped(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 from collections import Counter
@@ -11,7 +10,6 @@ from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from miniloader.errors import EvidenceError, UsageError, printable
 from miniloader.evidence.sharing import (
@@ -28,7 +26,8 @@ from miniloader.evidence.sharing import (
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.grid import Mark, grid_legend, page_grid
-from miniloader.report.output import count
+from miniloader.report.numbers import count
+from miniloader.report.text import laid_out, plain
 from miniloader.testing.snapshots import LibraryMemory, MemorySnapshot
 from miniloader.values import dataclass
 
@@ -359,13 +358,9 @@ def _fail(one: MemorySnapshot, memory: LibraryMemory, summary: str, findings: Se
 def _picture(memory: LibraryMemory, vaddr: int) -> str:
     """The grid, pointing at ``vaddr``, and what its signs mean; plain text."""
     width = min(max(shutil.get_terminal_size((104, 24)).columns - 4, _WIDTH.start), _WIDTH.stop)
-    out = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     mark = Mark(vaddr // PAGE_SIZE * PAGE_SIZE, f"vaddr {vaddr:#x}")
-    with out.capture() as captured:
-        out.print(page_grid(memory.look, memory.plan, width, mark))
-        out.print()
-        out.print(grid_legend([memory.look], memory.plan))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    grid = page_grid(memory.look, memory.plan, width, mark)
+    return "\n".join(map(plain, laid_out([*grid, (), grid_legend([memory.look], memory.plan)], width)))
 
 
 def _pages(memory: LibraryMemory, chosen: NDArray[np.bool_]) -> list[_Finding]:

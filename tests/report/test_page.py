@@ -369,9 +369,9 @@ def test_questions_reveal_when_asked(proof_page: Path, open_page: Open) -> None:
     assert not any(text.is_visible() for text in choices.locator("p").all())
     choices.nth(1).locator("summary").focus()
     opened.page.keyboard.press("Enter")
-    assert choices.nth(1).locator("p").inner_text().startswith("✓ Right.")
+    assert choices.nth(1).locator("p").inner_text().startswith("✔ Right.")
     choices.nth(0).locator("summary").click()
-    assert choices.nth(0).locator("p").inner_text().startswith("✗ No.")
+    assert choices.nth(0).locator("p").inner_text().startswith("✘ No.")
 
 
 @needs_pages

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
-from io import StringIO
 
 import pytest
-from rich.console import Console, RenderableType
 
 from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
+from miniloader.report.text import Part, laid_out, plain
 from miniloader.walkthrough.chapter import Answer, Choice, Quiz
 from miniloader.walkthrough.chapters import cow, relocation
 from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
@@ -33,11 +32,8 @@ from miniloader.walkthrough.workbench import Workbench
 QUESTION = Quiz("Which?", (Choice("this", "It is not."), Choice("that", "It is.")), 1)
 
 
-def lines(part: RenderableType, width: int = 80) -> list[str]:
-    out = Console(file=StringIO(), width=width, markup=False, emoji=False, highlight=False)
-    out.print(part)
-    text = out.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    return [line.rstrip() for line in text.splitlines()]
+def lines(parts: Iterable[Part], width: int = 80) -> list[str]:
+    return [plain(line).rstrip() for line in laid_out(parts, width)]
 
 
 def step(width: int = 80, told: Collection[int] = (), **seen: object) -> list[str]:
@@ -157,10 +153,10 @@ def test_the_grid_is_what_the_kernel_says() -> None:
         "one        ██    ▒█",
         "the other  ██    B█",
     ]
-    legend = lines(matrix_legend(snapshot, ()))
+    legend = lines([matrix_legend(snapshot, ())])
     assert [line[0] for line in legend] == ["█", "▒", "B"]
     told = explained(snapshot, ())
-    assert matrix_legend(snapshot, (), told).row_count == 0
+    assert not matrix_legend(snapshot, (), told).rows
 
 
 def grids(found: ChapterResult, width: int) -> Sequence[str]:

@@ -1,0 +1,84 @@
+"""What the kernel tells here, for people and as JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from miniloader.kernel.privileges import CAPABILITIES, Privileges
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.report.text import Cell, Part, Table
+
+if TYPE_CHECKING:
+    from miniloader.kernel.probe import Capabilities
+
+__all__ = ["as_json", "lines"]
+
+_NAMESPACES = {True: "the initial user namespace", False: "a user namespace of its own", None: "not known"}
+
+
+def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privileges) -> dict[str, Any]:
+    """The object that ``doctor --json`` prints; ``next`` is null where the best level works."""
+    above = capabilities.next_level
+    return {
+        "kernel": system.release,
+        "architecture": system.machine,
+        "page_size": PAGE_SIZE,
+        "privileges": {
+            "uid": rights.uid,
+            "capabilities": list(rights.capabilities),
+            "initial_user_namespace": rights.initial_user_namespace,
+            "ptrace_scope": rights.ptrace_scope,
+            "hidepid": rights.hidepid,
+        },
+        "features": [
+            {
+                "name": finding.feature.name,
+                "works": finding.works,
+                "what": finding.feature.what,
+                "why": finding.why,
+                "get": finding.feature.get,
+            }
+            for finding in capabilities.findings
+        ],
+        "evidence": capabilities.level.name,
+        "shows": capabilities.level.shows,
+        "next": None if above is None else {"evidence": above.name, "shows": above.shows, "get": above.get},
+    }
+
+
+def lines(system: os.uname_result, capabilities: Capabilities, rights: Privileges) -> Iterator[Part]:
+    """The machine, each feature, and the level of evidence that this gives."""
+    yield Table((), [*_machine(system, rights)])
+    yield ()
+    yield Table(("feature", "works", "what it tells, or why it does not"), [*_features(capabilities)])
+    yield ()
+    level, above = capabilities.level, capabilities.next_level
+    yield "Evidence here: ", (level.name, "bold"), f" — {level.shows}."
+    if above is not None:
+        yield "Next level:    ", (above.name, "bold"), f" — {above.shows}."
+        yield (f"To get it:     {above.get}.",)
+
+
+def _machine(system: os.uname_result, rights: Privileges) -> Iterator[tuple[str, str]]:
+    """The kernel, and who we are to it."""
+    held = "no, but in its own namespace" if rights.initial_user_namespace is False else "yes"
+    yield "kernel", f"{system.sysname} {system.release}, {system.machine}"
+    yield "page size", f"{PAGE_SIZE} bytes"
+    yield "user", f"uid {rights.uid}, in {_NAMESPACES[rights.initial_user_namespace]}"
+    for name, (_, what) in CAPABILITIES.items():
+        yield name, f"{held if name in rights.capabilities else 'no'}: to {what}"
+    yield "ptrace scope", "no Yama" if rights.ptrace_scope is None else f"Yama, {rights.ptrace_scope}"
+    yield "hidepid", "not set" if rights.hidepid is None else rights.hidepid
+
+
+def _features(capabilities: Capabilities) -> Iterator[tuple[Cell, Cell, Cell]]:
+    """One row a feature; below one that does not work, why not and how to get it."""
+    for finding in capabilities.findings:
+        feature = finding.feature
+        works = ("yes", "green") if finding.works else ("no", "red")
+        yield feature.name, works, feature.what
+        if not finding.works:
+            yield "", "", (finding.why, "dim")
+            yield "", "", (f"to get it: {feature.get}", "dim")
