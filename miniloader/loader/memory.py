@@ -35,12 +35,20 @@ _FLAGS: Final = {
 
 @lru_cache(maxsize=16)
 def protection_bits(protection: str) -> int:
-    """``r-x`` as mmap(2) wants it."""
+    """``r-x`` as mmap(2) wants it: the sum of PROT_READ and its like.
+
+    >>> protection_bits("r-x")
+    5
+    """
     return sum(_BITS[sign] for sign in protection)
 
 
 def flag_bits(flags: Iterable[str]) -> int:
-    """``MAP_PRIVATE`` and its like, by name, as mmap(2) wants them."""
+    """``MAP_PRIVATE`` and its like, by name, as mmap(2) wants them: their sum.
+
+    >>> hex(flag_bits(["MAP_PRIVATE", "MAP_FIXED"]))
+    '0x12'
+    """
     return sum(_FLAGS[name] for name in flags)
 
 
@@ -78,7 +86,10 @@ class Memory:
         self._transfer(vaddr, data, reading=True)
 
     def write(self, vaddr: int, data: NDArray[Any]) -> None:
-        """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy."""
+        """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy.
+
+        :class:`ElfError` where that is outside the library, or a page cannot be written.
+        """
         self._transfer(vaddr, data, reading=False)
 
     def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
@@ -113,7 +124,8 @@ class Memory:
         try:
             sys.mprotect(self.bias + start, end - start, protection_bits(protection))
         except OSError as error:
-            raise LoadError(f"{self.name}: vaddrs {start:#x} to {end:#x}: {error.strerror}") from None
+            what = f"mprotect of vaddrs {start:#x} to {end:#x} to {protection}"
+            raise LoadError(f"{self.name}: {what}: {error.strerror}") from None
 
     def unmap(self) -> None:
         """Unmap everything; a second call does nothing."""
@@ -143,7 +155,7 @@ class Memory:
         return ElfError(
             self.name,
             f"page at vaddr {vaddr & -self.plan.page_size:#x}",
-            "one that is gone, or protected",
+            "one that cannot be read or written",
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )

@@ -59,23 +59,33 @@ def refuse(image: ElfImage, stopped: Stopped) -> NoReturn:
     """Say what a loop has stopped at: in the words of the rule that the file breaks, if one says it."""
     refuse_problems(image, when_linked=True)
     found, expected = _REASONS[stopped.reason]
+    found = found.format(what=stopped.what)
     field = f"relocation at vaddr {stopped.where:#x}" if stopped.where else "dynamic tables"
     hint = "the file was changed while it was being loaded" if stopped.reason is Reason.GONE else None
     raise ElfError(image.path, field, found, expected, hint=hint)
 
 
-#: What is found, and what is expected.
+#: What is found, where ``{what}`` is the number that the loop gives with its reason, and what is expected.
 _REASONS: Final = {
-    Reason.GONE: ("a page that is gone", "a page of the file"),
-    Reason.NO_TABLE: ("a table that is elsewhere, or of another form", "one that can be read"),
+    Reason.GONE: ("a page that cannot be read: the file no longer reaches there", "a page of the file"),
+    Reason.NO_TABLE: (
+        "a table outside the segments, or with entries of another size",
+        "one that can be read",
+    ),
     Reason.TOO_MUCH: (
-        "names that are too long, or too many of one hash, to be looked up",
+        "names that are too long, or too many with one hash value, to be looked up",
         "names that differ",
     ),
-    Reason.OUTSIDE: ("a word that cannot be written", "inside a writable segment, and no other's page"),
-    Reason.NO_KIND: ("another kind than before", "what has been looked through"),
-    Reason.NO_SYMBOL: ("a symbol that there is not", "one of the table"),
-    Reason.NOT_RELATIVE: ("another kind than DT_RELACOUNT says", "R_*_RELATIVE"),
-    Reason.NO_CODE: ("a constructor or destructor that is no code", "inside an executable segment"),
-    Reason.TOO_FAR: ("a value that does not fit", "32 bits"),
+    Reason.OUTSIDE: ("a word outside every segment that may be written", "one inside a writable segment"),
+    Reason.NO_KIND: (
+        "relocation kind {what:#x}, which was not counted before",
+        "the kinds that were counted",
+    ),
+    Reason.NO_SYMBOL: ("symbol {what}, which the symbol table does not have", "one of its symbols"),
+    Reason.NOT_RELATIVE: ("relocation kind {what:#x} among those of DT_RELACOUNT", "R_*_RELATIVE only"),
+    Reason.NO_CODE: (
+        "a constructor or destructor at {what:#x}, where there is no code",
+        "an address inside an executable segment",
+    ),
+    Reason.TOO_FAR: ("{what:#x}, which does not fit", "a value of 32 bits"),
 }

@@ -36,7 +36,7 @@ Operand = str | Value | MemoryOperand | None
 
 @dataclass(frozen=True)
 class Effect:
-    """An instruction as this module needs it; ``direct`` is the vaddr that a branch names itself."""
+    """What an instruction does, as far as that matters here; ``direct`` is the vaddr that a branch names."""
 
     vaddr: int
     size: int

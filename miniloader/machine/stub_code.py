@@ -31,7 +31,11 @@ def with_third_argument(function: int, value: int) -> bytes:
 
 
 def jumps_to(code: bytes) -> int | None:
-    """The function that the code of :func:`with_third_argument` jumps to; ``None`` for any other code."""
+    """The function that the code of :func:`with_third_argument` jumps to; ``None`` for any other code.
+
+    >>> hex(jumps_to(with_third_argument(0x401000, 7)))
+    '0x401000'
+    """
     marker, into_rdx, _, into_rax, function, jump = _WITH_THIRD.unpack(code[: _WITH_THIRD.size])
     return function if (marker, into_rdx, into_rax, jump) == _THIRD else None
 

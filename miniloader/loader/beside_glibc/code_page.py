@@ -19,7 +19,7 @@ class CodePage:
             protection = sys.PROT_READ | sys.PROT_WRITE
             self.address = sys.mmap(0, sys.PAGE_SIZE, protection, sys.MAP_PRIVATE | sys.MAP_ANONYMOUS)
         except OSError as error:
-            raise LoadError(f"a page for code: {error.strerror}") from None
+            raise LoadError(f"mapping a page for code of our own: {error.strerror}") from None
 
     def fill(self, code: bytes) -> None:
         """Put ``code`` (at most a page) there, once."""
@@ -28,7 +28,7 @@ class CodePage:
         try:
             sys.mprotect(self.address, sys.PAGE_SIZE, sys.PROT_READ | sys.PROT_EXEC)
         except OSError as error:
-            raise LoadError(f"a page for code: {error.strerror}") from None
+            raise LoadError(f"making a page of our own executable: {error.strerror}") from None
 
     def unmap(self) -> None:
         """Give the page back."""

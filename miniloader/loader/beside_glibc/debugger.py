@@ -201,7 +201,9 @@ def _interface() -> tuple[_Descriptor, int]:
     try:
         handle, _ = open_bytes(os.fsdecode(_SONAME), _helper())
     except OSError as error:
-        raise LoadError(f"what gdb looks for: {error.strerror}") from None
+        raise LoadError(
+            f"opening the library from which gdb learns what is loaded: {error.strerror}"
+        ) from None
     function, descriptor = (host.symbol_address(handle, name) for name in (_FUNCTION, _DESCRIPTOR))
     assert function is not None
     assert descriptor is not None

@@ -242,7 +242,7 @@ class HostLibrary:
             return global_handle()
         handle = open_host(self.path, load=False)
         if handle is None:
-            raise LoadError(f"{self.path}: was unloaded meanwhile")
+            raise LoadError(f"{self.path}: the process has unloaded it meanwhile")
         return handle
 
     @cached_property

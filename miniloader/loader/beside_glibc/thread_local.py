@@ -135,12 +135,14 @@ def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier
     definer = bindings.scope[int(bindings.owner[place])]
     if definer is me:
         if tls is None:
-            raise LoadError(f"{me.name}: relocations of its own thread-local storage, but no PT_TLS")
+            raise LoadError(
+                f"{me.name}: relocates words for thread-local storage of its own, but has no PT_TLS"
+            )
         return None
     if not isinstance(definer, HostLibrary):
         if carrier is None:
-            text = f"{me.name}: thread-local storage of {definer.name} is not there yet"
-            raise LoadError(text, hint="the two libraries need each other")
+            text = f"{me.name}: refers to thread-local storage of {definer.name}, which is not set up yet"
+            raise LoadError(text, hint="the two libraries refer to each other's")
         return carrier
     if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
         label = bindings.label(place)
