@@ -1,4 +1,4 @@
-"""How does a file become running code?  Mapping, symbol scope, relocation, life; nothing is ld.so's.
+"""How does a file become running code?  Mapping, symbol scope, relocation, constructors; nothing is ld.so's.
 
 Its names are imported when first used: who only searches, or asks ld.so what it has, needs no loader.
 """

@@ -114,7 +114,12 @@ class Outcome:
 
 # ------------------------------------------------------------------------------------------- parsing
 def parse_call(text: str) -> Call:
-    """The call that ``text`` describes; :class:`UsageError` shows where it does not follow the grammar."""
+    """The call that ``text`` describes; :class:`UsageError` shows where it does not follow the grammar.
+
+    >>> call = parse_call('crc32(0, "hello", 5)->ulong')
+    >>> call.name, [argument.value for argument in call.arguments], call.result
+    ('crc32', [0, b'hello\\x00', 5], 'ulong')
+    """
     return _Parser(text).call()
 
 

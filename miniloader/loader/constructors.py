@@ -33,7 +33,7 @@ from miniloader.machine.stub_code import call_each
 __all__ = [
     "constructor_order",
     "destructor_order",
-    "read_life",
+    "read_constructors",
     "run_constructors",
     "run_destructor",
 ]
@@ -56,7 +56,7 @@ _CLOSED_FIRST: Final = tuple(
 T = TypeVar("T")
 
 
-def read_life(image: ElfImage, memory: Memory) -> tuple[list[int], list[int]]:
+def read_constructors(image: ElfImage, memory: Memory) -> tuple[list[int], list[int]]:
     """The addresses of the constructors, and of the destructors, in the order in which they are called."""
     tags = image.dynamic.tags
     first, last = ([memory.bias + tags[tag]] if tags.get(tag) else [] for tag in (DT_INIT, DT_FINI))
@@ -130,6 +130,10 @@ def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) ->
 
     ``before`` gives what each needs; of the one asked for nothing is known yet.  It comes last of all, even
     where others need it.
+
+    >>> needs = {"app": ["gui", "core"], "gui": ["core"], "core": []}
+    >>> constructor_order(list(needs), needs.__getitem__)
+    ['core', 'gui', 'app']
     """
     order = dependents_first(items, before)[::-1]
     order.remove(items[0])

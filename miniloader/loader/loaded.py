@@ -19,6 +19,7 @@ from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
+from miniloader.loader.scope import Definer
 from miniloader.loader.search import Asker
 from miniloader.loader.spans import open_names, readable
 from miniloader.loader.symbol_lookup import MappedSymbols
@@ -144,11 +145,17 @@ class Loaded:
             self.undo.callback(stub.unmap)
         return self.stubs[function]
 
-    def share(self) -> None:
-        """Note that it defines a unique symbol of the process, which others may be bound to from now on."""
-        if not self.shared:
-            self.shared = True
-            self.undo.callback(gnu_unique.forget, self)
+    def hold(self, definer: Definer) -> None:
+        """Note that it is bound to ``definer``, which must not go before it: ld.so's add_dependency."""
+        if isinstance(definer, Loaded) and definer not in (self, *self.before, *self.holds):
+            self.holds.append(definer)
+
+    def share(self, definer: Definer) -> None:
+        """Note that it is bound to a unique symbol of ``definer``, as whoever comes later will be."""
+        self.hold(definer)
+        if isinstance(definer, Loaded) and not definer.shared:
+            definer.shared = True
+            definer.undo.callback(gnu_unique.forget, definer)
 
     @property
     def stand_ins(self) -> dict[int, int]:

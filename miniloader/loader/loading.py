@@ -17,20 +17,13 @@ from miniloader.elf import Source
 from miniloader.errors import UsageError
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import stand_ins
-from miniloader.loader.constructors import constructor_order
+from miniloader.loader.constructors import constructor_order, read_constructors, run_constructors
 from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph
 from miniloader.loader.library import Library
-from miniloader.loader.link import (
-    initialise_library,
-    link_library,
-    linking_order,
-    map_library,
-    read_life,
-    show_to_libraries,
-    zero_library,
-)
+from miniloader.loader.link import link_library, linking_order
 from miniloader.loader.loaded import Loaded
+from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.search import find_path
@@ -82,7 +75,7 @@ class Loading:
         #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
         #: Empty where this process had it already, which is then shared.
         self.mapped: tuple[Loaded, ...] = ()
-        #: The constructors that :meth:`initialise` has run: the addresses of each library's, in order.
+        #: The constructors that :meth:`initialise` runs: the addresses of each library's, in order.
         self.constructors: dict[Loaded, list[int]] = {}
         #: Milliseconds that each stage took.
         self.stages_ms: dict[str, float] = {}
@@ -208,7 +201,7 @@ class Loading:
 
     def _link(self) -> None:
         for library in self.mapped:
-            zero_library(self._graph, library)
+            zero_bss(self._graph, library)
         # ld.so's global scope comes first, then the library and what it needs.
         listing = self._graph.listing
         scope: list[Definer] = [library for library in listing.found if library.is_global]
@@ -221,15 +214,26 @@ class Loading:
         unload.present.extend(self.mapped)
         if self._graph.policy.init:
             for library in self.mapped:
-                show_to_libraries(library)
+                _show_to_libraries(library)
             # All are read before any runs: a page of the file that is gone must not be met half-way.
-            constructors = [read_life(library) for library in self._order]
-            for library, addresses in zip(self._order, constructors, strict=True):
+            for library in self._order:
+                addresses, library.destructors = read_constructors(library.image, library.mapped)
                 self.constructors[library] = addresses
-                initialise_library(self._graph, library, addresses)
+            for library, addresses in self.constructors.items():
+                self._run_constructors(library, addresses)
         unload.unfinished.difference_update(self.mapped)
         self._asked_for.handles += 1
         self._took("init")
+
+    def _run_constructors(self, library: Loaded, addresses: list[int]) -> None:
+        """Its destructors run even if its constructors do not come to their end, as with ld.so."""
+        graph = self._graph
+
+        def tell(address: int) -> None:
+            graph.event("initialise", library.name, f"call {address:#x}", address=address)
+
+        library.initialised = True
+        run_constructors(addresses, tell if graph.tell is not None else None)
 
 
 def load(
@@ -281,6 +285,13 @@ def load(
         steps.link()
         steps.initialise()
     return steps.library
+
+
+def _show_to_libraries(library: Loaded) -> None:
+    """Have dladdr(3) and its like, which libraries of ours call, know the library."""
+    memory, own = library.mapped, library.blocks.own
+    stand_ins.add(library.image, memory, len(library.names), own.module if own is not None else 0)
+    library.undo.callback(stand_ins.remove, memory)
 
 
 def _show_to_debugger(libraries: Sequence[Loaded]) -> None:

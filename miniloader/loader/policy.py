@@ -51,7 +51,11 @@ class Policy:
 
 
 def comes_from_host(name: str) -> bool:
-    """Whether the library ``name``, when another needs it, is loaded by the system's loader."""
+    """Whether the library ``name``, when another needs it, is loaded by the system's loader.
+
+    >>> comes_from_host("libc.so.6"), comes_from_host("libz.so.1")
+    (True, False)
+    """
     return _is_one_of(name, _FROM_HOST)
 
 
@@ -74,7 +78,7 @@ def refuse(image: ElfImage, policy: Policy) -> None:
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
     if _is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):
-        raise LoadError(f"{path}: a process can have it only once, and has it already")
+        raise LoadError(f"{path}: a process can have it only once, and this one has it already")
     if image.executable_stack and not policy.executable_stack:
         hint = "allow it with executable_stack=True (--allow-executable-stack)"
         raise ElfError(path, "PT_GNU_STACK.p_flags", "an executable stack", "one that is not", hint=hint)

@@ -23,7 +23,6 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import unwinder
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.events import OnEvent
-from miniloader.loader.link import thread_exits, used
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.loading import Loading
 from miniloader.loader.prepared import store
@@ -46,6 +45,7 @@ from miniloader.loader.prepared.pages import (
 from miniloader.loader.relocation_groups import TLS, Sorted, sort_relocations
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.search import find_path, inspect
+from miniloader.loader.symbol_addresses import thread_exits, used
 from miniloader.values import dataclass
 
 __all__ = ["Entry", "entries", "prepare", "verify"]
@@ -112,7 +112,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def verify() -> tuple[Entry, ...]:
-    """The same, with every page read and checked, and every library's file looked at."""
+    """What is in the cache, with every page read and checked, and every library's file looked at."""
     return tuple(_entry(name, pages=True) for name in store.names())
 
 
@@ -151,8 +151,9 @@ def _choose(build_id: str, plan: LoadPlan) -> int:
 
     Nothing is there now, neither in this process nor for another prepared library.
     """
-    others = (entry for entry in entries() if entry.build_id != build_id)
-    taken = [(entry.address, entry.address + entry.length) for entry in others]
+    taken = [
+        (entry.address, entry.address + entry.length) for entry in entries() if entry.build_id != build_id
+    ]
     taken += ((vma.start, vma.end) for vma in read_maps())
     alignment = max(_ALIGNMENT, plan.alignment)
     room = (_HIGHEST - _LOWEST - plan.length) // alignment
@@ -257,9 +258,11 @@ def _index(
         words.append(_words(rows["offset"], place, addends))
     for _, rows in relocations.of("indirect"):
         words.append(_words(rows["offset"], _ITS_OWN, rows["addend"].view(np.uint64)))
-    every = np.concatenate(words)
-    every = every[np.argsort(every["vaddr"], kind="stable")]  # page by page, as they will be filled
-    meanings, numbers = np.unique(every[["place", "addend"]], return_inverse=True)
+    differing_words = np.concatenate(words)
+    differing_words = differing_words[
+        np.argsort(differing_words["vaddr"], kind="stable")
+    ]  # page by page, as they will be filled
+    meanings, numbers = np.unique(differing_words[["place", "addend"]], return_inverse=True)
     values = np.zeros(len(meanings), VALUE)
     values["offset"], values["definer"] = meanings["addend"], bindings.scope.index(library)
     meant = np.full(len(meanings), RESOLVER, np.uint32)
@@ -280,7 +283,7 @@ def _index(
         (number, int(meant[number]), int(values["definer"][number]))
         for number in np.flatnonzero(meant != ADDRESS).tolist()
     ]
-    return {"slots": every["vaddr"], "numbers": numbers, "values": values}, special, names
+    return {"slots": differing_words["vaddr"], "numbers": numbers, "values": values}, special, names
 
 
 def _stays(definer: Definer, library: Loaded) -> bool:

@@ -192,10 +192,11 @@ def _refuse_overflow(
     if size >= 8:
         return
     low = values.astype(np.uint32)
-    again = low.astype(np.int32).astype(np.int64).view(np.uint64) if signed else low.astype(np.uint64)
-    bad = np.flatnonzero(again != values)
-    if len(bad):
-        raise _too_far(image, int(vaddrs[bad[0]]), int(values[bad[0]]))
+    extended = low.astype(np.int32).astype(np.int64).view(np.uint64) if signed else low.astype(np.uint64)
+    overflowing = np.flatnonzero(extended != values)
+    if len(overflowing):
+        first = overflowing[0]
+        raise _too_far(image, int(vaddrs[first]), int(values[first]))
 
 
 def _too_far(image: ElfImage, vaddr: int, value: int) -> LoadError:

@@ -50,7 +50,7 @@ class Definer(Protocol):
 
     @property
     def names(self) -> MappedSymbols:
-        """The same where they lie in memory."""
+        """Its dynamic symbols where they lie in memory, to be looked up by name."""
         ...
 
 
@@ -134,7 +134,10 @@ def bind(wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindi
 
 
 def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
-    """The same, and what ``scope[program]`` has PLT entries for, unless an earlier library defines it."""
+    """``calls``, and once more those that ``scope[program]`` has PLT entries for, as all but calls bind them.
+
+    Not those that an earlier library defines.
+    """
     later = np.flatnonzero((calls.owner > program) | (calls.owner < 0))
     names, wanted = [calls.scope[place].names for place in (own, program)], calls.wanted[later]
     found = look_up(names[0], wanted, names[1:], [0], None, plt_entries=True).rows
@@ -153,9 +156,9 @@ def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
     )
 
 
-def find_names(library: Definer, symbols: NDArray[np.int64], other: Definer) -> Table:
-    """What defines the names of ``symbols`` of ``library``, in any version, in ``other``: a row for each."""
-    return look_up(library.names, symbols, [other.names], [other.bias], None, versioned=False).rows
+def find_names(library: Definer, symbols: NDArray[np.int64], definer: Definer) -> Table:
+    """What of ``definer`` has the names of ``symbols`` of ``library``, in any version: a row for each."""
+    return look_up(library.names, symbols, [definer.names], [definer.bias], None, versioned=False).rows
 
 
 def find_name(name: bytes, scope: Sequence[Definer]) -> Table:

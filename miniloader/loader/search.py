@@ -66,7 +66,13 @@ class Found:
 
 
 def find(name: str, asker: Asker | None = None) -> Found:
-    """Look for ``name``, needed by ``asker`` (``None``: by the program itself)."""
+    """Look for ``name``, needed by ``asker`` (``None``: by the program itself), as ld.so does.
+
+    >>> find("libz.so.1").path is not None
+    True
+    >>> [step.outcome for step in find("/no/such/libz.so.1").steps]
+    ['No such file or directory']
+    """
     if "/" in name:
         path = _expand(name, asker.path if asker else None)
         outcome = _judge(path)
@@ -81,7 +87,13 @@ def find(name: str, asker: Asker | None = None) -> Found:
 
 
 def find_path(path: str | os.PathLike[str]) -> str:
-    """``path`` itself when it has a slash; a bare name as :func:`find` finds it, else in this directory."""
+    """``path`` itself when it has a slash; a bare name as :func:`find` finds it, else in this directory.
+
+    Raises :class:`LoadError` when there is neither.
+
+    >>> find_path("./libany.so")
+    './libany.so'
+    """
     name = os.fspath(path)
     if "/" in name:
         return name
@@ -110,20 +122,24 @@ def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
     read is not gone into.
     """
     found: dict[str, tuple[str, Found]] = {}
-    waiting = [(image, Asker(image.path, image.rpath, image.runpath))]
-    for member, asker in waiting:  # grows meanwhile
-        for name in member.needed:
+    libraries = [(image, _asker(image))]
+    for library, asker in libraries:  # grows meanwhile
+        for name in library.needed:
             if name in found:
                 continue
             answer = find(name, asker)
-            found[name] = (member.path, answer)
+            found[name] = (library.path, answer)
             if answer.path is not None:
                 try:
-                    other = read_image(Source.open(answer.path))
-                    waiting.append((other, Asker(other.path, other.rpath, other.runpath, asker)))
+                    needed = read_image(Source.open(answer.path))
                 except ElfError:
                     continue
+                libraries.append((needed, _asker(needed, asker)))
     return list(found.values())
+
+
+def _asker(image: ElfImage, needed_by: Asker | None = None) -> Asker:
+    return Asker(image.path, image.rpath, image.runpath, needed_by)
 
 
 def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
@@ -145,11 +161,11 @@ def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
 
 def _in_directories(name: str, directories: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for rule, directory in directories:
-        place = directory or os.curdir  # an empty element is the current directory, ld.so(8)
-        if os.path.isdir(os.path.join(place, "glibc-hwcaps")):
+        parent = directory or os.curdir  # an empty element is the current directory, ld.so(8)
+        if os.path.isdir(os.path.join(parent, "glibc-hwcaps")):
             for level in _hwcaps():
-                yield rule, os.path.join(place, "glibc-hwcaps", level, name)
-        yield rule, os.path.join(place, name)
+                yield rule, os.path.join(parent, "glibc-hwcaps", level, name)
+        yield rule, os.path.join(parent, name)
 
 
 def _judge(path: str) -> str:
@@ -224,10 +240,10 @@ def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
     if platform.machine() != "x86_64":
         return ()
-    known = features() or frozenset()
+    processor = features() or frozenset()
     names: list[str] = []
     for level, needs in reversed(_LEVELS):  # each level includes the ones before it
-        if not known.issuperset(needs.split()):
+        if not processor.issuperset(needs.split()):
             break
         names.insert(0, level)
     return tuple(names)

@@ -18,7 +18,10 @@ __all__ = ["open_names", "readable", "refuse", "writable"]
 def open_names(
     image: ElfImage, spans: Sequence[VaddrRange], bias: int, *, at_least: int = 0
 ) -> MappedSymbols:
-    """Its dynamic symbols, ``at_least`` so many; :class:`ElfError` if they are not there."""
+    """The dynamic symbols of ``image``, mapped with ``bias``; :class:`ElfError` if they cannot be read.
+
+    ``spans`` are the vaddrs that can be read; there have to be ``at_least`` so many symbols.
+    """
     try:
         return MappedSymbols(bias, spans, image.dynamic.tags, at_least=at_least, check=True)
     except Stopped as stopped:
@@ -26,13 +29,13 @@ def open_names(
 
 
 def readable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
-    """Where bytes of the file can be read."""
+    """The vaddrs [start, end) at which bytes of the file can be read, ascending."""
     mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
     return _common(mappings, [(load.vaddr, load.file_end) for load in image.loads])
 
 
 def writable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
-    """Where words may be relocated: in segments that can be written to, or be made so."""
+    """The vaddrs [start, end) that may be relocated: of segments that are writable, or can be made so."""
     open_ = image.dynamic.text_relocations
     mappings = [m for m in plan.mappings if "w" in m.protection or (open_ and m.kind == "file")]
     return _common(mappings, [(load.vaddr, load.end) for load in image.loads])
@@ -56,7 +59,10 @@ def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) 
 
 
 def refuse(image: ElfImage, stopped: Stopped) -> NoReturn:
-    """Say what a loop has stopped at: in the words of the rule that the file breaks, if one says it."""
+    """Raise :class:`ElfError` for what a loop has stopped at: in the words of the rule that the file breaks.
+
+    Where no rule says it, the file has changed since it was checked, or the loops know better.
+    """
     refuse_problems(image, when_linked=True)
     found, expected = _REASONS[stopped.reason]
     found = found.format(what=stopped.what)

@@ -139,13 +139,13 @@ class Prepared:
 
     def differs(self, scope: Sequence[Definer]) -> str | None:
         """Why it cannot be used in ``scope``; ``None`` when it can."""
-        here = identities(scope)
-        if here == self.scope:
+        present = identities(scope)
+        if present == self.scope:
             return None
-        for place, (one, other) in enumerate(zip(here, self.scope, strict=False)):
-            if one != other:
-                return f"{scope[place].name} comes where there was another library"
-        return f"its scope has {len(here)} libraries, and had {len(self.scope)}"
+        for definer, (identity, prepared) in zip(scope, zip(present, self.scope, strict=False), strict=False):
+            if identity != prepared:
+                return f"{definer.name} is searched for symbols where another library was"
+        return f"{len(present)} libraries are searched for symbols, and were {len(self.scope)}"
 
     def check_pages(self) -> None:
         """Raise :class:`LoadError` when the cached pages are not what was written.

@@ -330,7 +330,9 @@ def test_other_libraries_in_the_scope(demo: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
     preload = {**os.environ, "LD_PRELOAD": str(build.build("bss"))}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=build.ROOT, env=preload)
-    assert re.match(r"not from the cache: .*libbss.so comes where there was another library", done.stdout)
+    assert re.match(
+        r"not from the cache: .*libbss.so is searched for symbols where another library was", done.stdout
+    )
 
 
 def test_after_the_machine_has_booted(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

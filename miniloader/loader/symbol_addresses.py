@@ -1,0 +1,102 @@
+"""What the symbols of a library are bound to, as the addresses that are written.
+
+Mostly the definition's; but a unique symbol is the process's one, the functions that ask about libraries have
+stand-ins, and those that register a destructor for a thread's object are told whose it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import SymbolError
+from miniloader.loader.beside_glibc import gnu_unique, stand_ins
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.relocate import call_resolver, refuse_unbound
+from miniloader.loader.scope import Bindings, Definer, bind, find_name
+from miniloader.loader.spans import refuse
+from miniloader.loader.thread_storage import count_for_carrier
+from miniloader.native import UNIQUE, Stopped
+
+__all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
+
+#: The functions that register a destructor for a thread's object; the third argument says to which library
+#: the object belongs.
+_THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
+
+
+def addresses_of(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
+    """The address of each symbol in ``bindings``; notes what ``library`` is bound to, and so has to stay."""
+    addresses = bindings.addresses()
+    if bindings.met & UNIQUE:
+        for definer in gnu_unique.settle(library, bindings, addresses):
+            library.share(definer)
+    for definer in used(library, bindings):
+        library.hold(definer)
+    for place in thread_exits(library, bindings) if library.image.tls is not None else ():
+        function = int(addresses[place])
+        addresses[place] = library.stub_for(function).address
+    stand_ins.answer(addresses, bindings.owner != bindings.scope.index(library))
+    return addresses
+
+
+def used(library: Loaded, bindings: Bindings) -> list[Definer]:
+    """Who defines what the library is bound to, in the order in which its relocations come to it."""
+    owners = list(bindings.owners)
+    if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
+        used = np.concatenate([table.rest["symbol"] for table in library.image.relocations.tables])
+        used = used[np.isin(used, bindings.wanted)]
+        owner_of = bindings.owner[bindings.place(used, call=True)]
+        first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}
+        owners.sort(key=lambda owner: first[owner])
+    return [bindings.scope[owner] for owner in owners]
+
+
+def thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
+    """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
+    functions = [find_name(name, bindings.scope) for name in _THREAD_EXIT]
+    same = [
+        (bindings.owner == function["owner"]) & (bindings.symbol == function["symbol"])
+        for function in functions
+        if function["owner"][0] >= 0
+    ]
+    return [place for places in same for place in np.flatnonzero(places).tolist()]
+
+
+def check_versions(library: Loaded) -> None:
+    """Raise :class:`SymbolError` when a library that is needed lacks a version that is needed from it.
+
+    As glibc: a library without any versions passes, and so does a version that is needed weakly.
+    """
+    for needed in dict.fromkeys(library.needs):
+        soname = needed.soname if isinstance(needed, HostLibrary) else needed.image.soname
+        file = os.fsencode(soname or os.path.basename(needed.name))
+        missing = library.names.missing_version(file, needed.names)
+        if missing is not None:
+            version = missing.decode("utf-8", "backslashreplace")
+            raise SymbolError(f"{library.name}: needs version {version}, which {needed.name} does not define")
+
+
+def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
+    """Binds one symbol of the library, as binding all of them at once would have.
+
+    Libraries of ``order`` that have been closed since are passed over.
+    """
+
+    def find(index: int) -> int:
+        scope = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
+        try:
+            bindings = bind(np.array([index], np.int64), scope, scope.index(library))
+        except Stopped as stopped:
+            refuse(library.image, stopped)
+        refuse_unbound(library.image, bindings)
+        address = int(addresses_of(library, bindings)[0])
+        count_for_carrier(library)
+        return call_resolver(address) if bindings.indirect[0] else address
+
+    return find

@@ -1,0 +1,51 @@
+"""The thread-local storage of a library: its carriers, the words that refer to them, and who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from miniloader.elf.tables import Table
+from miniloader.loader.beside_glibc import thread_local
+from miniloader.loader.beside_glibc.tls_carrier import Carrier
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.scope import Bindings, Definer
+from miniloader.machine.relocation import Kind
+from miniloader.machine.stub_code import with_third_argument
+
+__all__ = ["count_for_carrier", "thread_local_words"]
+
+
+def thread_local_words(
+    library: Loaded, bindings: Bindings, rows: Iterable[tuple[Kind, Table]]
+) -> list[thread_local.Write]:
+    """Open the carriers of ``library``; the words to write for its thread-local relocations ``rows``."""
+    template, rows = library.image.tls, tuple(rows)
+    if template is None and not rows:
+        return []
+
+    def initial_bytes() -> bytes:
+        return library.mapped.read(template.vaddr, template.filesz).tobytes() if template is not None else b""
+
+    library.blocks, writes = thread_local.answer(
+        library, template, initial_bytes, bindings, rows, _carrier_of
+    )
+    count_for_carrier(library)
+    return writes
+
+
+def _carrier_of(definer: Definer) -> Carrier | None:
+    """Who has the thread-local storage of a library of ours that has been linked."""
+    return definer.blocks.own if isinstance(definer, Loaded) else None
+
+
+def count_for_carrier(library: Loaded) -> None:
+    """Have destructors of thread-local objects counted for the carrier of ``library``.
+
+    glibc takes the address it is told for the library's, and does not know ours; told the carrier's, it keeps
+    the carrier until every thread has run them, and we keep the library as long (see ``Loaded.discard``).
+    """
+    own = library.blocks.own
+    if own is not None:
+        for function, stub in library.stubs.items():
+            if not stub.filled:
+                stub.fill(with_third_argument(function, own.inside))
