@@ -36,7 +36,7 @@ class Contents:
 def slot_vaddrs(image: ElfImage) -> tuple[int, ...]:
     """Where the image keeps the addresses that its code asks for: the starts of its GOT."""
     tagged = [vaddr for tag, vaddr in image.dynamic.tags.items() if tag == DT_PLTGOT]
-    return (*tagged, *(one.vaddr for one in image.sections if one.name in (".got", ".got.plt")))
+    return (*tagged, *(section.vaddr for section in image.sections if section.name in (".got", ".got.plt")))
 
 
 def worth_reading(sharing: Sharing, also: Iterable[int], page_size: int) -> tuple[int, ...]:
@@ -50,8 +50,8 @@ def read_contents(
     step: str, processes: Sequence[tuple[int, int]], vaddrs: tuple[int, ...], page_size: int
 ) -> Contents:
     """Read pages of the first few ``processes`` (pid, load bias): proc_pid_mem(5)."""
-    some = processes[:_MOST_PROCESSES]
-    return Contents(step, vaddrs, tuple(_read(pid, base, vaddrs, page_size) for pid, base in some))
+    shown = processes[:_MOST_PROCESSES]
+    return Contents(step, vaddrs, tuple(_read(pid, base, vaddrs, page_size) for pid, base in shown))
 
 
 def _read(pid: int, base: int, vaddrs: Sequence[int], page_size: int) -> tuple[bytes | None, ...]:

@@ -44,7 +44,7 @@ _WIDTH: Final = range(60, 121)  # columns of a message
 
 
 @dataclass(frozen=True)
-class _Finding:
+class _Violation:
     """Something that is not as it should be: at which vaddr, and what."""
 
     vaddr: int
@@ -71,29 +71,34 @@ def assert_shared(
     process.
     """
     __tracebackhide__ = True
-    for one in _each(snapshots):
-        _check_level(one, level)
-        memory = one.library(library)
+    for snapshot in _each(snapshots):
+        _check_level(snapshot, level)
+        memory = snapshot.library(library)
         if len(memory.look.processes) < 2:
             raise UsageError(f"{memory.path}: only one process has it, which shares with nobody")
         chosen = memory.pages(section, symbols)
-        what = _what(memory, section, symbols)
+        subject = _what(memory, section, symbols)
         states, groups = memory.sharing.states, memory.sharing.frame_group
-        there = np.isin(states, _IN_MEMORY)
-        known = there & (groups > 0)
-        lowest = np.where(known, groups, np.iinfo(np.int32).max).min(axis=0)
-        differs = known.any(axis=0) & (groups.max(axis=0) != lowest)
+        in_memory = np.isin(states, _IN_MEMORY)
+        grouped = in_memory & (groups > 0)
+        lowest = np.where(grouped, groups, np.iinfo(np.int32).max).min(axis=0)
+        differs = grouped.any(axis=0) & (groups.max(axis=0) != lowest)
         hidden = (states == COPIED_SHARED) & (groups == 0)
         if level == "flags":
             hidden[:] = False
         wrong = chosen & (differs | (states == COPIED).any(axis=0))
         untold = chosen & (np.isin(states, _UNTOLD) | hidden)
         if wrong.any():
-            _fail(one, memory, f"{what} is not shared: {_of_pages(wrong, chosen)}", _pages(memory, wrong))
-        _refuse_untold(one, memory, what, untold)
-        if not (chosen & (there.sum(axis=0) >= 2)).any():
+            _fail(
+                snapshot,
+                memory,
+                f"{subject} is not shared: {_of_pages(wrong, chosen)}",
+                _pages(memory, wrong),
+            )
+        _refuse_untold(snapshot, memory, subject, untold)
+        if not (chosen & (in_memory.sum(axis=0) >= 2)).any():
             raise EvidenceError(
-                f"{_at(one)}{what}: no page of it is in memory in two processes",
+                f"{_at(snapshot)}{subject}: no page of it is in memory in two processes",
                 hint="have the workers use it first",
             )
 
@@ -112,20 +117,25 @@ def assert_private(
     Parameters and errors as of :func:`assert_shared`.
     """
     __tracebackhide__ = True
-    for one in _each(snapshots):
-        _check_level(one, level)
-        memory = one.library(library)
+    for snapshot in _each(snapshots):
+        _check_level(snapshot, level)
+        memory = snapshot.library(library)
         chosen = memory.pages(section, symbols)
-        what = _what(memory, section, symbols)
+        subject = _what(memory, section, symbols)
         states = memory.sharing.states
         not_own = np.isin(states, (SHARED, SOLE, COPIED_SHARED, ZERO)) | memory.elsewhere
         wrong = chosen & not_own.any(axis=0)
         if wrong.any():
-            _fail(one, memory, f"{what} is not private: {_of_pages(wrong, chosen)}", _pages(memory, wrong))
-        _refuse_untold(one, memory, what, chosen & np.isin(states, _UNTOLD))
+            _fail(
+                snapshot,
+                memory,
+                f"{subject} is not private: {_of_pages(wrong, chosen)}",
+                _pages(memory, wrong),
+            )
+        _refuse_untold(snapshot, memory, subject, chosen & np.isin(states, _UNTOLD))
         if not (chosen & (states == COPIED).any(axis=0)).any():
             raise EvidenceError(
-                f"{_at(one)}{what}: no page of it is in memory", hint="have the workers use it first"
+                f"{_at(snapshot)}{subject}: no page of it is in memory", hint="have the workers use it first"
             )
 
 
@@ -148,31 +158,31 @@ def assert_copied_only(
     (one that is swapped out, too), UsageError when there is no such symbol or library.
     """
     __tracebackhide__ = True
-    every = _each(snapshots)
-    for one in every:
-        _check_level(one, level)
-    first, last = every[0].library(library), every[-1].library(library)
-    before = first if len(every) > 1 else None
+    series = _each(snapshots)
+    for snapshot in series:
+        _check_level(snapshot, level)
+    first, last = series[0].library(library), series[-1].library(library)
+    before = first if len(series) > 1 else None
     if before is not None and _processes(before) != _processes(last):
         raise UsageError(f"{last.path}: the first and the last snapshot have different processes")
     allowed = [span for name in symbols for span in last.symbol(name)]
     named = ", ".join(symbols) or "nothing"
-    what = f"{last.name}: more than {named} was written"
-    found = [*_written_elsewhere(last, before, allowed), *_identical(last, before, allowed)]
+    subject = f"{last.name}: more than {named} was written"
+    violations = [*_written_elsewhere(last, before, allowed), *_identical(last, before, allowed)]
     if before is not None:
-        told = {finding.vaddr & -PAGE_SIZE for finding in found}
-        found += (one for one in _moved(last, before, allowed) if one.vaddr not in told)
-    if found:
-        _fail(every[-1], last, what, found)
+        told = {violation.vaddr & -PAGE_SIZE for violation in violations}
+        violations += (page for page in _moved(last, before, allowed) if page.vaddr not in told)
+    if violations:
+        _fail(series[-1], last, subject, violations)
     untold = {vaddr: reason for copies in last.copies for vaddr, reason in copies.reasons.items()}
     if untold:
         vaddr, reason = min(untold.items())
         more = f", and {len(untold) - 1} more" if len(untold) > 1 else ""
         raise EvidenceError(
-            f"{_at(every[-1])}{what}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
+            f"{_at(series[-1])}{subject}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
         )
     swapped = (last.sharing.states == SWAPPED) & last.of_file
-    _refuse_untold(every[-1], last, f"{last.name}: whether more than {named} was written", swapped)
+    _refuse_untold(series[-1], last, f"{last.name}: whether more than {named} was written", swapped)
 
 
 def assert_private_pages(
@@ -189,46 +199,48 @@ def assert_private_pages(
     is no such library.
     """
     __tracebackhide__ = True
-    for one in _each(snapshots):
-        if level == "totals" and one.level == "totals":
-            _check_sums(one, one.path(library), at_most)
+    for snapshot in _each(snapshots):
+        if level == "totals" and snapshot.level == "totals":
+            _check_sums(snapshot, snapshot.path(library), at_most)
             continue
-        _check_level(one, level)
-        memory = one.library(library)
+        _check_level(snapshot, level)
+        memory = snapshot.library(library)
         states, of_file = memory.sharing.states, memory.of_file
-        own = (states == COPIED) & of_file & ~memory.elsewhere
+        private = (states == COPIED) & of_file & ~memory.elsewhere
         maybe = np.isin(states, _UNTOLD) & of_file
-        numbers = own.sum(axis=1)
+        numbers = private.sum(axis=1)
         if numbers.max() > at_most:
-            heavy = own[numbers > at_most].any(axis=0)
-            who = _who(memory, numbers > at_most)
-            found = f"{count(int(numbers.max()), 'private page')} in {who}"
-            summary = f"{memory.name}: {found}, at most {at_most} allowed"
-            _fail(one, memory, summary, _pages(memory, heavy))
+            heavy = private[numbers > at_most].any(axis=0)
+            holders = _who(memory, numbers > at_most)
+            excess = f"{count(int(numbers.max()), 'private page')} in {holders}"
+            summary = f"{memory.name}: {excess}, at most {at_most} allowed"
+            _fail(snapshot, memory, summary, _pages(memory, heavy))
         if (numbers + maybe.sum(axis=1)).max() > at_most:
-            _refuse_untold(one, memory, f"{memory.name}: at most {at_most} private pages", maybe)
+            _refuse_untold(snapshot, memory, f"{memory.name}: at most {at_most} private pages", maybe)
 
 
 # ----------------------------------------------------------------------------------------------- levels
 def _each(snapshots: Snapshots) -> tuple[MemorySnapshot, ...]:
-    every = (snapshots,) if isinstance(snapshots, MemorySnapshot) else tuple(snapshots)
-    if not every:
+    series = (snapshots,) if isinstance(snapshots, MemorySnapshot) else tuple(snapshots)
+    if not series:
         raise UsageError("no snapshot to judge")
-    return every
+    return series
 
 
-def _check_level(one: MemorySnapshot, level: LevelName | None) -> None:
+def _check_level(snapshot: MemorySnapshot, level: LevelName | None) -> None:
     """Raise EvidenceError unless the snapshot knows of pages, and has what the test insists on."""
     __tracebackhide__ = True
     needed: LevelName = "frames" if level == "frames" else "flags"
-    if _RANKS.index(one.level) > _RANKS.index(needed):
-        how = next(known.get for known in LEVELS if known.name == needed)
+    if _RANKS.index(snapshot.level) > _RANKS.index(needed):
+        how = next(candidate.get for candidate in LEVELS if candidate.name == needed)
         raise EvidenceError(
-            f"{_at(one)}evidence level {needed} is needed, this snapshot has {one.level}", hint=how
+            f"{_at(snapshot)}evidence level {needed} is needed, this snapshot has {snapshot.level}", hint=how
         )
 
 
-def _refuse_untold(one: MemorySnapshot, memory: LibraryMemory, what: str, untold: NDArray[np.bool_]) -> None:
+def _refuse_untold(
+    snapshot: MemorySnapshot, memory: LibraryMemory, subject: str, untold: NDArray[np.bool_]
+) -> None:
     """Raise EvidenceError when pages (shape as ``states``) are not known: passing would be a guess."""
     __tracebackhide__ = True
     if not untold.any():
@@ -240,20 +252,20 @@ def _refuse_untold(one: MemorySnapshot, memory: LibraryMemory, what: str, untold
         frames = LEVELS[_RANKS.index("frames")]
         hint = f"level frames {frames.shows}: {frames.get}; or be content with level='flags'"
     raise EvidenceError(
-        f"{_at(one)}{what}: cannot be told of {count(len(columns), 'page')} at level {one.level}"
+        f"{_at(snapshot)}{subject}: cannot be told of {count(len(columns), 'page')} at level {snapshot.level}"
         f" ({'; '.join(STATES[code].help for code in codes)}),"
         f" the first at vaddr {int(memory.sharing.vaddrs[columns[0]]):#x}",
         hint=hint,
     )
 
 
-def _check_sums(one: MemorySnapshot, path: str, at_most: int) -> None:
+def _check_sums(snapshot: MemorySnapshot, path: str, at_most: int) -> None:
     __tracebackhide__ = True
-    over = {pid: size // PAGE_SIZE for pid, size in one.sums[path].items() if size > at_most * PAGE_SIZE}
+    over = {pid: size // PAGE_SIZE for pid, size in snapshot.sums[path].items() if size > at_most * PAGE_SIZE}
     if over:
         listed = ", ".join(f"{pages:,} in pid {pid}" for pid, pages in over.items())
         raise AssertionError(
-            f"{_at(one)}{path}: at most {at_most} private pages allowed, by the sums of smaps {listed}\n"
+            f"{_at(snapshot)}{path}: at most {at_most} private pages allowed, by the sums of smaps {listed}\n"
             f"evidence: totals: {LEVELS[_RANKS.index('totals')].shows}"
         )
 
@@ -265,31 +277,34 @@ def _processes(memory: LibraryMemory) -> tuple[tuple[int, int], ...]:
 
 def _written_elsewhere(
     last: LibraryMemory, before: LibraryMemory | None, allowed: Collection[tuple[int, int]]
-) -> Iterator[_Finding]:
+) -> Iterator[_Violation]:
     """The bytes outside ``allowed`` that hold something else than before (or than the file), by symbol."""
-    found: dict[str, tuple[int, list[int]]] = {}
+    written: dict[str, tuple[int, list[int]]] = {}
     for row, copies in enumerate(last.copies):
         old = before.copies[row].words if before is not None else copies.words[:0]
         for vaddr in _changed(old, copies.words):
             if not any(start <= vaddr < end for start, end in allowed):
-                first, pids = found.setdefault(_symbol(last, vaddr), (vaddr, []))
-                found[_symbol(last, vaddr)] = min(first, vaddr), pids
+                first, pids = written.setdefault(_symbol(last, vaddr), (vaddr, []))
+                written[_symbol(last, vaddr)] = min(first, vaddr), pids
                 if copies.pid not in pids:
                     pids.append(copies.pid)
-    for symbol, (vaddr, pids) in sorted(found.items(), key=lambda item: item[1][0]):
-        yield _Finding(vaddr, f"{symbol} was written by {_pids(pids, len(last.copies))}")
+    for symbol, (vaddr, pids) in sorted(written.items(), key=lambda item: item[1][0]):
+        yield _Violation(vaddr, f"{symbol} was written by {_pids(pids, len(last.copies))}")
 
 
 def _changed(old: NDArray[np.void], new: NDArray[np.void]) -> Iterable[int]:
     """The vaddrs of the bytes that were written between two tables of words (WORD_DTYPE)."""
-    was = {int(word["vaddr"]): word for word in old}
-    now = {int(word["vaddr"]): word for word in new}
-    for vaddr in sorted({*was, *now}):
-        word = now.get(vaddr, was.get(vaddr))
-        if word is None or (vaddr in was and vaddr in now and was[vaddr]["live"] == now[vaddr]["live"]):
+    old_words = {int(word["vaddr"]): word for word in old}
+    new_words = {int(word["vaddr"]): word for word in new}
+    for vaddr in sorted({*old_words, *new_words}):
+        word = new_words.get(vaddr, old_words.get(vaddr))
+        if word is None or (
+            vaddr in old_words and vaddr in new_words and old_words[vaddr]["live"] == new_words[vaddr]["live"]
+        ):
             continue
         first, second = (
-            int(words[vaddr]["live"]) if vaddr in words else int(word["file"]) for words in (was, now)
+            int(words[vaddr]["live"]) if vaddr in words else int(word["file"])
+            for words in (old_words, new_words)
         )
         differing = (first ^ second).to_bytes(8, sys.byteorder)
         yield from (vaddr + index for index, byte in enumerate(differing) if byte)
@@ -297,39 +312,43 @@ def _changed(old: NDArray[np.void], new: NDArray[np.void]) -> Iterable[int]:
 
 def _identical(
     last: LibraryMemory, before: LibraryMemory | None, allowed: Collection[tuple[int, int]]
-) -> Iterator[_Finding]:
+) -> Iterator[_Violation]:
     """The pages that were copied and are as in the file: somebody wrote there, nobody can tell to what."""
-    found: dict[int, list[int]] = {}
+    copied: dict[int, list[int]] = {}
     for row, copies in enumerate(last.copies):
-        known = before.copies[row].causes if before is not None else {}
+        earlier_causes = before.copies[row].causes if before is not None else {}
         for vaddr, causes in copies.causes.items():
             held = any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in allowed)
-            if causes == ("identical",) and vaddr not in known and not held:
-                found.setdefault(vaddr, []).append(copies.pid)
-    for vaddr, pids in sorted(found.items()):
-        who = _pids(pids, len(last.copies))
-        yield _Finding(vaddr, f"{' '.join(_sections(last, vaddr))}: copied by {who}, yet as in the file")
+            if causes == ("identical",) and vaddr not in earlier_causes and not held:
+                copied.setdefault(vaddr, []).append(copies.pid)
+    for vaddr, pids in sorted(copied.items()):
+        writers = _pids(pids, len(last.copies))
+        yield _Violation(
+            vaddr, f"{' '.join(_sections(last, vaddr))}: copied by {writers}, yet as in the file"
+        )
 
 
 def _moved(
     last: LibraryMemory, before: LibraryMemory, allowed: Collection[tuple[int, int]]
-) -> Iterator[_Finding]:
+) -> Iterator[_Violation]:
     """The pages that were a family's and have gone to frames of their own: somebody wrote what was there."""
-    found: dict[int, list[int]] = {}
+    pages: dict[int, list[int]] = {}
     copied = np.isin(last.sharing.states, (COPIED, COPIED_SHARED)) & last.of_file
-    for row, (was, now) in enumerate(zip(before.look.processes, last.look.processes, strict=True)):
-        if len(was.pages) != len(now.pages):
+    for row, (earlier, later) in enumerate(zip(before.look.processes, last.look.processes, strict=True)):
+        if len(earlier.pages) != len(later.pages):
             continue
-        first, then = was.pages["frame"], now.pages["frame"]
-        moved = copied[row] & ~was.pages["exclusive"] & now.pages["exclusive"] & ~was.pages["file"]
+        first, then = earlier.pages["frame"], later.pages["frame"]
+        moved = copied[row] & ~earlier.pages["exclusive"] & later.pages["exclusive"] & ~earlier.pages["file"]
         moved &= (first != 0) & (then != 0) & (first != then)
         for vaddr in last.sharing.vaddrs[np.flatnonzero(moved)].tolist():
             if not any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in allowed):
-                found.setdefault(vaddr, []).append(now.pid)
-    for vaddr, pids in sorted(found.items()):
-        who = _pids(pids, len(last.copies))
-        text = f"{' '.join(_sections(last, vaddr))}: no more shared with relatives by {who}, yet as it was"
-        yield _Finding(vaddr, text)
+                pages.setdefault(vaddr, []).append(later.pid)
+    for vaddr, pids in sorted(pages.items()):
+        writers = _pids(pids, len(last.copies))
+        text = (
+            f"{' '.join(_sections(last, vaddr))}: no more shared with relatives by {writers}, yet as it was"
+        )
+        yield _Violation(vaddr, text)
 
 
 def _symbol(memory: LibraryMemory, vaddr: int) -> str:
@@ -338,18 +357,20 @@ def _symbol(memory: LibraryMemory, vaddr: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- messages
-def _fail(one: MemorySnapshot, memory: LibraryMemory, summary: str, findings: Sequence[_Finding]) -> NoReturn:
+def _fail(
+    snapshot: MemorySnapshot, memory: LibraryMemory, summary: str, violations: Sequence[_Violation]
+) -> NoReturn:
     """Raise AssertionError with what was found and the grid of all processes."""
     __tracebackhide__ = True
-    shown = [f"  {finding.vaddr:#x}  {finding.text}" for finding in findings[:_MOST]]
-    if len(findings) > _MOST:
-        shown.append(f"  … and {len(findings) - _MOST} more")
-    level = LEVELS[_RANKS.index(one.level)]
+    shown = [f"  {violation.vaddr:#x}  {violation.text}" for violation in violations[:_MOST]]
+    if len(violations) > _MOST:
+        shown.append(f"  … and {len(violations) - _MOST} more")
+    level = LEVELS[_RANKS.index(snapshot.level)]
     lines = [
-        f"{_at(one)}{summary}",
+        f"{_at(snapshot)}{summary}",
         *map(printable, shown),
         "",
-        _picture(memory, findings[0].vaddr),
+        _picture(memory, violations[0].vaddr),
         f"evidence: {level.name}: {level.shows}",
     ]
     raise AssertionError("\n".join(lines))
@@ -363,29 +384,29 @@ def _picture(memory: LibraryMemory, vaddr: int) -> str:
     return "\n".join(map(plain, laid_out([*grid, (), grid_legend([memory.look], memory.plan)], width)))
 
 
-def _pages(memory: LibraryMemory, chosen: NDArray[np.bool_]) -> list[_Finding]:
+def _pages(memory: LibraryMemory, chosen: NDArray[np.bool_]) -> list[_Violation]:
     """A line for each of the pages: section, symbols, what it is in how many processes, and why."""
     return [_page(memory, index) for index in np.flatnonzero(chosen).tolist()]
 
 
-def _page(memory: LibraryMemory, index: int) -> _Finding:
+def _page(memory: LibraryMemory, index: int) -> _Violation:
     vaddr, facts = int(memory.sharing.vaddrs[index]), memory.facts
     numbers = facts.symbols_between(vaddr, vaddr + PAGE_SIZE)
     names = [facts.symbol_name(number) for number in numbers[:3]] + ["…"] * (len(numbers) > 3)
     codes, elsewhere = memory.sharing.states[:, index].tolist(), memory.elsewhere[:, index].tolist()
     states = Counter(
-        STATES[code].name + " and mapped by another process" * other
-        for code, other in zip(codes, elsewhere, strict=True)
+        STATES[code].name + " and mapped by another process" * is_elsewhere
+        for code, is_elsewhere in zip(codes, elsewhere, strict=True)
     )
     said = ", ".join(f"{name} in {number}" for name, number in states.items())
     causes = {name: None for copies in memory.copies for name in copies.causes.get(vaddr, ())}
     why = f" ({', '.join(causes)})" if causes else ""
     place = " ".join([*_sections(memory, vaddr), ", ".join(names)]).strip() or "no section"
-    return _Finding(vaddr, f"{place}: {said}{why}")
+    return _Violation(vaddr, f"{place}: {said}{why}")
 
 
 def _sections(memory: LibraryMemory, vaddr: int) -> list[str]:
-    """Those with a byte on the page."""
+    """The names of the sections that have a byte on the page at ``vaddr``."""
     spans = memory.facts.section_spans
     return [name for start, end, name in spans if start < vaddr + PAGE_SIZE and vaddr < end]
 
@@ -395,8 +416,8 @@ def _what(memory: LibraryMemory, section: str | None, symbols: Collection[str]) 
     return f"{named} of {memory.name}" if named else memory.name
 
 
-def _of_pages(some: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> str:
-    return f"{int(some.sum()):,} of {count(int(chosen.sum()), 'page')}"
+def _of_pages(pages: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> str:
+    return f"{int(pages.sum()):,} of {count(int(chosen.sum()), 'page')}"
 
 
 def _who(memory: LibraryMemory, rows: NDArray[np.bool_]) -> str:
@@ -409,5 +430,5 @@ def _pids(pids: Sequence[int], of: int) -> str:
     return f"{len(pids)} of {count(of, 'process', 'processes')} (pid {listed})"
 
 
-def _at(one: MemorySnapshot) -> str:
-    return f"{one.step}: " if one.step else ""
+def _at(snapshot: MemorySnapshot) -> str:
+    return f"{snapshot.step}: " if snapshot.step else ""

@@ -85,8 +85,8 @@ class LibraryMemory:
         if section is not None:
             named = [(start, end) for start, end, name in self.facts.section_spans if name == section]
             if not named:
-                known = ", ".join(name for _, _, name in self.facts.section_spans) or "none at all"
-                raise UsageError(f"{self.path}: no section {section} in memory; it has {known}")
+                names = ", ".join(name for _, _, name in self.facts.section_spans) or "none at all"
+                raise UsageError(f"{self.path}: no section {section} in memory; it has {names}")
             spans += named
         starts = self.sharing.vaddrs
         if section is None and not symbols:
@@ -137,25 +137,25 @@ class MemorySnapshot:
     @property
     def paths(self) -> tuple[str, ...]:
         """The files."""
-        return tuple(self.sums) or tuple(one.path for one in self.libraries)
+        return tuple(self.sums) or tuple(library.path for library in self.libraries)
 
     def path(self, library: str | None) -> str:
         """The one file that ``library`` names: by its path, its name, a part of it or a shell pattern.
 
         Raises UsageError when that is none, or several.
         """
-        found = [path for path in self.paths if library in (None, path, path.rpartition("/")[2])]
-        found = found or [path for path in self.paths if _fits(path, library)]
-        if len(found) != 1:
-            names = ", ".join(found or self.paths)
-            what = "several libraries" if len(found) > 1 else f"no library {library!r}"
-            raise UsageError(f"{what} in this snapshot, expected one of: {names}")
-        return found[0]
+        paths = [path for path in self.paths if library in (None, path, path.rpartition("/")[2])]
+        paths = paths or [path for path in self.paths if _fits(path, library)]
+        if len(paths) != 1:
+            names = ", ".join(paths or self.paths)
+            trouble = "several libraries" if len(paths) > 1 else f"no library {library!r}"
+            raise UsageError(f"{trouble} in this snapshot, expected one of: {names}")
+        return paths[0]
 
     def library(self, library: str | None = None) -> LibraryMemory:
         """The one library that ``library`` names, see :meth:`path`."""
         path = self.path(library)
-        return next(one for one in self.libraries if one.path == path)
+        return next(memory for memory in self.libraries if memory.path == path)
 
 
 def snapshot(
@@ -169,27 +169,27 @@ def snapshot(
     Raises UsageError when no process has such a library, ProcessGone when one has ended, EvidenceError when
     one may not be read or the level is not to be had here.
     """
-    every = tuple(dict.fromkeys(pids))
+    processes = tuple(dict.fromkeys(pids))
     chosen = level or best_level()
     if chosen in ("totals", "none"):
-        return MemorySnapshot(step, chosen, every, (), _sums(every, library))
+        return MemorySnapshot(step, chosen, processes, (), _sums(processes, library))
     memo = Memo()
-    looks = [_Process(pid, memo, library) for pid in every]
-    by_path: dict[str, list[tuple[_Process, FileInProcess]]] = {}
+    looks = [_ProcessFiles(pid, memo, library) for pid in processes]
+    by_path: dict[str, list[tuple[_ProcessFiles, FileInProcess]]] = {}
     for process in looks:
-        for here in process.chosen:
-            by_path.setdefault(here.file.identity.path, []).append((process, here))
+        for mapped in process.chosen:
+            by_path.setdefault(mapped.file.identity.path, []).append((process, mapped))
     if not by_path:
-        raise _nowhere(library, {one.file.identity.path for process in looks for one in process.found})
+        raise _nowhere(library, {mapped.file.identity.path for process in looks for mapped in process.found})
     libraries = tuple(_library(path, found, step, level) for path, found in sorted(by_path.items()))
-    return MemorySnapshot(step, chosen, every, libraries, {})
+    return MemorySnapshot(step, chosen, processes, libraries, {})
 
 
 def address_of(pid: int, library: str, symbol: str) -> tuple[int, int]:
     """Where a symbol of a library lies in process ``pid``, and its size in bytes."""
-    one = snapshot([pid], library=library).library(library)
-    start, end = one.symbol(symbol)[0]
-    return one.look.processes[0].base + start, end - start
+    memory = snapshot([pid], library=library).library(library)
+    start, end = memory.symbol(symbol)[0]
+    return memory.look.processes[0].base + start, end - start
 
 
 def _fits(path: str, library: str | None) -> bool:
@@ -204,40 +204,40 @@ def _nowhere(library: str | None, mapped: Iterable[str]) -> UsageError:
 
 def _sums(pids: Sequence[int], library: str | None) -> dict[str, dict[int, int]]:
     """What ``smaps`` says, where pages cannot be told apart."""
-    found: dict[str, dict[int, int]] = {}
+    sums: dict[str, dict[int, int]] = {}
     mapped = set()
     for pid in pids:
-        for one in read_smaps(pid):
-            path = one.vma.path
-            if not one.vma.is_file or one.vma.shared:
+        for mapping in read_smaps(pid):
+            path = mapping.vma.path
+            if not mapping.vma.is_file or mapping.vma.shared:
                 continue
             mapped.add(path)
             if _fits(path, library):
-                by_pid = found.setdefault(path, dict.fromkeys(pids, 0))
-                by_pid[pid] += one.sizes.get("Anonymous", 0) + one.sizes.get("Swap", 0)
-    if not found:
+                by_pid = sums.setdefault(path, dict.fromkeys(pids, 0))
+                by_pid[pid] += mapping.sizes.get("Anonymous", 0) + mapping.sizes.get("Swap", 0)
+    if not sums:
         raise _nowhere(library, mapped)
-    return found
+    return sums
 
 
-class _Process:
+class _ProcessFiles:
     """What is mapped in one process, which of it was chosen, and why its copies are copies."""
 
     def __init__(self, pid: int, memo: Memo, library: str | None) -> None:
         self.pid, self.layouts = pid, memo.layouts
         with PageMap(pid) as pagemap:
             self.vmas, _, self.found = locate(pid, pagemap, memo, frames=False)
-        self.chosen = [one for one in self.found if self._wanted(one, library)]
+        self.chosen = [mapped for mapped in self.found if self._wanted(mapped, library)]
 
-    def _wanted(self, one: FileInProcess, library: str | None) -> bool:
-        path = one.file.identity.path
+    def _wanted(self, mapped: FileInProcess, library: str | None) -> bool:
+        path = mapped.file.identity.path
         if library is None:
-            return one.file.facts is not None and one.file.facts.plan is not None
+            return mapped.file.facts is not None and mapped.file.facts.plan is not None
         if not _fits(path, library):
             return False
-        if one.file.facts is None:
-            raise EvidenceError(f"{path}: {one.file.trouble}")
-        return one.file.facts.plan is not None
+        if mapped.file.facts is None:
+            raise EvidenceError(f"{path}: {mapped.file.trouble}")
+        return mapped.file.facts.plan is not None
 
     @cached_property
     def space(self) -> Space:
@@ -246,23 +246,25 @@ class _Process:
 
 
 def _library(
-    path: str, found: Sequence[tuple[_Process, FileInProcess]], step: str, level: LevelName | None
+    path: str, mapped: Sequence[tuple[_ProcessFiles, FileInProcess]], step: str, level: LevelName | None
 ) -> LibraryMemory:
-    facts = found[0][1].file.facts
+    facts = mapped[0][1].file.facts
     if facts is None or facts.plan is None:
         raise AssertionError(f"{path} was chosen, so its file could be read")
     plan = facts.plan
-    copies = [_copies(process, here) for process, here in found]
-    targets = [ProcessRange(process.pid, here.base, plan.start, plan.end) for process, here in found]
+    copies = [_copies(process, file) for process, file in mapped]
+    targets = [ProcessRange(process.pid, file.base, plan.start, plan.end) for process, file in mapped]
     look = take(targets, step=step, level=level)
-    for one in look.processes:
-        if one.gone:
-            raise ProcessGone(one.pid, f"has ended before it could be looked at: {one.reason}")
-        if one.reason:
-            raise EvidenceError(f"process {one.pid}: {one.reason}")
+    for process in look.processes:
+        if process.gone:
+            raise ProcessGone(process.pid, f"has ended before it could be looked at: {process.reason}")
+        if process.reason:
+            raise EvidenceError(f"process {process.pid}: {process.reason}")
     sharing = analyse(look)
     copied = np.isin(sharing.states, (COPIED, COPIED_SHARED)) & _of_file(look)
-    settled = (_settled(one, sharing.vaddrs[row].tolist()) for one, row in zip(copies, copied, strict=True))
+    settled = (
+        _settled(present, sharing.vaddrs[row].tolist()) for present, row in zip(copies, copied, strict=True)
+    )
     return LibraryMemory(path, facts, plan, look, sharing, tuple(settled))
 
 
@@ -275,37 +277,37 @@ def _of_file(look: Snapshot) -> NDArray[np.bool_]:
     return np.stack(rows)
 
 
-def _copies(process: _Process, here: FileInProcess) -> Copies:
+def _copies(process: _ProcessFiles, mapped: FileInProcess) -> Copies:
     """Why the pages that were copies when the process was located are that."""
-    vaddrs, facts = here.vaddrs, here.file.facts
+    vaddrs, facts = mapped.vaddrs, mapped.file.facts
     nothing = np.empty(0, WORD_DTYPE)
     if facts is None or not len(vaddrs):
         return Copies(process.pid, {}, {}, nothing)
     try:
         with ProcessMemory(process.pid) as memory:
-            live, read = memory.pages(here.addresses)
+            live, read = memory.pages(mapped.addresses)
     except ProcessGone:
         raise
     except EvidenceError as error:
-        every = vaddrs.tolist()
+        unread = vaddrs.tolist()
         return Copies(
-            process.pid, dict.fromkeys(every, ("unknown",)), dict.fromkeys(every, str(error)), nothing
+            process.pid, dict.fromkeys(unread, ("unknown",)), dict.fromkeys(unread, str(error)), nothing
         )
     answer = classify(
-        facts, process.space, here.base, vaddrs, here.file_offsets, live, layouts=process.layouts
+        facts, process.space, mapped.base, vaddrs, mapped.file_offsets, live, layouts=process.layouts
     )
     trouble = facts.trouble or "a relocation's value lies in a file that cannot be read"
     causes = zip(vaddrs.tolist(), map(cause_names, answer.causes.tolist()), strict=True)
     return Copies(
         process.pid,
-        {vaddr: names for (vaddr, names), known in zip(causes, read.tolist(), strict=True) if known},
+        {vaddr: names for (vaddr, names), was_read in zip(causes, read.tolist(), strict=True) if was_read},
         dict.fromkeys(vaddrs[answer.unreadable].tolist(), trouble),
         answer.words[(answer.words["cause"] & _BY_PROGRAM).astype(np.bool_) & read[answer.words["page"]]],
     )
 
 
 def _settled(copies: Copies, copied: Sequence[int]) -> Copies:
-    """The same for the pages that were copies when they were looked at afterwards."""
+    """``copies`` of the pages that were copies when they were looked at afterwards, ``copied``."""
     causes = {vaddr: copies.causes.get(vaddr, ("unknown",)) for vaddr in copied}
     changed = dict.fromkeys([vaddr for vaddr in copied if vaddr not in copies.causes], CHANGED)
     return replace(copies, causes=causes, reasons={**changed, **copies.reasons})

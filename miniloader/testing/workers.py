@@ -67,10 +67,10 @@ class Workers:
     def __getitem__(self, index: int | slice) -> Workers:
         return self._with(self._members[index] if isinstance(index, slice) else [self._members[index]])
 
-    def __add__(self, others: Workers) -> Workers:
-        if others._crew is not self._crew:
+    def __add__(self, workers: Workers) -> Workers:
+        if workers._crew is not self._crew:
             raise UsageError("these workers are of two crews, which cannot be led as one")
-        return self._with([*self._members, *others._members])
+        return self._with([*self._members, *workers._members])
 
     def call(self, function: str, *arguments: Any) -> list[Any]:
         """Have each call a function; what it returned, in order.
@@ -136,25 +136,25 @@ class Workers:
     def _ask(self, step: str, command: str, *requests: Mapping[str, Any]) -> list[Reply]:
         """Have each carry out a command, by the same request or each by its own; the replies, in order."""
         __tracebackhide__ = True
-        each = requests if len(requests) == len(self) else requests * len(self)
+        by_member = requests if len(requests) == len(self) else requests * len(self)
         replies: dict[int, Reply] = {}
-        while left := [index for index in range(len(self)) if index not in replies]:
-            now = {self._members[index].worker.number: index for index in reversed(left)}.values()
-            asked = [self._members[index] for index in now]
+        while waiting := [index for index in range(len(self)) if index not in replies]:
+            indices = {self._members[index].worker.number: index for index in reversed(waiting)}.values()
+            asked = [self._members[index] for index in indices]
             relayed = [
-                {"route": member.route, "request": dict(each[index], command=command)}
-                for index, member in zip(now, asked, strict=True)
+                {"route": member.route, "request": dict(by_member[index], command=command)}
+                for index, member in zip(indices, asked, strict=True)
             ]
             workers = [member.worker for member in asked]
             try:
                 answers = self._crew.ask_each("relay", relayed, step=step, workers=workers)
             except MiniloaderError as error:  # what the test did is of interest, not how we found out
                 raise error.with_traceback(None) from None
-            replies.update(zip(now, answers, strict=True))
+            replies.update(zip(indices, answers, strict=True))
         return [replies[index] for index in range(len(self))]
 
 
-class _Led(Crew):
+class _DisbandingCrew(Crew):
     """A crew that has its workers end and reap their children before it ends them."""
 
     _in_step = True
@@ -193,7 +193,7 @@ def start(
     if by not in ("miniloader", "dlopen"):
         raise UsageError(f"by={by!r}: expected 'miniloader' or 'dlopen'")
     path = None if library is None else os.path.realpath(find_path(library))
-    crew = keep(_Led(processes, timeout=timeout, program="miniloader.lab.workers.scripted"))
+    crew = keep(_DisbandingCrew(processes, timeout=timeout, program="miniloader.lab.workers.scripted"))
     workers = Workers(crew, [_Member(worker, ()) for worker in crew.workers], path, on_level)
     if path is not None:
         workers._ask(f"load {path}", "load" if by == "miniloader" else "dlopen", {"path": path})

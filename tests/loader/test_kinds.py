@@ -12,7 +12,7 @@ import pytest
 
 import miniloader
 from miniloader.elf import ElfImage
-from tests.oracle.compare import Comparer
+from tests.oracle.comparer import Comparer
 
 LOW = 0x2000_0000
 

@@ -5,19 +5,16 @@ word is *named* before it is compared: (file, offset in its image), or (file, of
 block), so that it does not matter where anything was mapped.  Ours are read twice, before and after the
 constructors, so that what the library's own code changed can be told from what relocation left.
 
-``python -m tests.oracle.compare`` serves comparisons over standard input and output: a path a line, a
-JSON object a line.  That process has loaded only what Python and numpy are made of.
+:func:`main` is the program of a worker that compares: that process has loaded only what Python and numpy are
+made of.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -25,15 +22,16 @@ from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan, Source, read_image
 from miniloader.elf.relocations import kind_name
-from miniloader.errors import MiniloaderError, WorkerError
+from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps, within
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.workers.worker import Commands, settle
 from miniloader.loader.relocation_groups import Sorted, sort_relocations
 from miniloader.values import dataclass
-from tests.oracle.held import Held, RemoteMemory, load_and_hold, open_and_hold
-from tests.oracle.word_names import Names
+from tests.oracle.held import HeldProcess, RemoteMemory, load_and_hold, open_and_hold
+from tests.oracle.word_names import WordNames
 
-__all__ = ["Comparer", "Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "compare", "main"]
 
 #: What stands in place of a relocation's kind where there is none.
 _NO_KIND: Final = {-1: "RELR", -2: "of the dynamic section"}
@@ -108,7 +106,7 @@ def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -
             return Comparison(path, dlopen, mine)
         image = read_image(Source.open(path))
         plan = image.plan(PAGE_SIZE)
-        words = Words.of(image)
+        words = RelocatedWords.of(image)
         bias = first["start"] - plan.start
         before = words.read(RemoteMemory(ours.pid, path, plan, bias))
         ours.go_on()
@@ -118,8 +116,8 @@ def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -
         after = words.read(RemoteMemory(ours.pid, path, plan, bias))
         peer = words.read(RemoteMemory(theirs.pid, path, plan, answer["bias"]))
         files: dict[str, int] = {}
-        their_names = Names(theirs.pid, answer, files)
-        our_names = Names(ours.pid, found, files)
+        their_names = WordNames(theirs.pid, answer, files)
+        our_names = WordNames(ours.pid, found, files)
         places = (theirs.pid, answer["bias"], ours.pid, bias)
         layout = tuple(_layout(plan, *places)) if prepared_in is None else ()
         return _judged(
@@ -131,7 +129,7 @@ def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -
         )
 
 
-def _report(child: Held) -> Mapping[str, Any]:
+def _report(child: HeldProcess) -> Mapping[str, Any]:
     try:
         return child.report()
     except WorkerError as error:
@@ -159,7 +157,7 @@ def _layout(plan: LoadPlan, their_pid: int, their_bias: int, our_pid: int, bias:
 
 # ------------------------------------------------------------------------------------ relocated words
 @dataclass(frozen=True, eq=False)
-class Words:
+class RelocatedWords:
     """Every word that an image's relocations write: where, how many bytes, by which formula and kind.
 
     The addresses in its dynamic section, which ld.so adjusts, are among them.
@@ -173,7 +171,7 @@ class Words:
     symbols: NDArray[np.int64]
 
     @classmethod
-    def of(cls, image: ElfImage) -> Words:
+    def of(cls, image: ElfImage) -> RelocatedWords:
         """Those of ``image``.  A descriptor counts as one word, its second."""
         relocations: Sorted = sort_relocations(image)
         parts: list[tuple[NDArray[np.uint64], int, str, int, NDArray[Any]]] = []
@@ -235,9 +233,9 @@ class Words:
 
 def _judged(
     comparison: Comparison,
-    words: Words,
-    theirs: tuple[Names, NDArray[np.uint64]],
-    ours: tuple[Names, NDArray[np.uint64], NDArray[np.uint64]],
+    words: RelocatedWords,
+    theirs: tuple[WordNames, NDArray[np.uint64]],
+    ours: tuple[WordNames, NDArray[np.uint64], NDArray[np.uint64]],
     stubs: Sequence[tuple[int, int]],
 ) -> Comparison:
     """Compare word by word."""
@@ -279,83 +277,15 @@ def _same(
     return np.asarray((first[0] == second[0]) & (first[1] == second[1]), bool)
 
 
-# -------------------------------------------------------------------------------------------- serving
-class Comparer:
-    """Comparisons in a process of their own, started when first needed and again when it died.
+class _CompareCommands(Commands):
+    """The one command of the process that compares, see :class:`tests.oracle.comparer.Comparer`."""
 
-    A context manager that ends it.  ``prepared``: each library is prepared first, and loaded so.
-    """
-
-    def __init__(self, *, seconds: float = 60, prepared: bool = False) -> None:
-        self._seconds = seconds
-        self._cache = TemporaryDirectory(prefix="miniloader-compare-") if prepared else None
-        self._server: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> Comparer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        if self._cache is not None:
-            self._cache.cleanup()
-
-    def _end(self) -> None:
-        if self._server is not None:
-            self._server.kill()
-            self._server.communicate()
-            self._server = None
-
-    def compare(self, path: str) -> Comparison:
-        """As :func:`compare`; :class:`WorkerError` when the comparing process itself fails."""
-        if self._server is None:
-            self._server = _start_server()
-        server = self._server
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            cache = self._cache.name if self._cache is not None else None
-            server.stdin.write(json.dumps([path, self._seconds, cache]) + "\n")
-            server.stdin.flush()
-            answer = server.stdout.readline()
-        except OSError:
-            answer = ""
-        if not answer:
-            self._end()
-            raise WorkerError(f"{path}: the process that compares ended")
-        found = json.loads(answer)
-        if "failed" in found:
-            raise WorkerError(f"{path}: {found['failed']}")
-        for key in ("layout", "differing"):
-            found[key] = tuple(Difference(**each) for each in found[key])
-        return Comparison(**found)
+    def do_compare(self, path: str, seconds: float, cache: str | None) -> dict[str, Any]:
+        """Compare, as :func:`compare` does."""
+        return asdict(compare(path, seconds=seconds, prepared_in=cache))
 
 
-def _start_server() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.oracle.compare"]
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # One thread: of several only the calling one lives on in a fork.
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        process_group=0,
-    )
-
-
-def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        path, seconds, cache = json.loads(line)
-        try:
-            answer = asdict(compare(path, seconds=seconds, prepared_in=cache))
-        except (MiniloaderError, OSError) as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+def main() -> None:
+    """``argv``: the descriptor of the connection, and the pid of the parent."""
+    settle(int(sys.argv[2]))
+    _CompareCommands(int(sys.argv[1])).serve()

@@ -1,6 +1,6 @@
 """Opens one library with dlopen(3), says where everything is, and holds still.
 
-A script for a fresh interpreter that knows nothing of miniloader: ``python -I -S dlopened.py REPORT HOLD
+A script for a fresh interpreter that knows nothing of miniloader: ``python -I -S dlopen_child.py REPORT HOLD
 PATH [BEFORE…]``.  REPORT and HOLD are descriptors of pipes; the libraries BEFORE are opened first.  See
 :mod:`tests.oracle.held`.
 """

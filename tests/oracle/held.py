@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import resource
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +16,8 @@ from numpy.typing import NDArray
 from miniloader.elf import LoadPlan
 from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel import syscalls
-from miniloader.lab.workers.child import die_with
+from miniloader.lab.workers.child import ForkedProcess, crash_quietly, ending
+from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.loader import Loading
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
@@ -30,38 +28,41 @@ from miniloader.loader.prepare import prepare
 from miniloader.loader.prepared import store
 from tests.oracle import dlopen_child
 
-__all__ = ["Held", "RemoteMemory", "load_and_hold", "open_and_hold"]
+__all__ = ["HeldProcess", "RemoteMemory", "load_and_hold", "open_and_hold"]
 
 Report = dict[str, Any]
 
 
-class Held:
+class HeldProcess:
     """A child process, with our ends of its pipes.  A context manager that kills it."""
 
-    def __init__(self, pid: int, reports: int, hold: int, seconds: float) -> None:
-        self.pid = pid
+    def __init__(self, process: ForkedProcess, reports: int, hold: int, seconds: float) -> None:
+        self.pid = process.pid
+        self._process = process
         self._reports = reports
         self._hold = hold
         self._until = time.monotonic() + seconds
         self._seconds = seconds
         self._read = b""
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> HeldProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end(wait=False)
+        self._end()
 
     def report(self) -> Report:
         """Its next report; :class:`WorkerError` when it ends, or takes too long, before that."""
         while b"\n" not in self._read:
-            left = self._until - time.monotonic()
-            if left <= 0 or not select.select([self._reports], [], [], left)[0]:
-                self.end(wait=False)
+            seconds = self._until - time.monotonic()
+            if seconds <= 0 or not select.select([self._reports], [], [], seconds)[0]:
+                self._end()
                 raise WorkerError(f"took more than {self._seconds:g} s")
             data = os.read(self._reports, 1 << 16)
             if not data:
-                raise WorkerError(self.end())
+                self._wait(0.05)  # a pipe breaks before its process is gone
+                self._end()
+                raise WorkerError(ending(self._process.wait()))
             self._read += data
         line, _, self._read = self._read.partition(b"\n")
         return dict(json.loads(line))
@@ -70,38 +71,24 @@ class Held:
         """Let it go on to its next report."""
         os.write(self._hold, b".")
 
-    def end(self, *, wait: bool = True) -> str:
-        """Kill it, with whatever it started; how it had ended.
+    def _end(self) -> None:
+        """Kill it, with whatever it started, and close the pipes; a second call does nothing."""
+        self._process.kill()
+        for descriptor in (self._hold, self._reports):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._hold = self._reports = -1
 
-        With ``wait`` it has a moment to be gone, as a pipe breaks before a process is.
-        """
-        if self.pid == 0:
-            return "is gone"
-        os.close(self._hold)
-        os.close(self._reports)
-        by_itself = wait and self._wait(0.05)
-        try:
-            os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-        except ProcessLookupError:
-            os.kill(self.pid, signal.SIGKILL)  # it had no time to begin a session
-        _, status = os.waitpid(self.pid, 0)
-        self.pid = 0
-        if not by_itself:
-            return "was killed"
-        code = os.waitstatus_to_exitcode(status)
-        return f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-    def _wait(self, seconds: float) -> bool:
-        """Whether it is gone by itself within ``seconds``."""
+    def _wait(self, seconds: float) -> None:
+        """Wait until it is gone by itself, ``seconds`` at most."""
         until = time.monotonic() + seconds
         while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if time.monotonic() > until:
-                return False
+                return
             time.sleep(0.001)
-        return True
 
 
-def open_and_hold(path: str, seconds: float = 60) -> Held:
+def open_and_hold(path: str, seconds: float = 60) -> HeldProcess:
     """A fresh interpreter that opens ``path`` with dlopen(3), ``RTLD_NOW``.  It reports once.
 
     It opens the libraries of this process first, so that it finds what a child of :func:`load_and_hold`
@@ -122,7 +109,7 @@ def open_and_hold(path: str, seconds: float = 60) -> Held:
     return _start(body, seconds)
 
 
-def load_and_hold(path: str, seconds: float = 60, *, prepared_in: str | None = None) -> Held:
+def load_and_hold(path: str, seconds: float = 60, *, prepared_in: str | None = None) -> HeldProcess:
     """A forked child that loads ``path`` with miniloader, allowing what dlopen allows.
 
     It reports, and holds still, twice: when everything is relocated (its ``start`` only), and when the
@@ -174,21 +161,19 @@ def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
 
 def _prepare(path: str) -> str | None:
     """Prepare ``path`` in a child, as no process can that has it already; why it could not be done."""
-    answers, answer = os.pipe()
-    parent, pid = os.getpid(), os.fork()
-    if pid == 0:
+    why = SharedValue()
+
+    def attempt() -> int:
         try:
-            die_with(parent)
             prepare(path)
         except MiniloaderError as error:
-            os.write(answer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(answer)
-    with open(answers, "rb") as file:
-        text = file.read().decode()
-    os.waitpid(pid, 0)
-    return text or None
+            why.leave(str(error))
+        return 0
+
+    with ForkedProcess(attempt) as child:
+        child.wait()
+    reason: str | None = why.read()
+    return reason
 
 
 def _described(library: Loaded) -> Report:
@@ -203,32 +188,25 @@ def _described(library: Loaded) -> Report:
     }
 
 
-def _start(body: Callable[[int, int], None], seconds: float) -> Held:
+def _start(body: Callable[[int, int], None], seconds: float) -> HeldProcess:
+    """A child that does ``body``, silent and without a core file."""
     reports, report = os.pipe()
     hold, holding = os.pipe()
-    parent, pid = os.getpid(), os.fork()
-    if pid == 0:
+
+    def run() -> int:
         os.close(reports)
         os.close(holding)
-        _be_the_child(body, report, hold, parent)
-    os.close(report)
-    os.close(hold)
-    return Held(pid, reports, holding, seconds)
-
-
-def _be_the_child(body: Callable[[int, int], None], report: int, hold: int, parent: int) -> NoReturn:
-    """In a session of its own, silent, without a core file, and gone when the parent is."""
-    try:
-        faulthandler.disable()
-        os.setsid()
-        die_with(parent)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        crash_quietly()
         nowhere = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(nowhere, fd)
         body(report, hold)
-    finally:
-        os._exit(1)
+        return 1
+
+    process = ForkedProcess(run, leader=True)
+    os.close(report)
+    os.close(hold)
+    return HeldProcess(process, reports, holding, seconds)
 
 
 class RemoteMemory(Memory):

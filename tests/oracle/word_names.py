@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
 
-__all__ = ["Names", "Referring"]
+__all__ = ["Referring", "WordNames"]
 
 _NOBODY: Final = -1
 _THREAD: Final = 1 << 32  # added to a file's number: its thread-local block
@@ -32,7 +32,7 @@ class Referring(Protocol):
         ...
 
 
-class Names:
+class WordNames:
     """What is where in one process: ``report`` is what it told (see :mod:`tests.oracle.held`).
 
     ``files`` numbers paths, the same for all processes that are to be compared.

@@ -137,8 +137,8 @@ class Evidence:
     @cached_property
     def by_code(self) -> Mask:
         """By process: pages that were copied while code of the library ran, and for no other reason."""
-        known = self.relocated | self.zeroed
-        copied = _copied(analyse(self.loaded)) & ~known
+        explained = self.relocated | self.zeroed
+        copied = _copied(analyse(self.loaded)) & ~explained
         return copied if self._resolvers_ran else copied & ~_copied(analyse(self.linked))
 
     @property
@@ -182,13 +182,13 @@ def _relocated_shared(evidence: Evidence) -> Finding:
     return _one_frame(evidence, pages, "page relocated beforehand that nobody wrote")
 
 
-def _one_frame(evidence: Evidence, pages: Mask, what: str) -> Finding:
+def _one_frame(evidence: Evidence, pages: Mask, content: str) -> Finding:
     """Whether ``pages`` are the file's own in all processes, also when one of them has ended."""
     processes, number = len(evidence.pids), int(pages.sum())
     same = _SAME.get(evidence.written.level, _SAME["frames"])
     expected = f"{_pages(number)}, each {same} in all {processes} processes"
     if number == 0:
-        return Finding(None, expected, "0 pages", f"the library has no {what}")
+        return Finding(None, expected, "0 pages", f"the library has no {content}")
     unseen = _unseen(evidence)
     if unseen:
         return Finding(None, expected, *unseen)
@@ -229,32 +229,32 @@ def _written_data_private(evidence: Evidence) -> Finding:
     expected += f": {', '.join(_writers(evidence))}"
     if number == 0:
         return Finding(None, expected, "0 pages", "no page of the library is written")
-    own = wrote & (sharing.states == COPIED)
+    copied = wrote & (sharing.states == COPIED)
     never = (SHARED, SOLE, ZERO) if level == "flags" else (SHARED, SOLE, ZERO, COPIED_SHARED)
     bad = wrote & np.isin(sharing.states, never)
-    observed = f"{own.sum():,} of {total:,} copies" + _copied_now(evidence)
+    observed = f"{copied.sum():,} of {total:,} copies" + _copied_now(evidence)
     if bad.any():
         process, page = (int(index[0]) for index in np.nonzero(bad))
         where = f"the first in process {evidence.pids[process]} at vaddr {int(sharing.vaddrs[page]):#x}"
         return Finding(False, expected, f"{observed}; {bad.sum():,} not, {where}")
-    if own.sum() < total:
-        reason = f"{total - own.sum():,} not in memory, changing, or mapped elsewhere as well at the time"
+    if copied.sum() < total:
+        reason = f"{total - copied.sum():,} not in memory, changing, or mapped elsewhere as well at the time"
         return Finding(None, expected, observed, reason)
     return Finding(True, expected, observed)
 
 
 def _writers(evidence: Evidence) -> Iterator[str]:
     """How many of the written pages each way of writing accounts for, a page once."""
-    left = evidence.wrote.any(axis=0)
+    pages = evidence.wrote.any(axis=0)
     for mask, how in (
         (evidence.relocated, "relocated"),
         (evidence.zeroed, "with a tail of zeros"),
         (evidence.by_code.any(axis=0), "written by the library's own code"),
         (evidence.worked, "written by the workers"),
     ):
-        if number := int((left & mask).sum()):
+        if number := int((pages & mask).sum()):
             yield f"{number:,} {how}"
-        left = left & ~mask
+        pages = pages & ~mask
 
 
 def _copied_now(evidence: Evidence) -> str:
@@ -287,8 +287,8 @@ def _file_unchanged(evidence: Evidence) -> Finding:
     if after is None:
         return Finding(False, expected, "the file is gone")
     changed = [
-        what
-        for what, same in (
+        change
+        for change, same in (
             ("another file", (before.device, before.inode) == (after.device, after.inode)),
             (f"{after.size:,} bytes", before.size == after.size),
             (f"SHA-256 {after.sha256[:16]}…", before.sha256 == after.sha256),
@@ -338,5 +338,5 @@ def _unseen(evidence: Evidence) -> tuple[str, str] | None:
 def _sums(snapshot: Snapshot) -> str:
     """What ``smaps`` says of the library in all processes together."""
     totals = [process.totals or {} for process in snapshot.processes]
-    sums = {name: sum(one.get(name, 0) for one in totals) for name in ("Rss", "Pss", "Anonymous")}
+    sums = {name: sum(sizes.get(name, 0) for sizes in totals) for name in ("Rss", "Pss", "Anonymous")}
     return ", ".join(f"{name} {size // 1024:,} KiB" for name, size in sums.items())

@@ -42,7 +42,7 @@ def experiment(
     prepared = _prepared(image) if allow.get("prepared") else None
     before = _state_of(path)
     readable = [(mapping.start, mapping.end) for mapping in plan.mappings if "r" in mapping.protection]
-    led = _Led(crew, plan, level, on_step)
+    led = _LedCrew(crew, plan, level, on_step)
 
     led.begin("mapped")
     replies = crew.ask("map", step="mapped", path=path, **allow)
@@ -67,15 +67,15 @@ def experiment(
     contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
     stored, read = [], []
     if word is not None:
-        own = [{"vaddr": word.vaddr, "value": pid} for pid in led.pids]
-        stored = [reply["before"] for reply in crew.ask_each("store", own, step="written")]
+        writes = [{"vaddr": word.vaddr, "value": pid} for pid in led.pids]
+        stored = [reply["before"] for reply in crew.ask_each("store", writes, step="written")]
         read = [reply["value"] for reply in crew.ask("fetch", step="written", vaddr=word.vaddr)]
     crew.ask("touch", step="written", ranges=readable)  # the kernel may have taken pages back meanwhile
     written = led.look("written")
     contents.append(read_contents("written", led.processes, shown, PAGE_SIZE))
     if word is not None:
-        back = [{"vaddr": word.vaddr, "value": value} for value in stored]
-        crew.ask_each("store", back, step="written")
+        restores = [{"vaddr": word.vaddr, "value": value} for value in stored]
+        crew.ask_each("store", restores, step="written")
 
     led.begin("exited")
     crew.dismiss(crew.workers[-1])
@@ -112,7 +112,7 @@ def _prepared(image: ElfImage) -> Prepared | None:
     return find(image)
 
 
-class _Led:
+class _LedCrew:
     """A crew that is led through the steps: who they are, and how to look at them."""
 
     def __init__(self, crew: Crew, plan: LoadPlan, level: LevelName, on_step: OnStep | None) -> None:

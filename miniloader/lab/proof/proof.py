@@ -17,11 +17,11 @@ from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
 from miniloader.values import dataclass
 
-__all__ = ["DECISIVE", "STEPS", "MemoryUse", "OnStep", "Proof", "Step", "Worked"]
+__all__ = ["DECISIVE", "STEPS", "MemoryUse", "OnStep", "Proof", "ProofStep", "Worked"]
 
 
 @dataclass(frozen=True)
-class Step:
+class ProofStep:
     """One step that all processes take together: its name, and what has happened when it is done."""
 
     name: str
@@ -29,11 +29,11 @@ class Step:
 
 
 STEPS: Final = (
-    Step("mapped", "every segment is mapped, nothing is read or written yet"),
-    Step("touched", "every readable page has been read once"),
-    Step("relocated", "addresses are filled in, constructors have run"),
-    Step("written", "each process has written a value of its own to one word"),
-    Step("exited", "one process has ended, the others go on"),
+    ProofStep("mapped", "every segment is mapped, nothing is read or written yet"),
+    ProofStep("touched", "every readable page has been read once"),
+    ProofStep("relocated", "addresses are filled in, constructors have run"),
+    ProofStep("written", "each process has written a value of its own to one word"),
+    ProofStep("exited", "one process has ended, the others go on"),
 )
 """The steps of a proof, in order."""
 
@@ -65,7 +65,11 @@ class MemoryUse:
 
     @property
     def saved(self) -> int:
-        """Bytes that sharing saves."""
+        """Bytes that sharing saves.
+
+        >>> MemoryUse(used=4096, unshared=16384, estimated=False).saved
+        12288
+        """
         return self.unshared - self.used
 
 
@@ -122,7 +126,7 @@ class Proof:
             "verdict": self.verdict,
             "evidence": self.evidence,
             "page_size": self.plan.page_size,
-            "processes": [{"pid": one.pid, "base": one.base} for one in self.processes],
+            "processes": [{"pid": process.pid, "base": process.base} for process in self.processes],
             "claims": [claim.to_json() for claim in self.claims],
             "written": None if self.word is None else {"vaddr": self.word.vaddr, "place": self.word.place},
             "memory": {"used": memory.used, "unshared": memory.unshared, "estimated": memory.estimated},

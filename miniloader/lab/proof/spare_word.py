@@ -33,7 +33,11 @@ class Word:
 
     @property
     def place(self) -> str:
-        """Where it is, in words."""
+        """Where the word is, for people.
+
+        >>> Word(0x4010, fresh=True, padding=True, section=".data").place
+        'padding after .data'
+        """
         if self.padding:
             return f"padding after {self.section}" if self.section else "padding"
         return f"in {self.section}" if self.section else "data"
@@ -73,7 +77,7 @@ def _described(image: ElfImage) -> Sequence[tuple[Span, str]]:
     """What the file says is there, by vaddr: sections, or without section headers whole segments."""
     sections = [(Span(s.vaddr, s.end), s.name) for s in image.sections if s.allocated and s.name != ".tbss"]
     spans = sections or [(Span(segment.vaddr, segment.end), "") for segment in image.loads]
-    return sorted(spans, key=lambda one: one[0].start)
+    return sorted(spans, key=lambda described: described[0].start)
 
 
 def _padding(image: ElfImage, described: Sequence[tuple[Span, str]], page: Span) -> int | None:

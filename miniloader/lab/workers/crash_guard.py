@@ -31,29 +31,29 @@ def in_child(body: Callable[[Doing], int]) -> int:
     :class:`WorkerError` naming what was being done when the child ends before ``body`` does: by a signal, or
     because the code it runs called exit(3).
     """
-    left = SharedValue()  # what is being done, and in the end the status
+    note = SharedValue()  # what is being done, and in the end the status
 
     def guarded() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
         status = 1
         try:
-            status = body(lambda doing: _note(left, doing))
+            status = body(lambda doing: _note(note, doing))
         except BaseException:  # noqa: BLE001 - this process ends here, as an interpreter does
             sys.excepthook(*sys.exc_info())
         status = _flush(status)
-        left.leave(status)
+        note.leave(status)
         return status
 
     with ForkedProcess(guarded) as child:
         code = child.wait()
-    told = left.read()
+    told = note.read()
     if isinstance(told, int):
         return told
     raise death("the process", code, told or "starting")
 
 
-def _note(left: SharedValue, doing: str) -> None:
-    left.leave(doing[:_LONGEST])
+def _note(note: SharedValue, doing: str) -> None:
+    note.leave(doing[:_LONGEST])
 
 
 def _flush(status: int) -> int:

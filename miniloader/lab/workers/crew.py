@@ -52,23 +52,23 @@ class Worker:
     def __init__(self, number: int, of: int, program: str) -> None:
         with ExitStack() as undo:
             try:
-                self._socket, theirs = map(undo.enter_context, socket.socketpair())
+                self._socket, worker_end = map(undo.enter_context, socket.socketpair())
                 # What it prints, to be quoted when it dies; a file, so that it never waits for a reader.
                 self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
                 undo.callback(os.close, self._output)
                 self._process = subprocess.Popen(
-                    _command(program, theirs.fileno()),
+                    _command(program, worker_end.fileno()),
                     env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's BLAS would start threads
                     stdin=subprocess.DEVNULL,
                     stdout=self._output,
                     stderr=self._output,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[worker_end.fileno()],
                     process_group=0,  # Ctrl-C is for the parent to deal with
                 )
             except OSError as error:
                 raise WorkerError(f"cannot start worker {number} of {of}: {error.strerror}") from error
             undo.pop_all()
-        theirs.close()
+        worker_end.close()
         self.number = number
         self.pid = self._process.pid
         self._name = f"worker {number} of {of} (pid {self.pid})"

@@ -38,14 +38,14 @@ def share_out(
     """
     whole = _MY_SHARE + _HELPERS_SHARE * (parts - 1)
     bounds = [0] + [len(items) * (_MY_SHARE + _HELPERS_SHARE * part) // whole for part in range(parts)]
-    mine, *others = [items[start:end] for start, end in pairwise(bounds)]
+    first, *further = [items[start:end] for start, end in pairwise(bounds)]
     helpers = list[_Helper]()
     try:
-        for part in others:
+        for part in further:
             with uninterrupted():
                 helpers.append(_Helper(partial(work, part)))
-        answers = [work(mine)]
-        for helper, part in zip(helpers, others, strict=True):
+        answers = [work(first)]
+        for helper, part in zip(helpers, further, strict=True):
             answers.append(helper.answer() if helper.is_done() else work(part))
         return answers
     finally:

@@ -58,10 +58,10 @@ class _Opened:
         """The address of a symbol; SymbolError where there is none."""
         from miniloader.loader.beside_glibc import host
 
-        found = host.symbol_address(self.handle, os.fsencode(name), version)
-        if found is None:
+        address = host.symbol_address(self.handle, os.fsencode(name), version)
+        if address is None:
             raise SymbolError(f"{self.path}: no symbol {name}")
-        return found
+        return address
 
 
 class _Steps(Commands):
@@ -104,12 +104,12 @@ class _Steps(Commands):
             value = self._call_library(function)
         else:
             module, _, name = function.rpartition(":")
-            found: Any = sys.modules.get(module or self._module)
-            if found is None:
+            target: Any = sys.modules.get(module or self._module)
+            if target is None:
                 raise UsageError(f"{function}: no module {module!r} was imported")
             for part in name.split("."):
-                found = getattr(found, part)
-            value = found(*arguments)
+                target = getattr(target, part)
+            value = target(*arguments)
         reply: dict[str, Any] = json.loads(json.dumps({"value": value}, default=repr))
         return reply
 
@@ -159,17 +159,17 @@ class _Steps(Commands):
         return run_call(self._library, parse_call(call)).value
 
     def _fork(self) -> int:
-        connection, theirs = socket.socketpair()
+        connection, child_end = socket.socketpair()
 
         def serve() -> NoReturn:
             os.close(self._connection)
             for end in (connection, *(sibling for _, sibling in self._children.values())):
                 end.close()
-            steps = _Steps(theirs.detach())
+            steps = _Steps(child_end.detach())
             steps._library, steps._module = self._library, self._module
             _serve(steps)
 
         process = ForkedProcess(serve)
-        theirs.close()
+        child_end.close()
         self._children[process.pid] = process, connection
         return process.pid
