@@ -106,17 +106,19 @@ def program_header(
     )  # fmt: skip
 
 
-def elf_header(*, segments: int = 0, sections: int = 0, phoff: int = EHDR.size, shoff: int = 0) -> bytes:
+def elf_header(
+    *, segments: int = 0, sections: int = 0, phoff: int = EHDR.size, shoff: int = 0, names: int = 0
+) -> bytes:
     """The ELF header of a shared object with so many segments and sections.
 
-    The names of the sections are in the last of them.
+    ``names`` is the number of the section that the names of sections are in.
     """
     return EHDR.pack(
         MAG=b"\x7fELF", CLASS="ELFCLASS64", DATA="ELFDATA2LSB", VERSION="EV_CURRENT",
         type="ET_DYN", machine="EM_X86_64", version="EV_CURRENT",
         ehsize=EHDR.size, phentsize=PHDR.size, shentsize=SHDR.size,
         phoff=phoff if segments else 0, phnum=segments,
-        shoff=shoff, shnum=sections, shstrndx=max(sections - 1, 0),
+        shoff=shoff, shnum=sections, shstrndx=names,
     )  # fmt: skip
 
 
@@ -142,5 +144,7 @@ def shared_object(sections: Sequence[NewSection], segments: Sequence[bytes] = ()
             entsize=section.entry_size,
         ))  # fmt: skip
     image += bytes(-len(image) % 16)
-    image[: EHDR.size] = elf_header(segments=len(segments), sections=len(headers), shoff=len(image))
+    image[: EHDR.size] = elf_header(
+        segments=len(segments), sections=len(headers), shoff=len(image), names=len(headers) - 1
+    )
     return bytes(image + b"".join(headers))
