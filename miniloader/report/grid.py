@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from math import ceil, log2
-from string import ascii_letters
+from string import ascii_lowercase, ascii_uppercase
 from typing import Final
 
 from miniloader.elf import LoadPlan, PlannedMapping
@@ -166,7 +166,8 @@ def _sign(run: Run, process: int) -> tuple[str, str]:
     """The sign of a run in one process, and its style."""
     state, partner = run.states[process], run.partners[process]
     if state in (COPIED, COPIED_SHARED) and partner >= 0:
-        return ascii_letters[26:][partner % 26], _COPY_STYLES[partner % len(_COPY_STYLES)]
+        letters = ascii_lowercase if state == COPIED_SHARED else ascii_uppercase  # a sign has one meaning
+        return letters[partner % 26], _COPY_STYLES[partner % len(_COPY_STYLES)]
     if state == SHARED:
         files = sorted({other for other, one in zip(run.partners, run.states, strict=True) if one == SHARED})
         return _FILE_SIGNS[files.index(partner) % len(_FILE_SIGNS)], _STYLES[SHARED]

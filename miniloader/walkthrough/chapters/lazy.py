@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections import Counter
 from collections.abc import Generator
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from miniloader.kernel.frames import KPF
+from miniloader.errors import EvidenceError
+from miniloader.kernel.frames import KPF, frame_flags
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, mincore
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
@@ -24,6 +26,10 @@ __all__ = ["CHAPTER", "Faults", "TouchedPages"]
 _PAGES = 1024
 _LENGTH = _PAGES * PAGE_SIZE
 _TOUCHED = 300
+_ENTRIES = PAGE_SIZE // 8  # of a page table: one word each
+_AROUND = max((64 << 10) // PAGE_SIZE, 1)  # pages, as Linux has it from the start (fault_around_bytes)
+_FOLIOS = (64, 128, 256, 512) if PAGE_SIZE == 4096 else (16, 32, 64)
+_TRIES = 5
 
 
 class Faults(NamedTuple):
@@ -51,6 +57,7 @@ class TouchedPages:
 def _run(bench: Workbench) -> Generator[ChapterStep, None, TouchedPages]:
     fd = bench.opened(bench.file("large", os.urandom(_LENGTH)))
     before, after = yield from _one_touch(bench, fd)
+    yield from _folios(bench)
     written = yield from _one_write(bench, fd)
     cached, cold, warm, everything = yield from _cold_and_warm(bench)
     yield from _one_at_a_time(bench)
@@ -85,7 +92,7 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         bench.taken(),
         (
             f"One fault brought {len(pages)} pages: {around}. The kernel maps what is at hand around the "
-            f"one that was asked for; {_large(after)}.",
+            "one that was asked for.",
             "So a page that is present need not have been touched.",
         ),
         evidence=(BeforeAfter("Pages of the mapping", "/proc/self/pagemap", rows),),
@@ -94,14 +101,60 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
     return before, after
 
 
-def _large(view: MappingView) -> str:
-    """How many of the frames belong to large folios, where that is told."""
-    pages = view.grid.snapshot.processes[0].pages
-    told = pages["flags"] != 0
-    if not told.any():
-        return "whether they are large folios, only root may know"
-    mask = KPF["thp"].mask | KPF["compound_head"].mask | KPF["compound_tail"].mask
-    return f"{np.count_nonzero(pages['flags'][told] & mask)} of them in large folios"
+def _folios(bench: Workbench) -> Generator[ChapterStep, None, None]:
+    """One touch of files whose pages lie in folios of different sizes; several files of each."""
+    rows = []
+    for pages in _FOLIOS:
+        views = [_touch_new(bench, f"of-{pages}-{number}", pages) for number in range(_TRIES)]
+        bench.taken()
+        folios = Counter(_folio(view.frames[pages // 2]) for view in views)
+        mapped = Counter(f"{view.present}" for view in views)
+        rows.append((f"{pages}", _tally(folios), _tally(mapped)))
+    for pages in _FOLIOS:
+        bench.note(f"{_TRIES} times: open, mmap, load 1 byte of page {pages // 2} of {pages}", access=True)
+    columns = (">pages written at once", "pages of the folio", "pages mapped by one touch")
+    yield ChapterStep(
+        "what comes along",
+        "Files that were written in one call each; the file system may keep such pages together, in one "
+        f"folio. One byte of each file is read; {_TRIES} files of each size.",
+        bench.taken(),
+        (
+            f"As a rule a read fault maps up to {_AROUND} pages, 64 KiB, around the one that was asked for, "
+            "however large its folio is. It may be that page alone, or the folio as a whole.",
+            f"A folio that fills a whole table of {_ENTRIES} entries is mapped at once: by one entry of the "
+            "page middle directory, the level above.",
+        ),
+        tables=(Figures("One read fault", columns, tuple(rows)),),
+    )
+
+
+def _touch_new(bench: Workbench, name: str, pages: int) -> MappingView:
+    """A fresh file of so many pages, mapped, when one byte in its middle has been read."""
+    fd = bench.opened(bench.file(name, os.urandom(pages * PAGE_SIZE)))
+    memory = bench.mapped(pages * PAGE_SIZE, PROT_READ, MAP_SHARED, fd)
+    bench.load(memory.page(pages // 2))
+    return bench.look_at(memory)
+
+
+def _tally(counts: Counter[str]) -> str:
+    """What was seen, the most frequent first: ``16 (4 times), 1``."""
+    return ", ".join(f"{text} ({times} times)" if times > 1 else text for text, times in counts.most_common())
+
+
+def _folio(frame: int) -> str:
+    """How many pages the folio of ``frame`` has, where that is told; it lies at a multiple of its size."""
+    if not frame:
+        return "only root may know"
+    first = frame - frame % _ENTRIES
+    try:
+        flags = frame_flags(np.arange(first, first + _ENTRIES, dtype=np.uint64))
+    except EvidenceError:
+        return "not told"
+    tails = (flags & KPF["compound_tail"].mask) != 0
+    starts = np.flatnonzero(~tails)  # each folio's first page
+    before = starts[starts <= frame - first]
+    after = starts[starts > frame - first]
+    return f"{(after[0] if len(after) else _ENTRIES) - before[-1]}" if len(before) else "not told"
 
 
 def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, MappingView]:
@@ -253,7 +306,7 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
     number=2,
     title="Lazy loading",
     claim="A page enters memory when it is first touched, and not before.",
-    surprise="One read brings 1, 16 or 256 pages; one write brings exactly 1.",
+    surprise=f"One read brings 1, {_AROUND} or {_ENTRIES} pages, as it happens; one write brings exactly 1.",
     claims=(_on_demand, _at_least_one, _write_one, _by_fault, _cold_major),
     question=Quiz(
         f"A file of {_PAGES:,} pages is in the page cache. A program maps it and reads one byte. "
@@ -261,7 +314,8 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
         (
             Choice("1", "It could be, and for a write it is. For a read the kernel is more generous."),
             Choice(
-                "1 or more", "At least the one; as a rule its neighbours, and a whole large folio at once."
+                "1 or more",
+                f"The one; as a rule its neighbours, up to 64 KiB, or {_ENTRIES} that lie together.",
             ),
             Choice(f"{_PAGES:,}", "That is what MAP_POPULATE asks for. Without it, only what is near."),
         ),
@@ -271,12 +325,14 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
         "Touching a page that has no entry raises a page fault. The kernel looks up the mapping, finds the "
         "page in the page cache or reads it from the disk (a major fault), fills in the entry, and lets the "
         "instruction run again. The program notices nothing but the time.",
-        "Since a fault costs more than an entry, a read fault maps the pages around it, too, if they are in "
-        "the page cache: up to 64 KiB (fault-around), or the whole large folio that the page is part of. "
-        "Present is not the same as touched.",
+        "Since a fault costs more than an entry, a read fault maps pages around it, too, if they are in "
+        "the page cache: as a rule up to 64 KiB (fault-around), whatever the size of the folio that the page "
+        f"is part of. A folio of {_ENTRIES} pages is mapped by a single entry one level up, in the page "
+        "middle directory, and so comes as a whole. Present is not the same as touched.",
     ),
     sources=(
-        "mm/memory.c, do_fault_around() and filemap_map_pages()",
+        "mm/memory.c, do_fault_around() and fault_around_bytes",
+        "mm/filemap.c, filemap_map_pages() and filemap_map_pmd()",
         "getrusage(2), ru_minflt and ru_majflt",
         "posix_fadvise(2), madvise(2)",
     ),

@@ -13,7 +13,7 @@ from miniloader.elf import ElfImage, LoadPlan, inspect
 from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader import Event, Library, load
+from miniloader.loader import Event, Library, Loading, load
 from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
@@ -33,7 +33,7 @@ class RelroPages:
     """What was seen of the pages of PT_GNU_RELRO, and of the data behind them."""
 
     pages: int  # of RELRO
-    relocating: str  # protection of the first, while words are filled in
+    relocating: str  # protection of the first, mapped, before any word is filled in
     frozen: tuple[str, ...]  # protection of each, loaded
     data: str  # protection of the page behind them, loaded
     states: tuple[str, ...]  # loaded
@@ -59,32 +59,29 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, RelroPages]:
     plan = image.plan(PAGE_SIZE)
     pages = (plan.relro.end - plan.relro.start) // PAGE_SIZE
     words = _relocated_words(image, plan)
-    relocating: list[str] = []
-    mapped: list[MappingView] = []
-    biases: list[int] = []
 
     def note(event: Event) -> None:
         bench.note(f"{event.stage}: {event.text}", access=True)
-        if event.stage == "reserve":
-            biases.append(event.data["address"] - plan.start)
-        if event.stage == "bind":  # mapped, and not yet relocated
-            mapped.append(_look(bench, biases[0], plan, "mapped"))
-        if event.stage == "relocate":
-            relocating.append(_protection(biases[0] + plan.relro.start))
 
-    with load(path, on_event=note) as library:
+    with Loading(path, on_event=note) as steps:
+        bias = steps.map()[0].bias
+        mapped = _look(bench, bias, plan, "mapped")
+        relocating = _protection(bias + plan.relro.start)
+        steps.link()
+        steps.initialise()
+    with steps.library as library:
         start = library.base + plan.relro.start
         frozen = tuple(_protection(start + page * PAGE_SIZE) for page in range(pages))
         data = _protection(library.base + plan.relro.end)
         view = _look(bench, library.base, plan, "frozen")
-        yield _frozen_step(bench, relocating[0] if relocating else "?", frozen, data, mapped[0], view)
+        yield _frozen_step(bench, relocating, frozen, data, mapped, view)
         signal = yield from _store(bench, library.base + words[0])
         stored = yield from _store_behind(bench, library.base + plan.relro.end)
         comparison = yield from _twice(bench, library, words)
 
     return RelroPages(
         pages=pages,
-        relocating=relocating[0] if relocating else "",
+        relocating=relocating,
         frozen=frozen,
         data=data,
         states=view.states[:pages],
@@ -132,8 +129,8 @@ def _frozen_step(
         "change again: the loader fills them in, and then takes the right to write away.",
         bench.taken(),
         (
-            f"While it relocates they are {relocating}, afterwards {', '.join(dict.fromkeys(frozen))}; the "
-            f"data behind them stays {data}.",
+            f"Mapped, and to be relocated, they are {relocating}, afterwards "
+            f"{', '.join(dict.fromkeys(frozen))}; the data behind them stays {data}.",
             "All but the last step of this is copy-on-write as ever: what was written is a copy.",
         ),
         evidence=(
@@ -219,9 +216,11 @@ def _twice(
 
 
 # ---------------------------------------------------------------------------------------- claims
-@equal("writable-at-first", "While it is relocated it is writable", "rw-", "{} while words are filled in")
+@equal(
+    "writable-at-first", "While it is relocated it is writable", "rw-", "{} when words are to be filled in"
+)
 def _writable(seen: RelroPages) -> str:
-    return seen.relocating or "not seen"
+    return seen.relocating
 
 
 @claim("frozen", "Then it is read-only, and the data behind it is not")
