@@ -13,13 +13,13 @@ from typing import Any, Final
 
 from miniloader.errors import printable
 from miniloader.evidence.verdict import Claim
-from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.features import LevelName
 from miniloader.report.grid import explained, matrix, matrix_legend
 from miniloader.report.levels import evidence
 from miniloader.report.numbers import count, size
 from miniloader.report.text import VERDICT_SIGNS, Cell, Line, Part, Piece, Table, heading, indented, pairs
 from miniloader.report.walkthrough_page import dump, moves
-from miniloader.walkthrough.chapter import Answer, Chapter, Quiz, Statement
+from miniloader.walkthrough.chapter import Answer, Chapter, Quiz
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, CodeListing, Figures, Grid, PageBytes
 from miniloader.walkthrough.traced_calls import TracedCall
@@ -50,7 +50,7 @@ def contents(chapters: Sequence[Chapter[Any]], level: LevelName) -> Iterator[Par
     yield heading("How mmap and shared libraries work", f"{count(len(chapters), 'chapter')}, each run here")
     yield pairs(evidence(level))
     for chapter in chapters:
-        can = [_can(claim, level) for claim in chapter.claims]
+        can = [claim.told_at(level) for claim in chapter.claims]
         shown = f"{sum(can)} of {len(can)}" if not all(can) else f"all {len(can)}"
         yield ()
         yield (
@@ -77,11 +77,6 @@ def _statements(chapter: Chapter[Any], can: Sequence[bool]) -> Iterator[tuple[Ce
     for claim, judged in zip(chapter.claims, can, strict=True):
         needs = "" if judged else f"  (needs evidence by {claim.level})"
         yield ("·" if judged else "?", "dim"), claim.text + needs
-
-
-def _can(claim: Statement[Any], level: LevelName) -> bool:
-    names = [row.name for row in LEVELS]
-    return names.index(level) <= names.index(claim.level)
 
 
 def _part(title: str) -> Line:
@@ -205,7 +200,7 @@ def _listing(listing: CodeListing) -> Iterator[Part]:
         line = move.line
         arrow = f"  → slot {line.slot:#x}" if line.slot is not None else ""
         rows.append(((f"{line.vaddr:x}", "dim"), [printable(line.text), (arrow, "bold")]))
-        if move.slot is not None and not move.again:
+        if move.slot is not None and not move.repeated:
             _, name, before, after = move.slot
             rows.append(("", ["  ↳ ", (printable(name), "bold")]))
             rows.append(("", f"    before: {printable(before)}"))

@@ -36,7 +36,7 @@ class Move:
 
     line: CodeLine
     slot: tuple[int, str, str, str] | None
-    again: bool
+    repeated: bool
 
 
 def view_of(results: Sequence[ChapterResult]) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def _films(result: ChapterResult) -> Iterator[tuple[int, Film]]:
         yield last, _film(result, scenes)
 
 
-def _alike(one: Grid, other: Grid) -> bool:
-    return one.rows == other.rows and np.array_equal(one.sharing.vaddrs, other.sharing.vaddrs)
+def _alike(first: Grid, second: Grid) -> bool:
+    return first.rows == second.rows and np.array_equal(first.sharing.vaddrs, second.sharing.vaddrs)
 
 
 def _film(result: ChapterResult, scenes: Sequence[tuple[ChapterStep, Grid]]) -> Film:
@@ -129,10 +129,8 @@ def _octets(octets: bytes, marked: Sequence[bool]) -> tuple[tuple[str, bool], ..
 def moves(listing: CodeListing) -> list[Move]:
     """Each instruction with its slot."""
     slots = {slot[0]: slot for slot in listing.slots}
-    told: set[int] = set()
-    found = []
-    for line in listing.lines:
-        slot = slots.get(line.slot) if line.slot is not None else None
-        found.append(Move(line, slot, slot is not None and slot[0] in told))
-        told.update([] if slot is None else [slot[0]])
-    return found
+    slot_of = [None if line.slot is None else slots.get(line.slot) for line in listing.lines]
+    return [
+        Move(line, slot, slot is not None and slot in slot_of[:number])
+        for number, (line, slot) in enumerate(zip(listing.lines, slot_of, strict=True))
+    ]

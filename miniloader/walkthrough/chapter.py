@@ -13,7 +13,7 @@ from dataclasses import field
 from types import CodeType, FunctionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from miniloader.kernel.features import LevelName
+from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.lab.proof.claims import Finding
 from miniloader.values import dataclass
 from miniloader.walkthrough.step import ChapterStep
@@ -35,6 +35,15 @@ class Statement(Generic[Seen]):
     text: str
     finding: Callable[[Seen], Finding]
     level: LevelName = "none"
+
+    def told_at(self, level: LevelName) -> bool:
+        """Whether evidence of ``level`` is enough to judge it.
+
+        >>> Statement("copied", "A page was copied", lambda seen: seen, "flags").told_at("totals")
+        False
+        """
+        names = [evidence.name for evidence in LEVELS]
+        return names.index(level) <= names.index(self.level)
 
 
 def claim(

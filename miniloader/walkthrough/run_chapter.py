@@ -7,7 +7,7 @@ from typing import Any
 
 from miniloader.errors import MiniloaderError
 from miniloader.evidence.verdict import Claim, Verdict, combine, judge
-from miniloader.kernel.features import LEVELS, LevelName
+from miniloader.kernel.features import LevelName
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Chapter, Statement
 from miniloader.walkthrough.step import ChapterStep
@@ -80,11 +80,10 @@ def run_chapter(
 
 def judged(chapter: Chapter[Any], seen: Any, level: LevelName) -> tuple[Claim, ...]:
     """The claims of ``chapter``, judged by what was ``seen`` with evidence of ``level``."""
-    names = [evidence.name for evidence in LEVELS]
     return tuple(
-        _not_judged(statement, f"evidence here is {level}, and this needs {statement.level}")
-        if names.index(level) > names.index(statement.level)
-        else judge(statement.id, statement.text, **statement.finding(seen)._asdict())
+        judge(statement.id, statement.text, **statement.finding(seen)._asdict())
+        if statement.told_at(level)
+        else _not_judged(statement, f"evidence here is {level}, and this needs {statement.level}")
         for statement in chapter.claims
     )
 

@@ -104,7 +104,7 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
             but(frames_before=(5,) * 8, frames_after=(5,) * 8),
         ),
         "only-that-page": (but(states_after=at(4, "copied")), but(frames_after=at(4, 5))),
-        "invisible": (but(others=b"h"), but(mine=b"DDDDD")),
+        "invisible": (but(read_there=b"h"), but(read_here=b"DDDDD")),
         "never-in-file": (but(in_file=b"hello"),),
         "later-change-shows": (but(later_elsewhere=b"FFFFF"), but(later_in_copy=b"later")),
         "same-on-tmpfs": (but(on_tmpfs=("sole",) * 8),),

@@ -32,21 +32,25 @@ CHAPTERS: Final = (
 
 
 def chapters() -> tuple[Chapter[Any], ...]:
-    """All of them."""
+    """Every chapter, in order."""
     return tuple(map(_load, CHAPTERS))
 
 
 def chapter(name: str) -> Chapter[Any]:
-    """The chapter of that id, or of that number; UsageError where there is none."""
+    """The chapter of that id, or of that number; UsageError where there is none.
+
+    >>> chapter("3").id
+    'cow'
+    """
     if name in CHAPTERS:
         return _load(name)
     if name.isdecimal():
-        for one in chapters():
-            if one.number == int(name):
-                return one
+        for numbered in chapters():
+            if numbered.number == int(name):
+                return numbered
     raise UsageError(f"no chapter {name!r}", hint=f"there are {', '.join(CHAPTERS)}")
 
 
 def _load(name: str) -> Chapter[Any]:
-    found: Chapter[Any] = import_module(f"{__name__}.{name}").CHAPTER
-    return found
+    declared: Chapter[Any] = import_module(f"{__name__}.{name}").CHAPTER
+    return declared

@@ -81,7 +81,7 @@ class ReadAndMapped:
     in_other_buffer: bytes  # what was written from it, after the buffer had changed
     once: Race
     random: Race
-    others: tuple[Race, ...]
+    in_order: tuple[Race, ...]
 
 
 def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
@@ -118,7 +118,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
             "A buffer is a snapshot. A mapping is the file.",
         ),
     )
-    once, random, *sizes = yield from _races(bench)
+    once, random, *in_order = yield from _races(bench)
     return ReadAndMapped(
         mapping=mapped.states,
         buffer=filled.states,
@@ -129,7 +129,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
         in_other_buffer=in_file,
         once=once,
         random=random,
-        others=tuple(sizes),
+        in_order=tuple(in_order),
     )
 
 

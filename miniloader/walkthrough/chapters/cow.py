@@ -31,8 +31,8 @@ class CowPages:
     states_after: tuple[str, ...]
     frames_before: tuple[int, ...]
     frames_after: tuple[int, ...]
-    mine: bytes
-    others: bytes
+    read_here: bytes  # on the page written
+    read_there: bytes  # by the other process
     in_file: bytes
     on_tmpfs: tuple[str, ...] | None  # states after the same store; None: no tmpfs here
     later_elsewhere: bytes
@@ -77,7 +77,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
     after = bench.look(rows, _PAGES, "written")[0]
     in_file = bench.pread(fd, 5, _WRITTEN * PAGE_SIZE)
-    read_by_other = bench.resume(reader)
+    read_there = bench.resume(reader)
     bytes_after = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
     store = ChangedWord(0, 5, "the store: in this process's copy only")
     title = f"page {_WRITTEN}, as this process sees it"
@@ -87,7 +87,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
         bench.taken(),
         (
             f"The store faulted; the kernel copied page {_WRITTEN} to a new frame and let the store go on.",
-            f"Here: {bytes_after[:5]!r}. In the file: {in_file!r}. In the other process: {read_by_other!r}.",
+            f"Here: {bytes_after[:5]!r}. In the file: {in_file!r}. In the other process: {read_there!r}.",
         ),
         evidence=(before_and_after("Pages of this process", before, after, range(_PAGES)),),
         grid=after.grid,
@@ -102,8 +102,8 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
         states_after=after.states,
         frames_before=before.frames,
         frames_after=after.frames,
-        mine=bytes_after[:5],
-        others=read_by_other,
+        read_here=bytes_after[:5],
+        read_there=read_there,
         in_file=in_file,
         on_tmpfs=on_tmpfs,
         later_elsewhere=later_elsewhere,
@@ -261,7 +261,7 @@ def _only_that_page(pages: CowPages) -> Finding:
 
 @equal("invisible", "Another process does not see the write", (b"hello", _LETTER), "{} here, {} there")
 def _invisible(pages: CowPages) -> tuple[bytes, bytes]:
-    return pages.mine, pages.others
+    return pages.read_here, pages.read_there
 
 
 @equal("never-in-file", "The write does not reach the file", _LETTER * 5, "pread gives {!r}")
@@ -326,8 +326,8 @@ def _check(names: dict[str, Any]) -> Answer:
     copied = copied_pages(names["memory"])
     if len(copied) == 1:
         return Answer(True, f"exactly one page was copied: page {copied[0]}")
-    what = "storing even the value that is there already copies the page"
-    return Answer(False, f"{len(copied)} pages were copied, 1 was asked for; {what}")
+    reason = "storing even the value that is there already copies the page"
+    return Answer(False, f"{len(copied)} pages were copied, 1 was asked for; {reason}")
 
 
 CHAPTER: Final[Chapter[CowPages]] = Chapter(

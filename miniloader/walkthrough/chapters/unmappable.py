@@ -38,7 +38,7 @@ class MmapAnswers:
 class _Attempt(NamedTuple):
     """One thing to map: how to open it, how to map it, and the answer that is expected of mmap."""
 
-    what: str
+    thing: str
     open: Callable[[Workbench, ExitStack], int]
     expected: str
     protection: int = PROT_READ
@@ -62,8 +62,8 @@ def _fifo(bench: Workbench, stack: ExitStack) -> int:
 def _socket(family: str, kind: str) -> Callable[[Workbench, ExitStack], int]:
     def make(bench: Workbench, stack: ExitStack) -> int:
         text, arguments = f"socket({family}, {kind}, 0)", (getattr(socket, family), getattr(socket, kind))
-        made: socket.socket = bench.do(text, lambda: socket.socket(*arguments), lambda s: str(s.fileno()))
-        return made.detach()
+        new: socket.socket = bench.do(text, lambda: socket.socket(*arguments), lambda s: str(s.fileno()))
+        return new.detach()
 
     return make
 
@@ -162,8 +162,8 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, MmapAnswers]:
     path = bench.file("file", b"x" * 100)
     answers: dict[str, str] = {}
     for name, did, attempts in _GROUPS:
-        group = {attempt.what: _answer(bench, attempt) for attempt in attempts}
-        rows = tuple((what, answer, _MEANING.get(answer, "")) for what, answer in group.items())
+        group = {attempt.thing: _answer(bench, attempt) for attempt in attempts}
+        rows = tuple((thing, answer, _MEANING.get(answer, "")) for thing, answer in group.items())
         table = Figures("The answers", ("what", "mmap says", "that is"), rows)
         yield ChapterStep(name, did, bench.taken(), tables=(table,))
         answers |= group
@@ -210,12 +210,12 @@ def _beyond_the_end(bench: Workbench, path: str) -> Generator[ChapterStep, None,
 # ---------------------------------------------------------------------------------------- claims
 def _all(id: str, text: str, attempts: tuple[_Attempt, ...]) -> Statement[MmapAnswers]:
     """Whether each attempt has its answer; what is not here is not counted, unless nothing is."""
-    wanted = {attempt.what: attempt.expected for attempt in attempts}
+    wanted = {attempt.thing: attempt.expected for attempt in attempts}
 
     def finding(seen: MmapAnswers) -> Finding:
-        answers = {what: seen.answers.get(what, "not here: not tried") for what in wanted}
-        missing = [what for what, answer in answers.items() if answer.startswith("not here")]
-        wrong = [what for what in wanted if what not in missing and answers[what] != wanted[what]]
+        answers = {thing: seen.answers.get(thing, "not here: not tried") for thing in wanted}
+        missing = [thing for thing, answer in answers.items() if answer.startswith("not here")]
+        wrong = [thing for thing in wanted if thing not in missing and answers[thing] != wanted[thing]]
         holds = False if wrong else None if missing else True
         reason = f"{', '.join(missing)} could not be made here"
         return Finding(holds, _by_answer(wanted), _by_answer(answers), reason)
@@ -226,7 +226,7 @@ def _all(id: str, text: str, attempts: tuple[_Attempt, ...]) -> Statement[MmapAn
 def _by_answer(answers: dict[str, str]) -> str:
     """``ENODEV: a pipe, a FIFO; mapped: a file``."""
     return "; ".join(
-        f"{answer}: {', '.join(what for what in answers if answers[what] == answer)}"
+        f"{answer}: {', '.join(thing for thing in answers if answers[thing] == answer)}"
         for answer in dict.fromkeys(answers.values())
     )
 
