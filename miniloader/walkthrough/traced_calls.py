@@ -18,6 +18,7 @@ __all__ = ["Calls", "Mapping", "TracedCall", "flag_text"]
 
 T = TypeVar("T")
 
+_NOT_FRESH: Final = ("/dev", "/proc/self")  # whose files are shown by their whole path
 _PROTECTIONS: Final = {"PROT_READ": 1, "PROT_WRITE": 2, "PROT_EXEC": 4}
 _MAPS: Final = {
     "MAP_SHARED": syscalls.MAP_SHARED,
@@ -116,7 +117,7 @@ class Calls:
         """open(2); a fresh file is shown by its last name, a device and what is in /proc by its path."""
         text = _ACCESS[flags & os.O_ACCMODE]
         more = flag_text(flags & ~os.O_ACCMODE, _OPENS, "")
-        name = path if path.startswith(("/dev/", "/proc/")) else os.path.basename(path) or path
+        name = path if os.path.dirname(path) in _NOT_FRESH else os.path.basename(path) or path
         shown = f'open("{name}", {text}{"|" + more if more else ""})'
         return self.do(shown, lambda: os.open(path, flags | os.O_CLOEXEC, mode))
 

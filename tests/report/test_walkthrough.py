@@ -9,12 +9,13 @@ from functools import cache
 import pytest
 
 from miniloader.evidence.snapshot import ProcessRange, take
+from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
 from miniloader.report.text import Part, laid_out, plain
 from miniloader.walkthrough.chapter import Answer, Choice, Quiz
-from miniloader.walkthrough.chapters import cow, relocation
+from miniloader.walkthrough.chapters import cow, fork, relocation
 from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
 from miniloader.walkthrough.step import (
     BeforeAfter,
@@ -179,6 +180,21 @@ def test_a_sign_is_explained_once() -> None:
     shown = grids(result(), 80)
     assert sum("a frame of this process alone" in line for line in shown) == 1
     assert sum("pages in the run below the number" in line for line in shown) == 1
+
+
+def test_a_sign_has_one_meaning() -> None:
+    """After fork: what both have is another sign than what a process has for itself."""
+    meanings: dict[str, set[str]] = {}
+    for line in grids(run_chapter(fork.CHAPTER), 110):
+        signs, _, meaning = line.strip().partition("  ")
+        if meaning.lstrip().startswith("a "):
+            for sign in signs.split():
+                meanings.setdefault(sign, set()).add(meaning.strip())
+    if best_level() != "frames":
+        assert meanings
+    else:
+        assert meanings.keys() >= {"a", "A", "B"}
+    assert {sign: len(texts) for sign, texts in meanings.items()} == dict.fromkeys(meanings, 1)
 
 
 def test_a_grid_without_evidence_says_so() -> None:

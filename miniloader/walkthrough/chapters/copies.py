@@ -361,7 +361,8 @@ CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
         "A copy is cheap, though; changing page tables is not: mmap, a fault for every few pages, munmap. "
         "So mmap wins where data is used often, in random order, or by many processes at once; read wins "
         "for data that is used once, through a small buffer that stays in the processor's cache.",
-        "The figures are this machine's, and include what Python adds to each call.",
+        "The figures are this machine's. Both sides of a race are written in one way, so that what Python "
+        "adds is on both; where a race is of single calls and loads, the difference in C is greater still.",
     ),
     sources=("read(2)", "mmap(2)", "mm/filemap.c, filemap_read() and filemap_fault()"),
     exercise=Exercise(
