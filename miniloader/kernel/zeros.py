@@ -34,12 +34,12 @@ class Sums:
 
     ``zeros`` is how many pages of the mapping are the page of zeros; -1 where that is not known, as it
     changed while we looked, or is very large.  ``all_or_none``: of the doubtful ones none (0), all (1), or
-    only some, or not known (-1).  ``huge`` is how many pages of all mappings are mapped by huge entries.
+    only some, or not known (-1).  ``huge`` is how many pages of each mapping are mapped by huge entries.
     """
 
     zeros: NDArray[np.int64]
     all_or_none: NDArray[np.int8]
-    huge: int
+    huge: NDArray[np.int64]
 
 
 def doubtful(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -66,8 +66,8 @@ def zeros_by_sums(pagemap: PageMap, vmas: Sequence[Vma]) -> Sums:
             number = int(np.count_nonzero(entries & PRESENT)) - sums[vma]["Rss"] // PAGE_SIZE
         zeros[index] = number if 0 <= number <= maybe else -1
         all_or_none[index] = 0 if number == 0 else 1 if number == maybe else -1
-    huge = sum(sums[vma].get(name, 0) for vma in vmas if vma in sums for name in _HUGE)
-    return Sums(zeros, all_or_none, huge // PAGE_SIZE)
+    huge = [sum(sums.get(vma, {}).get(name, 0) for name in _HUGE) // PAGE_SIZE for vma in vmas]
+    return Sums(zeros, all_or_none, np.array(huge, np.int64))
 
 
 def _may_have(vma: Vma) -> bool:

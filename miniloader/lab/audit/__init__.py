@@ -8,6 +8,7 @@ Data moves down this list.  ``survey`` looks at one process; ``audit`` puts the 
   files of the cache of prepared libraries among them.
 - ``arrangement``: where these files lie in it: load biases.
 - ``survey``: one look at one process, with the cause of each copied page (:mod:`miniloader.evidence.cause`).
+- ``mappings``: what every mapping costs, not only those of files.
 - ``library``: one library over all processes; ``audit``: all libraries, and what each process costs.
 - ``result``: what was found, as frozen values; ``diff``: what differs between two of these.
 

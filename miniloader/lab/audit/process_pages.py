@@ -25,6 +25,9 @@ __all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set"]
 #: Which rows of an array: most often one after another.
 Rows = slice | NDArray[np.intp]
 
+#: For each page whether it is the page of zeros; for each mapping how many pages are huge, and zeros besides.
+_Zeros = tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]
+
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 _HUGE: Final = 2 << 20  # bytes; the pages of hugetlbfs are no smaller
 _LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
@@ -38,7 +41,8 @@ class Pages:
     ``copies`` and ``originals`` keep what an audit asks for.  ``anonymous`` are the addresses of the copied
     pages that lie in no file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero``
     are the page of zeros, which is not counted; where a kernel does not tell all of them from copies,
-    ``zeros_among`` the counted ones are so many more.
+    ``zeros_among`` the counted ones of each mapping are so many more.  ``huge_in`` is how many pages of each
+    mapping are mapped by huge entries.
     """
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
@@ -57,7 +61,7 @@ class Pages:
         present = (self.entries & PRESENT).astype(np.bool_)
         file = (self.entries & FILE).astype(np.bool_)
         zeros = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
-        self.zero, self.huge, self.zeros_among = zeros
+        self.zero, self.huge_in, self.zeros_among = zeros
         self.counted = present & ~self.zero
         counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
         counted[self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])] = False
@@ -107,8 +111,8 @@ class Pages:
         huge = {sums.vma for sums in read_smaps(self._pagemap.pid) if "ht" in sums.flags}
         return [index for index in asked if vmas[index] in huge]
 
-    def _scanned(self, vmas: Sequence[Vma]) -> tuple[NDArray[np.bool_], int, int] | None:
-        """Which are the page of zeros, how many are in huge pages, and 0; None before PAGEMAP_SCAN (6.7)."""
+    def _scanned(self, vmas: Sequence[Vma]) -> _Zeros | None:
+        """Which are the page of zeros, how many are in huge pages; None before PAGEMAP_SCAN (6.7)."""
         zero, huge = np.zeros((2, len(self.addresses)), np.bool_)
         try:
             kinds = IS_ZERO | IS_HUGE
@@ -120,9 +124,10 @@ class Pages:
         for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
             huge[low:high] |= bool(kind & IS_HUGE)
-        return zero, count_set(huge & ~zero), 0
+        huge_in = np.bincount(self.vma[huge & ~zero], minlength=len(vmas))
+        return zero, huge_in, np.zeros(len(vmas), np.int64)
 
-    def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> tuple[NDArray[np.bool_], int, int]:
+    def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> _Zeros:
         """Which are the page of zeros, how many are in huge pages, how many zeros are among the other pages.
 
         Told by the flags of the frames, or by sums, for kernels without PAGEMAP_SCAN.
@@ -132,9 +137,10 @@ class Pages:
             with suppress(EvidenceError):  # kpageflags is for root alone
                 flags = frame_flags(self.entries[maybe] & FRAME)
                 maybe[maybe] = (flags & KPF["zero_page"].mask).astype(np.bool_)
-                return maybe, sums.huge, 0
+                return maybe, sums.huge, np.zeros(len(vmas), np.int64)
         mixed = (sums.all_or_none < 0) & (sums.zeros > 0)
-        return maybe & (sums.all_or_none[self.vma] == 1), sums.huge, int(sums.zeros[mixed].sum())
+        among = np.where(mixed, sums.zeros, 0)
+        return maybe & (sums.all_or_none[self.vma] == 1), sums.huge, among
 
 
 @dataclass(frozen=True, eq=False)

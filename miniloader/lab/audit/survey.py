@@ -225,17 +225,18 @@ def _summed(
     pages: Pages, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
 ) -> Survey:
     """What the pages of the whole process come to."""
+    zeros_among = int(pages.zeros_among.sum())
     return Survey(
         pid=pid,
         name=name,
         parent=parent,
         started=started,
-        rss=count_set(pages.counted) - pages.zeros_among,
+        rss=count_set(pages.counted) - zeros_among,
         exclusive=count_set(pages.copies.exclusive) + count_set(pages.originals.exclusive),
-        anonymous=len(pages.copies.exclusive) - pages.zeros_among,
-        anonymous_shared=count_set(~pages.copies.exclusive) - pages.zeros_among,
-        zero=count_set(pages.zero) + pages.zeros_among,
-        huge=pages.huge,
+        anonymous=len(pages.copies.exclusive) - zeros_among,
+        anonymous_shared=count_set(~pages.copies.exclusive) - zeros_among,
+        zero=count_set(pages.zero) + zeros_among,
+        huge=int(pages.huge_in.sum()),
         swapped=count_set(pages.swapped),
         copies=pages.copies,
         originals=pages.originals,

@@ -1,0 +1,154 @@
+"""What every mapping costs, against the kernel's own sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from miniloader.kernel.maps import parse_vma
+from miniloader.kernel.mounts import mount_of
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.probe import best_level
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.mappings import (
+    MappingName,
+    MappingProcess,
+    images_of,
+    mappings_of,
+    name_of,
+    processes_of,
+    pss_by_frames,
+    pss_by_sums,
+)
+from miniloader.lab.audit.survey import Memo, locate
+from tests.lab.audit.older_kernels import KERNELS
+from tests.lab.audit.told_processes import ANONYMOUS, KB, Told, rollup_of, told, told_children
+
+_PAGES = 8
+_VARIED = f"""
+import mmap, threading
+size = {_PAGES * PAGE_SIZE}
+memory = os.memfd_create("pool"); os.ftruncate(memory, size)
+twice = [mmap.mmap(memory, size) for _ in range(2)]
+for one in twice: one.write(bytes(size))
+read = mapped(size); [ctypes.string_at(read + at, 1) for at in range(0, size, {PAGE_SIZE})]
+written = mapped(2 * size); ctypes.memset(written, 1, 2 * size)
+shared = mmap.mmap(-1, size); shared.write(bytes(size))
+thread = threading.Thread(target=signal.pause, daemon=True); thread.start()
+"""
+
+
+def look(pid: int, *, frames: bool) -> dict[MappingName, MappingProcess]:
+    with PageMap(pid) as pagemap:
+        vmas, pages, files = locate(pid, pagemap, Memo(), frames=frames)
+    images = images_of(files)
+
+    def file_system(vma):
+        mount = mount_of(pid, vma.path)
+        return "" if mount is None else mount.kind
+
+    pss = pss_by_frames(pages, len(vmas)) if frames else pss_by_sums(pid, vmas)
+    return processes_of(pid, [name_of(vma, images, file_system) for vma in vmas], pages, pss)
+
+
+@pytest.fixture
+def family() -> Iterator[tuple[Told, int]]:
+    """A process with a bit of everything, and a child that has it, too; the parent wrote a part since."""
+    with told(ANONYMOUS, _VARIED) as parent, told_children(parent, 1) as (child,):
+        parent("ctypes.memset(written, 2, size)")
+        yield parent, child
+
+
+@KERNELS
+@pytest.mark.parametrize("level", ["frames", "flags"])
+def test_own_is_uss_and_resident_is_rss(
+    family: tuple[Told, int], level: str, kernel: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """To the byte.  Others may map a page of a file meanwhile: so the sums are those of before and after."""
+    if level == "frames" and best_level() != "frames":
+        pytest.skip("needs root: frames")
+    for pid in (family[0].pid, family[1]):
+        for _ in range(30):
+            before = rollup_of(pid)
+            with kernel():
+                found = look(pid, frames=level == "frames").values()
+            if rollup_of(pid) == before:
+                break
+        else:
+            raise AssertionError("the kernel never said the same twice")
+        assert sum(one.resident for one in found) == before["Rss"] * KB
+        assert sum(one.own for one in found) == (before["Private_Clean"] + before["Private_Dirty"]) * KB
+        pss = [one.pss for one in found if one.pss is not None]
+        assert len(pss) == len(found)
+        assert abs(sum(pss) - before["Pss"] * KB) <= KB * 200  # smaps cuts off part of a KiB of each mapping
+        for one in found:
+            assert one.resident == one.own + one.inherited + one.shared
+
+
+def test_each_mapping_is_what_it_is(family: tuple[Told, int]) -> None:
+    parent, child = family
+    size = _PAGES * PAGE_SIZE
+    ours, theirs = look(parent.pid, frames=False), look(child, frames=False)
+    pool, zero = (MappingName("shared-memory", name) for name in ("/memfd:pool", "/dev/zero"))
+    mapped_twice = ours[pool]
+    assert (mapped_twice.own, mapped_twice.inherited, mapped_twice.shared) == (0, 0, 2 * size)
+    assert (ours[zero].own, ours[zero].shared) == (size, 0)  # a child maps shared memory when it touches it
+    assert theirs[pool].resident == theirs[zero].resident == 0
+    for found in (ours, theirs):
+        nameless = found[MappingName("anonymous", "")]
+        assert nameless.zero >= size
+        assert nameless.inherited >= size
+        assert MappingName("heap", "[heap]") in found
+        assert MappingName("stack", "[stack]") in found
+        assert found[MappingName("special", "[vdso]")].own == 0
+    parent("ctypes.memset(written + size, 3, size)")
+    after = look(parent.pid, frames=False)
+    anonymous = MappingName("anonymous", "")
+    assert after[anonymous].own - ours[anonymous].own >= size
+    assert ours[anonymous].inherited - after[anonymous].inherited >= size
+    assert after[anonymous].resident == ours[anonymous].resident
+
+
+def test_memory_over_a_library_s_place_has_its_name(demo: Path) -> None:
+    """bss, and text that the program has replaced by anonymous memory: its own, not the file's."""
+    load = f"lib = ctypes.CDLL({str(demo)!r}); lib.demo_next()"
+    replace = f"""
+with open("/proc/self/maps") as maps: lines = [line.split() for line in maps if {str(demo)!r} in line]
+start, end = (int(at, 16) for at in next(line[0] for line in lines if line[1] == "r-xp").split("-"))
+libc.mmap(start, end - start, 3, 0x32, -1, 0); ctypes.memset(start, 1, {PAGE_SIZE})
+"""
+    with told(ANONYMOUS, load) as process:
+        before = look(process.pid, frames=False)
+        process(replace)
+        after = look(process.pid, frames=False)
+    place, file = MappingName("anonymous", str(demo)), MappingName("file", str(demo))
+    assert after[place].own - before[place].own == PAGE_SIZE
+    assert before[file].resident > after[file].resident
+
+
+def test_names() -> None:
+    def kind(line: bytes, system: str = "") -> str:
+        return name_of(parse_vma(line), file_system=lambda _: system).kind
+
+    assert kind(b"7f0000-7f8000 rw-s 00000000 00:19 8 /run/pool", "tmpfs") == "shared-memory"
+    assert kind(b"7f0000-7f8000 rw-p 00000000 00:19 8 /tmp/lib.so", "tmpfs") == "file"
+    assert kind(b"7f0000-7f8000 rw-s 00000000 00:1a 8 /dev/shm/pool") == "shared-memory"
+    assert kind(b"7f0000-7f8000 rw-s 00000000 00:01 8 /SYSV00000000 (deleted)") == "shared-memory"
+    assert kind(b"7f0000-7f8000 rw-p 00000000 00:10 8 /dev/hugepages/pool", "hugetlbfs") == "shared-memory"
+    assert kind(b"7f0000-7f8000 rw-s 00000000 00:05 8 /dev/dri/card0", "devtmpfs") == "device"
+    assert kind(b"7f0000-7f8000 rw-p 00000000 00:05 8 /dev/zero", "devtmpfs") == "anonymous"
+    assert kind(b"7f0000-7f8000 rw-p 00000000 00:00 0 [anon:arena]") == "anonymous"
+    assert kind(b"7f0000-7f8000 r--p 00000000 00:00 0 [vvar]") == "special"
+
+
+def test_rows_over_processes_have_the_most_own_first(family: tuple[Told, int]) -> None:
+    parent, child = family
+    rows = mappings_of([look(parent.pid, frames=False), look(child, frames=False)])
+    assert len({(row.kind, row.name) for row in rows}) == len(rows)
+    own = [sum(process.own for process in row.processes) for row in rows]
+    assert own == sorted(own, reverse=True)
+    pool = next(row for row in rows if row.name == "/memfd:pool")
+    assert [process.pid for process in pool.processes] == [parent.pid, child]
