@@ -21,7 +21,7 @@ import pytest
 
 from fixtures import build
 
-pytest_plugins = ["pytester", "miniloader.testing"]
+pytest_plugins = ["pytester", "miniloader.testing", "tests.json_schemas"]
 
 # Shells and nohup start what they run in the background with these ignored, and what is ignored is inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -138,9 +138,9 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"
     try:
         if as_json:
-            import json
+            from miniloader.report.json import dump
 
-            print(json.dumps({"error": {"kind": type(error).__name__, "message": printable(message)}}))
+            dump({"error": {"kind": type(error).__name__, "message": printable(message)}})
         _flush()
     except OSError:
         _drop_output()
