@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from miniloader.cli import options
 
 if TYPE_CHECKING:
+    from miniloader.lab.disassembly import Disassembly
     from miniloader.lab.workers.crash_guard import Doing
-    from miniloader.report.disasm import Listing
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -54,18 +54,18 @@ def run(arguments: argparse.Namespace) -> int:
     return in_child(body)
 
 
-def _from_file(arguments: argparse.Namespace) -> Listing:
+def _from_file(arguments: argparse.Namespace) -> Disassembly:
     import miniloader
+    from miniloader.lab.disassembly import disassembly_of
     from miniloader.machine.names_at import Landmarks
-    from miniloader.report.disasm import listing_of
 
-    return listing_of(Landmarks(miniloader.inspect(arguments.library)), arguments.symbol)
+    return disassembly_of(Landmarks(miniloader.inspect(arguments.library)), arguments.symbol)
 
 
 def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     import miniloader
+    from miniloader.lab.disassembly import disassembly_of
     from miniloader.machine.names_at import Landmarks
-    from miniloader.report.disasm import listing_of
 
     def on_event(event: miniloader.loader.Event) -> None:
         doing(f"{event.library}: {event.stage}: {event.text}")
@@ -73,12 +73,12 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     _from_file(arguments)  # no reason to load what cannot be shown
     with miniloader.load(arguments.library, on_event=on_event) as library:
         doing(f"{arguments.library}: looking at it")
-        listing = listing_of(Landmarks(library.image), arguments.symbol, library)
+        listing = disassembly_of(Landmarks(library.image), arguments.symbol, library)
         doing(f"{arguments.library}: closing it")
     return _show(listing, arguments)
 
 
-def _show(listing: Listing, arguments: argparse.Namespace) -> int:
+def _show(listing: Disassembly, arguments: argparse.Namespace) -> int:
     from miniloader.report.disasm import as_json, page
     from miniloader.report.json import dump
     from miniloader.report.output import Output

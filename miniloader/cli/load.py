@@ -76,11 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     import miniloader
     from miniloader.errors import UsageError
+    from miniloader.lab.loaded_library import look_at
     from miniloader.lab.workers.crash_guard import flush_c_output
     from miniloader.loader.call import parse_call, run_call
     from miniloader.loader.events import Event
     from miniloader.report.json import dump
-    from miniloader.report.load import Narrator, as_json, lines, results, view_of
+    from miniloader.report.load import Narrator, as_json, lines, results
     from miniloader.report.output import Output
 
     calls = [parse_call(text) for text in arguments.call]
@@ -113,14 +114,14 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             doing(f"{arguments.library}: {call.text}")
             outcomes.append(run_call(library, call))
             flush_c_output()
-        view = view_of(library, outcomes)
+        loaded = look_at(library, outcomes)
         if not arguments.json:
             out = Output()
-            out.show(lines(view))
+            out.show(lines(loaded))
             out.show(results(outcomes), wrap=False)
         doing(f"{arguments.library}: closing it")
     if arguments.json:
-        dump(as_json(view))
+        dump(as_json(loaded))
     return 0
 
 

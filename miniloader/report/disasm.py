@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from miniloader.errors import printable
-from miniloader.evidence.owner import Owner, owner_of
-from miniloader.kernel.maps import read_maps
-from miniloader.loader import Library
-from miniloader.machine.disassembly import Instruction, disassemble, processor_of
-from miniloader.machine.find_code import CodeRange, locate
-from miniloader.machine.names_at import Landmark, Landmarks, Slot
-from miniloader.machine.relocation import KINDS
+from miniloader.lab.disassembly import Disassembly, SlotContents
+from miniloader.machine.disassembly import Instruction
+from miniloader.machine.names_at import Landmark
 from miniloader.report.text import Line, heading, plain
-from miniloader.values import dataclass
 
-__all__ = ["Held", "Listing", "as_json", "listing_of", "page"]
+__all__ = ["as_json", "page"]
 
 _STYLES: Final = {
     "symbol": "cyan",
@@ -33,93 +27,10 @@ _OPERANDS: Final = 30  # columns before what they refer to
 _USUAL_NOTE: Final = 20
 _ANY: Final = 10_000
 _MOST_STRING: Final = 48
-#: What a relocated word holds when it holds an address (machine.relocation.Formula).
-_ADDRESSES: Final = ("B + A", "S + A", "S", "indirect")
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a slot holds in memory, and whose that address is (None: it is no address, or nobody's).
-
-    With ``stand_in`` it is that of code of miniloader's, which stands for what ``owner`` has.
-    """
-
-    value: int
-    owner: Owner | None
-    stand_in: bool = False
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The code of ``span``.
-
-    Of a loaded library ``base`` is the load bias, and ``held`` says by vaddr what the slots referred to hold.
-    """
-
-    path: str
-    machine: str
-    processor: str
-    span: CodeRange
-    instructions: tuple[Instruction, ...]
-    meanings: Mapping[int, str]  # of its slots
-    base: int | None
-    held: Mapping[int, Held]
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """Every relocated word that the code refers to, in order of mention."""
-        return _slots_of(self.instructions)
-
-
-def _slots_of(instructions: Sequence[Instruction]) -> tuple[Slot, ...]:
-    found = (one.target.slot for one in instructions if one.target is not None)
-    return tuple({slot.vaddr: slot for slot in found if slot is not None}.values())
-
-
-def listing_of(landmarks: Landmarks, name: str, library: Library | None = None) -> Listing:
-    """Disassemble what ``name`` says: from the file, or from memory when it is loaded as ``library``."""
-    image = landmarks.image
-    processor = processor_of(image)
-    span = locate(landmarks, name)
-    readable = any(
-        "r" in load.flags and load.vaddr <= span.vaddr and span.end <= load.file_end for load in image.loads
-    )
-    code = ctypes.string_at(library.base + span.vaddr, span.size) if library and readable else None
-    instructions = disassemble(landmarks, span, code)
-    slots = _slots_of(instructions)
-    return Listing(
-        path=image.path,
-        machine=image.header.machine,
-        processor=processor.label,
-        span=span,
-        instructions=instructions,
-        meanings={slot.vaddr: landmarks.meaning(slot) for slot in slots},
-        base=library.base if library else None,
-        held=_held(landmarks, slots, library) if library else {},
-    )
-
-
-def _held(landmarks: Landmarks, slots: Sequence[Slot], library: Library) -> dict[int, Held]:
-    """What each of ``slots`` holds in memory, by vaddr; without those that are no whole word."""
-    kinds = {kind.name: kind for kind in KINDS.get(landmarks.image.header.machine, {}).values()}
-    word, vmas = landmarks.image.header.word, read_maps()
-    base, meant = library.base, {here: there for there, here in library.loaded.stand_ins.items()}
-    held = {}
-    for slot in slots:
-        kind = kinds.get(slot.relocation)
-        if (kind is not None and kind.size < word) or landmarks.at(slot.vaddr + word - 1) is None:
-            continue
-        value = int.from_bytes(ctypes.string_at(base + slot.vaddr, word), "little")
-        owner = None
-        if kind is None or kind.formula in _ADDRESSES:
-            resolver = landmarks.meaning(slot) if kind is not None and kind.formula == "indirect" else None
-            owner = owner_of(meant.get(value, value), vmas, slot.symbol or resolver, slot.version)
-        held[slot.vaddr] = Held(value, owner, value in meant)
-    return held
 
 
 # -------------------------------------------------------------------------------------------- JSON
-def as_json(listing: Listing) -> dict[str, Any]:
+def as_json(listing: Disassembly) -> dict[str, Any]:
     """The object that ``--json`` prints; ``base`` is null for a file that was not loaded."""
     span = listing.span
     return {
@@ -143,7 +54,7 @@ def as_json(listing: Listing) -> dict[str, Any]:
     }
 
 
-def _target_json(target: Landmark, held: Mapping[int, Held]) -> dict[str, Any]:
+def _target_json(target: Landmark, held: Mapping[int, SlotContents]) -> dict[str, Any]:
     slot = target.slot
     now = None if slot is None else held.get(slot.vaddr)
     owner = None if now is None else now.owner
@@ -169,7 +80,7 @@ def _target_json(target: Landmark, held: Mapping[int, Held]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ people
-def page(listing: Listing, width: int | None) -> Iterator[Line]:
+def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
     """The listing, and the slots that it refers to, in lines of about ``width`` columns (None: any)."""
     span = listing.span
     yield heading(printable(span.name), f"{listing.processor}, {span.size} bytes at vaddr {span.vaddr:#x}")
@@ -226,7 +137,7 @@ def _beside(line: Line, note: Line, column: int, below: int, width: int | None) 
         yield (" " * below, *note)
 
 
-def _slots(listing: Listing, width: int | None) -> Iterator[Line]:
+def _slots(listing: Disassembly, width: int | None) -> Iterator[Line]:
     digits = max(len(f"{slot.vaddr:#x}") for slot in listing.slots)
     kinds = max(len(slot.relocation) for slot in listing.slots)
     for slot in listing.slots:
@@ -237,7 +148,7 @@ def _slots(listing: Listing, width: int | None) -> Iterator[Line]:
         yield from _beside(line, note, 0, digits + 4, width)
 
 
-def _holding(held: Held | None) -> Line:
+def _holding(held: SlotContents | None) -> Line:
     if held is None:
         return ("→ not a whole word",)
     value, owner = f"→ {held.value:#x}", held.owner

@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal
 
 from miniloader.errors import printable
-from miniloader.kernel.maps import Vma, read_maps, within
-from miniloader.loader import Event, Library
-from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.kernel.maps import Vma
+from miniloader.lab.loaded_library import LoadedLibrary
+from miniloader.loader import Event
 from miniloader.loader.call import Outcome, Value, Written
 from miniloader.loader.events import Stage
 from miniloader.report.output import Output
 from miniloader.report.text import Line, Part, Table
-from miniloader.values import dataclass
 
-__all__ = ["Narrator", "Used", "View", "as_json", "lines", "results", "view_of"]
+__all__ = ["Narrator", "as_json", "lines", "results"]
 
 Kind = Literal["file", "zero", "gap"]
 
@@ -49,39 +48,6 @@ _EXPLAINED: Final[dict[Stage, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Used:
-    """A library in use; ``ours`` when it was not the system's loader that loaded it."""
-
-    name: str
-    path: str
-    base: int
-    ours: bool
-
-
-@dataclass(frozen=True)
-class View:
-    """What there is to show of a loaded library.  ``mappings`` are the kernel's, of the library's span."""
-
-    path: str
-    base: int
-    mappings: tuple[Vma, ...]
-    libraries: tuple[Used, ...]
-    stages_ms: dict[str, float]
-    outcomes: tuple[Outcome, ...]
-
-
-def view_of(library: Library, outcomes: Sequence[Outcome] = ()) -> View:
-    """Ask the kernel how ``library`` is mapped, and gather the rest."""
-    start, end = library.base + library.plan.start, library.base + library.plan.end
-    used = tuple(
-        Used(os.path.basename(other.name), other.name, other.bias, not isinstance(other, HostLibrary))
-        for other in library.libraries
-    )
-    mappings = within(read_maps(), start, end)
-    return View(library.path, library.base, mappings, used, dict(library.stages_ms), tuple(outcomes))
-
-
 def kind_of(vma: Vma) -> Kind:
     """What a mapping of a library is."""
     if not vma.is_file:
@@ -90,12 +56,12 @@ def kind_of(vma: Vma) -> Kind:
 
 
 # ---------------------------------------------------------------------------------------------- JSON
-def as_json(view: View) -> dict[str, Any]:
+def as_json(library: LoadedLibrary) -> dict[str, Any]:
     """The object that ``load --json`` prints: ``result`` is that of the last call."""
-    results = [_outcome_as_json(outcome) for outcome in view.outcomes]
+    results = [_outcome_as_json(outcome) for outcome in library.outcomes]
     return {
-        "path": view.path,
-        "base": view.base,
+        "path": library.path,
+        "base": library.base,
         "mappings": [
             {
                 "start": vma.start,
@@ -104,14 +70,14 @@ def as_json(view: View) -> dict[str, Any]:
                 "file_offset": vma.file_offset,
                 "kind": kind_of(vma),
             }
-            for vma in view.mappings
+            for vma in library.mappings
         ],
         "result": results[-1]["value"] if results else None,
         "results": results,
-        "stages_ms": view.stages_ms,
+        "stages_ms": library.stages_ms,
         "libraries": [
             {"name": used.name, "path": used.path, "base": used.base, "ours": used.ours}
-            for used in view.libraries
+            for used in library.libraries
         ],
     }
 
@@ -137,9 +103,9 @@ def _plain(value: Value) -> Value:
 
 
 # ---------------------------------------------------------------------------------------- for people
-def lines(view: View) -> Iterator[Part]:
+def lines(library: LoadedLibrary) -> Iterator[Part]:
     """How the library lies in memory, whose libraries it uses, and how long each stage took."""
-    yield (printable(view.path), "bold"), f", load bias {view.base:#x}: as the kernel has it mapped"
+    yield (printable(library.path), "bold"), f", load bias {library.base:#x}: as the kernel has it mapped"
     yield Table(
         ("from", "to", ">size", "protection", "offset", "what"),
         [
@@ -151,7 +117,7 @@ def lines(view: View) -> Iterator[Part]:
                 f"{vma.file_offset:#x}" if kind_of(vma) == "file" else "",
                 _KINDS[kind_of(vma)],
             )
-            for vma in view.mappings
+            for vma in library.mappings
         ],
     )
     yield ()
@@ -164,11 +130,11 @@ def lines(view: View) -> Iterator[Part]:
                 "miniloader" if used.ours else "the system's loader",
                 printable(used.path),
             )
-            for used in view.libraries
+            for used in library.libraries
         ],
     )
     yield ()
-    yield ("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in view.stages_ms.items()),)
+    yield ("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in library.stages_ms.items()),)
 
 
 def results(outcomes: Sequence[Outcome]) -> Iterator[Line]:

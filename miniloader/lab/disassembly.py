@@ -1,0 +1,102 @@
+"""The code of a function, from a file or from the memory of this process, and what the slots it uses hold."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from miniloader.evidence.owner import Owner, owner_of
+from miniloader.kernel.maps import read_maps
+from miniloader.loader import Library
+from miniloader.machine.disassembly import Instruction, disassemble, processor_of
+from miniloader.machine.find_code import CodeRange, locate
+from miniloader.machine.names_at import Landmarks, Slot
+from miniloader.machine.relocation import KINDS
+from miniloader.values import dataclass
+
+__all__ = ["Disassembly", "SlotContents", "disassembly_of"]
+
+#: What a relocated word holds when it holds an address (machine.relocation.Formula).
+_ADDRESSES: Final = ("B + A", "S + A", "S", "indirect")
+
+
+@dataclass(frozen=True)
+class SlotContents:
+    """What a slot holds in memory, and whose that address is (None: it is no address, or nobody's).
+
+    With ``stand_in`` it is that of code of miniloader's, which stands for what ``owner`` has.
+    """
+
+    value: int
+    owner: Owner | None
+    stand_in: bool = False
+
+
+@dataclass(frozen=True)
+class Disassembly:
+    """The code of ``span``.
+
+    Of a loaded library ``base`` is the load bias, and ``held`` says by vaddr what the slots referred to hold.
+    """
+
+    path: str
+    machine: str
+    processor: str
+    span: CodeRange
+    instructions: tuple[Instruction, ...]
+    meanings: Mapping[int, str]  # of its slots
+    base: int | None
+    held: Mapping[int, SlotContents]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every relocated word that the code refers to, in order of mention."""
+        return _slots_of(self.instructions)
+
+
+def _slots_of(instructions: Sequence[Instruction]) -> tuple[Slot, ...]:
+    found = (one.target.slot for one in instructions if one.target is not None)
+    return tuple({slot.vaddr: slot for slot in found if slot is not None}.values())
+
+
+def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = None) -> Disassembly:
+    """Disassemble what ``name`` says: from the file, or from memory when it is loaded as ``library``."""
+    image = landmarks.image
+    processor = processor_of(image)
+    span = locate(landmarks, name)
+    readable = any(
+        "r" in load.flags and load.vaddr <= span.vaddr and span.end <= load.file_end for load in image.loads
+    )
+    code = ctypes.string_at(library.base + span.vaddr, span.size) if library and readable else None
+    instructions = disassemble(landmarks, span, code)
+    slots = _slots_of(instructions)
+    return Disassembly(
+        path=image.path,
+        machine=image.header.machine,
+        processor=processor.label,
+        span=span,
+        instructions=instructions,
+        meanings={slot.vaddr: landmarks.meaning(slot) for slot in slots},
+        base=library.base if library else None,
+        held=_held(landmarks, slots, library) if library else {},
+    )
+
+
+def _held(landmarks: Landmarks, slots: Sequence[Slot], library: Library) -> dict[int, SlotContents]:
+    """What each of ``slots`` holds in memory, by vaddr; without those that are no whole word."""
+    kinds = {kind.name: kind for kind in KINDS.get(landmarks.image.header.machine, {}).values()}
+    word, vmas = landmarks.image.header.word, read_maps()
+    base, meant = library.base, {here: there for there, here in library.loaded.stand_ins.items()}
+    held = {}
+    for slot in slots:
+        kind = kinds.get(slot.relocation)
+        if (kind is not None and kind.size < word) or landmarks.at(slot.vaddr + word - 1) is None:
+            continue
+        value = int.from_bytes(ctypes.string_at(base + slot.vaddr, word), "little")
+        owner = None
+        if kind is None or kind.formula in _ADDRESSES:
+            resolver = landmarks.meaning(slot) if kind is not None and kind.formula == "indirect" else None
+            owner = owner_of(meant.get(value, value), vmas, slot.symbol or resolver, slot.version)
+        held[slot.vaddr] = SlotContents(value, owner, value in meant)
+    return held
