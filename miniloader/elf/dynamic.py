@@ -78,7 +78,7 @@ class Reader(Protocol):
     """Reads ``length`` bytes at ``vaddr``; :class:`ElfError` naming ``what`` when they are not there."""
 
     def __call__(self, vaddr: int, length: int, what: str, /) -> Bytes:
-        """The bytes."""
+        """The bytes that lie at ``vaddr``."""
         ...
 
 
@@ -86,7 +86,7 @@ class Locator(Protocol):
     """Finds where in the file the ``length`` bytes at ``vaddr`` are, or raises as :class:`Reader` does."""
 
     def __call__(self, vaddr: int, length: int, what: str, /) -> int:
-        """The offset of the first."""
+        """The file offset of the first byte."""
         ...
 
 
@@ -114,8 +114,8 @@ class Dynamic:
     @property
     def bind_now(self) -> bool:
         """Whether the library asks for every symbol to be bound before it runs."""
-        now = self.flag(DT_FLAGS, DF_BIND_NOW) or self.flag(DT_FLAGS_1, DF_1_NOW)
-        return now or DT_BIND_NOW in self.tags
+        flagged = self.flag(DT_FLAGS, DF_BIND_NOW) or self.flag(DT_FLAGS_1, DF_1_NOW)
+        return flagged or DT_BIND_NOW in self.tags
 
     @property
     def text_relocations(self) -> bool:

@@ -113,7 +113,11 @@ class Section:
 
 @lru_cache(maxsize=8)
 def protection(flags: int) -> str:
-    """``p_flags`` written like /proc/PID/maps writes a protection."""
+    """``p_flags`` written like /proc/PID/maps writes a protection.
+
+    >>> protection(PF_R | PF_X)
+    'r-x'
+    """
     return "".join(sign if flags & bit else "-" for sign, bit in (("r", PF_R), ("w", PF_W), ("x", PF_X)))
 
 

@@ -55,8 +55,8 @@ class ElfImage:
     """A shared object's file, decoded as far as it is asked for.
 
     The header and the segments are read at once; the rest (``dynamic``, ``symbols``, ``relocations``, …) is
-    read on first use and raises :class:`~miniloader.errors.ElfError` when it is malformed.  All of it comes
-    from ``PT_DYNAMIC``: section headers only name things.
+    read on first use and raises :class:`~miniloader.errors.ElfError` when it is malformed.  What linking
+    needs comes from ``PT_DYNAMIC``: section headers only name things.
     """
 
     path: str
@@ -216,7 +216,7 @@ class ElfImage:
 
     @cached_property
     def _plans(self) -> dict[int, LoadPlan]:
-        """Those made so far, by page size."""
+        """The load plans made so far, by page size."""
         return {}
 
     @cached_property

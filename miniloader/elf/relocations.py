@@ -108,7 +108,11 @@ def _kinds(machine: str) -> Mapping[int, str]:
 
 
 def kind_name(machine: str, code: int) -> str:
-    """The psABI's name of relocation kind ``code`` (``R_X86_64_RELATIVE``), or the number in hexadecimal."""
+    """The psABI's name of relocation kind ``code``, or the number in hexadecimal.
+
+    >>> kind_name("X86_64", 8), kind_name("RISCV", 3), kind_name("X86_64", 99)
+    ('R_X86_64_RELATIVE', 'R_RISCV_RELATIVE', '0x63')
+    """
     return _kinds(machine).get(code, f"{code:#x}")
 
 
@@ -134,11 +138,11 @@ class RelocationTable:
 
     @cached_property
     def rows(self) -> Table:
-        """All rows."""
+        """All rows of the table."""
         return self._from(0)
 
     @cached_property
-    def rest(self) -> Table:
+    def behind_head(self) -> Table:
         """The rows behind the ``head``, which is not read for them."""
         return self._from(self.head)
 
@@ -190,8 +194,10 @@ class Relocations:
     @property
     def highest_symbol(self) -> int:
         """The highest symbol index in use; -1 when there is no relocation."""
-        rest = (int(table.rest["symbol"].max()) for table in self.tables if table.head < table.count)
-        return max(rest, default=0 if self.tables else -1)
+        highest = (
+            int(table.behind_head["symbol"].max()) for table in self.tables if table.head < table.count
+        )
+        return max(highest, default=0 if self.tables else -1)
 
 
 def read_relocations(

@@ -60,7 +60,11 @@ SHN_ABS: Final = 0xFFF1
 
 
 def gnu_hash(name: bytes) -> int:
-    """The hash of ``DT_GNU_HASH`` (Bernstein's, times 33, from 5381), 32 bits."""
+    """The hash of ``DT_GNU_HASH`` (Bernstein's, times 33, from 5381), 32 bits.
+
+    >>> hex(gnu_hash(b"printf"))
+    '0x156b2bb8'
+    """
     value = 5381
     for octet in name:
         value = (value * 33 + octet) & 0xFFFFFFFF
@@ -68,7 +72,11 @@ def gnu_hash(name: bytes) -> int:
 
 
 def sysv_hash(name: bytes) -> int:
-    """The hash of ``DT_HASH`` (gABI figure 5-13), 28 bits."""
+    """The hash of ``DT_HASH`` (gABI figure 5-13), 28 bits.
+
+    >>> hex(sysv_hash(b"printf"))
+    '0x77905a6'
+    """
     value = 0
     for octet in name:
         value = (value << 4) + octet

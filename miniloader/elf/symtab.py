@@ -1,6 +1,7 @@
 """``.symtab``: the symbols that linking does not need, static functions among them.
 
-It is found by section headers, so it is a convenience for naming things; most libraries are stripped of it.
+The table is found by section headers, so it is a convenience for naming things; most libraries are stripped
+of it.
 """
 
 from __future__ import annotations

@@ -111,6 +111,9 @@ def decode_relr(data: Bytes, elf_class: int, order: str) -> NDArray[np.uint64]:
 
     An even entry is an address; the odd ones after it are bitmaps of the words that follow, 63 (or 31)
     at a time.  A bitmap before any address is of no address and gives none.
+
+    >>> decode_relr(bytes([0, 16, 0, 0, 0b101, 0, 0, 0]), 32, "<").tolist()
+    [4096, 4104]
     """
     word = elf_class // 8
     entries = np.frombuffer(data, f"{order}u{word}").astype(np.uint64)

@@ -47,7 +47,7 @@ def _storage_of_others(library: Loaded, order: Sequence[Definer]) -> list[Loaded
     image = library.image
     codes = [code for code, kind in KINDS.get(image.header.machine, {}).items() if kind.formula in TLS]
     tables = image.relocations.tables
-    symbols = [table.rest["symbol"][np.isin(table.rest["type"], codes)] for table in tables]
+    symbols = [table.behind_head["symbol"][np.isin(table.behind_head["type"], codes)] for table in tables]
     wanted = np.unique(np.concatenate([np.empty(0, np.int64), *symbols])).astype(np.int64)
     if not len(wanted):
         return []

@@ -49,7 +49,7 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
     owners = list(bindings.owners)
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
-        used = np.concatenate([table.rest["symbol"] for table in library.image.relocations.tables])
+        used = np.concatenate([table.behind_head["symbol"] for table in library.image.relocations.tables])
         used = used[np.isin(used, bindings.wanted)]
         owner_of = bindings.owner[bindings.place(used, call=True)]
         first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}

@@ -57,7 +57,7 @@ def rule(
     ('never-broken', 'error')
     """
 
-    def made(faults: Check) -> Rule:
+    def decorate(faults: Check) -> Rule:
         return Rule(faults.__name__.replace("_", "-"), protects, source, severity, faults, when_linked)
 
-    return made
+    return decorate
