@@ -167,8 +167,8 @@ def dependents_first(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> 
         stack = [(item, iter(before(item)))] if id(item) in members else []
         members.discard(id(item))
         while stack:
-            top, rest = stack[-1]
-            following = next((other for other in rest if id(other) in members), None)
+            top, needs = stack[-1]
+            following = next((needed for needed in needs if id(needed) in members), None)
             if following is None:
                 done.append(top)
                 stack.pop()

@@ -50,8 +50,8 @@ class Slots:
         """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""
         # Not ctypes.cast: it has the callback refer to itself, a circle that close() could not break.
         function = ctypes.c_void_p.from_buffer(self._callback).value
-        known = features()
-        self._stub.fill(lazy_trampoline(function or 0, xsave=known is None or "xsave" in known))
+        processor = features()
+        self._stub.fill(lazy_trampoline(function or 0, xsave=processor is None or "xsave" in processor))
         address = self._stub.address
         self._memory.write(self._got + 8, np.array([address, address], np.uint64))
 

@@ -113,8 +113,8 @@ class Library:
         """
         from miniloader.loader.beside_glibc.debugger import file_of
 
-        ours = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
-        files = [(file_of(library.image.source), library.bias) for library in ours]
+        libraries = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
+        files = [(file_of(library.image.source), library.bias) for library in libraries]
         return tuple(f"add-symbol-file {_quoted(path)} -o {bias:#x}" for path, bias in files if path)
 
     def close(self) -> None:

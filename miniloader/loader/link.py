@@ -119,10 +119,10 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     copied = work.apply(bindings, addresses, late, words_of, may_run=graph.policy.init)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
-    own = library.blocks.own
-    if own is not None and image.tls is not None:
-        text = f"module {own.module}, {image.tls.memsz} bytes a thread"
-        graph.event("tls", image.path, text, module=own.module, bytes=image.tls.memsz)
+    carrier = library.blocks.own
+    if carrier is not None and image.tls is not None:
+        text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"
+        graph.event("tls", image.path, text, module=carrier.module, bytes=image.tls.memsz)
     if len(relocations.lazy):
         graph.event("bind", image.path, f"{len(relocations.lazy)} PLT slots left for their first call")
     total = len(image.relocations)

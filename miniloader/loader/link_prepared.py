@@ -46,8 +46,8 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
             ready.store(room, vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
-    for own in (False, True):
-        places = [place for place, definer in resolvers if (definer is library) == own]
+    for of_library in (False, True):
+        places = [place for place, definer in resolvers if (definer is library) == of_library]
         for place in places:
             values[place] = call_resolver(int(values[place])) if graph.policy.init else 0
         if places:

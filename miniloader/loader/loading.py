@@ -289,8 +289,9 @@ def load(
 
 def _show_to_libraries(library: Loaded) -> None:
     """Have dladdr(3) and its like, which libraries of ours call, know the library."""
-    memory, own = library.mapped, library.blocks.own
-    stand_ins.add(library.image, memory, len(library.names), own.module if own is not None else 0)
+    memory, carrier = library.mapped, library.blocks.own
+    module = carrier.module if carrier is not None else 0
+    stand_ins.add(library.image, memory, len(library.names), module)
     library.undo.callback(stand_ins.remove, memory)
 
 

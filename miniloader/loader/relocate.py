@@ -216,6 +216,6 @@ def _by_turns(names: MappedSymbols, bindings: Bindings, late: NDArray[np.bool_])
     """The symbols that are IFUNCs: others' first, then those of the library ``names``; no group is empty."""
     if not late.any():
         return []
-    ours = [place for place, definer in enumerate(bindings.scope) if definer.names is names]
-    own = np.logical_or.reduce([bindings.owner == place for place in ours])
-    return [group for group in (late & ~own, late & own) if group.any()]
+    positions = [position for position, definer in enumerate(bindings.scope) if definer.names is names]
+    of_library = np.logical_or.reduce([bindings.owner == position for position in positions])
+    return [group for group in (late & ~of_library, late & of_library) if group.any()]

@@ -44,8 +44,8 @@ def count_for_carrier(library: Loaded) -> None:
     glibc takes the address it is told for the library's, and does not know ours; told the carrier's, it keeps
     the carrier until every thread has run them, and we keep the library as long (see ``Loaded.discard``).
     """
-    own = library.blocks.own
-    if own is not None:
+    carrier = library.blocks.own
+    if carrier is not None:
         for function, stub in library.stubs.items():
             if not stub.filled:
-                stub.fill(with_third_argument(function, own.inside))
+                stub.fill(with_third_argument(function, carrier.inside))
