@@ -34,7 +34,7 @@ class Command(Protocol):
         """
 
 
-class _Parser(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """Raises :class:`UsageError` instead of printing several lines and leaving.
 
     Each argument that is added is formatted once, to see that it can be: not for the width of the terminal,
@@ -77,7 +77,7 @@ class _Completion(argparse.Action):
 
 def build(commands: Iterable[str]) -> argparse.ArgumentParser:
     """The parser for ``commands``; the parsed ``run`` is the command's function, or None."""
-    parser = _Parser(
+    parser = _CommandParser(
         prog="miniloader",
         description="Load a shared library as the kernel and the dynamic loader do, and prove from the "
         "kernel's own records which of its pages processes share.",

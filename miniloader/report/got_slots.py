@@ -77,7 +77,7 @@ def _functions(landmarks: Landmarks) -> Iterator[tuple[CodeRange, Slot | None]]:
 def _found(
     landmarks: Landmarks, plan: LoadPlan, contents: Contents, spans: Iterator[tuple[CodeRange, Slot | None]]
 ) -> Iterator[Jump]:
-    """Those whose slot lies on a page that was read; each slot once."""
+    """A jump for each of ``spans`` whose slot lies on a page that was read; each slot once."""
     told: set[int] = set()
     for span, of_stub in spans:
         if of_stub is not None and _page(plan, of_stub) not in contents.vaddrs:

@@ -87,7 +87,7 @@ def pack(value: object) -> str:
 
 
 def _inert(value: object) -> object:
-    """The same with every string printable: names come from files and other processes."""
+    """``value`` with every string in it printable: names come from files and other processes."""
     match value:
         case str():
             return printable(value)
