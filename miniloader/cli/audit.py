@@ -67,8 +67,8 @@ def _pid(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
-    seconds = float(found[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
+    seconds = float(parts[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[parts[2]] if parts else 0.0
     if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 500ms, 2s or 1m")
     return seconds
@@ -89,11 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _page(arguments, pids)
     if arguments.every is not None:
         return _watch(arguments, pids)
-    found = _audit(arguments, pids)
-    _save(arguments, found)  # before a reader may close the pipe
-    _draw(arguments, found, _sights(arguments, found))
-    _print(arguments, found)
-    return 0 if found.processes or not found.unreadable else 3
+    result = _audit(arguments, pids)
+    _save(arguments, result)  # before a reader may close the pipe
+    _draw(arguments, result, _sights(arguments, result))
+    _print(arguments, result)
+    return 0 if result.processes or not result.unreadable else 3
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
@@ -107,10 +107,10 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
         return given
     from miniloader.lab.audit.select import choose
 
-    found = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
-    if not found:
+    pids = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
+    if not pids:
         raise UsageError("no process fits")
-    return found
+    return pids
 
 
 def _audit(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
@@ -129,42 +129,42 @@ def _look(arguments: argparse.Namespace, pids: tuple[int, ...], **options: Any) 
     return audit(pids, library=arguments.library, level=arguments.level, **options)
 
 
-def _print(arguments: argparse.Namespace, found: Audit) -> None:
+def _print(arguments: argparse.Namespace, result: Audit) -> None:
     if arguments.json:
         from miniloader.report.json import dump
 
-        dump(found.to_json())
+        dump(result.to_json())
         return
     from miniloader.report.audit import lines, said_of, write_csv
     from miniloader.report.output import Output
 
     if arguments.csv:
-        write_csv(found, sys.stdout)
-        for one in found.unreadable:
-            print(f"not audited: {said_of(one)}", file=sys.stderr)
+        write_csv(result, sys.stdout)
+        for process in result.unreadable:
+            print(f"not audited: {said_of(process)}", file=sys.stderr)
     else:
-        Output().show(lines(found, pages=arguments.library is not None))
+        Output().show(lines(result, pages=arguments.library is not None))
 
 
-def _save(arguments: argparse.Namespace, found: Audit) -> None:
+def _save(arguments: argparse.Namespace, result: Audit) -> None:
     if arguments.save is not None:
-        found.save(arguments.save)
+        result.save(arguments.save)
 
 
-def _sights(arguments: argparse.Namespace, found: Audit, step: str = "now") -> tuple[Sight, ...]:
+def _sights(arguments: argparse.Namespace, result: Audit, step: str = "now") -> tuple[Sight, ...]:
     """The pages to draw, where any are wanted."""
     if arguments.html is None:
         return ()
     from miniloader.lab.audit.library_pages import look
 
-    return look(found, step)
+    return look(result, step)
 
 
-def _draw(arguments: argparse.Namespace, found: Audit, sights: tuple[Sight, ...]) -> None:
+def _draw(arguments: argparse.Namespace, result: Audit, sights: tuple[Sight, ...]) -> None:
     if arguments.html is not None:
         from miniloader.report.html import write_audit
 
-        write_audit(found, sights, arguments.html)
+        write_audit(result, sights, arguments.html)
 
 
 def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
@@ -231,7 +231,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
 
 def _living(first: Audit) -> tuple[int, ...]:
-    return tuple(one.pid for one in first.processes)
+    return tuple(process.pid for process in first.processes)
 
 
 def _follow(arguments: argparse.Namespace, first: Audit, out: Output) -> None:

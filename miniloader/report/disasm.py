@@ -43,21 +43,23 @@ def as_json(listing: Disassembly) -> dict[str, Any]:
         "base": listing.base,
         "instructions": [
             {
-                "vaddr": one.vaddr,
-                "bytes": one.bytes.hex(),
-                "mnemonic": one.mnemonic,
-                "operands": one.operands,
-                "target": None if one.target is None else _target_json(one.target, listing.held),
+                "vaddr": instruction.vaddr,
+                "bytes": instruction.bytes.hex(),
+                "mnemonic": instruction.mnemonic,
+                "operands": instruction.operands,
+                "target": None
+                if instruction.target is None
+                else _target_json(instruction.target, listing.held),
             }
-            for one in listing.instructions
+            for instruction in listing.instructions
         ],
     }
 
 
 def _target_json(target: Landmark, held: Mapping[int, SlotContents]) -> dict[str, Any]:
     slot = target.slot
-    now = None if slot is None else held.get(slot.vaddr)
-    owner = None if now is None else now.owner
+    content = None if slot is None else held.get(slot.vaddr)
+    owner = None if content is None else content.owner
     return {
         "kind": target.kind,
         "name": target.name,
@@ -71,8 +73,8 @@ def _target_json(target: Landmark, held: Mapping[int, SlotContents]) -> dict[str
             "version": slot.version,
             "addend": slot.addend,
         },
-        "holds": None if now is None else now.value,
-        "stand_in": now is not None and now.stand_in,
+        "holds": None if content is None else content.value,
+        "stand_in": content is not None and content.stand_in,
         "owner": None
         if owner is None
         else {"path": owner.path, "name": owner.name, "vaddr": owner.vaddr, "ifunc": owner.ifunc},
@@ -99,18 +101,19 @@ def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
 
 def _code(instructions: Sequence[Instruction], width: int | None) -> Iterator[Line]:
     """One line an instruction; what does not fit beside it goes on the next."""
-    digits = max((len(f"{one.vaddr:x}") for one in instructions), default=0)
-    octets = min(max((len(one.bytes) for one in instructions), default=0), _OCTETS)
+    digits = max((len(f"{instruction.vaddr:x}") for instruction in instructions), default=0)
+    octets = min(max((len(instruction.bytes) for instruction in instructions), default=0), _OCTETS)
     operands = 2 + digits + 2 + 3 * octets + 1 + 9  # the column where they begin
-    most = max((len(one.operands) for one in instructions if one.target is not None), default=0)
+    annotated = [instruction for instruction in instructions if instruction.target is not None]
+    most = max((len(instruction.operands) for instruction in annotated), default=0)
     # Notes stand below each other as far to the right as most of them fit.
     notes = operands + min(most, _OPERANDS, (width or _ANY) - operands - 2 - _USUAL_NOTE)
-    for one in instructions:
-        place = f"  {one.vaddr:{digits}x}  {one.bytes[:octets].hex(' '):{3 * octets}} "
-        code: Line = ((place, "dim"), (f"{one.mnemonic:<8}", "bold"), f" {one.operands}")
-        yield from _beside(code, _note(one.target), notes, len(place), width)
-        for at in range(octets, len(one.bytes), octets):
-            yield ((f"  {'':{digits}}  {one.bytes[at : at + octets].hex(' ')}", "dim"),)
+    for instruction in instructions:
+        place = f"  {instruction.vaddr:{digits}x}  {instruction.bytes[:octets].hex(' '):{3 * octets}} "
+        code: Line = ((place, "dim"), (f"{instruction.mnemonic:<8}", "bold"), f" {instruction.operands}")
+        yield from _beside(code, _note(instruction.target), notes, len(place), width)
+        for at in range(octets, len(instruction.bytes), octets):
+            yield ((f"  {'':{digits}}  {instruction.bytes[at : at + octets].hex(' ')}", "dim"),)
 
 
 def _note(target: Landmark | None) -> Line:
@@ -155,8 +158,8 @@ def _holding(held: SlotContents | None) -> Line:
     if owner is None:
         return (value,)
     path = printable(owner.path).rpartition("/")[2] or "anonymous memory"
-    what = "" if owner.name is None else printable(owner.name)
+    symbol = "" if owner.name is None else printable(owner.name)
     if owner.ifunc:
-        what = f"chosen by IFUNC {what}"
-    where = f"{what} in {path}" if what else path
+        symbol = f"chosen by IFUNC {symbol}"
+    where = f"{symbol} in {path}" if symbol else path
     return (f"{value}  ", (f"miniloader's, for {where}" if held.stand_in else where, "cyan"))

@@ -126,21 +126,21 @@ def _runs(snapshot: Snapshot, plan: LoadPlan, edges: Collection[int] = ()) -> tu
 # --------------------------------------------------------------------------------------- what is drawn
 def _blocks(runs: Iterable[Run], plan: LoadPlan, processes: Sequence[ProcessPages]) -> Iterator[_Block]:
     for (mapping, relro), members in groupby(runs, lambda run: _place(run, plan)):
-        own = tuple(members)
-        yield _Block(_protection(own[0], mapping, processes), _role(mapping, relro=relro), own)
+        block_runs = tuple(members)
+        yield _Block(_protection(block_runs[0], mapping, processes), _role(mapping, relro=relro), block_runs)
 
 
 def _place(run: Run, plan: LoadPlan) -> tuple[PlannedMapping, bool]:
-    mapping = next(one for one in plan.mappings if one.start <= run.vaddr < one.end)
+    mapping = next(planned for planned in plan.mappings if planned.start <= run.vaddr < planned.end)
     return mapping, plan.relro.start <= run.vaddr < plan.relro.end
 
 
 def _part(run: Run, parts: Sequence[tuple[int, str]], processes: Sequence[ProcessPages]) -> tuple[str, str]:
     """The protection, where all processes have the same, and the name of the part that the run is in."""
     indices = [(process, int(process.pages["mapping"][run.start])) for process in processes]
-    found = {process.mappings[index].vma.protection for process, index in indices if index >= 0}
+    protections = {process.mappings[index].vma.protection for process, index in indices if index >= 0}
     name = next((name for vaddr, name in reversed(parts) if vaddr <= run.vaddr), "")
-    return found.pop() if len(found) == 1 else "", name
+    return protections.pop() if len(protections) == 1 else "", name
 
 
 def _protection(run: Run, mapping: PlannedMapping, processes: Sequence[ProcessPages]) -> str:
@@ -169,7 +169,9 @@ def _sign(run: Run, process: int) -> tuple[str, str]:
         letters = ascii_lowercase if state == COPIED_SHARED else ascii_uppercase  # a sign has one meaning
         return letters[partner % 26], _COPY_STYLES[partner % len(_COPY_STYLES)]
     if state == SHARED:
-        files = sorted({other for other, one in zip(run.partners, run.states, strict=True) if one == SHARED})
+        files = sorted(
+            {frame for frame, run_state in zip(run.partners, run.states, strict=True) if run_state == SHARED}
+        )
         return _FILE_SIGNS[files.index(partner) % len(_FILE_SIGNS)], _STYLES[SHARED]
     return STATES[state].sign, _STYLES.get(state, "red")
 
@@ -197,7 +199,7 @@ def _total(blocks: Sequence[_Block], stretch: float) -> int:
 def _bands(blocks: Iterable[_Block], room: int, stretch: float) -> Iterator[list[_Block]]:
     """Blocks that fit side by side; one that is too wide by itself goes on in the next band."""
     band: list[_Block] = []
-    for block in chain.from_iterable(_parts(one, room, stretch) for one in blocks):
+    for block in chain.from_iterable(_parts(whole, room, stretch) for whole in blocks):
         if band and _total([*band, block], stretch) > room:
             yield band
             band = []
@@ -208,7 +210,7 @@ def _bands(blocks: Iterable[_Block], room: int, stretch: float) -> Iterator[list
 def _parts(block: _Block, room: int, stretch: float) -> Iterator[_Block]:
     part: list[Run] = []
     for run in block.runs:
-        if part and sum(_width(one, stretch) for one in (*part, run)) >= room:
+        if part and sum(_width(drawn, stretch) for drawn in (*part, run)) >= room:
             yield _Block(block.protection, block.role, tuple(part))
             part = []
         part.append(run)
@@ -228,7 +230,9 @@ def _labels(processes: Sequence[ProcessPages]) -> list[str]:
 
 def _drawn(blocks: Sequence[_Block], labels: Sequence[str], width: int, mark: Mark | None) -> list[Line]:
     room = max(width - len(labels[0]), 20)
-    stretch = next((one for one in _STRETCHES if _total(blocks, one) <= room), _STRETCHES[-1])
+    stretch = next(
+        (candidate for candidate in _STRETCHES if _total(blocks, candidate) <= room), _STRETCHES[-1]
+    )
     return [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
 
 
@@ -253,10 +257,10 @@ def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: M
         yield _pointer(len(blank) + column, mark.text)
 
 
-def _headings(label: str, band: Sequence[_Block], stretch: float, what: str) -> Line:
+def _headings(label: str, band: Sequence[_Block], stretch: float, attribute: str) -> Line:
     line: list[Piece] = [(label, "dim" if label.strip() else "")]
     for block in band:
-        text = getattr(block, what)
+        text = getattr(block, attribute)
         style = PROTECTION_STYLES.get(text, "bold")
         line.append((f"{text:{_block_width(block, stretch) + 1}}", style))
     return stripped(line)

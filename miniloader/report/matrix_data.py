@@ -92,9 +92,9 @@ def _inert(value: object) -> object:
         case str():
             return printable(value)
         case Mapping():
-            return {str(key): _inert(one) for key, one in value.items()}
+            return {str(key): _inert(item) for key, item in value.items()}
         case list() | tuple():
-            return [_inert(one) for one in value]
+            return [_inert(item) for item in value]
     return value
 
 
@@ -136,30 +136,30 @@ def _runs(values: Table) -> list[int]:
 
 def _encoded(film: Film, left_out: Sequence[str]) -> dict[str, Any]:
     rows = _Rows()
-    before: dict[str, Table] = {}
+    last_tables: dict[str, Table] = {}
     flag_sets: dict[int, int] = {0: 0}
     mappings: dict[str, int] = {}
-    drawn = np.concatenate([np.arange(one.start, one.stop) for one in film.groups] or [np.arange(0)])
-    found: set[int] = set()  # states
+    drawn = np.concatenate([np.arange(group.start, group.stop) for group in film.groups] or [np.arange(0)])
+    states: set[int] = set()
     scenes = []
     for scene in film.scenes:
         sharing = analyse(scene.snapshot)
         partners = sharing.partners.astype(np.int64)
-        found.update(np.unique(sharing.states[:, drawn]).tolist())
+        states.update(np.unique(sharing.states[:, drawn]).tolist())
         told = _told(_aligned(scene.snapshot, sharing), flag_sets)
         tables = {"cells": _cells(sharing, partners)} | {
             name: values for called, name, values in told if called not in left_out
         }
         encoded = {}
         for name, values in tables.items():
-            known = before.get(name)
+            last_values = last_tables.get(name)
             brief = values.copy()
             if name != "cells":
                 _take_from_partners(brief, partners)
-            if known is not None:
-                brief[values == known] = _SAME_AS_BEFORE
+            if last_values is not None:
+                brief[values == last_values] = _SAME_AS_BEFORE
             encoded[name] = [rows.add(row) for row in brief]
-        before = tables
+        last_tables = tables
         scenes.append(
             {
                 "name": scene.name,
@@ -187,17 +187,17 @@ def _encoded(film: Film, left_out: Sequence[str]) -> dict[str, Any]:
         "vaddrs": _runs((vaddrs // PAGE_SIZE).astype(np.int64) - np.arange(len(vaddrs))),
         "pages": len(vaddrs),
         "at": film.start,
-        "groups": [[one.start, one.stop, one.name, one.about] for one in film.groups],
-        "legend": sorted(found),
+        "groups": [[group.start, group.stop, group.name, group.about] for group in film.groups],
+        "legend": sorted(states),
         "states": [[state.name, state.sign, state.help] for state in STATES],
         "level": level,
-        "shows": next(one.shows for one in LEVELS if one.name == level),
+        "shows": next(row.shows for row in LEVELS if row.name == level),
         "left_out": list(left_out),
         "scenes": scenes,
         "encoded": rows.all,
         "flags": [" ".join(flag_names(flags)) for flags in flag_sets],
         "mappings": [json.loads(text) for text in mappings],
-        "ranges": [list(one) for one in film.ranges],
+        "ranges": [list(note) for note in film.ranges],
         "about": {str(page): dict(facts) for page, facts in film.pages.items()},
     }
 
@@ -213,15 +213,15 @@ def _aligned(snapshot: Snapshot, sharing: Sharing) -> NDArray[np.void]:
 
 def _cells(sharing: Sharing, partners: Table) -> Table:
     """State and partner of each page of each process in one number."""
-    own = np.arange(len(sharing.pids))[:, np.newaxis]
-    partner = np.where(partners < 0, 0, np.where(partners == own, 1, partners + 2))
+    process = np.arange(len(sharing.pids))[:, np.newaxis]
+    partner = np.where(partners < 0, 0, np.where(partners == process, 1, partners + 2))
     return (partner * _CELL + sharing.states).astype(np.int64)
 
 
 def _take_from_partners(values: Table, partners: Table) -> None:
     """What belongs to a frame is the same for all who have it: told once, for the first."""
-    own = np.arange(len(values))[:, np.newaxis]
-    values[(partners >= 0) & (partners != own)] = _SAME_AS_PARTNER
+    process = np.arange(len(values))[:, np.newaxis]
+    values[(partners >= 0) & (partners != process)] = _SAME_AS_PARTNER
 
 
 def _told(pages: NDArray[np.void], flag_sets: dict[int, int]) -> Iterable[tuple[str, str, Table]]:
@@ -233,22 +233,22 @@ def _told(pages: NDArray[np.void], flag_sets: dict[int, int]) -> Iterable[tuple[
     frames, count = pages["frame"].astype(np.int64), pages.shape[1]
     yield "frame numbers", "frames", np.where(frames > 0, frames - np.arange(count) + count, 0)
     values, inverse = np.unique(pages["flags"], return_inverse=True)
-    known = [flag_sets.setdefault(int(value), len(flag_sets)) for value in values]
-    yield "flags", "flags", np.array(known, dtype=np.int64)[inverse].reshape(pages.shape)
+    numbers = [flag_sets.setdefault(int(value), len(flag_sets)) for value in values]
+    yield "flags", "flags", np.array(numbers, dtype=np.int64)[inverse].reshape(pages.shape)
     yield "map counts", "counts", pages["map_count"].astype(np.int64) + 1
 
 
 def _mappings(process: ProcessPages) -> list[list[Any]]:
     """Start and end (vaddrs), protection and name of each mapping; the same where they lie at other bases."""
-    found = []
+    mappings = []
     for backing in process.mappings:
         vma = backing.vma
         name = f"{vma.path} +{vma.file_offset:#x}" if vma.is_file else vma.path or "anonymous"
         kind = "file" if vma.is_file else "anonymous"
-        found.append(
+        mappings.append(
             [f"{vma.start - process.base:x}", f"{vma.end - process.base:x}", vma.protection, kind, name]
         )
-    return found
+    return mappings
 
 
 # -------------------------------------------------------------------------------------------- as text

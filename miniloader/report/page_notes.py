@@ -31,8 +31,8 @@ _WORD: Final = 8
 # ----------------------------------------------------------------------------------- runs of pages
 def ranges(image: ElfImage, plan: LoadPlan, word: Word | None) -> tuple[tuple[int, int, str, str], ...]:
     """What to say of pages: (first page, after the last, heading, text)."""
-    found = [*_sections(image, plan), *_causes(image, plan, word), *_symbols(image, plan)]
-    return tuple(found[:_MOST_RANGES])
+    notes = [*_sections(image, plan), *_causes(image, plan, word), *_symbols(image, plan)]
+    return tuple(notes[:_MOST_RANGES])
 
 
 def _pages(plan: LoadPlan, start: int, end: int) -> tuple[int, int]:
@@ -62,11 +62,11 @@ def _causes(image: ElfImage, plan: LoadPlan, word: Word | None) -> Iterator[tupl
             )
     pages, counts = _relocations(image, plan)
     edges = [0, *(np.flatnonzero((np.diff(pages) != 1) | (np.diff(counts) != 0)) + 1).tolist(), len(pages)]
-    for first, after in pairwise(edges if len(pages) else []):
+    for first, end in pairwise(edges if len(pages) else []):
         number = int(counts[first])
         hold = "word of this page holds" if number == 1 else "words of this page hold"
         text = f"relocation: {number:,} {hold} an address"
-        yield int(pages[first]), int(pages[after - 1]) + 1, "cause", text
+        yield int(pages[first]), int(pages[end - 1]) + 1, "cause", text
     if plan.relro:
         yield *_pages(plan, plan.relro.start, plan.relro.end), "relro", "read-only once relocated (RELRO)"
 
@@ -89,7 +89,7 @@ def _symbols(image: ElfImage, plan: LoadPlan) -> Iterator[tuple[int, int, str, s
     order = sorted(range(len(first)), key=lambda at: "w" not in _protection(plan, int(pages[first[at]])))
     for at in order[: _MOST_SYMBOLS // _SYMBOLS_SHOWN]:
         start, count = int(first[at]), int(counts[at])
-        names = [table.name(int(one)) for one in index[start : start + min(count, _SYMBOLS_SHOWN)]]
+        names = [table.name(int(symbol)) for symbol in index[start : start + min(count, _SYMBOLS_SHOWN)]]
         text = listed([*map(short, names)], _SYMBOLS_SHOWN, count)
         yield int(pages[start]), int(pages[start]) + 1, "symbols", text
 
@@ -109,21 +109,23 @@ def bytes_of_pages(
     landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents], word: Word | None
 ) -> dict[int, dict[str, Any]]:
     """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
-    found = {}
-    for vaddr in sorted({vaddr for one in contents for vaddr in one.vaddrs}):
-        before = in_file(landmarks.image, plan, vaddr)
-        after = {
-            one.step: [_differing(before, pages[one.vaddrs.index(vaddr)]) for pages in one.pages]
-            for one in contents
-            if vaddr in one.vaddrs
+    words_of_pages = {}
+    for vaddr in sorted({vaddr for content in contents for vaddr in content.vaddrs}):
+        original = in_file(landmarks.image, plan, vaddr)
+        copies = {
+            content.step: [
+                _differing(original, pages[content.vaddrs.index(vaddr)]) for pages in content.pages
+            ]
+            for content in contents
+            if vaddr in content.vaddrs
         }
-        changed = {offset for steps in after.values() for words in steps for offset, _ in words or ()}
-        found[(vaddr - plan.start) // plan.page_size] = {
-            "before": base64.b64encode(before).decode(),
-            "after": after,
+        changed = {offset for steps in copies.values() for words in steps for offset, _ in words or ()}
+        words_of_pages[(vaddr - plan.start) // plan.page_size] = {
+            "before": base64.b64encode(original).decode(),
+            "after": copies,
             "names": {str(offset): _name(landmarks, vaddr + offset, word) for offset in sorted(changed)},
         }
-    return found
+    return words_of_pages
 
 
 def in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
@@ -137,13 +139,14 @@ def in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
     return octets.ljust(plan.page_size, b"\0")
 
 
-def _differing(before: bytes, after: bytes | None) -> list[tuple[int, str]] | None:
+def _differing(original: bytes, copy: bytes | None) -> list[tuple[int, str]] | None:
     """Offset and new bytes (hexadecimal) of each aligned word that differs; None: not known."""
-    if after is None:
+    if copy is None:
         return None
-    one, other = np.frombuffer(before, "<u8"), np.frombuffer(after, "<u8")
+    file_words, copy_words = np.frombuffer(original, "<u8"), np.frombuffer(copy, "<u8")
     return [
-        (int(at) * _WORD, after[at * _WORD : (at + 1) * _WORD].hex()) for at in np.flatnonzero(one != other)
+        (int(at) * _WORD, copy[at * _WORD : (at + 1) * _WORD].hex())
+        for at in np.flatnonzero(file_words != copy_words)
     ]
 
 

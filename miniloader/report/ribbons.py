@@ -193,20 +193,20 @@ def _relro_line(plan: LoadPlan, start: int, units: Sequence[_Unit], per_page: in
 def _file_parts(image: ElfImage, load: Segment, slack: int, end: int) -> list[_Part]:
     """What the segment's whole pages hold of the file: its own bytes, others', and what none loads."""
     origin = load.file_offset - slack
-    known = [_Part(slack, slack + load.filesz, _OWN, _style(load.flags))]
-    for other in image.loads[:_MOST_OTHERS]:
-        if other is not load and other.filesz:
-            low, high = other.file_offset - origin, other.file_offset + other.filesz - origin
+    parts = [_Part(slack, slack + load.filesz, _OWN, _style(load.flags))]
+    for neighbour in image.loads[:_MOST_OTHERS]:
+        if neighbour is not load and neighbour.filesz:
+            low, high = neighbour.file_offset - origin, neighbour.file_offset + neighbour.filesz - origin
             for first, last in ((low, min(high, slack)), (max(low, slack + load.filesz), high)):
-                known.append(_Part(max(first, 0), min(last, end), label(other), _style(other.flags)))
-    known.append(_Part(max(image.source.size - origin, slack + load.filesz), end, _NOTHING, _DIM))
-    known = sorted((part for part in known if part.start < part.end), key=lambda part: part.start)
-    return list(_without_holes(known, end))
+                parts.append(_Part(max(first, 0), min(last, end), label(neighbour), _style(neighbour.flags)))
+    parts.append(_Part(max(image.source.size - origin, slack + load.filesz), end, _NOTHING, _DIM))
+    parts = sorted((part for part in parts if part.start < part.end), key=lambda part: part.start)
+    return list(_without_holes(parts, end))
 
 
-def _without_holes(known: Sequence[_Part], end: int) -> Iterator[_Part]:
+def _without_holes(parts: Sequence[_Part], end: int) -> Iterator[_Part]:
     at = 0
-    for part in known:
+    for part in parts:
         if part.start > at:
             yield _Part(at, part.start, _REST, _DIM)
         if part.end > at:
@@ -250,9 +250,9 @@ def _draw(unit: _Unit, parts: Sequence[_Part], page_size: int, per_page: int) ->
     inside = inside[:columns]
     at = 0
     for position, part in enumerate(inside):
-        left = len(inside) - position - 1
+        remaining = len(inside) - position - 1
         to = round((min(part.end, high) - low) * columns / page_size)
-        to = columns if left == 0 else min(max(to, at + 1), columns - left)
+        to = columns if remaining == 0 else min(max(to, at + 1), columns - remaining)
         yield part.sign * (to - at), part.style
         at = to
 

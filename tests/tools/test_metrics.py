@@ -100,3 +100,9 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     done = metrics(tmp_path / "nothing")
     assert done.returncode == 2
     assert "is no directory" in done.stderr
+
+
+def test_the_package_meets_the_bars() -> None:
+    """One meaning a name, nouns for variables, docstrings that stand alone, no circle (docs/design.md)."""
+    done = metrics("--list")
+    assert done.returncode == 0, done.stdout
