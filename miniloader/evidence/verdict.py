@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
+from miniloader.json_schema import TEXT, keys, record, words
 from miniloader.values import dataclass
 
-__all__ = ["EXIT_STATUS", "Claim", "Verdict", "combine", "judge"]
+__all__ = ["CLAIM_SCHEMA", "EXIT_STATUS", "VERDICT_SCHEMA", "Claim", "Verdict", "combine", "judge"]
 
 Verdict = Literal["proven", "refuted", "unknown"]
 
 EXIT_STATUS: Final[dict[Verdict, int]] = {"proven": 0, "refuted": 1, "unknown": 3}
 """The exit status of the command line for each verdict."""
+
+
+VERDICT_SCHEMA: Final = words("proven refuted unknown")
+"""What ``verdict`` may be in ``--json``."""
+
+CLAIM_SCHEMA: Final = record(
+    keys(TEXT, "id statement observed expected"), {"verdict": VERDICT_SCHEMA}, optional={"reason": TEXT}
+)
+"""What :meth:`Claim.to_json` gives."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["FEATURES", "LEVELS", "EvidenceLevel", "Feature", "LevelName"]
+from miniloader.json_schema import words
+
+__all__ = ["FEATURES", "LEVELS", "LEVEL_SCHEMA", "EvidenceLevel", "Feature", "LevelName"]
 
 LevelName = Literal["frames", "flags", "totals", "none"]
 """How much the kernel tells here; see :data:`LEVELS`."""
+
+LEVEL_SCHEMA: Final = words("frames flags totals none")
+"""What a level may be in ``--json``."""
 
 
 class Feature(NamedTuple):

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from miniloader.errors import printable
+from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
 from miniloader.machine.disassembly import Instruction
 from miniloader.machine.names_at import Landmark
 from miniloader.report.text import Line, heading, plain
 
-__all__ = ["as_json", "page"]
+__all__ = ["SCHEMA", "as_json", "page"]
 
 _STYLES: Final = {
     "symbol": "cyan",
@@ -79,6 +80,26 @@ def _target_json(target: Landmark, held: Mapping[int, SlotContents]) -> dict[str
         if owner is None
         else {"path": owner.path, "name": owner.name, "vaddr": owner.vaddr, "ifunc": owner.ifunc},
     }
+
+
+_TARGET_SCHEMA: Final = record(
+    {"kind": TEXT, "name": TEXT, "vaddr": COUNT, "holds": nullable(COUNT), "stand_in": BOOL},
+    {"slot": nullable(record(
+        {"vaddr": COUNT, "relocation": TEXT, "addend": INT}, keys(nullable(TEXT), "symbol version")
+    ))},
+    {"owner": nullable(record(
+        {"path": TEXT, "name": nullable(TEXT), "vaddr": nullable(INT), "ifunc": BOOL}
+    ))},
+)  # fmt: skip
+
+SCHEMA: Final = record(
+    keys(TEXT, "path symbol machine"),
+    {"vaddr": COUNT, "size": COUNT, "ifunc": BOOL, "base": nullable(INT)},
+    {"instructions": array(record(
+        {"vaddr": COUNT, "bytes": HEX, "target": nullable(_TARGET_SCHEMA)}, keys(TEXT, "mnemonic operands")
+    ))},
+)  # fmt: skip
+"""What :func:`as_json` gives."""
 
 
 # ------------------------------------------------------------------------------------------ people

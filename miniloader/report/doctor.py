@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from miniloader.json_schema import BOOL, COUNT, TEXT, array, keys, nullable, record
+from miniloader.kernel.features import LEVEL_SCHEMA
 from miniloader.kernel.privileges import CAPABILITIES, Privileges
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.text import Cell, Part, Table
@@ -13,7 +15,7 @@ from miniloader.report.text import Cell, Part, Table
 if TYPE_CHECKING:
     from miniloader.kernel.probe import Capabilities
 
-__all__ = ["as_json", "lines"]
+__all__ = ["SCHEMA", "as_json", "lines"]
 
 _NAMESPACES = {True: "the initial user namespace", False: "a user namespace of its own", None: "not known"}
 
@@ -46,6 +48,19 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
         "shows": capabilities.level.shows,
         "next": None if above is None else {"evidence": above.name, "shows": above.shows, "get": above.get},
     }
+
+
+SCHEMA: Final = record(
+    keys(TEXT, "kernel architecture shows"),
+    {"page_size": COUNT, "evidence": LEVEL_SCHEMA},
+    {"privileges": record(
+        {"uid": COUNT, "capabilities": array(TEXT), "initial_user_namespace": nullable(BOOL)},
+        {"ptrace_scope": nullable(COUNT), "hidepid": nullable(TEXT)},
+    )},
+    {"features": array(record(keys(TEXT, "name what why get"), {"works": BOOL}))},
+    {"next": nullable(record({"evidence": LEVEL_SCHEMA}, keys(TEXT, "shows get")))},
+)  # fmt: skip
+"""What :func:`as_json` gives."""
 
 
 def lines(system: os.uname_result, capabilities: Capabilities, rights: Privileges) -> Iterator[Part]:

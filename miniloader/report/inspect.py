@@ -8,22 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from miniloader.elf import ElfImage, PlannedCall
 from miniloader.errors import ElfError
+from miniloader.json_schema import (
+    COUNT,
+    HEX,
+    INT,
+    PROTECTION,
+    TEXT,
+    array,
+    by_name,
+    either,
+    keys,
+    nullable,
+    record,
+    words,
+)  # fmt: skip
+from miniloader.report import search, symbols
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Rule
 
-__all__ = [
-    "checks_json",
-    "machine_name",
-    "readable",
-    "rules_json",
-    "to_json",
-    "type_name",
-]
+__all__ = ["SCHEMA", "checks_json", "machine_name", "readable", "rules_json", "to_json", "type_name"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -123,3 +131,34 @@ def checks_json(image: ElfImage) -> list[dict[str, Any]]:
         }
         for rule, broken in outcomes(image)
     ]
+
+
+_SEVERITY: Final = words("error warning")
+_RULE: Final = keys(TEXT, "name protects source") | {"severity": _SEVERITY}
+_PROBLEM: Final = record(keys(TEXT, "rule field found expected"), {"severity": _SEVERITY})
+_CALL: Final = record(
+    {"call": words("mmap mprotect memset munmap"), "start": INT, "length": COUNT, "why": TEXT},
+    {"protection": nullable(PROTECTION), "flags": array(TEXT), "file_offset": nullable(COUNT)},
+)
+_IMAGE: Final = record(
+    {"path": TEXT, "machine": TEXT, "type": TEXT, "soname": nullable(TEXT), "build_id": nullable(HEX)},
+    {"class": {"enum": [32, 64]}, "byte_order": words("little big")},
+    {"segments": array(record(
+        {"type": TEXT, "flags": PROTECTION}, keys(COUNT, "file_offset vaddr filesz memsz align")
+    ))},
+    {"plan": array(record(
+        keys(COUNT, "start end file_offset"), {"protection": PROTECTION, "kind": words("file zero gap")}
+    ))},
+    {"calls": array(_CALL), "needed": array(TEXT), "runpath": array(TEXT), "relocations": by_name(COUNT)},
+    {"symbols": record(
+        keys(COUNT, "defined undefined"), optional={"table": array(symbols.SCHEMA)}
+    )},
+    {"tls": nullable(record(keys(COUNT, "vaddr filesz memsz align"))), "problems": array(_PROBLEM)},
+    optional={
+        "checks": array(record(_RULE, {"outcome": TEXT, "problems": array(_PROBLEM)})),
+        "search": search.SCHEMA,
+    },
+)  # fmt: skip
+
+SCHEMA: Final = either(_IMAGE, record({"checks": array(record(_RULE))}))
+"""What ``inspect --json`` prints: :func:`to_json`, or :func:`rules_json` where no file is named."""

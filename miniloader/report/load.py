@@ -8,6 +8,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal
 
 from miniloader.errors import printable
+from miniloader.json_schema import (
+    BOOL,
+    COUNT,
+    INT,
+    NUMBER,
+    PROTECTION,
+    TEXT,
+    Schema,
+    array,
+    by_name,
+    keys,
+    record,
+    words,
+)
 from miniloader.kernel.maps import Vma
 from miniloader.lab.loaded_library import LoadedLibrary
 from miniloader.loader import Event
@@ -16,7 +30,7 @@ from miniloader.loader.events import Stage
 from miniloader.report.output import Output
 from miniloader.report.text import Line, Part, Table
 
-__all__ = ["Narrator", "as_json", "lines", "results"]
+__all__ = ["SCHEMA", "Narrator", "as_json", "lines", "results"]
 
 Kind = Literal["file", "zero", "gap"]
 
@@ -100,6 +114,22 @@ def _outcome_as_json(outcome: Outcome) -> dict[str, Any]:
 def _plain(value: Value) -> Value:
     """JSON has no infinities and no NaN: they become texts."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_VALUE: Final[Schema] = {"type": ["null", "boolean", "number", "string"]}
+
+SCHEMA: Final = record(
+    {"path": TEXT, "base": INT, "result": _VALUE, "stages_ms": by_name(NUMBER)},
+    {"mappings": array(record(
+        keys(COUNT, "start end file_offset"), {"protection": PROTECTION, "kind": words("file zero gap")}
+    ))},
+    {"results": array(record(
+        {"call": TEXT, "type": TEXT, "value": _VALUE},
+        {"written": array(record({"argument": TEXT, "value": _VALUE}))},
+    ))},
+    {"libraries": array(record(keys(TEXT, "name path"), {"base": INT, "ours": BOOL}))},
+)  # fmt: skip
+"""What :func:`as_json` gives."""
 
 
 # ---------------------------------------------------------------------------------------- for people

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import printable
+from miniloader.json_schema import BOOL, COUNT, TEXT, array, keys, nullable, record
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Part, Piece, Table
 
 if TYPE_CHECKING:
     from miniloader.loader.prepare import Entry
 
-__all__ = ["as_json", "lines"]
+__all__ = ["SCHEMA", "as_json", "lines"]
 
 
 def as_json(directory: str, entries: Sequence[Entry], *, removed: bool) -> dict[str, Any]:
@@ -23,6 +24,17 @@ def as_json(directory: str, entries: Sequence[Entry], *, removed: bool) -> dict[
         "removed": removed,
         "libraries": [asdict(entry) for entry in entries],
     }
+
+
+SCHEMA: Final = record(
+    {"directory": TEXT, "removed": BOOL},
+    {"libraries": array(record(
+        keys(TEXT, "name path build_id"),
+        keys(COUNT, "address length words pages filled size"),
+        {"fault": nullable(TEXT)},
+    ))},
+)  # fmt: skip
+"""What :func:`as_json` gives."""
 
 
 def lines(entries: Sequence[Entry], *, removed: bool) -> Iterator[Part]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import printable
+from miniloader.json_schema import TEXT, array, keys, nullable, record
 from miniloader.report.text import Part, Piece, Table, heading
 
 if TYPE_CHECKING:
     from miniloader.loader.search import Found
 
-__all__ = ["lines", "to_json"]
+__all__ = ["SCHEMA", "lines", "to_json"]
 
 
 def to_json(needed: Iterable[tuple[str, Found]]) -> list[dict[str, Any]]:
@@ -26,6 +27,15 @@ def to_json(needed: Iterable[tuple[str, Found]]) -> list[dict[str, Any]]:
         }
         for needed_by, found in needed
     ]
+
+
+SCHEMA: Final = array(
+    record(
+        keys(TEXT, "needed needed_by"),
+        {"path": nullable(TEXT), "steps": array(record(keys(TEXT, "rule path outcome")))},
+    )
+)
+"""What :func:`to_json` gives."""
 
 
 def lines(needed: Iterable[tuple[str, Found]]) -> Iterator[Part]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from miniloader.elf import ElfImage
+from miniloader.json_schema import BOOL, COUNT, TEXT, keys, nullable, record, words
 from miniloader.values import dataclass
 
-__all__ = ["Symbol", "symbol_list"]
+__all__ = ["SCHEMA", "Symbol", "symbol_list"]
 
 _BINDS: Final = {0: "local", 1: "global", 2: "weak", 10: "unique"}
 _TYPES: Final = {
@@ -42,6 +43,15 @@ class Symbol:
         if self.version in (None, self.name):
             return self.name
         return f"{self.name}{'@@' if self.default else '@'}{self.version}"
+
+
+SCHEMA: Final = record(
+    keys(TEXT, "name type bind"),
+    keys(COUNT, "value size"),
+    {"visibility": words("default internal hidden protected"), "default": BOOL},
+    {"section": words("undefined absolute defined"), "version": nullable(TEXT), "file": nullable(TEXT)},
+)
+"""A :class:`Symbol` in ``--json``."""
 
 
 def symbol_list(image: ElfImage) -> Iterator[Symbol]:

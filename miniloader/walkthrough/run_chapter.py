@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from miniloader.errors import MiniloaderError
-from miniloader.evidence.verdict import Claim, Verdict, combine, judge
-from miniloader.kernel.features import LevelName
+from miniloader.evidence.verdict import CLAIM_SCHEMA, VERDICT_SCHEMA, Claim, Verdict, combine, judge
+from miniloader.json_schema import COUNT, TEXT, array, keys, record
+from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Chapter, Statement
-from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.step import STEP_SCHEMA, ChapterStep
 from miniloader.walkthrough.workbench import Environment, Workbench
 
-__all__ = ["ChapterResult", "judged", "run_chapter"]
+__all__ = ["CHAPTER_SCHEMA", "ChapterResult", "judged", "run_chapter"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class ChapterResult:
             "sources": list(chapter.sources),
             "exercise": {"task": chapter.exercise.task, "snippet": chapter.exercise.snippet},
         }
+
+
+CHAPTER_SCHEMA: Final = record(
+    keys(TEXT, "id title claim surprise"),
+    {"number": COUNT, "verdict": VERDICT_SCHEMA, "evidence": LEVEL_SCHEMA, "claims": array(CLAIM_SCHEMA)},
+    {"facts": record(
+        keys(TEXT, "kernel machine privilege shows"), {"page_size": COUNT, "file_systems": array(TEXT)}
+    )},
+    {"question": record(
+        {"text": TEXT, "choices": array(record(keys(TEXT, "text why"))), "answer": COUNT}
+    )},
+    {"steps": array(STEP_SCHEMA), "exercise": record(keys(TEXT, "task snippet"))},
+    keys(array(TEXT), "explanation sources"),
+)  # fmt: skip
+"""What :meth:`ChapterResult.to_json` gives."""
 
 
 def run_chapter(

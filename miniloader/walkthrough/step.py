@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from miniloader.evidence.sharing import STATES, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
+from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 from miniloader.walkthrough.traced_calls import TracedCall
 
 __all__ = [
+    "STEP_SCHEMA",
     "BeforeAfter",
     "ChangedWord",
     "ChapterStep",
@@ -210,3 +212,31 @@ class ChapterStep:
             "bytes": [octets.to_json() for octets in self.bytes],
             "listing": None if self.listing is None else self.listing.to_json(),
         }
+
+
+_GRID: Final = record(
+    {"title": TEXT, "rows": array(TEXT), "page_size": COUNT},
+    {"parts": array(record({"vaddr": COUNT, "name": TEXT}))},
+    {"runs": array(record(keys(COUNT, "vaddr pages"), {"states": array(TEXT), "frames": array(INT)}))},
+)
+_BYTES: Final = record(
+    {"title": TEXT, "start": COUNT, "before": HEX, "after": HEX},
+    {"words": array(record(keys(COUNT, "offset length"), {"name": TEXT}))},
+)
+_LISTING: Final = record(
+    {"title": TEXT},
+    {"lines": array(record({"vaddr": COUNT, "code": HEX, "text": TEXT, "slot": nullable(COUNT)}))},
+    {"slots": array(record({"vaddr": COUNT}, keys(TEXT, "name before after")))},
+)
+
+STEP_SCHEMA: Final = record(
+    {"name": TEXT, "did": TEXT, "saw": array(TEXT)},
+    {"calls": array(record(keys(TEXT, "text result process"), {"access": BOOL}))},
+    {"evidence": array(record(
+        keys(TEXT, "title source"),
+        {"rows": array(record(keys(TEXT, "name before after"), {"changed": BOOL}))},
+    ))},
+    {"tables": array(record({"title": TEXT, "columns": array(TEXT), "rows": array(array(TEXT))}))},
+    {"grid": nullable(_GRID), "bytes": array(_BYTES), "listing": nullable(_LISTING)},
+)  # fmt: skip
+"""What :meth:`ChapterStep.to_json` gives."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from miniloader.errors import UsageError
+from miniloader.json_schema import COUNT, HEX, TEXT, array, keys, nullable, record, words
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
 from miniloader.values import dataclass
 
-__all__ = ["PageChange", "diff"]
+__all__ = ["CHANGE_SCHEMA", "PageChange", "diff"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class PageChange:
     symbols: tuple[str, ...]
     processes: int
     pids: tuple[int, ...]
+
+
+CHANGE_SCHEMA: Final = record(
+    {"path": TEXT, "build_id": nullable(HEX), "vaddr": COUNT, "section": TEXT, "processes": COUNT},
+    {"change": words("private rewritten returned"), "pids": array(COUNT)},
+    keys(array(TEXT), "causes symbols"),
+)
+"""A :class:`PageChange` in ``--json``."""
 
 
 class _Copy(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from miniloader.errors import UsageError
 from miniloader.evidence.cause import Cause, Space, cause_names, classify
 from miniloader.evidence.slots import RELATIVE, SYMBOL, FileFacts
+from miniloader.json_schema import COUNT, HEX, INT, TEXT, array, keys, nullable, record, words
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -18,7 +19,7 @@ from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import CHANGED, SWAPPED_OUT, FileInProcess, Memo, locate, space_of
 from miniloader.values import dataclass
 
-__all__ = ["PageView", "PageWord", "view_page"]
+__all__ = ["PAGE_SCHEMA", "PageView", "PageWord", "view_page"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class PageView:
     def to_json(self) -> dict[str, Any]:
         """The object that ``audit --page --json`` prints."""
         return asdict(self)
+
+
+PAGE_SCHEMA: Final = record(
+    {"pid": COUNT, "path": TEXT, "build_id": nullable(HEX), "base": INT, "vaddr": COUNT, "section": TEXT},
+    {"state": words("private swapped shared absent unknown"), "causes": array(TEXT), "reason": TEXT},
+    {"words": array(record(keys(TEXT, "cause symbol kind"), keys(COUNT, "vaddr size file old new")))},
+)
+"""What :meth:`PageView.to_json` gives."""
 
 
 def view_page(pid: int, vaddr: int, library: str) -> PageView:

@@ -5,14 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Self, get_args
+from typing import Any, Final, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import write_whole
-from miniloader.kernel.features import LevelName
+from miniloader.json_schema import (
+    BOOL,
+    COUNT,
+    HEX,
+    INT,
+    NUMBER,
+    TEXT,
+    array,
+    by_name,
+    keys,
+    nullable,
+    record,
+)  # fmt: skip
+from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.values import dataclass
 
 __all__ = [
+    "AUDIT_KEYS",
     "Audit",
     "AuditedLibrary",
     "AuditedProcess",
@@ -252,3 +266,29 @@ def _page(value: Mapping[str, Any]) -> PrivatePage:
         fields[name] = tuple(value.get(name, ()) if name == "common" else value[name])  # older ones lack it
     fields["groups"] = tuple(tuple(group) for group in value["groups"])
     return PrivatePage(**fields)
+
+
+_COPY: Final = record(
+    {"vaddr": COUNT, "section": TEXT, "reason": TEXT, "kinds": by_name(COUNT)},
+    keys(array(TEXT), "symbols written causes"),
+    {"pids": array(COUNT), "groups": array(array(COUNT)), "common": array(COUNT)},
+)
+_LIBRARY: Final = record(
+    {"path": TEXT, "build_id": nullable(HEX), "files": COUNT, "frames": COUNT},
+    {"processes": array(record(
+        keys(COUNT, "pid mapped present shared private inherited bss swapped beforehand"),
+        {"base": INT, "merged": nullable(COUNT)},
+    ))},
+    keys(array(_COPY), "private_pages bss_pages swapped_pages"),
+)  # fmt: skip
+
+AUDIT_KEYS: Final = {
+    "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER, "page_size": COUNT, "explained": BOOL,
+    "processes": array(record(
+        keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
+        {"name": TEXT, "pss": nullable(COUNT), "ksm": nullable(COUNT)},
+    )),
+    "libraries": array(_LIBRARY),
+    "unreadable": array(record({"pid": COUNT}, keys(TEXT, "reason needed"))),
+}  # fmt: skip
+"""The keys of what :meth:`Audit.to_json` gives, each with its schema."""

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from miniloader.elf import LoadPlan
 from miniloader.evidence.sharing import STATES, analyse
 from miniloader.evidence.snapshot import Snapshot
-from miniloader.evidence.verdict import Claim, Verdict, combine
-from miniloader.kernel.features import LevelName
+from miniloader.evidence.verdict import CLAIM_SCHEMA, VERDICT_SCHEMA, Claim, Verdict, combine
+from miniloader.json_schema import BOOL, COUNT, INT, TEXT, array, by_name, keys, nullable, record
+from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
 from miniloader.values import dataclass
 
-__all__ = ["DECISIVE", "STEPS", "MemoryUse", "OnStep", "Proof", "ProofStep", "Worked"]
+__all__ = ["DECISIVE", "PROOF_SCHEMA", "STEPS", "MemoryUse", "OnStep", "Proof", "ProofStep", "Worked"]
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,21 @@ _KNOWN: Final[dict[str, Callable[[NDArray[np.void]], NDArray[np.bool_]]]] = {
     "map_count": lambda pages: pages["map_count"] >= 0,
     "flags": lambda pages: pages["flags"] != 0,
 }
+
+_PAGE_SCHEMA: Final = record(
+    {"vaddr": COUNT, "state": array(TEXT)},
+    keys(array(nullable(BOOL)), "present file exclusive"),
+    keys(array(nullable(COUNT)), "frame map_count flags"),
+)
+
+PROOF_SCHEMA: Final = record(
+    {"path": TEXT, "verdict": VERDICT_SCHEMA, "evidence": LEVEL_SCHEMA, "page_size": COUNT},
+    {"processes": array(record({"pid": COUNT, "base": INT})), "claims": array(CLAIM_SCHEMA)},
+    {"written": nullable(record({"vaddr": COUNT, "place": TEXT}))},
+    {"memory": record(keys(COUNT, "used unshared"), {"estimated": BOOL})},
+    {"steps": array(record(
+        {"name": TEXT, "pages": array(_PAGE_SCHEMA)},
+        optional={"totals": array(nullable(by_name(COUNT)))},
+    ))},
+)  # fmt: skip
+"""What :meth:`Proof.to_json` gives."""
