@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
 from itertools import islice, takewhile
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from elftools.elf.enums import ENUM_D_TAG_COMMON
 
-from miniloader.elf.parsing import parse_rows, structs
+from miniloader.elf.layout import record
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -136,17 +137,12 @@ def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = No
     >>> parse_dynamic(bytes([14, *bytes(7), 7, *bytes(7)]) + bytes(16), 64, "<").entries
     ((14, 7),)
     """
-    rows = parse_rows(structs(elf_class, order).Elf_Dyn, data, "PT_DYNAMIC", name)
-    before_null = takewhile(lambda row: row.d_tag != "DT_NULL", rows)
-    entries = tuple([(_number(row.d_tag), row.d_val) for row in islice(before_null, _MOST_ENTRIES + 1)])
+    rows = record(elf_class, order, "Dyn").rows(data, "tag", "val")
+    before_null = takewhile(itemgetter(0), rows)  # whose tag is not DT_NULL
+    entries = tuple(islice(before_null, _MOST_ENTRIES + 1))
     if len(entries) > _MOST_ENTRIES:
         raise ElfError(name, "PT_DYNAMIC", "more entries", f"at most {_MOST_ENTRIES}")
     return Dynamic(entries, MappingProxyType(dict(entries)))
-
-
-def _number(tag: str | int) -> int:
-    """The number of a tag that pyelftools knows by name."""
-    return tag if isinstance(tag, int) else ENUM_D_TAG_COMMON[tag]
 
 
 @lru_cache(maxsize=1)

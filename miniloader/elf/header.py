@@ -1,7 +1,7 @@
 """The ELF header, the program headers and the section headers.
 
-pyelftools parses them, for each class, byte order and machine; this module bounds what is read, names what is
-wrong, and turns what pyelftools gives into frozen values.  Source: gABI chapters 4, 5.
+pyelftools declares them, for each class, byte order and machine, and names their values; this module bounds
+what is read, names what is wrong, and makes frozen values of it.  Source: gABI chapters 4, 5.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final, Literal
 
-from miniloader.elf.parsing import parse, parse_rows, structs
+from miniloader.elf.layout import record
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -30,6 +30,9 @@ _TYPES: Final = {
 }
 _PN_XNUM: Final = 0xFFFF
 _SHN_XINDEX: Final = 0xFFFF
+_ALLOC: Final = 2  # SHF_ALLOC
+#: The fields of :class:`Header` behind ``machine``, which are as the file has them.
+_NUMBERS: Final = tuple("entry flags phoff phentsize phnum shoff shentsize shnum shstrndx".split())
 
 
 @dataclass(frozen=True)
@@ -147,38 +150,27 @@ def read_header(source: Source) -> Header:
         raise ElfError(name, "EI_VERSION", str(ident[6]), "1")
     elf_class: Literal[32, 64] = 32 if ident[4] == 1 else 64
     byte_order: Literal["little", "big"] = "little" if ident[5] == 1 else "big"
-    declared = structs(elf_class, "<" if byte_order == "little" else ">").Elf_Ehdr
-    row = parse(declared, source.read(0, declared.sizeof(), "ELF header"), "ELF header", name)
-    if row.e_version != "EV_CURRENT":
-        raise ElfError(name, "e_version", _named(row.e_version, "EV_"), "1")
+    layout = record(elf_class, "<" if byte_order == "little" else ">", "Ehdr")
+    data = source.read(0, layout.size, "ELF header")
+    kind, machine, version = layout.row(data, "type", "machine", "version")
+    if version != 1:
+        raise ElfError(name, "e_version", str(version), "1")
+    numbers = layout.row(data, *_NUMBERS)
     return Header(
-        elf_class=elf_class,
-        byte_order=byte_order,
-        os_abi=ident[7],
-        abi_version=ident[8],
-        type=_named(row.e_type, "ET_"),
-        machine=_MACHINES.get(row.e_machine) or _named(row.e_machine, "EM_"),
-        entry=row.e_entry,
-        flags=row.e_flags,
-        phoff=row.e_phoff,
-        phentsize=row.e_phentsize,
-        phnum=row.e_phnum,
-        shoff=row.e_shoff,
-        shentsize=row.e_shentsize,
-        shnum=row.e_shnum,
-        shstrndx=row.e_shstrndx,
+        elf_class,
+        byte_order,
+        ident[7],
+        ident[8],
+        layout.label("type", kind).removeprefix("ET_"),
+        _MACHINES.get(machine) or layout.label("machine", machine).removeprefix("EM_"),
+        *numbers,
     )
-
-
-def _named(value: str | int, prefix: str = "") -> str:
-    """pyelftools' name of a value without its prefix, or the number in hexadecimal."""
-    return f"{value:#x}" if isinstance(value, int) else value.removeprefix(prefix)
 
 
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     """Read the program headers, in table order."""
-    declared = structs(header.elf_class, header.order, header.machine).Elf_Phdr
-    size = declared.sizeof()
+    layout = record(header.elf_class, header.order, "Phdr", header.machine)
+    size = layout.size
     if header.phnum == 0 and header.type == "REL":
         raise ElfError(source.name, "e_type", header.described_type, "ET_DYN, a shared object")
     if header.phnum == 0:
@@ -193,18 +185,10 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
         raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
     table = source.read(header.phoff, size * header.phnum, "program headers")
     names = _SEGMENT_TYPES | (_MIPS_SEGMENT_TYPES if header.machine == "MIPS" else {})
+    rows = layout.rows(table, "type", "flags", "offset", "vaddr", "filesz", "memsz", "align")
     return tuple(
-        Segment(
-            index=index,
-            type=names.get(row.p_type) or _named(row.p_type),
-            flags=protection(row.p_flags),
-            file_offset=row.p_offset,
-            vaddr=row.p_vaddr,
-            filesz=row.p_filesz,
-            memsz=row.p_memsz,
-            align=row.p_align,
-        )
-        for index, row in enumerate(parse_rows(declared, table, "program headers", source.name))
+        Segment(index, names.get(kind) or layout.label("type", kind), protection(flags), *extent)
+        for index, (kind, flags, *extent) in enumerate(rows)
     )
 
 
@@ -213,35 +197,36 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
 
     Sections are a convenience for naming things: nothing that matters to loading is read from them.
     """
-    declared = structs(header.elf_class, header.order, header.machine).Elf_Shdr
-    size, what = declared.sizeof(), "section headers"
+    layout = record(header.elf_class, header.order, "Shdr", header.machine)
+    size, what = layout.size, "section headers"
     if header.shoff == 0 or header.shentsize != size:
         return ()
     try:
-        first = parse(declared, source.read(header.shoff, size, what), what, source.name)
-        count = header.shnum or first.sh_size  # gABI: more than SHN_LORESERVE sections
-        strings_index = first.sh_link if header.shstrndx == _SHN_XINDEX else header.shstrndx
+        length, link = layout.row(source.read(header.shoff, size, what), "size", "link")
+        count = header.shnum or length  # gABI: more than SHN_LORESERVE sections
+        strings_index = link if header.shstrndx == _SHN_XINDEX else header.shstrndx
         if count > _MOST_SECTIONS:
             return ()
         table = source.read(header.shoff, size * count, what)
-        rows = list(parse_rows(declared, table, what, source.name))
-        if not 0 < strings_index < len(rows):
+        if not 0 < strings_index < count:
             return ()
-        names = source.read(rows[strings_index].sh_offset, rows[strings_index].sh_size, "section names")
+        offset, length = layout.row(table, "offset", "size", at=strings_index * size)
+        names = source.read(offset, length, "section names")
     except ElfError:
         return ()
+    rows = layout.rows(table, "name", "type", "addr", "offset", "size", "entsize", "flags")
     return tuple(
         Section(
             index=index,
-            name=_section_name(names, row.sh_name),
-            type=_named(row.sh_type),
-            vaddr=row.sh_addr,
-            file_offset=row.sh_offset,
-            size=row.sh_size,
-            entry_size=row.sh_entsize,
-            allocated=bool(row.sh_flags & 2),  # SHF_ALLOC
+            name=_section_name(names, name),
+            type=layout.label("type", kind),
+            vaddr=vaddr,
+            file_offset=offset,
+            size=size,
+            entry_size=entry_size,
+            allocated=bool(flags & _ALLOC),
         )
-        for index, row in enumerate(rows)
+        for index, (name, kind, vaddr, offset, size, entry_size, flags) in enumerate(rows)
     )
 
 

@@ -20,7 +20,8 @@ from miniloader.elf.dynamic import (
     string_at,
 )
 from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
-from miniloader.elf.parsing import elffile_of, parse, structs
+from miniloader.elf.layout import record
+from miniloader.elf.parsing import elffile_of
 from miniloader.elf.plan import LoadPlan, plan_segments
 from miniloader.elf.relocations import Relocations, read_relocations
 from miniloader.elf.source import Bytes, Source
@@ -250,7 +251,7 @@ class ElfImage:
         if tag in self.dynamic.tags:
             yield self._string(self.dynamic.tags[tag], what)
 
-    def _notes(self) -> Iterator[tuple[bytes, str | int, bytes]]:
+    def _notes(self) -> Iterator[tuple[bytes, str, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""
         noted = (segment for segment in self.segments if segment.type == "PT_NOTE")
         for segment in islice(noted, _MOST_NOTE_SEGMENTS):
@@ -263,23 +264,23 @@ class ElfImage:
             yield from notes_in(data, self.header.order, 8 if segment.align == 8 else 4)
 
 
-def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, str | int, bytes]]:
+def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, str, bytes]]:
     """Name, type and description of each note in the bytes of a ``PT_NOTE`` (gABI, "Note Section").
 
-    The type is a number where pyelftools has no name for it.
+    The type is pyelftools' name for it, or the number in hexadecimal.
 
     >>> from miniloader.elf.writer import build_id_note
     >>> list(notes_in(build_id_note("0123"), "<", 4))
     [(b'GNU\\x00', 'NT_GNU_BUILD_ID', b'\\x01#')]
     """
-    declared = structs(64, order).Elf_Nhdr  # the record is the same in 32-bit files
-    size, place = declared.sizeof(), 0
+    layout = record(64, order, "Nhdr")  # which is the same in 32-bit files
+    size, place = layout.size, 0
     while place + size <= len(data):
-        note = parse(declared, data[place : place + size], "PT_NOTE", None)
-        name_end = place + size + note.n_namesz
+        name_size, length, kind = layout.row(data, "namesz", "descsz", "type", at=place)
+        name_end = place + size + name_size
         start = -(-name_end // align) * align
-        yield data[place + size : name_end], note.n_type, data[start : start + note.n_descsz]
-        place = -(-(start + note.n_descsz) // align) * align
+        yield data[place + size : name_end], layout.label("type", kind), data[start : start + length]
+        place = -(-(start + length) // align) * align
 
 
 def read_image(source: Source) -> ElfImage:

@@ -1,8 +1,7 @@
-"""pyelftools at work: the one place where its structures parse bytes, and where its errors become ours.
+"""pyelftools at work: its declarations of records, its object for a file, and where its errors become ours.
 
 pyelftools declares each record of an ELF file (``Elf_Ehdr``, ``Elf_Phdr``, ``Elf_Dyn``, …) for each class and
-byte order, with the names of the values its fields may have, and parses it.  Whoever calls :func:`parse` has
-read the record's bytes from within the file before, so that no number in a file decides how much is read.
+byte order, with the names of the values its fields may have; :mod:`miniloader.elf.layout` parses by them.
 """
 
 from __future__ import annotations
@@ -10,26 +9,31 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from elftools.common.exceptions import ELFError
-from elftools.construct import Construct, ConstructError
+from elftools.construct import ConstructError
 from elftools.elf.structs import ELFStructs
 
-from miniloader.elf.source import Bytes, Source
+from miniloader.elf.source import Source
 from miniloader.errors import ElfError
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-__all__ = ["elffile_of", "parse", "parse_rows", "structs"]
+__all__ = ["elffile_of", "structs"]
 
-#: What pyelftools raises for a malformed file when a record of it is parsed …
-_FAULTS: Final = (ELFError, ConstructError)
-#: … and when its ELFFile looks about in the whole of it, where not all errors are pyelftools' own.
-_FAULTS_OF_FILES: Final = (*_FAULTS, struct.error, LookupError, ValueError, TypeError, AttributeError)
+#: What making an ELFFile raises for a malformed file; not all errors are pyelftools' own.
+_FAULTS: Final = (
+    ELFError,
+    ConstructError,
+    struct.error,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 @lru_cache(maxsize=64)
@@ -45,32 +49,6 @@ def structs(elf_class: int, order: str, machine: str = "") -> ELFStructs:
     return declared
 
 
-def parse(construct: Construct, data: Bytes, what: str, name: str | None) -> Any:
-    """What pyelftools makes of the record ``construct`` at the start of ``data``: its fields by name.
-
-    :class:`ElfError` names the file ``name`` and the table ``what`` when pyelftools cannot parse it.
-    """
-    try:
-        return construct.parse(bytes(data))
-    except _FAULTS as error:
-        raise _refused(error, what, name) from None
-
-
-def parse_rows(construct: Construct, data: Bytes, what: str, name: str | None) -> Iterator[Any]:
-    """What pyelftools makes of each of the whole records ``construct`` that ``data`` consists of, in order.
-
-    >>> rows = parse_rows(structs(64, "<").Elf_Dyn, bytes([14, *bytes(15)]) * 2, "PT_DYNAMIC", None)
-    >>> [(row.d_tag, row.d_val) for row in rows]
-    [('DT_SONAME', 0), ('DT_SONAME', 0)]
-    """
-    stream = io.BytesIO(data)
-    try:
-        for _ in range(len(data) // construct.sizeof()):
-            yield construct.parse_stream(stream)
-    except _FAULTS as error:
-        raise _refused(error, what, name) from None
-
-
 def elffile_of(source: Source) -> ELFFile:
     """pyelftools' own object for ``source``, which it reads from as long as that is open.
 
@@ -80,13 +58,10 @@ def elffile_of(source: Source) -> ELFFile:
 
     try:
         return ELFFile(io.BufferedReader(_Stream(source)))
-    except _FAULTS_OF_FILES as error:
-        raise _refused(error, "ELF file", source.name) from None
-
-
-def _refused(error: Exception, what: str, name: str | None) -> ElfError:
-    said = " ".join(str(error).split())[:200] or type(error).__name__
-    return ElfError(name, what, f"what pyelftools cannot parse ({said})", "a well-formed table")
+    except _FAULTS as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        found = f"what pyelftools cannot parse ({said})"
+        raise ElfError(source.name, "ELF file", found, "a well-formed one") from None
 
 
 class _Stream(io.RawIOBase):

@@ -23,6 +23,7 @@ inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Final, Literal
 
 from miniloader.elf.header import Segment
@@ -166,7 +167,12 @@ class LoadPlan:
         mmap(base+0x2000, 0x1000, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_FIXED, fd, 0x1000)
         memset(base+0x2830, 0, 0x7d0)
         """
-        return tuple(_calls(self, placed))
+        return *_reserve(self, placed), *self._behind_reserve
+
+    @cached_property
+    def _behind_reserve(self) -> tuple[PlannedCall, ...]:
+        """The calls of :meth:`calls` but those that reserve room; a load asks for them step by step."""
+        return tuple(_calls(self))
 
 
 def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None = None) -> LoadPlan:
@@ -273,8 +279,7 @@ def _relro(segments: Sequence[Segment], page_size: int) -> Span:
 
 
 # -------------------------------------------------------------------------------------------- the calls
-def _calls(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:
-    yield from _reserve(plan, placed)
+def _calls(plan: LoadPlan) -> Iterator[PlannedCall]:
     flags = ("MAP_PRIVATE", "MAP_FIXED")
     for mapping in plan.mappings:
         start, length, protection = mapping.start, mapping.length, mapping.protection
@@ -292,9 +297,7 @@ def _calls(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:
             plan.relro.end - plan.relro.start,
             "RELRO, once it is relocated",
         )
-        yield PlannedCall(
-            "protect", "mprotect", start, length, "r--", (), None, "RELRO, once it is relocated"
-        )
+        yield PlannedCall("protect", "mprotect", start, length, "r--", (), None, why)
 
 
 def _reserve(plan: LoadPlan, placed: bool) -> Iterator[PlannedCall]:

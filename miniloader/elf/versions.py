@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from elftools.construct import Construct
-
 from miniloader.elf.dynamic import (
     DT_VERDEF,
     DT_VERDEFNUM,
@@ -15,7 +13,7 @@ from miniloader.elf.dynamic import (
     Reader,
     string_at,
 )
-from miniloader.elf.parsing import parse, structs
+from miniloader.elf.layout import Record, record
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -58,32 +56,28 @@ class _Records:
         self._read, self._what, self._name = read, what, name
         self._start, self._block = 0, b""
 
-    def at(self, vaddr: int, construct: Construct) -> Any:
-        """The record at ``vaddr``."""
-        size = construct.sizeof()
+    def at(self, vaddr: int, layout: Record, *names: str) -> Any:
+        """The fields ``names`` of the record at ``vaddr``, as :meth:`Record.row` gives them."""
+        size = layout.size
         if not self._start <= vaddr <= self._start + len(self._block) - size:
             try:
                 block = self._read(vaddr, _BLOCK, self._what)
             except ElfError:  # not so many before the segment ends
                 block = self._read(vaddr, size, self._what)
             self._start, self._block = vaddr, bytes(block)
-        place = vaddr - self._start
-        return parse(construct, self._block[place : place + size], self._what, self._name)
+        return layout.row(self._block, *names, at=vaddr - self._start)
 
-    def linked(
-        self, construct: Construct, vaddr: int, count: int, following: str
-    ) -> Iterator[tuple[int, Any]]:
-        """Where each of ``count`` records lies, and the record, from ``vaddr`` on.
+    def linked(self, layout: Record, vaddr: int, count: int, *names: str) -> Iterator[tuple[int, list[int]]]:
+        """Where each of ``count`` records lies, and its fields ``names``, from ``vaddr`` on.
 
-        The field ``following`` says how many bytes behind a record the next one is; 0 ends them.
+        The field ``next`` says how many bytes behind a record the next one is; 0 ends them.
         """
         if count > _MOST:
             raise ElfError(self._name, self._what, f"{count} records", f"at most {_MOST}")
-        size = construct.sizeof()
+        size = layout.size
         for _ in range(count):
-            found = self.at(vaddr, construct)
-            yield vaddr, found
-            step = found[following]
+            step, *fields = self.at(vaddr, layout, "next", *names)
+            yield vaddr, fields
             if step == 0:
                 return
             if step < size:
@@ -102,30 +96,32 @@ def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
 def _needed(
     read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    declared = structs(64, order)  # the records are the same in 32-bit files
     records, total = _Records(read, "DT_VERNEED", name), 0
-    files = records.linked(declared.Elf_Verneed, tags[DT_VERNEED], tags.get(DT_VERNEEDNUM, 0), "vn_next")
-    for vaddr, needed in files:
-        total += needed.vn_cnt
+    start, count = tags[DT_VERNEED], tags.get(DT_VERNEEDNUM, 0)
+    files = records.linked(_layout(order, "Verneed"), start, count, "cnt", "file", "aux")
+    for vaddr, (length, file, first) in files:
+        total += length
         if total > _MOST:
             raise ElfError(name, "DT_VERNEED", f"{total} versions", f"at most {_MOST}")
-        library = _text(strings, needed.vn_file, "DT_VERNEED", name)
-        versions = records.linked(declared.Elf_Vernaux, vaddr + needed.vn_aux, needed.vn_cnt, "vna_next")
-        for _, version in versions:
-            label = _text(strings, version.vna_name, "DT_VERNEED", name)
-            weak = bool(version.vna_flags & _VER_FLG_WEAK)
-            yield version.vna_other & ~VERSION_HIDDEN, Version(label, library, weak=weak)
+        library = _text(strings, file, "DT_VERNEED", name)
+        versions = records.linked(_layout(order, "Vernaux"), vaddr + first, length, "name", "flags", "other")
+        for _, (offset, flags, index) in versions:
+            label = _text(strings, offset, "DT_VERNEED", name)
+            yield index & ~VERSION_HIDDEN, Version(label, library, weak=bool(flags & _VER_FLG_WEAK))
 
 
 def _defined(
     read: Reader, tags: Mapping[int, int], strings: Bytes, order: str, name: str | None
 ) -> Iterator[tuple[int, Version]]:
-    declared, records = structs(64, order), _Records(read, "DT_VERDEF", name)
-    versions = records.linked(declared.Elf_Verdef, tags[DT_VERDEF], tags.get(DT_VERDEFNUM, 0), "vd_next")
-    for vaddr, defined in versions:
+    records = _Records(read, "DT_VERDEF", name)
+    start, count = tags[DT_VERDEF], tags.get(DT_VERDEFNUM, 0)
+    versions = records.linked(_layout(order, "Verdef"), start, count, "aux", "flags", "ndx")
+    for vaddr, (first, flags, index) in versions:
         # The first name is the version's; those behind it are its predecessors'.
-        label = _text(
-            strings, records.at(vaddr + defined.vd_aux, declared.Elf_Verdaux).vda_name, "DT_VERDEF", name
-        )
-        base = bool(defined.vd_flags & _VER_FLG_BASE)
-        yield defined.vd_ndx & ~VERSION_HIDDEN, Version(label, None, base=base)
+        offset = records.at(vaddr + first, _layout(order, "Verdaux"), "name")
+        label = _text(strings, offset, "DT_VERDEF", name)
+        yield index & ~VERSION_HIDDEN, Version(label, None, base=bool(flags & _VER_FLG_BASE))
+
+
+def _layout(order: str, kind: str) -> Record:
+    return record(64, order, kind)  # which are the same in 32-bit files

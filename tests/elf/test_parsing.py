@@ -52,20 +52,23 @@ def test_a_layout_reads_what_pyelftools_parses(elf_class: int, order: str, machi
         for key, value in found.items():
             if isinstance(parsed[key], (int, str)):  # not the bit fields of st_info
                 assert value == codes[key].get(parsed[key], parsed[key]), key
+                assert layout.row(data, key) == value
+                named = isinstance(parsed[key], str)
+                assert layout.label(key, value) == (parsed[key] if named else f"{value:#x}"), key
         assert layout.pack(**found) == data
 
 
-def test_the_errors_of_pyelftools_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file cut short is refused before pyelftools sees it: so it is made to see half a record."""
-    from miniloader.elf import parsing
+def test_values_have_the_names_pyelftools_has_for_them() -> None:
+    header = record(64, "<", "Ehdr")
+    data = header.pack(type="ET_DYN", machine=62)
+    assert header.row(data, "type", "machine") == (3, 62)
+    assert (header.label("type", 3), header.label("machine", 62)) == ("ET_DYN", "EM_X86_64")
+    assert record(64, "<", "Phdr", "ARM").label("type", 0x70000001) == "PT_ARM_EXIDX"
+    assert record(64, "<", "Phdr", "X86_64").label("type", 0x70000001) == "0x70000001"
 
-    whole = Source.from_bytes(build("demo").read_bytes())
-    read = Source.read
-    monkeypatch.setattr(Source, "read", lambda *arguments: read(*arguments)[:30])
-    with pytest.raises(ElfError, match="ELF header: found what pyelftools cannot parse"):
-        read_image(whole)
-    with pytest.raises(ElfError, match="PT_NOTE"):
-        parsing.parse(structs(64, "<").Elf_Nhdr, b"\1", "PT_NOTE", None)
+
+def test_rows_are_the_whole_records_of_the_bytes() -> None:
+    assert list(record(32, ">", "Dyn").rows(bytes(range(20)), "val")) == [0x04050607, 0x0C0D0E0F]
 
 
 def test_an_elffile_of_a_malformed_file_is_one_or_an_error_of_ours() -> None:
