@@ -74,7 +74,7 @@ def _path(name: str) -> str:
     """Where the library is: a bare name is searched for as the system's loader does."""
     if "/" in name:
         return name
-    from miniloader.loader.search import find_path
+    from miniloader.loader.surroundings import find_path
 
     return find_path(name)
 
@@ -93,7 +93,7 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
     if arguments.checks:
         said["checks"] = say.checks_json(image)
     if arguments.search:
-        from miniloader.loader.search import find_needed
+        from miniloader.loader.surroundings import find_needed
         from miniloader.report.search import to_json
 
         said["search"] = to_json(find_needed(image))
@@ -109,7 +109,7 @@ def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> No
     if arguments.checks:
         out.show([(), *inspect_view.checks(image)])
     if arguments.search:
-        from miniloader.loader.search import find_needed
+        from miniloader.loader.surroundings import find_needed
         from miniloader.report.search import lines
 
         out.show([(), *lines(find_needed(image))])

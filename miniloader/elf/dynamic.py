@@ -70,6 +70,7 @@ DF_BIND_NOW: Final = 0x8
 DF_1_NOW: Final = 0x1
 DF_1_NODELETE: Final = 0x8
 DF_1_NOOPEN: Final = 0x40
+DF_1_NODEFLIB: Final = 0x800
 DF_1_PIE: Final = 0x08000000
 
 _MOST_ENTRIES: Final = 4096

@@ -188,6 +188,15 @@ class ElfImage:
         return tuple(part for value in self._strings(DT_RPATH, "DT_RPATH") for part in value.split(":"))
 
     @cached_property
+    def interpreter(self) -> str | None:
+        """The program that has to load it, ``PT_INTERP``: a path; None where no segment names one."""
+        segment = self.segment("PT_INTERP")
+        if segment is None:
+            return None
+        length = min(segment.filesz, _PATH)
+        return os.fsdecode(string_at(self.source.read(segment.file_offset, length, "PT_INTERP"), 0))
+
+    @cached_property
     def build_id(self) -> str | None:
         """The ``NT_GNU_BUILD_ID`` note in hexadecimal."""
         for note_name, note_type, description in islice(self._notes(), _MOST_NOTES):

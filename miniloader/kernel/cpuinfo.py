@@ -7,14 +7,29 @@ from functools import lru_cache
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_proc_file
 
-__all__ = ["features"]
+__all__ = ["features", "vendor"]
+
+
+@lru_cache(maxsize=1)
+def _lines() -> tuple[str, ...]:
+    """What is said of the first processor; () where ``/proc`` does not tell."""
+    try:
+        text = read_proc_file("/proc/cpuinfo").decode("ascii", "replace")
+    except EvidenceError:
+        return ()
+    return tuple(text.partition("\n\n")[0].split("\n"))
+
+
+def _value(name: str) -> str:
+    return next((line.partition(":")[2].strip() for line in _lines() if line.startswith(name)), "")
 
 
 @lru_cache(maxsize=1)
 def features() -> frozenset[str] | None:
     """The processor's flags (``avx2``, ``xsave``, …); None where ``/proc`` does not tell."""
-    try:
-        lines = read_proc_file("/proc/cpuinfo").decode("ascii", "replace").split("\n")
-    except EvidenceError:
-        return None
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    return frozenset(_value("flags").split()) if _lines() else None
+
+
+def vendor() -> str:
+    """Who made the processor (``GenuineIntel``); "" where ``/proc`` does not tell."""
+    return _value("vendor_id")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from miniloader.loader.library import Library as Library
     from miniloader.loader.loading import Loading as Loading
     from miniloader.loader.loading import load as load
-    from miniloader.loader.search import inspect as inspect
+    from miniloader.loader.surroundings import inspect as inspect
 
 __all__ = ["Event", "Library", "Loading", "inspect", "load"]
 
@@ -20,7 +20,7 @@ _HOMES: Final = {
     "Event": "events",
     "Library": "library",
     "Loading": "loading",
-    "inspect": "search",
+    "inspect": "surroundings",
     "load": "loading",
 }
 

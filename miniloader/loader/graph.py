@@ -19,7 +19,8 @@ from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import Bindings
-from miniloader.loader.search import find
+from miniloader.loader.search import Surroundings, find
+from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import find_present
 
 __all__ = ["Graph"]
@@ -40,6 +41,7 @@ class Graph:
         self.new: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
         self.listing: HostListing
+        self.surroundings: Surroundings
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
@@ -73,7 +75,7 @@ class Graph:
 
     def complete(self) -> None:
         """Find what each member needs, and what that needs, breadth first."""
-        self.listing = host.listing()
+        self.listing, self.surroundings = host.listing(), of_process()
         for library in self.new:  # grows meanwhile
             for name in library.image.needed:
                 library.needs.append(self._need(name, library))
@@ -81,20 +83,30 @@ class Graph:
             library.before = library.ours
 
     def _need(self, name: str, library: Loaded) -> Needed:
-        """What ``library`` gets for ``name``: what is loaded already, ld.so's, or the file that is found."""
+        """What ``library`` gets for ``name``: what is called so, ld.so's or ours, or the file found."""
+        of_host = self._host_called(name, library)
+        if of_host is not None:
+            return self._answer(name, library, of_host, f"the process's own, {of_host.name}")
         same = self._present(lambda member: member.is_called(name))
         if same is not None:
             return self._answer(name, library, same, "loaded already")
-        of_host = self._from_host(name, library)
-        if of_host is not None:
-            return self._answer(name, library, of_host, f"the process's own, {of_host.name}")
-        source = Source.open(self._search(name, library))
+        path = self._search(name, library)
+        source = Source.open(path)
         same_file = self._same_file(source)
         if same_file is not None:
             source.close()
+            if isinstance(same_file, Loaded):
+                same_file.called.add(name)
             return self._answer(name, library, same_file, f"loaded already as {same_file.name}")
+        if "/" not in name and comes_from_host(name):  # a path could lead to any file
+            source.close()
+            of_host = self._hold(path, library, load=True)
+            assert of_host is not None  # or it had raised
+            return self._answer(name, library, of_host, f"the system's loader has loaded {of_host.name}")
         self.event("need", library.name, f"{name}: {source.name}", needed=name, path=source.name)
-        return self.add(source, library)
+        needed = self.add(source, library)
+        needed.called.add(name)
+        return needed
 
     def _answer(self, name: str, library: Loaded, needed: Needed, how: str) -> Needed:
         self.event("need", library.name, f"{name}: {how}", needed=name, path=needed.name)
@@ -105,12 +117,25 @@ class Graph:
         new = next((library for library in self.new if is_it(library)), None)
         return new or find_present(lambda library: library.policy.init == self.policy.init and is_it(library))
 
-    def _from_host(self, name: str, library: Loaded) -> HostLibrary | None:
-        """The library ``name`` of the system's loader: what it has, or loads since a process has it once."""
-        handle = host.open_host(name, load=False)
-        if handle is None and "/" not in name and comes_from_host(name):  # a path could lead to any file
-            handle = host.open_host(name, load=True)
-            self.listing = host.listing()
+    def _host_called(self, name: str, library: Loaded) -> HostLibrary | None:
+        """The library of the system's loader that is called ``name``: by its SONAME, or as it was opened.
+
+        ld.so does not tell by which names it was asked for a library; a file's name is one if ld.so has the
+        library by that name, too.
+        """
+        candidates = (
+            found for found in self.listing.found if name in (found.soname, found.path, found.file_name)
+        )
+        candidate = next(candidates, None)
+        if candidate is None:
+            return None
+        by_file_name = name not in (candidate.soname, candidate.path)
+        held = self._hold(name if by_file_name else candidate.path, library, load=False)
+        return held if held is candidate or not by_file_name else None
+
+    def _hold(self, path: str, library: Loaded, *, load: bool) -> HostLibrary | None:
+        """The library that the system's loader has for ``path``, or loads; held as long as ``library``."""
+        handle = host.open_host(path, load=load)
         if handle is None:
             return None
         library.undo.callback(host.close_host, handle)
@@ -118,16 +143,19 @@ class Graph:
         if bias not in self.listing.by_bias:
             self.listing = host.listing()
         if bias not in self.listing.by_bias:
-            raise LoadError(f"{library.name}: needs {name}, which the system's loader has, but does not list")
+            raise LoadError(f"{library.name}: needs {path}, which the system's loader has, but does not list")
         return self.listing.by_bias[bias]
 
     def _search(self, name: str, library: Loaded) -> str:
         """The path of the file that ld.so would take for ``name``; each place is told."""
-        found = find(name, library.asker())
+        found = find(name, library.asker(), self.surroundings)
         for step in found.steps:
             text = f"{step.rule}: {step.path}: {step.outcome}"
             fields = {"rule": step.rule, "path": step.path, "outcome": step.outcome}
             self.event("search", library.name, text, needed=name, **fields)
+        if found.stopped:
+            step = found.steps[-1]
+            raise LoadError(f"{library.name}: needs {name}, and {step.path} is {step.outcome}")
         if found.path is None:
             places = len(found.steps)
             raise LoadError(f"{library.name}: needs {name}, which is in none of the {places} places searched")

@@ -6,78 +6,100 @@ Format: glibc's ``sysdeps/generic/dl-cache.h``, "new format".
 from __future__ import annotations
 
 import os
-import platform
+import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final
 
-import numpy as np
-
-__all__ = ["CACHE", "cached"]
+__all__ = ["CACHE", "Cache", "read_cache"]
 
 CACHE: Final = "/etc/ld.so.cache"
-_FLAGS: Final = {"x86_64": 0x0303, "aarch64": 0x0A03, "riscv64": 0x1003}
+#: What the entries for a machine are marked with, by the number of its ``e_machine``: FLAG_ELF_LIBC6 with the
+#: bits of glibc's ``sysdeps/generic/ldconfig.h``.
+_FLAGS: Final = {62: 0x0303, 183: 0x0A03, 3: 0x0003, 243: 0x1003, 40: 0x0903, 21: 0x0503, 22: 0x0403}
+_MAGIC: Final = b"glibc-ld.so.cache1.1"
 _HWCAP_EXTENSION: Final = 1 << 62
+_HEADER: Final = 48
+_ENTRY: Final = "iIIIQ"  # flags, key, value, os version, hwcap
+_HWCAPS_TAG: Final = 1
 
 
-def cached(name: str, hwcaps: Sequence[str]) -> list[str]:
-    """The paths that the cache has for ``name``, best first; none where there is no cache of this format.
+class Cache:
+    """The entries of one cache for the machine with the number ``machine``; ``order`` is ``<`` or ``>``.
 
-    ``hwcaps`` are the ``glibc-hwcaps`` sub-directories that suit this processor, best first.
+    What does not make sense in it is as if it were not there.
     """
+
+    def __init__(self, data: bytes, machine: int, order: str = "<") -> None:
+        start = data.find(_MAGIC)
+        self._data = data[start:] if start >= 0 else b""
+        self._order, self._flags = order, _FLAGS.get(machine)
+        self._entries: dict[int, list[tuple[int, int]]] | None = None  # (value, hwcap) by key
+        self._names: tuple[str, ...] = ()
+
+    def best(self, name: str, hwcaps: Sequence[str] = ()) -> str | None:
+        """The path that ld.so takes for ``name``, if the cache has any.
+
+        ``hwcaps`` are the ``glibc-hwcaps`` sub-directories that suit the processor, best first.
+        """
+        if self._entries is None:
+            self._entries = self._read()
+        ranked = []
+        for place in self._places(name):
+            for value, hwcap in self._entries.get(place, ()):
+                if hwcap & _HWCAP_EXTENSION:
+                    number = hwcap & 0xFFFFFFFF
+                    label = self._names[number] if number < len(self._names) else ""
+                    if label in hwcaps:
+                        ranked.append((hwcaps.index(label), value))
+                elif not hwcap:  # other numbers are the legacy hwcaps, which current glibc ignores
+                    ranked.append((len(hwcaps), value))
+        return self._text(min(ranked, key=lambda entry: entry[0])[1]) if ranked else None
+
+    def _places(self, name: str) -> list[int]:
+        """Where in the cache ``name`` is a whole text, or the end of one: a name may be the end of a path."""
+        key = os.fsencode(name) + b"\0"
+        places, place = [], self._data.find(key)
+        while place >= 0:
+            places.append(place)
+            place = self._data.find(key, place + 1)
+        return places
+
+    def _read(self) -> dict[int, list[tuple[int, int]]]:
+        data, entries = self._data, dict[int, list[tuple[int, int]]]()
+        entry = struct.Struct(self._order + _ENTRY)
+        if len(data) < _HEADER:
+            return entries
+        count, _, _, extension = struct.unpack_from(f"{self._order}4I", data, len(_MAGIC))
+        if extension:
+            self._names = self._hwcap_names(extension)
+        end = _HEADER + min(count, (len(data) - _HEADER) // entry.size) * entry.size
+        for flags, key, value, _, hwcap in entry.iter_unpack(memoryview(data)[_HEADER:end]):
+            if flags == self._flags:
+                entries.setdefault(key, []).append((value, hwcap))
+        return entries
+
+    def _hwcap_names(self, extension: int) -> tuple[str, ...]:
+        """The names in ``cache_extension_tag_glibc_hwcaps``, of the extensions at ``extension``."""
+        data, section = self._data, struct.Struct(f"{self._order}4I")
+        if extension + 8 > len(data):
+            return ()
+        count = struct.unpack_from(f"{self._order}2I", data, extension)[1]
+        end = extension + 8 + min(count, (len(data) - extension - 8) // section.size) * section.size
+        for tag, _, offset, size in section.iter_unpack(memoryview(data)[extension + 8 : end]):
+            if tag == _HWCAPS_TAG and offset + size <= len(data):
+                texts = struct.unpack_from(f"{self._order}{size // 4}I", data, offset)
+                return tuple(self._text(place) for place in texts)
+        return ()
+
+    def _text(self, offset: int) -> str:
+        end = self._data.find(b"\0", offset)
+        return os.fsdecode(self._data[offset:end]) if end >= 0 else ""
+
+
+def read_cache(path: str, machine: int, order: str = "<") -> Cache | None:
+    """The cache in the file ``path`` (as seen from here); None where there is none."""
     try:
-        status = os.stat(CACHE)
-        tables = _tables((status.st_mtime_ns, status.st_ino))
-    except (OSError, ValueError):
-        return []
-    if tables is None:
-        return []
-    rows, data, capabilities = tables
-    fitting = np.isin(rows["key"], _places(data, name)) & (rows["flags"] == _FLAGS.get(platform.machine()))
-    ranked = []
-    for _, _, value, _, hwcap in rows[fitting].tolist():
-        label = capabilities[hwcap & 0xFFFFFFFF] if hwcap & _HWCAP_EXTENSION else ""
-        if label in hwcaps:
-            ranked.append((hwcaps.index(label), _text(data, value)))
-        elif not hwcap:  # other numbers are the legacy hwcaps, which current glibc ignores
-            ranked.append((len(hwcaps), _text(data, value)))
-    return [path for _, path in sorted(ranked, key=lambda item: item[0])]
-
-
-def _places(data: bytes, name: str) -> list[int]:
-    """Where in the cache ``name`` is a whole text, or the end of one: a name may be the end of a path."""
-    key = os.fsencode(name) + b"\0"
-    places, place = [], data.find(key)
-    while place >= 0:
-        places.append(place)
-        place = data.find(key, place + 1)
-    return places
-
-
-@lru_cache(maxsize=1)
-def _tables(_stamp: tuple[int, int]) -> tuple[np.ndarray, bytes, tuple[str, ...]] | None:
-    """The entries of the cache, all its bytes, and the names of its hwcaps; ``None`` for another format."""
-    with open(CACHE, "rb") as file:
-        data = file.read()
-    start = data.find(b"glibc-ld.so.cache1.1")
-    if start < 0:
+        with open(path, "rb") as file:
+            return Cache(file.read(), machine, order)
+    except OSError:
         return None
-    data = data[start:]
-    count, _, _, extension = np.frombuffer(data, "<u4", 4, 20).tolist()
-    entry = np.dtype([("flags", "<i4"), ("key", "<u4"), ("value", "<u4"), ("os", "<u4"), ("hwcap", "<u8")])
-    return np.frombuffer(data, entry, count, 48), data, _hwcap_names(data, extension) if extension else ()
-
-
-def _hwcap_names(data: bytes, extension: int) -> tuple[str, ...]:
-    """The names in the section ``cache_extension_tag_glibc_hwcaps`` of the extensions at ``extension``."""
-    count = np.frombuffer(data, "<u4", 2, extension).tolist()[1]
-    sections = np.frombuffer(data, "<u4", 4 * count, extension + 8).reshape(-1, 4)
-    for tag, _, offset, size in sections.tolist():
-        if tag == 1:
-            texts = np.frombuffer(data, "<u4", size // 4, offset)
-            return tuple(_text(data, place) for place in texts.tolist())
-    return ()
-
-
-def _text(data: bytes, offset: int) -> str:
-    return os.fsdecode(data[offset : data.index(b"\0", offset)])

@@ -5,7 +5,6 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -44,6 +43,7 @@ class Loaded:
         self.undo = ExitStack()
         # Who needs it, as a searcher only: it may be closed before.
         self.needed_by = needed_by.asker() if needed_by is not None else None
+        self.called = {image.path}  # the names that it was found by: ld.so's l_name and l_libname
         self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
         # What of ours is initialised before it: of what a caller asked for all (ld.so's l_initfini).
         self.before: list[Loaded] = []
@@ -117,8 +117,9 @@ class Loaded:
         return self.image.source.key
 
     def is_called(self, name: str) -> bool:
-        """Whether ``name``, as ``DT_NEEDED`` has it, means this library."""
-        return name in (self.image.soname, os.path.basename(self.name))
+        """Whether ``name``, as ``DT_NEEDED`` has it, means this library: its SONAME, its path, or a name that
+        it was found by before."""
+        return name in self.called or name == self.image.soname
 
     @property
     def ours(self) -> list[Loaded]:
@@ -127,7 +128,7 @@ class Loaded:
 
     def asker(self) -> Asker:
         """The library as one that needs others, to search for them."""
-        return Asker(self.image.path, self.image.rpath, self.image.runpath, self.needed_by)
+        return Asker.of(self.image, self.needed_by)
 
     def discard(self) -> bool:
         """Unmap it and give everything back; ``False`` if a thread has destructors of it yet to run."""

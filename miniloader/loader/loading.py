@@ -26,7 +26,7 @@ from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.search import find_path
+from miniloader.loader.surroundings import find_path
 from miniloader.native import functions
 
 __all__ = ["Loading", "load"]

@@ -44,7 +44,7 @@ from miniloader.loader.prepared.pages import (
 )
 from miniloader.loader.relocation_groups import TLS, Sorted, sort_relocations
 from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.search import find_path, inspect
+from miniloader.loader.surroundings import find_path, inspect
 from miniloader.loader.symbol_addresses import thread_exits, used
 from miniloader.values import dataclass
 

@@ -1,249 +1,320 @@
-"""Where a library is found by its name: as ld.so(8) looks for it, each step told.
+"""Where a library is found by its name: as ld.so looks for it (glibc's ``elf/dl-load.c``), each step told.
 
-In this order: ``DT_RPATH`` of who needs it and of who loaded that (when there is no ``DT_RUNPATH``),
-``LD_LIBRARY_PATH``, ``DT_RUNPATH`` of who needs it, ``/etc/ld.so.cache``, the default directories.  In each
-directory the ``glibc-hwcaps`` sub-directories that suit the processor come first.  ld.so itself is asked for
-``LD_LIBRARY_PATH`` as it was at start-up and for the default directories (dlinfo(3), ``RTLD_DI_SERINFO``).
+:func:`places` is the whole search as a description, a pure function: which directories come by which rule,
+for a name, for who needs it (:class:`Asker`) and in certain :class:`Surroundings`.  In this order:
+
+1. ``DT_RPATH`` of who needs it, of who loaded that, and so on, then of the program; none of them where who
+   needs it has a ``DT_RUNPATH``;
+2. ``LD_LIBRARY_PATH``;
+3. ``DT_RUNPATH`` of who needs it;
+4. ``/etc/ld.so.cache``;
+5. the default directories; of 4 and 5 those are left out where who needs it has ``DF_1_NODEFLIB``.
+
+In each directory the sub-directories that suit the processor come first.  :func:`find` goes there and looks.
+A process of our own, ``miniloader tree`` and ``miniloader check`` inside another root differ in nothing but
+their surroundings: see :mod:`miniloader.loader.surroundings`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
-import platform
 import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
-from miniloader import elf
-from miniloader.elf import ElfImage, Source, read_image
-from miniloader.errors import ElfError, LoadError
-from miniloader.kernel.cpuinfo import features
-from miniloader.kernel.procfs import read_proc_file
-from miniloader.loader.beside_glibc import host
-from miniloader.loader.ld_so_cache import CACHE, cached
+from elftools.elf.enums import ENUM_E_MACHINE
+
+from miniloader.elf.dynamic import DF_1_NODEFLIB, DT_FLAGS_1
+from miniloader.loader.ld_so_cache import CACHE, Cache
+from miniloader.loader.root import Root
 from miniloader.values import dataclass
 
-__all__ = ["Asker", "Found", "Step", "find", "find_needed", "find_path", "inspect"]
+if TYPE_CHECKING:
+    from miniloader.elf.header import Header
+    from miniloader.elf.image import ElfImage
 
-_MACHINE: Final = {"x86_64": (2, 62), "aarch64": (2, 183), "i386": (1, 3), "riscv64": (2, 243)}
+__all__ = ["Asker", "Found", "Machine", "Place", "Step", "Surroundings", "expand", "find", "places"]
 
-# The micro-architecture levels of the x86-64 psABI, by what /proc/cpuinfo calls their features.
-_LEVELS: Final = (
-    ("x86-64-v4", "avx512f avx512bw avx512cd avx512dq avx512vl"),
-    ("x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"),
-    ("x86-64-v2", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"),
-)
+
+@dataclass(frozen=True)
+class Machine:
+    """What a file has to be for: bits, ``<`` or ``>``, the number of the gABI's ``e_machine``."""
+
+    elf_class: int
+    order: str
+    number: int
+
+    @classmethod
+    def of(cls, header: Header) -> Machine:
+        """The machine that a file with this ``header`` is for."""
+        number = ENUM_E_MACHINE.get(f"EM_{header.machine}")
+        return cls(header.elf_class, header.order, int(header.machine, 16) if number is None else number)
 
 
 @dataclass(frozen=True)
 class Asker:
-    """A library that needs others: its file, its paths as written, and who loaded it."""
+    """A library, or the program, that needs others: its file, its paths as written, who loaded it.
+
+    ``path`` is how its file was opened, with every link and every ``..``: ``$ORIGIN`` is the directory of
+    that; only a program's is without links, since the kernel tells where it is.  ``rpath`` and ``runpath``
+    are ``()`` without ``DT_RPATH`` and ``DT_RUNPATH``.
+    """
 
     path: str
-    rpath: tuple[str, ...]
-    runpath: tuple[str, ...]
+    rpath: tuple[str, ...] = ()
+    runpath: tuple[str, ...] = ()
     loader: Asker | None = None
+    no_default: bool = False
+
+    @classmethod
+    def of(cls, image: ElfImage, loader: Asker | None = None, path: str | None = None) -> Asker:
+        """The asker that ``image`` is, opened as ``path``; :class:`ElfError` where a path cannot be read."""
+        no_default = image.dynamic.flag(DT_FLAGS_1, DF_1_NODEFLIB)
+        return cls(path or image.path, image.rpath, image.runpath, loader, no_default)
+
+    @property
+    def origin(self) -> str:
+        """What ``$ORIGIN`` stands for."""
+        path = self.path if self.path.startswith("/") else f"{os.getcwd().rstrip('/')}/{self.path}"
+        return path.rpartition("/")[0] or "/"
+
+    def loaders(self) -> Iterator[Asker]:
+        """The asker itself, who loaded it, who loaded that, and so on."""
+        asker: Asker | None = self
+        while asker is not None:
+            yield asker
+            asker = asker.loader
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """All that decides where a library is found, but for its name and who needs it.
+
+    ``program`` is the program in whose process it happens (None: one without paths).  ``library_path`` is
+    ``LD_LIBRARY_PATH``, split.  ``directories`` are the default ones, ``subdirectories`` those that suit the
+    processor, best first (``glibc-hwcaps/x86-64-v3``), ``hwcaps`` their names as the cache has them.
+    ``library_token`` and ``platform`` are what ``$LIB`` and ``$PLATFORM`` stand for, None where
+    that is not known: a path with it is not searched.  All paths are paths inside ``root``.
+    """
+
+    root: Root
+    machine: Machine | None
+    program: Asker | None = None
+    library_path: tuple[str, ...] = ()
+    cache: Cache | None = None
+    directories: tuple[str, ...] = ()
+    subdirectories: tuple[str, ...] = ()
+    hwcaps: tuple[str, ...] = ()
+    library_token: str | None = None
+    platform: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rule has a library looked for: ``directories``, in order, or the file at ``path``.
+
+    ``found_in`` is whose path it is: the library with the ``DT_RPATH`` or ``DT_RUNPATH``, the cache, or None.
+    A directory ends with ``/``; the current one is "".
+    """
+
+    rule: str
+    found_in: str | None
+    directories: tuple[str, ...] = ()
+    path: str | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One place that was looked at: by which rule, the file there, and what it was."""
+    """One file that was looked at: by which rule, whose path that is, and what the file was."""
 
     rule: str
     path: str
     outcome: str
+    found_in: str | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """The ``path`` found, ``None`` for none, after ``steps``."""
+    """The ``path`` found, ``None`` for none, after ``steps``.
+
+    Where ``stopped``, the file at the last step ended the search: ld.so refuses it, and all that needs it.
+    """
 
     name: str
     path: str | None
     steps: tuple[Step, ...]
+    stopped: bool = False
 
 
-def find(name: str, asker: Asker | None = None) -> Found:
-    """Look for ``name``, needed by ``asker`` (``None``: by the program itself), as ld.so does.
+# ------------------------------------------------------------------------------------- the description
+def places(name: str, asker: Asker | None, surroundings: Surroundings) -> Iterator[Place]:
+    """Where ``name`` is to be looked for when ``asker`` needs it (None: when nobody with a path does).
 
-    >>> find("libz.so.1").path is not None
-    True
-    >>> [step.outcome for step in find("/no/such/libz.so.1").steps]
-    ['No such file or directory']
+    >>> nowhere = Surroundings(Root("/"), None, directories=("/lib/",), library_token="lib64")
+    >>> plugin = Asker("/opt/app/plugin.so", runpath=("$ORIGIN/../$LIB",))
+    >>> [(place.rule, place.directories) for place in places("libz.so.1", plugin, nowhere)]
+    [('DT_RUNPATH', ('/opt/app/../lib64/',)), ('default directory', ('/lib/',))]
     """
     if "/" in name:
-        path = _expand(name, asker.path if asker else None)
-        outcome = _judge(path)
-        return Found(name, path if outcome == "found" else None, (Step("path", path, outcome),))
+        yield Place("path", None, path=name)
+        return
+    program = surroundings.program
+    if asker is None or not asker.runpath:
+        askers = list(asker.loaders()) if asker is not None else []
+        if program is not None and program not in askers:
+            askers.append(program)
+        for holder in askers:
+            if holder.rpath and not holder.runpath:
+                yield Place("DT_RPATH", holder.path, _directories(holder.rpath, holder, surroundings))
+    if surroundings.library_path:
+        directories = _directories(surroundings.library_path, program, surroundings)
+        yield Place("LD_LIBRARY_PATH", None, directories)
+    if asker is not None and asker.runpath:
+        yield Place("DT_RUNPATH", asker.path, _directories(asker.runpath, asker, surroundings))
+    by_default = asker or program
+    no_default = by_default is not None and by_default.no_default
+    cached = surroundings.cache and surroundings.cache.best(name, surroundings.hwcaps)
+    if cached and not (no_default and cached.startswith(surroundings.directories)):
+        yield Place(CACHE, CACHE, path=cached)
+    if not no_default:
+        yield Place("default directory", None, surroundings.directories)
+
+
+_TOKEN: Final = re.compile(r"\$(?:(ORIGIN|LIB|PLATFORM)(?![A-Za-z0-9_])|\{(ORIGIN|LIB|PLATFORM)\})")
+
+
+def expand(text: str, asker: Asker | None, surroundings: Surroundings) -> str:
+    """``text`` with ``$ORIGIN``, ``$LIB`` and ``$PLATFORM`` replaced (ld.so(8), "Dynamic string tokens").
+
+    "" where one of them stands for nothing that is known.
+
+    >>> expand("${ORIGIN}/../x", Asker("/opt/bin/../lib/a.so"), Surroundings(Root("/"), None))
+    '/opt/bin/../lib/../x'
+    """
+    if "$" not in text:
+        return text
+    tokens = {token or braced for token, braced in _TOKEN.findall(text)}
+    values = {token: _value(token, asker, surroundings) for token in tokens}
+    if None in values.values():
+        return ""
+    return _TOKEN.sub(lambda match: values[match[1] or match[2]] or "", text)
+
+
+def _value(token: str, asker: Asker | None, surroundings: Surroundings) -> str | None:
+    if token == "ORIGIN":
+        return asker.origin if asker is not None else None
+    return surroundings.library_token if token == "LIB" else surroundings.platform
+
+
+def _directories(texts: Sequence[str], asker: Asker | None, surroundings: Surroundings) -> tuple[str, ...]:
+    """The directories of a path, each once; ``texts`` are its elements as written."""
+    if tuple(texts) == ("",):
+        return ()  # an empty path has no elements
+    directories = []
+    for text in texts:
+        directory = expand(text, asker, surroundings)
+        if directory:
+            directories.append(directory.rstrip("/") + "/")
+        elif not text:
+            directories.append("")  # the current directory
+    return tuple(dict.fromkeys(directories))
+
+
+# --------------------------------------------------------------------------------------------- looking
+def find(name: str, asker: Asker | None, surroundings: Surroundings) -> Found:
+    """Look for ``name``, needed by ``asker``, as ld.so does in such ``surroundings``.
+
+    >>> anywhere = Surroundings(Root("/"), None, directories=("/no/such/",))
+    >>> [step.outcome for step in find("libz.so.1", None, anywhere).steps]
+    ['No such file or directory']
+    """
     steps: list[Step] = []
-    for rule, path in _candidates(name, asker):
-        outcome = _judge(path)
-        steps.append(Step(rule, path, outcome))
-        if outcome == "found":
-            return Found(name, path, tuple(steps))
+    for place in places(name, asker, surroundings):
+        for outcome in _look(name, asker, place, surroundings, steps):
+            if outcome == _FOUND:
+                return Found(name, steps[-1].path, tuple(steps))
+            if outcome in _STOPPING:
+                return Found(name, None, tuple(steps), stopped=True)
     return Found(name, None, tuple(steps))
 
 
-def find_path(path: str | os.PathLike[str]) -> str:
-    """``path`` itself when it has a slash; a bare name as :func:`find` finds it, else in this directory.
-
-    Raises :class:`LoadError` when there is neither.
-
-    >>> find_path("./libany.so")
-    './libany.so'
-    """
-    name = os.fspath(path)
-    if "/" in name:
-        return name
-    found = find(name).path
-    if found is not None:
-        return found
-    if os.path.exists(name):
-        return os.path.join(os.curdir, name)
-    raise LoadError(f"{name}: no library of that name where the system looks for one", hint="give its path")
-
-
-def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
-    """Read the shared object ``path`` (a bare name is searched as :func:`find_path` does): nothing is mapped,
-    nothing is run, any machine will do.
-
-    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
-    is wrong with it :func:`miniloader.elf.checks.problems_of` lists.
-    """
-    return elf.inspect(path if isinstance(path, Source) else find_path(path))
+def _look(
+    name: str, asker: Asker | None, place: Place, surroundings: Surroundings, steps: list[Step]
+) -> Iterator[str]:
+    """What each file is that a ``place`` leads to, noted in ``steps`` as well."""
+    root = surroundings.root
+    if place.path is not None:
+        path = expand(place.path, asker, surroundings)
+        outcome, _ = _judge(root, path, surroundings.machine)
+        steps.append(Step(place.rule, path, outcome, place.found_in))
+        yield outcome
+        return
+    for directory in place.directories:
+        below = [each + "/" for each in surroundings.subdirectories if root.has_directory(directory + each)]
+        number = 0
+        for path in (f"{directory}{sub}{name}" for sub in [*below, ""]):
+            outcome, number = _judge(root, path, surroundings.machine)
+            steps.append(Step(place.rule, path, outcome, place.found_in))
+            yield outcome
+        # What is wrong in another way than not to be there ends this path, but not the search: open_path().
+        if number not in _ABSENT and (not directory.startswith("/") or root.has_directory(directory)):
+            return
 
 
-def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
-    """Who needs what, and where it is found: for ``image`` and for all that it needs, breadth first.
-
-    Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
-    read is not gone into.
-    """
-    found: dict[str, tuple[str, Found]] = {}
-    libraries = [(image, _asker(image))]
-    for library, asker in libraries:  # grows meanwhile
-        for name in library.needed:
-            if name in found:
-                continue
-            answer = find(name, asker)
-            found[name] = (library.path, answer)
-            if answer.path is not None:
-                try:
-                    needed = read_image(Source.open(answer.path))
-                except ElfError:
-                    continue
-                libraries.append((needed, _asker(needed, asker)))
-    return list(found.values())
+_ABSENT: Final = (0, errno.ENOENT, errno.EACCES)
+_HEADER: Final = {32: 52, 64: 64}  # bytes of an ELF header
+_PROGRAM_HEADER: Final = {32: (42, 32), 64: (54, 56)}  # where e_phentsize is, and what it has to be
+_FOUND: Final = "found"
+_OTHER_CLASS: Final = "for another class of machine"
+_OTHER_MACHINE: Final = "for another machine"
+_SHORT, _NOT_ELF, _NO_FILE = "too short for an ELF file", "not an ELF file", "not a regular file"
+_NOT_VALID, _NO_LIBRARY = "an ELF header that is not valid", "neither a library nor a program"
+#: What ends a search: ld.so's open_verify() refuses such a file, and with it whatever needs it.
+_STOPPING: Final = frozenset({_SHORT, _NOT_ELF, _NO_FILE, _NOT_VALID, _NO_LIBRARY})
 
 
-def _asker(image: ElfImage, needed_by: Asker | None = None) -> Asker:
-    return Asker(image.path, image.rpath, image.runpath, needed_by)
-
-
-def _candidates(name: str, asker: Asker | None) -> Iterator[tuple[str, str]]:
-    directories: list[tuple[str, str]] = []
-    if asker is not None and not asker.runpath:
-        above: Asker | None = asker
-        while above is not None:
-            if not above.runpath:
-                directories += (("DT_RPATH", _expand(part, above.path)) for part in above.rpath)
-            above = above.loader
-    directories += (("LD_LIBRARY_PATH", part) for part in _library_path())
-    if asker is not None:
-        directories += (("DT_RUNPATH", _expand(part, asker.path)) for part in asker.runpath)
-    yield from _in_directories(name, directories)
-    for path in cached(name, _hwcaps()):
-        yield CACHE, path
-    yield from _in_directories(name, [("default directory", part) for part in _default_directories()])
-
-
-def _in_directories(name: str, directories: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    for rule, directory in directories:
-        parent = directory or os.curdir  # an empty element is the current directory, ld.so(8)
-        if os.path.isdir(os.path.join(parent, "glibc-hwcaps")):
-            for level in _hwcaps():
-                yield rule, os.path.join(parent, "glibc-hwcaps", level, name)
-        yield rule, os.path.join(parent, name)
-
-
-def _judge(path: str) -> str:
-    """``found`` when the file is an ELF file for this machine; ld.so passes the others over."""
+def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
+    """What the file is to ld.so: ``found``, passed over, or refused; and why it cannot be opened (errno)."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(20)
+        fd = root.open(path)
     except OSError as error:
-        return str(error.strerror)
-    expected = _MACHINE.get(platform.machine())
+        return str(error.strerror), error.errno or errno.EINVAL
+    except ValueError:  # a NUL in it
+        return str(os.strerror(errno.ENOENT)), errno.ENOENT
+    try:
+        head = os.read(fd, 64)
+    except OSError:  # a directory
+        return _NO_FILE, 0
+    finally:
+        os.close(fd)
+    return _judge_header(head, machine), 0
+
+
+def _judge_header(head: bytes, machine: Machine | None) -> str:
+    """The outcome for a file that begins with ``head``; its tests are in the order of open_verify()."""
+    elf_class = machine.elf_class if machine is not None else 64
+    if len(head) < _HEADER[elf_class]:
+        return _SHORT
     if head[:4] != b"\x7fELF":
-        return "not an ELF file"
-    machine = int.from_bytes(head[18:20], "little" if head[5:6] == b"\1" else "big")
-    if expected is not None and (head[4], machine) != expected:
-        return "for another machine"
-    return "found"
-
-
-_TOKEN: Final = re.compile(r"\$(?:(ORIGIN|LIB|PLATFORM)\b|\{(ORIGIN|LIB|PLATFORM)\})")
-
-
-def _expand(text: str, origin_of: str | None) -> str:
-    """``$ORIGIN``, ``$LIB`` and ``$PLATFORM`` replaced (ld.so(8), "Dynamic string tokens")."""
-
-    def value(match: re.Match[str]) -> str:
-        token = match[1] or match[2]
-        if token == "ORIGIN":
-            return os.path.dirname(os.path.abspath(origin_of)) if origin_of else os.getcwd()
-        return _lib() if token == "LIB" else platform.machine()
-
-    return _TOKEN.sub(value, text)
-
-
-@lru_cache(maxsize=1)
-def _lib() -> str:
-    """What ``$LIB`` stands for: the part of the first default directory after the root."""
-    first = next(iter(_default_directories()), "/lib64")
-    return first.removeprefix("/usr").removeprefix("/")
-
-
-class _Serpath(ctypes.Structure):
-    """``Dl_serpath``."""
-
-    _fields_ = (("name", ctypes.c_char_p), ("flags", ctypes.c_uint))
-
-
-@lru_cache(maxsize=1)
-def _library_path() -> tuple[str, ...]:
-    """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
-    entries = read_proc_file("/proc/self/environ").split(b"\0")
-    value = next((entry[16:] for entry in entries if entry.startswith(b"LD_LIBRARY_PATH=")), b"")
-    return tuple(re.split("[:;]", os.fsdecode(value))) if value else ()
-
-
-@lru_cache(maxsize=1)
-def _default_directories() -> tuple[str, ...]:
-    """Where ld.so looks last: what it says of libc's search path, but for what it was given."""
-    handle = host.open_host("libc.so.6", load=True)
-    assert handle is not None
-    size_and_count = (ctypes.c_size_t * 2)()
-    host.information(handle, host.RTLD_DI_SERINFOSIZE, ctypes.addressof(size_and_count))
-    room = ctypes.create_string_buffer(size_and_count[0])
-    ctypes.memmove(room, size_and_count, ctypes.sizeof(size_and_count))
-    host.information(handle, host.RTLD_DI_SERINFO, ctypes.addressof(room))
-    paths = (_Serpath * (size_and_count[1] & 0xFFFFFFFF)).from_buffer(room, ctypes.sizeof(size_and_count))
-    given = (*_library_path(), *(_expand(part, "/proc/self/exe") for part in host.libraries()[0].rpath))
-    return tuple(path for path in (os.fsdecode(row.name or b"") for row in paths) if path not in given)
-
-
-@lru_cache(maxsize=1)
-def _hwcaps() -> tuple[str, ...]:
-    """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
-    if platform.machine() != "x86_64":
-        return ()
-    processor = features() or frozenset()
-    names: list[str] = []
-    for level, needs in reversed(_LEVELS):  # each level includes the ones before it
-        if not processor.issuperset(needs.split()):
-            break
-        names.insert(0, level)
-    return tuple(names)
+        return _NOT_ELF
+    if machine is None:
+        return _FOUND
+    if head[4] != machine.elf_class // 32:
+        return _OTHER_CLASS
+    order: Literal["little", "big"] = "little" if machine.order == "<" else "big"
+    if head[5] != (1 if order == "little" else 2) or head[6] != 1 or any(head[9:16]):
+        return _NOT_VALID
+    if head[7] not in (0, 3) or (head[7] == 0 and head[8]):
+        return _NOT_VALID
+    kind, number, version = (
+        int.from_bytes(head[at : at + size], order) for at, size in ((16, 2), (18, 2), (20, 4))
+    )
+    if version != 1:
+        return _NOT_VALID
+    if number != machine.number:
+        return _OTHER_MACHINE
+    if kind not in (2, 3):  # ET_EXEC, ET_DYN
+        return _NO_LIBRARY
+    place, size = _PROGRAM_HEADER[elf_class]
+    return _FOUND if int.from_bytes(head[place : place + 2], order) == size else _NOT_VALID

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
 from miniloader.lab.workers.crew import Crew, Reply, Worker
-from miniloader.loader.search import find_path
+from miniloader.loader.surroundings import find_path
 from miniloader.testing.snapshots import MemorySnapshot, address_of, snapshot
 from miniloader.values import dataclass
 

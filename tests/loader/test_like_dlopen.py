@@ -39,7 +39,7 @@ def comparer() -> Iterator[Comparer]:
 
 def find(soname: str) -> str:
     """Where the system has a library."""
-    from miniloader.loader.search import find_path
+    from miniloader.loader.surroundings import find_path
 
     try:
         return os.path.realpath(find_path(soname))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import pytest
 
 import miniloader
-from miniloader.loader.search import find_path
+from miniloader.loader.surroundings import find_path
 
 
 class InChild(Protocol):

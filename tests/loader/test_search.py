@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import miniloader
-from miniloader.loader.search import Asker, find, find_needed, find_path
+from miniloader.loader.search import Asker
+from miniloader.loader.surroundings import find_here as find
+from miniloader.loader.surroundings import find_needed, find_path
 
 ROOT = Path(miniloader.__file__).parents[1]
 
@@ -77,7 +79,7 @@ def test_library_path_of_the_program_s_start(tmp_path: Path) -> None:
     shutil.copy(libz, tmp_path / "libz.so.1")
     program = (
         "import os\n"
-        "from miniloader.loader.search import find\n"
+        "from miniloader.loader.surroundings import find_here as find\n"
         "os.environ['LD_LIBRARY_PATH'] = '/nowhere'  # too late for ld.so, and so for us\n"
         "print(find('libz.so.1').path)\n"
     )

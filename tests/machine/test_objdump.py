@@ -13,7 +13,7 @@ from fixtures import build
 from miniloader.elf import inspect
 from miniloader.elf.symbols import STT_FUNC, STT_GNU_IFUNC
 from miniloader.errors import LoadError
-from miniloader.loader.search import find_path
+from miniloader.loader.surroundings import find_path
 from miniloader.machine.disassembly import disassemble
 from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks

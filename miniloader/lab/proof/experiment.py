@@ -23,7 +23,7 @@ from miniloader.lab.proof.proof import OnStep, Proof, Worked
 from miniloader.lab.proof.spare_word import choose_word
 from miniloader.lab.workers.crew import Crew
 from miniloader.loader.policy import Policy, open_image
-from miniloader.loader.search import find_path
+from miniloader.loader.surroundings import find_path
 
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared

@@ -1,0 +1,288 @@
+"""What ld.so searches in: this process, or a program or library in a root, which may be another machine's.
+
+Which directories are searched last ld.so was built with: they are read out of its file, where they stand one
+behind the other (``system_dirs`` of glibc's ``elf/dl-load.c``).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import lru_cache
+from itertools import compress, product
+from typing import Final
+
+from miniloader import elf
+from miniloader.elf import ElfImage, Source, read_image
+from miniloader.elf.header import Header
+from miniloader.errors import ElfError, LoadError
+from miniloader.kernel.cpuinfo import features, vendor
+from miniloader.kernel.procfs import read_proc_file
+from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
+from miniloader.loader.root import Root
+from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
+
+__all__ = ["find_here", "find_needed", "find_path", "inspect", "interpreter_for", "of_process", "of_root"]
+
+_LINUX: Final = "/lib/ld-linux"
+#: The interpreters of glibc, for files that name none: libraries.  Source: glibc's ``shlib-versions``.
+_INTERPRETERS: Final = {
+    ("X86_64", 64): "/lib64/ld-linux-x86-64.so.2",
+    ("AARCH64", 64): f"{_LINUX}-aarch64.so.1",
+    ("386", 32): f"{_LINUX}.so.2",
+    ("ARM", 32): f"{_LINUX}-armhf.so.3",
+    ("PPC64", 64): "/lib64/ld64.so.2",
+    ("RISCV", 64): f"{_LINUX}-riscv64-lp64d.so.1",
+    ("S390", 64): "/lib/ld64.so.1",
+}
+_BUILT_IN: Final = re.compile(rb"(?:/[\x21-\x7e]*/\0)+")
+_DIRECTORIES: Final = ("/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/")  # where there is no ld.so to be asked
+_LARGEST: Final = 1 << 24  # bytes of an ld.so; glibc's is 200 kB
+_PSEUDO_HWCAP: Final = b"\0tls\0"  # of the legacy hwcaps, which glibc 2.37 has given up
+
+# The micro-architecture levels of the x86-64 psABI, by what /proc/cpuinfo calls their features.
+_LEVELS: Final = (
+    ("x86-64-v4", "avx512f avx512bw avx512cd avx512dq avx512vl"),
+    ("x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"),
+    ("x86-64-v2", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"),
+)
+# What glibc calls Intel's processors with these (cpu-features.c), instead of what the kernel calls them.
+_HASWELL: Final = frozenset("avx2 bmi1 bmi2 abm movbe popcnt fma".split())
+_AVX512_1: Final = frozenset("avx512cd avx512bw avx512dq avx512vl".split())
+
+
+# ------------------------------------------------------------------------------------ this process
+def of_process() -> Surroundings:
+    """What ld.so of this process searches in, with ``LD_LIBRARY_PATH`` as it was when the program started."""
+    program = _program()
+    asker = Asker.of(program, path=os.path.realpath("/proc/self/exe"))
+    interpreter = interpreter_for(program) or ""
+    return _surroundings(Root("/"), program.header, interpreter, asker, _library_path(), _own_cache())
+
+
+@lru_cache(maxsize=1)
+def _program() -> ElfImage:
+    """The file of this process's program."""
+    return read_image(Source.open("/proc/self/exe"))
+
+
+@lru_cache(maxsize=1)
+def _library_path() -> tuple[str, ...]:
+    """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
+    entries = read_proc_file("/proc/self/environ").split(b"\0")
+    value = next((entry[16:] for entry in entries if entry.startswith(b"LD_LIBRARY_PATH=")), b"")
+    return split_library_path(os.fsdecode(value))
+
+
+def split_library_path(value: str) -> tuple[str, ...]:
+    """The elements of ``LD_LIBRARY_PATH``.
+
+    >>> split_library_path("/opt/lib:;lib"), split_library_path("")
+    (('/opt/lib', '', 'lib'), ())
+    """
+    return tuple(re.split("[:;]", value)) if value else ()
+
+
+_last_cache: list[tuple[object, Cache | None]] = []
+
+
+def _own_cache() -> Cache | None:
+    """The cache of this machine, read once for as long as it is the same file."""
+    try:
+        status = os.stat(CACHE)
+    except OSError:
+        return None
+    stamp = (status.st_mtime_ns, status.st_ino)
+    if not _last_cache or _last_cache[0][0] != stamp:
+        machine = Machine.of(_program().header)
+        _last_cache[:] = [(stamp, read_cache(CACHE, machine.number, machine.order))]
+    return _last_cache[0][1]
+
+
+# ------------------------------------------------------------------------------------------ a root
+def of_root(
+    root: Root,
+    image: ElfImage,
+    library_path: tuple[str, ...] = (),
+    *,
+    hwcaps: bool = False,
+    program: Asker | None = None,
+) -> Surroundings:
+    """What ld.so would search in for ``image``, a program or a library that lies in ``root``.
+
+    With ``hwcaps`` the sub-directories that suit this machine's processor are searched as well.
+    """
+    machine = Machine.of(image.header)
+    try:
+        cache = read_cache(root.outside(CACHE), machine.number, machine.order)
+    except OSError:
+        cache = None
+    interpreter = interpreter_for(image) or ""
+    return _surroundings(root, image.header, interpreter, program, library_path, cache, hwcaps=hwcaps)
+
+
+def interpreter_for(image: ElfImage) -> str | None:
+    """The ld.so that a program names, or that loads libraries of its machine; None for a static program.
+
+    >>> interpreter_for(read_image(Source.open("/proc/self/exe"))) is not None
+    True
+    """
+    if image.interpreter is not None:
+        return image.interpreter
+    if image.header.type == "EXEC" or not image.needed:
+        return None
+    return _INTERPRETERS.get((image.header.machine, image.header.elf_class))
+
+
+def _surroundings(
+    root: Root,
+    header: Header,
+    interpreter: str,
+    program: Asker | None,
+    library_path: tuple[str, ...],
+    cache: Cache | None,
+    *,
+    hwcaps: bool = True,
+) -> Surroundings:
+    directories, has_legacy = _built_in(root, interpreter)
+    machine = Machine.of(header)
+    name = header.machine.lower()
+    levels = _hwcaps() if hwcaps and name == platform.machine() else ()
+    subdirectories = tuple(f"glibc-hwcaps/{level}" for level in levels)
+    if hwcaps and has_legacy and name == platform.machine():
+        subdirectories += _legacy_subdirectories()
+    return Surroundings(
+        root,
+        machine,
+        program,
+        library_path,
+        cache,
+        directories,
+        subdirectories,
+        hwcaps=levels,
+        library_token=directories[0].strip("/").removeprefix("usr/"),
+        platform=_platform(name),
+    )
+
+
+def _built_in(root: Root, interpreter: str) -> tuple[tuple[str, ...], bool]:
+    """The default directories of the ld.so at ``interpreter``; whether it knows the legacy hwcaps."""
+    try:
+        path = root.outside(interpreter)
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return _DIRECTORIES, False
+    return _read_built_in(path, (status.st_mtime_ns, status.st_ino))
+
+
+@lru_cache(maxsize=8)
+def _read_built_in(path: str, _stamp: tuple[int, int]) -> tuple[tuple[str, ...], bool]:
+    try:
+        source = Source.open(path)
+        data = bytes(source.read(0, min(source.size, _LARGEST), "ld.so"))
+        source.close()
+    except ElfError:
+        return _DIRECTORIES, False
+    longest = max(_BUILT_IN.findall(data), key=len, default=b"")
+    directories = tuple(os.fsdecode(longest).split("\0")[:-1]) or _DIRECTORIES
+    return directories, _PSEUDO_HWCAP in data
+
+
+@lru_cache(maxsize=1)
+def _hwcaps() -> tuple[str, ...]:
+    """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
+    if platform.machine() != "x86_64":
+        return ()
+    processor = features() or frozenset()
+    names: list[str] = []
+    for level, needs in reversed(_LEVELS):  # each level includes the ones before it
+        if not processor.issuperset(needs.split()):
+            break
+        names.insert(0, level)
+    return tuple(names)
+
+
+def _platform(machine: str) -> str:
+    """What ``$PLATFORM`` stands for: the kernel's AT_PLATFORM, but for some processors that glibc names."""
+    processor = features() or frozenset()
+    if machine == "x86_64" and vendor() == "GenuineIntel" and processor >= _HASWELL:
+        return "xeon_phi" if {"avx512cd", "avx512er", "avx512pf"} <= processor else "haswell"
+    return machine
+
+
+@lru_cache(maxsize=1)
+def _legacy_subdirectories() -> tuple[str, ...]:
+    """Those of before ``glibc-hwcaps`` on x86-64: each choice of these names, best first."""
+    if platform.machine() != "x86_64":
+        return ()
+    processor = (features() or frozenset()) if vendor() == "GenuineIntel" else frozenset()
+    avx512 = ["avx512_1"] if processor >= _AVX512_1 else []
+    names = ["tls", _platform("x86_64"), *avx512, "x86_64"]
+    chosen = ("/".join(compress(names, choice)) for choice in product((True, False), repeat=len(names)))
+    return tuple(filter(None, dict.fromkeys(chosen)))
+
+
+# ------------------------------------------------------------------------- by name, in this process
+def find_here(name: str, asker: Asker | None = None) -> Found:
+    """Look for ``name``, needed by ``asker``, as ld.so of this process does.
+
+    >>> find_here("libz.so.1").path is not None
+    True
+    >>> [step.outcome for step in find_here("/no/such/libz.so.1").steps]
+    ['No such file or directory']
+    """
+    return find(name, asker, of_process())
+
+
+def find_path(path: str | os.PathLike[str]) -> str:
+    """``path`` itself when it has a slash; a bare name as :func:`find_here` finds it, else in this directory.
+
+    Raises :class:`LoadError` when there is neither.
+
+    >>> find_path("./libany.so")
+    './libany.so'
+    """
+    name = os.fspath(path)
+    if "/" in name:
+        return name
+    found = find_here(name).path
+    if found is not None:
+        return found
+    if os.path.exists(name):
+        return os.path.join(os.curdir, name)
+    raise LoadError(f"{name}: no library of that name where the system looks for one", hint="give its path")
+
+
+def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
+    """Read the shared object ``path`` (a bare name is searched as :func:`find_path` does): nothing is mapped,
+    nothing is run, any machine will do.
+
+    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
+    is wrong with it :func:`miniloader.elf.checks.problems_of` lists.
+    """
+    return elf.inspect(path if isinstance(path, Source) else find_path(path))
+
+
+def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
+    """Who needs what, and where it is found: for ``image`` and for all that it needs, breadth first.
+
+    Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
+    read is not gone into.
+    """
+    found: dict[str, tuple[str, Found]] = {}
+    surroundings = of_process()
+    libraries = [(image, Asker.of(image))]
+    for library, asker in libraries:  # grows meanwhile
+        for name in library.needed:
+            if name in found:
+                continue
+            answer = find(name, asker, surroundings)
+            found[name] = (library.path, answer)
+            if answer.path is not None:
+                try:
+                    needed = read_image(Source.open(answer.path))
+                    libraries.append((needed, Asker.of(needed, asker)))
+                except ElfError:
+                    continue
+    return list(found.values())
