@@ -8,16 +8,19 @@ from typing import Final
 
 import numpy as np
 
-from miniloader.elf import ElfImage
+from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing
 from miniloader.kernel.procfs import process_file
 from miniloader.values import dataclass
 
-__all__ = ["Contents", "read_contents", "slot_vaddrs", "worth_reading"]
+__all__ = [
+    "ChangedPage", "Contents", "changed_pages", "file_page", "read_contents", "slot_vaddrs", "worth_reading",
+]  # fmt: skip
 
 _MOST_PAGES: Final = 32
 _MOST_PROCESSES: Final = 3
+_WORD: Final = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,55 @@ def _page(memory: int, address: int, page_size: int) -> bytes | None:
     except OSError:
         return None
     return octets if len(octets) == page_size else None
+
+
+# ----------------------------------------------------------------------------- beside the file's bytes
+Words = list[tuple[int, bytes]]
+
+
+@dataclass(frozen=True)
+class ChangedPage:
+    """The page at ``vaddr``: its bytes ``in_file``, and what is not as there in memory.
+
+    ``words`` has for each step a list with, for each process, the aligned words that differ (offset in the
+    page, eight bytes); None where the page could not be read.
+    """
+
+    vaddr: int
+    in_file: bytes
+    words: dict[str, list[Words | None]]
+
+
+def changed_pages(image: ElfImage, plan: LoadPlan, contents: Sequence[Contents]) -> tuple[ChangedPage, ...]:
+    """The pages of ``contents``, each step's bytes beside the file's, in ascending order."""
+    pages = []
+    for vaddr in sorted({vaddr for content in contents for vaddr in content.vaddrs}):
+        in_file = file_page(image, plan, vaddr)
+        words = {
+            content.step: [
+                _differing(in_file, copies[content.vaddrs.index(vaddr)]) for copies in content.pages
+            ]
+            for content in contents
+            if vaddr in content.vaddrs
+        }
+        pages.append(ChangedPage(vaddr, in_file, words))
+    return tuple(pages)
+
+
+def file_page(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
+    """The page at ``vaddr`` as the file has it: zeros where it comes from no file."""
+    mapping = plan.at(vaddr)
+    if mapping is None or mapping.kind != "file":
+        return bytes(plan.page_size)
+    offset = mapping.file_offset + vaddr - mapping.start
+    length = min(plan.page_size, image.source.size - offset)
+    octets = bytes(image.source.read(offset, length, "page")) if length > 0 else b""
+    return octets.ljust(plan.page_size, b"\0")
+
+
+def _differing(in_file: bytes, copy: bytes | None) -> Words | None:
+    if copy is None:
+        return None
+    differ = np.frombuffer(in_file, "<u8") != np.frombuffer(copy, "<u8")
+    offsets = (np.flatnonzero(differ) * _WORD).tolist()
+    return [(offset, copy[offset : offset + _WORD]) for offset in offsets]

@@ -8,9 +8,7 @@ from typing import Any, Final
 
 from miniloader.lab.audit.library_pages import Sight
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
-from miniloader.machine.names_at import Landmarks
 from miniloader.report.audit import sentence
-from miniloader.report.got_slots import jumps
 from miniloader.report.matrix_data import Film, Scene
 from miniloader.report.numbers import count
 from miniloader.report.page_notes import bytes_of_pages, ranges
@@ -51,7 +49,7 @@ def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
         "libraries": audit.libraries[:_MOST_LIBRARIES],
         "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
         "drawn": drawn,
-        "jumps": jumps(Landmarks(first.image), first.plan, first.contents) if first else (),
+        "jumps": first.study.jumps if first else (),
         "several": any(len(sight.snapshots) > 1 for sight in sights),
         "command": " ".join(["miniloader audit", *map(str, pids)]),
         "pids": pids,
@@ -59,7 +57,7 @@ def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
 
 
 def _drawn(audit: Audit, sight: Sight) -> _Drawn:
-    landmarks, library = Landmarks(sight.image), sight.library
+    library, study = sight.library, sight.study
     names = {process.pid: process.name for process in audit.processes}
     rows = tuple(f"{names.get(process.pid, 'process')} {process.pid}" for process in sight.processes)
     several = len(sight.processes) < len(library.processes)
@@ -75,7 +73,7 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
         ),
         start=len(sight.snapshots) - 1,
         ranges=(*_causes(audit, sight), *_named(audit, sight)),
-        pages=bytes_of_pages(landmarks, sight.plan, sight.contents, None),
+        pages=bytes_of_pages(study.landmarks, sight.plan, study.pages, None),
     )
     return _Drawn(library, plain(sentence(library)), film)
 

@@ -24,6 +24,7 @@ from miniloader.errors import MiniloaderError, printable
 from miniloader.files import write_whole
 from miniloader.report.matrix_data import Film, encode, table_of
 from miniloader.report.numbers import size
+from miniloader.report.page_notes import short
 from miniloader.report.text import VERDICT_SIGNS, more
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _environment() -> Environment:
         "hex": hex,
         "size": size,
         "pyrepr": repr,
+        "short": short,
         "choices_of": _choices_of,
     }
     return environment

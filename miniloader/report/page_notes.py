@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.lab.page_bytes import Contents
+from miniloader.lab.page_bytes import ChangedPage
 from miniloader.lab.proof.spare_word import Word
 from miniloader.machine.names_at import Landmarks, Slot
 from miniloader.report.text import listed
 
-__all__ = ["bytes_of_pages", "in_file", "ranges", "short"]
+__all__ = ["bytes_of_pages", "ranges", "short"]
 
 _MOST_RANGES: Final = 4000
 _MOST_SYMBOLS: Final = 6000  # of a library, by name
@@ -106,48 +106,26 @@ def short(name: str) -> str:
 
 # -------------------------------------------------------------------------------------------- bytes
 def bytes_of_pages(
-    landmarks: Landmarks, plan: LoadPlan, contents: Sequence[Contents], word: Word | None
+    landmarks: Landmarks, plan: LoadPlan, pages: Sequence[ChangedPage], word: Word | None
 ) -> dict[int, dict[str, Any]]:
     """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
-    words_of_pages = {}
-    for vaddr in sorted({vaddr for content in contents for vaddr in content.vaddrs}):
-        original = in_file(landmarks.image, plan, vaddr)
-        copies = {
-            content.step: [
-                _differing(original, pages[content.vaddrs.index(vaddr)]) for pages in content.pages
-            ]
-            for content in contents
-            if vaddr in content.vaddrs
+    return {
+        (page.vaddr - plan.start) // plan.page_size: {
+            "before": base64.b64encode(page.in_file).decode(),
+            "after": {
+                step: [words and [(offset, value.hex()) for offset, value in words] for words in processes]
+                for step, processes in page.words.items()
+            },
+            "names": {str(offset): _name(landmarks, page.vaddr + offset, word) for offset in _offsets(page)},
         }
-        changed = {offset for steps in copies.values() for words in steps for offset, _ in words or ()}
-        words_of_pages[(vaddr - plan.start) // plan.page_size] = {
-            "before": base64.b64encode(original).decode(),
-            "after": copies,
-            "names": {str(offset): _name(landmarks, vaddr + offset, word) for offset in sorted(changed)},
-        }
-    return words_of_pages
+        for page in pages
+    }
 
 
-def in_file(image: ElfImage, plan: LoadPlan, vaddr: int) -> bytes:
-    """The page as the file has it: zeros where it comes from no file."""
-    mapping = plan.at(vaddr)
-    if mapping is None or mapping.kind != "file":
-        return bytes(plan.page_size)
-    offset = mapping.file_offset + vaddr - mapping.start
-    length = min(plan.page_size, image.source.size - offset)
-    octets = bytes(image.source.read(offset, length, "page")) if length > 0 else b""
-    return octets.ljust(plan.page_size, b"\0")
-
-
-def _differing(original: bytes, copy: bytes | None) -> list[tuple[int, str]] | None:
-    """Offset and new bytes (hexadecimal) of each aligned word that differs; None: not known."""
-    if copy is None:
-        return None
-    file_words, copy_words = np.frombuffer(original, "<u8"), np.frombuffer(copy, "<u8")
-    return [
-        (int(at) * _WORD, copy[at * _WORD : (at + 1) * _WORD].hex())
-        for at in np.flatnonzero(file_words != copy_words)
-    ]
+def _offsets(page: ChangedPage) -> list[int]:
+    """Where any process has another word than the file."""
+    lists = [words for processes in page.words.values() for words in processes if words is not None]
+    return sorted({offset for words in lists for offset, _ in words})
 
 
 def _name(landmarks: Landmarks, vaddr: int, word: Word | None) -> str:

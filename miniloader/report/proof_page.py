@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Final
 
-from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf import LoadPlan
 from miniloader.elf.plan import PlannedMapping
-from miniloader.errors import MiniloaderError
+from miniloader.lab.library_study import LibraryStudy
 from miniloader.lab.proof.proof import DECISIVE, STEPS, Proof
-from miniloader.loader import inspect
-from miniloader.machine.names_at import Landmarks
-from miniloader.report.got_slots import jumps
 from miniloader.report.matrix_data import Film, Group, Scene
 from miniloader.report.page_notes import bytes_of_pages, ranges
 
@@ -31,43 +28,34 @@ _WHAT: Final = {
 
 def view_of(proof: Proof) -> dict[str, Any]:
     """Everything that the template asks for."""
-    landmarks = _landmarks(proof)
-    film = _film(proof, landmarks)
+    study = proof.study
     command = ["miniloader", "prove", proof.path, "-n", str(len(proof.processes))]
     return {
         "proof": proof,
         "name": os.path.basename(proof.path),
-        "film": film if proof.evidence in ("frames", "flags") else None,
+        "film": _film(proof, study) if proof.evidence in ("frames", "flags") else None,
         "decisive": DECISIVE,
         "memory": proof.memory,
         "names": names_of(proof),
-        "jumps": jumps(landmarks, proof.plan, proof.contents) if landmarks else (),
+        "jumps": study.jumps if study else (),
         "command": shlex.join(command),
-        "image": landmarks.image if landmarks else None,
+        "image": study.image if study else None,
     }
 
 
-def _landmarks(proof: Proof) -> Landmarks | None:
-    """The names of what is in the library; None where its file has gone or changed meanwhile."""
-    try:
-        image: ElfImage = inspect(proof.path)
-        return Landmarks(image) if image.plan(proof.plan.page_size) == proof.plan else None
-    except MiniloaderError:
-        return None
-
-
-def _film(proof: Proof, landmarks: Landmarks | None) -> Film:
+def _film(proof: Proof, study: LibraryStudy | None) -> Film:
     about = {step.name: step.help for step in STEPS}
     steps = [snapshot.step for snapshot in proof.snapshots]
-    image = landmarks.image if landmarks else None
     return Film(
         title=f"The pages of {os.path.basename(proof.path)} in {len(proof.processes)} processes",
         rows=names_of(proof),
         groups=groups_of(proof.plan),
-        scenes=tuple(Scene(one.step, about.get(one.step, ""), one) for one in proof.snapshots),
+        scenes=tuple(
+            Scene(snapshot.step, about.get(snapshot.step, ""), snapshot) for snapshot in proof.snapshots
+        ),
         start=steps.index(DECISIVE) if DECISIVE in steps else 0,
-        ranges=ranges(image, proof.plan, proof.word) if image else (),
-        pages=bytes_of_pages(landmarks, proof.plan, proof.contents, proof.word) if landmarks else {},
+        ranges=ranges(study.image, proof.plan, proof.word) if study else (),
+        pages=bytes_of_pages(study.landmarks, proof.plan, study.pages, proof.word) if study else {},
     )
 
 
@@ -80,11 +68,13 @@ def groups_of(plan: LoadPlan) -> tuple[Group, ...]:
     """The mappings of ``plan`` without its gaps, each a group of pages; RELRO is one of its own."""
     return tuple(
         Group(
-            (start - plan.start) // plan.page_size, (end - plan.start) // plan.page_size, *_named(one, relro)
+            (start - plan.start) // plan.page_size,
+            (end - plan.start) // plan.page_size,
+            *_named(mapping, relro),
         )
-        for one in plan.mappings
-        if one.kind != "gap"
-        for start, end, relro in _parts(one, plan)
+        for mapping in plan.mappings
+        if mapping.kind != "gap"
+        for start, end, relro in _parts(mapping, plan)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Final
 
 from miniloader.elf import ElfImage, LoadPlan
@@ -14,6 +15,7 @@ from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.mapped_files import MappedFiles
 from miniloader.lab.audit.result import Audit, AuditedLibrary, LibraryProcess
+from miniloader.lab.library_study import LibraryStudy
 from miniloader.lab.page_bytes import Contents, read_contents, slot_vaddrs, worth_reading
 from miniloader.values import dataclass
 
@@ -36,6 +38,11 @@ class Sight:
     processes: tuple[LibraryProcess, ...]
     snapshots: tuple[Snapshot, ...]
     contents: tuple[Contents, ...]
+
+    @cached_property
+    def study(self) -> LibraryStudy:
+        """What its file says of its pages, beside what they hold."""
+        return LibraryStudy(self.image, self.plan, self.contents)
 
 
 def look(audit: Audit, step: str = "now") -> tuple[Sight, ...]:

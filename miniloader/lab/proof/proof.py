@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
+from miniloader.errors import MiniloaderError
 from miniloader.evidence.sharing import STATES, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import CLAIM_SCHEMA, VERDICT_SCHEMA, Claim, Verdict, combine
 from miniloader.json_schema import BOOL, COUNT, INT, TEXT, array, by_name, keys, nullable, record
 from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
+from miniloader.lab.library_study import LibraryStudy
 from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
+from miniloader.loader import inspect
 from miniloader.values import dataclass
 
 __all__ = ["DECISIVE", "PROOF_SCHEMA", "STEPS", "MemoryUse", "OnStep", "Proof", "ProofStep", "Worked"]
@@ -114,6 +118,16 @@ class Proof:
             return MemoryUse(used, unshared, estimated=True)
         sharing = analyse(snapshot)
         return MemoryUse(sharing.used_bytes, sharing.unshared_bytes, estimated=False)
+
+    @cached_property
+    def study(self) -> LibraryStudy | None:
+        """What the library's file says of its pages; None where it has gone or changed since."""
+        try:
+            image = inspect(self.path)
+            same = image.plan(self.plan.page_size) == self.plan
+        except MiniloaderError:
+            return None
+        return LibraryStudy(image, self.plan, self.contents) if same else None
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``miniloader prove --json`` prints.

@@ -11,11 +11,10 @@ import numpy as np
 from miniloader.elf import LoadPlan
 from miniloader.elf.symbols import STT_FUNC
 from miniloader.errors import MiniloaderError
-from miniloader.lab.page_bytes import Contents
+from miniloader.lab.page_bytes import Contents, file_page
 from miniloader.machine.disassembly import Instruction, disassemble
 from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks, Slot
-from miniloader.report.page_notes import in_file, short
 from miniloader.values import dataclass
 
 __all__ = ["Jump", "jumps"]
@@ -69,8 +68,8 @@ def _stubs(landmarks: Landmarks) -> Iterator[tuple[CodeRange, Slot | None]]:
 def _functions(landmarks: Landmarks) -> Iterator[tuple[CodeRange, Slot | None]]:
     table = landmarks.image.symbols
     sizes = table.rows["size"]
-    some = np.flatnonzero(table.defined & (table.type == STT_FUNC) & (sizes > 0) & (sizes <= _LONGEST))
-    for index in some[np.argsort(sizes[some], kind="stable")][:_MOST_TRIED].tolist():
+    functions = np.flatnonzero(table.defined & (table.type == STT_FUNC) & (sizes > 0) & (sizes <= _LONGEST))
+    for index in functions[np.argsort(sizes[functions], kind="stable")][:_MOST_TRIED].tolist():
         yield locate(landmarks, f"{int(table.rows['value'][index]):#x}"), None
 
 
@@ -83,7 +82,11 @@ def _found(
         if of_stub is not None and _page(plan, of_stub) not in contents.vaddrs:
             continue
         code = disassemble(landmarks, span)
-        reads = [(one.vaddr, one.target.slot) for one in code if one.target and one.target.kind == "got"]
+        reads = [
+            (instruction.vaddr, instruction.target.slot)
+            for instruction in code
+            if instruction.target and instruction.target.kind == "got"
+        ]
         for at, slot in reads[:1]:
             if slot is not None and slot.vaddr not in told and _page(plan, slot) in contents.vaddrs:
                 told.add(slot.vaddr)
@@ -103,13 +106,13 @@ def _jump(
     row, offset = contents.vaddrs.index(page), slot.vaddr - page
     section = landmarks.image.section_at(slot.vaddr)
     return Jump(
-        name=short(span.name),
+        name=span.name,
         code=code,
         at=at,
         slot=slot,
-        meaning=short(landmarks.meaning(slot)),
+        meaning=landmarks.meaning(slot),
         place=section.name if section else "GOT",
-        before=_number(in_file(landmarks.image, plan, page), offset),
+        before=_number(file_page(landmarks.image, plan, page), offset),
         after=tuple(_number(pages[row], offset) for pages in contents.pages),
     )
 
