@@ -26,6 +26,7 @@ from miniloader.elf.plan import LoadPlan, plan_segments
 from miniloader.elf.relocations import Relocations, read_relocations
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.symbols import SymbolTable, read_symbols
+from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
@@ -166,7 +167,7 @@ class ElfImage:
         """``DT_NEEDED``, in order."""
         names = []
         for value in self.dynamic.all(DT_NEEDED):
-            names.append(self._string(value, "DT_NEEDED"))
+            names.append(self.text(value, "DT_NEEDED"))
             if len(names[-1]) >= _PATH:
                 found = f"a name of {len(names[-1])} bytes"
                 raise ElfError(self.path, "DT_NEEDED", found, f"less than {_PATH}")
@@ -186,6 +187,13 @@ class ElfImage:
     def rpath(self) -> tuple[str, ...]:
         """``DT_RPATH``, one directory an element, as written."""
         return tuple(part for value in self._strings(DT_RPATH, "DT_RPATH") for part in value.split(":"))
+
+    @cached_property
+    def versions(self) -> dict[int, Version]:
+        """Every symbol version it needs or defines, by its index in ``DT_VERSYM``."""
+        return read_versions(
+            self.read, self.dynamic.tags, self._string_table, order=self.header.order, name=self.path
+        )
 
     @cached_property
     def interpreter(self) -> str | None:
@@ -236,7 +244,8 @@ class ElfImage:
             return b""
         return self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
 
-    def _string(self, offset: int, what: str) -> str:
+    def text(self, offset: int, what: str) -> str:
+        """The text at ``offset`` of the string table ``DT_STRTAB``; ``what`` it is names it in an error."""
         tags = self.dynamic.tags
         size = tags.get(DT_STRSZ, 0) if DT_STRTAB in tags else 0
         if offset >= size:
@@ -258,7 +267,7 @@ class ElfImage:
 
     def _strings(self, tag: int, what: str) -> Iterator[str]:
         if tag in self.dynamic.tags:
-            yield self._string(self.dynamic.tags[tag], what)
+            yield self.text(self.dynamic.tags[tag], what)
 
     def _notes(self) -> Iterator[tuple[bytes, str, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""
