@@ -65,4 +65,7 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
         38: Kind("R_X86_64_RELATIVE64", "B + A"),
     },
 }
-"""By machine and ``ELF64_R_TYPE``; a machine that is not here cannot be loaded."""
+"""By machine (``image.header.machine``) and ``ELF64_R_TYPE``.
+
+Of a 64-bit machine that is here an audit knows what relocation wrote; loaded is what is for x86-64 alone.
+"""

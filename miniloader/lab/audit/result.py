@@ -93,7 +93,8 @@ class PrivatePage:
     """A page that some processes have a copy of, for the same causes.
 
     ``symbols`` are those on the page that loader or program wrote; ``written`` those of them that were
-    written after relocation.  ``kinds`` counts the relocations on the page.  ``pids`` has a process once for
+    written after relocation.  ``kinds`` counts the relocations on the page,
+    where one of the causes is ``relocation`` (else it is empty).  ``pids`` has a process once for
     each time it has the file mapped.  ``groups`` are the pids that still have one frame between them, after
     fork; () where every process has its own, or frames are hidden.  ``common`` are the pids whose copy
     somebody has as well, whether audited or not.
