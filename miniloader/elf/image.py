@@ -85,14 +85,14 @@ class ElfImage:
         return None
 
     def read(self, vaddr: int, length: int, what: str = "bytes") -> Bytes:
-        """The ``length`` bytes of the file that are mapped at ``vaddr``; all within one segment."""
+        """The ``length`` bytes of the file that are mapped at ``vaddr``, together."""
         return self.source.read(self.locate(vaddr, length, what), length, what) if length else b""
 
     def locate(self, vaddr: int, length: int, what: str = "bytes") -> int:
-        """Where in the file the ``length`` bytes are that are mapped at ``vaddr``; all within one segment."""
-        for load in self.loads:
-            if load.vaddr <= vaddr and vaddr + length <= load.file_end:
-                return load.file_offset + vaddr - load.vaddr
+        """Where in the file the ``length`` bytes are that are mapped at ``vaddr``, together."""
+        for start, end, file_offset in self._extents:
+            if start <= vaddr and vaddr + length <= end:
+                return file_offset + vaddr - start
         raise ElfError(
             self.path,
             what,
@@ -220,9 +220,12 @@ class ElfImage:
 
     @property
     def executable_stack(self) -> bool:
-        """Whether ``PT_GNU_STACK`` asks for an executable stack."""
-        stack = self.segment("PT_GNU_STACK")
-        return stack is not None and "x" in stack.flags
+        """Whether it asks for an executable stack: the last ``PT_GNU_STACK`` says, and without any the ABI.
+
+        glibc's ``stackinfo.h``: DEFAULT_STACK_PERMS is executable on x86; so were stacks before that header.
+        """
+        stacks = [segment for segment in self.segments if segment.type == "PT_GNU_STACK"]
+        return "x" in stacks[-1].flags if stacks else self.header.machine in ("X86_64", "386")
 
     def plan(self, page_size: int = 4096) -> LoadPlan:
         """The mmap calls that load the image with pages of ``page_size`` bytes."""
@@ -231,6 +234,23 @@ class ElfImage:
         return self._plans[page_size]
 
     # -- inside -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _extents(self) -> tuple[tuple[int, int, int], ...]:
+        """Start and end of what the file gives, in vaddrs, and where it is there.
+
+        Segments that touch, in memory and in the file, are one: a table may lie across both.
+        """
+        extents: list[tuple[int, int, int]] = []
+        for load in self.loads:
+            extent = (load.vaddr, load.file_end, load.file_offset)
+            if extents:
+                start, end, file_offset = extents[-1]
+                if (end, file_offset + end - start) == (load.vaddr, load.file_offset):
+                    extent = (start, load.file_end, file_offset)
+                    extents.pop()
+            extents.append(extent)
+        return tuple(extents)
 
     @cached_property
     def _plans(self) -> dict[int, LoadPlan]:
@@ -242,7 +262,9 @@ class ElfImage:
         tags: Mapping[int, int] = self.dynamic.tags
         if DT_STRTAB not in tags:
             return b""
-        return self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
+        table = self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0), "DT_STRTAB")
+        # What is behind the last NUL is no name: patchelf up to 0.14 leaves the beginning of one there.
+        return table if table[-1:] in (b"", b"\0") else table[: table.rfind(b"\0") + 1]
 
     def text(self, offset: int, what: str) -> str:
         """The text at ``offset`` of the string table ``DT_STRTAB``; ``what`` it is names it in an error."""
@@ -258,6 +280,9 @@ class ElfImage:
         part = self._parts[start]
         if part.find(b"\0", offset - start) < 0:
             part, start = self._string_table, 0
+            if offset >= len(part):
+                found = f"string offset {offset:#x}, where no NUL follows"
+                raise ElfError(self.path, what, found, f"a string that ends inside the {size:#x} bytes")
         return os.fsdecode(string_at(part, offset - start))
 
     @cached_property

@@ -25,7 +25,6 @@ from miniloader.elf.dynamic import (
     DT_INIT_ARRAYSZ,
 )
 from miniloader.errors import LoadError
-from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
 from miniloader.machine.stub_code import call_each
@@ -83,10 +82,21 @@ def _functions(memory: Memory, start: int, end: int) -> list[int]:
 
 
 @lru_cache(maxsize=1)
-def _arguments() -> tuple[int, ctypes.Array[ctypes.c_char_p]]:
-    """argc and a copy of argv that lives as long as the process."""
-    words = read_proc_file("/proc/self/cmdline").split(b"\0")[:-1]
-    return len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)
+def _arguments() -> tuple[int, int]:
+    """argc, and the address of the process's own argv, as dlopen(3) gives them to constructors.
+
+    The block on the stack on which the kernel has put argv goes on with the environment and the auxiliary
+    vector: who walks there, as Go's runtime does, has to find them (System V ABI, "Process
+    Initialization").  glibc's ld.so exports where it is; so has it where the stack began, at argc.
+    """
+    try:
+        argv = ctypes.c_size_t.in_dll(_libc, "_dl_argv").value
+    except ValueError:
+        argv = ctypes.c_size_t.in_dll(_libc, "__libc_stack_end").value + _WORD
+    count = 0
+    while ctypes.c_size_t.from_address(argv + count * _WORD).value:
+        count += 1
+    return count, argv
 
 
 def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | None = None) -> None:
@@ -94,8 +104,8 @@ def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | Non
 
     ``tell`` hears of each before it is called.
     """
-    count, words = _arguments()
-    arguments = ctypes.c_int(count), ctypes.byref(words), ctypes.c_void_p.in_dll(_libc, "environ")
+    count, argv = _arguments()
+    arguments = ctypes.c_int(count), ctypes.c_void_p(argv), ctypes.c_void_p.in_dll(_libc, "environ")
     at_once = _call_each() if tell is None and len(addresses) > _MANY else None
     if at_once is not None:
         at_once((ctypes.c_uint64 * len(addresses))(*addresses), len(addresses), *arguments)

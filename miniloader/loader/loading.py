@@ -16,7 +16,7 @@ from typing import Final
 from miniloader.elf import Source
 from miniloader.errors import UsageError
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import stand_ins
+from miniloader.loader.beside_glibc import stack, stand_ins
 from miniloader.loader.constructors import constructor_order, read_constructors, run_constructors
 from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph
@@ -202,6 +202,9 @@ class Loading:
     def _link(self) -> None:
         for library in self.mapped:
             zero_bss(self._graph, library)
+            if library.image.executable_stack and self._graph.policy.init:
+                stack.make_executable(library.name)
+                self._graph.event("protect", library.name, "stacks are executable from now on")
         # ld.so's global scope comes first, then the library and what it needs.
         listing = self._graph.listing
         scope: list[Definer] = [library for library in listing.found if library.is_global]

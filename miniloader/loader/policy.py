@@ -81,7 +81,8 @@ def refuse(image: ElfImage, policy: Policy) -> None:
         raise LoadError(f"{path}: a process can have it only once, and this one has it already")
     if image.executable_stack and not policy.executable_stack:
         hint = "allow it with executable_stack=True (--allow-executable-stack)"
-        raise ElfError(path, "PT_GNU_STACK.p_flags", "an executable stack", "one that is not", hint=hint)
+        found = "an executable stack" if image.segment("PT_GNU_STACK") else "none: the stack is executable"
+        raise ElfError(path, "PT_GNU_STACK.p_flags", found, "a stack that is not", hint=hint)
     for load in image.loads:
         if "w" in load.flags and "x" in load.flags and not policy.writable_code:
             hint = "allow it with writable_code=True (--allow-writable-code)"

@@ -198,8 +198,11 @@ static int64_t open_all(Table *table, bool check)
 {
     int64_t result = FINE;
     table->strings = table->strtab ? at(table, table->strtab, table->strsz) : NULL;
-    if (!table->strings)
-        table->strsz = 0;
+    if (check && table->strtab && !table->strings)
+        return NO_TABLE;
+    /* What is behind the last NUL is no name: patchelf up to 0.14 leaves the beginning of one there. */
+    const char *last = table->strings ? memrchr(table->strings, 0, table->strsz) : NULL;
+    table->strsz = last ? (uint64_t)(last - table->strings) + 1 : 0;
     if (!table->symtab) {
         result = table->count > 1 ? NO_TABLE : FINE;
         table->count = 0;
@@ -219,8 +222,6 @@ static int64_t open_all(Table *table, bool check)
     if ((!table->rows && table->count) || (table->versym && !table->versions && table->count))
         return NO_TABLE;
     if (check) {
-        if (table->strtab && (!table->strings || (table->strsz && table->strings[table->strsz - 1])))
-            return NO_TABLE;
         for (uint64_t i = 0, size = table->strsz ? table->strsz : 1; i < table->count; i++)
             if (table->rows[i].name >= size)
                 return NO_TABLE;

@@ -191,7 +191,6 @@ def test_the_command_line_says_it_and_ends_with_1(tmp_path: Path, name: str) -> 
     ("option", "made", "symbol"),
     [
         ("text_relocations", lambda _: build.build("textrel"), "call_other"),
-        ("executable_stack", lambda d: gcc(d, "-shared", "-fPIC", "-Wl,-z,execstack"), "function"),
         ("writable_code", lambda d: gcc(d, "-shared", "-fPIC", "-nostdlib", "-Wl,-N"), "function"),
     ],
 )

@@ -44,7 +44,8 @@ def relro(image: ElfImage) -> Iterator[Fault]:
 def executable_stack(image: ElfImage) -> Iterator[Fault]:
     """No code on the stack."""
     if image.executable_stack:
-        yield "PT_GNU_STACK.p_flags", "executable", "a stack that is not executable"
+        found = "executable" if image.segment("PT_GNU_STACK") else "none, which means executable"
+        yield "PT_GNU_STACK.p_flags", found, "a stack that is not executable"
 
 
 @rule("from code that can be overwritten", source="gABI 5, p_flags", severity="warning")

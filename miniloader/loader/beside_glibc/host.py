@@ -164,7 +164,7 @@ class HostLibrary:
 
     path: str
     bias: int
-    ranges: tuple[tuple[int, int], ...]  # vaddrs of its readable segments
+    ranges: tuple[tuple[int, int], ...]  # vaddrs of its readable segments; those that touch are one
     dynamic_vaddr: int
     dynamic_size: int
     tls_module: int
@@ -409,7 +409,11 @@ def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibra
     return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
 
 
-def _ranges(headers: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
+def _ranges(headers: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+    """The vaddrs of the readable segments: patchelf leaves tables that go on in the next one."""
+    ranges: list[tuple[int, int]] = []
     for kind, flags, vaddr, memsz in headers:
         if kind == _PT_LOAD and flags & 4:
-            yield vaddr, vaddr + memsz
+            start = ranges.pop()[0] if ranges and ranges[-1][1] == vaddr else vaddr
+            ranges.append((start, vaddr + memsz))
+    return ranges

@@ -1,0 +1,54 @@
+"""Stacks whose pages can be executed: for a library that asks for them, and a caller who allows it.
+
+Only glibc knows the stacks of all threads, and how those to come are made.  dlopen(3) has it change them when
+a library without PT_GNU_STACK, or with an executable one, is opened; so one is, with nothing else in it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from miniloader.elf.dynamic import DT_HASH, DT_NULL, DT_STRSZ, DT_STRTAB, DT_SYMENT, DT_SYMTAB
+from miniloader.elf.layout import DYN, EHDR, PHDR, SYM
+from miniloader.elf.writer import dynamic_section, elf_header, hash_table, program_header
+from miniloader.errors import LoadError
+from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc.tls_carrier import open_bytes
+
+__all__ = ["make_executable"]
+
+
+def make_executable(owner: str) -> None:
+    """Make the stacks of this process executable, those of threads to come, too, for the library ``owner``.
+
+    Raises :class:`LoadError` where this kernel or this glibc (from 2.41 on) does not let it be done.
+    """
+    try:
+        handle, fd = open_bytes("miniloader-stack", _library())
+    except (OSError, LoadError) as error:
+        raise LoadError(f"{owner}: PT_GNU_STACK: stacks stay as they are: {error}") from None
+    host.close_host(handle)
+    os.close(fd)
+
+
+def _library() -> bytes:
+    """A shared object that asks for an executable stack, and has only the tables that glibc reads."""
+    symbols, hashes = bytes(SYM.size), hash_table(1, 0)
+    tables = EHDR.size + 3 * PHDR.size
+    dynamic = -(-(tables + len(symbols) + len(hashes) + 1) // 16) * 16
+    entries = [
+        (DT_SYMTAB, tables),
+        (DT_SYMENT, SYM.size),
+        (DT_HASH, tables + len(symbols)),
+        (DT_STRTAB, tables + len(symbols) + len(hashes)),
+        (DT_STRSZ, 1),
+        (DT_NULL, 0),
+    ]
+    size = len(entries) * DYN.size
+    segments = [
+        program_header("PT_LOAD", "rw-", 0, dynamic + size, align=0x1000),
+        program_header("PT_DYNAMIC", "rw-", dynamic, size, align=8),
+        program_header("PT_GNU_STACK", "rwx", 0, 0, align=16),
+    ]
+    content = (elf_header(segments=3), *segments, symbols, hashes)
+    return b"".join(content).ljust(dynamic, b"\0") + dynamic_section(entries)
