@@ -57,7 +57,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", metavar="TIME", type=_seconds, dest="duration", help="stop after this time")
     parser.add_argument("--save", metavar="FILE", help="write the audit to a file, for `miniloader diff`")
     options.html(parser, "write a page to look at, the pages of files drawn")
-    parser.add_argument("--csv", action="store_true", help="print a row for each library and process")
+    parser.add_argument(
+        "--csv",
+        metavar="WHAT",
+        nargs="?",
+        const="libraries",
+        type=_csv,
+        help="print a row for each of the processes, of their mappings, or of their libraries (the default)",
+    )
+
+
+def _csv(text: str) -> str | int:
+    """What to print; or the process that is named behind a plain ``--csv``."""
+    if text in ("processes", "mappings", "libraries"):
+        return text
+    if text.isdecimal():
+        return _pid(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: not processes, mappings or libraries")
 
 
 def _pid(text: str) -> int:
@@ -80,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.duration is not None and arguments.every is None:
         raise UsageError("--for needs --every")
+    if isinstance(arguments.csv, int):  # --csv PID
+        arguments.pids, arguments.csv = [arguments.csv, *arguments.pids], "libraries"
     if arguments.csv and arguments.json:
         raise UsageError("--csv and --json: one of them")
     if arguments.html is not None and arguments.page is not None:
@@ -139,7 +157,7 @@ def _print(arguments: argparse.Namespace, result: Audit) -> None:
     from miniloader.report.output import Output
 
     if arguments.csv:
-        write_csv(result, sys.stdout)
+        write_csv(result, sys.stdout, arguments.csv)
         for process in result.unreadable:
             print(f"not audited: {said_of(process)}", file=sys.stderr)
     else:

@@ -31,6 +31,7 @@ __all__ = [
     "PROT_WRITE",
     "PR_SET_DUMPABLE",
     "PR_SET_PDEATHSIG",
+    "compare_memory",
     "injected",
     "ioctl",
     "madvise",
@@ -111,6 +112,18 @@ _USERFAULTFD: Final = {
     "ppc64": 364,
     "s390x": 355,
 }
+
+# Likewise, and by the same tables.
+_KCMP: Final = {
+    "x86_64": 312,
+    "aarch64": 272,
+    "riscv64": 272,
+    "loongarch64": 272,
+    "ppc64le": 354,
+    "ppc64": 354,
+    "s390x": 343,
+}
+_KCMP_VM: Final = 1
 
 _LIBC: Final[dict[str, Callable[..., Any]]] = {name: _declare(name) for name in _SIGNATURES}
 
@@ -210,4 +223,23 @@ def userfaultfd(flags: int) -> int:
     result = int(_LIBC["syscall"](number, flags))
     if result < 0:
         raise _failed("userfaultfd")
+    return result
+
+
+def compare_memory(pid: int, relative: int) -> int:
+    """kcmp(2), KCMP_VM: 0 where two processes have one address space, else 1 or 2 by the kernel's order.
+
+    Raises OSError: ENOSYS where this kernel or machine has no such call, EPERM where one may not look at
+    both.
+
+    >>> compare_memory(os.getpid(), os.getpid())
+    0
+    """
+    number = _KCMP.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"kcmp: no call number known for {os.uname().machine}")
+    zero = _long(0)
+    result = int(_LIBC["syscall"](number, pid, _long(relative), _long(_KCMP_VM), zero, zero))
+    if result < 0:
+        raise _failed("kcmp")
     return result

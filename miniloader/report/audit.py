@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from miniloader.report.text import Line, Part, Piece, Table, heading, listed, mo
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.diff import PageChange
+    from miniloader.lab.audit.mappings import AuditedMapping
     from miniloader.lab.audit.page_words import PageView
     from miniloader.lab.audit.result import (
         Audit,
@@ -26,6 +28,7 @@ __all__ = [
     "changes_view",
     "library_rows",
     "lines",
+    "mapping_rows",
     "page_view",
     "said_of",
     "sentence",
@@ -46,6 +49,9 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
     """An audit; ``pages`` also lists each private page and each process of the libraries."""
     if audit.processes or not audit.unreadable:
         yield from summary(audit)
+    if audit.mappings and not pages:
+        yield ()
+        yield mapping_rows(audit.mappings)
     if audit.libraries:
         yield ()
         yield library_rows(audit)
@@ -70,35 +76,77 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
 def summary(audit: Audit) -> Iterator[Line]:
     """The answer in a few lines."""
     page = audit.page_size
+    if audit.processes:
+        pss = "unknown" if audit.pss is None else size(audit.pss)
+        same = len(audit.processes) - len(audit.counted)
+        yield (
+            (count(len(audit.processes), "process", "processes"), "bold"),
+            *((f" with {count(len(audit.counted), 'address space')}",) if same else ()),
+            f": {pss} in proportion (PSS), of it {size(audit.uss)} their own (USS); RSS {size(audit.rss)}",
+        )
+    own = _by_kind(audit.mappings, "own")
+    inherited = sum(_by_kind(audit.mappings, "inherited").values())
+    if own:
+        by_fork = f"; copies that relatives still share: {size(inherited)}" if inherited else ""
+        yield (f"  own: {', '.join(f'{size(number)} {kind}' for kind, number in own.items())}{by_fork}",)
     present = sum(library.present for library in audit.libraries)
     frames = sum(library.frames for library in audit.libraries)
-    private = sum(library.private for library in audit.libraries)
     swapped = sum(library.swapped for library in audit.libraries)
+    copies = sum(library.private - library.common for library in audit.libraries)
     exact = "" if audit.level == "frames" else "at most "
+    besides = f"; {size(swapped * page)} of copies besides are swapped out" if swapped else ""
+    apart = f"where separate copies would take {size(present * page)}"
     yield (
-        (count(len(audit.processes), "process", "processes"), "bold"),
-        f", {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, "
-        f"where separate copies would take {size(present * page)}",
+        f"  {count(len(audit.libraries), 'file')}: {exact}{size(frames * page)}, {apart}; "
+        f"own copies: {size(copies * page)}{besides}",
     )
-    common = sum(library.common for library in audit.libraries)
-    besides = f"; {count(common, 'copy', 'copies')} besides are shared, by fork or KSM" if common else ""
-    besides += f"; {size(swapped * page)} of copies besides are swapped out" if swapped else ""
-    yield (f"  {size((private - common) * page)} of it are private copies{besides}",)
-    if audit.processes:
-        pss = [process.pss for process in audit.processes if process.pss is not None]
-        complete = len(pss) == len(audit.processes)
-        yield (
-            f"  in all, with heaps and stacks: RSS {size(sum(process.rss for process in audit.processes))}, "
-            f"PSS {size(sum(pss)) if complete else 'unknown'}, "
-            f"USS {size(sum(process.uss for process in audit.processes))}",
-        )
     yield ((f"  evidence: {audit.level} ({_MEANING.get(audit.level, '')})", "dim"),)
+
+
+def _by_kind(mappings: Iterable[AuditedMapping], column: str) -> dict[str, int]:
+    """The bytes in a column of all mappings and processes by kind, the most first; no kind that has none."""
+    sums: dict[str, int] = {}
+    for mapping in mappings:
+        number = sum(getattr(process, column) for process in mapping.processes)
+        sums[mapping.kind] = sums.get(mapping.kind, 0) + number
+    return {kind: number for kind, number in sorted(sums.items(), key=lambda item: -item[1]) if number}
+
+
+def mapping_rows(mappings: Sequence[AuditedMapping]) -> Table:
+    """A row for each kind and name of memory, in bytes over all processes; those of files in one."""
+    files = [mapping for mapping in mappings if mapping.kind == "file"]
+    rows = [
+        (mapping.kind, printable(mapping.name), [mapping]) for mapping in mappings if mapping.kind != "file"
+    ]
+    if files:
+        rows.append(("file", f"{count(len(files), 'file')}, below", files))
+    shown = []
+    for kind, name, together in rows:
+        processes = [process for mapping in together for process in mapping.processes]
+        sums = {column: sum(getattr(process, column) for process in processes) for column in _BYTES}
+        pss = [process.pss for process in processes]
+        if any(sums.values()):
+            shown.append((sums, [
+                kind, name, f"{len({process.pid for process in processes}):,}",
+                *(size(sums[column]) for column in _BYTES[:4]),
+                "?" if None in pss else size(sum(filter(None, pss))),
+                ", ".join(f"{size(sums[column])} {column}" for column in _BYTES[4:] if sums[column]),
+            ]))  # fmt: skip
+    shown.sort(key=lambda row: (-row[0]["own"], -row[0]["resident"]))
+    cells = [row for _, row in shown[:_MOST_MAPPINGS]]
+    if len(shown) > _MOST_MAPPINGS:
+        own, resident = (
+            sum(sums[column] for sums, _ in shown[_MOST_MAPPINGS:]) for column in ("own", "resident")
+        )
+        cells.append(["…", more(len(shown) - _MOST_MAPPINGS), "", size(resident), size(own), "", "", "", ""])
+    return Table(("kind", "name", ">in", ">resident", ">own", ">by fork", ">shared", ">takes", "also"), cells)
 
 
 def library_rows(audit: Audit, before: Audit | None = None) -> Table:
     """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
-    counted = (*_COUNTED, "swapped") if any(library.swapped for library in audit.libraries) else _COUNTED
-    columns = ("library", ">in", *(f">{name}" for name in counted), ">takes", ">apart")
+    swapped = ("swapped",) if any(library.swapped for library in audit.libraries) else ()
+    names = ("mapped", "present", "shared", "by fork", "own", "bss", *swapped)
+    columns = ("library", ">in", *(f">{name}" for name in names), ">takes", ">apart")
     libraries_before = before.libraries if before is not None else ()
     old = {library.build_id or library.path: library for library in libraries_before}
     rows = []
@@ -107,8 +155,14 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
         cells: list[Piece] = [
             (printable(library.name) + several, "yellow") if several else printable(library.name),
             f"{len({process.pid for process in library.processes}):,}",
-            *(f"{sum(getattr(process, field) for process in library.processes):,}" for field in counted),
-            size(library.frames * audit.page_size),
+            *(f"{sum(getattr(process, field) for process in library.processes):,}" for field in _COUNTED[:3]),
+            f"{library.common:,}",
+            f"{library.private - library.common:,}",
+            *(
+                f"{sum(getattr(process, field) for process in library.processes):,}"
+                for field in ("bss", *swapped)
+            ),
+            size(library.frames * audit.page_size if library.takes is None else library.takes),
             size(library.present * audit.page_size),
         ]
         if before is not None:
@@ -130,30 +184,36 @@ def tick(audit: Audit, before: Audit) -> Line:
     return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
 
 
+_MOST_MAPPINGS = 12
+_BYTES = ("resident", "own", "inherited", "shared", "huge", "zero", "swapped")
 _COUNTED = ("mapped", "present", "shared", "private", "bss")
 
 
 # ------------------------------------------------------------------------------------------- sentences
 def sentence(library: AuditedLibrary) -> Line:
-    """``libcrypto.so.3: 101 private pages in each process: 97 only relocated (…), 4 written …``."""
+    """``libcrypto.so.3: 101 own pages in each process: 97 only relocated (…), 4 written …``.
+
+    Copies that relatives still share cost nothing yet, so they are counted and not explained.
+    """
     if not library.private_pages and not library.swapped_pages:
         return ()
     by_kind: dict[str, dict[int, int]] = {}
     symbols: dict[str, int] = {}
     for page in library.private_pages:
-        kind = _kind(page)
-        for pid in page.pids:
+        kind, alone = _kind(page), (Counter(page.pids) - Counter(page.common)).elements()
+        for pid in alone:
             of_kind = by_kind.setdefault(kind, {})
             of_kind[pid] = of_kind.get(pid, 0) + 1
-        if kind == "written":
-            for name in page.written:
-                symbols[name] = symbols.get(name, 0) + len(page.pids)
+            for name in page.written if kind == "written" else ():
+                symbols[name] = symbols.get(name, 0) + 1
     pids = {process.pid for process in library.processes}
-    private = dict.fromkeys(pids, 0)
+    own, common = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
     for process in library.processes:
-        private[process.pid] += process.private
+        by_relatives = process.inherited + (process.merged or 0)
+        own[process.pid] += process.private - by_relatives
+        common[process.pid] += by_relatives
     in_each = " in each process" if len(pids) > 1 else ""
-    pages = f": {_span(private.values(), 'private page')}{in_each}"
+    pages = f": {_span(own.values(), 'own page')}{in_each}"
     parts = []
     for kind, words in _KINDS.items():
         if kind in by_kind:
@@ -163,6 +223,8 @@ def sentence(library: AuditedLibrary) -> Line:
             parts.append(f"{_span(numbers)} {words}")
             if kind == "written" and symbols:
                 parts[-1] += f", {_named(sorted(symbols, key=lambda name: (-symbols[name], name)))}"
+    if any(common.values()):
+        parts.append(f"{_span(common.values())} besides, copied, are still shared with relatives or by KSM")
     beforehand = [process.beforehand for process in library.processes]
     if any(beforehand):
         parts.append(f"{_span(beforehand)} besides, relocated beforehand, are shared")
@@ -226,6 +288,8 @@ def _processes(processes: Sequence[AuditedProcess]) -> Table:
             )
             if number
         ]
+        if process.memory_of is not None:
+            also.insert(0, f"the memory of {process.memory_of}, counted there")
         rows.append(
             (
                 str(process.pid),
@@ -357,14 +421,43 @@ _CHANGES = {"private": "went private", "rewritten": "written again", "returned":
 
 
 # ------------------------------------------------------------------------------------------------- CSV
-def write_csv(audit: Audit, file: IO[str]) -> None:
-    """A row for each library in each process: pages, as numbers; names as they are."""
-    fields = ("base", *_COUNTED, "inherited", "swapped", "merged")
+def write_csv(audit: Audit, file: IO[str], what: str = "libraries") -> None:
+    """A row for each process, or for each mapping or library in each process: numbers as they are in JSON."""
     import csv
 
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["path", "build_id", "pid", *fields])
+    writer.writerows(_CSV[what](audit))
+
+
+def _process_records(audit: Audit) -> Iterator[Sequence[object]]:
+    yield ("pid", "name", *_OF_PROCESS)
+    for process in audit.processes:
+        yield (process.pid, printable(process.name), *_values(process, _OF_PROCESS))
+
+
+def _mapping_records(audit: Audit) -> Iterator[Sequence[object]]:
+    yield ("kind", "name", "pid", *_OF_MAPPING)
+    for mapping in audit.mappings:
+        for process in mapping.processes:
+            yield (mapping.kind, printable(mapping.name), process.pid, *_values(process, _OF_MAPPING))
+
+
+def _library_records(audit: Audit) -> Iterator[Sequence[object]]:
+    yield ("path", "build_id", "pid", *_OF_LIBRARY)
     for library in audit.libraries:
         for process in library.processes:
-            numbers = [getattr(process, name) for name in fields]
-            writer.writerow([printable(library.path), library.build_id or "", process.pid, *numbers])
+            values = _values(process, _OF_LIBRARY)
+            yield (printable(library.path), library.build_id or "", process.pid, *values)
+
+
+def _values(value: object, fields: Sequence[str]) -> list[object]:
+    return [getattr(value, field) for field in fields]
+
+
+_OF_PROCESS = (
+    *("parent", "started", "rss", "pss", "uss", "anonymous", "anonymous_shared"),
+    *("ksm", "zero", "huge", "swapped", "memory_of"),
+)
+_OF_MAPPING = ("resident", "own", "inherited", "shared", "pss", "zero", "huge", "swapped")
+_OF_LIBRARY = ("base", *_COUNTED, "inherited", "swapped", "merged", "pss")
+_CSV = {"processes": _process_records, "mappings": _mapping_records, "libraries": _library_records}

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from miniloader.lab.audit.library_pages import Sight
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
-from miniloader.report.audit import sentence
+from miniloader.report.audit import mapping_rows, sentence
 from miniloader.report.matrix_data import Film, Scene
 from miniloader.report.numbers import count
 from miniloader.report.page_notes import bytes_of_pages, ranges
@@ -45,7 +45,8 @@ def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
         "when": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(audit.when)),
         "present": sum(library.present for library in audit.libraries) * audit.page_size,
         "used": sum(library.frames for library in audit.libraries) * audit.page_size,
-        "private": sum(library.private for library in audit.libraries) * audit.page_size,
+        "own": sum(library.private - library.common for library in audit.libraries) * audit.page_size,
+        "memory": mapping_rows(audit.mappings) if audit.mappings else None,
         "libraries": audit.libraries[:_MOST_LIBRARIES],
         "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
         "drawn": drawn,

@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cmp_to_key, partial
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.kernel.features import LevelName
-from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, map_counts, marks_merged
+from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, marks_merged
 from miniloader.kernel.probe import level_for
 from miniloader.kernel.procfs import read_process_file, require_proc
 from miniloader.kernel.smaps import read_rollup
-from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.library import Occurrence, libraries_of, occurrences_of
+from miniloader.kernel.syscalls import PAGE_SIZE, compare_memory
+from miniloader.lab.audit.library import libraries_of, occurrences_of
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
+from miniloader.lab.audit.mappings import mappings_over, pss_by_frames
 from miniloader.lab.audit.result import Audit, AuditedProcess, Unreadable
 from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import Memo, Survey, survey
@@ -40,8 +42,9 @@ def audit(
     on_progress: Callable[[int, int], None] | None = None,
     jobs: int = 1,
 ) -> Audit:
-    """Look at the processes ``pids`` and say of every file they have privately mapped what is shared.
+    """Look at the processes ``pids`` and say what all their memory is, and of every file what is shared.
 
+    Processes with one address space (vfork(2), CLONE_VM) are one memory, which is counted once.
     ``library`` chooses files by a shell pattern, or a part of the path.  ``causes=False`` only counts.
     ``level`` asks for less evidence than the best that works here.  ``on_progress`` is told how many
     processes are done, about, and of how many.  At most so many ``jobs`` look at once (see :func:`jobs_for`):
@@ -85,15 +88,24 @@ def audit(
     answers += (answer for part in share_out(look_at, processes[1:], shares) for answer in part)
     surveys = [answer for answer in answers if isinstance(answer, Survey)]
     _settle(surveys, memo.files)
-    files, merged = occurrences_of(surveys), _merged(surveys, chosen)
+    leaders = _address_spaces(surveys)
+    distinct_memory = [process for process in surveys if leaders[process.pid] == process.pid]
+    pss = _pss(distinct_memory, chosen)
+    files = occurrences_of(distinct_memory, [pss[process.pid][1] for process in distinct_memory])
+    merged = _merged(surveys, chosen)
     return Audit(
         level=chosen,
         when=when,
         page_size=PAGE_SIZE,
         explained=causes,
-        processes=_costs(surveys, files, chosen, merged),
+        processes=tuple(
+            _cost(process, leaders[process.pid], pss[leaders[process.pid]][0], merged) for process in surveys
+        ),
         libraries=libraries_of(files, chosen, merged, causes=causes),
         unreadable=tuple(answer for answer in answers if isinstance(answer, Unreadable)),
+        mappings=mappings_over(
+            process.mappings.rows(process.pid, pss[process.pid][1]) for process in distinct_memory
+        ),
     )
 
 
@@ -135,53 +147,63 @@ def _wanted(library: str | None) -> Callable[[Identity], bool]:
     return lambda file: matches(library, file.path, file.path.rpartition("/")[2])
 
 
-def _costs(
-    surveys: Sequence[Survey],
-    files: Sequence[Sequence[Occurrence]],
-    level: LevelName,
-    merged: NDArray[np.uint64] | None,
-) -> tuple[AuditedProcess, ...]:
-    """What each process costs, with its ``files``."""
-    pss: list[int | None] = [None] * len(surveys)
-    if level == "frames" and surveys:
-        with suppress(EvidenceError):  # kpagecount is for root alone: PSS stays unknown
-            pss = [*_proportional(surveys, files)]
-    return tuple(
-        AuditedProcess(
-            pid=process.pid,
-            name=process.name,
-            parent=process.parent,
-            started=process.started,
-            rss=process.rss * PAGE_SIZE,
-            pss=pss[index],
-            uss=process.exclusive * PAGE_SIZE,
-            anonymous=process.anonymous,
-            anonymous_shared=process.anonymous_shared,
-            ksm=_number_merged(process, merged),
-            zero=process.zero,
-            huge=process.huge,
-            swapped=process.swapped,
-        )
-        for index, process in enumerate(surveys)
+def _cost(process: Survey, leader: int, pss: int | None, merged: NDArray[np.uint64] | None) -> AuditedProcess:
+    """What a process costs; ``leader`` is whose memory it is."""
+    return AuditedProcess(
+        pid=process.pid,
+        name=process.name,
+        parent=process.parent,
+        started=process.started,
+        rss=process.rss * PAGE_SIZE,
+        pss=pss,
+        uss=process.exclusive * PAGE_SIZE,
+        anonymous=process.anonymous,
+        anonymous_shared=process.anonymous_shared,
+        ksm=_number_merged(process, merged),
+        zero=process.zero,
+        huge=process.huge,
+        swapped=process.swapped,
+        memory_of=None if leader == process.pid else leader,
     )
 
 
-def _proportional(surveys: Sequence[Survey], files: Sequence[Sequence[Occurrence]]) -> list[int]:
-    """The PSS of each process in bytes.
+def _pss(
+    surveys: Sequence[Survey], level: LevelName
+) -> dict[int, tuple[int | None, NDArray[np.float64] | None]]:
+    """The PSS in bytes of each process, and of each of its mappings, by pid."""
+    if level == "frames":
+        with suppress(EvidenceError):  # kpagecount is for root alone
+            by_mapping = pss_by_frames([(process.copies, process.originals) for process in surveys])
+            return {
+                process.pid: (round(float(pss.sum())), pss)
+                for process, pss in zip(surveys, by_mapping, strict=True)
+            }
+    return {process.pid: process.pss or (None, None) for process in surveys}
 
-    The kernel is asked at once about the frames of all, and each array of them is looked up only once.
+
+def _address_spaces(surveys: Sequence[Survey]) -> dict[int, int]:
+    """For each process the first one that has the same address space: most often itself.
+
+    Who has been cloned with its memory has its stack at the same place, too, as children of fork(2) have:
+    these are put into the kernel's order of address spaces, where equal ones are neighbours.
     """
-    outside = [process.frames_outside_files for process in surveys]
-    inside = [file.frames for mapped in files for file in mapped]
-    arrays = {id(array): array for array in (*inside, *outside)}
-    frames = distinct(np.concatenate(list(arrays.values())))
-    # A page that has been given up since counts as its own, not as infinitely shared.
-    shares = PAGE_SIZE / np.maximum(map_counts(frames), np.uint64(1)).astype(np.float64)
-    part = {key: float(shares[np.searchsorted(frames, array)].sum()) for key, array in arrays.items()}
-    return [
-        round(process.alone * PAGE_SIZE + part[id(array)] + sum([part[id(file.frames)] for file in mapped]))
-        for process, array, mapped in zip(surveys, outside, files, strict=True)
-    ]
+    leaders = {process.pid: process.pid for process in surveys}
+    families: dict[int, list[int]] = {}
+    for process in surveys:
+        families.setdefault(process.stack, []).append(process.pid)
+    try:
+        for family in families.values():
+            ordered = sorted(family, key=cmp_to_key(_memory_order))
+            for first, second in pairwise(ordered):
+                if _memory_order(first, second) == 0:
+                    leaders[second] = leaders[first]
+    except OSError:  # no kcmp(2), or not for these; or somebody has ended
+        return {process.pid: process.pid for process in surveys}
+    return leaders
+
+
+def _memory_order(first: int, second: int) -> int:
+    return (0, -1, 1)[compare_memory(first, second)]
 
 
 def _merged(surveys: Sequence[Survey], level: LevelName) -> NDArray[np.uint64] | None:

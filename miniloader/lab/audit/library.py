@@ -35,12 +35,14 @@ _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 class Occurrence:
     """A file in process ``pid``, and the frames of those of its pages there that are the file's own.
 
-    Processes that run the same program often have just the same frames: then it is one array.
+    Processes that run the same program often have just the same frames: then it is one array.  ``pss`` is
+    what the file takes there in proportion, in bytes; None where that is not known.
     """
 
     pid: int
     placed: FileInProcess
     frames: NDArray[np.uint64]
+    pss: int | None
 
     @property
     def file(self) -> MappedFile:
@@ -48,16 +50,19 @@ class Occurrence:
         return self.placed.file
 
 
-def occurrences_of(surveys: Sequence[Survey]) -> list[list[Occurrence]]:
-    """The files of each process."""
+def occurrences_of(
+    surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]
+) -> list[list[Occurrence]]:
+    """The files of each process; ``pss`` is, for each process, that of each of its mappings in bytes."""
     arrays: dict[tuple[int, bytes], NDArray[np.uint64]] = {}
     occurrences = []
-    for process in surveys:
+    for process, pss_of in zip(surveys, pss, strict=True):
         of_process = list[Occurrence]()
         for placed in process.files:
             frames = placed.file_frames
             frames = arrays.setdefault((placed.file.number, frames.tobytes()), frames)
-            of_process.append(Occurrence(process.pid, placed, frames))
+            takes = None if pss_of is None else round(float(pss_of[placed.mappings].sum()))
+            of_process.append(Occurrence(process.pid, placed, frames, takes))
         occurrences.append(of_process)
     return occurrences
 
@@ -69,13 +74,17 @@ def libraries_of(
     *,
     causes: bool,
 ) -> tuple[AuditedLibrary, ...]:
-    """The libraries of all processes, whose ``files`` are given, those with the most private pages first.
+    """The libraries of all processes, whose ``files`` are given; those with the most own pages first.
 
     ``merged`` are the frames that KSM has merged pages into, None where that is not known.  Without
     ``causes`` no private page is told one by one.
     """
     libraries = [_library(group, level, causes, merged) for group in _grouped(files)]
-    return tuple(sorted(libraries, key=lambda library: (-library.private, -library.present, library.path)))
+    return tuple(sorted(libraries, key=_order))
+
+
+def _order(library: AuditedLibrary) -> tuple[int, int, int, str]:
+    return -library.own, -library.private, -library.present, library.path
 
 
 def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
@@ -152,6 +161,7 @@ def _in_process(occurrence: Occurrence, merged: NDArray[np.uint64] | None) -> Li
         bss=len(placed.bss_vaddrs),
         swapped=len(placed.swapped_vaddrs),
         beforehand=placed.beforehand,
+        pss=occurrence.pss,
     )
 
 

@@ -6,31 +6,36 @@ rows of a process at rest, ``own`` is its USS (Private_* of smaps_rollup) and ``
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from operator import itemgetter
+from typing import Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
+from miniloader.json_schema import COUNT, TEXT, array, keys, nullable, record
 from miniloader.kernel.frames import distinct, map_counts
 from miniloader.kernel.maps import Vma
-from miniloader.kernel.pagemap import EXCLUSIVE, FRAME
+from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.process_pages import Pages
-from miniloader.lab.audit.survey import FileInProcess
+from miniloader.lab.audit.process_pages import PageColumns, Pages
 from miniloader.values import dataclass
 
 __all__ = [
+    "KIND_SCHEMA",
+    "MAPPING_SCHEMA",
     "AuditedMapping",
+    "FileSystems",
     "MappingKind",
     "MappingName",
     "MappingProcess",
-    "images_of",
+    "Mappings",
     "mappings_of",
+    "mappings_over",
     "name_of",
-    "processes_of",
     "pss_by_frames",
     "pss_by_sums",
 ]
@@ -79,17 +84,27 @@ class AuditedMapping:
     processes: tuple[MappingProcess, ...]
 
 
+KIND_SCHEMA: Final = {"enum": [*get_args(MappingKind)]}
+MAPPING_SCHEMA: Final = record(
+    {"kind": KIND_SCHEMA, "name": TEXT},
+    {"processes": array(record(
+        keys(COUNT, "pid resident own inherited shared zero huge swapped"), {"pss": nullable(COUNT)},
+    ))},
+)  # fmt: skip
+"""An :class:`AuditedMapping` in ``--json``."""
+
+
 def name_of(
     vma: Vma,
-    images: Iterable[tuple[int, int, str]] = (),
+    images: Sequence[tuple[int, int, str]] = (),
     file_system: Callable[[Vma], str] = lambda vma: "",
 ) -> MappingName:
     """The kind and the name of a mapping.
 
-    ``images`` are the addresses [start, end) and the name of each ELF image that is mapped: anonymous memory
-    within is bss, or has taken the place of its pages.  Memory that the kernel has joined with more behind an
-    image is not within.  ``file_system`` gives the kind of file system that a mapped file is on, or "" where
-    that is not known.
+    ``images`` are the addresses [start, end) and the name of each ELF image that is mapped, ascending:
+    anonymous memory within is bss, or has taken the place of its pages.  Memory that the kernel has joined
+    with more behind an image is not within.  ``file_system`` gives the kind of file system that a mapped file
+    is on, or "" where that is not known.
 
     >>> from miniloader.kernel.maps import parse_vma
     >>> name_of(parse_vma(b"7f0000-7f8000 rw-s 00000000 00:01 8 /memfd:pool (deleted)"))
@@ -114,73 +129,116 @@ def name_of(
         return MappingName("stack", path)
     if path and not path.startswith("[anon:"):
         return MappingName("special", path)
-    inside = (name for start, end, name in images if start <= vma.start and vma.end <= end)
-    return MappingName("anonymous", path or next(inside, ""))
+    at = bisect_right(images, vma.start, key=itemgetter(0)) - 1
+    inside = not path and at >= 0 and vma.end <= images[at][1]
+    return MappingName("anonymous", images[at][2] if inside else path)
 
 
-def images_of(files: Iterable[FileInProcess]) -> list[tuple[int, int, str]]:
-    """The addresses [start, end) and the name of each ELF image among the files that a process has mapped."""
-    images = []
-    for placed in files:
-        plan = placed.file.facts.plan if placed.file.facts is not None else None
-        if plan is not None:
-            images.append((placed.start, max(placed.end, placed.base + plan.end), placed.file.identity.path))
-    return images
+class FileSystems:
+    """The kinds of file systems that mapped files are on; the kernel is asked once for each device."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, int], str] = {}
+
+    def of(self, pid: int, vma: Vma) -> str:
+        """The kind for a file that process ``pid`` has mapped, such as ``tmpfs``; "" where not known."""
+        if vma.device not in self._kinds:
+            try:
+                mount = mount_of(pid, vma.path)
+            except EvidenceError:
+                return ""
+            self._kinds[vma.device] = "" if mount is None else mount.kind
+        return self._kinds[vma.device]
 
 
-def processes_of(
-    pid: int, names: Sequence[MappingName], pages: Pages, pss: NDArray[np.float64] | None
-) -> dict[MappingName, MappingProcess]:
-    """What the mappings of one process come to, by kind and name.
+@dataclass(frozen=True, eq=False)
+class Mappings:
+    """What each mapping of one process costs.
 
-    ``names`` has one element for each mapping that ``pages`` were read of, and so has ``pss`` (bytes, None
-    where they are not known).
+    ``names`` are the different kinds and names, ``row_of`` says for each mapping which of them it has.
+    ``columns`` are in bytes, an element for each mapping: those of :class:`MappingProcess` but for ``pss``.
     """
+
+    names: tuple[MappingName, ...]
+    row_of: NDArray[np.intp]
+    columns: Mapping[str, NDArray[np.int64]]
+
+    def rows(self, pid: int, pss: NDArray[np.float64] | None) -> dict[MappingName, MappingProcess]:
+        """The mappings of each kind and name together; ``pss`` (bytes) has an element for each mapping."""
+        number = len(self.names)
+        sums = {name: _summed(values, self.row_of, number) for name, values in self.columns.items()}
+        proportional = None if pss is None else np.bincount(self.row_of, pss, number).round()
+        return {
+            name: MappingProcess(
+                pid=pid,
+                pss=None if proportional is None else int(proportional[row]),
+                **{column: values[row] for column, values in sums.items()},
+            )
+            for row, name in enumerate(self.names)
+        }
+
+
+def _summed(by_mapping: NDArray[np.int64], row_of: NDArray[np.intp], rows: int) -> list[int]:
+    added = np.zeros(rows, np.int64)
+    np.add.at(added, row_of, by_mapping)
+    return added.tolist()
+
+
+def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
+    """What each mapping of a process costs, whose ``pages`` were read; ``names`` has one for each mapping."""
     rows: dict[MappingName, int] = {}
     row_of = np.array([rows.setdefault(name, len(rows)) for name in names], np.intp)
-    row = row_of[pages.vma]
-    exclusive = (pages.entries & EXCLUSIVE).astype(np.bool_)
-
-    def counted(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        return np.bincount(row[mask], minlength=len(rows)) * PAGE_SIZE
-
-    def summed(by_mapping: NDArray[np.int64]) -> NDArray[np.int64]:
-        added = np.zeros(len(rows), np.int64)
-        np.add.at(added, row_of, by_mapping)
-        return added * PAGE_SIZE
-
-    zeros_among = summed(pages.zeros_among)
+    copies, originals = _counts(pages.copies), _counts(pages.originals)
+    alone, alone_of_files = _alone(pages.copies), _alone(pages.originals)
     columns = {
-        "resident": counted(pages.counted) - zeros_among,
-        "own": counted(pages.counted & exclusive),
-        "inherited": counted(pages.copied & ~exclusive) - zeros_among,
-        "shared": counted(pages.own & ~exclusive),
-        "zero": counted(pages.zero) + zeros_among,
-        "huge": summed(pages.huge_in),
-        "swapped": counted(pages.swapped),
+        "resident": copies + originals - pages.zeros_among,
+        "own": alone + alone_of_files,
+        "inherited": copies - alone - pages.zeros_among,
+        "shared": originals - alone_of_files,
+        "zero": np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
+        "huge": pages.huge_in,
+        "swapped": np.array(pages.swapped_in, np.int64),
     }
-    proportional = None if pss is None else np.bincount(row_of, pss, len(rows))
-    return {
-        name: MappingProcess(
-            pid=pid,
-            pss=None if proportional is None else round(float(proportional[index])),
-            **{column: int(values[index]) for column, values in columns.items()},
-        )
-        for name, index in rows.items()
-    }
+    return Mappings(tuple(rows), row_of, {name: values * PAGE_SIZE for name, values in columns.items()})
 
 
-def pss_by_frames(pages: Pages, mappings: int) -> NDArray[np.float64]:
-    """The PSS of each of so many ``mappings``, in bytes: each page by how often its frame is mapped.
+def _counts(columns: PageColumns) -> NDArray[np.int64]:
+    """How many pages of each mapping they are."""
+    return np.asarray(np.diff(np.array(columns.starts, np.int64)), np.int64)
 
-    Raises EvidenceError where ``/proc/kpagecount`` may not be read.
+
+def _alone(columns: PageColumns) -> NDArray[np.int64]:
+    """How many pages of each mapping are mapped nowhere else."""
+    before = np.concatenate([[0], np.cumsum(columns.exclusive)])
+    return np.asarray(np.diff(before[columns.starts]), np.int64)
+
+
+def pss_by_frames(
+    processes: Sequence[tuple[PageColumns, PageColumns]],
+) -> list[NDArray[np.float64]]:
+    """The PSS of each mapping of each process, in bytes: each page by how often its frame is mapped.
+
+    A process is the columns of its copies and of its other pages.  The kernel is asked once about the frames
+    of all; a page that was given up since counts as the process's own.  Raises EvidenceError where
+    ``/proc/kpagecount`` may not be read.
     """
-    frames = pages.entries[pages.counted] & FRAME
-    exclusive = (pages.entries[pages.counted] & EXCLUSIVE).astype(np.bool_)
-    different = distinct(frames)
-    counts = np.maximum(map_counts(different), np.uint64(1))[np.searchsorted(different, frames)]
-    shares = PAGE_SIZE / np.where(exclusive, 1, counts).astype(np.float64)
-    return np.asarray(np.bincount(pages.vma[pages.counted], shares, mappings), np.float64)
+    columns = [column for process in processes for column in process]
+    keys = [column.several.tobytes() for column in columns]  # relatives often have the same
+    arrays = {key: column.several for key, column in zip(keys, columns, strict=True)}
+    frames = distinct(np.concatenate([np.empty(0, np.uint64), *arrays.values()]))
+    shares = PAGE_SIZE / np.maximum(map_counts(frames), np.uint64(1)).astype(np.float64)
+    part = {key: shares[np.searchsorted(frames, array)] for key, array in arrays.items()}
+    pss = [_proportional(column, part[key]) for key, column in zip(keys, columns, strict=True)]
+    return [copies + originals for copies, originals in zip(pss[::2], pss[1::2], strict=True)]
+
+
+def _proportional(columns: PageColumns, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The PSS of each mapping; ``shares`` are the bytes of each page that is mapped more than once."""
+    alone = _alone(columns)
+    before = np.concatenate([[0.0], np.cumsum(shares)])
+    ends = np.cumsum(_counts(columns) - alone)
+    of_several = np.diff(before[np.concatenate([[0], ends])])
+    return np.asarray(alone * float(PAGE_SIZE) + of_several, np.float64)
 
 
 def pss_by_sums(pid: int, vmas: Sequence[Vma]) -> NDArray[np.float64] | None:
@@ -189,11 +247,11 @@ def pss_by_sums(pid: int, vmas: Sequence[Vma]) -> NDArray[np.float64] | None:
         sums = read_smaps(pid)
     except EvidenceError:
         return None
-    pss = {(mapping.vma.start, mapping.vma.end): mapping.sizes.get("Pss", 0) for mapping in sums}
-    return np.array([pss.get((vma.start, vma.end), 0) for vma in vmas], np.float64)
+    pss = {mapping.vma.start: mapping.sizes.get("Pss", 0) for mapping in sums}
+    return np.array([pss.get(vma.start, 0) for vma in vmas], np.float64)
 
 
-def mappings_of(processes: Iterable[Mapping[MappingName, MappingProcess]]) -> tuple[AuditedMapping, ...]:
+def mappings_over(processes: Iterable[Mapping[MappingName, MappingProcess]]) -> tuple[AuditedMapping, ...]:
     """One row for each kind and name over all processes, those with the most of their own first."""
     rows: dict[MappingName, list[MappingProcess]] = {}
     for process in processes:

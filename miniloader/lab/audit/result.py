@@ -23,6 +23,7 @@ from miniloader.json_schema import (
     record,
 )  # fmt: skip
 from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
+from miniloader.lab.audit.mappings import MAPPING_SCHEMA, AuditedMapping, MappingProcess
 from miniloader.values import dataclass
 
 __all__ = [
@@ -42,11 +43,12 @@ _FORMAT = "miniloader audit 1"
 class AuditedProcess:
     """What one process costs; ``rss``, ``pss``, ``uss`` in bytes, the rest in pages.
 
-    ``pss`` is None where frames are hidden, ``ksm`` (merged pages) where the kernel tells neither which they
-    are nor how many (5.19).  ``anonymous`` pages include copies of file pages;
-    of them ``anonymous_shared`` are mapped more than once (a family of forks, or KSM).  ``zero`` is how
-    often the page of zeros is mapped, which costs nothing.  ``huge`` pages are mapped by huge entries.
-    ``started`` is in clock ticks since boot: with the pid it names a process for good.
+    ``pss`` is None where the kernel does not tell it, ``ksm`` (merged pages) where it tells neither which
+    they are nor how many (5.19).  ``anonymous`` pages include copies of file pages; of them
+    ``anonymous_shared`` are mapped more than once (a family of forks, or KSM).  ``zero`` is how often the
+    page of zeros is mapped, which costs nothing.  ``huge`` pages are mapped by huge entries.  ``started`` is
+    in clock ticks since boot: with the pid it names a process for good.  ``memory_of`` is the process that
+    has the same address space (vfork(2), CLONE_VM) and is counted for both, None where nobody else has.
     """
 
     pid: int
@@ -62,6 +64,7 @@ class AuditedProcess:
     zero: int
     huge: int
     swapped: int
+    memory_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ class LibraryProcess:
     """One library in one process, in pages of the file's mappings; ``base`` is the load bias.
 
     ``present`` = ``shared`` (the file's own pages, one frame for all who map them) + ``private`` (copies).
-    Of the shared ones ``beforehand`` were relocated beforehand (prepared).  Of the private ones
-    ``inherited`` are still shared with a relative by fork, ``merged`` with anybody by KSM; where that is None
-    the kernel does not tell the two apart, and ``inherited`` counts both.  ``bss`` are anonymous pages beyond
-    the file's.  ``swapped`` are copies, too, yet not present.
+    Of the shared ones ``beforehand`` were relocated beforehand (prepared).  Of the private ones ``inherited``
+    are still shared with a relative by fork, ``merged`` with anybody by KSM; where that is None the kernel
+    does not tell the two apart, and ``inherited`` counts both.  ``bss`` are anonymous pages beyond the
+    file's.  ``swapped`` are copies, too, yet not present.  ``pss`` is what the present pages take in
+    proportion, in bytes; None where the kernel does not tell it.
     """
 
     pid: int
@@ -86,6 +90,7 @@ class LibraryProcess:
     swapped: int
     beforehand: int = 0
     merged: int | None = 0
+    pss: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,12 @@ class AuditedLibrary:
         return sum(process.inherited + (process.merged or 0) for process in self.processes)
 
     @property
+    def takes(self) -> int | None:
+        """What the present pages take in proportion (PSS), in bytes, over all; None where not known."""
+        pss = [process.pss for process in self.processes]
+        return None if None in pss else sum(filter(None, pss))
+
+    @property
     def own(self) -> int:
         """Pages that a process has for itself, over all: copies, swapped out or not, and bss."""
         return self.private - self.common + self.swapped + sum(process.bss for process in self.processes)
@@ -184,7 +195,9 @@ class Unreadable:
 class Audit:
     """What was found at ``when`` (seconds since the epoch), at evidence ``level``.
 
-    ``explained``: whether causes were asked for.  Libraries come with the most private pages first.
+    ``explained``: whether causes were asked for.  Libraries and mappings come with the most pages of the
+    processes' own first.  ``mappings`` are all memory, also where only some libraries were asked for; there
+    are none in an audit that an older version saved.
     """
 
     level: LevelName
@@ -194,6 +207,28 @@ class Audit:
     processes: tuple[AuditedProcess, ...]
     libraries: tuple[AuditedLibrary, ...]
     unreadable: tuple[Unreadable, ...]
+    mappings: tuple[AuditedMapping, ...] = ()
+
+    @property
+    def counted(self) -> tuple[AuditedProcess, ...]:
+        """The processes with an address space of their own: each memory once."""
+        return tuple(process for process in self.processes if process.memory_of is None)
+
+    @property
+    def uss(self) -> int:
+        """What ending all of these processes frees at least, in bytes: each one's own."""
+        return sum(process.uss for process in self.counted)
+
+    @property
+    def rss(self) -> int:
+        """What is resident, in bytes, each process counted for itself."""
+        return sum(process.rss for process in self.counted)
+
+    @property
+    def pss(self) -> int | None:
+        """What the processes take in proportion, in bytes; None where the kernel does not tell it of all."""
+        pss = [process.pss for process in self.counted]
+        return None if None in pss else sum(filter(None, pss))
 
     def library(self, name: str) -> AuditedLibrary:
         """The library whose path is, or holds, ``name``; UsageError when there is none, or several."""
@@ -221,6 +256,7 @@ class Audit:
                 processes=tuple(AuditedProcess(**process) for process in value["processes"]),
                 libraries=tuple(_library(library) for library in value["libraries"]),
                 unreadable=tuple(Unreadable(**process) for process in value["unreadable"]),
+                mappings=tuple(_mapping(mapping) for mapping in value.get("mappings", ())),
             )
         except KeyError as error:
             raise UsageError(f"no audit as --save or --json writes it: it lacks {error}") from error
@@ -251,6 +287,11 @@ class Audit:
                 raise UsageError(f"{os.fspath(path)}: no audit as --save writes it: {error}") from error
 
 
+def _mapping(value: Mapping[str, Any]) -> AuditedMapping:
+    processes = tuple(MappingProcess(**process) for process in value["processes"])
+    return AuditedMapping(value["kind"], value["name"], processes)
+
+
 def _library(value: Mapping[str, Any]) -> AuditedLibrary:
     fields = dict(value)
     fields["processes"] = tuple(LibraryProcess(**process) for process in value["processes"])
@@ -278,7 +319,7 @@ _LIBRARY: Final = record(
     {"path": TEXT, "build_id": nullable(HEX), "files": COUNT, "frames": COUNT},
     {"processes": array(record(
         keys(COUNT, "pid mapped present shared private inherited bss swapped beforehand"),
-        {"base": INT, "merged": nullable(COUNT)},
+        {"base": INT, "merged": nullable(COUNT), "pss": nullable(COUNT)},
     ))},
     keys(array(_COPY), "private_pages bss_pages swapped_pages"),
 )  # fmt: skip
@@ -287,9 +328,10 @@ AUDIT_KEYS: Final = {
     "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER, "page_size": COUNT, "explained": BOOL,
     "processes": array(record(
         keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
-        {"name": TEXT, "pss": nullable(COUNT), "ksm": nullable(COUNT)},
+        {"name": TEXT}, dict.fromkeys(("pss", "ksm", "memory_of"), nullable(COUNT)),
     )),
     "libraries": array(_LIBRARY),
     "unreadable": array(record({"pid": COUNT}, keys(TEXT, "reason needed"))),
+    "mappings": array(MAPPING_SCHEMA),
 }  # fmt: skip
 """The keys of what :meth:`Audit.to_json` gives, each with its schema."""

@@ -7,7 +7,8 @@ after everything else; a copied page whose entry differs is ``unknown``, as "cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -20,15 +21,27 @@ from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.procfs import read_stat
+from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangement, Arrangements
 from miniloader.lab.audit.mapped_files import Identity, MappedFile, MappedFiles
+from miniloader.lab.audit.mappings import FileSystems, Mappings, mappings_of, name_of, pss_by_sums
 from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, count_set
 from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
 from miniloader.values import dataclass
 
-__all__ = ["CHANGED", "SWAPPED_OUT", "FileInProcess", "Memo", "Survey", "locate", "space_of", "survey"]
+__all__ = [
+    "CHANGED",
+    "SWAPPED_OUT",
+    "FileInProcess",
+    "Memo",
+    "Survey",
+    "locate",
+    "mappings_in",
+    "space_of",
+    "survey",
+]
 
 CHANGED: Final = "changed while we looked"
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
@@ -43,7 +56,8 @@ _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
 class FileInProcess:
     """A file as it lies in one process; its copied pages and its own ones are rows of what the process has.
 
-    ``base`` is the load bias.  ``mapped`` counts pages.  ``swapped_vaddrs`` are the copies that are swapped
+    ``base`` is the load bias.  ``mapped`` counts pages, ``mappings`` are which of the process's mappings.
+    ``swapped_vaddrs`` are the copies that are swapped
     out, ``bss_vaddrs`` the present anonymous pages of the image's bss.  ``causes`` are sets of bits, one for
     each copied page (none where nobody asked); ``reasons`` says of some copied pages (by index) why they are
     unknown; ``written`` has a row (page, symbol number, cause bit) for each symbol that was written to.
@@ -56,6 +70,7 @@ class FileInProcess:
     start: int
     end: int
     mapped: int
+    mappings: Sequence[int]
     swapped_vaddrs: NDArray[np.uint64]
     bss_vaddrs: NDArray[np.uint64]
     copies: PageColumns
@@ -124,9 +139,10 @@ class FileInProcess:
 class Survey:
     """One process; page counts over all its mappings.
 
-    ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more
-    than once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous
-    pages, ``originals`` the other ones.
+    ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more than
+    once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous pages,
+    ``originals`` the other ones.  ``stack`` is where the program's stack began.  ``pss`` is what the kernel
+    tells (bytes), of the process and of each mapping; None where frames tell it, or nobody.
     """
 
     pid: int
@@ -143,19 +159,9 @@ class Survey:
     copies: PageColumns
     originals: PageColumns
     files: tuple[FileInProcess, ...]
-
-    @property
-    def alone(self) -> int:
-        """How many anonymous pages are mapped by nobody else."""
-        return self.anonymous - self.anonymous_shared
-
-    @property
-    def frames_outside_files(self) -> NDArray[np.uint64]:
-        """The frames of its rss pages but for copies that it alone has, and the files' own of ``files``."""
-        outside = np.ones(len(self.originals.frames), np.bool_)
-        for placed in self.files:
-            outside[placed.own] = False
-        return np.concatenate([self.copies.several, self.originals.frames[outside]])
+    mappings: Mappings
+    stack: int
+    pss: tuple[int, NDArray[np.float64]] | None = None
 
 
 class Memo:
@@ -169,6 +175,7 @@ class Memo:
         self.files = MappedFiles()
         self.arrangements = Arrangements()
         self.layouts = Layouts()
+        self.file_systems = FileSystems()
 
 
 def survey(
@@ -197,7 +204,9 @@ def survey(
         if causes:
             _explain(pid, memo, vmas, pages, found, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
-        return _summed(pages, pid, name, parent, started, tuple(chosen))
+        mappings = mappings_in(pid, vmas, pages, found, memo)
+        pss = None if frames else _told_pss(pid, vmas)
+        return _summed(pages, pid, name, parent, started, tuple(chosen), mappings, stack, pss)
 
 
 def locate(
@@ -215,6 +224,38 @@ def locate(
     return vmas, pages, found
 
 
+def mappings_in(
+    pid: int, vmas: Sequence[Vma], pages: Pages, found: Iterable[FileInProcess], memo: Memo
+) -> Mappings:
+    """What each mapping of a process costs, where the files ``found`` lie in it."""
+    images = sorted(
+        (placed.start, _image_end(placed), placed.file.identity.path)
+        for placed in found
+        if placed.file.facts is not None and placed.file.facts.plan is not None
+    )
+    file_system = partial(memo.file_systems.of, pid)
+    return mappings_of((name_of(vma, images, file_system) for vma in vmas), pages)
+
+
+def _told_pss(pid: int, vmas: Sequence[Vma]) -> tuple[int, NDArray[np.float64]] | None:
+    """The PSS that the kernel tells the owner of a process: exactly, and cut to KiB for each mapping."""
+    of_mappings = pss_by_sums(pid, vmas)
+    if of_mappings is None:
+        return None
+    try:
+        return read_rollup(pid)["Pss"], of_mappings
+    except ProcessGone:
+        raise
+    except EvidenceError:  # before 4.14
+        return int(of_mappings.sum()), of_mappings
+
+
+def _image_end(placed: FileInProcess) -> int:
+    """Where the image of a file ends in a process, with its bss."""
+    plan = placed.file.facts.plan if placed.file.facts is not None else None
+    return max(placed.end, placed.base + plan.end) if plan is not None else placed.end
+
+
 def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[int]]:
     """All mappings, and which of them have pages relocated beforehand."""
     vmas = read_maps(pid)
@@ -222,7 +263,15 @@ def _mappings(pid: int, files: MappedFiles) -> tuple[tuple[Vma, ...], frozenset[
 
 
 def _summed(
-    pages: Pages, pid: int, name: str, parent: int, started: int, files: tuple[FileInProcess, ...]
+    pages: Pages,
+    pid: int,
+    name: str,
+    parent: int,
+    started: int,
+    files: tuple[FileInProcess, ...],
+    mappings: Mappings,
+    stack: int,
+    pss: tuple[int, NDArray[np.float64]] | None,
 ) -> Survey:
     """What the pages of the whole process come to."""
     zeros_among = int(pages.zeros_among.sum())
@@ -241,6 +290,9 @@ def _summed(
         copies=pages.copies,
         originals=pages.originals,
         files=files,
+        mappings=mappings,
+        stack=stack,
+        pss=pss,
     )
 
 
@@ -272,6 +324,7 @@ def _files_in_process(
             start=vmas[indices[0]].start,
             end=vmas[indices[-1]].end,
             mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
+            mappings=indices,
             swapped_vaddrs=_swapped_vaddrs(pages, indices, bias) if swapping else _NO_VADDRS,
             bss_vaddrs=_NO_VADDRS,
             copies=copies,
@@ -344,11 +397,7 @@ def _explain(
 
 def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
     """What is where in a process; raises ProcessGone, or EvidenceError where its memory must not be read."""
-    extents = []
-    for placed in found:
-        plan = placed.file.facts.plan if placed.file.facts is not None else None
-        end = max(placed.end, placed.base + plan.end) if plan is not None else placed.end
-        extents.append(Placed(placed.base, placed.start, end, placed.file.facts))
+    extents = [Placed(placed.base, placed.start, _image_end(placed), placed.file.facts) for placed in found]
     code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
     vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
     return Space(extents, code, vdso, _stand_ins(pid, vmas))

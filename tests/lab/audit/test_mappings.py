@@ -9,21 +9,18 @@ from pathlib import Path
 import pytest
 
 from miniloader.kernel.maps import parse_vma
-from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.mappings import (
     MappingName,
     MappingProcess,
-    images_of,
-    mappings_of,
+    mappings_over,
     name_of,
-    processes_of,
     pss_by_frames,
     pss_by_sums,
 )
-from miniloader.lab.audit.survey import Memo, locate
+from miniloader.lab.audit.survey import Memo, locate, mappings_in
 from tests.lab.audit.older_kernels import KERNELS
 from tests.lab.audit.told_processes import ANONYMOUS, KB, Told, rollup_of, told, told_children
 
@@ -42,16 +39,11 @@ thread = threading.Thread(target=signal.pause, daemon=True); thread.start()
 
 
 def look(pid: int, *, frames: bool) -> dict[MappingName, MappingProcess]:
+    memo = Memo()
     with PageMap(pid) as pagemap:
-        vmas, pages, files = locate(pid, pagemap, Memo(), frames=frames)
-    images = images_of(files)
-
-    def file_system(vma):
-        mount = mount_of(pid, vma.path)
-        return "" if mount is None else mount.kind
-
-    pss = pss_by_frames(pages, len(vmas)) if frames else pss_by_sums(pid, vmas)
-    return processes_of(pid, [name_of(vma, images, file_system) for vma in vmas], pages, pss)
+        vmas, pages, files = locate(pid, pagemap, memo, frames=frames)
+    pss = pss_by_frames([(pages.copies, pages.originals)])[0] if frames else pss_by_sums(pid, vmas)
+    return mappings_in(pid, vmas, pages, files, memo).rows(pid, pss)
 
 
 @pytest.fixture
@@ -146,7 +138,7 @@ def test_names() -> None:
 
 def test_rows_over_processes_have_the_most_own_first(family: tuple[Told, int]) -> None:
     parent, child = family
-    rows = mappings_of([look(parent.pid, frames=False), look(child, frames=False)])
+    rows = mappings_over([look(parent.pid, frames=False), look(child, frames=False)])
     assert len({(row.kind, row.name) for row in rows}) == len(rows)
     own = [sum(process.own for process in row.processes) for row in rows]
     assert own == sorted(own, reverse=True)

@@ -164,6 +164,7 @@ def own_child(path: str, *, replace: bool = False) -> tuple[str, set[str], set[s
     try:
         os.read(reading, 1)
         found = miniloader.audit([child])
+        assert not found.unreadable, found.unreadable
         pages = found.library(path).private_pages
         causes = {cause for page in pages for cause in page.causes}
         return found.level, causes, {name for page in pages for name in page.written}
