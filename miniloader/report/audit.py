@@ -115,9 +115,8 @@ def _by_kind(mappings: Iterable[AuditedMapping], column: str) -> dict[str, int]:
 def mapping_rows(mappings: Sequence[AuditedMapping]) -> Table:
     """A row for each kind and name of memory, in bytes over all processes; those of files in one."""
     files = [mapping for mapping in mappings if mapping.kind == "file"]
-    rows = [
-        (mapping.kind, printable(mapping.name), [mapping]) for mapping in mappings if mapping.kind != "file"
-    ]
+    rows = [(str(mapping.kind), printable(mapping.name), [mapping]) for mapping in mappings]
+    rows = [row for row in rows if row[0] != "file"]
     if files:
         rows.append(("file", f"{count(len(files), 'file')}, below", files))
     shown = []

@@ -48,9 +48,10 @@ def test_the_answer_comes_first(family: tuple[Told, list[int]]) -> None:
     done = run("audit", "--tree", parent.pid)
     assert (done.returncode, done.stderr) == (0, "")
     first = done.stdout.splitlines()[0]
-    assert re.match(r"3 processes, \d+ files: .*, where separate copies would take ", first)
+    assert re.match(r"3 processes: .* in proportion \(PSS\), of it .* their own \(USS\); RSS ", first)
+    assert ", where separate copies would take " in done.stdout
     assert "evidence: " in done.stdout
-    assert "only relocated (sharable with prepared pages or fork)" in done.stdout
+    assert "libdemo.so: 0 own pages in each process: 4 besides, copied, are still shared" in done.stdout
     assert any(row.split()[:1] == [str(parent.pid)] for row in done.stdout.splitlines())
 
 
@@ -82,6 +83,23 @@ def test_csv_has_a_row_for_each_library_and_process(family: tuple[Told, list[int
     rows = [row for row in csv.DictReader(done.stdout.splitlines()) if row["path"] == str(demo)]
     assert sorted(int(row["pid"]) for row in rows) == sorted([parent.pid, *children])
     assert all(int(row["present"]) == int(row["shared"]) + int(row["private"]) for row in rows)
+
+
+def test_csv_has_rows_of_processes_and_of_mappings(family: tuple[Told, list[int]]) -> None:
+    parent, children = family
+    pids = sorted([parent.pid, *children])
+    processes = run("audit", "--tree", parent.pid, "--csv", "processes", "--no-causes")
+    rows = list(csv.DictReader(processes.stdout.splitlines()))
+    assert sorted(int(row["pid"]) for row in rows) == pids
+    mappings = run("audit", "--tree", parent.pid, "--csv", "mappings", "--no-causes")
+    heaps = [row for row in csv.DictReader(mappings.stdout.splitlines()) if row["kind"] == "heap"]
+    assert sorted(int(row["pid"]) for row in heaps) == pids
+    for row in heaps:
+        parts = sum(int(row[column]) for column in ("own", "inherited", "shared"))
+        assert int(row["resident"]) == parts > 0
+    plain = run("audit", "--csv", parent.pid)  # a number behind it is a process, as it always was
+    assert {row["pid"] for row in csv.DictReader(plain.stdout.splitlines())} == {str(parent.pid)}
+    assert run("audit", parent.pid, "--csv", "everything").returncode == 2
 
 
 def test_one_library_and_one_page(family: tuple[Told, list[int]], demo: Path) -> None:

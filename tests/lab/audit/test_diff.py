@@ -36,7 +36,7 @@ def test_what_a_family_has_no_more_in_common_has_gone_private(
     assert [(one.vaddr, one.change, one.symbols, {*one.pids}) for one in changes] == [
         (page_of(demo, "demo_counters"), "private", ("demo_counters",), {*pids})
     ]
-    assert "shared, by fork or KSM" in " ".join(plain(line) for line in summary(before))
+    assert "copies that relatives still share: " in " ".join(plain(line) for line in summary(before))
     assert "as at the start" not in plain(tick(after, before))
 
 

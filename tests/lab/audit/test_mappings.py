@@ -12,6 +12,7 @@ from miniloader.kernel.maps import parse_vma
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.mappings import (
     MappingName,
     MappingProcess,
@@ -119,6 +120,31 @@ libc.mmap(start, end - start, 3, 0x32, -1, 0); ctypes.memset(start, 1, {PAGE_SIZ
     place, file = MappingName("anonymous", str(demo)), MappingName("file", str(demo))
     assert after[place].own - before[place].own == PAGE_SIZE
     assert before[file].resident > after[file].resident
+
+
+def test_one_address_space_is_counted_once() -> None:
+    """A child of vfork(2), or of clone(2) with CLONE_VM: two processes, one memory."""
+    clone = """
+import threading
+libc.syscall.restype = ctypes.c_long
+stack = mapped(1 << 16)
+pause = ctypes.cast(libc.pause, ctypes.c_void_p)
+libc.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+answer = libc.clone(pause, stack + (1 << 16), 0x100 | 17, None)
+"""
+    with told(ANONYMOUS) as parent:
+        child = parent(clone)
+        try:
+            found = audit([parent.pid, child], causes=False)
+            alone = audit([parent.pid], causes=False)
+        finally:
+            parent(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+    assert [(process.pid, process.memory_of) for process in found.processes] == [
+        (parent.pid, None), (child, parent.pid),
+    ]  # fmt: skip
+    assert found.processes[0].uss == found.processes[1].uss == found.uss == alone.uss
+    assert {process.pid for mapping in found.mappings for process in mapping.processes} == {parent.pid}
+    assert {process.pid for library in found.libraries for process in library.processes} == {parent.pid}
 
 
 def test_names() -> None:
