@@ -5,6 +5,7 @@
     image = miniloader.inspect(path)        # ElfImage; maps nothing, runs nothing, any architecture
     lib = miniloader.load(path)             # Library: mapped, linked and initialised by us
     steps = miniloader.Loading(path)        # the same in three steps: .map(), .link(), .initialise()
+    tree = miniloader.tree(path)            # Tree: what a program or library needs, where found and why
     proof = miniloader.prove(path)          # Proof: what several processes share, and what they copied
     audit = miniloader.audit([pid, other])  # Audit: which pages running processes copied, and why
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from miniloader.errors import WorkerError as WorkerError
     from miniloader.lab.audit.audit import audit as audit
     from miniloader.lab.audit.result import Audit as Audit
+    from miniloader.lab.check.tree import Tree as Tree
+    from miniloader.lab.check.tree import tree as tree
     from miniloader.lab.proof.proof import Proof as Proof
     from miniloader.lab.proof.prove import prove as prove
     from miniloader.loader import Library as Library
@@ -53,12 +56,14 @@ _HOMES = {
     "Proof": "miniloader.lab.proof.proof",
     "Source": "miniloader.elf",
     "SymbolError": "miniloader.errors",
+    "Tree": "miniloader.lab.check.tree",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",
     "audit": "miniloader.lab.audit.audit",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prepare": "miniloader.loader.prepare",
+    "tree": "miniloader.lab.check.tree",
     "prove": "miniloader.lab.proof.prove",
 }
 

@@ -29,6 +29,7 @@ __all__ = ["COMMANDS", "main", "reported"]
 #: The commands, in the order ``--help`` shows them.
 COMMANDS: tuple[str, ...] = (
     "inspect",
+    "tree",
     "load",
     "disasm",
     "prove",

@@ -12,7 +12,7 @@ from miniloader.lab.audit.diff import CHANGE_SCHEMA
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
 from miniloader.lab.proof.proof import PROOF_SCHEMA
-from miniloader.report import disasm, doctor, inspect, load, prepared
+from miniloader.report import disasm, doctor, inspect, load, prepared, tree
 from miniloader.walkthrough.run_chapter import CHAPTER_SCHEMA
 
 __all__ = ["ERROR", "SCHEMAS"]
@@ -22,6 +22,7 @@ ERROR: Final = record({"error": record(keys(TEXT, "kind message"))})
 
 SCHEMAS: Final[dict[str, Schema]] = {
     "inspect": inspect.SCHEMA,
+    "tree": tree.SCHEMA,
     "load": load.SCHEMA,
     "disasm": disasm.SCHEMA,
     "prove": PROOF_SCHEMA,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import printable
@@ -23,7 +22,9 @@ def to_json(needed: Iterable[tuple[str, Found]]) -> list[dict[str, Any]]:
             "needed": found.name,
             "needed_by": needed_by,
             "path": found.path,
-            "steps": [asdict(step) for step in found.steps],
+            "steps": [
+                {"rule": step.rule, "path": step.path, "outcome": step.outcome} for step in found.steps
+            ],
         }
         for needed_by, found in needed
     ]
