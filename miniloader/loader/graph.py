@@ -19,7 +19,7 @@ from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import Bindings
-from miniloader.loader.search import Surroundings, find
+from miniloader.loader.search import Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import find_present
 
@@ -78,7 +78,7 @@ class Graph:
         self.listing, self.surroundings = host.listing(), of_process()
         for library in self.new:  # grows meanwhile
             for name in library.image.needed:
-                library.needs.append(self._need(name, library))
+                library.needs.append(self._need(expand(name, library.asker(), self.surroundings), library))
         for library in self.new[1:]:
             library.before = library.ours
 
@@ -127,8 +127,8 @@ class Graph:
             found for found in self.listing.found if name in (found.soname, found.path, found.file_name)
         )
         candidate = next(candidates, None)
-        if candidate is None:
-            return None
+        if candidate is None or not candidate.path:  # the program stays
+            return candidate
         by_file_name = name not in (candidate.soname, candidate.path)
         held = self._hold(name if by_file_name else candidate.path, library, load=False)
         return held if held is candidate or not by_file_name else None
