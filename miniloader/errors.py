@@ -9,7 +9,7 @@
     ├── WorkerError            1  a process we started died, or did not answer
     ├── UsageError             2  the request itself makes no sense
     └── EvidenceError          3  the kernel, or our permissions, cannot tell
-        └── ProcessGone        3  the process that was asked about has ended
+        └── ProcessGone        1  the process that was asked about has ended, or never was
 
 The number is the exit status of the command line.  A message is one line and reads
 ``where: what, found, expected; what to do next``; names taken from a file are quoted so that
@@ -98,6 +98,8 @@ class EvidenceError(MiniloaderError):
 
 class ProcessGone(EvidenceError):
     """The process that was asked about has ended (or runs another program now); ``pid`` says which."""
+
+    exit_status = 1
 
     def __init__(self, pid: int | None, what: str, *, hint: str | None = None) -> None:
         self.pid = pid

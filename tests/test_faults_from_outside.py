@@ -376,7 +376,7 @@ def test_ctrl_c_while_its_code_runs(command: str) -> None:
             parent.send_signal(how)
             _, err = parent.communicate(timeout=20)
         if how == signal.SIGINT:
-            assert (parent.returncode, err) == (1, "miniloader: interrupted\n")
+            assert (parent.returncode, err) == (130, "miniloader: interrupted\n")
         wait_until_gone(children)
 
 

@@ -4,8 +4,7 @@ Each command is a module ``miniloader.cli.NAME`` (see :class:`miniloader.cli.par
 them has to cost next to nothing, since ``--help`` imports them all: what a command needs, it imports
 inside ``run``.
 
-Exit status: 0 done, or proven; 1 failed, or refuted; 2 wrong usage; 3 the kernel or the permissions
-here cannot tell.
+Exit status: see :data:`EXIT_STATUSES`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
 
-__all__ = ["COMMANDS", "main", "reported"]
+__all__ = ["CLOSED_PIPE", "COMMANDS", "EXIT_STATUSES", "INTERRUPTED", "main", "reported"]
 
 #: The commands, in the order ``--help`` shows them.
 COMMANDS: tuple[str, ...] = (
@@ -39,6 +38,19 @@ COMMANDS: tuple[str, ...] = (
     "prepare",
     "cache",
     "doctor",
+)
+
+#: What a shell says of a program that SIGINT or SIGPIPE has ended: it said nothing false until then.
+INTERRUPTED, CLOSED_PIPE = 130, 141
+
+#: What each exit status means: the help, the manual pages.
+EXIT_STATUSES: tuple[tuple[int, str], ...] = (
+    (0, "done, or proven"),
+    (1, "failed, or refuted; a file or a process is not there"),
+    (2, "wrong usage"),
+    (3, "the kernel or the permissions here cannot tell"),
+    (INTERRUPTED, "interrupted by Ctrl-C"),
+    (CLOSED_PIPE, "who read the output (head, less) has closed it"),
 )
 
 
@@ -124,14 +136,14 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     match error:
         case BrokenPipeError():  # the reader (head, less) has seen enough
             _drop_output()
-            return 1
+            return CLOSED_PIPE
         case MiniloaderError():
             status, message = error.exit_status, str(error)
         case KeyboardInterrupt():
             # Python remembers an interrupt out of exec() as unhandled (a dataclass is made by one), and would
             # end by SIGINT after all, but for another exec().
             exec("")
-            status, message = 1, "interrupted"
+            status, message = INTERRUPTED, "interrupted"
         case OSError(strerror=str(reason)):
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
         case _:
@@ -143,7 +155,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
 
             dump({"error": {"kind": type(error).__name__, "message": printable(message)}})
         _flush()
-    except OSError:
+    except OSError:  # what matters is the error itself
         _drop_output()
     print(f"miniloader: {printable(message)}", file=sys.stderr)
     return status

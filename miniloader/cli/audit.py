@@ -91,7 +91,7 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Audit once or repeatedly, print, save; 3 when no process could be audited."""
+    """Audit once or repeatedly, print, save; the exit status is :func:`_status`'s."""
     from miniloader.errors import UsageError
 
     if arguments.duration is not None and arguments.every is None:
@@ -111,12 +111,19 @@ def run(arguments: argparse.Namespace) -> int:
     _save(arguments, result)  # before a reader may close the pipe
     _draw(arguments, result, _sights(arguments, result))
     _print(arguments, result)
-    return 0 if result.processes or not result.unreadable else 3
+    return _status(result)
+
+
+def _status(audit: Audit) -> int:
+    """3 when no process could be audited, 1 when that is because there is none, else 0."""
+    if audit.processes or not audit.unreadable:
+        return 0
+    return 1 if all(process.gone for process in audit.unreadable) else 3
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
     """The processes that are named, and those that fit."""
-    from miniloader.errors import UsageError
+    from miniloader.errors import MiniloaderError, UsageError
 
     given = tuple(arguments.pids)
     if arguments.name is None and arguments.user is None and arguments.tree is None:
@@ -127,7 +134,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
 
     pids = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
     if not pids:
-        raise UsageError("no process fits")
+        raise MiniloaderError("no process fits")
     return pids
 
 
@@ -245,7 +252,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
             out.show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
             out.show(changes_view(changes, last.page_size))
-    return 0 if first.processes else 3
+    return _status(first)
 
 
 def _living(first: Audit) -> tuple[int, ...]:

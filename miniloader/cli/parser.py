@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn, Protocol, cast
 
 from miniloader import __version__
-from miniloader.cli import options
+from miniloader.cli import EXIT_STATUSES, options
 from miniloader.errors import UsageError
 
 __all__ = ["Command", "build"]
@@ -81,8 +81,7 @@ def build(commands: Iterable[str]) -> argparse.ArgumentParser:
         prog="miniloader",
         description="Load a shared library as the kernel and the dynamic loader do, and prove from the "
         "kernel's own records which of its pages processes share.",
-        epilog="Exit status: 0 done, or proven; 1 failed, or refuted; 2 wrong usage; "
-        "3 the kernel or the permissions here cannot tell.",
+        epilog="Exit status: " + "; ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUSES) + ".",
     )
     parser.set_defaults(run=None)
     parser.add_argument("--version", action="version", version=f"miniloader {__version__}")

@@ -1,4 +1,4 @@
-"""Claims and what became of them: proven, refuted, or unknown with the reason why."""
+"""Claims and what became of them: proven, refuted, or unknown or nothing to judge, with the reason why."""
 
 from __future__ import annotations
 
@@ -8,15 +8,34 @@ from typing import Final, Literal
 from miniloader.json_schema import TEXT, keys, record, words
 from miniloader.values import dataclass
 
-__all__ = ["CLAIM_SCHEMA", "EXIT_STATUS", "VERDICT_SCHEMA", "Claim", "Verdict", "combine", "judge"]
+__all__ = [
+    "CLAIM_SCHEMA",
+    "EXIT_STATUS",
+    "NOTHING_TO_JUDGE",
+    "VERDICT_SCHEMA",
+    "Claim",
+    "Holds",
+    "Verdict",
+    "combine",
+    "judge",
+]
 
-Verdict = Literal["proven", "refuted", "unknown"]
+Verdict = Literal["proven", "refuted", "unknown", "nothing to judge"]
 
-EXIT_STATUS: Final[dict[Verdict, int]] = {"proven": 0, "refuted": 1, "unknown": 3}
+NOTHING_TO_JUDGE: Final = "nothing to judge"
+"""Of a claim about pages, where there are none."""
+
+EXIT_STATUS: Final[dict[Verdict, int]] = {"proven": 0, "refuted": 1, "unknown": 3, "nothing to judge": 0}
 """The exit status of the command line for each verdict."""
 
+Holds = bool | Literal["nothing to judge"] | None
+"""Whether a statement holds; None where that cannot be told."""
 
-VERDICT_SCHEMA: Final = words("proven refuted unknown")
+_VERDICTS: Final[dict[Holds, Verdict]] = {True: "proven", False: "refuted", None: "unknown"}
+_BY_WEIGHT: Final[tuple[Verdict, ...]] = ("refuted", "unknown", "proven", NOTHING_TO_JUDGE)
+
+
+VERDICT_SCHEMA: Final = one_of(*EXIT_STATUS)
 """What ``verdict`` may be in ``--json``."""
 
 CLAIM_SCHEMA: Final = record(
@@ -30,7 +49,7 @@ class Claim:
     """One statement about what the kernel does, what was expected of it, and what was observed.
 
     ``id`` is stable (``code-shared``); the rest are sentences.  ``reason`` says why the verdict is
-    ``unknown``, and is "" otherwise.
+    neither ``proven`` nor ``refuted``, and is "" otherwise.
     """
 
     id: str
@@ -41,8 +60,8 @@ class Claim:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if (self.verdict == "unknown") != bool(self.reason):
-            raise ValueError(f"claim {self.id}: a reason belongs to the verdict unknown, and to no other")
+        if (self.verdict in ("proven", "refuted")) == bool(self.reason):
+            raise ValueError(f"claim {self.id}: a reason belongs to unknown and nothing to judge")
 
     def to_json(self) -> dict[str, str]:
         """The keys that ``--json`` promises, ``reason`` only where there is one."""
@@ -56,23 +75,18 @@ class Claim:
         return words | ({"reason": self.reason} if self.reason else {})
 
 
-def judge(
-    id: str, statement: str, *, holds: bool | None, expected: str, observed: str, reason: str = ""
-) -> Claim:
-    """The claim with its verdict; ``holds`` is None where it cannot be told, and ``reason`` says why."""
-    if holds is None:
-        return Claim(id, statement, "unknown", observed, expected, reason)
-    return Claim(id, statement, "proven" if holds else "refuted", observed, expected)
+def judge(id: str, statement: str, *, holds: Holds, expected: str, observed: str, reason: str = "") -> Claim:
+    """The claim with its verdict; where ``holds`` is neither True nor False, ``reason`` says why."""
+    verdict = _VERDICTS.get(holds, NOTHING_TO_JUDGE)
+    return Claim(id, statement, verdict, observed, expected, "" if isinstance(holds, bool) else reason)
 
 
 def combine(claims: Iterable[Claim]) -> Verdict:
-    """One verdict for all: refuted wins, then unknown; nothing at all is unknown.
+    """One verdict for all: refuted wins, then unknown, then proven; no claim at all is unknown.
 
     >>> claim = judge("code-shared", "…", holds=True, expected="1 frame", observed="1 frame")
     >>> combine([claim]), combine([])
     ('proven', 'unknown')
     """
     verdicts = {claim.verdict for claim in claims}
-    if "refuted" in verdicts:
-        return "refuted"
-    return "proven" if verdicts == {"proven"} else "unknown"
+    return next((verdict for verdict in _BY_WEIGHT if verdict in verdicts), "unknown")

@@ -79,8 +79,8 @@ def _sums(snapshot: Snapshot) -> Table:
 
 def _claim(claim: Claim) -> Iterator[Part]:
     yield VERDICT_SIGNS[claim.verdict], " ", (claim.id, "bold"), f"  {claim.statement}"
-    rows = [("expected", claim.expected), ("observed", claim.observed), ("unknown", claim.reason)]
-    yield pairs(((name, printable(text)) for name, text in rows if text or name != "unknown"), indent=2)
+    rows = [("expected", claim.expected), ("observed", claim.observed), (claim.verdict, claim.reason)]
+    yield pairs(((name, printable(text)) for name, text in rows if text), indent=2)
 
 
 def _where(proof: Proof) -> str:

@@ -49,6 +49,7 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
     "proven": ("✔", "bold green"),
     "refuted": ("✘", "bold red"),
     "unknown": ("?", "bold yellow"),
+    "nothing to judge": ("–", "dim"),
 }
 
 _NARROWEST: Final = 16  # columns that the last cell of a row keeps where others have all they want

@@ -254,7 +254,7 @@ def closing(result: ChapterResult) -> Iterator[Part]:
 
 def _claims(claims: Iterable[Claim]) -> Iterator[Part]:
     """Each claim and what was seen; why some could not be told, once for all that follow each other."""
-    for reason, alike in groupby(claims, lambda claim: claim.reason):
+    for (reason, verdict), alike in groupby(claims, lambda claim: (claim.reason, claim.verdict)):
         for claim in alike:
             yield VERDICT_SIGNS[claim.verdict], f" {claim.statement}"
             seen = [("seen", printable(claim.observed))]
@@ -263,7 +263,7 @@ def _claims(claims: Iterable[Claim]) -> Iterator[Part]:
             if not reason:
                 yield pairs(seen, indent=2)
         if reason:
-            yield pairs([("unknown", printable(reason))], indent=2)
+            yield pairs([(verdict, printable(reason))], indent=2)
 
 
 def summary(results: Sequence[ChapterResult]) -> Iterator[Part]:

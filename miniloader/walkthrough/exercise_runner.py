@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from typing import Any, Final
 
-from miniloader.errors import EvidenceError, UsageError
+from miniloader.errors import EvidenceError
 from miniloader.lab.workers.child import INTERRUPTS, ForkedProcess, crash_quietly, ending
 from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.walkthrough.chapter import Answer, Chapter
@@ -23,13 +23,10 @@ _SECONDS: Final = 10
 def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
     """Run the learner's file and judge it; the answer, and what it printed.
 
-    Raises UsageError when it cannot be read, EvidenceError when the kernel does not tell enough to judge it.
+    Raises OSError when it cannot be read, EvidenceError when the kernel does not tell enough to judge it.
     """
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+    with open(path, "rb"):
+        pass
     verdict = SharedValue()
     with tempfile.TemporaryFile() as output:
 

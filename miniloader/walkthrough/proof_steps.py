@@ -111,7 +111,7 @@ def in_processes(
         unshared=proof.memory.unshared,
         claims={
             claim.id: (
-                None if claim.verdict == "unknown" else claim.verdict == "proven",
+                {"proven": True, "refuted": False}.get(claim.verdict),
                 claim.reason or claim.observed,
             )
             for claim in proof.claims

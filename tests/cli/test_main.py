@@ -79,7 +79,7 @@ def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status:
         ),
         (IsADirectoryError(21, "Is a directory", b"/tmp/\xff"), 1, "/tmp/\\udcff: Is a directory"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (KeyboardInterrupt(), 1, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (
             ZeroDivisionError("division by zero"),
             1,
@@ -157,7 +157,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     os.close(reading)
     with os.fdopen(writing) as pipe:
         done = miniloader_process("--completion", "bash", stdout=pipe)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -270,7 +270,7 @@ def test_an_interrupt_that_an_import_hides_is_one_all_the_same(
 
     before = signal.getsignal(signal.SIGINT)
     command(run)
-    assert cli.main(["fake"]) == 1
+    assert cli.main(["fake"]) == 130
     assert capsys.readouterr().err == "miniloader: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is before
     command(raising(ImportError("bad install")))
@@ -278,7 +278,7 @@ def test_an_interrupt_that_an_import_hides_is_one_all_the_same(
     assert "bad install" in capsys.readouterr().err
 
 
-def test_an_interrupt_out_of_exec_ends_with_1_too(tmp_path: Path) -> None:
+def test_an_interrupt_out_of_exec_ends_with_130_too(tmp_path: Path) -> None:
     """As when a dataclass is just being made; ``python -m`` would end by SIGINT after all."""
     (tmp_path / "program.py").write_text(
         "import sys\n"
@@ -291,7 +291,7 @@ def test_an_interrupt_out_of_exec_ends_with_1_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "program"]
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stderr) == (1, "miniloader: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "miniloader: interrupted\n")
 
 
 def test_in_80_columns_load_cuts_no_address(

@@ -210,7 +210,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody(fixture_library: Callable[[str], P
         time.sleep(wait)
         parent.send_signal(signal.SIGINT)
         out, err = parent.communicate(timeout=20)
-    assert (parent.returncode, out, err) == (1, "", "miniloader: interrupted\n")
+    assert (parent.returncode, out, err) == (130, "", "miniloader: interrupted\n")
     assert not any(map(lives, pids))
 
 

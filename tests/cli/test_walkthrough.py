@@ -402,7 +402,7 @@ def test_interrupted_it_leaves_nobody_and_nothing(number: signal.Signals, step: 
             process.send_signal(number)
         process.stdout.read()
         err = process.stderr.read()
-    assert (process.returncode, err) == (1, "miniloader: interrupted\n")
+    assert (process.returncode, err) == (130, "miniloader: interrupted\n")
     wait_until_gone(children)
     assert os.listdir(tmp_path) == []
 
@@ -423,5 +423,5 @@ def test_a_check_is_interrupted(tmp_path: Path) -> None:
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-    assert (process.returncode, err) == (1, "miniloader: interrupted\n")
+    assert (process.returncode, err) == (130, "miniloader: interrupted\n")
     wait_until_gone([int((tmp_path / "here").read_text())])

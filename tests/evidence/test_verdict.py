@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniloader.evidence.verdict import EXIT_STATUS, Claim, combine, judge
+from miniloader.evidence.verdict import EXIT_STATUS, NOTHING_TO_JUDGE, Claim, Holds, combine, judge
 
 
-def claim(holds: bool | None) -> Claim:
-    reason = "no frames" if holds is None else ""
+def claim(holds: Holds) -> Claim:
+    reason = "" if isinstance(holds, bool) else "no frames"
     return judge("code-shared", "one copy", holds=holds, expected="1 frame", observed="2", reason=reason)
 
 
@@ -28,18 +28,20 @@ def test_json_has_the_keys_it_promises() -> None:
     assert claim(False).verdict == "refuted"
 
 
-def test_unknown_says_why_and_nothing_else_does() -> None:
-    with pytest.raises(ValueError, match="reason"):
-        Claim("x", "", "unknown", "", "")
+def test_what_is_neither_proven_nor_refuted_says_why_and_nothing_else_does() -> None:
+    for verdict in ("unknown", NOTHING_TO_JUDGE):
+        with pytest.raises(ValueError, match="reason"):
+            Claim("x", "", verdict, "", "")
     with pytest.raises(ValueError, match="reason"):
         Claim("x", "", "proven", "", "", "because")
 
 
-@given(st.lists(st.sampled_from([True, False, None])))
-def test_refuted_wins_then_unknown(holds: list[bool | None]) -> None:
-    expected = "refuted" if False in holds else "unknown" if None in holds or not holds else "proven"
-    assert combine(map(claim, holds)) == expected
+@given(st.lists(st.sampled_from([True, False, None, NOTHING_TO_JUDGE])))
+def test_refuted_wins_then_unknown_then_proven(holds: list[Holds]) -> None:
+    judged = "refuted" if False in holds else "unknown" if None in holds or not holds else "proven"
+    nothing = holds and set(holds) == {NOTHING_TO_JUDGE}
+    assert combine(map(claim, holds)) == (NOTHING_TO_JUDGE if nothing else judged)
 
 
 def test_exit_status() -> None:
-    assert EXIT_STATUS == {"proven": 0, "refuted": 1, "unknown": 3}
+    assert EXIT_STATUS == {"proven": 0, "refuted": 1, "unknown": 3, NOTHING_TO_JUDGE: 0}

@@ -136,7 +136,7 @@ def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
     try:
         return look(pid)
     except ProcessGone as error:
-        return Unreadable(pid, error.message, "")
+        return Unreadable(pid, error.message, "", gone=True)
     except EvidenceError as error:
         return Unreadable(pid, error.message, error.hint or "")
 

@@ -184,11 +184,15 @@ class AuditedLibrary:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A process that could not be audited: why, and what would be needed ("" where nothing helps)."""
+    """A process that could not be audited: why, and what would be needed ("" where nothing helps).
+
+    ``gone``: there is no such process (any more), or it has no memory.
+    """
 
     pid: int
     reason: str
     needed: str
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,7 +335,7 @@ AUDIT_KEYS: Final = {
         {"name": TEXT}, dict.fromkeys(("pss", "ksm", "memory_of"), nullable(COUNT)),
     )),
     "libraries": array(_LIBRARY),
-    "unreadable": array(record({"pid": COUNT}, keys(TEXT, "reason needed"))),
+    "unreadable": array(record({"pid": COUNT, "gone": BOOL}, keys(TEXT, "reason needed"))),
     "mappings": array(MAPPING_SCHEMA),
 }  # fmt: skip
 """The keys of what :meth:`Audit.to_json` gives, each with its schema."""

@@ -6,7 +6,7 @@ import os
 import pwd
 from fnmatch import fnmatch
 
-from miniloader.errors import EvidenceError, UsageError
+from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
 from miniloader.values import dataclass
 
@@ -28,14 +28,14 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
 
     ``name`` is a shell pattern (or a part) of the name or the program's file name, ``user`` a name or a
     number, ``tree`` a process whose descendants are meant, itself included.  Raises UsageError for an
-    unknown user, or when there is no process ``tree``; EvidenceError where ``/proc`` is not mounted.
+    unknown user, ProcessGone when there is no process ``tree``, EvidenceError where ``/proc`` is not mounted.
     """
     require_proc()
     candidates = {process.pid: process for process in _all()}
     chosen = set(candidates)
     if tree is not None:
         if tree not in candidates:
-            raise UsageError(f"--tree {tree}: there is no such process")
+            raise ProcessGone(tree, "there is none (any more)")
         chosen = _descendants(tree, candidates)
     if user is not None:
         uid = _uid(user)

@@ -19,7 +19,7 @@ from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
 from miniloader.elf.symbols import STT_GNU_IFUNC
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, SHARED, SOLE, ZERO, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
-from miniloader.evidence.verdict import Claim, judge
+from miniloader.evidence.verdict import NOTHING_TO_JUDGE, Claim, Holds, judge
 from miniloader.kernel.features import LEVELS
 from miniloader.lab.proof.spare_word import Word
 from miniloader.loader.relocation_groups import sort_relocations
@@ -156,7 +156,7 @@ class Evidence:
 class Finding(NamedTuple):
     """What became of one claim: the arguments of :func:`judge`."""
 
-    holds: bool | None
+    holds: Holds
     expected: str
     observed: str
     reason: str = ""
@@ -188,7 +188,7 @@ def _one_frame(evidence: Evidence, pages: Mask, content: str) -> Finding:
     same = _SAME.get(evidence.written.level, _SAME["frames"])
     expected = f"{_pages(number)}, each {same} in all {processes} processes"
     if number == 0:
-        return Finding(None, expected, "0 pages", f"the library has no {content}")
+        return Finding(NOTHING_TO_JUDGE, expected, "0 pages", f"the library has no {content}")
     unseen = _unseen(evidence)
     if unseen:
         return Finding(None, expected, *unseen)
@@ -228,7 +228,7 @@ def _written_data_private(evidence: Evidence) -> Finding:
     expected = f"{_pages(number)}, each {_OWN[level]} in each of {processes} processes"
     expected += f": {', '.join(_writers(evidence))}"
     if number == 0:
-        return Finding(None, expected, "0 pages", "no page of the library is written")
+        return Finding(NOTHING_TO_JUDGE, expected, "0 pages", "no page of the library is written")
     copied = wrote & (sharing.states == COPIED)
     never = (SHARED, SOLE, ZERO) if level == "flags" else (SHARED, SOLE, ZERO, COPIED_SHARED)
     bad = wrote & np.isin(sharing.states, never)
@@ -272,7 +272,8 @@ def _writes_isolated(evidence: Evidence) -> Finding:
     expected = f"each of {len(evidence.pids)} processes reads back its own pid"
     word = evidence.word
     if word is None:
-        return Finding(None, expected, "nothing was written", "no page of the library may be written")
+        reason = "no page of the library may be written"
+        return Finding(NOTHING_TO_JUDGE, expected, "nothing was written", reason)
     wrong = [(pid, value) for pid, value in zip(evidence.pids, evidence.read, strict=True) if pid != value]
     where = f"at vaddr {word.vaddr:#x} ({word.place})"
     if wrong:

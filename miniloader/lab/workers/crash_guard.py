@@ -57,11 +57,13 @@ def _note(note: SharedValue, doing: str) -> None:
 
 
 def _flush(status: int) -> int:
-    """Write out all output; the status, 1 instead of 0 when nobody reads it any more."""
+    """Write out all output; the status, instead of 0 that of a closed pipe or of output that got lost."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:  # as it is where it was closed from the start
                 stream.flush()
+        except BrokenPipeError:
+            status = status or 128 + signal.SIGPIPE
         except (OSError, ValueError):
             status = status or 1
     flush_c_output()
