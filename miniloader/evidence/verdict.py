@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
-from miniloader.json_schema import TEXT, keys, record, words
+from miniloader.json_schema import TEXT, keys, record
 from miniloader.values import dataclass
 
 __all__ = [
@@ -35,7 +35,7 @@ _VERDICTS: Final[dict[Holds, Verdict]] = {True: "proven", False: "refuted", None
 _BY_WEIGHT: Final[tuple[Verdict, ...]] = ("refuted", "unknown", "proven", NOTHING_TO_JUDGE)
 
 
-VERDICT_SCHEMA: Final = one_of(*EXIT_STATUS)
+VERDICT_SCHEMA: Final = {"enum": [*EXIT_STATUS]}
 """What ``verdict`` may be in ``--json``."""
 
 CLAIM_SCHEMA: Final = record(

@@ -157,8 +157,13 @@ class Graph:
             step = found.steps[-1]
             raise LoadError(f"{library.name}: needs {name}, and {step.path} is {step.outcome}")
         if found.path is None:
+            import shlex  # which few need
+
             places = len(found.steps)
-            raise LoadError(f"{library.name}: needs {name}, which is in none of the {places} places searched")
+            raise LoadError(
+                f"{library.name}: needs {name}, which is in none of the {places} places searched",
+                hint=f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}",
+            )
         return found.path
 
     def _same_file(self, source: Source) -> Needed | None:

@@ -55,6 +55,12 @@ class Cache:
                     ranked.append((len(hwcaps), value))
         return self._text(min(ranked, key=lambda entry: entry[0])[1]) if ranked else None
 
+    def names(self) -> list[str]:
+        """The names of all libraries in it, in order, each once."""
+        if self._entries is None:
+            self._entries = self._read()
+        return sorted({self._text(key) for key in self._entries})
+
     def _places(self, name: str) -> list[int]:
         """Where in the cache ``name`` is a whole text, or the end of one: a name may be the end of a path."""
         key = os.fsencode(name) + b"\0"

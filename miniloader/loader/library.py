@@ -143,9 +143,7 @@ def _address_of(library: Loaded, index: int) -> int:
 
 def _similar(library: Loaded, name: str) -> str | None:
     """A hint: the defined names that look like ``name``."""
-    import difflib
+    from miniloader.suggestions import did_you_mean
 
     table = library.symbols
-    names = [table.name(index) for index in np.flatnonzero(table.defined).tolist()]
-    close = difflib.get_close_matches(name, names, 3)
-    return f"did you mean {', '.join(close)}?" if close else None
+    return did_you_mean(name, (table.name(index) for index in np.flatnonzero(table.defined).tolist()))

@@ -36,6 +36,9 @@ _FROM_HOST: Final = (
 )
 
 
+_AUDIT: Final = "how processes share it: miniloader audit PID"
+
+
 @dataclass(frozen=True)
 class Policy:
     """What a caller allows and asks for; see :func:`load`."""
@@ -78,7 +81,7 @@ def refuse(image: ElfImage, policy: Policy) -> None:
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
     if _is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):
-        raise LoadError(f"{path}: a process can have it only once, and this one has it already")
+        raise LoadError(f"{path}: a process can have it only once, and this one has it already", hint=_AUDIT)
     if image.executable_stack and not policy.executable_stack:
         hint = "allow it with executable_stack=True (--allow-executable-stack)"
         found = "an executable stack" if image.segment("PT_GNU_STACK") else "none: the stack is executable"

@@ -22,6 +22,7 @@ from miniloader.kernel.procfs import read_proc_file
 from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
+from miniloader.suggestions import near, offered
 
 __all__ = ["find_here", "find_needed", "find_path", "inspect", "interpreter_for", "of_process", "of_root"]
 
@@ -251,7 +252,31 @@ def find_path(path: str | os.PathLike[str]) -> str:
         return found
     if os.path.exists(name):
         return os.path.join(os.curdir, name)
-    raise LoadError(f"{name}: no library of that name where the system looks for one", hint="give its path")
+    meant = offered(_called_like(name)) or "give its path"
+    raise LoadError(f"{name}: no library of that name where the system looks for one", hint=meant)
+
+
+def _called_like(name: str) -> list[str]:
+    """Libraries of the system that somebody may mean by ``name``: ``z``, ``libz``, ``zlib``, ``libz.so``."""
+    cache, by_stem = _own_cache(), dict[str, list[str]]()
+    for library in cache.names() if cache is not None else ():
+        by_stem.setdefault(_stem(library), []).append(library)
+    stems = [_stem(name)] if _stem(name) in by_stem else near(_stem(name), by_stem)
+    return [library for stem in stems for library in _of_programs(by_stem[stem])]
+
+
+def _of_programs(names: list[str]) -> list[str]:
+    """Without the names for linking, such as ``libz.so``, where there are those that programs need."""
+    return [name for name in names if not name.endswith(".so")] or names
+
+
+def _stem(name: str) -> str:
+    """What is left of a library's name without what they all have.
+
+    >>> _stem("libz.so.1"), _stem("zlib"), _stem("libstdc++.so")
+    ('z', 'z', 'stdc++')
+    """
+    return name.lower().partition(".so")[0].removeprefix("lib").removesuffix("lib")
 
 
 def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:

@@ -4,7 +4,6 @@ where it is."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError, UsageError
 from miniloader.machine.names_at import CodeSymbol, Landmarks
+from miniloader.suggestions import did_you_mean
 from miniloader.values import dataclass
 
 __all__ = ["CodeRange", "locate"]
@@ -96,7 +96,7 @@ def _stub(landmarks: Landmarks, text: str) -> CodeRange:
         if name == text:
             return CodeRange(name, stub.vaddr, stub.end - stub.vaddr)
         names.append(name)
-    raise SymbolError(f"{landmarks.image.path}: no PLT stub {text}", hint=_similar(text, names))
+    raise SymbolError(f"{landmarks.image.path}: no PLT stub {text}", hint=did_you_mean(text, names))
 
 
 def _symbol(landmarks: Landmarks, text: str) -> CodeRange:
@@ -133,12 +133,4 @@ def _instead(landmarks: Landmarks, name: str) -> str | None:
     static = landmarks.tables[1]
     names = [table.name(index) for index in indices if table.defined[index]]
     names += [static.name(index) for index in np.flatnonzero(static.rows["size"]).tolist()]
-    return _similar(name, names)
-
-
-def _similar(name: str, names: Iterable[str]) -> str | None:
-    import difflib
-
-    near = sorted({candidate for candidate in names if abs(len(candidate) - len(name)) <= 3})
-    close = difflib.get_close_matches(name, near, 3)
-    return f"did you mean {', '.join(close)}?" if close else None
+    return did_you_mean(name, names)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import miniloader
-from miniloader.loader.search import Asker
+from miniloader.loader.search import Asker, Found
 from miniloader.loader.surroundings import find_here as find
 from miniloader.loader.surroundings import find_needed, find_path
 
@@ -128,3 +128,13 @@ def test_files_for_another_machine_are_passed_over(tmp_path: Path) -> None:
 def test_what_is_nowhere_says_what_to_do() -> None:
     with pytest.raises(miniloader.LoadError, match=r"no library of that name.*give its path"):
         find_path("libnowhere.so.7")
+
+
+@pytest.mark.parametrize("meant", ["z", "libz", "zlib", "libz.so", "LIBZ", "libzz"])
+def test_a_name_as_people_write_it(meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody develops: there, ``libz.so`` is found."""
+    names = ["libc.so.6", "libcrypto.so.3", "libz.so", "libz.so.1", "libzstd.so.1"]
+    monkeypatch.setattr("miniloader.loader.surroundings.find_here", lambda name: Found(name, None, ()))
+    monkeypatch.setattr("miniloader.loader.ld_so_cache.Cache.names", lambda cache: names)
+    with pytest.raises(miniloader.LoadError, match=r"did you mean libz\.so\.1\?$"):
+        find_path(meant)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import UsageError
+from miniloader.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from miniloader.walkthrough.chapter import Chapter
@@ -48,7 +49,8 @@ def chapter(name: str) -> Chapter[Any]:
         for numbered in chapters():
             if numbered.number == int(name):
                 return numbered
-    raise UsageError(f"no chapter {name!r}", hint=f"there are {', '.join(CHAPTERS)}")
+    meant = did_you_mean(name, CHAPTERS)
+    raise UsageError(f"no chapter {name!r}", hint=meant or f"there are {', '.join(CHAPTERS)}")
 
 
 def _load(name: str) -> Chapter[Any]:

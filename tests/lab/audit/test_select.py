@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from miniloader.errors import UsageError
+from miniloader.errors import ProcessGone, UsageError
 from miniloader.lab.audit.select import choose
 from tests.conftest import NOBODY
 from tests.lab.audit.told_processes import (
@@ -23,5 +23,5 @@ def test_choosing() -> None:
         assert choose(user=str(NOBODY + 1), tree=parent.pid) == ()
     with pytest.raises(UsageError, match="no such user"):
         choose(user="nobody-is-called-so")
-    with pytest.raises(UsageError, match="no such process"):
+    with pytest.raises(ProcessGone):
         choose(tree=parent.pid)
