@@ -25,7 +25,8 @@ _CALLS = """\
   --call 'frexp(8.0, &0)->double'            &NUMBER: a variable, shown after the call
 
 also: b"\\x00 bytes", NULL, true, false, 0x7f, name@VERSION.
-types: void, bool, char, int, uint, long, ulong, size_t, int8 to uint64, float, double, str, ptr.
+types: void, bool, char, int, uint, long, ulong, size_t, int8 to uint64, float, double, str, ptr;
+or as C has them: uint32_t, unsigned long, const char * (str), struct tm * (ptr).
 
 The library's code runs in this process and can do whatever you can. If it crashes, you are told where.
 """

@@ -14,6 +14,7 @@
            | &integer | &float   a pointer to a long (or double, float) that begins as this; shown after it
 
     type   = void, bool, char, int, uint, long, ulong, size_t, int8 … uint64, float, double, str, ptr
+           | what C calls it      uint32_t, unsigned long, const char * (str), struct tm * (ptr)
 
 Texts and bytes know C's escapes (``\\n``, ``\\x1b``, ``\\0``, ``\\"``) and lie in writable memory.
 ``str`` is a NUL-terminated text.  What a function expects is not known here: 2 goes where integers go, and
@@ -123,6 +124,71 @@ def parse_call(text: str) -> Call:
     return _Parser(text).call()
 
 
+#: What C calls the types that go by another name in TYPES, but for int and its kin.
+_C_NAMES: Final = {
+    "_Bool": "bool",
+    "ssize_t": "long",
+    "ptrdiff_t": "long",
+    "intptr_t": "long",
+    "uintptr_t": "ulong",
+    "off_t": "long",
+    "off64_t": "int64",
+    "time_t": "long",
+    "clock_t": "long",
+    "pid_t": "int",
+    "uid_t": "uint",
+    "gid_t": "uint",
+    "mode_t": "uint",
+    "socklen_t": "uint",
+    "wchar_t": "int32",
+    **{f"{sign}int{bits}_t": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+_OF_INT: Final = {"signed", "unsigned", "short", "long", "char", "int"}
+_QUALIFIERS: Final = {"const", "volatile", "restrict", "register", "static", "extern", "inline"}
+
+
+def _of_c(words: str) -> str:
+    """The name in TYPES of the C type that ``words`` spell; UsageError for one that no register holds.
+
+    >>> _of_c("unsigned long int"), _of_c("const char *"), _of_c("struct tm*"), _of_c("uint32_t")
+    ('ulong', 'str', 'ptr', 'uint32')
+    """
+    tokens = [token for token in re.findall(r"\w+|\S", words) if token not in _QUALIFIERS]
+    named = " ".join(token for token in tokens if token != "*")
+    if "*" in tokens:
+        if not named or tokens.index("*") < len(tokens) - tokens.count("*"):
+            raise UsageError(f"{words!r} is no type")
+        return "str" if tokens == ["char", "*"] else "ptr"
+    if (tokens and tokens[0] in ("struct", "union")) or named == "long double":
+        raise UsageError(f"{named} is not returned in a register: use ctypes, with Library.function, for it")
+    if tokens and tokens[0] == "enum":
+        return "uint"
+    if tokens and set(tokens) <= _OF_INT:
+        return _integer(tokens, words)
+    found = _C_NAMES.get(named, named)
+    if found not in TYPES:
+        raise UsageError(
+            f"expected one of {', '.join(TYPES)}, or what C calls it, such as uint32_t or char *"
+        )
+    return found
+
+
+def _integer(tokens: list[str], words: str) -> str:
+    """The name in TYPES of what ``unsigned``, ``long``, ``int`` and their kin spell together.
+
+    >>> _integer(["long", "unsigned", "long"], "long unsigned long")
+    'uint64'
+    """
+    sizes = sorted(token for token in tokens if token not in ("signed", "unsigned", "int"))
+    names = {(): "int", ("short",): "int16", ("char",): "int8", ("long",): "long", ("long", "long"): "int64"}
+    signs = [token for token in tokens if token in ("signed", "unsigned")]
+    if len(signs) > 1 or tokens.count("int") > 1 or tuple(sizes) not in names:
+        raise UsageError(f"{words!r} is no type")
+    if tokens == ["char"]:
+        return "char"
+    return "u" * (signs == ["unsigned"]) + names[tuple(sizes)]
+
+
 _SPACE: Final = re.compile(r"\s*")
 _NAME: Final = re.compile(r"[^\s()@,\"]+")
 _STRING: Final = re.compile(r'(b?)"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -131,6 +197,7 @@ _FLOAT: Final = re.compile(
 )
 _INTEGER: Final = re.compile(r"([-+]?)(0[xX][0-9a-fA-F]+|0|[1-9]\d*)(?![\w.])")
 _BUFFER: Final = re.compile(r"out\s*\[\s*(0[xX][0-9a-fA-F]+|\d+)\s*\]")
+_TYPE: Final = re.compile(r"[\w\s*]+")
 _WORD: Final = re.compile(r"[A-Za-z_]\w*")
 _ESCAPE: Final = re.compile(rb"\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.)", re.DOTALL)
 _ESCAPES: Final = {
@@ -182,14 +249,20 @@ class _Parser:
                 raise self.fault("expected , or )")
         if not self.skip("->"):
             raise self.fault("expected ->TYPE, what it returns")
+        return Call(self.text.strip(), name, version, tuple(arguments), self.type())
+
+    def type(self) -> str:
+        """The name in :data:`TYPES` of the type that all that is left spells."""
         self.take(_SPACE)
-        start, result = self.at, self.take(_WORD)
-        if result is None or result[0] not in TYPES:
-            raise self.fault(f"expected one of {', '.join(TYPES)}", start)
-        self.take(_SPACE)
+        start, match = self.at, self.take(_TYPE)
+        words = match[0].strip() if match else ""
+        try:
+            result = words if words in TYPES else _of_c(words)
+        except UsageError as error:
+            raise self.fault(error.message, start) from None
         if self.at != len(self.text):
             raise self.fault("expected nothing more")
-        return Call(self.text.strip(), name, version, tuple(arguments), result[0])
+        return result
 
     def name(self, what: str) -> str:
         match = self.take(_NAME)

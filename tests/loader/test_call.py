@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -230,3 +231,45 @@ def test_every_type_can_be_returned(libz: miniloader.Library) -> None:
     for name in TYPES.keys() - {"str", "float", "double"}:
         found = run(libz, f"labs(1)->{name}").value
         assert found == (None if name == "void" else 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "result"),
+    [
+        ("unsigned long", "ulong"),
+        ("long unsigned int", "ulong"),
+        ("unsigned", "uint"),
+        ("long long", "int64"),
+        ("unsigned char", "uint8"),
+        ("signed char", "int8"),
+        ("short int", "int16"),
+        ("uint32_t", "uint32"),
+        ("size_t", "size_t"),
+        ("const char *", "str"),
+        ("char*", "str"),
+        ("char **", "ptr"),
+        ("const struct tm *", "ptr"),
+        ("void *", "ptr"),
+        ("enum color", "uint"),
+    ],
+)
+def test_types_are_called_as_in_c(words: str, result: str) -> None:
+    assert parse_call(f"f()->{words}").result == result
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("struct tm", "struct tm is not returned in a register: use ctypes"),
+        ("long double", "long double is not returned in a register"),
+        ("union u", "union u is not returned in a register"),
+        ("long char", "'long char' is no type"),
+        ("unsigned unsigned", "'unsigned unsigned' is no type"),
+        ("* char", "is no type"),
+        ("colour", "expected one of void, bool"),
+        ("int) x", "expected nothing more"),
+    ],
+)
+def test_what_no_register_holds_is_refused_by_name(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_call(f"f()->{words}")
