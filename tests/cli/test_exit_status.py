@@ -112,7 +112,6 @@ def test_a_closed_pipe_is_141(name: str, saved: Path) -> None:
 LASTING: tuple[tuple[str, ...], ...] = (
     ("load", HANGS),
     ("disasm", HANGS, "misbehave", "--loaded"),
-    ("prepare", HANGS),
     ("prove", HANGS),
     ("prove", "libcrypto.so.3", "-n", "64"),
     ("walkthrough", "--all", "--json"),
