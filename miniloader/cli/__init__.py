@@ -85,15 +85,17 @@ def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if words == ["--version"]:  # not worth the price of argparse
+    if words in (["--version"], ["-V"], ["version"]):  # not worth the price of argparse
         print(f"miniloader {__version__}")
         return 0
-    from miniloader.cli.parser import build
+    from miniloader.cli.parser import build, parse
 
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     named = tuple(words[:1])
     parser = build(named if set(named) & set(COMMANDS) else COMMANDS)  # one command needs no other
     try:
-        arguments = parser.parse_args(words)
+        arguments = parse(parser, words)
     except SystemExit as done:  # --help, --completion
         return int(done.code or 0)
     if arguments.run is None:

@@ -10,11 +10,12 @@ from typing import Any, NoReturn, Protocol, cast
 from miniloader import __version__
 from miniloader.cli import EXIT_STATUSES, options
 from miniloader.errors import UsageError
+from miniloader.suggestions import did_you_mean
 
-__all__ = ["Command", "build"]
+__all__ = ["FILES", "Command", "actions", "build", "commands_of", "parse"]
 
 #: An argument shown by one of these names is a file, which shells can complete.
-_FILES = frozenset({"LIB", "FILE", "PATH"})
+FILES = frozenset({"LIB", "FILE", "PATH"})
 
 
 class Command(Protocol):
@@ -53,6 +54,14 @@ class _CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")
 
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        choices = action.choices
+        if choices is not None and value not in choices:
+            name = "/".join(action.option_strings)
+            what = "no command" if action.nargs == argparse.PARSER else f"{name}: no"
+            meant = did_you_mean(value, map(str, choices)) or f"there are {', '.join(map(str, choices))}"
+            raise UsageError(f"{what} {value!r}", hint=f"{meant}; see {self.prog} --help")
+
 
 class _Completion(argparse.Action):
     """Prints the completion script for one shell, and leaves."""
@@ -66,10 +75,16 @@ class _Completion(argparse.Action):
     ) -> None:
         import shtab
 
-        if values not in shtab.SUPPORTED_SHELLS:
-            parser.error(f"--completion: {values!r} is not one of {', '.join(shtab.SUPPORTED_SHELLS)}")
-        for action in _all_actions(parser):
-            if action.metavar in _FILES:
+        shells = (*shtab.SUPPORTED_SHELLS, "fish")
+        if values not in shells:
+            parser.error(f"--completion: {values!r} is not one of {', '.join(shells)}")
+        if values == "fish":  # which shtab does not know
+            from miniloader.cli.fish import completion
+
+            print(completion(parser))
+            parser.exit()
+        for action in actions(parser):
+            if action.metavar in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
         print(shtab.complete(parser, shell=str(values)))
         parser.exit()
@@ -77,14 +92,15 @@ class _Completion(argparse.Action):
 
 def build(commands: Iterable[str]) -> argparse.ArgumentParser:
     """The parser for ``commands``; the parsed ``run`` is the command's function, or None."""
+    statuses = "; ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUSES)
     parser = _CommandParser(
         prog="miniloader",
         description="Load a shared library as the kernel and the dynamic loader do, and prove from the "
         "kernel's own records which of its pages processes share.",
-        epilog="Exit status: " + "; ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUSES) + ".",
+        epilog=f"`miniloader help COMMAND` tells of one. Exit status: {statuses}.",
     )
     parser.set_defaults(run=None)
-    parser.add_argument("--version", action="version", version=f"miniloader {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"miniloader {__version__}")
     parser.add_argument(
         "--completion", metavar="SHELL", action=_Completion, help="print a completion script for this shell"
     )
@@ -95,14 +111,33 @@ def build(commands: Iterable[str]) -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.configure(subparser)
         options.everywhere(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, parser=subparser)
     return parser
 
 
-def _all_actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """What ``words`` say; UsageError for one that nothing expects, with the usage of its command."""
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse(getattr(arguments, "parser", parser), unknown[0])
+    return arguments
+
+
+def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    """There is no such option, or it is one word too many: say what there is."""
+    usage = " ".join(parser.format_usage().split())
+    what = "unknown option" if word.startswith("-") else "unexpected"
+    meant = did_you_mean(word.partition("=")[0], parser._option_string_actions)
+    hints = (meant, usage, f"see {parser.prog} --help")
+    raise UsageError(f"{what} {word}", hint="; ".join(filter(None, hints)))
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by its name."""
+    return next((dict(action.choices) for action in parser._actions if isinstance(action.choices, dict)), {})
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
     """Every argument of the parser and of its commands' parsers."""
-    for action in parser._actions:
-        yield action
-        if isinstance(action.choices, dict):
-            for subparser in action.choices.values():
-                yield from _all_actions(subparser)
+    for one in (parser, *commands_of(parser).values()):
+        yield from one._actions

@@ -29,6 +29,7 @@ NOT_THERE: dict[str, tuple[tuple[str, ...], ...]] = {
     "audit": ((GONE,), ("--tree", GONE), (GONE, "--csv"), (GONE, "--library", "libc", "--page", "0x0")),
     "diff": ((MISSING, MISSING), (SAVED, MISSING)),
     "walkthrough": (("cow", "--check", MISSING),),
+    "tree": ((MISSING,), ("libnonexistent.so.1",)),
 }
 #: Commands that take neither.
 ALWAYS_THERE = {"cache", "doctor"}
@@ -89,6 +90,7 @@ LONG: dict[str, tuple[str, ...]] = {
     "prepare": (DEMO,),
     "cache": ("--verify",),
     "doctor": (),
+    "tree": ("libcrypto.so.3",),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from miniloader.errors import ElfError, EvidenceError, MiniloaderError, SymbolEr
 
 HEAVY = {"numpy", "capstone", "elftools", "rich", "jinja2", "shtab"}
 ROOT = Path(miniloader.__file__).parent.parent
+
+USAGE = "usage: miniloader fake [-h] [--json] [FILE]"
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -126,6 +129,47 @@ def test_wrong_usage_is_one_line_and_2(
     assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fak"], "no command 'fak'; did you mean fake?; see miniloader --help"),
+        (
+            ["fake", "--jsn"],
+            "unknown option --jsn; did you mean --json?; usage: miniloader fake [-h] [--json] [FILE];",
+        ),
+        (
+            ["fake", "a", "b"],
+            "unexpected b; usage: miniloader fake [-h] [--json] [FILE]; see miniloader fake --help",
+        ),
+        (["--versio=3"], "argument -V/--version: ignored explicit argument '3'"),
+        (["--wersion"], "unknown option --wersion; did you mean --version?; usage: miniloader [-h]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_was_meant_and_what_there_is(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    command(lambda arguments: 0)
+    assert cli.main(words) == 2
+    assert f"miniloader: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["help", "fake"], ["fake", "--help"], ["fake", "-h"]], ids=" ".join)
+def test_help_of_a_command(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    command(lambda arguments: 0)
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("usage: miniloader fake")
+
+
+def test_help_alone_is_that_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+    assert "130 interrupted" in " ".join(shown.split())
+
+
 def test_no_command_prints_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     out, err = capsys.readouterr()
@@ -142,8 +186,9 @@ def test_every_command_has_help_and_json(capsys: pytest.CaptureFixture[str]) -> 
 
 
 # ---------------------------------------------------------------------------------------------- output
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert cli.main([word]) == 0
     assert capsys.readouterr().out == f"miniloader {miniloader.__version__}\n"
 
 
@@ -188,7 +233,7 @@ def test_what_the_locale_cannot_print_is_escaped(
 
 
 # ------------------------------------------------------------------------------------------ completion
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh", "tcsh"])
 def test_completion(command: Callable[[Run], None], capsys: pytest.CaptureFixture[str], shell: str) -> None:
     command(lambda arguments: 0)
     assert cli.main(["--completion", shell]) == 0
@@ -219,6 +264,49 @@ def test_bash_completes_commands_and_files(
     assert complete("fa") == ["fake"]
     assert "--json" in complete("fake", "--j")
     assert "proc" in complete("fake", "pro")
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="this machine lacks fish")
+def test_fish_completes_commands_options_choices_and_files(tmp_path: Path) -> None:
+    script = tmp_path / "miniloader.fish"
+    script.write_text(miniloader_process("--completion", "fish", stdout=subprocess.PIPE).stdout)
+
+    def complete(words: str) -> list[str]:
+        command = ["fish", "-N", "-c", f"source {script}; complete -C '{words}'"]
+        environment = os.environ | {"HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True, env=environment)
+        assert done.stderr == ""
+        return [line.partition("\t")[0] for line in done.stdout.splitlines()]
+
+    assert complete("miniloader pro") == ["prove"]
+    assert complete("miniloader prove --pre") == ["--prepared"]
+    assert sorted(complete("miniloader audit --level ")) == ["flags", "frames"]
+    assert "/proc/" in complete("miniloader inspect /pro")
+    assert "--debug" not in complete("miniloader prove --")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="this machine lacks zsh")
+def test_zsh_completes_commands_and_options(tmp_path: Path) -> None:
+    """At a terminal of its own: zsh completes only where somebody types."""
+    script = tmp_path / "_miniloader"
+    script.write_text(miniloader_process("--completion", "zsh", stdout=subprocess.PIPE).stdout)
+
+    def complete(words: str) -> str:
+        typed = (
+            "autoload -Uz compinit && compinit -u -D; zmodload zsh/zpty; "
+            "zpty shell zsh -f -i; "
+            f"zpty -w shell 'PROMPT=; fpath=({tmp_path} $fpath); autoload -Uz compinit && compinit -u -D'; "
+            "sleep 1; "
+            f"zpty -n -w shell '{words}'$'\t'; sleep 1; zpty -r -t shell shown '*' ; "
+            "while zpty -r -t shell more; do shown+=$more; done; print -r -- $shown; zpty -d shell"
+        )
+        environment = os.environ | {"HOME": str(tmp_path), "TERM": "xterm"}
+        command = ["zsh", "-f", "-c", typed]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+
+    assert "miniloader prove " in complete("miniloader pro")
+    assert "--prepared " in complete("miniloader prove --prep")
 
 
 def test_an_unknown_shell_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
