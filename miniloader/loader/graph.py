@@ -12,7 +12,7 @@ from typing import Any
 
 from miniloader.elf import Source, read_image
 from miniloader.elf.checks import refuse_problems
-from miniloader.errors import LoadError, MiniloaderError
+from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.events import Event, OnEvent, Stage
@@ -98,7 +98,7 @@ class Graph:
             if isinstance(same_file, Loaded):
                 same_file.called.add(name)
             return self._answer(name, library, same_file, f"loaded already as {same_file.name}")
-        if "/" not in name and comes_from_host(name):  # a path could lead to any file
+        if comes_from_host(name) or comes_from_host(_soname(source)):
             source.close()
             of_host = self._hold(path, library, load=True)
             assert of_host is not None  # or it had raised
@@ -170,6 +170,14 @@ class Graph:
         """The library that was loaded from the same file under another name."""
         same = self._present(lambda library: library.key == source.key)
         return same or next((library for library in self.listing.found if _is_of(library, source)), None)
+
+
+def _soname(source: Source) -> str | None:
+    """The SONAME of the library in ``source``; none where it cannot be read, which is said when it is added."""
+    try:
+        return read_image(source).soname
+    except ElfError:
+        return None
 
 
 def _is_of(library: HostLibrary, source: Source) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Final, Literal
 
 from miniloader.elf import ElfImage, Source, read_image
@@ -17,23 +16,18 @@ __all__ = ["Binding", "Policy", "comes_from_host", "open_image", "refuse"]
 
 Binding = Literal["now", "lazy"]
 
-#: Libraries with state that a process may have only once: when another library needs them they come from
-#: the system's loader, and what it has already is not loaded again.
 _HERE: Final = os.uname().machine
-_ONLY_ONCE: Final = (
-    "ld-linux", "ld64.so", "libc.so", "libpthread.so", "libdl.so", "librt.so", "libthread_db.so",
-    "libresolv.so", "libnss_", "libanl.so", "libutil.so", "libBrokenLocale.so",
-)  # fmt: skip
+#: Libraries with state that a process may have only once, by SONAME: when another library needs them they
+#: come from the system's loader, and what it has already is not loaded again.
+_ONLY_ONCE: Final = frozenset((
+    "ld-linux-x86-64.so.2", "libc.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1",
+    "libthread_db.so.1", "libresolv.so.2", "libanl.so.1", "libBrokenLocale.so.1", "libnss_compat.so.2",
+    "libnss_db.so.2", "libnss_dns.so.2", "libnss_files.so.2", "libnss_hesiod.so.2",
+))  # fmt: skip
 #: Libraries that, when another library needs them, come from the system's loader too.
-_FROM_HOST: Final = (
-    *_ONLY_ONCE,
-    "libm.so",
-    "libmvec.so",
-    "libstdc++.so",
-    "libgcc_s.so",
-    "libc++.so",
-    "libc++abi.so",
-)
+_FROM_HOST: Final = _ONLY_ONCE | {
+    *("libm.so.6", "libmvec.so.1", "libstdc++.so.6", "libgcc_s.so.1", "libc++.so.1", "libc++abi.so.1")
+}
 
 
 _AUDIT: Final = "how processes share it: miniloader audit PID"
@@ -53,13 +47,13 @@ class Policy:
     gdb: bool = False
 
 
-def comes_from_host(name: str) -> bool:
+def comes_from_host(name: str | None) -> bool:
     """Whether the library ``name``, when another needs it, is loaded by the system's loader.
 
-    >>> comes_from_host("libc.so.6"), comes_from_host("libz.so.1")
-    (True, False)
+    >>> comes_from_host("libm.so.6"), comes_from_host("libm.software.so"), comes_from_host("libz.so.1")
+    (True, False, False)
     """
-    return _is_one_of(name, _FROM_HOST)
+    return name in _FROM_HOST
 
 
 def open_image(source: Source, policy: Policy) -> ElfImage:
@@ -80,7 +74,7 @@ def refuse(image: ElfImage, policy: Policy) -> None:
     refuse_other_types(image)
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")
-    if _is_one_of(image.soname or path, _ONLY_ONCE) and _is_present(image.soname or path):
+    if (image.soname or os.path.basename(path)) in _ONLY_ONCE and _is_present(image.soname or path):
         raise LoadError(f"{path}: a process can have it only once, and this one has it already", hint=_AUDIT)
     if image.executable_stack and not policy.executable_stack:
         hint = "allow it with executable_stack=True (--allow-executable-stack)"
@@ -102,8 +96,3 @@ def _is_present(name: str) -> bool:
     if handle is not None:
         host.close_host(handle)
     return handle is not None
-
-
-def _is_one_of(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a file name begins like one of ``prefixes``."""
-    return os.path.basename(name).startswith(tuple(prefixes))
