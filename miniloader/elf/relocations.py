@@ -6,6 +6,7 @@ Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from functools import cached_property, lru_cache
 from typing import Final
 
@@ -13,6 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.dynamic import (
+    DT_ANDROID_REL,
+    DT_ANDROID_RELA,
+    DT_ANDROID_RELASZ,
+    DT_ANDROID_RELR,
+    DT_ANDROID_RELRENT,
+    DT_ANDROID_RELRSZ,
+    DT_ANDROID_RELSZ,
     DT_JMPREL,
     DT_PLTREL,
     DT_PLTRELSZ,
@@ -37,6 +45,7 @@ from miniloader.values import dataclass
 
 __all__ = ["RelocationTable", "Relocations", "kind_name", "read_relocations"]
 
+_RELA: Final = 24  # bytes of an Elf64_Rela
 _ENUMS: Final = {
     "X86_64": "ENUM_RELOC_TYPE_x64",
     "386": "ENUM_RELOC_TYPE_i386",
@@ -121,7 +130,8 @@ class RelocationTable:
     """One table of the dynamic section: ``count`` rows from ``vaddr`` on.
 
     Without ``addends`` (REL) they lie in the words relocated.  The first ``head`` rows only add the load
-    bias, as ``DT_RELACOUNT`` says; in a large library they are nearly all.
+    bias, as ``DT_RELACOUNT`` says; in a large library they are nearly all.  Of a table that is packed in the
+    file, ``unpacked`` holds the rows.
     """
 
     name: str
@@ -135,6 +145,7 @@ class RelocationTable:
     order: str
     machine: str
     source: Source
+    unpacked: bytearray = field(default_factory=bytearray)
 
     @cached_property
     def rows(self) -> Table:
@@ -147,6 +158,8 @@ class RelocationTable:
         return self._from(self.head)
 
     def _from(self, first: int) -> Table:
+        if self.unpacked:
+            return decode_relocations(self.unpacked, 64, "<", addends=True, machine="")[first:]
         offset, length = self.file_offset + first * self.entry_size, (self.count - first) * self.entry_size
         data = self.source.read(offset, length, self.name)
         return decode_relocations(
@@ -212,7 +225,7 @@ def read_relocations(
     name: str | None,
 ) -> Relocations:
     """Read ``DT_RELR``, ``DT_REL``, ``DT_RELA`` and ``DT_JMPREL``; :class:`ElfError` where they are wrong."""
-    word = elf_class // 8
+    word, tags = elf_class // 8, _with_plain_relr(tags, name)
     relr = np.empty(0, np.uint64)
     if DT_RELR in tags:
         _entry_size(tags, DT_RELRENT, word, name)
@@ -222,7 +235,7 @@ def read_relocations(
     if DT_PLTREL in tags and tags[DT_PLTREL] not in (DT_REL, DT_RELA):
         raise ElfError(name, "DT_PLTREL", str(tags[DT_PLTREL]), f"{DT_RELA} (RELA) or {DT_REL} (REL)")
     plt_start, plt_size = tags.get(DT_JMPREL, 0), tags.get(DT_PLTRELSZ, 0)
-    tables = []
+    tables = _packed(read, source, tags, elf_class, name)
     for tag, label, size_tag, addends in (
         (DT_REL, "DT_REL", DT_RELSZ, False),
         (DT_RELA, "DT_RELA", DT_RELASZ, True),
@@ -242,6 +255,42 @@ def read_relocations(
         described = label, addends, start, file_offset, count, head, size
         tables.append(RelocationTable(*described, elf_class, order, machine, source))
     return Relocations(machine, tuple(tables), relr)
+
+
+#: Android's tags for DT_RELR, before the gABI had any.
+_ANDROID_RELR: Final = {
+    DT_ANDROID_RELR: DT_RELR,
+    DT_ANDROID_RELRSZ: DT_RELRSZ,
+    DT_ANDROID_RELRENT: DT_RELRENT,
+}
+
+
+def _with_plain_relr(tags: Mapping[int, int], name: str | None) -> Mapping[int, int]:
+    """``tags`` with the RELR table under the gABI's tags, where it is under Android's."""
+    if DT_ANDROID_RELR not in tags:
+        return tags
+    if DT_RELR in tags:
+        raise ElfError(name, "DT_ANDROID_RELR", "one beside DT_RELR", "one of the two")
+    return {_ANDROID_RELR.get(tag, tag): value for tag, value in tags.items()}
+
+
+def _packed(
+    read: Reader, source: Source, tags: Mapping[int, int], elf_class: int, name: str | None
+) -> list[RelocationTable]:
+    """The tables that are packed as Android's linker unpacks them, before all others."""
+    tables = []
+    for tag, label, size_tag, addends in (
+        (DT_ANDROID_REL, "DT_ANDROID_REL", DT_ANDROID_RELSZ, False),
+        (DT_ANDROID_RELA, "DT_ANDROID_RELA", DT_ANDROID_RELASZ, True),
+    ):
+        if tag in tags:
+            from miniloader.elf.packed_relocations import unpack
+
+            data = read(tags[tag], tags.get(size_tag, 0), label)
+            rows = unpack(data, elf_class, source.size // 4, label, name)
+            described = label, addends, tags[tag], 0, len(rows) // _RELA, 0, _RELA
+            tables.append(RelocationTable(*described, elf_class, "<", "", source, rows))
+    return tables
 
 
 def _entry_size(tags: Mapping[int, int], tag: int, size: int, name: str | None) -> None:

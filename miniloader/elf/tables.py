@@ -80,7 +80,9 @@ def symbol_dtype(elf_class: int, order: str) -> np.dtype[Any]:
     return table_dtype(elf_class, order, "Sym")
 
 
-def decode_relocations(data: Bytes, elf_class: int, order: str, *, addends: bool, machine: str) -> Table:
+def decode_relocations(
+    data: Bytes | bytearray, elf_class: int, order: str, *, addends: bool, machine: str
+) -> Table:
     """The rows of a REL or RELA table as :data:`RELOCATION`.
 
     REL rows (``addends=False``) get addend 0: theirs lies in the word they relocate.

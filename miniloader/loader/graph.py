@@ -173,7 +173,7 @@ class Graph:
 
 
 def _soname(source: Source) -> str | None:
-    """The SONAME of the library in ``source``; none where it cannot be read, which is said when it is added."""
+    """The SONAME of the library in ``source``; None where it cannot be read, as adding it will say."""
     try:
         return read_image(source).soname
     except ElfError:

@@ -7,7 +7,7 @@ symbols that are IFUNCs).  Nearly all words are computed and written by :mod:`mi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final, NoReturn
 
@@ -27,7 +27,7 @@ from miniloader.loader.scope import Bindings
 from miniloader.loader.spans import open_names, readable, refuse, writable
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.relocation import KINDS, Kind
-from miniloader.native import INDIRECT_FUNCTION, Reason, Stopped
+from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address
 
 __all__ = ["Relocation", "call_resolver", "refuse_unbound"]
 
@@ -52,7 +52,7 @@ class Relocation:
             pointers=[
                 (tags[start], tags[start] + tags.get(length, 0)) for start, length in _ARRAYS if start in tags
             ],
-            parts=parts,
+            parts=[*_elsewhere(relocations.unpacked, memory.bias), *parts],
             pages=(plan.start, plan.end),
             page_size=plan.page_size,
         )
@@ -155,6 +155,13 @@ class Relocation:
             resolvers = rows["addend"].view(np.uint64) + np.uint64(bias)
             values = resolve(resolvers) if may_run else np.zeros(len(rows), np.uint64)
             self._put(rows["offset"], values, kind.size)
+
+
+def _elsewhere(tables: Sequence[bytearray], bias: int) -> list[tuple[int, int]]:
+    """Where ``tables`` lie, which are not in the library's memory: the vaddr that this would be, and count."""
+    return [
+        ((buffer_address(table) - bias) & ADDRESS_MASK, len(table) // RELOCATION.itemsize) for table in tables
+    ]
 
 
 @lru_cache(maxsize=1)

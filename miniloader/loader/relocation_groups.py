@@ -69,12 +69,18 @@ class Sorted:
 
     @property
     def parts(self) -> list[tuple[int, int]]:
-        """All other rows but the lazy ones: the vaddr and count of each part."""
+        """All other rows but the lazy ones and those unpacked: the vaddr and count of each part."""
         return [
             (table.vaddr + first * RELOCATION.itemsize, table.count - first)
             for table in self.image.relocations.tables
             if (first := table.head + (len(self.lazy) if table.name == _PLT else 0)) < table.count
+            and not table.unpacked
         ]
+
+    @property
+    def unpacked(self) -> list[bytearray]:
+        """The tables that are not in memory as they are applied: Android's packed ones, before all others."""
+        return [table.unpacked for table in self.image.relocations.tables if table.unpacked]
 
     @cached_property
     def relative(self) -> Table:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 import miniloader
+from fixtures import build
 from miniloader.elf import dynamic as dt
 from miniloader.elf.checks import problems_of
+from miniloader.elf.packed_relocations import unpack
 from miniloader.errors import ElfError
 
 DLOPEN: Final = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1])"
@@ -184,3 +187,117 @@ def test_tables_may_lie_across_segments_that_touch(tmp_path: Path) -> None:
     for how in (f"{DLOPEN}; {ANSWER['dlopen']}", f"{LOAD.format(options={})}; {ANSWER['load']}"):
         code = f"{preload}os.execv(sys.executable, [sys.executable, '-c', {how!r}, sys.argv[1]])"
         assert run(code, user) == "9"
+
+
+# -------------------------------------------------------------------- Android's packed relocations
+def sleb128(number: int) -> bytes:
+    octets = bytearray()
+    while True:
+        low, number = number & 0x7F, number >> 7
+        if number == (-1 if low & 0x40 else 0):
+            return bytes([*octets, low])
+        octets.append(low | 0x80)
+
+
+def packed(rows: list[tuple[int, int, int]]) -> bytes:
+    """Rows of offset, info and addend as Android packs them: a group for each run of one info."""
+    offset, addend = rows[0][0] - 8, 0
+    numbers = [len(rows), offset]
+    for info, members in groupby(rows, key=lambda row: row[1]):
+        run = list(members)
+        steps = [
+            row[0] - before for before, row in zip([offset, *(row[0] for row in run)], run, strict=False)
+        ]
+        same_step, adds = len(set(steps)) == 1, any(row[2] for row in run)
+        same_addend = adds and len({row[2] for row in run}) == 1
+        numbers += [len(run), 1 | 2 * same_step | 4 * same_addend | 8 * adds, *steps[:1] * same_step, info]
+        numbers += [run[0][2] - addend] * same_addend
+        addend = run[0][2] if same_addend else addend
+        for step, row in zip(steps, run, strict=True):
+            numbers += [step] * (not same_step) + [row[2] - addend] * (adds and not same_addend)
+            addend = row[2]
+        offset = run[-1][0]
+    return b"APS2" + b"".join(map(sleb128, numbers))
+
+
+def pack(path: Path, output: Path) -> Path:
+    """The library with its DT_RELA or DT_REL packed in its place, under Android's tags."""
+    image = miniloader.inspect(path)
+    data, word = bytearray(path.read_bytes()), image.header.word
+    addends = dt.DT_RELA in image.dynamic.tags
+    kind, size_tag = (dt.DT_RELA, dt.DT_RELASZ) if addends else (dt.DT_REL, dt.DT_RELSZ)
+    table = next(table for table in image.relocations.tables if table.name == dt.tag_name(kind))
+    shift = 32 if word == 8 else 8
+    rows = [(offset, symbol << shift | code, addend) for offset, code, symbol, addend in table.rows.tolist()]
+    content = packed(rows)
+    assert len(content) <= table.count * table.entry_size
+    data[table.file_offset : table.file_offset + len(content)] = content
+    segment = image.segment("PT_DYNAMIC")
+    assert segment is not None
+    android = {
+        kind: dt.DT_ANDROID_RELA if addends else dt.DT_ANDROID_REL,
+        size_tag: dt.DT_ANDROID_RELASZ if addends else dt.DT_ANDROID_RELSZ,
+    }
+    for place, (tag, value) in enumerate(image.dynamic.entries):
+        entry = android.get(tag, tag), len(content) if tag == size_tag else value
+        layout = image.header.order + ("QQ" if word == 8 else "II")
+        struct.pack_into(layout, data, segment.file_offset + place * 2 * word, *entry)
+    output.write_bytes(data)
+    return output
+
+
+MANY_POINTERS: Final = """
+int a = 1, b = 2; static int h = 39; static int *volatile table[9] = {&h, &h, &h, &h, &h, &h};
+int *first = &a, *second = &b; extern int puts(const char *); int (*volatile put)(const char *) = puts;
+int answer(void) { return *table[5] + *first + *second + !put; }
+"""
+
+
+def test_android_packed_relocations_are_applied(tmp_path: Path) -> None:
+    path = gcc(tmp_path / "plain.so", MANY_POINTERS)
+    android = pack(path, tmp_path / "android.so")
+    assert by_both(path) == ("42", "42")
+    assert by_both(android)[1] == "42"
+    plain, image = miniloader.inspect(path), miniloader.inspect(android)
+    assert image.relocations.by_kind() == plain.relocations.by_kind()
+    assert image.relocations.targets().tolist() == plain.relocations.targets().tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["references-aarch64", "demo-riscv64", "demo-i686", "demo-armv7l", "demo-s390x", "demo-ppc"]
+)
+def test_android_packed_relocations_are_read_on_every_machine(name: str, tmp_path: Path) -> None:
+    path = build.ROOT / "fixtures" / "prebuilt" / f"lib{name}.so"
+    android = pack(path, tmp_path / "android.so")
+    kinds = miniloader.inspect(path).relocations.by_kind()
+    assert miniloader.inspect(android).relocations.by_kind() == kinds
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"APS1" + bytes(9), "found b'APS1'"),
+        (b"APS2" + sleb128(1 << 40) + bytes(9), "found 1099511627776 relocations"),
+        (b"APS2" + sleb128(3) + b"\0" + sleb128(4), "found 2 numbers|found [0-9]+ numbers|a group of 4"),
+        (b"APS2" + sleb128(3) + b"\0\3\3\0", "numbers, expected"),
+        (b"APS2" + b"\xff" * 12 + b"\0", "a number of 13 bytes"),
+        (b"APS2", "found 0 numbers"),
+    ],
+)
+def test_android_packed_relocations_that_are_not(content: bytes, message: str) -> None:
+    with pytest.raises(ElfError, match=message):
+        unpack(content, 64, 1000, "DT_ANDROID_RELA", "made.so")
+
+
+def test_relr_under_android_s_tags(tmp_path: Path) -> None:
+    path = gcc(tmp_path / "relr.so", MANY_POINTERS, "-Wl,-z,pack-relative-relocs")
+    data, image = bytearray(path.read_bytes()), miniloader.inspect(path)
+    for tag, android in (
+        (dt.DT_RELR, dt.DT_ANDROID_RELR),
+        (dt.DT_RELRSZ, dt.DT_ANDROID_RELRSZ),
+        (dt.DT_RELRENT, dt.DT_ANDROID_RELRENT),
+    ):
+        struct.pack_into("<Q", data, entry_of(image, tag) - 8, android)
+    (tmp_path / "android.so").write_bytes(data)
+    assert by_both(tmp_path / "android.so")[1] == by_both(path)[0] == "42"
+    assert miniloader.inspect(tmp_path / "android.so").relocations.by_kind() == image.relocations.by_kind()
