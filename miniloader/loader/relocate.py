@@ -158,10 +158,9 @@ class Relocation:
 
 
 def _elsewhere(tables: Sequence[bytearray], bias: int) -> list[tuple[int, int]]:
-    """Where ``tables`` lie, which are not in the library's memory: the vaddr that this would be, and count."""
-    return [
-        ((buffer_address(table) - bias) & ADDRESS_MASK, len(table) // RELOCATION.itemsize) for table in tables
-    ]
+    """Where ``tables`` are, which do not lie in the library: what would be the vaddr there, and the count."""
+    size = RELOCATION.itemsize
+    return [((buffer_address(table) - bias) & ADDRESS_MASK, len(table) // size) for table in tables]
 
 
 @lru_cache(maxsize=1)

@@ -301,3 +301,24 @@ def test_relr_under_android_s_tags(tmp_path: Path) -> None:
     (tmp_path / "android.so").write_bytes(data)
     assert by_both(tmp_path / "android.so")[1] == by_both(path)[0] == "42"
     assert miniloader.inspect(tmp_path / "android.so").relocations.by_kind() == image.relocations.by_kind()
+
+
+# ---------------------------------------------------------- what a process may have only once
+@pytest.mark.parametrize("name", ["libc++.so.1", "libutil.so", "libnss_mine.so", "libm.software.so"])
+def test_a_private_library_is_found_along_the_needer_s_path(name: str, tmp_path: Path) -> None:
+    gcc(tmp_path / name, "int bundled(void) { return 7; }", f"-Wl,-soname,{name}")
+    source = "int bundled(void); int answer(void) { return bundled(); }"
+    user = gcc(tmp_path / "user.so", source, f"./{name}", "-Wl,-rpath,$ORIGIN")
+    maps = "print({line.split()[-1] for line in open('/proc/self/maps') if '%s' in line})"
+    assert by_both(user) == ("7", "7")
+    dlopen, ours = by_both(user, maps % name)
+    assert ours == dlopen == f"{{'{tmp_path / name}'}}"
+
+
+def test_a_runtime_under_another_name_comes_from_the_system_s_loader(tmp_path: Path) -> None:
+    gcc(tmp_path / "mine.so", "int bundled(void) { return 7; }", "-Wl,-soname,libc++.so.1")
+    (tmp_path / "libc++.so.1").symlink_to("mine.so")
+    source = "int bundled(void); int answer(void) { return bundled(); }"
+    user = gcc(tmp_path / "user.so", source, "./mine.so", "-Wl,-rpath,$ORIGIN")
+    again = f"{ANSWER['load']}; print(ctypes.CDLL('libc++.so.1', mode=os.RTLD_NOLOAD).bundled())"
+    assert run(f"import os; {LOAD.format(options={})}; {again}", user) == "7\n7"
