@@ -11,7 +11,7 @@ from miniloader.json_schema import TEXT, array, keys, nullable, record, words
 from miniloader.report.text import Cell, Part, Piece, Table, listed
 
 if TYPE_CHECKING:
-    from miniloader.lab.check.tree import Dependency, Need, Tree
+    from miniloader.lab.check.tree import Dependency, Tree
 
 __all__ = ["SCHEMA", "flat", "lines", "reverse", "to_json"]
 
@@ -99,23 +99,20 @@ def flat(tree: Tree) -> Iterator[Part]:
 
 def reverse(tree: Tree, libraries: Iterable[Dependency]) -> Iterator[Part]:
     """Who needs each of ``libraries``, who needs that, and so on up to the file."""
-    needed_by: dict[int, list[Need]] = {}
-    for need in tree.needs:
-        needed_by.setdefault(need.library, []).append(need)
-    places = {library.path: place for place, library in enumerate(tree.libraries) if library.path}
+    needed_by = {library.path: library.needed_by for library in tree.libraries if library.path != tree.path}
     for library in libraries:
         yield ((_name(library.name), "bold"), "  ", *_where(library))
         seen: set[str] = set()
-        stack = [(1, need) for need in reversed(needed_by.get(tree.libraries.index(library), []))]
+        stack = [(1, needer) for needer in reversed(library.needed_by)]
         while stack:
-            depth, need = stack.pop()
+            depth, needer = stack.pop()
             margin = " " * _INDENT * min(depth, _DEEPEST)
-            above = needed_by.get(places.get(need.needed_by, -1), [])
-            repeated = need.needed_by in seen and bool(above)
-            seen.add(need.needed_by)
-            yield (margin, _name(need.needed_by), ("  (see above)", "dim") if repeated else "")
-            if not repeated and need.needed_by != tree.path:
-                stack += ((depth + 1, needer) for needer in reversed(above))
+            above = needed_by.get(needer, ())
+            repeated = needer in seen and bool(above)
+            seen.add(needer)
+            yield (margin, _name(needer), ("  (see above)", "dim") if repeated else "")
+            if not repeated:
+                stack += ((depth + 1, path) for path in reversed(above))
 
 
 def _first_line(tree: Tree) -> Part:
