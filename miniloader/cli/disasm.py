@@ -65,10 +65,12 @@ def _from_file(arguments: argparse.Namespace) -> Disassembly:
 def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     import miniloader
     from miniloader.lab.disassembly import disassembly_of
+    from miniloader.loader.events import RUN_CODE
     from miniloader.machine.names_at import Landmarks
 
     def on_event(event: miniloader.loader.Event) -> None:
-        doing(f"{event.library}: {event.stage}: {event.text}")
+        runs_code = event.stage in RUN_CODE
+        doing(f"{event.library}: {event.stage}: {event.text}", runs_code=runs_code)
 
     _from_file(arguments)  # no reason to load what cannot be shown
     with miniloader.load(arguments.library, on_event=on_event) as library:

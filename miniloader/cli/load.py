@@ -80,7 +80,7 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     from miniloader.lab.loaded_library import look_at
     from miniloader.lab.workers.crash_guard import flush_c_output
     from miniloader.loader.call import parse_call, run_call
-    from miniloader.loader.events import Event
+    from miniloader.loader.events import RUN_CODE, Event
     from miniloader.report.json import dump
     from miniloader.report.load import Narrator, as_json, lines, results
     from miniloader.report.output import Output
@@ -89,9 +89,12 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     if calls and arguments.no_init:
         raise UsageError("--call runs the library's code, which --no-init forbids")
     narrate = Narrator(stderr=arguments.json)
+    told = set[tuple[str, str]]()
 
     def on_event(event: Event) -> None:
-        doing(f"{event.library}: {event.stage}: {event.text}")
+        runs_code = event.stage in RUN_CODE and (event.stage, event.library) not in told
+        told.add((event.stage, event.library))
+        doing(f"{event.library}: {event.stage}: {event.text}", runs_code=runs_code)
         if arguments.trace:
             narrate(event)
 
@@ -112,7 +115,7 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
             _wait_for_gdb(library.gdb_commands())
         outcomes = []
         for call in calls:
-            doing(f"{arguments.library}: {call.text}")
+            doing(f"{arguments.library}: {call.text}", runs_code=True)
             outcomes.append(run_call(library, call))
             flush_c_output()
         loaded = look_at(library, outcomes)

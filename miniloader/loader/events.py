@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from miniloader.values import dataclass
 
-__all__ = ["Event", "OnEvent", "Stage"]
+__all__ = ["RUN_CODE", "Event", "OnEvent", "Stage"]
 
 Stage = Literal[
     "search", "parse", "reserve", "map", "zero", "need", "bind", "tls", "relocate", "protect", "register",
     "prepared", "initialise", "finalise", "unmap",
 ]  # fmt: skip
+
+RUN_CODE: Final[tuple[Stage, ...]] = ("bind", "initialise", "finalise")
+"""Stages after whose events code of libraries runs: IFUNC resolvers, constructors, destructors."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,15 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-__all__ = ["SAVE_AREA", "call_each", "collect", "jumps_to", "lazy_trampoline", "with_third_argument"]
+__all__ = [
+    "SAVE_AREA",
+    "call_each",
+    "collect",
+    "jumps_to",
+    "lazy_trampoline",
+    "note_fault",
+    "with_third_argument",
+]
 
 #: Bytes of an XSAVE area with x87, SSE, AVX and AVX-512 state in the standard format, rounded up to 64.
 SAVE_AREA = 0xA80
@@ -83,6 +91,32 @@ def collect() -> bytes:
         b"\x48\x8b\x77\xd0\x44\x89\xc1\xf3\xa4",  # mov rsi, [rdi - 48]; mov ecx, r8d; rep movsb
         b"\x4c\x89\xce\x44\x89\xd1\xf3\xa4",  # mov rsi, r9; mov ecx, r10d; rep movsb
         b"\x31\xc0\xc3",  # xor eax, eax; ret
+    ))  # fmt: skip
+
+
+def note_fault(record: int) -> bytes:
+    """``void f(int, siginfo_t *, ucontext_t *)``, a signal's handler, which notes six words at ``record``.
+
+    They are the signal's number, its ``si_code`` and ``si_addr``, the instruction's address, the page fault's
+    error code, and, of a jump to where nothing can be run, where it would have returned to.  It sends the
+    process the signal again, which ends it where the handler is for once (``SA_RESETHAND``).  Source: glibc's
+    ``sys/ucontext.h`` (``uc_mcontext.gregs`` begins at byte 40), the kernel's ``asm/trap_pf.h``.
+    """
+    return b"".join((
+        b"\xf3\x0f\x1e\xfa",  # endbr64
+        b"\x48\xb8" + struct.pack("<Q", record),  # mov rax, record
+        b"\x48\x63\xcf\x48\x89\x08",  # movsxd rcx, edi; mov [rax], rcx
+        b"\x48\x63\x4e\x08\x48\x89\x48\x08",  # movsxd rcx, dword [rsi + 8]; mov [rax + 8], rcx
+        b"\x48\x8b\x4e\x10\x48\x89\x48\x10",  # mov rcx, [rsi + 16]; mov [rax + 16], rcx
+        b"\x48\x8b\x8a\xa8\x00\x00\x00\x48\x89\x48\x18",  # mov rcx, [rdx + 168]; mov [rax + 24], rcx
+        b"\x48\x8b\x8a\xc0\x00\x00\x00\x48\x89\x48\x20",  # mov rcx, [rdx + 192]; mov [rax + 32], rcx
+        b"\xf6\xc1\x10\x74\x0e",  # test cl, 16; jz over the next
+        b"\x48\x8b\x8a\xa0\x00\x00\x00\x48\x8b\x09",  # mov rcx, [rdx + 160]; mov rcx, [rcx]
+        b"\x48\x89\x48\x28",  # mov [rax + 40], rcx
+        b"\x89\xfe",  # mov esi, edi
+        b"\xb8\x27\x00\x00\x00\x0f\x05",  # getpid()
+        b"\x89\xc7\xb8\x3e\x00\x00\x00\x0f\x05",  # kill(pid, signal)
+        b"\xc3",  # ret
     ))  # fmt: skip
 
 

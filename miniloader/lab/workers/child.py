@@ -166,11 +166,11 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def death(process: str, code: int | None, doing: str, last_line: str = "") -> WorkerError:
-    """The error that tells of a process's end: what it was ``doing``, and the last line that it printed.
+def death(process: str, code: int | None, doing: str, last_line: str = "", where: str = "") -> WorkerError:
+    """The error that tells of a process's end: what it was ``doing``, ``where``, the last line it printed.
 
     >>> print(death("worker 2 of 4 (pid 77)", -9, "step written"))
     step written: worker 2 of 4 (pid 77) was killed by SIGKILL (Killed)
     """
     printed = f"; the last line it printed: {last_line}" if last_line else ""
-    return WorkerError(f"{doing}: {process} {ending(code)}{printed}")
+    return WorkerError(f"{doing}: {process} {ending(code)}{where}{printed}")

@@ -6,15 +6,22 @@ import ctypes
 import signal
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
+from miniloader.kernel.maps import Vma, read_maps
 from miniloader.lab.workers.child import ForkedProcess, death
+from miniloader.lab.workers.fault import FaultRecord
 from miniloader.lab.workers.shared_value import SharedValue
 
 __all__ = ["Doing", "flush_c_output", "in_child"]
 
-Doing = Callable[[str], None]
-"""Notes what is being done, as the error shall name it when that is the end."""
+
+class Doing(Protocol):
+    """Notes what is being done, as the error shall name it when that is the end."""
+
+    def __call__(self, doing: str, /, *, runs_code: bool = False) -> None:
+        """``runs_code``: code of libraries comes next; a fault in it is told by how they are mapped now."""
+
 
 _LONGEST: Final = 10_000  # characters of a note: a file's names may have any length
 
@@ -31,13 +38,23 @@ def in_child(body: Callable[[Doing], int]) -> int:
     :class:`WorkerError` naming what was being done when the child ends before ``body`` does: by a signal, or
     because the code it runs called exit(3).
     """
-    note = SharedValue()  # what is being done, and in the end the status
+    note = SharedValue()  # what is being done and the mappings, and in the end the status
+    fault = FaultRecord()
 
     def guarded() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
+        fault.be_noted()
+        mappings: tuple[Vma, ...] = ()
+
+        def note_it(doing: str, /, *, runs_code: bool = False) -> None:
+            nonlocal mappings
+            if runs_code:
+                mappings = tuple(read_maps())
+            note.leave((doing[:_LONGEST], mappings))
+
         status = 1
         try:
-            status = body(lambda doing: _note(note, doing))
+            status = body(note_it)
         except BaseException:  # noqa: BLE001 - this process ends here, as an interpreter does
             sys.excepthook(*sys.exc_info())
         status = _flush(status)
@@ -49,11 +66,8 @@ def in_child(body: Callable[[Doing], int]) -> int:
     told = note.read()
     if isinstance(told, int):
         return told
-    raise death("the process", code, told or "starting")
-
-
-def _note(note: SharedValue, doing: str) -> None:
-    note.leave(doing[:_LONGEST])
+    doing, mappings = told or ("starting", ())
+    raise death("the process", code, doing, where=fault.told(code, mappings))
 
 
 def _flush(status: int) -> int:

@@ -1,0 +1,98 @@
+"""Where machine code has crashed: noted by a signal's handler there, told by the process that is left."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from miniloader.evidence.owner import owner_of
+from miniloader.kernel.maps import Vma
+from miniloader.loader.beside_glibc.code_page import CodePage
+from miniloader.machine.stub_code import note_fault
+
+__all__ = ["FaultRecord"]
+
+_FAULTS: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_WORDS: Final = struct.Struct("<qqQQQQ")  # as note_fault() has them
+_WRITE, _FETCH = 2, 16  # bits of a page fault's error code
+_STACK: Final = 1 << 16  # bytes for the handler: a stack that has overflown is of no use to it
+_SA_SIGINFO, _SA_ONSTACK, _SA_RESETHAND = 4, 0x08000000, 0x80000000
+
+
+class _Sigaction(ctypes.Structure):
+    """glibc's ``struct sigaction``."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_byte * 128),
+        ("flags", ctypes.c_uint),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+class _Stack(ctypes.Structure):
+    """``stack_t``."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+class FaultRecord:
+    """Memory that a child, forked later, shares with this process: which fault has ended it."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def be_noted(self) -> None:
+        """In the child: have the first fault noted, in whatever code of this thread it happens.
+
+        It ends the process as it would have done.  On other machines than x86-64, where nothing is loaded,
+        nothing is noted.
+        """
+        if os.uname().machine != "x86_64":
+            return
+        record = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        code = CodePage()
+        code.fill(note_fault(record))
+        self._stack = mmap.mmap(-1, _STACK)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
+        libc = ctypes.CDLL(None)
+        libc.sigaltstack(ctypes.byref(_Stack(place, 0, _STACK)), None)
+        flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESETHAND
+        action = _Sigaction(code.address, (ctypes.c_byte * 128)(), flags, None)
+        for number in _FAULTS:
+            libc.sigaction(number, ctypes.byref(action), None)
+
+    def told(self, code: int | None, mappings: Sequence[Vma]) -> str:
+        """What follows "was killed by SIGSEGV": the address, the function and the library; "" for nothing.
+
+        ``code`` is the process's exit code, ``mappings`` those it had.
+        """
+        number, cause, address, instruction, error, back = _WORDS.unpack_from(self._memory)
+        if not number or code != -number or cause <= 0:  # sent by a process, not by a fault
+            return ""
+        if number == signal.SIGSEGV and error & _FETCH and instruction == address:
+            return f" jumping to address {address:#x}, called from {_place(back, mappings)}"
+        place = _place(instruction, mappings)
+        if number in (signal.SIGSEGV, signal.SIGBUS):
+            how = "writing" if error & _WRITE else "reading"
+            at = f"address {address:#x}" if cause != _SI_KERNEL else "an address that no process has"
+            return f" {how} {at}, in {place}"
+        return f" in {place}"
+
+
+_SI_KERNEL: Final = 0x80  # a general protection fault, which has no address
+
+
+def _place(address: int, mappings: Sequence[Vma]) -> str:
+    """The function and the library of an instruction."""
+    owner = owner_of(address, mappings)
+    if owner is None or not owner.path:
+        return f"code of no library at {address:#x}"
+    vaddr = "" if owner.vaddr is None else f" (vaddr {owner.vaddr:#x})"
+    name = "" if owner.name is None else f"{owner.name} of "
+    return f"{name}{os.path.basename(owner.path)}{vaddr}"
