@@ -40,9 +40,9 @@ def every_json_fits_its_schema() -> Any:
         words[:] = line
         return dispatch(line)
 
-    def checked(value: object) -> None:
+    def checked(value: object, **options: Any) -> None:
         validate(words, json.loads(json.dumps(value, default=report_json._plain)))
-        dump(value)
+        dump(value, **options)
 
     def ran(command: Any, *arguments: Any, **options: Any) -> Any:
         done = run(command, *arguments, **options)

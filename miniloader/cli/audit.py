@@ -6,7 +6,9 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from miniloader.cli import options
@@ -219,16 +221,18 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
     quiet = arguments.json or arguments.csv
     out = Output(stderr=quiet)
+    since = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))  # as processes start
     first = _audit(arguments, pids)
     sights = _sights(arguments, first, "start")
+    looks = _Looks(arguments, first, since)
     try:
-        _follow(arguments, first, out)
+        _follow(arguments, looks, out)
     except KeyboardInterrupt:
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
         out.show([("stopped",)])
-    last = _audit(arguments, _living(first))
+    last = _audit(arguments, looks.pids())
     if first.processes and not last.processes:
         out.show([("all of them have ended: this is what they were at the start",)])
         last = first
@@ -244,48 +248,77 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
         from miniloader.report.json import dump
 
-        dump({**last.to_json(), "since": first.when, "changes": [asdict(change) for change in changes]})
+        changed = [asdict(change) for change in changes]
+        dump({**last.to_json(), "since": first.when, "changes": changed}, line=True)
     else:
         _print(arguments, last)
         if not arguments.csv:
+            from miniloader.lab.audit.growth import growth
             from miniloader.report.audit import changes_view
+            from miniloader.report.audit_growth import growth_view
 
             out.show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
+            out.show([*growth_view(growth(first, last))])
             out.show(changes_view(changes, last.page_size))
     return _status(first)
 
 
-def _living(first: Audit) -> tuple[int, ...]:
-    return tuple(process.pid for process in first.processes)
+def _follow(arguments: argparse.Namespace, looks: _Looks, out: Output) -> None:
+    """A live table in a terminal, else a line for every look; one object a line for ``--json``."""
+    from miniloader.report.audit import library_rows
+    from miniloader.report.audit_growth import tick
 
+    first = looks.first
+    if not out.is_terminal or arguments.json:
+        for audit, previous in looks:
+            out.show([tick(audit, first, previous)])
+            if arguments.json:
+                from miniloader.report.json import dump
 
-def _follow(arguments: argparse.Namespace, first: Audit, out: Output) -> None:
-    """A live table in a terminal, else a line for every look."""
-    from miniloader.report.audit import library_rows, tick
-
-    if not out.is_terminal:
-        for audit in _looks(arguments, first):
-            out.show([tick(audit, first)])
+                dump({**audit.to_json(), "since": first.when}, line=True)
+                sys.stdout.flush()
         return
     with out.live() as show:
-        show([library_rows(first, first)])
-        for audit in _looks(arguments, first):
-            show([library_rows(audit, first)])
+        show([tick(first, first), library_rows(first, first)])
+        for audit, previous in looks:
+            show([tick(audit, first, previous), library_rows(audit, first)])
 
 
-def _looks(arguments: argparse.Namespace, first: Audit) -> Iterator[Audit]:
-    """An audit whenever one is due, until the time is over or nobody is left."""
-    import time
+class _Looks:
+    """The looks after the ``first``, of the whole family: whoever is forked, or fits now, is looked at, too.
 
-    end = None if arguments.duration is None else time.monotonic() + arguments.duration
-    due = time.monotonic()
-    while True:
-        due = max(due + arguments.every, time.monotonic())
-        if end is not None and due > end:
-            time.sleep(max(0.0, end - time.monotonic()))
-            return
-        time.sleep(max(0.0, due - time.monotonic()))
-        audit = _look(arguments, _living(first), causes=False)  # the table is the progress
-        if not audit.processes:
-            return
-        yield audit
+    Iterated, each look with the one before, whenever one is due, until the time is over or nobody is left.
+    ``since`` is when it began, in clock ticks since boot.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, first: Audit, since: int) -> None:
+        self._arguments, self._since, self.first = arguments, since, first
+        self._family = {process.pid: process.started for process in first.processes}
+
+    def pids(self) -> tuple[int, ...]:
+        """Who belongs to the family now."""
+        from miniloader.errors import UsageError
+        from miniloader.lab.audit.select import choose, still_there
+
+        arguments, chosen = self._arguments, tuple[int, ...]()
+        if arguments.name is not None or arguments.user is not None or arguments.tree is not None:
+            with suppress(UsageError):  # the root of the tree has ended: who is left of it is followed
+                chosen = choose(name=arguments.name, user=arguments.user, tree=arguments.tree)
+        return tuple(sorted({*still_there(self._family, self._since), *chosen}))
+
+    def __iter__(self) -> Iterator[tuple[Audit, Audit]]:
+        duration = self._arguments.duration
+        end = None if duration is None else time.monotonic() + duration
+        due, previous = time.monotonic(), self.first
+        while True:
+            due = max(due + self._arguments.every, time.monotonic())
+            if end is not None and due > end:
+                time.sleep(max(0.0, end - time.monotonic()))
+                return
+            time.sleep(max(0.0, due - time.monotonic()))
+            audit = _look(self._arguments, self.pids(), causes=False)  # the table is the progress
+            if not audit.processes:
+                return
+            self._family |= {process.pid: process.started for process in audit.processes}
+            yield audit, previous
+            previous = audit

@@ -1,4 +1,4 @@
-"""``miniloader diff``: what has changed between two audits."""
+"""``miniloader diff``: what memory grew between two audits, and which pages of files changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 __all__ = ["HELP", "configure", "run"]
 
-HELP = "compare two audits: which pages went private, and which symbols they hold"
+HELP = "compare two audits: what memory grew, which pages went private, and which symbols they hold"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,19 +18,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read both, print what differs."""
     from miniloader.lab.audit.diff import diff
+    from miniloader.lab.audit.growth import growth
     from miniloader.lab.audit.result import Audit
 
     before, after = Audit.load(arguments.before), Audit.load(arguments.after)
-    changes = diff(before, after)
+    changes, grown = diff(before, after), growth(before, after)
     if arguments.json:
         from dataclasses import asdict
 
         from miniloader.report.json import dump
 
-        dump({"since": before.when, "until": after.when, "changes": [asdict(change) for change in changes]})
+        changed = [asdict(change) for change in changes]
+        dump({"since": before.when, "until": after.when, **grown.to_json(), "changes": changed})
         return 0
     from miniloader.report.audit import changes_view
+    from miniloader.report.audit_growth import growth_view
     from miniloader.report.output import Output
 
+    Output().show([*growth_view(grown)])
     Output().show(changes_view(changes, after.page_size))
     return 0

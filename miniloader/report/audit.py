@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
@@ -33,7 +32,6 @@ __all__ = [
     "said_of",
     "sentence",
     "summary",
-    "tick",
     "write_csv",
 ]
 
@@ -170,17 +168,6 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
             cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
         rows.append(cells)
     return Table((*columns, ">since start") if before is not None else columns, rows)
-
-
-def tick(audit: Audit, before: Audit) -> Line:
-    """One look of many, on one line: how many private pages there are, and which libraries have more."""
-    old = {library.build_id or library.path: library.own for library in before.libraries}
-    names = [(library.name, library.own, library.build_id or library.path) for library in audit.libraries]
-    grown = [(name, own - old.get(key, 0)) for name, own, key in names]
-    changed = ", ".join(f"{name} {number:+,}" for name, number in grown if number)
-    total = sum(library.own for library in audit.libraries)
-    clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
-    return (printable(f"{clock}  {count(total, 'private page')}  {changed or 'as at the start'}"),)
 
 
 _MOST_MAPPINGS = 12

@@ -141,6 +141,37 @@ def test_over_time_and_saved(demo: Path, tmp_path: Path) -> None:
     assert (change["path"], change["change"], change["causes"]) == (str(demo), "private", ["write"])
 
 
+def test_over_time_the_family_is_followed() -> None:
+    """Who is forked is looked at from then on, who executes or ends is told; JSON has one object a line."""
+    grow = "import threading; block = []\ndef act():\n"
+    grow += "    global child; child = os.fork()\n    if child == 0:\n        while True: signal.pause()\n"
+    grow += "    block.append(b'x' * (8 << 20))\n"
+    grow += "def end(): os.kill(child, 9); os.waitpid(child, 0)\n"
+    with told(grow) as parent:
+        command = [*_COMMAND, "audit", str(parent.pid), "--every", "300ms", "--no-causes", "--json"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=build.ROOT
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            parent("act(); answer = child")
+            looks = [json.loads(process.stdout.readline()) for _ in range(2)]
+            parent("end()")
+            looks += [json.loads(process.stdout.readline()) for _ in range(2)]
+            process.send_signal(signal.SIGINT)
+            out, ticks = process.communicate()
+    looks += [json.loads(line) for line in out.splitlines()]
+    numbers = [len(look["processes"]) for look in looks]
+    assert 2 in numbers
+    assert numbers[-1] == 1
+    assert {process["pid"] for look in looks for process in look["processes"]} >= {parent.pid}
+    (child,) = {process["pid"] for look in looks for process in look["processes"]} - {parent.pid}
+    assert f"forked {child}" in ticks
+    assert f"ended {child}" in ticks
+    assert "anonymous +8" in ticks or "heap +8" in ticks
+    assert "changes" in looks[-1]
+
+
 def test_over_time_on_a_terminal_the_table_is_all_that_is_shown(demo: Path) -> None:
     """However long a look takes: no line of progress comes between, which would leave the table standing."""
     slow = "from miniloader.report import progress; progress._PATIENCE = 0.0"
@@ -178,10 +209,15 @@ def test_where_sigchld_is_ignored(command: tuple[str, ...]) -> None:
 
 def test_who_ends_meanwhile_is_told_as_it_was(demo: Path, tmp_path: Path) -> None:
     with told(f"lib = ctypes.CDLL({str(demo)!r})") as one:
-        one("import threading; threading.Timer(2, os._exit, [0]).start()")
-        done = run("audit", one.pid, "--every", "200ms", "--for", "4s", "--save", tmp_path / "last.json")
+        saved = tmp_path / "last.json"
+        command = [*_COMMAND, "audit", str(one.pid), "--every", "200ms", "--for", "60s", "--save", str(saved)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=build.ROOT) as done:
+            assert done.stdout is not None
+            first = done.stdout.readline()
+            one.process.kill()
+            out = first + done.communicate()[0]
     assert done.returncode == 0
-    assert "all of them have ended" in done.stdout
+    assert "all of them have ended" in out
     assert [process.pid for process in Audit.load(tmp_path / "last.json").processes] == [one.pid]
 
 

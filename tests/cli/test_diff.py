@@ -24,8 +24,32 @@ def test_the_same_twice(tmp_path: Path) -> None:
     miniloader.audit([os.getpid()]).save(saved)
     done = run(saved, saved)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "no page went private, was rewritten, or returned\n"
-    assert json.loads(run(saved, saved, "--json").stdout)["changes"] == []
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("USS ")
+    assert "+" not in lines[0]
+    assert lines[1:] == ["  1 process stayed", "", "no page went private, was rewritten, or returned"]
+    value = json.loads(run(saved, saved, "--json").stdout)
+    assert value["changes"] == []
+    assert value["processes"][0]["state"] == "stayed"
+    assert all(row["own"]["before"] == row["own"]["after"] for row in value["mappings"])
+
+
+def test_what_an_older_version_saved(tmp_path: Path) -> None:
+    """Without rows of mappings: the rest is compared, and it is said what is not."""
+    saved, older = tmp_path / "audit.json", tmp_path / "older.json"
+    miniloader.audit([os.getpid()]).save(saved)
+    value = json.loads(saved.read_text())
+    del value["mappings"]
+    for process in value["processes"]:
+        del process["memory_of"]
+    for library in value["libraries"]:
+        for process in library["processes"]:
+            del process["pss"]
+    older.write_text(json.dumps(value))
+    done = run(older, saved)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not compared: an older version saved one" in done.stdout
+    assert json.loads(run(older, saved, "--json").stdout)["mappings"] == []
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "another"}', "\xff", "null"])

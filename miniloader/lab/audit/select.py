@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Mapping
 from fnmatch import fnmatch
 
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
 from miniloader.values import dataclass
 
-__all__ = ["choose", "matches"]
+__all__ = ["choose", "matches", "still_there"]
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A process that may be chosen: its parent, its user, and the names it goes by."""
+    """A process that may be chosen: parent, start (in clock ticks), user, and the names it goes by."""
 
     pid: int
     parent: int
+    started: int
     uid: int
     names: tuple[str, ...]
 
@@ -43,6 +45,24 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
     if name is not None:
         chosen = {pid for pid in chosen if matches(name, *candidates[pid].names)}
     return tuple(sorted(chosen - {os.getpid()}))
+
+
+def still_there(family: Mapping[int, int], since: int) -> tuple[int, ...]:
+    """Who is still there of a ``family`` (when each pid started, in clock ticks), and whom they forked since.
+
+    A stranger that has got the number of one that ended is left out, and so are children of before ``since``.
+
+    >>> me = os.getpid()
+    >>> still_there({me: int(read_stat(me)[1][19]), 1: -1}, since=1 << 62) == (me,)
+    True
+    """
+    candidates = {process.pid: process for process in _all()}
+    living = {
+        pid for pid, started in family.items() if pid in candidates and candidates[pid].started == started
+    }
+    recent = {pid: process for pid, process in candidates.items() if process.started >= since}
+    forked = set().union(*(_descendants(pid, recent) for pid in living))
+    return tuple(sorted((living | forked) - ({os.getpid()} - living)))
 
 
 def matches(pattern: str, *texts: str) -> bool:
@@ -73,7 +93,7 @@ def _read(pid: int) -> _Candidate:
         raise EvidenceError(f"process {pid}: has no memory")
     command = os.fsdecode(read_process_file(pid, "cmdline")).split("\0")
     names = (name, os.path.basename(command[0]))
-    return _Candidate(pid, int(fields[1]), os.stat(process_file(pid, "")).st_uid, names)
+    return _Candidate(pid, int(fields[1]), int(fields[19]), os.stat(process_file(pid, "")).st_uid, names)
 
 
 def _descendants(root: int, candidates: dict[int, _Candidate]) -> set[int]:

@@ -10,7 +10,8 @@ import miniloader
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.diff import diff
-from miniloader.report.audit import summary, tick
+from miniloader.report.audit import summary
+from miniloader.report.audit_growth import tick
 from miniloader.report.text import plain
 from tests.lab.audit.told_processes import (
     Told,

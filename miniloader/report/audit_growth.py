@@ -1,0 +1,146 @@
+"""What grew between two audits, for people: all memory first, then what it is and who has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from miniloader.errors import printable
+from miniloader.report.numbers import count, size
+from miniloader.report.text import Cell, Line, Part, Table, listed, more
+
+if TYPE_CHECKING:
+    from miniloader.lab.audit.growth import BeforeAfter, Family, Growth, LibraryGrowth, MappingGrowth
+    from miniloader.lab.audit.result import Audit
+
+__all__ = ["growth_view", "tick"]
+
+_MOST_ROWS: Final = 12
+_MOST_PROCESSES: Final = 6
+
+
+def growth_view(growth: Growth) -> Iterator[Part]:
+    """What grew; only rows in which something differs."""
+    figures = (("USS", growth.uss), ("PSS", growth.pss), ("RSS", growth.rss))
+    yield ((", ".join(f"{name} {_moved(figure)}" for name, figure in figures), "bold"),)
+    yield (f"  {_said_of_processes(growth)}",)
+    kinds = _by_kind(growth.mappings)
+    if kinds:
+        yield (f"  own memory by kind: {', '.join(f'{kind} {_signed(number)}' for kind, number in kinds)}",)
+    elif not growth.mappings:
+        yield ("  memory that is no file's is not compared: an older version saved one of the audits",)
+    rows = [((row.kind, printable(row.name)), row) for row in growth.mappings if row.kind != "file"]
+    yield from _table(("kind", "name"), rows)
+    yield from _table(
+        ("library",), [((printable(row.path.rpartition("/")[2]),), row) for row in growth.libraries]
+    )
+    changed = [
+        process
+        for process in growth.processes
+        if process.state != "stayed" or process.uss.change or process.pss.change or process.rss.change
+    ]
+    if changed:
+        yield ()
+        yield Table(
+            ("process", "name", "", ">USS", ">PSS", ">RSS"),
+            [
+                (
+                    str(process.pid),
+                    printable(process.name),
+                    "" if process.state == "stayed" else process.state,
+                    *(_moved(figure) for figure in (process.uss, process.pss, process.rss)),
+                )
+                for process in changed
+            ],
+        )
+    yield ()
+
+
+def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
+    """One look of many on a line: processes, memory, growth since the ``first`` look and the ``previous``."""
+    from miniloader.lab.audit.growth import family_of, growth
+
+    previous = previous or first
+    since_start, since_last = growth(first, audit), growth(previous, audit)
+    clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
+    pss = "?" if audit.pss is None else size(audit.pss)
+    sizes = f"USS {size(audit.uss)}, PSS {pss}, RSS {size(audit.rss)}"
+    changed = [*_said_of_family(family_of(previous, audit))]
+    own = _own_change(since_start)
+    if own:
+        changed.append(
+            f"own {_signed(own)} since the start, {_signed(_own_change(since_last))} since the last look"
+        )
+    by_kind = [
+        f"{kind} {_signed(number)}" for kind, number in _by_kind(since_start.mappings) if kind != "file"
+    ]
+    libraries = [
+        f"{library.path.rpartition('/')[2]} {_signed(library.own.change)}"
+        for library in since_start.libraries
+        if library.own.change
+    ]
+    changed += [*by_kind, *libraries[:_MOST_PROCESSES]]
+    if len(libraries) > _MOST_PROCESSES:
+        changed.append(f"{more(len(libraries) - _MOST_PROCESSES)} files")
+    number = count(len(audit.processes), "process", "processes")
+    return (printable(f"{clock}  {number}: {sizes}; {', '.join(changed) or 'as at the start'}"),)
+
+
+def _own_change(growth: Growth) -> int:
+    """How much more own memory there is: pages of files that are mapped once by chance are left out."""
+    copies = sum(library.own.change for library in growth.libraries)
+    return copies + sum(mapping.own.change for mapping in growth.mappings if mapping.kind != "file")
+
+
+def _said_of_family(family: Family) -> Iterator[str]:
+    for word, processes in (("forked", family.forked), ("came", family.came), ("ended", family.ended)):
+        if processes:
+            yield f"{word} {listed([str(process.pid) for process in processes], _MOST_PROCESSES)}"
+    for before, after in family.replaced:
+        yield f"{after.pid} executed {after.name} (was {before.name})"
+
+
+def _said_of_processes(growth: Growth) -> str:
+    said = []
+    for state in ("stayed", "came", "went"):
+        pids = [str(process.pid) for process in growth.processes if process.state == state]
+        if pids:
+            names = "" if state == "stayed" else f" ({listed(pids, _MOST_PROCESSES)})"
+            said.append(f"{count(len(pids), 'process', 'processes')} {state}{names}")
+    return ", ".join(said) or "no process"
+
+
+def _by_kind(mappings: Iterable[MappingGrowth]) -> list[tuple[str, int]]:
+    """How much more own memory of each kind there is, the most first; no kind that is as it was."""
+    sums: dict[str, int] = {}
+    for mapping in mappings:
+        sums[mapping.kind] = sums.get(mapping.kind, 0) + mapping.own.change
+    return sorted(((kind, number) for kind, number in sums.items() if number), key=lambda item: -abs(item[1]))
+
+
+def _table(
+    columns: tuple[str, ...], rows: Sequence[tuple[tuple[str, ...], MappingGrowth | LibraryGrowth]]
+) -> Iterator[Part]:
+    """The rows in which something is more or less, own memory first."""
+    changed = [row for row in rows if row[1].own.change or row[1].inherited.change or row[1].shared.change]
+    if not changed:
+        return
+    yield ()
+    cells: list[Sequence[Cell]] = [
+        (*names, *(_moved(figure) for figure in (row.own, row.inherited, row.shared)))
+        for names, row in changed[:_MOST_ROWS]
+    ]
+    if len(changed) > _MOST_ROWS:
+        cells.append((f"… {more(len(changed) - _MOST_ROWS)}",))
+    yield Table((*columns, ">own", ">by fork", ">shared"), cells)
+
+
+def _moved(figure: BeforeAfter) -> str:
+    """``74.1 MiB → 269 MiB (+195 MiB)``, or how large it still is."""
+    before, after = ("–" if number is None else size(number) for number in (figure.before, figure.after))
+    return f"{before} → {after} ({_signed(figure.change)})" if figure.change else after
+
+
+def _signed(number: int) -> str:
+    return f"{'+' if number >= 0 else '-'}{size(abs(number))}"

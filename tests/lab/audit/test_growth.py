@@ -1,0 +1,73 @@
+"""What grew between two audits of a pool, against the kernel's own sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
+from miniloader.lab.audit.growth import BeforeAfter, Growth, family_of, growth
+from miniloader.report.audit_growth import growth_view, tick
+from miniloader.report.text import laid_out, plain
+from tests.lab.audit.told_processes import ANONYMOUS, KB, rollup_of, told, told_children
+
+_SIZE = 16 << 20
+
+
+def uss_of(pids: Iterable[int]) -> int:
+    sums = [rollup_of(pid) for pid in pids]
+    return sum(one["Private_Clean"] + one["Private_Dirty"] for one in sums) * KB
+
+
+def text_of(growth: Growth) -> str:
+    return "\n".join(plain(line) for line in laid_out(growth_view(growth), None))
+
+
+def test_growth_is_the_kernel_s() -> None:
+    """A pool erodes in memory that is no file's: within 5 % of what smaps_rollup says, and told first."""
+    write = f"shared = mapped({_SIZE}); ctypes.memset(shared, 1, {_SIZE})"
+    with told(ANONYMOUS, write) as parent, told_children(parent, 3) as children:
+        pids = [parent.pid, *children]
+        before, kernel_before = audit(pids), uss_of(pids)
+        parent(f"ctypes.memset(shared, 1, {_SIZE})")  # the same bytes: a copy all the same
+        after, kernel_after = audit(pids), uss_of(pids)
+    grown, really = growth(before, after), kernel_after - kernel_before
+    assert really >= _SIZE
+    assert abs(grown.uss.change - really) < 0.05 * really
+    anonymous = next(row for row in grown.mappings if (row.kind, row.name) == ("anonymous", ""))
+    assert grown.mappings[0] == anonymous
+    assert abs(anonymous.own.change - _SIZE) < 0.05 * _SIZE
+    assert all(process.state == "stayed" for process in grown.processes)
+    assert grown.processes[0].pid == parent.pid
+    assert "anonymous +16" in text_of(grown)
+    assert "anonymous +16" in plain(tick(after, before))
+
+
+def test_who_came_and_who_went() -> None:
+    with told(ANONYMOUS) as parent:
+        with told_children(parent, 1) as first:
+            before = audit([parent.pid, *first], causes=False)
+        with told_children(parent, 1) as second:
+            after = audit([parent.pid, *second], causes=False)
+    states = {process.pid: process.state for process in growth(before, after).processes}
+    assert states == {parent.pid: "stayed", first[0]: "went", second[0]: "came"}
+    went = next(process for process in growth(before, after).processes if process.state == "went")
+    assert went.uss.after is None
+    assert went.uss.before is not None
+    family = family_of(before, after)
+    assert [process.pid for process in family.forked] == second
+    assert [process.pid for process in family.ended] == first
+    assert not family.came
+    assert f"forked {second[0]}, ended {first[0]}" in plain(tick(after, before))
+
+
+def test_a_library_that_is_written() -> None:
+    with told("lib = ctypes.CDLL(None)") as process:
+        before = audit([process.pid], causes=False)
+        process("import ssl")
+        after = audit([process.pid], causes=False)
+    grown = growth(before, after)
+    crypto = next(row for row in grown.libraries if "libcrypto" in row.path)
+    assert crypto.own.before is None
+    assert (crypto.own.after or 0) >= PAGE_SIZE
+    assert crypto.inherited == BeforeAfter(None, 0)
