@@ -10,8 +10,8 @@ Data moves down this list.  ``survey`` looks at one process; ``audit`` puts the 
 - ``survey``: one look at one process, with the cause of each copied page (:mod:`miniloader.evidence.cause`).
 - ``mappings``: what every mapping costs, not only those of files.
 - ``library``: one library over all processes; ``audit``: all libraries, and what each process costs.
-- ``result``: what was found, as frozen values; ``growth``: what grew between two of these; ``diff``: which pages
-  of files differ.
+- ``result``: what was found, as frozen values; ``growth``: what grew between two of these; ``diff``: which
+  pages of files differ.
 
 For a person to look closer: ``page_words`` shows one page of one process word by word, ``library_pages`` the
 pages of the first libraries as pictures.
