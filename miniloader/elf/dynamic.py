@@ -82,7 +82,7 @@ DF_1_NOOPEN: Final = 0x40
 DF_1_NODEFLIB: Final = 0x800
 DF_1_PIE: Final = 0x08000000
 
-_MOST_ENTRIES: Final = 4096
+MOST_ENTRIES: Final = 4096
 
 
 class Reader(Protocol):
@@ -149,9 +149,9 @@ def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = No
     """
     rows = record(elf_class, order, "Dyn").rows(data, "tag", "val")
     before_null = takewhile(itemgetter(0), rows)  # whose tag is not DT_NULL
-    entries = tuple(islice(before_null, _MOST_ENTRIES + 1))
-    if len(entries) > _MOST_ENTRIES:
-        raise ElfError(name, "PT_DYNAMIC", "more entries", f"at most {_MOST_ENTRIES}")
+    entries = tuple(islice(before_null, MOST_ENTRIES + 1))
+    if len(entries) > MOST_ENTRIES:
+        raise ElfError(name, "PT_DYNAMIC", "more entries", f"at most {MOST_ENTRIES}")
     return Dynamic(entries, MappingProxyType(dict(entries)))
 
 

@@ -15,6 +15,7 @@ from miniloader.elf.dynamic import (
     DT_SONAME,
     DT_STRSZ,
     DT_STRTAB,
+    MOST_ENTRIES,
     Dynamic,
     parse_dynamic,
     string_at,
@@ -90,9 +91,11 @@ class ElfImage:
 
     def locate(self, vaddr: int, length: int, what: str = "bytes") -> int:
         """Where in the file the ``length`` bytes are that are mapped at ``vaddr``, together."""
-        for start, end, file_offset in self._extents:
+        for start, end, extent_offset in self._extents:
             if start <= vaddr and vaddr + length <= end:
-                return file_offset + vaddr - start
+                file_offset = extent_offset + vaddr - start
+                self.source.refuse_hole(file_offset, length, what)
+                return file_offset
         raise ElfError(
             self.path,
             what,
@@ -119,7 +122,8 @@ class ElfImage:
         segment = self.segment("PT_DYNAMIC")
         if segment is None:
             return Dynamic()
-        data = self.read(segment.vaddr, segment.filesz, "PT_DYNAMIC")
+        size = min(segment.filesz, (MOST_ENTRIES + 1) * 2 * self.header.word)
+        data = self.read(segment.vaddr, size, "PT_DYNAMIC")
         return parse_dynamic(data, self.header.elf_class, self.header.order, self.path)
 
     @cached_property

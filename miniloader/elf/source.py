@@ -7,10 +7,12 @@ neither a number in the file nor a file cut short behind our back can cost memor
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import stat
 import weakref
+from collections.abc import Iterator
 from typing import Final
 
 from miniloader.errors import ElfError, LoadError
@@ -132,6 +134,7 @@ class Source:
         at = self.start + offset
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
+        self.refuse_hole(offset, length, what)
         try:
             data = os.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:
@@ -140,6 +143,41 @@ class Source:
             hint = "it was cut short meanwhile"
             raise ElfError(self.name, what, f"{len(data)} bytes", f"{length} bytes", hint=hint)
         return data
+
+    def parts(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The ranges [start, end) of the ``length`` bytes from ``offset`` on that large holes are between.
+
+        A hole (lseek(2), SEEK_HOLE) reads as zeros and takes no disk: over one any length can be claimed
+        at no cost, and no table has :data:`LARGE` zeros in a row.  Nothing is read here.  Where the file
+        system knows of no holes all is one range.
+        """
+        start, hole, end = offset, offset, offset + length
+        while length >= LARGE and hole < end:
+            data = min(self._seek(hole, os.SEEK_DATA), end)
+            if data - hole >= LARGE:
+                if start < hole:
+                    yield start, hole
+                start = data
+            hole = self._seek(data, os.SEEK_HOLE) if data < end else end
+        if start < end:
+            yield start, end
+
+    def _seek(self, offset: int, what: int) -> int:
+        """Where data or a hole is next; the descriptor stays where it is, as its duplicates share that."""
+        position = os.lseek(self.fd, 0, os.SEEK_CUR)
+        try:
+            return os.lseek(self.fd, self.start + offset, what) - self.start
+        except OSError as error:
+            # Without data there is none up to the end; what cannot tell holds data everywhere.
+            return offset if what == os.SEEK_DATA and error.errno != errno.ENXIO else self.size
+        finally:
+            os.lseek(self.fd, position, os.SEEK_SET)
+
+    def refuse_hole(self, offset: int, length: int, what: str) -> None:
+        """Raise :class:`ElfError` naming the table ``what`` where a large hole lies in it (:meth:`parts`)."""
+        if length >= LARGE and next(self.parts(offset, length), None) != (offset, offset + length):
+            found = f"{length:#x} bytes over a hole of the file"
+            raise ElfError(self.name, what, found, "bytes that the file holds")
 
     def _read_large(self, at: int, length: int) -> Bytes:
         """Into huge pages; fewer bytes at the end."""

@@ -56,6 +56,7 @@ STT_GNU_IFUNC: Final = 10
 SHN_UNDEF: Final = 0
 _LONG_NAMES: Final = 1 << 24
 _LONG_NAME: Final = 1 << 12  # bytes; those of C++ templates come near
+_MOST_CHAIN: Final = 1 << 20  # bytes of a hash chain: to look a name up in it would take as many comparisons
 SHN_ABS: Final = 0xFFF1
 
 
@@ -343,11 +344,11 @@ def _read_gnu_hash(read: Reader, vaddr: int, elf_class: int, order: str, name: s
     if int(buckets[buckets > 0].min()) < first:
         raise ElfError(name, "DT_GNU_HASH", "a bucket before the first hashed symbol", f"at least {first}")
     chains = bytes(read(at, (last - first) * 4, "DT_GNU_HASH chains"))
-    chains += _last_chain(read, at + len(chains), f"{order}u4")
+    chains += _last_chain(read, at + len(chains), f"{order}u4", name)
     return GnuHash(first, shift, bloom, buckets, np.frombuffer(chains, f"{order}u4"))
 
 
-def _last_chain(read: Reader, at: int, dtype: str) -> bytes:
+def _last_chain(read: Reader, at: int, dtype: str, name: str | None) -> bytes:
     """The words from ``at`` to the first with the end mark, looked for in blocks that double or shrink."""
     pieces: list[bytes] = []
     size = 64
@@ -364,6 +365,9 @@ def _last_chain(read: Reader, at: int, dtype: str) -> bytes:
             return b"".join([*pieces, block[: 4 * int(ends[0]) + 4]])
         pieces.append(block)
         at += size
+        if sum(map(len, pieces)) > _MOST_CHAIN:
+            found = f"a chain of more than {_MOST_CHAIN // 4} symbols without an end mark"
+            raise ElfError(name, "DT_GNU_HASH", found, f"at most {_MOST_CHAIN // 4}")
         size *= 2
 
 

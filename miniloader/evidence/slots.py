@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan, Source
-from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.elf.dynamic import DT_PLTGOT, MOST_ENTRIES
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import (
     SHN_ABS,
@@ -417,7 +417,8 @@ def _loader(image: ElfImage) -> Table:
     dynamic = image.segment("PT_DYNAMIC")
     words: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
     if dynamic is not None:
-        words.append(np.arange(dynamic.vaddr, dynamic.vaddr + dynamic.filesz, _WORD, dtype=np.uint64))
+        end = dynamic.vaddr + min(dynamic.filesz, MOST_ENTRIES * 2 * _WORD)
+        words.append(np.arange(dynamic.vaddr, end, _WORD, dtype=np.uint64))
     tags: Mapping[int, int] = image.dynamic.tags
     if DT_PLTGOT in tags:
         words.append(np.uint64(tags[DT_PLTGOT]) + np.arange(3, dtype=np.uint64) * np.uint64(_WORD))

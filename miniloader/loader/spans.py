@@ -29,9 +29,14 @@ def open_names(
 
 
 def readable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
-    """The vaddrs [start, end) at which bytes of the file can be read, ascending."""
+    """The vaddrs [start, end) at which bytes of the file can be read, ascending, without its large holes."""
     mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
-    return _common(mappings, [(load.vaddr, load.file_end) for load in image.loads])
+    parts = (
+        (load.vaddr + start - load.file_offset, load.vaddr + end - load.file_offset)
+        for load in image.loads
+        for start, end in image.source.parts(load.file_offset, load.filesz)
+    )
+    return _common(mappings, list(parts))
 
 
 def writable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:

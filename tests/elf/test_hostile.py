@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from fixtures import hostile
 from fixtures.bombs import BOMBS, SIZE, bomb
 from fixtures.build import ROOT, build
 from fixtures.campaign import Campaign, minimised
-from fixtures.hostile import Outcome, outcomes_of
+from fixtures.hostile import FILE_STEPS, Outcome, outcomes_of
 from fixtures.malformed import MALFORMED, dlopened, malformed
+from fixtures.sparse import GIB, SPARSE, sparse
 
 
 def test_two_thousand_mutations() -> None:
@@ -53,6 +55,20 @@ def test_what_is_read_is_in_proportion_to_the_file(name: str) -> None:
     found = outcomes_of(data)
     assert [outcome for outcome in found if not outcome.allowed] == []
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_what_a_table_claims_over_a_hole_costs_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a GiB, 4 and 64 GiB in a file of kilobytes: at most 2 s of processor time and 300 MB a step."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hostile, "MEMORY", 300 << 20)
+    files = [sparse(kind, size, tmp_path / f"{size:x}.so") for size in (GIB // 2, 4 * GIB, 64 * GIB)]
+    assert all(file.stat().st_blocks * 512 < 1 << 20 < GIB // 2 < file.stat().st_size for file in files)
+    found = list(hostile.run(len(files), files.__getitem__, tuple(FILE_STEPS)))
+    assert [outcome for outcome in found if not outcome.allowed] == []
+    assert len(found) == len(files) * len(FILE_STEPS)
 
 
 def test_what_dlopen_makes_of_the_crash_list() -> None:
@@ -97,7 +113,6 @@ def test_a_bad_outcome_is_found_and_minimised() -> None:
 )
 def test_what_is_bad_is_seen(monkeypatch: pytest.MonkeyPatch, data: bytes, kind: str) -> None:
     """A fuzzer that finds nothing must be one that could."""
-    from fixtures import hostile
 
     def step(data: bytes) -> None:
         if data == b"signal":
@@ -144,8 +159,6 @@ def test_the_tool_keeps_crashers_and_minimises_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fixtures import hostile
-
     def step(data: bytes) -> None:
         if data[:4] != b"\x7fELF":
             raise ZeroDivisionError

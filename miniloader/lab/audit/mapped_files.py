@@ -85,13 +85,21 @@ class MappedFiles:
         return counterpart
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
+        """Open it; only of what cannot be opened is the kernel asked for the build-id.
+
+        The kernel looks through the notes of a mapped file, however long they say they are; nothing ends
+        that.
+        """
+        self._open(file, pid, vma)
+        if file.facts is not None:
+            return
         try:
             answer = query_vma(pid, vma.start)
         except EvidenceError:  # PROCMAP_QUERY is from 6.11 on
-            answer = None
+            return
         if answer is not None and answer.build_id and identity_of(answer.vma) == file.identity:
             file.build_id = answer.build_id.hex()
-        self._open(file, pid, vma)
+            self._open(file, pid, vma)
 
     def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open the very file that is mapped, not one that has taken its name since."""
