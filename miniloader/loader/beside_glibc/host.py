@@ -327,12 +327,13 @@ def libraries() -> tuple[HostLibrary, ...]:
 
 def listing() -> HostListing:
     """What ld.so has loaded, in its order, and what finds a library of it by bias or name."""
-    if _last and _counts(_collect_into(_FIRST)[0]) == (_last[0].adds, _last[0].subs):
-        return _last[0]
+    last = next(iter(_last), None)  # read once: another thread may renew it meanwhile
+    if last is not None and _counts(_collect_into(_FIRST)[0]) == (last.adds, last.subs):
+        return last
     room, used = _collected()
     adds, subs = _counts(room)
-    earlier = {(old.path, old.bias): old for old in _last[0].found} if _last else {}
-    all_stay = bool(_last) and _last[0].subs == subs
+    earlier = {} if last is None else {(old.path, old.bias): old for old in last.found}
+    all_stay = last is not None and last.subs == subs
     present: list[HostLibrary] = []
     at = _START
     while at < used:
@@ -346,8 +347,9 @@ def listing() -> HostListing:
         elif not path.startswith("linux-vdso"):
             new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
             present.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
-    _last[:] = [HostListing(adds, subs, tuple(present))]
-    return _last[0]
+    last = HostListing(adds, subs, tuple(present))
+    _last[:] = [last]
+    return last
 
 
 def _collected() -> tuple[bytearray, int]:
