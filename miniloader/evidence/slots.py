@@ -320,7 +320,9 @@ class FileFacts:
         return np.append(self._named[0], _NOWHERE)
 
     def symbol_name(self, number: int) -> str:
-        """The name of a symbol."""
+        """The name of a symbol; "" where there is no such number: the file was rewritten meanwhile."""
+        if number >= len(self._named[2]):
+            return ""
         table, row = self._named[2][number]
         name: bytes = self._tables[table].names(np.array([row]))[0]
         return name.decode("utf-8", "backslashreplace")

@@ -139,6 +139,9 @@ def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
         return Unreadable(pid, error.message, "", gone=True)
     except EvidenceError as error:
         return Unreadable(pid, error.message, error.hint or "")
+    except Exception as error:  # noqa: BLE001 - whatever one process has, the others are judged
+        said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
+        return Unreadable(pid, said, "please report it, with what this process has mapped")
 
 
 def _wanted(library: str | None) -> Callable[[Identity], bool]:

@@ -1,7 +1,7 @@
 """One library of an audit: its files and processes, its private pages and what is on them.
 
-Files are one library where they have the same build-id or a frame in common.  A :class:`Occurrence` is one of
-its files in one process, of which there may be several.
+Files are one library where they have the same build-id and segments, or a frame in common.  A
+:class:`Occurrence` is one of its files in one process, of which there may be several.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.elf.header import Segment
 from miniloader.evidence.cause import bit, cause_names
 from miniloader.evidence.slots import LOADER, FileFacts
 from miniloader.kernel.features import LevelName
@@ -93,7 +94,10 @@ def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
 
 
 def _grouped(files: Sequence[Sequence[Occurrence]]) -> list[list[Occurrence]]:
-    """What belongs to one library: files with one build-id, or with a frame in common."""
+    """What belongs to one library: files with one build-id and the same segments, or with a frame in common.
+
+    A build-id is what a file says of itself, and any file can say any.
+    """
     occurrences = [occurrence for of_process in files for occurrence in of_process]
     leader: dict[int, int] = {}
 
@@ -102,10 +106,12 @@ def _grouped(files: Sequence[Sequence[Occurrence]]) -> list[list[Occurrence]]:
             number = leader[number]
         return number
 
-    by_build_id: dict[str, int] = {}
+    alike: dict[tuple[str, tuple[Segment, ...]], int] = {}
     for file in {occurrence.file.number: occurrence.file for occurrence in occurrences}.values():
         if file.build_id is not None:
-            leader[root(file.number)] = root(by_build_id.setdefault(file.build_id, file.number))
+            image = file.facts.image if file.facts is not None else None
+            claim = file.build_id, image.loads if image is not None else ()
+            leader[root(file.number)] = root(alike.setdefault(claim, file.number))
     for first, second in _with_common_frames(occurrences):
         leader[root(first)] = root(second)
     groups: dict[int, list[Occurrence]] = {}
@@ -133,16 +139,15 @@ def _library(
 ) -> AuditedLibrary:
     files = [occurrence.file for occurrence in occurrences]
     paths = Counter(file.identity.path for file in files)
-    readable = next((file for file in files if file.facts is not None), files[0])
     return AuditedLibrary(
         path=max(paths, key=paths.__getitem__),
         build_id=next((file.build_id for file in files if file.build_id), None),
         files=_separate_files(occurrences),
         frames=_frames(occurrences, level),
         processes=tuple(_in_process(occurrence, merged) for occurrence in occurrences),
-        private_pages=_private_pages(occurrences, readable.facts) if causes else (),
-        bss_pages=_bss_pages(occurrences, readable.facts) if causes else (),
-        swapped_pages=_swapped_pages(occurrences, readable.facts) if causes else (),
+        private_pages=_private_pages(occurrences) if causes else (),
+        bss_pages=_bss_pages(occurrences) if causes else (),
+        swapped_pages=_swapped_pages(occurrences) if causes else (),
     )
 
 
@@ -208,24 +213,46 @@ class _OnPage:
 
     section: str
     relocated: frozenset[int]
-    kinds: dict[str, int]
+    kinds: tuple[tuple[str, int], ...]
 
 
-_Key = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
-"""What processes have alike of a private page: vaddr, causes, reason, the numbers of the symbols that were
-written after relocation, and of those that only the loader wrote."""
+class _Told(NamedTuple):
+    """What is told of a private page, but for who has it.  Names, not numbers: each file has its own."""
+
+    vaddr: int
+    section: str
+    symbols: tuple[str, ...]
+    written: tuple[str, ...]
+    causes: int
+    kinds: tuple[tuple[str, int], ...]
+    reason: str
 
 
-def _private_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+class _Key(NamedTuple):
+    """What processes have alike of a private page of one file.
+
+    The symbols, by their numbers in that file, are those that were written after relocation, and those that
+    only the loader wrote.
+    """
+
+    vaddr: int
+    causes: int
+    reason: str
+    changed: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The private pages, processes with the same page, causes and symbols together."""
-    holders: dict[_Key, list[_Holder]] = {}
+    holders: dict[tuple[_Key, int], list[_Holder]] = {}
     for occurrence in occurrences:
         for key, holder in _pages_of(occurrence):
-            holders.setdefault(key, []).append(holder)
-    on_pages = {vaddr: _on_page(facts, vaddr) for vaddr in {key[0] for key in holders}}
-    return tuple(
-        _page(facts, on_pages[vaddr], vaddr, causes, reason, changed, kept, processes)
-        for (vaddr, causes, reason, changed, kept), processes in sorted(holders.items())
+            holders.setdefault((key, occurrence.file.number), []).append(holder)
+    facts = {occurrence.file.number: occurrence.file.facts for occurrence in occurrences}
+    on_pages = {place: _on_page(facts[place[1]], place[0]) for place in {(k.vaddr, n) for k, n in holders}}
+    return _pages(
+        (_told(facts[number], on_pages[key.vaddr, number], key), of_page)
+        for (key, number), of_page in sorted(holders.items(), key=lambda item: item[0])
     )
 
 
@@ -241,75 +268,91 @@ def _pages_of(occurrence: Occurrence) -> Iterable[tuple[_Key, _Holder]]:
         symbols = written.get(page, ())
         changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
         kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
-        key = (vaddr, causes, placed.reasons.get(page, ""), changed, kept)
+        key = _Key(vaddr, causes, placed.reasons.get(page, ""), changed, kept)
         yield key, _Holder(occurrence.pid, frame, common)
 
 
-def _bss_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+def _bss_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The anonymous pages of bss; their symbols are all that lie on them."""
-    on_page = _OnPage(".bss", frozenset(), {})
-    holders = _holders((occurrence.pid, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
-    return tuple(
-        _page(facts, on_page, vaddr, _BSS, "", _bss_symbols(facts, vaddr), (), processes)
-        for vaddr, processes in holders
+    on_page = _OnPage(".bss", frozenset(), ())
+    holders = _holders((occurrence, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
+    return _pages(
+        (_told(facts, on_page, _Key(vaddr, _BSS, "", _bss_symbols(facts, vaddr), ())), of_page)
+        for vaddr, facts, of_page in holders
     )
 
 
-def _swapped_pages(occurrences: Sequence[Occurrence], facts: FileFacts | None) -> tuple[PrivatePage, ...]:
+def _swapped_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The copies that are swapped out, whose cause cannot be known."""
-    holders = _holders((occurrence.pid, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
-    return tuple(
-        _page(facts, _on_page(facts, vaddr), vaddr, _UNKNOWN, SWAPPED_OUT, (), (), processes)
-        for vaddr, processes in holders
+    holders = _holders((occurrence, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
+    return _pages(
+        (_told(facts, _on_page(facts, vaddr), _Key(vaddr, _UNKNOWN, SWAPPED_OUT, (), ())), of_page)
+        for vaddr, facts, of_page in holders
     )
 
 
-def _holders(pages: Iterable[tuple[int, NDArray[np.uint64]]]) -> list[tuple[int, list[_Holder]]]:
-    """The processes that have each page, by vaddr; ``pages`` are a pid and its vaddrs, time after time."""
-    holders: dict[int, list[_Holder]] = {}
-    for pid, vaddrs in pages:
+def _holders(
+    pages: Iterable[tuple[Occurrence, NDArray[np.uint64]]],
+) -> list[tuple[int, FileFacts | None, list[_Holder]]]:
+    """The processes that have each page of each file, by vaddr; ``pages`` are the vaddrs of occurrences."""
+    holders: dict[tuple[int, int], list[_Holder]] = {}
+    facts: dict[int, FileFacts | None] = {}
+    for occurrence, vaddrs in pages:
+        facts[occurrence.file.number] = occurrence.file.facts
         for vaddr in vaddrs.tolist():
-            holders.setdefault(vaddr, []).append(_Holder(pid))
-    return sorted(holders.items())
+            holders.setdefault((vaddr, occurrence.file.number), []).append(_Holder(occurrence.pid))
+    return [(vaddr, facts[number], of_page) for (vaddr, number), of_page in sorted(holders.items())]
 
 
 def _on_page(facts: FileFacts | None, vaddr: int) -> _OnPage:
     if facts is None:
-        return _OnPage("", frozenset(), {})
+        return _OnPage("", frozenset(), ())
     ends = np.array([vaddr, vaddr + PAGE_SIZE], np.uint64)
     low, high = np.searchsorted(facts.slot_vaddrs, ends).tolist()
     slots = facts.slots[low:high]
     slots = slots[slots["what"] != LOADER]
     numbers = facts.symbols_at(slots["vaddr"])
     counts = sorted(Counter(slots["kind"].tolist()).items())
-    kinds = {facts.kind_name(kind): count for kind, count in counts}
+    kinds = tuple((facts.kind_name(kind), count) for kind, count in counts)
     return _OnPage(facts.section_on(vaddr), frozenset(numbers[numbers >= 0].tolist()), kinds)
 
 
-def _page(
-    facts: FileFacts | None,
-    on_page: _OnPage,
-    vaddr: int,
-    causes: int,
-    reason: str,
-    changed: tuple[int, ...],
-    kept: tuple[int, ...],
-    holders: Sequence[_Holder],
-) -> PrivatePage:
-    symbols = {*changed, *kept}
-    if causes & _RELOCATION:
+def _told(facts: FileFacts | None, on_page: _OnPage, key: _Key) -> _Told:
+    """What is told of a page of the file that ``facts`` are of, which numbers the symbols of ``key``."""
+    symbols = {*key.changed, *key.kept}
+    relocated = key.causes & _RELOCATION
+    if relocated:
         symbols |= on_page.relocated
-    return PrivatePage(
-        vaddr=vaddr,
+    return _Told(
+        vaddr=key.vaddr,
         section=on_page.section,
         symbols=_names(facts, symbols),
-        written=_names(facts, changed),
-        causes=cause_names(causes),
-        kinds=on_page.kinds if causes & _RELOCATION else {},
-        pids=tuple(holder.pid for holder in holders),
-        groups=_groups(holders),
-        reason=reason,
-        common=tuple(holder.pid for holder in holders if holder.common),
+        written=_names(facts, key.changed),
+        causes=key.causes,
+        kinds=on_page.kinds if relocated else (),
+        reason=key.reason,
+    )
+
+
+def _pages(pages: Iterable[tuple[_Told, Sequence[_Holder]]]) -> tuple[PrivatePage, ...]:
+    """One page for all holders of whom the same is told, of whichever file they have it."""
+    together: dict[_Told, list[_Holder]] = {}
+    for told, holders in pages:
+        together.setdefault(told, []).extend(holders)
+    return tuple(
+        PrivatePage(
+            vaddr=told.vaddr,
+            section=told.section,
+            symbols=told.symbols,
+            written=told.written,
+            causes=cause_names(told.causes),
+            kinds=dict(told.kinds),
+            pids=tuple(holder.pid for holder in holders),
+            groups=_groups(holders),
+            reason=told.reason,
+            common=tuple(holder.pid for holder in holders if holder.common),
+        )
+        for told, holders in together.items()
     )
 
 

@@ -318,3 +318,52 @@ def test_progress_of_several_jobs() -> None:
     assert told_of == sorted(told_of)
     assert {(of, pid) for _, of, pid in told_of} == {(30, os.getpid())}
     assert told_of[-1][0] in range(26, 31)
+
+
+# --------------------------------------------------------------------- what one file says of another
+def test_files_of_one_build_id_keep_their_own_symbols(tmp_path: Path) -> None:
+    """A library and its stripped copy: the symbols of one are not looked up in the other."""
+    whole, stripped = tmp_path / "whole.so", tmp_path / "stripped.so"
+    source = tmp_path / "two.c"
+    source.write_text(
+        "static int secret[5000] = {1}; int visible[3000] = {2};\n"
+        "void touch(void) { for (int i = 0; i < 3000; i++) { secret[i]++; visible[i]++; } }\n"
+    )
+    flags = ["-shared", "-fPIC", "-Wl,--build-id=0x0123456789abcdef"]
+    subprocess.run(["gcc", *flags, "-o", whole, source], check=True)
+    subprocess.run(["gcc", *flags, "-s", "-o", stripped, source], check=True)
+
+    def touch(path: Path) -> str:
+        return f"lib = ctypes.CDLL({str(path)!r}); lib.touch()"
+
+    for first, second in ((whole, stripped), (stripped, whole)):
+        with told(touch(first)) as one, told(touch(second)) as two:
+            found = miniloader.audit([one.pid, two.pid], library=str(tmp_path))
+        written = {
+            name: {symbol for library in found.libraries for page in library.private_pages
+                   if process.pid in page.pids for symbol in page.written}
+            for name, process in ((first.name, one), (second.name, two))
+        }  # fmt: skip
+        assert written["whole.so"] >= {"secret", "visible"}
+        assert "visible" in written["stripped.so"]
+        assert "secret" not in written["stripped.so"]
+        assert found.unreadable == ()
+
+
+def test_a_fault_of_ours_in_one_process_is_told_of_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from miniloader.lab.audit import survey
+
+    real = survey.read_stat
+
+    def faulty(pid: int) -> object:
+        if pid == bad.pid:
+            raise IndexError("list index out of range")
+        return real(pid)
+
+    with told() as good, told() as bad:
+        monkeypatch.setattr(survey, "read_stat", faulty)
+        found = miniloader.audit([bad.pid, good.pid], library="libc.so*")
+    assert [process.pid for process in found.processes] == [good.pid]
+    (unreadable,) = found.unreadable
+    assert unreadable.pid == bad.pid
+    assert "a fault of miniloader's own: IndexError: list index out of range" in unreadable.reason
