@@ -297,12 +297,12 @@ class _Looks:
 
     def pids(self) -> tuple[int, ...]:
         """Who belongs to the family now."""
-        from miniloader.errors import UsageError
+        from miniloader.errors import ProcessGone, UsageError
         from miniloader.lab.audit.select import choose, still_there
 
         arguments, chosen = self._arguments, tuple[int, ...]()
         if arguments.name is not None or arguments.user is not None or arguments.tree is not None:
-            with suppress(UsageError):  # the root of the tree has ended: who is left of it is followed
+            with suppress(UsageError, ProcessGone):  # the tree's root has ended: the others are followed
                 chosen = choose(name=arguments.name, user=arguments.user, tree=arguments.tree)
         return tuple(sorted({*still_there(self._family, self._since), *chosen}))
 

@@ -76,6 +76,19 @@ def _is_zombie(pid: int | None) -> bool:
         return False
 
 
+def _is_not_dumpable(pid: int | None) -> bool:
+    """Whether it is a process of this user (its real user), whose memory the kernel shows to root alone.
+
+    Its files below ``/proc/PID`` belong to root then (PR_SET_DUMPABLE, prctl(2)).
+    """
+    try:
+        with open(process_file(pid, "status"), "rb") as file:
+            users = next(line.split() for line in file if line.startswith(b"Uid:"))
+        return int(users[1]) == os.getuid() != os.stat(process_file(pid, "stat")).st_uid
+    except (OSError, StopIteration):
+        return False
+
+
 def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
     """Why ``/proc/PID/name`` cannot be read, and what would be needed; to be raised."""
     path = process_file(pid, name)
@@ -94,6 +107,11 @@ def refusal(pid: int | None, name: str, error: OSError) -> EvidenceError:
     if error.errno in _DENIED:
         if _is_zombie(pid):  # it belongs to nobody any more: denied to its owner, empty for root
             return ProcessGone(pid, NO_MEMORY)
+        if _is_not_dumpable(pid):
+            hint = "it has run a set-user-ID program or one that its user may not read, or called prctl(2)"
+            return EvidenceError(
+                f"{path}: {error.strerror}: a process of this user, yet not dumpable", hint=hint
+            )
         return EvidenceError(f"{path}: {error.strerror}", hint=f"to read it: {_NEEDS.get(name, _PTRACE)}")
     return EvidenceError(f"{path}: {error.strerror}")
 

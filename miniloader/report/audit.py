@@ -354,7 +354,7 @@ def page_view(view: PageView) -> Iterator[Part]:
     if view.state in ("swapped", "unknown"):
         return
     if view.state != "private":
-        yield ("  no copy: every byte is the file's own",)
+        yield (f"  {_OF_STATE[view.state]}",)
         return
     yield Table(
         (">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation"),
@@ -371,6 +371,13 @@ def page_view(view: PageView) -> Iterator[Part]:
             for word in view.words
         ],
     )
+
+
+_OF_STATE = {
+    "shared": "no copy: every byte is the file's own",
+    "anonymous": "anonymous memory at this place of the file, private: bss, or what the program put there",
+    "absent": "not in memory",
+}
 
 
 # ------------------------------------------------------------------------------------------ differences

@@ -35,6 +35,9 @@ And its test, ``test_shop.py``; run it with ``pytest``, as any user::
         assert_copied_only([before, after], symbols=["demo_counters"])  # ... and nothing else was written
         assert_private_pages(after, at_most=1)                         # the budget of each worker
 
+The whole memory of each worker, its heap above all, has a budget, too: ``assert_memory(after, own_at_most="8
+MiB", still_shared_at_least="20 MiB")``.
+
 When somebody adds a global that every request updates, the last two fail, name the symbol, and show the
 pages of all workers.
 
@@ -61,6 +64,7 @@ import pytest
 
 if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_copied_only as assert_copied_only
+    from miniloader.testing.assertions import assert_memory as assert_memory
     from miniloader.testing.assertions import assert_private as assert_private
     from miniloader.testing.assertions import assert_private_pages as assert_private_pages
     from miniloader.testing.assertions import assert_shared as assert_shared
@@ -74,6 +78,7 @@ _HOMES = {
     "MemorySnapshot": "miniloader.testing.snapshots",
     "Workers": "miniloader.testing.workers",
     "assert_copied_only": "miniloader.testing.assertions",
+    "assert_memory": "miniloader.testing.assertions",
     "assert_private": "miniloader.testing.assertions",
     "assert_private_pages": "miniloader.testing.assertions",
     "assert_shared": "miniloader.testing.assertions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -25,13 +26,14 @@ from miniloader.evidence.sharing import (
 )
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.report.audit import mapping_rows
 from miniloader.report.grid import Mark, grid_legend, page_grid
-from miniloader.report.numbers import count
+from miniloader.report.numbers import count, size
 from miniloader.report.text import laid_out, plain
 from miniloader.testing.snapshots import LibraryMemory, MemorySnapshot
 from miniloader.values import dataclass
 
-__all__ = ["assert_copied_only", "assert_private", "assert_private_pages", "assert_shared"]
+__all__ = ["assert_copied_only", "assert_memory", "assert_private", "assert_private_pages", "assert_shared"]
 
 Snapshots = MemorySnapshot | Sequence[MemorySnapshot]
 """One snapshot, or several, in the order in which they were taken."""
@@ -74,7 +76,7 @@ def assert_shared(
     for snapshot in _each(snapshots):
         _check_level(snapshot, level)
         memory = snapshot.library(library)
-        if len(memory.look.processes) < 2:
+        if len(memory.pids) < 2:
             raise UsageError(f"{memory.path}: only one process has it, which shares with nobody")
         chosen = memory.pages(section, symbols)
         subject = _what(memory, section, symbols)
@@ -190,6 +192,7 @@ def assert_private_pages(
 ) -> None:
     """No process has more than ``at_most`` copies of the library's file pages to itself.
 
+    Where a process has the library mapped several times, by two loaders, the copies of all mappings count.
     A copy that relatives by fork still have in common is not counted, nor is bss beyond the file's pages.
     Pages that may be copies (swapped out, changed while we looked) count as both, so that neither a pass nor
     a failure is a guess.  With ``level="totals"``, where no better evidence is to be had, the sums of
@@ -208,15 +211,95 @@ def assert_private_pages(
         states, of_file = memory.sharing.states, memory.of_file
         private = (states == COPIED) & of_file & ~memory.elsewhere
         maybe = np.isin(states, _UNTOLD) & of_file
-        numbers = private.sum(axis=1)
+        numbers = _by_process(memory, private.sum(axis=1))
         if numbers.max() > at_most:
             heavy = private[numbers > at_most].any(axis=0)
             holders = _who(memory, numbers > at_most)
-            excess = f"{count(int(numbers.max()), 'private page')} in {holders}"
+            several = ", all mappings of it together" * (len(memory.pids) < len(memory.look.processes))
+            excess = f"{count(int(numbers.max()), 'private page')} in {holders}{several}"
             summary = f"{memory.name}: {excess}, at most {at_most} allowed"
             _fail(snapshot, memory, summary, _pages(memory, heavy))
-        if (numbers + maybe.sum(axis=1)).max() > at_most:
+        if (numbers + _by_process(memory, maybe.sum(axis=1))).max() > at_most:
             _refuse_untold(snapshot, memory, f"{memory.name}: at most {at_most} private pages", maybe)
+
+
+def assert_memory(
+    snapshots: Snapshots,
+    *,
+    own_at_most: int | str | None = None,
+    still_shared_at_least: int | str | None = None,
+    level: LevelName | None = None,
+) -> None:
+    """No process has more memory of its own, or shares less with its relatives, than that: heaps and all.
+
+    ``own_at_most`` bounds what each process alone has mapped, its USS; ``still_shared_at_least`` is how much
+    each must still have in one copy with relatives by fork (anonymous memory; what KSM has merged counts as
+    well).  Both are bytes, or a text like ``"2 MiB"``.  The failure shows what the memory is, by kind and
+    name.
+
+    Raises AssertionError when a process is beyond a bound, EvidenceError where pages cannot be told apart,
+    UsageError for a bound that is no number of bytes, or when there is none.
+
+    A worker pool that must not erode, after some requests::
+
+        assert_memory(workers.snapshot("served"), own_at_most="8 MiB", still_shared_at_least="20 MiB")
+    """
+    __tracebackhide__ = True
+    if own_at_most is None and still_shared_at_least is None:
+        raise UsageError("assert_memory: no bound; give own_at_most= or still_shared_at_least=")
+    for snapshot in _each(snapshots):
+        _check_level(snapshot, level)
+        if own_at_most is not None:
+            _check_memory(snapshot, "own", "at most", own_at_most)
+        if still_shared_at_least is not None:
+            _check_memory(snapshot, "inherited", "at least", still_shared_at_least)
+
+
+def _check_memory(snapshot: MemorySnapshot, column: str, bound: str, given: int | str) -> None:
+    """Fail when a process has more, or less, than the bound of that column of its mappings."""
+    __tracebackhide__ = True
+    limit = _number_of_bytes(given)
+    numbers = dict.fromkeys(snapshot.pids, 0)
+    for mapping in snapshot.mappings:
+        for process in mapping.processes:
+            numbers[process.pid] += getattr(process, column)
+    beyond = {
+        pid: number
+        for pid, number in numbers.items()
+        if (number > limit if bound == "at most" else number < limit)
+    }
+    if not beyond:
+        return
+    words = "of its own" if column == "own" else "still shared with relatives"
+    sizes = [f"{size(number)} in pid {pid}" for pid, number in beyond.items()]
+    table = "\n".join(map(plain, laid_out([mapping_rows(snapshot.mappings)], _WIDTH.stop)))
+    of = f"{len(beyond)} of {count(len(numbers), 'process', 'processes')}"
+    raise AssertionError(
+        f"{_at(snapshot)}memory {words}: {', '.join(sizes[:_MOST])}{', …' if len(sizes) > _MOST else ''};"
+        f" {bound} {size(limit)} allowed ({of})\n\n{table}\n"
+        f"evidence: {snapshot.level}: {LEVELS[_RANKS.index(snapshot.level)].shows}"
+    )
+
+
+def _number_of_bytes(given: int | str) -> int:
+    """The number of bytes in a text like ``2 MiB``; UsageError for anything else.
+
+    >>> _number_of_bytes("1.5 KiB"), _number_of_bytes(7)
+    (1536, 7)
+    """
+    if isinstance(given, int):
+        return given
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(bytes|B|KiB|MiB|GiB|)\s*", given)
+    if found is None:
+        raise UsageError(f"{given!r}: no number of bytes, such as 4096 or '2 MiB'")
+    return int(float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}.get(found[2], 1))
+
+
+def _by_process(memory: LibraryMemory, numbers: NDArray[np.intp]) -> NDArray[np.intp]:
+    """For each mapping of the library the sum over all of the same process."""
+    pids = np.array([process.pid for process in memory.look.processes])
+    sums: NDArray[np.intp] = (pids[:, None] == pids) @ numbers
+    return sums
 
 
 # ----------------------------------------------------------------------------------------------- levels
@@ -289,7 +372,7 @@ def _written_elsewhere(
                 if copies.pid not in pids:
                     pids.append(copies.pid)
     for symbol, (vaddr, pids) in sorted(written.items(), key=lambda item: item[1][0]):
-        yield _Violation(vaddr, f"{symbol} was written by {_pids(pids, len(last.copies))}")
+        yield _Violation(vaddr, f"{symbol} was written by {_pids(pids, len(last.pids))}")
 
 
 def _changed(old: NDArray[np.void], new: NDArray[np.void]) -> Iterable[int]:
@@ -322,7 +405,7 @@ def _identical(
             if causes == ("identical",) and vaddr not in earlier_causes and not held:
                 copied.setdefault(vaddr, []).append(copies.pid)
     for vaddr, pids in sorted(copied.items()):
-        writers = _pids(pids, len(last.copies))
+        writers = _pids(pids, len(last.pids))
         yield _Violation(
             vaddr, f"{' '.join(_sections(last, vaddr))}: copied by {writers}, yet as in the file"
         )
@@ -344,7 +427,7 @@ def _moved(
             if not any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in allowed):
                 pages.setdefault(vaddr, []).append(later.pid)
     for vaddr, pids in sorted(pages.items()):
-        writers = _pids(pids, len(last.copies))
+        writers = _pids(pids, len(last.pids))
         text = (
             f"{' '.join(_sections(last, vaddr))}: no more shared with relatives by {writers}, yet as it was"
         )
@@ -422,10 +505,11 @@ def _of_pages(pages: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> str:
 
 def _who(memory: LibraryMemory, rows: NDArray[np.bool_]) -> str:
     pids = [process.pid for process, row in zip(memory.look.processes, rows.tolist(), strict=True) if row]
-    return _pids(pids, len(memory.copies))
+    return _pids(pids, len(memory.pids))
 
 
 def _pids(pids: Sequence[int], of: int) -> str:
+    pids = [*dict.fromkeys(pids)]
     listed = ", ".join(map(str, pids[:_MOST])) + (", …" if len(pids) > _MOST else "")
     return f"{len(pids)} of {count(of, 'process', 'processes')} (pid {listed})"
 

@@ -25,8 +25,9 @@ from miniloader.kernel.probe import best_level
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.mappings import AuditedMapping, mappings_over
 from miniloader.lab.audit.select import matches
-from miniloader.lab.audit.survey import CHANGED, FileInProcess, Memo, locate, space_of
+from miniloader.lab.audit.survey import CHANGED, FileInProcess, Memo, locate, mappings_in, space_of
 from miniloader.values import dataclass
 
 __all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
@@ -63,6 +64,11 @@ class LibraryMemory:
     def name(self) -> str:
         """The file's name without directories."""
         return self.path.rpartition("/")[2]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that have the library, each once, however often it is mapped there."""
+        return tuple(dict.fromkeys(process.pid for process in self.look.processes))
 
     @property
     def of_file(self) -> NDArray[np.bool_]:
@@ -121,7 +127,8 @@ class MemorySnapshot:
 
     ``level`` is the level of evidence.  Below ``flags`` nothing is known of pages: then there are no
     ``libraries``, and ``sums`` has the bytes of anonymous memory that ``smaps`` counts in each file's
-    mappings, by path and pid.
+    mappings, by path and pid.  ``mappings`` are all memory of the processes, by kind and name; their PSS is
+    left out.
     """
 
     step: str
@@ -129,6 +136,7 @@ class MemorySnapshot:
     pids: tuple[int, ...]
     libraries: tuple[LibraryMemory, ...]
     sums: Mapping[str, Mapping[int, int]]
+    mappings: tuple[AuditedMapping, ...] = ()
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(path.rpartition("/")[2] for path in self.paths))
@@ -182,7 +190,8 @@ def snapshot(
     if not by_path:
         raise _nowhere(library, {mapped.file.identity.path for process in looks for mapped in process.found})
     libraries = tuple(_library(path, found, step, level) for path, found in sorted(by_path.items()))
-    return MemorySnapshot(step, chosen, processes, libraries, {})
+    mappings = mappings_over(process.mappings.rows(process.pid, None) for process in looks)
+    return MemorySnapshot(step, chosen, processes, libraries, {}, mappings)
 
 
 def address_of(pid: int, library: str, symbol: str) -> tuple[int, int]:
@@ -226,7 +235,8 @@ class _ProcessFiles:
     def __init__(self, pid: int, memo: Memo, library: str | None) -> None:
         self.pid, self.layouts = pid, memo.layouts
         with PageMap(pid) as pagemap:
-            self.vmas, _, self.found = locate(pid, pagemap, memo, frames=False)
+            self.vmas, pages, self.found = locate(pid, pagemap, memo, frames=False)
+        self.mappings = mappings_in(pid, self.vmas, pages, self.found, memo)
         self.chosen = [mapped for mapped in self.found if self._wanted(mapped, library)]
 
     def _wanted(self, mapped: FileInProcess, library: str | None) -> bool:

@@ -17,6 +17,7 @@ from miniloader.testing import (
     StartCrew,
     Workers,
     assert_copied_only,
+    assert_memory,
     assert_private,
     assert_private_pages,
     assert_shared,
@@ -290,3 +291,52 @@ def test_a_cause_that_is_not_known_is_not_passed_over(
         EvidenceError, match=r"The cause is unknown at vaddr 0x5000 \(.*mem: Permission denied"
     ):
         assert_copied_only(looked)
+
+
+def test_every_mapping_of_a_library_counts(crew: StartCrew) -> None:
+    """By the kernel's sums: the library is there twice, loaded by miniloader and by the system's loader."""
+    workers = crew(3, library="libz.so.1")
+    looked = workers.snapshot("loaded", library="libz")
+    counts = {anonymous_pages(pid, Path(looked.path(None))) for pid in workers.pids}
+    (most,) = counts
+    assert_private_pages(looked, at_most=most)
+    message = failure(assert_private_pages, looked, at_most=most - 1)
+    assert f"{most} private pages in 3 of 3 processes" in message
+    assert ("all mappings of it together" in message) == (most > 2)
+
+
+POOL = """
+import ctypes
+block = ctypes.create_string_buffer(16 << 20)
+ctypes.memset(block, 1, len(block))
+def handle(number):
+    ctypes.memset(block, 1, number)
+"""
+
+
+def test_the_memory_of_a_pool(crew: StartCrew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same bytes written again are a copy all the same: own is smaps' Private_*, and less is shared."""
+    (tmp_path / "pool_of_memory.py").write_text(POOL)
+    monkeypatch.syspath_prepend(tmp_path)
+    server = crew(1, module="pool_of_memory")
+    workers = server.fork(2)
+    forked = workers.snapshot("forked", library="libc.so.6")
+    assert_memory(forked, own_at_most="8 MiB", still_shared_at_least="16 MiB")
+    workers.call("handle", 12 << 20)
+    wrote = workers.snapshot("wrote", library="libc.so.6")
+    assert_memory(wrote, own_at_most="20 MiB", still_shared_at_least="4 MiB")
+    message = failure(assert_memory, [forked, wrote], own_at_most="8 MiB")
+    assert message.startswith("wrote: memory of its own: ")
+    assert "at most 8 MiB allowed (2 of 2 processes)" in message
+    assert "anonymous" in message
+    message = failure(assert_memory, wrote, still_shared_at_least="16 MiB")
+    assert message.startswith("wrote: memory still shared with relatives: ")
+    for pid in workers.pids:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        own = sum(int(size) for size in re.findall(r"Private_(?:Clean|Dirty): +(\d+)", text)) * 1024
+        assert_memory(wrote, own_at_most=own + (1 << 20))
+        failure(assert_memory, wrote, own_at_most=own - (1 << 20))
+    with pytest.raises(UsageError, match="no bound"):
+        assert_memory(wrote)
+    with pytest.raises(UsageError, match="no number of bytes"):
+        assert_memory(wrote, own_at_most="much")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -116,8 +117,28 @@ class MappedFiles:
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return
-        state = "deleted or replaced" if vma.deleted or os.path.exists(vma.path) else "not to be found"
-        file.trouble = f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
+        file.trouble = _trouble(file.identity, vma.path, in_root)
+
+
+def _trouble(mapped: Identity, *paths: str) -> str:
+    """Why the file that is mapped cannot be read under any of these names of it."""
+    for path in paths if not mapped.deleted else ():
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if status.st_ino == mapped.inode and not os.access(path, os.R_OK):
+            mode, owner = stat.S_IMODE(status.st_mode), status.st_uid
+            return f"this user may not read the file (mode {mode:04o}, owner {owner})"
+    try:
+        os.stat(mapped.path)
+    except PermissionError:
+        return f"this user may not search the directories of the file {mapped.path}"
+    except OSError:
+        state = "deleted or replaced" if mapped.deleted else "not to be found"
+    else:
+        state = "deleted or replaced"
+    return f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
 
 
 def _facts(source: Source, names: NameNumbers) -> FileFacts | None:

@@ -45,8 +45,9 @@ class PageView:
     """A page of a file in process ``pid``.
 
     ``state`` is ``private`` (a copy), ``swapped`` (a copy that is swapped out, which is not read, as that
-    would bring it in), ``shared`` (the file's own page) or ``absent``; only of a private page there are
-    ``words``.  ``unknown``: the file cannot be read, which alone says where in it a vaddr is.
+    would bring it in), ``shared`` (the file's own page), ``anonymous`` (memory of no file at this place: bss,
+    or what the program has put there) or ``absent``; only of a private page there are ``words``.
+    ``unknown``: the file cannot be read, which alone says where in it a vaddr is.
     """
 
     pid: int
@@ -67,7 +68,11 @@ class PageView:
 
 PAGE_SCHEMA: Final = record(
     {"pid": COUNT, "path": TEXT, "build_id": nullable(HEX), "base": INT, "vaddr": COUNT, "section": TEXT},
-    {"state": words("private swapped shared absent unknown"), "causes": array(TEXT), "reason": TEXT},
+    {
+        "state": words("private swapped shared anonymous absent unknown"),
+        "causes": array(TEXT),
+        "reason": TEXT,
+    },
     {"words": array(record(keys(TEXT, "cause symbol kind"), keys(COUNT, "vaddr size file old new")))},
 )
 """What :meth:`PageView.to_json` gives."""
@@ -103,7 +108,9 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         after = pagemap.read(placed.base + vaddr, placed.base + vaddr + PAGE_SIZE)
         if int((entry[0] ^ after[0]) & (PRESENT | FRAME)):
             causes, words, reason = ("unknown",), (), CHANGED
-    state = "unknown" if facts is None else "shared" if entry[0] & PRESENT else "absent"
+    of_file = any(placed.base + vaddr in vma and vma.is_file for vma in vmas)
+    present = "shared" if of_file else "anonymous"
+    state = "unknown" if facts is None else present if entry[0] & PRESENT else "absent"
     return PageView(
         pid=pid,
         path=placed.file.identity.path,

@@ -6,12 +6,15 @@ import os
 import pwd
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from typing import Final, NoReturn
 
-from miniloader.errors import EvidenceError, ProcessGone, UsageError
+from miniloader.errors import EvidenceError, ProcessGone, UsageError, printable
 from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
 from miniloader.values import dataclass
 
 __all__ = ["choose", "matches", "still_there"]
+
+_KERNEL_THREAD: Final = 0x200000  # PF_KTHREAD, include/linux/sched.h
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
     chosen = set(candidates)
     if tree is not None:
         if tree not in candidates:
-            raise ProcessGone(tree, "there is none (any more)")
+            _refuse(tree)
         chosen = _descendants(tree, candidates)
     if user is not None:
         uid = _uid(user)
@@ -74,6 +77,19 @@ def matches(pattern: str, *texts: str) -> bool:
     if any(mark in pattern for mark in "*?["):
         return any(fnmatch(text, pattern) for text in texts)
     return any(pattern in text for text in texts)
+
+
+def _refuse(pid: int) -> NoReturn:
+    """Raise what says why there is nothing to look at: UsageError for a kernel thread, else ProcessGone."""
+    name, fields = read_stat(pid)
+    if int(fields[6]) & _KERNEL_THREAD:
+        found = f"a kernel thread ({printable(name)})"
+        raise UsageError(
+            f"--tree {pid}: {found}, which has no memory of its own, nor have those that it starts"
+        )
+    raise ProcessGone(
+        pid, "has ended, and waits for its parent" if fields[0] == "Z" else "has no memory (any more)"
+    )
 
 
 def _all() -> list[_Candidate]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from miniloader.kernel.maps import parse_vma
+from miniloader.kernel.maps import parse_vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -21,9 +21,10 @@ from miniloader.lab.audit.mappings import (
     pss_by_frames,
     pss_by_sums,
 )
+from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.survey import Memo, locate, mappings_in
 from tests.lab.audit.older_kernels import KERNELS
-from tests.lab.audit.told_processes import ANONYMOUS, KB, Told, rollup_of, told, told_children
+from tests.lab.audit.told_processes import ANONYMOUS, KB, Told, page_of, rollup_of, told, told_children
 
 _PAGES = 8
 _VARIED = f"""
@@ -117,6 +118,12 @@ libc.mmap(start, end - start, 3, 0x32, -1, 0); ctypes.memset(start, 1, {PAGE_SIZ
         before = look(process.pid, frames=False)
         process(replace)
         after = look(process.pid, frames=False)
+        text = page_of(demo, "demo_add")
+        start = next(vma.start for vma in read_maps(process.pid) if vma.path == str(demo))
+        pages = [view_page(process.pid, vaddr, str(demo)) for vaddr in range(0, text + 1, PAGE_SIZE)]
+        assert {page.base for page in pages} == {start}
+        assert [page.state for page in pages][-1] in ("anonymous", "absent")
+        assert "anonymous" in {page.state for page in pages}
     place, file = MappingName("anonymous", str(demo)), MappingName("file", str(demo))
     assert after[place].own - before[place].own == PAGE_SIZE
     assert before[file].resident > after[file].resident
