@@ -164,12 +164,22 @@ def _report(error: BaseException, *, as_json: bool) -> int:
 
 
 def _escape_what_cannot_be_printed() -> None:
-    """Keep a locale without, say, ``×`` from turning output into an error."""
+    """In a locale without, say, ``→``, write signs that it has."""
+    from codecs import register_error
     from io import TextIOWrapper
 
+    register_error("miniloader.signs", _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="miniloader.signs")
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """What codecs write instead of what they cannot."""
+    from miniloader.report.signs import spelled
+
+    assert isinstance(error, UnicodeEncodeError)
+    return spelled(error.object[error.start : error.end]), error.end
 
 
 def _flush() -> None:

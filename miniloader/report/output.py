@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["Output"]
+__all__ = ["COLOURS", "Output"]
 
 #: What makes rich write anything but plain text, in lines of any length, into a pipe.
 _ASKS_FOR_RICH: Final = ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE")
@@ -88,10 +88,36 @@ class Output:
         return _console(self._stderr) if terminal or asked else None
 
 
+#: Colours of the 256 that are legible on white and on black, where the eight of a terminal often are not.
+COLOURS: Final = {
+    "red": "color(160)",
+    "green": "color(28)",
+    "yellow": "color(130)",
+    "blue": "color(32)",
+    "magenta": "color(133)",
+    "cyan": "color(30)",
+    "bright_black": "color(243)",
+    "bright_red": "color(167)",
+    "bright_blue": "color(62)",
+    "bright_cyan": "color(31)",
+}
+
+
 def _text(line: Line) -> Text:
     from rich.text import Text
 
-    return Text.assemble(*line)
+    return Text.assemble(
+        *(piece if isinstance(piece, str) else (piece[0], _legible(piece[1])) for piece in line)
+    )
+
+
+def _legible(style: str) -> str:
+    """``style`` with its colour as COLOURS has it.
+
+    >>> _legible("bold yellow")
+    'bold color(130)'
+    """
+    return " ".join(COLOURS.get(word, word) for word in style.split())
 
 
 def _console(stderr: bool) -> Console:

@@ -53,8 +53,11 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
 }
 
 _NARROWEST: Final = 16  # columns that the last cell of a row keeps where others have all they want
-_LEAST: Final = 8  # columns that a cell keeps
-_UNBROKEN: Final = re.compile(r"(?<!\S)(?:0x)?[0-9a-f][0-9a-f,.]*(?!\S)")  # numbers and addresses
+_LONGEST_WORD: Final = 16  # columns that every cell keeps for a word, so that only long ones are broken
+_NUMBER: Final = re.compile(
+    r"0x[0-9a-fA-F]+|(?<![0-9A-Za-z])[0-9a-f]{6,}(?![0-9A-Za-z])|[0-9]+(?:[.,][0-9]+)*"
+)
+_SEPARATORS: Final = "/:,;=+-_@.()"  # after which a long word is best broken
 
 
 def plain(line: Line) -> str:
@@ -111,7 +114,8 @@ def legend(signs: Iterable[tuple[str, str, str]], width: int) -> Iterator[Line]:
 def wrapped(line: Line, width: int | None, indent: int = 0) -> Iterator[Line]:
     """``line`` in lines of at most ``width`` columns (None: any), those after the first set in by ``indent``.
 
-    It is broken at spaces; a word that is too long for a line is broken anywhere.
+    It is broken at spaces; a word that is too long for a line is broken behind a sign, and a number only
+    where it is longer than a line in itself.
 
     >>> [plain(part) for part in wrapped(("where it is ", ("looked for", "bold")), 16, indent=2)]
     ['where it is', '  looked for']
@@ -121,14 +125,40 @@ def wrapped(line: Line, width: int | None, indent: int = 0) -> Iterator[Line]:
         yield line
         return
     margin, at = " " * indent, 0
-    lines = textwrap.wrap(
-        text, max(width, indent + 4), subsequent_indent=margin, break_on_hyphens=False, expand_tabs=False
-    )
+    lines = _Wrapper(
+        max(width, indent + 4), subsequent_indent=margin, break_on_hyphens=False, expand_tabs=False
+    ).wrap(text)
     for number, broken in enumerate(lines or [""]):
         words = broken[indent:] if number else broken
         at = text.index(words, at)
         yield (margin, *_cut(line, at, len(words))) if number and indent else _cut(line, at, len(words))
         at += len(words)
+
+
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks a word that is longer than a line where :func:`_break_of` says."""
+
+    def _handle_long_word(
+        self, reversed_chunks: list[str], cur_line: list[str], cur_len: int, width: int
+    ) -> None:
+        word, room = reversed_chunks[-1], max(width - cur_len, 1)
+        at = _break_of(word, room)
+        if at == 0 and cur_line:
+            return  # nothing of it fits behind what there is: it begins the next line
+        cur_line.append(word[: at or room])
+        reversed_chunks[-1] = word[at or room :]
+
+
+def _break_of(word: str, room: int) -> int:
+    """How many characters of ``word``, at most ``room``, are a good beginning of it; 0 for none.
+
+    >>> _break_of("/usr/lib/libcrypto.so.3", 12), _break_of("at_0x7f52fe9a1000", 8), _break_of("0x7f52fe", 4)
+    (9, 3, 0)
+    """
+    numbers = [match.span() for match in _NUMBER.finditer(word)]
+    whole = [at for at in range(1, room + 1) if not any(start < at < end for start, end in numbers)]
+    behind_signs = [at for at in whole if word[at - 1] in _SEPARATORS]
+    return max(behind_signs or whole, default=0)
 
 
 def _cut(line: Line, start: int, length: int) -> Line:
@@ -183,9 +213,10 @@ class Table:
         for number, row in enumerate(rows):
             for line in _beside_each_other(row, layout):
                 yield margin + line if line else line
-            for name, cell in zip(names[len(layout.widths) :], row[len(layout.widths) :], strict=False):
-                if plain(cell) and (number or not header):
-                    yield from (margin + line for line in wrapped((f"    {name}: ", *cell), layout.room, 6))
+            beside = len(layout.widths)
+            if number or not header:
+                below = zip([*names, *[""] * len(row)][beside:], row[beside:], strict=False)
+                yield from (margin + line for line in _below(below, layout.room))
 
 
 Part = Line | Table
@@ -229,9 +260,9 @@ class _Column:
         """What it needs, so that no number, no address and no word of its heading is broken."""
         if self.right:
             return self.width
-        numbers = (number for text in self.texts for number in _UNBROKEN.findall(text))
-        words = [*self.name.removeprefix(">").split(), *numbers]
-        return max(min(self.width, _LEAST), *map(len, words), 0)
+        words = [word for text in self.texts for word in text.split()]
+        numbers = [number for text in self.texts for number in _NUMBER.findall(text)]
+        return max([*(min(len(word), _LONGEST_WORD) for word in words), *map(len, numbers)], default=0)
 
 
 @dataclass(frozen=True)
@@ -266,6 +297,15 @@ def _fitted(columns: Sequence[_Column], room: int | None, gap: int) -> _Layout:
             break
         wide[max(spare, key=wide.__getitem__)] -= 1
     return _Layout(tuple(wide), 1, right, room)
+
+
+def _below(cells: Iterable[tuple[str, Line]], room: int | None) -> Iterator[Line]:
+    """Cells that had no room beside the others, each behind the name of its column."""
+    line: list[Piece] = []
+    for name, cell in cells:
+        if plain(cell):
+            line += ["  " if line else "    ", f"{name}: " if name else "", *cell]
+    return wrapped(tuple(line), room, 6) if line else iter(())
 
 
 def _as_line(cell: Cell) -> Line:

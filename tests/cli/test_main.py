@@ -218,7 +218,7 @@ def test_closed_standard_output() -> None:
     assert done.returncode == 0
 
 
-def test_what_the_locale_cannot_print_is_escaped(
+def test_what_the_locale_cannot_print_is_spelled(
     command: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(arguments: argparse.Namespace) -> int:
@@ -229,7 +229,7 @@ def test_what_the_locale_cannot_print_is_escaped(
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert cli.main(["fake"]) == 0
-    assert written.getvalue() == b"4 \\xd7 one page\n"
+    assert written.getvalue() == b"4 x one page\n"
 
 
 # ------------------------------------------------------------------------------------------ completion
