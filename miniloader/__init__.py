@@ -14,6 +14,8 @@ Importing this package is nearly free: each public name is imported from its hom
 
 from __future__ import annotations
 
+from miniloader.forking import importing as _importing
+
 __version__ = "0.1.0"
 
 TYPE_CHECKING = (
@@ -75,9 +77,10 @@ def __getattr__(name: str) -> object:
         home = _HOMES[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    from importlib import import_module
+    with _importing:
+        from importlib import import_module
 
-    value = getattr(import_module(home), name)
+        value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -10,11 +10,12 @@ no hash, one derived without the decorator is frozen, too, and ``__init__`` is n
 from __future__ import annotations
 
 import dataclasses
-from _thread import RLock
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
+
+from miniloader.forking import importing
 
 __all__ = ["dataclass"]
 
@@ -53,7 +54,7 @@ class _Unmade:
 
     def make(self) -> None:
         """Make it, once."""
-        with _LOCK:
+        with importing:
             if self._made:
                 return
             cls = self.cls
@@ -146,4 +147,3 @@ def _repr(self: Any) -> str:
 
 _DESCRIBING: Final = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
 _COMPARING: Final = ("__eq__", "__hash__")
-_LOCK: Final = RLock()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +28,7 @@ from miniloader.elf.source import Bytes, Source
 from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:

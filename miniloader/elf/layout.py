@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ from elftools.construct.adapters import MappingAdapter, PaddingAdapter
 
 from miniloader.elf.parsing import structs
 from miniloader.elf.source import Bytes
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 __all__ = ["DYN", "EHDR", "PHDR", "RELA", "SHDR", "SYM", "Field", "Record", "record"]

@@ -23,11 +23,11 @@ inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Final, Literal
 
 from miniloader.elf.header import Segment
 from miniloader.errors import ElfError, UsageError
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 __all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]

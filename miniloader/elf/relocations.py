@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -41,6 +41,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, distinct
 from miniloader.errors import ElfError
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 __all__ = ["RelocationTable", "Relocations", "kind_name", "read_relocations"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +29,7 @@ from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version, read_versions
 from miniloader.errors import ElfError
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 __all__ = [

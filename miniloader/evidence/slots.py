@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -28,6 +27,7 @@ from miniloader.elf.symbols import (
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
 from miniloader.errors import ElfError, MiniloaderError
+from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.machine.relocation import KINDS, Formula

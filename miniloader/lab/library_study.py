@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from miniloader.elf import ElfImage, LoadPlan
+from miniloader.forking import cached_property
 from miniloader.lab.got_slots import Jump, jumps
 from miniloader.lab.page_bytes import ChangedPage, Contents, changed_pages
 from miniloader.machine.names_at import Landmarks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,7 @@ from miniloader.elf.header import Segment
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
+from miniloader.forking import cached_property
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.values import dataclass
 

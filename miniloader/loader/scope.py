@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
+from miniloader.forking import cached_property
 from miniloader.loader.symbol_lookup import MappedSymbols, look_name_up, look_up
 from miniloader.values import dataclass
 

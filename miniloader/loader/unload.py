@@ -7,21 +7,19 @@ the order of their needs, and then unmapped: what one of them calls on the way i
 from __future__ import annotations
 
 import atexit
-import os
-import threading
 from collections.abc import Callable
 from typing import Final
 
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
+from miniloader.forking import loading
 from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import stand_ins
 from miniloader.loader.loaded import Loaded
 
 __all__ = ["find_present", "let_go", "lock", "present", "take_back", "unfinished"]
 
-#: Held by whoever changes what this process has, or looks at it.  To be read from the module: a child that
-#: is forked gets another one.
-lock = threading.RLock()
+#: Held by whoever changes what this process has, or looks at it, and by whoever forks.
+lock: Final = loading
 #: The libraries that other loads may share, in the order in which they were loaded.
 present: Final[list[Loaded]] = []
 #: Those of loads that are not complete; what they need has to stay.
@@ -107,12 +105,3 @@ def _finalise_all() -> None:
     with lock:
         for library in _in_destructor_order():
             _finalise(library)
-
-
-def _after_fork() -> None:
-    """A thread that held the lock is not in the child."""
-    global lock
-    lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

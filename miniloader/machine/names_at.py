@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -28,6 +27,7 @@ from miniloader.elf.symbols import (
 )
 from miniloader.elf.symtab import read_symtab
 from miniloader.errors import ElfError
+from miniloader.forking import cached_property
 from miniloader.machine.plt import find_stubs
 from miniloader.values import dataclass
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +104,11 @@ class JobStructure(ctypes.Structure):
 @lru_cache(maxsize=1)
 def functions() -> ctypes.PyDLL:
     """The loops themselves; they keep Python's lock, as one loop at a time has SIGBUS to itself."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise LoadError(
+            "this Python runs without its global lock, which the loader's own loops rely on",
+            hint="start it with PYTHON_GIL=1 in the environment",
+        )
     path = Path(__file__).with_name("loops-x86_64.so")
     try:
         library = ctypes.PyDLL(os.fspath(path))

@@ -13,7 +13,6 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from miniloader.errors import printable
 from miniloader.evidence.sharing import ABSENT, STATES, Sharing, analyse
 from miniloader.evidence.snapshot import PAGE_DTYPE, ProcessPages, Snapshot
+from miniloader.forking import cached_property
 from miniloader.kernel.features import LEVELS
 from miniloader.kernel.frames import flag_names
 from miniloader.kernel.syscalls import PAGE_SIZE

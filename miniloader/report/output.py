@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from miniloader.forking import cached_property
 from miniloader.report.text import Line, Part, laid_out, plain
 
 if TYPE_CHECKING:

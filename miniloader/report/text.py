@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Final
 
+from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
 from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
+from miniloader.forking import cached_property
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Final
 
 from miniloader.evidence.sharing import STATES, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
+from miniloader.forking import cached_property
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import Final
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.errors import EvidenceError
 from miniloader.evidence.sharing import analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
+from miniloader.forking import cached_property
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.mapped_files import MappedFiles

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
+from miniloader.forking import cached_property
 from miniloader.kernel.frames import KPF, distinct, frame_flags
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap

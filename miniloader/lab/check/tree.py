@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Final
 
 from miniloader.elf.dynamic import DF_1_PIE, DT_AUXILIARY, DT_FILTER, DT_FLAGS_1, DT_NEEDED
@@ -17,6 +16,7 @@ from miniloader.elf.header import Header
 from miniloader.elf.image import ElfImage, read_image
 from miniloader.elf.source import Source
 from miniloader.errors import ElfError, LoadError, UsageError
+from miniloader.forking import cached_property
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Step, Surroundings, expand, find
 from miniloader.loader.surroundings import interpreter_for, of_root, split_library_path

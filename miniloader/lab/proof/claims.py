@@ -9,7 +9,6 @@ or the claim about it is refuted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from miniloader.elf.symbols import STT_GNU_IFUNC
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, SHARED, SOLE, ZERO, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import NOTHING_TO_JUDGE, Claim, Holds, judge
+from miniloader.forking import cached_property
 from miniloader.kernel.features import LEVELS
 from miniloader.lab.proof.spare_word import Word
 from miniloader.loader.relocation_groups import sort_relocations

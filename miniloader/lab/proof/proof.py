@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +13,7 @@ from miniloader.errors import MiniloaderError
 from miniloader.evidence.sharing import STATES, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.evidence.verdict import CLAIM_SCHEMA, VERDICT_SCHEMA, Claim, Verdict, combine
+from miniloader.forking import cached_property
 from miniloader.json_schema import BOOL, COUNT, INT, TEXT, array, by_name, keys, nullable, record
 from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.lab.library_study import LibraryStudy

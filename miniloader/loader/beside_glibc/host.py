@@ -10,7 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,7 @@ from miniloader.elf.image import notes_in
 from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.errors import ElfError, LoadError
+from miniloader.forking import cached_property
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.stub_code import collect

@@ -21,7 +21,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -32,6 +31,7 @@ from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
+from miniloader.forking import cached_property
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.prepared import store

@@ -1,0 +1,131 @@
+"""A program that has threads and forks: the child can load, whatever the other threads were doing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fixtures.build import ROOT, build
+from miniloader.errors import LoadError
+from miniloader.native import functions
+
+_THREADS = """
+    import faulthandler, os, sys, threading, time
+    import miniloader
+    stop, faults = [], []
+    def work():
+        while not stop:
+            try:
+                with miniloader.load(sys.argv[1], init=False):
+                    pass
+                image = miniloader.inspect(sys.argv[1])
+                len(image.symbols), len(image.relocations), image.sections
+                image.source.close()
+            except BaseException as error:
+                faults.append(repr(error))
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for turn in range(60):
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(30, exit=True)
+            for _ in range(2):
+                with miniloader.load(sys.argv[1], init=False) as library:
+                    assert library.base
+                assert len(miniloader.inspect(sys.argv[1]).symbols)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            faults.append(f"child {turn}: {status}")
+            break
+        time.sleep(0.002)
+    stop.append(1)
+    for thread in threads:
+        thread.join()
+    print(faults)
+"""
+
+
+def _run(script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_child_of_a_program_with_threads_can_load() -> None:
+    """The first forks come while the loader itself is being imported."""
+    assert _run(_THREADS, build("demo")) == "[]"
+
+
+def test_a_fork_within_a_load_waits_for_nobody() -> None:
+    """In the same thread: who listens forks, and both go on."""
+    script = """
+        import os, sys
+        import miniloader
+        children = []
+        def listen(event):
+            if event.stage == "map" and not children:
+                children.append(os.fork())
+        with miniloader.load(sys.argv[1], on_event=listen) as library:
+            assert library.base
+        if children[0] == 0:
+            with miniloader.load(sys.argv[1]):
+                os._exit(0)
+        print(os.waitpid(children[0], 0)[1])
+    """
+    assert _run(script, build("demo")) == "0"
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_processes_of_multiprocessing_can_load(method: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+            import multiprocessing, sys
+            import miniloader
+            def work(path):
+                with miniloader.load(path) as library:
+                    return library.base > 0
+            if __name__ == "__main__":
+                assert work(sys.argv[1])
+                with multiprocessing.get_context({method!r}).Pool(2) as pool:
+                    print(pool.map(work, [sys.argv[1]] * 4))
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, program, build("demo")],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("[True, True, True, True]\n", "", 0)
+
+
+def test_the_interpreter_ends_while_threads_load() -> None:
+    """Daemon threads are stopped where they are: no signal, nothing said."""
+    script = """
+        import sys, threading, time
+        import miniloader
+        def work():
+            while True:
+                with miniloader.load(sys.argv[1]):
+                    pass
+        for _ in range(6):
+            threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.5)
+        print("done")
+    """
+    assert _run(script, build("demo")) == "done"
+
+
+def test_a_python_without_its_lock_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(LoadError, match="runs without its global lock"):
+        functions.__wrapped__()
