@@ -59,7 +59,7 @@ class Root:
     def real(self, path: str) -> str:
         """The absolute path inside of the root, without links and ``..``; errors as in :meth:`outside`."""
         if self.is_ours:
-            return os.path.realpath(path, strict=True)
+            return os.path.realpath(path)
         parts: list[str] = []
         coming, links = path.split("/")[::-1], 0
         while coming:

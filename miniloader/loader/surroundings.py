@@ -56,16 +56,19 @@ _AVX512_1: Final = frozenset("avx512cd avx512bw avx512dq avx512vl".split())
 # ------------------------------------------------------------------------------------ this process
 def of_process() -> Surroundings:
     """What ld.so of this process searches in, with ``LD_LIBRARY_PATH`` as it was when the program started."""
-    program = _program()
-    asker = Asker.of(program, path=os.path.realpath("/proc/self/exe"))
-    interpreter = interpreter_for(program) or ""
-    return _surroundings(Root("/"), program.header, interpreter, asker, _library_path(), _own_cache())
+    header, asker, interpreter = _program()
+    return _surroundings(Root("/"), header, interpreter, asker, _library_path(), _own_cache())
 
 
 @lru_cache(maxsize=1)
-def _program() -> ElfImage:
-    """The file of this process's program."""
-    return read_image(Source.open("/proc/self/exe"))
+def _program() -> tuple[Header, Asker, str]:
+    """The program of this process: its header, what it searches along, and its interpreter."""
+    image = read_image(Source.open("/proc/self/exe"))
+    try:
+        asker = Asker.of(image, path=os.path.realpath("/proc/self/exe"))
+        return image.header, asker, interpreter_for(image) or ""
+    finally:
+        image.source.close()
 
 
 @lru_cache(maxsize=1)
@@ -96,7 +99,7 @@ def _own_cache() -> Cache | None:
         return None
     stamp = (status.st_mtime_ns, status.st_ino)
     if not _last_cache or _last_cache[0][0] != stamp:
-        machine = Machine.of(_program().header)
+        machine = Machine.of(_program()[0])
         _last_cache[:] = [(stamp, read_cache(CACHE, machine.number, machine.order))]
     return _last_cache[0][1]
 

@@ -150,8 +150,13 @@ class Files:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ElfError(path, "file", str(reason), "a readable ELF file") from None
 
-    def describe(self, path: str, loader: Asker | None = None) -> tuple[tuple[int, int], Description]:
-        """Device and inode of the file, and what it says, as ``loader`` has loaded it."""
+    def describe(
+        self, path: str, loader: Asker | None = None, *, real: str | None = None
+    ) -> tuple[tuple[int, int], Description]:
+        """Device and inode of the file, and what it says, as ``loader`` has loaded it.
+
+        ``real`` is where the file is to itself, where that is not ``path``: a program.
+        """
         image = self.open(path)
         identity = image.source.identity
         try:
@@ -160,9 +165,8 @@ class Files:
         finally:
             image.source.close()
         described = self._described[identity]
-        asker = Asker(
-            path, described.asker.rpath, described.asker.runpath, loader, described.asker.no_default
-        )
+        read = described.asker
+        asker = Asker(real or path, read.rpath, read.runpath, loader, read.no_default)
         values = (described.header, described.soname, described.needs, asker, described.versions)
         return identity, Description(*values)
 
@@ -339,24 +343,23 @@ def tree(
     image = files.open(name)
     try:
         is_program = image.interpreter is not None or image.header.type == "EXEC" or _is_pie(image)
-        if is_program:  # the kernel tells it where it is
-            name = place.real(name)
+        real = place.real(name) if is_program else name  # the kernel tells a program where it is
         elements = split_library_path(library_path)
         hwcaps = place.is_ours if hwcaps is None else hwcaps
-        asker = Asker.of(image, path=name)
+        asker = Asker.of(image, path=real)
         surroundings = of_root(place, image, elements, hwcaps=hwcaps, program=asker)
         interpreter = image.interpreter if is_program else interpreter_for(image)
     finally:
         image.source.close()
-    identity, description = files.describe(name)
-    walk = _Walk(files, surroundings, name)
-    walk.know(_ITSELF, ("", name, description.soname), identity)
+    identity, description = files.describe(name, real=real)
+    walk = _Walk(files, surroundings, real)
+    walk.know(_ITSELF, ("", name, real, description.soname), identity)
     if interpreter is not None:
         walk.know_interpreter(interpreter)
     walk.grow(description)
     libraries = tuple(library.grown() for library in walk.libraries)
     return Tree(
-        name, interpreter if is_program else None, description, libraries, tuple(walk.needs), surroundings
+        real, interpreter if is_program else None, description, libraries, tuple(walk.needs), surroundings
     )
 
 
@@ -366,7 +369,9 @@ def _is_pie(image: ElfImage) -> bool:
 
 def _path_of(name: str, root: Root, library_path: str) -> str:
     """The path of what is called ``name``: a library as ld.so finds it, a file, a program in ``PATH``."""
-    surroundings = of_root(root, read_image(Source.open("/proc/self/exe")), split_library_path(library_path))
+    image = read_image(Source.open("/proc/self/exe"))
+    surroundings = of_root(root, image, split_library_path(library_path))
+    image.source.close()
     found = find(name, None, surroundings)
     if found.path is not None:
         return found.path
