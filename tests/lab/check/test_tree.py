@@ -25,6 +25,13 @@ from tests.oracle.rule_trees import NODEFLIB, NewLibrary, library_bytes
 _STEP = 5  # of the system's files every fifth, so that it takes seconds
 
 
+@pytest.fixture(autouse=True)
+def long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pipe: no line is broken, whatever pytest says of the terminal."""
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 # ------------------------------------------------------------------------------------------ the system
 def _programs() -> list[str]:
     paths = {os.path.realpath(entry.path) for entry in os.scandir("/usr/bin") if entry.is_file()}
