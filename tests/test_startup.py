@@ -33,3 +33,31 @@ def test_numpy_without_its_docstrings_and_threads() -> None:
         check=True,
     )
     assert answer.stdout.split() == ["True", "1"]
+
+
+LOADING = """
+import ctypes, os, sys
+import miniloader
+library = miniloader.load(sys.argv[1])
+symbol = library.function(sys.argv[2], ctypes.c_char_p)
+symbol()
+print(*[name for name in ("numpy", "rich", "jinja2", "capstone") if name in sys.modules])
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "function"), [("libz.so.1", "zlibVersion"), ("libsqlite3.so.0", "sqlite3_libversion")]
+)
+def test_loading_needs_no_arrays_and_no_threads(library: str, function: str) -> None:
+    """From ``import miniloader`` to a running function: what few libraries ask for is imported for them."""
+    command = [sys.executable, "-c", LOADING, library, function]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "\n1\n"
+
+
+@pytest.mark.parametrize("name", ["demo_relr", "tls_general", "cxx", "ifunc", "versions"])
+def test_nor_do_the_rarer_relocations(name: str) -> None:
+    code = "import sys, miniloader; miniloader.load(sys.argv[1]); print('numpy' in sys.modules)"
+    command = [sys.executable, "-c", code, str(build.build(name))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -10,9 +10,7 @@ from dataclasses import field
 from functools import lru_cache
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_ANDROID_REL,
     DT_ANDROID_RELA,
@@ -158,26 +156,56 @@ class RelocationTable:
         """The rows behind the ``head``, which is not read for them."""
         return self._from(self.head)
 
-    def _from(self, first: int) -> Table:
+    def bytes_behind(self, first: int) -> Bytes:
+        """The rows from the row ``first`` on, as they lie in the file, or as they are unpacked."""
         if self.unpacked:
-            return decode_relocations(self.unpacked, 64, "<", addends=True, machine="")[first:]
+            return bytes(self.unpacked[first * self.entry_size :])
         offset, length = self.file_offset + first * self.entry_size, (self.count - first) * self.entry_size
-        data = self.source.read(offset, length, self.name)
+        return self.source.read(offset, length, self.name)
+
+    def _from(self, first: int) -> Table:
+        data = self.bytes_behind(first)
+        if self.unpacked:
+            return decode_relocations(data, 64, "<", addends=True, machine="")
         return decode_relocations(
             data, self.elf_class, self.order, addends=self.addends, machine=self.machine
         )
 
 
 @dataclass(frozen=True, eq=False)
+class RelrTable:
+    """``DT_RELR``: ``count`` entries from ``vaddr`` on, vaddrs and bitmaps of words that get the bias."""
+
+    vaddr: int
+    file_offset: int
+    count: int
+    elf_class: int
+    order: str
+    source: Source
+
+    @cached_property
+    def words(self) -> NDArray[np.uint64]:
+        """The vaddrs of the words that it relocates."""
+        length = self.count * self.elf_class // 8
+        data = self.source.read(self.file_offset, length, "DT_RELR") if length else b""
+        return decode_relr(data, self.elf_class, self.order)
+
+
+@dataclass(frozen=True, eq=False)
 class Relocations:
     """Every relocation of an image: ``tables`` in the order they are applied, after ``relr``.
 
-    ``relr`` holds the vaddrs of the words to which the load bias is added.
+    ``relr_table`` says which words get the load bias alone.
     """
 
     machine: str
     tables: tuple[RelocationTable, ...]
-    relr: NDArray[np.uint64]
+    relr_table: RelrTable
+
+    @property
+    def relr(self) -> NDArray[np.uint64]:
+        """The vaddrs of the words that ``relr_table`` relocates."""
+        return self.relr_table.words
 
     def __len__(self) -> int:
         return len(self.relr) + sum(table.count for table in self.tables)
@@ -227,10 +255,14 @@ def read_relocations(
 ) -> Relocations:
     """Read ``DT_RELR``, ``DT_REL``, ``DT_RELA`` and ``DT_JMPREL``; :class:`ElfError` where they are wrong."""
     word, tags = elf_class // 8, _with_plain_relr(tags, name)
-    relr = np.empty(0, np.uint64)
+    relr_table = RelrTable(0, 0, 0, elf_class, order, source)
     if DT_RELR in tags:
         _entry_size(tags, DT_RELRENT, word, name)
-        relr = decode_relr(_extent(read, tags, DT_RELR, DT_RELRSZ, word, name), elf_class, order)
+        length = tags.get(DT_RELRSZ, 0)
+        if length % word:
+            raise ElfError(name, tag_name(DT_RELRSZ), f"{length} bytes", f"a multiple of {word}")
+        file_offset = locate(tags[DT_RELR], length, tag_name(DT_RELR)) if length else 0
+        relr_table = RelrTable(tags[DT_RELR], file_offset, length // word, elf_class, order, source)
     sizes = {False: 2 * word, True: 3 * word}
     plt_addends = tags.get(DT_PLTREL, DT_RELA) == DT_RELA
     if DT_PLTREL in tags and tags[DT_PLTREL] not in (DT_REL, DT_RELA):
@@ -255,7 +287,7 @@ def read_relocations(
         head = min(tags.get(DT_RELACOUNT, 0), count) if tag == DT_RELA else 0
         described = label, addends, start, file_offset, count, head, size
         tables.append(RelocationTable(*described, elf_class, order, machine, source))
-    return Relocations(machine, tuple(tables), relr)
+    return Relocations(machine, tuple(tables), relr_table)
 
 
 #: Android's tags for DT_RELR, before the gABI had any.
@@ -297,12 +329,3 @@ def _packed(
 def _entry_size(tags: Mapping[int, int], tag: int, size: int, name: str | None) -> None:
     if tags.get(tag, size) != size:
         raise ElfError(name, tag_name(tag), str(tags[tag]), str(size))
-
-
-def _extent(
-    read: Reader, tags: Mapping[int, int], start: int, size: int, unit: int, name: str | None
-) -> Bytes:
-    length = tags.get(size, 0)
-    if length % unit:
-        raise ElfError(name, tag_name(size), f"{length} bytes", f"a multiple of {unit}")
-    return read(tags[start], length, tag_name(start))

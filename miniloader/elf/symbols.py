@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
     DT_HASH,

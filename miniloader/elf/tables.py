@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.layout import record
 from miniloader.elf.source import Bytes
 
@@ -30,9 +28,9 @@ __all__ = [
 Table = NDArray[Any]
 """A numpy array whose dtype is given by the function that made it."""
 
-_Row = TypeVar("_Row", bound=np.generic)
+_Row = TypeVar("_Row", bound="np.generic")
 
-RELOCATION: Final = np.dtype([("offset", "u8"), ("type", "u4"), ("symbol", "u4"), ("addend", "i8")])
+RELOCATION: Final = [("offset", "u8"), ("type", "u4"), ("symbol", "u4"), ("addend", "i8")]
 """A relocation of any class: on a little-endian machine this is ``Elf64_Rela`` as it lies in the file."""
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeVar
-
-import numpy as np
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import (
@@ -77,8 +76,7 @@ def read_constructors(image: ElfImage, memory: Memory) -> tuple[list[int], list[
 
 def _functions(memory: Memory, start: int, end: int) -> list[int]:
     """The function pointers between two vaddrs, as relocation left them in memory."""
-    words: list[int] = memory.read(start, end - start).view(np.uint64).tolist()
-    return words
+    return array("Q", memory.read(start, end - start)).tolist()
 
 
 @lru_cache(maxsize=1)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from array import array
 from collections.abc import Callable
 from typing import Any, Final
-
-import numpy as np
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
@@ -53,7 +52,7 @@ class Slots:
         processor = features()
         self._stub.fill(lazy_trampoline(function or 0, xsave=processor is None or "xsave" in processor))
         address = self._stub.address
-        self._memory.write(self._got + 8, np.array([address, address], np.uint64))
+        self._memory.write(self._got + 8, array("Q", [address, address]))
 
     def close(self) -> None:
         """Give back what was made; the slots must not be used any more."""

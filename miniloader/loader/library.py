@@ -7,8 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from miniloader.arrays import np
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError
@@ -17,6 +16,7 @@ from miniloader.loader.beside_glibc import host, thread_local
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
+from miniloader.loader.scope import find_name
 
 __all__ = ["Library"]
 
@@ -86,9 +86,9 @@ class Library:
                 if found is not None:
                     return found
                 continue
-            index = library.symbols.find(name, version)
-            if index is not None:
-                return _address_of(library, index)
+            address = _address_of(library, name, version)
+            if address is not None:
+                return address
         label = name if version is None else f"{name}, version {version}"
         raise SymbolError(f"{self._name}: no symbol {label}", hint=_similar(self.loaded, name))
 
@@ -133,11 +133,20 @@ def _quoted(path: str) -> str:
     return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _address_of(library: Loaded, index: int) -> int:
-    _, info, _, shndx, value, _ = library.symbols.rows[index].item()
+def _address_of(library: Loaded, name: str, version: str | None) -> int | None:
+    """The address of the symbol in ``library``, ``None`` where that does not define it."""
+    if version is None:
+        owner, _, address, value, _, info, _ = find_name(os.fsencode(name), [library], newest=True)
+        if owner < 0:
+            return None
+    else:
+        index = library.symbols.find(name, version)
+        if index is None:
+            return None
+        _, info, _, shndx, value, _ = library.symbols.rows[index].item()
+        address = value if shndx == SHN_ABS else library.bias + value
     if info & 0xF == STT_TLS and library.blocks.own is not None:
         return thread_local.address_of(library.blocks.own, value)
-    address = value if shndx == SHN_ABS else library.bias + value
     return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import chain, compress
 
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.loader.beside_glibc import unwinder
@@ -17,7 +16,7 @@ from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import protect_relro
 from miniloader.loader.relocate import Relocation, refuse_unbound
-from miniloader.loader.relocation_groups import TLS, sort_relocations
+from miniloader.loader.relocation_groups import TLS, sort_relocations, types_and_symbols
 from miniloader.loader.relocation_job import resolve
 from miniloader.loader.scope import Bindings, Definer, bind
 from miniloader.loader.spans import open_names, readable, refuse
@@ -45,14 +44,13 @@ def linking_order(libraries: Sequence[Loaded], scope: Sequence[Definer]) -> list
 def _storage_of_others(library: Loaded, order: Sequence[Definer]) -> list[Loaded]:
     """The libraries of ours whose thread-local storage the relocations of ``library`` refer to."""
     image = library.image
-    codes = [code for code, kind in KINDS.get(image.header.machine, {}).items() if kind.formula in TLS]
-    tables = image.relocations.tables
-    symbols = [table.behind_head["symbol"][np.isin(table.behind_head["type"], codes)] for table in tables]
-    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *symbols])).astype(np.int64)
-    if not len(wanted):
+    codes = {code for code, kind in KINDS.get(image.header.machine, {}).items() if kind.formula in TLS}
+    rows = (zip(*types_and_symbols(table), strict=True) for table in image.relocations.tables)
+    wanted = array("q", sorted({symbol for code, symbol in chain.from_iterable(rows) if code in codes}))
+    if not wanted:
         return []
-    spans, highest = readable(image, library.plan), image.relocations.highest_symbol
-    library.names = open_names(image, spans, library.bias, at_least=highest + 1)
+    spans = readable(image, library.plan)
+    library.names = open_names(image, spans, library.bias, at_least=wanted[-1] + 1)
     try:
         bindings = bind(wanted, order, order.index(library))
     except Stopped as stopped:
@@ -110,7 +108,7 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     restore = read_only if image.dynamic.text_relocations else []
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
-    if len(relocations.lazy):  # before an IFUNC's resolver calls through them
+    if relocations.lazy is not None and relocations.left:  # before an IFUNC's resolver calls through them
         slots = Slots(image, memory, relocations.lazy, finder(library, order))
         library.undo.callback(slots.close)
         slots.connect()
@@ -123,23 +121,26 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     if carrier is not None and image.tls is not None:
         text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"
         graph.event("tls", image.path, text, module=carrier.module, bytes=image.tls.memsz)
-    if len(relocations.lazy):
-        graph.event("bind", image.path, f"{len(relocations.lazy)} PLT slots left for their first call")
-    total = len(image.relocations)
-    where = ", in read-only segments too" if restore else ""
-    graph.event("relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied)
+    if relocations.left:
+        graph.event("bind", image.path, f"{relocations.left} PLT slots left for their first call")
+    if graph.tell is not None:
+        total, where = len(image.relocations), ", in read-only segments too" if restore else ""
+        graph.event(
+            "relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied
+        )
 
 
-def _resolved(bindings: Bindings, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _resolved(bindings: Bindings, addresses: array[int]) -> bytearray:
     """Which symbols are IFUNCs of libraries of ours; ``addresses`` gets what those of the system's choose.
 
     These are relocated already, so that their resolvers can run before anything of the library is.
     """
-    late = bindings.indirect
+    late = bindings.indirect[:]
     if bindings.met & INDIRECT_FUNCTION:
-        from_host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], np.bool_)
-        places = (late & from_host[bindings.owner]).nonzero()[0]
-        resolve(addresses, places)
-        late = late.copy()
-        late[places] = False
+        owners = bindings.column("owner")
+        indirect = compress(range(len(late)), late)
+        places = [place for place in indirect if isinstance(bindings.scope[owners[place]], HostLibrary)]
+        resolve(addresses, array("q", places))
+        for place in places:
+            late[place] = 0
     return late

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import gnu_unique, stand_ins
 from miniloader.loader.graph import Graph
@@ -43,7 +42,7 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in thread_local_words(library, bindings, rows):
-            ready.store(room, vaddrs, words, size)
+            ready.store(room, np.array(vaddrs, np.uint64), np.array(words, np.uint64), size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
     for of_library in (False, True):
@@ -76,5 +75,6 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         values[place], owner = gnu_unique.settled(name, int(values[place]), definer)
         if owner is not None:
             library.share(owner)
-    stand_ins.answer(values, table["definer"] != order.index(library))
-    return values
+    answered = array("Q", values.tobytes())
+    stand_ins.answer(answered)
+    return np.asarray(answered)

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf import LoadPlan, PlannedCall, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
-from miniloader.native import Stopped, copy
+from miniloader.native import Stopped, buffer_address, copy
 
 __all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits", "put_words"]
 
@@ -75,28 +73,27 @@ class Memory:
         """The address after the last byte."""
         return self.bias + self.plan.end
 
-    def read(self, vaddr: int, length: int) -> NDArray[np.uint8]:
+    def read(self, vaddr: int, length: int) -> bytearray:
         """``length`` bytes at ``vaddr``, copied; :class:`ElfError` when the file's page is gone."""
-        data = np.empty(length, np.uint8)
+        data = bytearray(length)
         self.read_into(vaddr, data)
         return data
 
-    def read_into(self, vaddr: int, data: NDArray[Any]) -> None:
-        """Fill ``data`` (contiguous) from ``vaddr`` on."""
+    def read_into(self, vaddr: int, data: Any) -> None:
+        """Fill the buffer ``data`` (contiguous) from ``vaddr`` on."""
         self._transfer(vaddr, data, reading=True)
 
-    def write(self, vaddr: int, data: NDArray[Any]) -> None:
-        """Store ``data`` (contiguous) at ``vaddr``: each page touched becomes a private copy.
+    def write(self, vaddr: int, data: Any) -> None:
+        """Store the buffer ``data`` (contiguous, writable) at ``vaddr``; each page touched is copied.
 
         :class:`ElfError` where that is outside the library, or a page cannot be written.
         """
         self._transfer(vaddr, data, reading=False)
 
-    def put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
+    def put(self, vaddrs: Iterable[int], values: Iterable[int], size: int) -> None:
         """Store the low ``size`` bytes of each value at its vaddr, which need not be aligned."""
-        octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8)[:, :size]
-        for vaddr, word in zip(vaddrs.tolist(), octets, strict=True):
-            self.write(vaddr, word)
+        for vaddr, value in zip(vaddrs, values, strict=True):
+            self.write(vaddr, bytearray(value.to_bytes(8, "little")[:size]))
 
     def perform(
         self, calls: Iterable[PlannedCall], on_call: OnCall | None = None, source: Source | None = None
@@ -111,7 +108,7 @@ class Memory:
             elif call.call == "mprotect":
                 self.protect(call.start, call.end, call.protection)
             else:
-                self.write(call.start, np.zeros(call.length, np.uint8))
+                self.write(call.start, bytearray(call.length))
             if on_call is not None:
                 on_call(self, call)
 
@@ -139,14 +136,15 @@ class Memory:
         except OSError as error:
             raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}") from None
 
-    def _transfer(self, vaddr: int, data: NDArray[Any], *, reading: bool) -> None:
-        if not self.plan.start <= vaddr <= vaddr + data.nbytes <= self.plan.end:  # somebody else's memory
-            found, expected = f"{vaddr:#x} to {vaddr + data.nbytes:#x}", "inside the PT_LOADs"
+    def _transfer(self, vaddr: int, data: Any, *, reading: bool) -> None:
+        length = memoryview(data).nbytes
+        if not self.plan.start <= vaddr <= vaddr + length <= self.plan.end:  # somebody else's memory
+            found, expected = f"{vaddr:#x} to {vaddr + length:#x}", "inside the PT_LOADs"
             raise ElfError(self.name, "vaddrs", found, expected)
-        mapped, array = (self.bias + vaddr) % (1 << 64), data.ctypes.data
-        to, from_ = (array, mapped) if reading else (mapped, array)
+        mapped, buffer = (self.bias + vaddr) % (1 << 64), buffer_address(data)
+        to, from_ = (buffer, mapped) if reading else (mapped, buffer)
         try:
-            copy(to, from_, data.nbytes)
+            copy(to, from_, length)
         except Stopped as stopped:
             raise self.gone(stopped.where - self.bias) from None
 

@@ -174,7 +174,8 @@ def _keep(library: Loaded, bindings: Bindings) -> Entry:
     index, special, names = _index(library, relocations, bindings)
     tls = [rows for _, rows in relocations.of(*TLS)]
     tls_rows = np.concatenate([np.empty(0, RELOCATION), *tls])
-    data = np.concatenate([memory.read(int(vaddr), PAGE_SIZE) for vaddr in pages] or [np.empty(0, np.uint8)])
+    cached = bytearray().join([memory.read(vaddr, PAGE_SIZE) for vaddr in pages.tolist()])
+    data = np.frombuffer(cached, np.uint8)
     for vaddrs in (index["slots"], *_thread_local(relocations)):  # the same bytes whoever prepares it
         data[_places(pages, vaddrs).astype(np.int64)[:, None] + np.arange(8)] = 0
     facts = {
@@ -276,7 +277,7 @@ def _index(
         column[symbolic] = of[place]
     values["addend"][symbolic] = meanings["addend"][symbolic]
     names = {
-        number: library.symbols.name(int(bindings.wanted[meanings["place"][number]]))
+        number: library.symbols.name(bindings.wanted[meanings["place"][number]])
         for number in np.flatnonzero(meant == UNIQUE).tolist()
     }
     special = [

@@ -7,22 +7,21 @@ symbols that are IFUNCs).  Nearly all words are computed and written by :mod:`mi
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Final, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import compress
+from typing import Final, NoReturn
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_FINI_ARRAY, DT_FINI_ARRAYSZ, DT_INIT_ARRAY, DT_INIT_ARRAYSZ
+from miniloader.elf.layout import RELA
 from miniloader.elf.symbols import STB_WEAK
-from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import ElfError, LoadError, SymbolError
 from miniloader.loader.beside_glibc.thread_local import Write
 from miniloader.loader.memory import Memory
 from miniloader.loader.relocation_groups import TLS, Sorted, refuse_kind
-from miniloader.loader.relocation_job import RelocationJob, kinds_table
+from miniloader.loader.relocation_job import RelocationJob, Row, kinds_table
 from miniloader.loader.scope import Bindings
 from miniloader.loader.spans import open_names, readable, refuse, writable
 from miniloader.loader.symbol_lookup import MappedSymbols
@@ -57,29 +56,31 @@ class Relocation:
             page_size=plan.page_size,
         )
         spans = readable(image, plan)
-        for vaddr, count in (relocations.head, *parts):
-            end = vaddr + count * RELOCATION.itemsize
-            if count and not any(low <= vaddr and end <= high for low, high in spans):
+        extents = [(vaddr, count * RELA.size) for vaddr, count in (relocations.head, *parts)]
+        start, entries = relocations.relr_part
+        for vaddr, length in (*extents, (start, entries * image.header.word)):
+            end = vaddr + length
+            if length and not any(low <= vaddr and end <= high for low, high in spans):
                 found = f"vaddrs {vaddr:#x} to {end:#x}"
                 raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
             counts, highest = self._job.survey()
-            if len(relocations.lazy):
+            if relocations.lazy is not None and relocations.left:
                 highest = max(highest, int(relocations.lazy["symbol"].max()))
             self.names = open_names(image, spans, memory.bias, at_least=highest + 1)
             self.wanted = self._job.used(len(self.names))
             self._counts = {relocations.kinds[code]: (code, count) for code, count in counts.items()}
             for kind, rows in self._rows_of("copy"):
-                refuse_kind(image, relocations.kinds, self._counts[kind][0], int(rows["symbol"][0]))
+                refuse_kind(image, relocations.kinds, self._counts[kind][0], rows[0][2])
         except Stopped as stopped:
             self._refuse(stopped)
 
     def apply(
         self,
         bindings: Bindings,
-        addresses: NDArray[np.uint64],
-        late: NDArray[np.bool_],
-        thread_local: Callable[[Iterable[tuple[Kind, Table]]], list[Write]],
+        addresses: array[int],
+        late: bytearray,
+        thread_local: Callable[[Iterable[tuple[Kind, Sequence[Row]]]], list[Write]],
         *,
         may_run: bool,
     ) -> int:
@@ -91,23 +92,21 @@ class Relocation:
         """
         relocations, job = self._relocations, self._job
         called, pointed = bindings.places(call=True), bindings.places(call=False)
-        added = relocations.relr
-        if len(relocations.lazy):
-            added = np.concatenate([added, relocations.lazy["offset"]])
-        words = called, pointed, addresses, bindings.found, late
+        added = array("Q") if relocations.lazy is None else array("Q", relocations.lazy["offset"].tolist())
+        words = called, pointed, addresses, bindings.rows, late
         try:
-            job.relocate(relocations.dynamic, added, relocations.head, *words)
+            job.relocate(relocations.located, relocations.relr_part, added, relocations.head, *words)
             for vaddrs, values, size in thread_local(self._rows_of(*TLS)):
                 _refuse_overflow(self._image, size, vaddrs, values)
                 self._put(vaddrs, values, size)
             own = any(kind.formula == "indirect" for kind in self._counts)
-            if own or (bindings.met & INDIRECT_FUNCTION and late.any()):
+            if own or (bindings.met & INDIRECT_FUNCTION and 1 in late):
                 self._put_indirect(bindings, addresses, late, may_run=may_run)
         except Stopped as stopped:
             self._refuse(stopped)
         return job.pages
 
-    def _rows_of(self, *formulas: str) -> Iterator[tuple[Kind, Table]]:
+    def _rows_of(self, *formulas: str) -> Iterator[tuple[Kind, list[Row]]]:
         """The kinds with one of ``formulas``, and their rows."""
         return (
             (kind, self._job.rows(code, count))
@@ -115,7 +114,7 @@ class Relocation:
             if kind.formula in formulas
         )
 
-    def _put(self, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], size: int) -> None:
+    def _put(self, vaddrs: Sequence[int], values: Sequence[int], size: int) -> None:
         self._memory.put(vaddrs, values, size)
         self._job.note(vaddrs, size)
 
@@ -127,7 +126,7 @@ class Relocation:
         refuse(self._image, stopped)
 
     def _put_indirect(
-        self, bindings: Bindings, addresses: NDArray[np.uint64], late: NDArray[np.bool_], *, may_run: bool
+        self, bindings: Bindings, addresses: array[int], late: bytearray, *, may_run: bool
     ) -> None:
         """What needs our code to run: others' IFUNCs, which its own resolvers may call, its own, IRELATIVE.
 
@@ -136,43 +135,46 @@ class Relocation:
         chosen: dict[int, int] = {}
         bias = self._memory.bias % (1 << 64)
 
-        def resolve(resolvers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-            for resolver in resolvers.tolist():
+        def resolve(resolvers: Sequence[int]) -> list[int]:
+            if not may_run:
+                return [0] * len(resolvers)
+            for resolver in resolvers:
                 if resolver not in chosen:
                     chosen[resolver] = call_resolver(resolver)
-            return np.array([chosen[resolver] for resolver in resolvers.tolist()], np.uint64)
+            return [chosen[resolver] for resolver in resolvers]
 
         for group in _by_turns(self.names, bindings, late):
-            places = np.flatnonzero(group)
-            addresses[places] = resolve(addresses[places]) if may_run else 0
+            for place, address in zip(group, resolve([addresses[place] for place in group]), strict=True):
+                addresses[place] = address
             for kind, rows in self._rows_of("S", "S + A", "S + A - P"):
-                place = bindings.place(rows["symbol"], call=kind.call)
-                rows, place = rows[group[place]], place[group[place]]
-                values = _values(kind, rows, addresses[place], bias)
-                _refuse_overflow(self._image, kind.size, rows["offset"], values, signed=kind.signed)
-                self._put(rows["offset"], values, kind.size)
+                places = bindings.places(call=kind.call)
+                chosen_rows = [row for row in rows if places[row[2]] in group]
+                vaddrs = [offset for offset, *_ in chosen_rows]
+                values = [_value(kind, row, addresses[places[row[2]]], bias) for row in chosen_rows]
+                _refuse_overflow(self._image, kind.size, vaddrs, values, signed=kind.signed)
+                self._put(vaddrs, values, kind.size)
         for kind, rows in self._rows_of("indirect"):
-            resolvers = rows["addend"].view(np.uint64) + np.uint64(bias)
-            values = resolve(resolvers) if may_run else np.zeros(len(rows), np.uint64)
-            self._put(rows["offset"], values, kind.size)
+            resolvers = [(addend + bias) & ADDRESS_MASK for *_, addend in rows]
+            self._put([offset for offset, *_ in rows], resolve(resolvers), kind.size)
 
 
 def _elsewhere(tables: Sequence[bytearray], bias: int) -> list[tuple[int, int]]:
     """Where ``tables`` are, which do not lie in the library: what would be the vaddr there, and the count."""
-    size = RELOCATION.itemsize
+    size = RELA.size
     return [((buffer_address(table) - bias) & ADDRESS_MASK, len(table) // size) for table in tables]
 
 
 @lru_cache(maxsize=1)
-def _kinds(machine: str) -> NDArray[Any]:
+def _kinds(machine: str) -> bytearray:
     return kinds_table(KINDS[machine])
 
 
 def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
     """Raise :class:`SymbolError` for the first symbol without a definition that is not weak."""
-    for place in np.flatnonzero(bindings.owner < 0).tolist():
-        index = int(bindings.wanted[place])
-        if index == 0 or int(bindings.field("info")[place]) >> 4 == STB_WEAK:
+    for index, owner, info in zip(
+        bindings.wanted, bindings.column("owner"), bindings.column("info"), strict=True
+    ):
+        if owner >= 0 or index == 0 or info >> 4 == STB_WEAK:
             continue
         version = image.symbols.version(index)
         label = f"{image.symbols.name(index)}" + (f" (version {version.name})" if version else "")
@@ -180,29 +182,27 @@ def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
         raise SymbolError(f"{image.path}: undefined symbol {label}{where}")
 
 
-def _values(kind: Kind, rows: Table, symbols: NDArray[np.uint64], bias: int) -> NDArray[np.uint64]:
-    """What the ``rows`` of a symbolic kind make of their words, given the addresses of their ``symbols``."""
+def _value(kind: Kind, row: Row, symbol: int, bias: int) -> int:
+    """What a ``row`` of a symbolic kind makes of its word, given the address of its ``symbol``."""
+    offset, _, _, addend = row
     if kind.formula == "S":
-        return symbols
-    with np.errstate(over="ignore"):
-        values: NDArray[np.uint64] = symbols + rows["addend"].view(np.uint64)
-        if kind.formula == "S + A - P":
-            values -= rows["offset"] + np.uint64(bias)
-        return values
+        return symbol
+    return (symbol + addend - (offset + bias if kind.formula == "S + A - P" else 0)) & ADDRESS_MASK
 
 
 def _refuse_overflow(
-    image: ElfImage, size: int, vaddrs: NDArray[np.uint64], values: NDArray[np.uint64], *, signed: bool = True
+    image: ElfImage, size: int, vaddrs: Sequence[int], values: Sequence[int], *, signed: bool = True
 ) -> None:
     """Raise :class:`LoadError` when a value does not fit the ``size`` bytes that are written."""
     if size >= 8:
         return
-    low = values.astype(np.uint32)
-    extended = low.astype(np.int32).astype(np.int64).view(np.uint64) if signed else low.astype(np.uint64)
-    overflowing = np.flatnonzero(extended != values)
-    if len(overflowing):
-        first = overflowing[0]
-        raise _too_far(image, int(vaddrs[first]), int(values[first]))
+    bits = 8 * size
+    for vaddr, value in zip(vaddrs, values, strict=True):
+        extended = value & ((1 << bits) - 1)
+        if signed and extended >> (bits - 1):
+            extended |= ADDRESS_MASK >> bits << bits
+        if extended != value:
+            raise _too_far(image, vaddr, value)
 
 
 def _too_far(image: ElfImage, vaddr: int, value: int) -> LoadError:
@@ -218,10 +218,10 @@ def call_resolver(address: int) -> int:
     return int(_RESOLVER(address)())
 
 
-def _by_turns(names: MappedSymbols, bindings: Bindings, late: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The symbols that are IFUNCs: others' first, then those of the library ``names``; no group is empty."""
-    if not late.any():
-        return []
-    positions = [position for position, definer in enumerate(bindings.scope) if definer.names is names]
-    of_library = np.logical_or.reduce([bindings.owner == position for position in positions])
-    return [group for group in (late & ~of_library, late & of_library) if group.any()]
+def _by_turns(names: MappedSymbols, bindings: Bindings, late: bytearray) -> list[dict[int, None]]:
+    """The places of symbols that are IFUNCs: those of other libraries first, then those of ``names``."""
+    groups: list[dict[int, None]] = [{}, {}]
+    owners = bindings.column("owner")
+    for place in compress(range(len(late)), late):
+        groups[bindings.scope[owners[place]].names is names][place] = None
+    return [group for group in groups if group]

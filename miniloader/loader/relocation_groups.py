@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
@@ -23,14 +21,14 @@ from miniloader.elf.dynamic import (
     DT_VERSYM,
 )
 from miniloader.elf.header import Segment
-from miniloader.elf.relocations import kind_name
+from miniloader.elf.relocations import RelocationTable, kind_name
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.forking import cached_property
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.values import dataclass
 
-__all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations"]
+__all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations", "types_and_symbols"]
 
 #: Formulas of thread-local storage.
 TLS: Final = ("module", "module offset", "thread offset", "descriptor")
@@ -48,19 +46,35 @@ _SMALL: Final = 256
 class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
-    ``dynamic`` are the offsets and addends of B + A in the dynamic section, which no relocation asks for,
-    ``lazy`` the PLT slots left for their first call.
+    ``located`` are rows of B + A in the dynamic section, which no relocation asks for, three words each;
+    ``lazy`` the PLT slots left for their first call, if any.
     """
 
     image: ElfImage
     kinds: Mapping[int, Kind]
-    dynamic: Table
-    lazy: Table
+    located: array[int]
+    lazy: Table | None
+
+    @property
+    def dynamic(self) -> Table:
+        """The rows that are ``located``, as an array."""
+        return np.asarray(self.located).view(RELOCATION)
+
+    @property
+    def left(self) -> int:
+        """How many rows are ``lazy``."""
+        return 0 if self.lazy is None else len(self.lazy)
 
     @property
     def relr(self) -> NDArray[np.uint64]:
         """The vaddrs of the words that the load bias is added to."""
         return self.image.relocations.relr
+
+    @property
+    def relr_part(self) -> tuple[int, int]:
+        """The RELR table: vaddr and count of its entries."""
+        table = self.image.relocations.relr_table
+        return table.vaddr, table.count
 
     @property
     def head(self) -> tuple[int, int]:
@@ -72,9 +86,9 @@ class Sorted:
     def parts(self) -> list[tuple[int, int]]:
         """All other rows but the lazy ones and those unpacked: the vaddr and count of each part."""
         return [
-            (table.vaddr + first * RELOCATION.itemsize, table.count - first)
+            (table.vaddr + first * table.entry_size, table.count - first)
             for table in self.image.relocations.tables
-            if (first := table.head + (len(self.lazy) if table.name == _PLT else 0)) < table.count
+            if (first := table.head + (self.left if table.name == _PLT else 0)) < table.count
             and not table.unpacked
         ]
 
@@ -105,7 +119,8 @@ class Sorted:
         yield self.relr
         relative = self.relative["offset"]
         yield relative
-        yield self.lazy["offset"]
+        if self.lazy is not None:
+            yield self.lazy["offset"]
         if len(relative) and int(np.bitwise_or.reduce(relative)) & 7:
             yield relative + np.uint64(_WORD - 1)
         for kind, rows in self.others:
@@ -115,7 +130,7 @@ class Sorted:
     @cached_property
     def _groups(self) -> tuple[tuple[Kind, Table], ...]:
         tables = self.image.relocations.tables
-        parts = (table.rows[len(self.lazy) if table.name == _PLT else 0 :] for table in tables)
+        parts = (table.rows[self.left if table.name == _PLT else 0 :] for table in tables)
         rows = np.concatenate([np.empty(0, RELOCATION), *parts])
         codes = _distinct(rows["type"])
         for code in codes:
@@ -139,7 +154,7 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     kinds = KINDS.get(image.header.machine)
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
-    later = np.empty(0, RELOCATION)
+    later: Table | None = None
     for table in image.relocations.tables:
         if not table.addends:
             raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
@@ -150,6 +165,13 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
             )  # the PLT counts them: none may be left out between them
             later = table.rows[: len(slots) if slots.all() else int(np.argmin(slots))]
     return Sorted(image, kinds, _located(image), later)
+
+
+def types_and_symbols(table: RelocationTable) -> tuple[array[int], array[int]]:
+    """Of each row of Elf64_Rela behind the ``table``'s head the type, and the symbol."""
+    words = array("I")
+    words.frombytes(table.bytes_behind(table.head))
+    return words[2::6], words[3::6]
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:
@@ -177,17 +199,17 @@ def _relative(machine: str) -> int:
     return next(code for code, kind in KINDS[machine].items() if _adds(kind))
 
 
-def _located(image: ElfImage) -> Table:
+def _located(image: ElfImage) -> array[int]:
     """The addresses in the dynamic section as relocations, unless it is read-only (glibc: dl_relocate_ld)."""
     segment = image.segment("PT_DYNAMIC")
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
-        return np.empty(0, RELOCATION)
+        return array("Q")
     places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
     tags, kind, first = image.dynamic.tags, _relative(image.header.machine), segment.vaddr + _WORD
     rows = array("Q")
     for tag, place in places.items():
         rows.extend((first + 2 * _WORD * place, kind, tags[tag]))  # symbol 0
-    return np.frombuffer(rows, RELOCATION) if rows else np.empty(0, RELOCATION)
+    return rows
 
 
 def _distinct(codes: NDArray[np.uint32]) -> list[int]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import struct
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from miniloader.elf.tables import RELOCATION, Table
 from miniloader.loader.symbol_lookup import VaddrRange, spans_array
 from miniloader.machine.relocation import Kind
 from miniloader.native import (
@@ -25,12 +23,16 @@ from miniloader.native import (
     run,
 )
 
-__all__ = ["RelocationJob", "kinds_table", "resolve"]
+__all__ = ["RelocationJob", "Row", "kinds_table", "resolve"]
 
-_KIND: Final = np.dtype([("formula", "u1"), ("size", "u1"), ("signed", "u1"), ("call", "u1")])
+_KIND: Final = struct.Struct("4B")  # formula, size, signed, call
+_ROW: Final = struct.Struct("<QIIq")
+
+Row = tuple[int, int, int, int]
+"""Offset, type, symbol and addend of a relocation: what :data:`~miniloader.elf.tables.RELOCATION` has."""
 
 
-def resolve(addresses: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
+def resolve(addresses: array[int], places: array[int]) -> None:
     """Replace the resolvers at ``places`` by what they choose; Python's lock is free meanwhile."""
     _resolve()(buffer_address(addresses), buffer_address(places), len(places))
 
@@ -40,12 +42,12 @@ def _resolve() -> Any:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * 3)(("resolve", functions()))
 
 
-def kinds_table(kinds: Mapping[int, Kind]) -> NDArray[Any]:
+def kinds_table(kinds: Mapping[int, Kind]) -> bytearray:
     """What the loops have to know of each relocation kind, by its number."""
-    table = np.zeros(KINDS, _KIND)
+    table = bytearray(_KIND.size * KINDS)
     for code, kind in kinds.items():
         formula = FORMULAS.index(kind.formula) + 1 if kind.formula in FORMULAS else len(FORMULAS) + 1
-        table[code] = formula, kind.size, kind.signed, kind.call
+        _KIND.pack_into(table, _KIND.size * code, formula, kind.size, kind.signed, kind.call)
     return table
 
 
@@ -60,7 +62,7 @@ class RelocationJob:
     def __init__(
         self,
         bias: int,
-        kinds: NDArray[Any],
+        kinds: bytearray,
         *,
         writable: Sequence[VaddrRange],
         code: Sequence[VaddrRange],
@@ -70,10 +72,10 @@ class RelocationJob:
         page_size: int,
     ) -> None:
         self._bias, self._start, self._page_size = bias, pages[0], page_size
-        self._pages = np.zeros((pages[1] - pages[0]) // page_size, np.uint8)
+        self._pages = bytearray((pages[1] - pages[0]) // page_size)
         lists = writable, code, pointers, [self._part(*part) for part in parts]
         spans, counts = spans_array(chain.from_iterable(lists)), [len(part) for part in lists]
-        self._kept, self._used = (kinds, spans), np.empty(0, np.uint8)
+        self._kept, self._used = (kinds, spans), bytearray()
         places = [buffer_address(spans) + 16 * sum(counts[:index]) for index in range(len(counts))]
         self._job = JobStructure(
             *(bias & ADDRESS_MASK, page_size, pages[0], buffer_address(kinds)),
@@ -85,56 +87,58 @@ class RelocationJob:
 
     def survey(self) -> tuple[dict[int, int], int]:
         """How many rows there are of each kind, and the highest symbol that they have."""
-        counts, highest = np.zeros(KINDS, np.uint64), ctypes.c_uint64()
+        counts, highest = array("Q", bytes(8 * KINDS)), ctypes.c_uint64()
         self._run("survey", counts, ctypes.addressof(highest))
-        kinds = counts.nonzero()[0]
-        return dict(zip(kinds.tolist(), counts[kinds].tolist(), strict=True)), highest.value
+        return {code: counts[code] for code in compress(range(KINDS), counts)}, highest.value
 
-    def used(self, symbols: int) -> NDArray[np.int64]:
+    def used(self, symbols: int) -> array[int]:
         """Which of so many symbols have to be bound, ascending."""
-        self._used = np.zeros(symbols, np.uint8)
+        self._used = bytearray(symbols)
         self._run("use", self._used, symbols)
-        return self._used.nonzero()[0]
+        return array("q", compress(range(symbols), self._used))
 
-    def rows(self, code: int, count: int) -> Table:
-        """The rows of a kind, of which there are ``count``: a copy.  Their symbols are used."""
-        rows = np.empty(count, RELOCATION)
+    def rows(self, code: int, count: int) -> list[Row]:
+        """The rows of a kind, of which there are ``count``.  Their symbols are used."""
+        rows = bytearray(_ROW.size * count)
         self._run("gather", code, rows, count, self._used, len(self._used))
-        return rows
+        return list(_ROW.iter_unpack(rows))
 
     def relocate(
         self,
-        located: Table,
-        added: NDArray[np.uint64],
+        located: array[int],
+        relr: tuple[int, int],
+        added: array[int],
         head: tuple[int, int],
-        called: NDArray[np.int64],
-        pointed: NDArray[np.int64],
-        addresses: NDArray[np.uint64],
-        definitions: Table,
-        late: NDArray[np.bool_],
+        called: array[int],
+        pointed: array[int],
+        addresses: array[int],
+        definitions: array[int],
+        late: bytearray,
     ) -> None:
         """Write all words but those of symbols that are ``late``, and of formulas that are not the loops'.
 
-        First come the rows ``located``, of B + A; then the load bias is added at the vaddrs ``added``; then
-        come the rows of ``head`` (vaddr and count), of B + A, and those surveyed.  ``called`` and
-        ``pointed`` say where each symbol is in ``addresses``, ``definitions`` and ``late``.
+        First come the rows ``located``, of B + A, three words each; then the load bias is added to the words
+        of the RELR table ``relr`` (vaddr and count of its entries) and at the vaddrs ``added``; then come
+        the rows of ``head`` (vaddr and count), of B + A, and those surveyed.  ``called`` and ``pointed`` say
+        where each symbol is in ``addresses``, ``definitions`` and ``late``.
         """
-        first = spans_array([self._part(*head)])
+        packed, first = (spans_array([self._part(*part)]) for part in (relr, head))
         self._run(
             "relocate",
-            *(located, len(located), added, len(added), first),
+            *(located, len(located) * located.itemsize // _ROW.size, packed, added, len(added), first),
             *(called, pointed, len(called), addresses, definitions, late),
         )
 
-    def note(self, vaddrs: NDArray[np.uint64], size: int) -> None:
+    def note(self, vaddrs: Iterable[int], size: int) -> None:
         """Count the pages of words that others write."""
-        for ends in (vaddrs, vaddrs + np.uint64(size - 1)):
-            self._pages[(ends.astype(np.int64) - self._start) // self._page_size] = 1
+        for vaddr in vaddrs:
+            for end in (vaddr, vaddr + size - 1):
+                self._pages[(end - self._start) // self._page_size] = 1
 
     @property
     def pages(self) -> int:
         """How many pages have been written to."""
-        return int(np.count_nonzero(self._pages))
+        return len(self._pages) - self._pages.count(0)
 
     def _part(self, vaddr: int, count: int) -> tuple[int, int]:
         return (self._bias + vaddr) & ADDRESS_MASK, count

@@ -9,17 +9,17 @@ visible one.  The look-ups themselves are in :mod:`miniloader.native`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
 from miniloader.forking import cached_property
-from miniloader.loader.symbol_lookup import MappedSymbols, look_name_up, look_up
+from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, look_name_up, look_up
+from miniloader.native import run
 from miniloader.values import dataclass
 
 __all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
@@ -58,21 +58,31 @@ class Definer(Protocol):
 class Bindings:
     """What the symbols ``wanted`` (indices, ascending) of one library are bound to.
 
-    ``found`` has a row of :data:`~miniloader.loader.symbol_lookup.DEFINITION` for each; ``indirect``
-    says which are IFUNCs, whose addresses are what their resolvers return, ``owners`` are the positions of
-    the libraries that define any, and ``met`` says what is among them.
+    ``rows`` has a row of :data:`~miniloader.loader.symbol_lookup.DEFINITION` for each; ``indirect``
+    says which are IFUNCs (a byte each), whose addresses are what their resolvers return, ``owners`` are the
+    positions of the libraries that define any, and ``met`` says what is among them.  Loading looks at each
+    :meth:`column`; as arrays of numpy they are :attr:`found` and its fields.
 
     The last ``pointers`` of them are there a second time, as all but calls are bound: a program that is not
     position-independent takes the entry in its own PLT for a function's address, and so everybody has to.
     """
 
-    wanted: NDArray[np.int64]
+    wanted: array[int]
     scope: Sequence[Definer]
-    found: Table
-    indirect: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_), kw_only=True)
+    rows: array[int]
+    indirect: bytearray = field(default_factory=bytearray, kw_only=True)
     owners: Sequence[int] = field(default=(), kw_only=True)
     met: int = field(default=0, kw_only=True)
     pointers: int = field(default=0, kw_only=True)
+
+    def column(self, name: str) -> array[int]:
+        """A field of each row."""
+        return column(self.rows, name)
+
+    @cached_property
+    def found(self) -> Table:
+        """The rows as an array."""
+        return np.asarray(self.rows).view(DEFINITION)
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -84,35 +94,36 @@ class Bindings:
         """Its index in that library's table."""
         return self.field("symbol")
 
-    def addresses(self) -> NDArray[np.uint64]:
+    def addresses(self) -> array[int]:
         """Bias + value of each definition; the plain value of an absolute symbol; 0 for none."""
-        return np.array(self.found["address"])
+        return array("Q", self.column("address").tobytes())
 
     def label(self, place: int) -> str:
         """The name of the symbol that ``wanted[place]`` is bound to."""
-        return self.scope[int(self.owner[place])].symbols.name(int(self.symbol[place]))
+        owner, symbol = self.rows[place * len(DEFINITION) :][:2]
+        return self.scope[owner].symbols.name(symbol)
 
     def place(self, symbols: NDArray[np.uint32], *, call: bool = False) -> NDArray[np.int64]:
         """Where each of ``symbols`` is in ``wanted``, all of which must be, as it is bound for a ``call``."""
-        return self.places(call=call)[symbols]
+        return np.asarray(self.places(call=call))[symbols]
 
-    def places(self, *, call: bool) -> NDArray[np.int64]:
+    def places(self, *, call: bool) -> array[int]:
         """Where each symbol of the library is in ``wanted``, as it is bound for a ``call``; else 0."""
         return self._called if call else self._pointed
 
     @cached_property
-    def _called(self) -> NDArray[np.int64]:
+    def _called(self) -> array[int]:
         wanted = self.wanted[: len(self.wanted) - self.pointers]
-        table = np.zeros(int(wanted[-1]) + 1 if len(wanted) else 0, np.int64)
-        table[wanted] = np.arange(len(wanted))
+        table = array("q", bytes(8 * (wanted[-1] + 1) if wanted else 0))
+        run("list_places", wanted, 0, len(wanted), table, len(table))
         return table
 
     @cached_property
-    def _pointed(self) -> NDArray[np.int64]:
+    def _pointed(self) -> array[int]:
         if not self.pointers:
             return self._called
-        table, first = self._called.copy(), len(self.wanted) - self.pointers
-        table[self.wanted[first:]] = np.arange(first, len(self.wanted))
+        table, first = self._called[:], len(self.wanted) - self.pointers
+        run("list_places", self.wanted, first, len(self.wanted), table, len(table))
         return table
 
     def field(self, name: str) -> NDArray[Any]:
@@ -120,7 +131,7 @@ class Bindings:
         return self.found[name]
 
 
-def bind(wanted: NDArray[np.int64], scope: Sequence[Definer], own: int) -> Bindings:
+def bind(wanted: array[int], scope: Sequence[Definer], own: int) -> Bindings:
     """Bind the symbols ``wanted`` of the library ``scope[own]``.
 
     Symbols that are local, hidden or protected bind to the library itself, as does index 0.
@@ -138,32 +149,36 @@ def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
 
     Not those that an earlier library defines.
     """
-    later = np.flatnonzero((calls.owner > program) | (calls.owner < 0))
-    names, wanted = [calls.scope[place].names for place in (own, program)], calls.wanted[later]
-    found = look_up(names[0], wanted, names[1:], [0], None, plt_entries=True).rows
-    hits = found["owner"] >= 0
-    found = found[hits]
-    found["owner"] = program
-    owners = sorted({*calls.owners, program}) if len(found) else calls.owners
+    pairs = zip(calls.wanted, calls.column("owner"), strict=True)
+    later = array("q", [symbol for symbol, owner in pairs if owner > program or owner < 0])
+    library, definer = (calls.scope[place].names for place in (own, program))
+    found = look_up(library, later, [definer], [0], None, plt_entries=True).rows
+    hits = [place for place, owner in enumerate(column(found, "owner")) if owner >= 0]
+    wanted, rows, width = calls.wanted[:], calls.rows[:], len(DEFINITION)
+    for place in hits:
+        wanted.append(later[place])
+        rows.append(program)
+        rows += found[place * width + 1 : (place + 1) * width]
     return Bindings(
-        np.concatenate([calls.wanted, wanted[hits]]),
+        wanted,
         calls.scope,
-        np.concatenate([calls.found, found]),
-        indirect=np.concatenate([calls.indirect, np.zeros(len(found), np.bool_)]),
-        owners=owners,
+        rows,
+        indirect=calls.indirect + bytes(len(hits)),
+        owners=sorted({*calls.owners, program}) if hits else calls.owners,
         met=calls.met,
-        pointers=len(found),
+        pointers=len(hits),
     )
 
 
-def find_names(library: Definer, symbols: NDArray[np.int64], definer: Definer) -> Table:
+def find_names(library: Definer, symbols: Sequence[int], definer: Definer) -> array[int]:
     """What of ``definer`` has the names of ``symbols`` of ``library``, in any version: a row for each."""
-    return look_up(library.names, symbols, [definer.names], [definer.bias], None, versioned=False).rows
+    names, wanted = definer.names, array("q", symbols)
+    return look_up(library.names, wanted, [names], [definer.bias], None, versioned=False).rows
 
 
-def find_name(name: bytes, scope: Sequence[Definer]) -> Table:
-    """What ``name``, in any version, is bound to in ``scope``: one row."""
-    return look_name_up(name, *_in_memory(scope))
+def find_name(name: bytes, scope: Sequence[Definer], *, newest: bool = False) -> array[int]:
+    """What ``name``, in any version, is bound to in ``scope``: one row; the ``newest`` as dlsym(3) has it."""
+    return look_name_up(name, *_in_memory(scope), newest=newest)
 
 
 def _in_memory(scope: Sequence[Definer]) -> tuple[list[MappedSymbols], list[int]]:

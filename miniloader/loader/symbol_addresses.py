@@ -7,17 +7,17 @@ stand-ins, and those that register a destructor for a thread's object are told w
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from miniloader.errors import SymbolError
 from miniloader.loader.beside_glibc import gnu_unique, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver, refuse_unbound
+from miniloader.loader.relocation_groups import types_and_symbols
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.spans import refuse
 from miniloader.loader.thread_storage import count_for_carrier
@@ -30,7 +30,7 @@ __all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
 
-def addresses_of(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
+def addresses_of(library: Loaded, bindings: Bindings) -> array[int]:
     """The address of each symbol in ``bindings``; notes what ``library`` is bound to, and so has to stay."""
     addresses = bindings.addresses()
     if bindings.met & UNIQUE:
@@ -39,9 +39,8 @@ def addresses_of(library: Loaded, bindings: Bindings) -> NDArray[np.uint64]:
     for definer in used(library, bindings):
         library.hold(definer)
     for place in thread_exits(library, bindings) if library.image.tls is not None else ():
-        function = int(addresses[place])
-        addresses[place] = library.stub_for(function).address
-    stand_ins.answer(addresses, bindings.owner != bindings.scope.index(library))
+        addresses[place] = library.stub_for(addresses[place]).address
+    stand_ins.answer(addresses)
     return addresses
 
 
@@ -49,23 +48,19 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
     owners = list(bindings.owners)
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
-        used = np.concatenate([table.behind_head["symbol"] for table in library.image.relocations.tables])
-        used = used[np.isin(used, bindings.wanted)]
-        owner_of = bindings.owner[bindings.place(used, call=True)]
-        first = {int(owner): int(np.argmax(owner_of == owner)) for owner in owners}
-        owners.sort(key=lambda owner: first[owner])
+        owner_of = dict(zip(bindings.wanted, bindings.column("owner"), strict=True))
+        symbols = [types_and_symbols(table)[1] for table in library.image.relocations.tables]
+        met = dict.fromkeys(owner_of.get(symbol) for symbol in dict.fromkeys(chain.from_iterable(symbols)))
+        owners = [owner for owner in met if owner in owners]
     return [bindings.scope[owner] for owner in owners]
 
 
 def thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
     """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
-    functions = [find_name(name, bindings.scope) for name in _THREAD_EXIT]
-    same = [
-        (bindings.owner == function["owner"]) & (bindings.symbol == function["symbol"])
-        for function in functions
-        if function["owner"][0] >= 0
-    ]
-    return [place for places in same for place in np.flatnonzero(places).tolist()]
+    found = [find_name(name, bindings.scope)[:2] for name in _THREAD_EXIT]
+    functions = [(owner, symbol) for owner, symbol in found if owner >= 0]
+    pairs = list(zip(bindings.column("owner"), bindings.column("symbol"), strict=True))
+    return [place for function in functions for place, pair in enumerate(pairs) if pair == function]
 
 
 def check_versions(library: Loaded) -> None:
@@ -91,11 +86,11 @@ def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
     def find(index: int) -> int:
         scope = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
         try:
-            bindings = bind(np.array([index], np.int64), scope, scope.index(library))
+            bindings = bind(array("q", [index]), scope, scope.index(library))
         except Stopped as stopped:
             refuse(library.image, stopped)
         refuse_unbound(library.image, bindings)
-        address = int(addresses_of(library, bindings)[0])
+        address = addresses_of(library, bindings)[0]
         count_for_carrier(library)
         return call_resolver(address) if bindings.indirect[0] else address
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress, count
 from typing import Final, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
     DT_HASH,
@@ -28,9 +26,9 @@ from miniloader.elf.dynamic import (
     DT_VERNEEDNUM,
     DT_VERSYM,
 )
-from miniloader.elf.tables import Table
 from miniloader.native import (
     ADDRESS_MASK,
+    NEWEST,
     PLT_ENTRIES,
     VERSIONED,
     Reason,
@@ -40,14 +38,25 @@ from miniloader.native import (
     run,
 )
 
-__all__ = ["DEFINITION", "Lookup", "MappedSymbols", "VaddrRange", "look_name_up", "look_up", "spans_array"]
+__all__ = [
+    "DEFINITION",
+    "Lookup",
+    "MappedSymbols",
+    "VaddrRange",
+    "column",
+    "look_name_up",
+    "look_up",
+    "spans_array",
+]
 
-DEFINITION: Final = np.dtype([
+DEFINITION: Final = [
     ("owner", "i8"), ("symbol", "i8"),
     ("address", "u8"), ("value", "u8"), ("size", "u8"), ("info", "u8"), ("shndx", "u8"),
-])  # fmt: skip
+]  # fmt: skip
 """What a symbol is bound to: the position of a library in a scope (-1: none), its symbol there, and of that
 one the address and the fields of the symbol table.  Without one all is 0 but ``info``, the symbol's own."""
+
+_PLACES: Final = {name: place for place, (name, _) in enumerate(DEFINITION)}
 
 _TAGS: Final = (
     *(DT_STRTAB, DT_STRSZ, DT_SYMTAB, DT_GNU_HASH, DT_HASH),
@@ -65,6 +74,15 @@ def spans_array(spans: Iterable[VaddrRange]) -> array[int]:
     True
     """
     return array("Q", chain.from_iterable(spans))
+
+
+def column(definitions: array[int], name: str) -> array[int]:
+    """A field of each of the rows of :data:`DEFINITION` that follow one another in ``definitions``.
+
+    >>> column(array("q", [0, 5, *bytes(5), -1, 0, *bytes(5)]), "owner").tolist()
+    [0, -1]
+    """
+    return definitions[_PLACES[name] :: len(DEFINITION)]
 
 
 def _text(text: bytes) -> bytearray:
@@ -99,7 +117,7 @@ class MappedSymbols:
         self.place = ctypes.addressof(table)
         run("open_table", self.place, check)
         if table.labels_count:
-            self._labels = np.zeros(table.labels_count, np.uint32)
+            self._labels = bytearray(4 * table.labels_count)
             table.labels = buffer_address(self._labels)
             run("list_versions", self.place)
 
@@ -130,18 +148,18 @@ class MappedSymbols:
 
 
 class Lookup(NamedTuple):
-    """What was found: ``rows`` of :data:`DEFINITION`, and which of them are IFUNCs; which libraries of the
-    scope define any; what was met (:data:`UNBOUND` and its like)."""
+    """What was found: ``rows`` of :data:`DEFINITION`, one after the other, and which of them are IFUNCs (a
+    byte each); which libraries of the scope define any; what was met (:data:`UNBOUND` and its like)."""
 
-    rows: Table
-    indirect: NDArray[np.bool_]
+    rows: array[int]
+    indirect: bytearray
     owners: list[int]
     met: int
 
 
 def look_up(
     library: MappedSymbols,
-    wanted: NDArray[np.int64],
+    wanted: array[int] | NDArray[np.int64],
     scope: Sequence[MappedSymbols],
     biases: Sequence[int],
     own: int | None,
@@ -157,13 +175,8 @@ def look_up(
     ``versioned``.  ``plt_entries`` are what is found instead of definitions: undefined symbols that have a
     value.
     """
-    definitions, owners, met = (
-        np.empty(len(wanted), DEFINITION),
-        np.zeros(len(scope), np.uint8),
-        ctypes.c_uint64(),
-    )
-    indirect = np.zeros(len(wanted), np.bool_)
-    wanted = np.ascontiguousarray(wanted, np.int64)
+    definitions, met = array("q", bytes(8 * len(DEFINITION) * len(wanted))), ctypes.c_uint64()
+    indirect, owners = bytearray(len(wanted)), bytearray(len(scope))
     tables, offsets = _scope(scope, biases)
     how = versioned * VERSIONED + plt_entries * PLT_ENTRIES
     run(
@@ -173,14 +186,20 @@ def look_up(
         *(ADDRESS_MASK if own is None else own, how, definitions),
         *(indirect, owners, ctypes.addressof(met)),
     )
-    return Lookup(definitions, indirect, owners.nonzero()[0].tolist(), met.value)
+    return Lookup(definitions, indirect, list(compress(count(), owners)), met.value)
 
 
-def look_name_up(name: bytes, scope: Sequence[MappedSymbols], biases: Sequence[int]) -> Table:
-    """What ``name``, of any version, is bound to in ``scope``, whose libraries lie at ``biases``: one row."""
-    definition = np.empty(1, DEFINITION)
+def look_name_up(
+    name: bytes, scope: Sequence[MappedSymbols], biases: Sequence[int], *, newest: bool = False
+) -> array[int]:
+    """What ``name`` is bound to in ``scope``, whose libraries lie at ``biases``: a row of :data:`DEFINITION`.
+
+    Of several versions it is the base or the oldest, as for a library that asks for none; or the ``newest``,
+    which is nobody's default but dlsym(3)'s.
+    """
+    definition = array("q", bytes(8 * len(DEFINITION)))
     text, (tables, offsets) = _text(name), _scope(scope, biases)
-    run("look_name_up", text, tables, offsets, len(scope), definition)
+    run("look_name_up", text, tables, offsets, len(scope), newest * NEWEST, definition)
     return definition
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from miniloader.elf.tables import Table
 from miniloader.loader.beside_glibc import thread_local
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
 from miniloader.loader.loaded import Loaded
+from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
 from miniloader.machine.stub_code import with_third_argument
@@ -16,7 +16,7 @@ __all__ = ["count_for_carrier", "thread_local_words"]
 
 
 def thread_local_words(
-    library: Loaded, bindings: Bindings, rows: Iterable[tuple[Kind, Table]]
+    library: Loaded, bindings: Bindings, rows: Iterable[tuple[Kind, Sequence[Row]]]
 ) -> list[thread_local.Write]:
     """Open the carriers of ``library``; the words to write for its thread-local relocations ``rows``."""
     template, rows = library.image.tls, tuple(rows)
@@ -24,7 +24,7 @@ def thread_local_words(
         return []
 
     def initial_bytes() -> bytes:
-        return library.mapped.read(template.vaddr, template.filesz).tobytes() if template is not None else b""
+        return bytes(library.mapped.read(template.vaddr, template.filesz)) if template is not None else b""
 
     library.blocks, writes = thread_local.answer(
         library, template, initial_bytes, bindings, rows, _carrier_of

@@ -28,6 +28,7 @@ __all__ = [
     "FORMULAS",
     "INDIRECT_FUNCTION",
     "KINDS",
+    "NEWEST",
     "PLT_ENTRIES",
     "UNBOUND",
     "UNIQUE",
@@ -44,8 +45,8 @@ __all__ = [
 
 #: What is met while names are looked up: a need that nobody fulfils, unique symbols, IFUNCs.
 UNBOUND, UNIQUE, INDIRECT_FUNCTION = 1, 2, 4
-#: How names are looked up: versions count; what is found are PLT entries, not definitions.
-VERSIONED, PLT_ENTRIES = 1, 2
+#: How names are looked up: versions count; PLT entries are found, not definitions; or the newest version.
+VERSIONED, PLT_ENTRIES, NEWEST = 1, 2, 4
 #: In the order of loops.h, from 1 on; all others are one more.
 FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirect")
 #: How many relocation kinds the loops can tell apart, by number.
@@ -116,8 +117,8 @@ def functions() -> ctypes.PyDLL:
         raise LoadError(f"the loader's own loops cannot be used: {error}") from None
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
-        *(("look_up", 12), ("look_name_up", 5)),
-        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 12)),
+        *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
+        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13)),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64

@@ -318,7 +318,7 @@ int64_t missing_version(const Table *table, const char *file, const Table *other
 
 /* ---------------------------------------------------------------------------------------------- names */
 
-enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2 };   /* how to look */
+enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2, NEWEST = 4 }; /* how to look */
 enum { UNBOUND = 1, UNIQUE = 2, INDIRECT_FUNCTION = 4 }; /* what was met: needs without a definition, and such symbols */
 typedef struct { /* what is looked for */
     const char *text; /* NULL until it is needed: often the hash suffices */
@@ -427,6 +427,8 @@ static Match matches(const Table *table, uint64_t index, Name *name, int64_t how
             return same(table, version, name->table, name->version) ? EXACT : OTHER;
         return hidden ? OTHER : EXACT;
     }
+    if (how & NEWEST) /* what a version of its own is asked for is not */
+        return hidden ? OTHER : EXACT;
     if ((table->versions[index] & VERSION) <= OLDEST)
         return EXACT;
     return hidden ? OTHER : VISIBLE;
@@ -552,20 +554,33 @@ int64_t look_up(
 }
 
 static int64_t look_one_up(
-    const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, Definition *found)
+    const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, int64_t how,
+    Definition *found)
 {
     Name name = {.text = text, .length = strlen(text), .hash = gnu_hash(text, strlen(text))};
     steps = MOST_STEPS;
     *found = (Definition){.owner = -1};
-    search(scope, biases, tables, &name, PLAIN, found);
+    search(scope, biases, tables, &name, how, found);
     return steps > 0 ? FINE : TOO_MUCH;
 }
 
-/* Look a name, of any version, up in a scope. */
+/* Look a name up in a scope: PLAIN, as who asks for no version, or the NEWEST. */
 int64_t look_name_up(
-    const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, Definition *found)
+    const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, int64_t how,
+    Definition *found)
 {
-    GUARDED(look_one_up(text, scope, biases, tables, found));
+    GUARDED(look_one_up(text, scope, biases, tables, how, found));
+}
+
+/* Note of numbers where among them each is: places has room for all up to the highest. */
+int64_t list_places(const int64_t *numbers, uint64_t first, uint64_t count, int64_t *places, uint64_t length)
+{
+    for (uint64_t i = first; i < count; i++) {
+        if ((uint64_t)numbers[i] >= length)
+            return NO_SYMBOL;
+        places[numbers[i]] = (int64_t)i;
+    }
+    return FINE;
 }
 
 static int64_t copy_text(

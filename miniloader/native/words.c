@@ -141,6 +141,30 @@ static int64_t add_bias(Job *job, const uint64_t *vaddrs, uint64_t count)
     return FINE;
 }
 
+/* A RELR table: even entries are the vaddrs of words; the odd ones behind are bitmaps of the 63 words that follow. */
+static int64_t add_packed(Job *job, const u64 *entries, uint64_t count)
+{
+    uint64_t vaddr = 0, vaddrs[64];
+    bool started = false; /* a bitmap before any vaddr is of no words */
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t entry = entries[i], many = 0;
+        if (!(entry & 1)) {
+            vaddrs[many++] = vaddr = entry;
+            vaddr += sizeof entry;
+            started = true;
+        } else if (started) {
+            for (uint64_t bits = entry >> 1, word = vaddr; bits; bits >>= 1, word += sizeof entry)
+                if (bits & 1)
+                    vaddrs[many++] = word;
+            vaddr += 63 * sizeof entry;
+        }
+        int64_t result = add_bias(job, vaddrs, many);
+        if (result != FINE)
+            return result;
+    }
+    return FINE;
+}
+
 /* Rows that do nothing but add the load bias: nearly all of a large library's. */
 static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
 {
@@ -209,13 +233,16 @@ static int64_t put_symbolic(
     return FINE;
 }
 
-/* Relocate: known rows, then the words at added and the head of the file's table, then all else. */
+/* Relocate: known rows, the RELR table, the words at added, the head of the file's table, then all else. */
 static int64_t put_all(
-    Job *job, const Row *known, uint64_t known_count, const uint64_t *added, uint64_t adds, const Part *head,
+    Job *job, const Row *known, uint64_t known_count, const Part *packed, const uint64_t *added, uint64_t adds,
+    const Part *head,
     const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
     const Definition *found, const uint8_t *late)
 {
     int64_t result = put_relative(job, known, known_count);
+    if (result == FINE)
+        result = add_packed(job, (const u64 *)packed->address, packed->count);
     if (result == FINE)
         result = add_bias(job, added, adds);
     if (result == FINE)
@@ -224,10 +251,11 @@ static int64_t put_all(
 }
 
 int64_t relocate(
-    Job *job, const Row *known, uint64_t known_count, const uint64_t *added, uint64_t adds, const Part *head,
+    Job *job, const Row *known, uint64_t known_count, const Part *packed, const uint64_t *added, uint64_t adds,
+    const Part *head,
     const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
     const Definition *found, const uint8_t *late)
 {
     GUARDED(put_all(
-        job, known, known_count, added, adds, head, called, pointed, symbols, addresses, found, late));
+        job, known, known_count, packed, added, adds, head, called, pointed, symbols, addresses, found, late));
 }

@@ -83,7 +83,7 @@ def test_map_maps_what_is_needed_and_touches_no_page(chain: Path) -> None:
         for library in mapped:
             assert copied(Path(library.name)) == 0
             first = library.plan.mappings[0]
-            assert library.mapped.read(first.start, 4).tobytes() == b"\x7fELF"
+            assert library.mapped.read(first.start, 4) == b"\x7fELF"
         assert not steps.bindings
 
 
@@ -96,7 +96,7 @@ def test_map_writes_no_bss(fixture_library: Callable[[str], Path]) -> None:
         steps.link()
         assert copied(path) > 0
         for span in library.plan.zeroed:
-            assert not library.mapped.read(span.start, span.end - span.start).any()
+            assert not any(library.mapped.read(span.start, span.end - span.start))
 
 
 def test_link_binds_and_relocates_and_runs_nothing(with_constructors: Path) -> None:

@@ -52,7 +52,7 @@ def test_exactly_the_calls_of_the_plan_are_made(
         assert made == [expected(call) for call in calls if call.call != "memset"]
         for call in calls:
             if call.call == "memset":
-                assert not memory.read(call.start, call.length).any()
+                assert not any(memory.read(call.start, call.length))
     finally:
         memory.unmap()
         image.source.close()

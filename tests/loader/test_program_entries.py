@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.symbols import SHN_UNDEF, SymbolTable
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import Memory, map_plan
-from miniloader.loader.scope import bind
+from miniloader.loader.scope import Bindings, bind
 from miniloader.loader.spans import open_names, readable
 from miniloader.loader.symbol_lookup import MappedSymbols
 
@@ -103,13 +104,16 @@ def test_only_calls_go_past_the_entry(built: Path, at: Callable[[str, int], At])
     index = number(program.symbols, "given")
     assert program.symbols.rows[["shndx", "value"]][index].item() == (SHN_UNDEF, entry)
 
-    symbols = np.array([number(user.symbols, "given"), number(user.symbols, "other")], np.uint32)
-    wanted = np.sort(symbols).astype(np.int64)
+    symbols = [number(user.symbols, name) for name in ("given", "other")]
+    wanted = array("q", sorted(symbols))
+
+    def bound(bindings: Bindings, *, call: bool = False) -> list[int]:
+        places, addresses = bindings.places(call=call), bindings.addresses()
+        return [addresses[places[symbol]] for symbol in symbols]
+
     for scope, own in (([program, user, given], 1), ([user, program, given], 0)):
         bindings = bind(wanted, scope, own)
-        addresses = bindings.addresses()
-        assert addresses[bindings.place(symbols)].tolist() == [entry, high + other]
-        assert addresses[bindings.place(symbols, call=True)].tolist() == [high + function, high + other]
+        assert bound(bindings) == [entry, high + other]
+        assert bound(bindings, call=True) == [high + function, high + other]
     # An earlier library's own definition comes first, as for everything else.
-    bindings = bind(wanted, [given, program, user], 2)
-    assert bindings.addresses()[bindings.place(symbols)].tolist() == [high + function, high + other]
+    assert bound(bind(wanted, [given, program, user], 2)) == [high + function, high + other]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +23,14 @@ from miniloader import native
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf import dynamic as dt
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
-from miniloader.elf.tables import RELOCATION
+from miniloader.elf.tables import RELOCATION, decode_relr
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.relocation_job import RelocationJob, kinds_table
 from miniloader.loader.spans import readable
-from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, look_name_up, look_up
+from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, look_name_up, look_up
 from miniloader.machine.relocation import KINDS
 from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Reason, Stopped, copy, functions
 
@@ -49,9 +50,9 @@ def test_every_name_is_found_where_dlsym_finds_it(name: str) -> None:
         # Of its versions a reference without one means the oldest, even hidden; dlsym(3) the default.
         if several[text] > 1 or table.hidden(index) or kind in (STT_TLS, STT_GNU_IFUNC):
             continue
-        (found,) = look_name_up(text, [library.names], [library.bias])
+        found = look_name_up(text, [library.names], [library.bias])
         # A version's own symbol is absolute, and 0: found, though dlsym(3) cannot say so.
-        assert int(found["address"]) == (host.symbol_address(handle, text) or 0), text
+        assert column(found, "address")[0] == (host.symbol_address(handle, text) or 0), text
         compared += 1
     assert compared > 50
 
@@ -67,11 +68,11 @@ def test_a_version_is_found_where_dlvsym_finds_it(name: str) -> None:
     rows, _, owners, _ = look_up(library.names, wanted, [library.names], [library.bias], None)
     assert owners == [0]
     compared = 0
-    for index, row in zip(wanted.tolist(), rows, strict=True):
+    for index, address in zip(wanted.tolist(), column(rows, "address"), strict=True):
         version = table.version(index)
         if version is not None:
             theirs = host.symbol_address(handle, table.name_bytes(index), version.name)
-            assert int(row["address"]) == theirs, (table.name(index), version)
+            assert address == theirs, (table.name(index), version)
             compared += 1
     assert compared > 100
 
@@ -214,8 +215,8 @@ def test_what_an_earlier_library_defines_comes_first(buckets: int, theirs: int) 
     other, _, _also = made(names[:6], [1] * 6, theirs)
     wanted = np.array([places[name] for name in names])
     found = look_up(mine, wanted, [other, mine], [0, 0], 1)
-    assert found.rows["owner"].tolist() == [0] * 6 + [1] * 3
-    assert [other.name(index) for index in found.rows["symbol"][:6].tolist()] == names[:6]
+    assert column(found.rows, "owner").tolist() == [0] * 6 + [1] * 3
+    assert [other.name(index) for index in column(found.rows, "symbol")[:6]] == names[:6]
 
 
 def test_names_that_take_too_long_are_not_looked_up() -> None:
@@ -267,13 +268,19 @@ class Bench:
             page_size=PAGE_SIZE,
         )
 
-    def apply(self, addresses: list[int], sizes: list[int], head: tuple[int, int] = (0, 0)) -> None:
+    def apply(
+        self,
+        addresses: list[int],
+        sizes: list[int],
+        head: tuple[int, int] = (0, 0),
+        packed: tuple[int, int] = (0, 0),
+    ) -> None:
         count = len(addresses)
         found = np.zeros(count, DEFINITION)
         found["size"] = sizes
-        places, late = np.arange(count), np.zeros(count, np.bool_)
-        nothing = np.empty(0, RELOCATION), np.empty(0, np.uint64)
-        self.job.relocate(*nothing, head, places, places, np.array(addresses, np.uint64), found, late)
+        places, late = array("q", range(count)), bytearray(count)
+        words, definitions = array("Q", addresses), array("q", found.tobytes())
+        self.job.relocate(array("Q"), packed, array("Q"), head, places, places, words, definitions, late)
 
 
 words = st.integers(BASE + PAGE_SIZE, BASE + LENGTH - 8)
@@ -310,6 +317,28 @@ def test_words_are_what_the_psabi_says(
         (vaddr + end) // PAGE_SIZE for vaddr, code, *_ in rows for end in (0, (3 if code in FOUR else 7))
     }
     assert bench.job.pages == len(touched)
+
+
+PLACES = st.integers(0, (LENGTH - PAGE_SIZE) // 8 - 130)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(PLACES.map(lambda place: BASE + PAGE_SIZE + 8 * place), st.just(None)), max_size=9),
+       st.lists(st.integers(0, (1 << 63) - 1), min_size=9, max_size=9))  # fmt: skip
+def test_a_relr_table_is_what_numpy_makes_of_it(addresses: list[int | None], bits: list[int]) -> None:
+    """Vaddrs, and behind each at most one bitmap, as it has to stay inside; one before any is of no words."""
+    entries = [bits[0] << 1 | 1]
+    for address, bitmap in zip(addresses, bits, strict=False):
+        entries += [address, bitmap << 1 | 1] if address is not None else []
+    bench = Bench([])
+    table = array("Q", entries).tobytes()
+    bench.memory[: len(table)] = table
+    expected = bytearray(bench.memory)
+    for vaddr in decode_relr(table, 64, "<").tolist():
+        word = int.from_bytes(expected[vaddr - BASE :][:8], "little") + bench.bias
+        expected[vaddr - BASE : vaddr - BASE + 8] = (word % (1 << 64)).to_bytes(8, "little")
+    bench.apply([], [], packed=(BASE, len(entries)))
+    assert bench.memory == expected
 
 
 @pytest.mark.parametrize(
@@ -376,7 +405,7 @@ def test_a_kind_or_symbol_that_there_is_not(row: tuple[int, int, int, int], reas
         assert stopped.value.reason is reason
 
 
-@pytest.mark.parametrize("part", ["known", "added", "head", "rest"])
+@pytest.mark.parametrize("part", ["known", "packed", "added", "head", "rest"])
 def test_a_page_that_is_gone_is_never_overlooked(part: str, tmp_path: Path) -> None:
     """Whichever part of the words lies on it."""
     path = tmp_path / "words"
@@ -385,9 +414,10 @@ def test_a_page_that_is_gone_is_never_overlooked(part: str, tmp_path: Path) -> N
     base = syscalls.mmap(0, 4 * PAGE_SIZE, 3, syscalls.MAP_PRIVATE, source.fd, 0)
     there, missing = PAGE_SIZE, 3 * PAGE_SIZE  # vaddrs
     at = {name: missing if name == part else there + 64 * place
-          for place, name in enumerate(("known", "added", "head", "rest"))}  # fmt: skip
-    table = np.array([(at["head"], 8, 0, 1), (at["rest"], 8, 0, 1)], RELOCATION)
-    ctypes.memmove(base, table.tobytes(), table.nbytes)
+          for place, name in enumerate(("known", "packed", "added", "head", "rest"))}  # fmt: skip
+    table = np.array([(at["head"], 8, 0, 1), (at["rest"], 8, 0, 1)], RELOCATION).tobytes()
+    table += at["packed"].to_bytes(8, "little")
+    ctypes.memmove(base, table, len(table))
     job = RelocationJob(
         base,
         kinds_table(KINDS["X86_64"]),
@@ -399,15 +429,13 @@ def test_a_page_that_is_gone_is_never_overlooked(part: str, tmp_path: Path) -> N
         page_size=PAGE_SIZE,
     )
     os.truncate(path, 2 * PAGE_SIZE)
-    nothing = np.empty(0, np.int64)
+    nothing, known = array("q"), np.array([(at["known"], 8, 0, 1)], RELOCATION)
     try:
         with pytest.raises(Stopped) as stopped:
             job.relocate(
-                np.array([(at["known"], 8, 0, 1)], RELOCATION),
-                np.array([at["added"]], np.uint64),
-                (0, 1),
-                *(nothing, nothing, np.empty(0, np.uint64)),
-                *(np.empty(0, DEFINITION), np.empty(0, np.bool_)),
+                array("Q", known.tobytes()),
+                *((48, 1), array("Q", [at["added"]]), (0, 1)),
+                *(nothing, nothing, array("Q"), nothing, bytearray()),
             )
         assert stopped.value.reason is Reason.GONE
     finally:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf.checks.rule import Fault, rule
 from miniloader.elf.dynamic import DT_GNU_HASH
 from miniloader.elf.image import ElfImage

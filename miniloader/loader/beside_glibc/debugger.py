@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-import numpy as np
-
+from miniloader.arrays import np
 from miniloader.elf import ElfImage, Source
 from miniloader.elf.dynamic import (
     DT_HASH,

@@ -7,41 +7,35 @@ define the table is ours.  Source: glibc's ``do_lookup_unique``.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from miniloader.elf.symbols import STB_GNU_UNIQUE
-from miniloader.elf.tables import Table
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.scope import Bindings, Definer, find_name, find_names
+from miniloader.loader.symbol_lookup import column
 
 __all__ = ["forget", "settle", "settled"]
 
 _ours: Final[dict[bytes, tuple[int, Definer]]] = {}
 
 
-def settle(library: Definer, bindings: Bindings, addresses: NDArray[np.uint64]) -> list[Definer]:
+def settle(library: Definer, bindings: Bindings, addresses: array[int]) -> list[Definer]:
     """Replace, in ``addresses``, those of unique symbols by the process's one; who of ours defines them.
 
     ``library`` is the one that is being bound.
     """
-    places = np.flatnonzero(
-        (bindings.owner >= 0) & (bindings.field("info") >> np.uint64(4) == STB_GNU_UNIQUE)
-    )
-    if not len(places):
-        return []
-    symbols = bindings.wanted[places]
+    places, owners = _unique(bindings.rows), bindings.column("owner")
+    symbols = [bindings.wanted[place] for place in places]
     answers = _of_host(library, symbols)
     used: dict[int, Definer] = {}
-    for place, symbol, answer in zip(places.tolist(), symbols.tolist(), answers, strict=True):
+    for place, symbol, answer in zip(places, symbols, answers, strict=True):
         if answer is not None:
             addresses[place] = answer
             continue
-        definer = bindings.scope[int(bindings.owner[place])]
         name = library.names.name(symbol)
-        addresses[place], owner = _ours.setdefault(name, (int(addresses[place]), definer))
+        addresses[place], owner = _ours.setdefault(name, (addresses[place], bindings.scope[owners[place]]))
         used[id(owner)] = owner
     return list(used.values())
 
@@ -49,7 +43,7 @@ def settle(library: Definer, bindings: Bindings, addresses: NDArray[np.uint64]) 
 def settled(name: bytes, address: int, definer: Definer) -> tuple[int, Definer | None]:
     """The process's one ``name``, where a look-up found ``definer``'s at ``address``; who of ours has it."""
     for library in host.libraries():
-        if _is_unique(find_name(name, [library]))[0]:
+        if _unique(find_name(name, [library])):
             return host.symbol_address(library.handle, name) or 0, None
     return _ours.setdefault(name, (address, definer))
 
@@ -60,19 +54,20 @@ def forget(definer: Definer) -> None:
         del _ours[name]
 
 
-def _of_host(library: Definer, symbols: NDArray[np.int64]) -> list[int | None]:
+def _of_host(library: Definer, symbols: Sequence[int]) -> list[int | None]:
     """The address of each of ``symbols`` of ``library`` whose name a library of ld.so's defines as unique."""
     addresses: list[int | None] = [None] * len(symbols)
-    remaining = np.arange(len(symbols))
-    for host_library in host.libraries():
-        unique = _is_unique(find_names(library, symbols[remaining], host_library))
-        for place in remaining[unique].tolist():
-            addresses[place] = host.symbol_address(
-                host_library.handle, library.names.name(int(symbols[place]))
-            )
-        remaining = remaining[~unique]
+    remaining = list(range(len(symbols)))
+    for host_library in host.libraries() if symbols else ():
+        unique = _unique(find_names(library, [symbols[place] for place in remaining], host_library))
+        for place in [remaining[found] for found in unique]:
+            name = library.names.name(symbols[place])
+            addresses[place] = host.symbol_address(host_library.handle, name)
+            remaining.remove(place)
     return addresses
 
 
-def _is_unique(definitions: Table) -> NDArray[np.bool_]:
-    return np.asarray((definitions["owner"] >= 0) & (definitions["info"] >> np.uint64(4) == STB_GNU_UNIQUE))
+def _unique(definitions: array[int]) -> list[int]:
+    """Which of the rows of :data:`~miniloader.loader.symbol_lookup.DEFINITION` are of unique symbols."""
+    pairs = zip(column(definitions, "owner"), column(definitions, "info"), strict=True)
+    return [place for place, (owner, info) in enumerate(pairs) if owner >= 0 and info >> 4 == STB_GNU_UNIQUE]

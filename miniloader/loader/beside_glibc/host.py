@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import np
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
     DT_NEEDED,
@@ -144,9 +143,9 @@ def tls_module(handle: int) -> int:
     return int(module.value)
 
 
-def read_words(address: int, count: int) -> NDArray[np.uint64]:
+def read_words(address: int, count: int) -> array[int]:
     """``count`` 8-byte words that the system's loader has written at ``address``."""
-    return np.frombuffer(ctypes.string_at(address, 8 * count), np.uint64)
+    return array("Q", ctypes.string_at(address, 8 * count))
 
 
 _global: list[int] = []

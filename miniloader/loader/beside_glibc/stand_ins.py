@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from functools import lru_cache
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
@@ -135,13 +133,12 @@ def is_held(memory: Memory) -> bool:
     return table.holds(memory)
 
 
-def answer(addresses: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> None:
-    """Replace, in ``addresses``, those of glibc's functions by what stands for them.
-
-    Only those that are ``foreign`` to the library can be among them.
-    """
-    places, asked = foreign.nonzero()[0], _asked()
-    for place, address in zip(places.tolist(), addresses[places].tolist(), strict=True):
+def answer(addresses: array[int]) -> None:
+    """Replace, in ``addresses``, those of glibc's functions by what stands for them."""
+    asked = _asked()
+    if asked.isdisjoint(addresses):
+        return
+    for place, address in enumerate(addresses):
         if address in asked:
             addresses[place] = stand_ins().get(address, address)
 

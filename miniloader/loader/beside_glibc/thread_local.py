@@ -14,25 +14,23 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from miniloader.elf import Tls
 from miniloader.elf.symbols import STT_TLS
-from miniloader.elf.tables import Table
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.tls_carrier import TLSDESC, TPOFF64, Carrier, GlibcQuestion, open_carrier
+from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
+from miniloader.native import ADDRESS_MASK
 from miniloader.values import dataclass
 
 __all__ = ["Blocks", "Write", "address_of", "answer"]
 
 _KIND: Final = {"thread offset": TPOFF64, "descriptor": TLSDESC}
 
-Write = tuple[NDArray[np.uint64], NDArray[np.uint64], int]
+Write = tuple[Sequence[int], Sequence[int], int]
 """The vaddrs, values and size of words to write."""
 
 
@@ -44,7 +42,7 @@ class Blocks:
     own: Carrier | None = None
     asking: Carrier | None = None
 
-    def answer(self, question: GlibcQuestion) -> NDArray[np.uint64]:
+    def answer(self, question: GlibcQuestion) -> tuple[int, int]:
         """The two words that glibc has answered a question with."""
         carrier = self.own if question.symbol is None else self.asking
         assert carrier is not None
@@ -61,7 +59,7 @@ def answer(
     tls: Tls | None,
     template: Callable[[], bytes],
     bindings: Bindings,
-    rows: Iterable[tuple[Kind, Table]],
+    rows: Iterable[tuple[Kind, Sequence[Row]]],
     carrier_of: Callable[[Definer], Carrier | None],
 ) -> tuple[Blocks, list[Write]]:
     """Open the carriers that library ``me`` needs and compute its thread-local relocations ``rows``.
@@ -69,7 +67,7 @@ def answer(
     ``template`` gives the bytes of its ``PT_TLS``, relocated; ``carrier_of`` the carrier of another library
     of ours, if it has been linked.  Raises :class:`LoadError`, in glibc's words when glibc refuses.
     """
-    words = [_needs(me, tls, bindings, kind, table, carrier_of) for kind, table in rows]
+    words = [_needs(me, tls, bindings, kind, of_kind, carrier_of) for kind, of_kind in rows]
     blocks = _open_carriers(me, tls, template, words)
     return blocks, [write for needed in words for write in _writes(needed, blocks)]
 
@@ -88,9 +86,9 @@ class _Words:
     """
 
     kind: Kind
-    vaddrs: NDArray[np.uint64]
-    offsets: NDArray[np.uint64]
-    within: NDArray[np.uint64]
+    vaddrs: Sequence[int]
+    offsets: Sequence[int]
+    within: Sequence[int]
     blocks: Sequence[_Block]
     questions: Sequence[GlibcQuestion]
 
@@ -101,38 +99,47 @@ def _needs(
     tls: Tls | None,
     bindings: Bindings,
     kind: Kind,
-    rows: Table,
+    rows: Sequence[Row],
     carrier_of: Callable[[Definer], Carrier | None],
 ) -> _Words:
     """What the ``rows`` of one kind need; those whose weak symbol nobody defines stay as they are."""
-    place = bindings.place(rows["symbol"])
-    bound = bindings.owner[place] >= 0
-    rows, place = rows[bound], place[bound]
-    owner, start = bindings.owner[place], bindings.field("value")[place]
-    from_host = np.array([isinstance(definer, HostLibrary) for definer in bindings.scope], bool)[owner]
-    with np.errstate(over="ignore"):
-        offsets = start + rows["addend"].view(np.uint64)
-        within = offsets - np.where(from_host, start, np.uint64(0))
+    place_of, owners, starts = bindings.places(call=False), bindings.column("owner"), bindings.column("value")
+    bound = [(vaddr, place_of[symbol], addend) for vaddr, _, symbol, addend in rows]
+    bound = [row for row in bound if owners[row[1]] >= 0]
+    places, definers = (
+        [place for _, place, _ in bound],
+        [bindings.scope[owners[place]] for _, place, _ in bound],
+    )
+    vaddrs = [vaddr for vaddr, _, _ in bound]
+    offsets = [_signed(starts[place] + addend) for _, place, addend in bound]
+    within = [
+        addend if isinstance(definer, HostLibrary) else offset
+        for (_, _, addend), definer, offset in zip(bound, definers, offsets, strict=True)
+    ]
     if kind.formula == "module offset":
-        return _Words(kind, rows["offset"], offsets, within, (), ())
-    places = place.tolist()
+        return _Words(kind, vaddrs, offsets, within, (), ())
     blocks = [
-        _block(me, tls, bindings, symbol, carrier_of(bindings.scope[definer]))
-        for symbol, definer in zip(places, owner.tolist(), strict=True)
+        _block(me, tls, bindings, place, carrier_of(definer))
+        for place, definer in zip(places, definers, strict=True)
     ]
     # Thread offsets are asked for the beginning, descriptors for the variable itself: offsets can be added.
-    addends = (within if kind.formula == "descriptor" else np.zeros_like(within)).view(np.int64).tolist()
+    addends = within if kind.formula == "descriptor" else [0] * len(within)
     questions = [
-        GlibcQuestion(_KIND[kind.formula], _symbol(block, bindings, symbol), addend)
-        for block, symbol, addend in zip(blocks, places, addends, strict=True)
+        GlibcQuestion(_KIND[kind.formula], _symbol(block, bindings, place), addend)
+        for block, place, addend in zip(blocks, places, addends, strict=True)
         if kind.formula in _KIND
     ]
-    return _Words(kind, rows["offset"], offsets, within, blocks, questions)
+    return _Words(kind, vaddrs, offsets, within, blocks, questions)
+
+
+def _signed(number: int) -> int:
+    """The number that has these 64 bits, from -2⁶³ on."""
+    return (number & ADDRESS_MASK ^ 1 << 63) - (1 << 63)
 
 
 def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier: Carrier | None) -> _Block:
     """Who has the storage of the symbol that ``bindings.wanted[place]`` is bound to."""
-    definer = bindings.scope[int(bindings.owner[place])]
+    definer = bindings.scope[bindings.column("owner")[place]]
     if definer is me:
         if tls is None:
             raise LoadError(
@@ -144,7 +151,7 @@ def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier
             text = f"{me.name}: refers to thread-local storage of {definer.name}, which is not set up yet"
             raise LoadError(text, hint="the two libraries refer to each other's")
         return carrier
-    if int(bindings.field("info")[place]) & 0xF != STT_TLS:  # glibc might divide by 0
+    if bindings.column("info")[place] & 0xF != STT_TLS:  # glibc might divide by 0
         label = bindings.label(place)
         raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
     return definer
@@ -190,17 +197,17 @@ def _writes(words: _Words, carriers: Blocks) -> Iterable[Write]:
     if not len(vaddrs):
         return
     if formula == "module offset":
-        yield vaddrs, words.offsets, size
+        yield vaddrs, [offset & ADDRESS_MASK for offset in words.offsets], size
     elif formula == "module":
-        yield vaddrs, np.array([_module(block or carriers.own) for block in words.blocks], np.uint64), size
+        yield vaddrs, [_module(block or carriers.own) for block in words.blocks], size
     else:
-        answers = np.array([carriers.answer(question) for question in words.questions], np.uint64)
+        answers = [carriers.answer(question) for question in words.questions]
         if formula == "thread offset":
-            with np.errstate(over="ignore"):
-                yield vaddrs, answers[:, 0] + words.within, size
+            pairs = zip(answers, words.within, strict=True)
+            yield vaddrs, [(first + within) & ADDRESS_MASK for (first, _), within in pairs], size
         else:
-            yield vaddrs, answers[:, 0], 8
-            yield vaddrs + np.uint64(8), answers[:, 1], 8
+            yield vaddrs, [first for first, _ in answers], 8
+            yield [vaddr + 8 for vaddr in vaddrs], [second for _, second in answers], 8
 
 
 def _module(block: _Block) -> int:

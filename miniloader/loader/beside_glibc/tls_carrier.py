@@ -19,9 +19,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from miniloader.elf import Tls
 from miniloader.elf.dynamic import (
     DT_HASH,
@@ -76,7 +73,7 @@ class Carrier:
         name: str,
         handle: int,
         fd: int,
-        answers: Mapping[GlibcQuestion, NDArray[np.uint64]],
+        answers: Mapping[GlibcQuestion, tuple[int, int]],
         inside: int,
     ) -> None:
         self.name = name
@@ -140,8 +137,9 @@ def open_carrier(
             hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
         raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
     start = host.load_address(handle)
-    answers = host.read_words(start + answers_at, 2 * len(questions)).reshape(-1, 2)
-    return Carrier(name, handle, fd, dict(zip(questions, answers, strict=True)), start + answers_at)
+    words = host.read_words(start + answers_at, 2 * len(questions))
+    answers = dict(zip(questions, zip(words[::2], words[1::2], strict=True), strict=True))
+    return Carrier(name, handle, fd, answers, start + answers_at)
 
 
 def open_bytes(name: str, data: bytes) -> tuple[int, int]:

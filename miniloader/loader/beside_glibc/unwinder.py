@@ -13,8 +13,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, Final
 
-import numpy as np
-
+from miniloader.arrays import np
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
 from miniloader.loader.beside_glibc import host

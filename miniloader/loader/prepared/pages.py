@@ -20,6 +20,7 @@ import mmap
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal
@@ -35,6 +36,7 @@ from miniloader.forking import cached_property
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.prepared import store
+from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.symbol_lookup import DEFINITION
 from miniloader.machine.relocation import KINDS, Kind
@@ -85,7 +87,7 @@ _ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
     "slots": np.dtype("<u4"),  # of each word that differs: how far it is from the first cached page
     "numbers": np.dtype("<u4"),  # of its value
     "values": VALUE,
-    "tls_rows": RELOCATION,
+    "tls_rows": np.dtype(RELOCATION),
     "tls_symbols": np.dtype("<i8"),  # rows of four: symbol, owner, the owner's symbol, its value
 }
 
@@ -198,16 +200,17 @@ class Prepared:
         """Store the low ``size`` bytes of ``words`` on cached pages."""
         put_words(room, (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64), words, size)
 
-    def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, Table]]]:
+    def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, list[Row]]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
         table = self.arrays["tls_symbols"].reshape(-1, 4)
         recorded = np.zeros(len(table), DEFINITION)
         recorded["owner"], recorded["symbol"], recorded["value"] = table[:, 1], table[:, 2], table[:, 3]
         recorded["info"] = np.where(table[:, 0] > 0, STT_TLS, 0)  # as it was seen to be when it was prepared
-        bindings = _Recorded(table[:, 0], scope, recorded, self.tls_names)
+        symbols, definitions = (array("q", column.tobytes()) for column in (table[:, 0], recorded))
+        bindings = _Recorded(symbols, scope, definitions, self.tls_names)
         rows, found, first = self.arrays["tls_rows"], [], 0
         for code, count in self.tls_kinds:
-            found.append((KINDS["X86_64"][code], rows[first : first + count]))
+            found.append((KINDS["X86_64"][code], rows[first : first + count].tolist()))
             first += count
         return bindings, found
 
