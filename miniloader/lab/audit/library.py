@@ -59,10 +59,13 @@ def occurrences_of(
     occurrences = []
     for process, pss_of in zip(surveys, pss, strict=True):
         of_process = list[Occurrence]()
+        by_mapping = None if pss_of is None else pss_of.tolist()
         for placed in process.files:
             frames = placed.file_frames
             frames = arrays.setdefault((placed.file.number, frames.tobytes()), frames)
-            takes = None if pss_of is None else round(float(pss_of[placed.mappings].sum()))
+            takes = (
+                None if by_mapping is None else round(sum([by_mapping[index] for index in placed.mappings]))
+            )
             of_process.append(Occurrence(process.pid, placed, frames, takes))
         occurrences.append(of_process)
     return occurrences

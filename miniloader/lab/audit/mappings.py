@@ -7,7 +7,8 @@ rows of a process at rest, ``own`` is its USS (Private_* of smaps_rollup) and ``
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -28,9 +29,9 @@ __all__ = [
     "KIND_SCHEMA",
     "MAPPING_SCHEMA",
     "AuditedMapping",
-    "FileSystems",
     "MappingKind",
     "MappingName",
+    "MappingNames",
     "MappingProcess",
     "Mappings",
     "mappings_of",
@@ -134,21 +135,37 @@ def name_of(
     return MappingName("anonymous", images[at][2] if inside else path)
 
 
-class FileSystems:
-    """The kinds of file systems that mapped files are on; the kernel is asked once for each device."""
+class MappingNames:
+    """The kinds and names of mappings, as :func:`name_of` has them: each is worked out once for all."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, int], str] = {}
+        self._names: dict[tuple[str, bool, bool, tuple[int, int]], MappingName] = {}
+        self._file_systems: dict[tuple[int, int], str] = {}
 
-    def of(self, pid: int, vma: Vma) -> str:
+    def of(
+        self, pid: int, vmas: Iterable[Vma], images: Sequence[tuple[int, int, str]]
+    ) -> Iterator[MappingName]:
+        """The name of each mapping of process ``pid``, where ``images`` lie in it."""
+        file_system = partial(self._file_system, pid)
+        for vma in vmas:
+            if not vma.path:
+                yield name_of(vma, images)
+                continue
+            key = vma.path, vma.shared, vma.inode != 0, vma.device
+            name = self._names.get(key)
+            if name is None:
+                name = self._names[key] = name_of(vma, images, file_system)
+            yield name
+
+    def _file_system(self, pid: int, vma: Vma) -> str:
         """The kind for a file that process ``pid`` has mapped, such as ``tmpfs``; "" where not known."""
-        if vma.device not in self._kinds:
+        if vma.device not in self._file_systems:
             try:
                 mount = mount_of(pid, vma.path)
             except EvidenceError:
                 return ""
-            self._kinds[vma.device] = "" if mount is None else mount.kind
-        return self._kinds[vma.device]
+            self._file_systems[vma.device] = "" if mount is None else mount.kind
+        return self._file_systems[vma.device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +206,7 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
     rows: dict[MappingName, int] = {}
     row_of = np.array([rows.setdefault(name, len(rows)) for name in names], np.intp)
     copies, originals = _counts(pages.copies), _counts(pages.originals)
-    alone, alone_of_files = _alone(pages.copies), _alone(pages.originals)
+    alone, alone_of_files = pages.copies.number_alone, pages.originals.number_alone
     columns = {
         "resident": copies + originals - pages.zeros_among,
         "own": alone + alone_of_files,
@@ -205,12 +222,6 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
 def _counts(columns: PageColumns) -> NDArray[np.int64]:
     """How many pages of each mapping they are."""
     return np.asarray(np.diff(np.array(columns.starts, np.int64)), np.int64)
-
-
-def _alone(columns: PageColumns) -> NDArray[np.int64]:
-    """How many pages of each mapping are mapped nowhere else."""
-    before = np.concatenate([[0], np.cumsum(columns.exclusive)])
-    return np.asarray(np.diff(before[columns.starts]), np.int64)
 
 
 def pss_by_frames(
@@ -234,11 +245,12 @@ def pss_by_frames(
 
 def _proportional(columns: PageColumns, shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """The PSS of each mapping; ``shares`` are the bytes of each page that is mapped more than once."""
-    alone = _alone(columns)
-    before = np.concatenate([[0.0], np.cumsum(shares)])
-    ends = np.cumsum(_counts(columns) - alone)
-    of_several = np.diff(before[np.concatenate([[0], ends])])
-    return np.asarray(alone * float(PAGE_SIZE) + of_several, np.float64)
+    alone = columns.number_alone
+    before = np.zeros(len(shares) + 1)
+    np.cumsum(shares, out=before[1:])
+    sums = before[np.cumsum(_counts(columns) - alone)]
+    sums[1:] -= sums[:-1].copy()
+    return np.asarray(alone * float(PAGE_SIZE) + sums, np.float64)
 
 
 def pss_by_sums(pid: int, vmas: Sequence[Vma]) -> NDArray[np.float64] | None:

@@ -170,6 +170,13 @@ class PageColumns:
         return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
 
     @cached_property
+    def number_alone(self) -> NDArray[np.int64]:
+        """How many pages of each mapping are mapped nowhere else."""
+        before = np.zeros(len(self.exclusive) + 1, np.int64)
+        np.cumsum(self.exclusive, out=before[1:])
+        return np.asarray(np.diff(before[self.starts]), np.int64)
+
+    @cached_property
     def several(self) -> NDArray[np.uint64]:
         """The frames of the pages that are mapped more than once."""
         return self.frames[~self.exclusive]

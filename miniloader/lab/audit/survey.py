@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangement, Arrangements
 from miniloader.lab.audit.mapped_files import Identity, MappedFile, MappedFiles
-from miniloader.lab.audit.mappings import FileSystems, Mappings, mappings_of, name_of, pss_by_sums
+from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
 from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, count_set
 from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
@@ -175,7 +174,7 @@ class Memo:
         self.files = MappedFiles()
         self.arrangements = Arrangements()
         self.layouts = Layouts()
-        self.file_systems = FileSystems()
+        self.names = MappingNames()
 
 
 def survey(
@@ -233,8 +232,7 @@ def mappings_in(
         for placed in found
         if placed.file.facts is not None and placed.file.facts.plan is not None
     )
-    file_system = partial(memo.file_systems.of, pid)
-    return mappings_of((name_of(vma, images, file_system) for vma in vmas), pages)
+    return mappings_of(memo.names.of(pid, vmas, images), pages)
 
 
 def _told_pss(pid: int, vmas: Sequence[Vma]) -> tuple[int, NDArray[np.float64]] | None:
