@@ -7,14 +7,17 @@ cache of prepared libraries are written with :func:`write_whole`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Final
 
-__all__ = ["write_whole"]
+__all__ = ["UNFINISHED", "write_whole"]
 
+UNFINISHED: Final = ".miniloader-"
+"""What the names of files begin with that are not whole yet; their writers hold a lock on them (flock(2))."""
 _STREAMS: Final = ("/dev/", "/proc/")
 
 
@@ -41,10 +44,12 @@ def write_whole(
             return
         name = os.path.realpath(name)
     mode = _mode_of(name, dir_fd) if mode is None else mode
-    new = os.path.join(os.path.dirname(name), f".miniloader-{os.urandom(8).hex()}")
+    new = os.path.join(os.path.dirname(name), f"{UNFINISHED}{os.urandom(8).hex()}")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
     try:
         with open(fd, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.writelines(parts)
             file.flush()
             os.fchmod(fd, mode)

@@ -88,6 +88,7 @@ def prepare(
     None of its code runs.  The address stays the same until the machine boots again, and is another for every
     user.  Raises what :func:`miniloader.load` raises, and :class:`LoadError` for what cannot be prepared.
     """
+    store.sweep()
     name = find_path(path)
     image = inspect(name)
     build_id = image.build_id

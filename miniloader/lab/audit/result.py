@@ -250,8 +250,10 @@ class Audit:
     def from_json(cls, value: Any) -> Self:
         """The audit in such an object; UsageError when it is not one."""
         try:
-            if value["format"] != _FORMAT or value["level"] not in get_args(LevelName):
+            if value["format"] != _FORMAT:
                 raise UsageError(f"no audit: found format {value['format']!r}, expected {_FORMAT!r}")
+            if value["level"] not in get_args(LevelName):
+                raise UsageError(f"no audit: found level {value['level']!r}, expected {get_args(LevelName)}")
             return cls(
                 level=value["level"],
                 when=value["when"],
@@ -287,8 +289,11 @@ class Audit:
                 return cls.from_json(json.load(file))
             except UsageError as error:
                 raise UsageError(f"{os.fspath(path)}: {error.message}") from error
-            except ValueError as error:  # neither JSON nor UTF-8
-                raise UsageError(f"{os.fspath(path)}: no audit as --save writes it: {error}") from error
+            except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
+                raise UsageError(
+                    f"{os.fspath(path)}: no audit: found what is no JSON, expected what "
+                    "`miniloader audit --save FILE` wrote"
+                ) from error
 
 
 def _mapping(value: Mapping[str, Any]) -> AuditedMapping:

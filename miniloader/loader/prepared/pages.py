@@ -73,7 +73,7 @@ _HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXI
 _AGAIN: Final = "miniloader prepare LIB"
 _CHANGED: Final = "its file has changed since it was prepared"
 _MAGIC: Final = b"miniprep"
-_FORMAT: Final = 3
+_FORMAT: Final = 4
 _WORD: Final = 8
 _MOST_INDEX: Final = 1 << 28  # bytes
 _MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
@@ -316,7 +316,7 @@ def read_index(fd: int, size: int) -> Prepared:
     if not _HEAD.size < at <= min(total, _MOST_INDEX) or total - at > _MOST_PAGES:
         raise LoadError("its index is damaged")
     index = os.pread(fd, at - _HEAD.size, _HEAD.size)
-    if zlib.crc32(index) != checksum:
+    if _checksum(length, total, index) != checksum:
         raise LoadError("its index is damaged")
     facts = json.loads(index[8 : 8 + length])
     _check(facts)
@@ -348,6 +348,11 @@ def read_index(fd: int, size: int) -> Prepared:
     )
 
 
+def _checksum(length: int, total: int, index: bytes) -> int:
+    """The checksum of all but the pages, which have their own: of the numbers in the head, and the index."""
+    return zlib.crc32(index, zlib.crc32(struct.pack("<QQ", length, total)))
+
+
 def _check(facts: Mapping[str, Any]) -> None:
     if facts["format"] != _FORMAT or facts["page_size"] != sys.PAGE_SIZE:
         raise LoadError("it was prepared by another version")
@@ -369,7 +374,8 @@ def pack(
     index = b"".join(parts)
     at = -(-(_HEAD.size + 8 + len(index)) // sys.PAGE_SIZE) * sys.PAGE_SIZE
     index = (at.to_bytes(8, "little") + index).ljust(at - _HEAD.size, b"\0")
-    yield _HEAD.pack(_MAGIC, zlib.crc32(index), len(text), at + len(data)) + index
+    total = at + len(data)
+    yield _HEAD.pack(_MAGIC, _checksum(len(text), total, index), len(text), total) + index
     yield data
 
 

@@ -8,6 +8,7 @@ file is written under another name, synced and renamed, so that there are only w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,10 @@ from functools import lru_cache
 from typing import Any, Final
 
 from miniloader.errors import LoadError
-from miniloader.files import write_whole
+from miniloader.files import UNFINISHED, write_whole
 from miniloader.kernel.procfs import read_proc_file
 
-__all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "write_file"]
+__all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "sweep", "write_file"]
 
 SUFFIX: Final = ".prepared"
 _SECRET: Final = "secret"
@@ -56,7 +57,7 @@ def open_file(name: str) -> tuple[int, os.stat_result]:
     Raises :class:`LoadError` when it, or the directory, is not ours alone, and FileNotFoundError.
     """
     with _opened(create=False) as place:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
     status = os.fstat(fd)
     if (
         not stat.S_ISREG(status.st_mode)
@@ -88,7 +89,40 @@ def clear() -> None:
     """Remove every file, and the secret; processes that have one mapped keep its pages."""
     with contextlib.suppress(FileNotFoundError), _opened(create=False) as place:
         for name in os.listdir(place):
-            os.unlink(name, dir_fd=place)
+            _remove(name, place)
+
+
+def sweep() -> None:
+    """Remove what a process that was killed while it wrote has left; one that still writes keeps its file."""
+    with contextlib.suppress(OSError), _opened(create=False) as place:
+        for name in os.listdir(place):
+            if name.startswith(UNFINISHED) and _is_left(name, place):
+                _remove(name, place)
+
+
+def _is_left(name: str, place: int) -> bool:
+    """Whether nobody writes the file any more: who does holds a lock on it (flock(2))."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _remove(name: str, place: int) -> None:
+    """Remove a file of whatever kind, or a directory with all that is in it; links are not followed."""
+    try:
+        os.unlink(name, dir_fd=place)
+    except IsADirectoryError:
+        import shutil
+
+        shutil.rmtree(name, dir_fd=place)
 
 
 def secret(boot: str) -> bytes:

@@ -8,9 +8,11 @@ import mmap
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import zlib
 from collections.abc import Callable
@@ -251,7 +253,8 @@ def _elsewhere(kept: Path) -> None:
     last = np.frombuffer(data, pages.RUN, count, runs)[-1:]
     last["vaddr"] += 1 << 30
     del last
-    head.pack_into(data, 0, magic, zlib.crc32(data[head.size : at]), length, total)
+    checksum = zlib.crc32(data[head.size : at], zlib.crc32(struct.pack("<QQ", length, total)))
+    head.pack_into(data, 0, magic, checksum, length, total)
     kept.unlink()
     kept.write_bytes(data)
     kept.chmod(0o400)
@@ -524,3 +527,78 @@ def test_commands(demo: Path, own_cache: Path) -> None:
     assert "pages are damaged" in damaged.stdout
     assert run("cache", "--clear").returncode == 0
     assert json.loads(run("cache", "--json").stdout)["libraries"] == []
+
+
+# ------------------------------------------------------------------------------------- what lies about
+def test_every_bit_of_the_head_is_under_the_checksum(own_cache: Path) -> None:
+    """A file with any of them flipped is refused by a LoadError, and the library goes the plain way."""
+    library = build.build("demo")
+    prepare(library)
+    (kept,) = own_cache.glob("*.prepared")
+    good = kept.read_bytes()
+    for bit in range(8 * 40):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        kept.unlink()
+        kept.write_bytes(data)
+        kept.chmod(0o400)
+        with pytest.raises(LoadError):
+            pages.open_prepared(kept.name)
+    assert entries()[0].fault
+    loading = Loading(library)
+    assert loading.reasons
+    loading.library.close()
+
+
+def test_what_is_no_file_in_the_cache_neither_hangs_nor_stays(own_cache: Path, tmp_path: Path) -> None:
+    library = build.build("demo")
+    prepare(library)
+    (kept,) = own_cache.glob("*.prepared")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("stays")
+    for make in (
+        lambda path: os.mkfifo(path, 0o400),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to(elsewhere),
+        lambda path: path.symlink_to(tmp_path),
+    ):
+        for name in (kept.name, f"{'0' * 40}.prepared", "secret"):
+            (own_cache / name).unlink(missing_ok=True)
+            make(own_cache / name)
+        (own_cache / "full").mkdir(exist_ok=True)
+        (own_cache / "full" / "file").write_text("")
+        assert all(entry.fault for entry in entries())
+        loading = Loading(library)
+        assert loading.reasons
+        loading.library.close()
+        store.clear()
+        assert os.listdir(own_cache) == []
+    assert elsewhere.read_text() == "stays"
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_prepare(own_cache: Path) -> None:
+    """What is still being written stays."""
+    script = """
+        import os, signal, sys
+        from miniloader.loader.prepared import store
+        def parts():
+            yield b"begun"
+            if sys.argv[1] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            print("writing", flush=True)
+            sys.stdin.read()
+        store.write_file("some.prepared", parts())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run([*command, "killed"], cwd=build.ROOT, check=False).returncode == -9
+    assert len(list(own_cache.glob(".miniloader-*"))) == 1
+    with subprocess.Popen(
+        [*command, "slow"], cwd=build.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == b"writing\n"
+        prepare(build.build("demo"))
+        assert len(list(own_cache.glob(".miniloader-*"))) == 1
+        slow.communicate()
+    assert (own_cache / "some.prepared").read_bytes() == b"begun"
+    assert list(own_cache.glob(".miniloader-*")) == []
