@@ -6,6 +6,7 @@
     lib = miniloader.load(path)             # Library: mapped, linked and initialised by us
     steps = miniloader.Loading(path)        # the same in three steps: .map(), .link(), .initialise()
     tree = miniloader.tree(path)            # Tree: what a program or library needs, where found and why
+    checked = miniloader.check(path)        # Checked: whether it will load, and all that is wrong
     proof = miniloader.prove(path)          # Proof: what several processes share, and what they copied
     audit = miniloader.audit([pid, other])  # Audit: which pages running processes copied, and why
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from miniloader.errors import WorkerError as WorkerError
     from miniloader.lab.audit.audit import audit as audit
     from miniloader.lab.audit.result import Audit as Audit
+    from miniloader.lab.check.check import Checked as Checked
+    from miniloader.lab.check.check import check as check
     from miniloader.lab.check.tree import Tree as Tree
     from miniloader.lab.check.tree import tree as tree
     from miniloader.lab.proof.proof import Proof as Proof
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 #: Where each public name lives (PEP 562 below).
 _HOMES = {
     "Audit": "miniloader.lab.audit.result",
+    "Checked": "miniloader.lab.check.check",
     "ElfError": "miniloader.errors",
     "ElfImage": "miniloader.elf",
     "EvidenceError": "miniloader.errors",
@@ -62,6 +66,7 @@ _HOMES = {
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",
     "audit": "miniloader.lab.audit.audit",
+    "check": "miniloader.lab.check.check",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prepare": "miniloader.loader.prepare",

@@ -29,6 +29,7 @@ __all__ = ["CLOSED_PIPE", "COMMANDS", "EXIT_STATUSES", "INTERRUPTED", "main", "r
 COMMANDS: tuple[str, ...] = (
     "inspect",
     "tree",
+    "check",
     "load",
     "disasm",
     "prove",

@@ -13,7 +13,7 @@ from miniloader.lab.audit.growth import GROWTH_KEYS
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
 from miniloader.lab.proof.proof import PROOF_SCHEMA
-from miniloader.report import disasm, doctor, inspect, load, prepared, tree
+from miniloader.report import bindings, check, disasm, doctor, inspect, load, prepared, tree
 from miniloader.walkthrough.run_chapter import CHAPTER_SCHEMA
 
 __all__ = ["ERROR", "SCHEMAS"]
@@ -24,6 +24,7 @@ ERROR: Final = record({"error": record(keys(TEXT, "kind message"))})
 SCHEMAS: Final[dict[str, Schema]] = {
     "inspect": inspect.SCHEMA,
     "tree": tree.SCHEMA,
+    "check": either(check.SCHEMA, bindings.SCHEMA),
     "load": load.SCHEMA,
     "disasm": disasm.SCHEMA,
     "prove": PROOF_SCHEMA,

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_private as assert_private
     from miniloader.testing.assertions import assert_private_pages as assert_private_pages
     from miniloader.testing.assertions import assert_shared as assert_shared
+    from miniloader.testing.loading import assert_loads as assert_loads
     from miniloader.testing.snapshots import MemorySnapshot as MemorySnapshot
     from miniloader.testing.snapshots import snapshot as snapshot
     from miniloader.testing.workers import Workers as Workers
@@ -81,6 +82,7 @@ _HOMES = {
     "assert_memory": "miniloader.testing.assertions",
     "assert_private": "miniloader.testing.assertions",
     "assert_private_pages": "miniloader.testing.assertions",
+    "assert_loads": "miniloader.testing.loading",
     "assert_shared": "miniloader.testing.assertions",
     "snapshot": "miniloader.testing.snapshots",
 }

@@ -30,6 +30,7 @@ NOT_THERE: dict[str, tuple[tuple[str, ...], ...]] = {
     "diff": ((MISSING, MISSING), (SAVED, MISSING)),
     "walkthrough": (("cow", "--check", MISSING),),
     "tree": ((MISSING,), ("libnonexistent.so.1",)),
+    "check": ((MISSING,), ("libnonexistent.so.1",)),
 }
 #: Commands that take neither.
 ALWAYS_THERE = {"cache", "doctor"}
@@ -91,6 +92,7 @@ LONG: dict[str, tuple[str, ...]] = {
     "cache": ("--verify",),
     "doctor": (),
     "tree": ("libcrypto.so.3",),
+    "check": ("libcrypto.so.3",),
 }
 
 

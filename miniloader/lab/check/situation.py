@@ -1,0 +1,110 @@
+"""A file where it is to be loaded: what it needs, the process it comes into, and what is bound to what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.symbols import STB_WEAK
+from miniloader.lab.check.closure import Closure
+from miniloader.lab.check.releases import Limit
+from miniloader.lab.check.shared_object import SharedObject, Shelf
+from miniloader.loader.search import Surroundings
+from miniloader.loader.symbol_lookup import DEFINITION, look_up
+from miniloader.values import dataclass
+
+__all__ = ["Host", "Served", "Situation", "owners_of", "unresolved"]
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A process that opens a library: the program at ``path`` (None: any that has no more than glibc), and
+    what is loaded as it starts, in the order in which symbols are looked up."""
+
+    path: str | None
+    objects: tuple[SharedObject, ...]
+
+    @property
+    def program(self) -> SharedObject | None:
+        """The program itself."""
+        return self.objects[0] if self.path is not None else None
+
+
+Served = dict[SharedObject, frozenset[SharedObject]]
+"""Objects all of whose references have been found, and the objects that they were found in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """All that decides whether ``file`` can be loaded.
+
+    ``host`` is None for a program, which is a process of its own.  ``limit`` is how old a system may be that
+    it is meant for.  ``served`` is what a run has learned so far: whoever finds all its symbols in some
+    objects finds them in any scope that has these objects, since a library more takes nothing away.
+    """
+
+    file: SharedObject
+    host: Host | None
+    closure: Closure
+    surroundings: Surroundings
+    shelf: Shelf
+    served: Served
+    limit: Limit | None = None
+
+    @cached_property
+    def scope(self) -> tuple[SharedObject, ...]:
+        """Where symbols are looked up, in order: what the process has, then the file and what it needs."""
+        before = self.host.objects if self.host is not None else ()
+        return tuple(dict.fromkeys((*before, *self.closure.objects)))
+
+    @cached_property
+    def new(self) -> tuple[SharedObject, ...]:
+        """What this load brings: the file, and what it needs and the process does not have."""
+        before = set(self.host.objects) if self.host is not None else set()
+        return tuple(item for item in self.closure.objects if item not in before)
+
+    @cached_property
+    def libc(self) -> SharedObject | None:
+        """The C library of the process, if it is glibc's."""
+        return self.closure.named.get("libc.so.6")
+
+    @cached_property
+    def unresolved(self) -> tuple[tuple[SharedObject, tuple[int, ...]], ...]:
+        """What no object in scope defines: who refers to it, and its symbols; weak ones may be missing."""
+        found = ((item, unresolved(item, self.scope, self.served)) for item in self.new)
+        return tuple((item, symbols) for item, symbols in found if symbols)
+
+
+def owners_of(
+    item: SharedObject, symbols: NDArray[np.int64], scope: Sequence[SharedObject], own: int | None
+) -> NDArray[np.void]:
+    """What ``symbols`` of ``item`` are bound to in ``scope``: rows of
+    :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own`` is as in
+    :func:`~miniloader.loader.symbol_lookup.look_up`."""
+    tables = [member.names for member in scope]
+    rows = look_up(item.names, np.ascontiguousarray(symbols), tables, [0] * len(tables), own).rows
+    return np.frombuffer(rows, DEFINITION)
+
+
+def unresolved(item: SharedObject, scope: Sequence[SharedObject], served: Served) -> tuple[int, ...]:
+    """The symbols of ``item`` that its relocations look up, that are not weak, and that nobody defines."""
+    before = served.get(item)
+    if before is not None and before.issubset(scope):
+        return ()
+    wanted = item.reference.symbols
+    strong = item.bind[wanted] != STB_WEAK
+    wanted = wanted[strong & (item.rows["shndx"][wanted] == 0)]
+    copies = item.reference.copies
+    copies = copies[item.bind[copies] != STB_WEAK]
+    owners = owners_of(item, wanted, scope, scope.index(item))["owner"]
+    beyond = [member for member in scope if member is not item]  # a copy is of what somebody else defines
+    sources = owners_of(item, copies, beyond, None)["owner"] if len(copies) else owners[:0]
+    missing = np.concatenate([wanted[owners < 0], copies[sources < 0]])
+    if not len(missing):
+        served[item] = frozenset(scope[place] for place in set(owners.tolist())) | {
+            beyond[place] for place in set(sources.tolist())
+        }
+    return tuple(missing.tolist())
