@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from miniloader.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("environment", "demo", "test")
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -190,6 +192,8 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
         str(path.relative_to(checkout)) for path in (checkout / "miniloader").rglob("*.py")
     }
     assert any(name.endswith("LICENSE") for name in names)
+    manual = {name.rpartition("/")[2] for name in names if "/share/man/man1/" in name}
+    assert manual == {"miniloader.1", *(f"miniloader-{command}.1" for command in COMMANDS)}
     assert not any(name.startswith(("docs", "fixtures", "tests", "tools")) for name in names)
 
 
