@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--csv and --json: one of them")
     if arguments.html is not None and arguments.page is not None:
         raise UsageError("--html and --page: one of them")
+    options.page_alone(arguments)
     pids = _chosen(arguments)
     if arguments.page is not None:
         return _page(arguments, pids)
@@ -157,6 +158,8 @@ def _look(arguments: argparse.Namespace, pids: tuple[int, ...], **options: Any) 
 
 
 def _print(arguments: argparse.Namespace, result: Audit) -> None:
+    if options.page_alone(arguments):
+        return
     if arguments.json:
         from miniloader.report.json import dump
 
@@ -170,7 +173,9 @@ def _print(arguments: argparse.Namespace, result: Audit) -> None:
         for process in result.unreadable:
             print(f"not audited: {said_of(process)}", file=sys.stderr)
     else:
-        Output().show(lines(result, pages=arguments.library is not None))
+        out = Output()
+        out.show(lines(result, pages=arguments.library is not None))
+        out.show(options.page_written(arguments), wrap=False)
 
 
 def _save(arguments: argparse.Namespace, result: Audit) -> None:
@@ -219,7 +224,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.lab.audit.diff import diff
     from miniloader.report.output import Output
 
-    quiet = arguments.json or arguments.csv
+    quiet = arguments.json or arguments.csv or options.page_alone(arguments)
     out = Output(stderr=quiet)
     since = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))  # as processes start
     first = _audit(arguments, pids)
@@ -252,7 +257,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         dump({**last.to_json(), "since": first.when, "changes": changed}, line=True)
     else:
         _print(arguments, last)
-        if not arguments.csv:
+        if not (arguments.csv or options.page_alone(arguments)):
             from miniloader.lab.audit.growth import growth
             from miniloader.report.audit import changes_view
             from miniloader.report.audit_growth import growth_view

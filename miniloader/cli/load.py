@@ -75,8 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, doing: Doing) -> int:
+    import os
+
     import miniloader
-    from miniloader.errors import UsageError
+    from miniloader.errors import UsageError, printable
     from miniloader.lab.loaded_library import look_at
     from miniloader.lab.workers.crash_guard import flush_c_output
     from miniloader.loader.call import parse_call, run_call
@@ -90,11 +92,14 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
         raise UsageError("--call runs the library's code, which --no-init forbids")
     narrate = Narrator(stderr=arguments.json)
     told = set[tuple[str, str]]()
+    ways: list[str] = []
 
     def on_event(event: Event) -> None:
         runs_code = event.stage in RUN_CODE and (event.stage, event.library) not in told
         told.add((event.stage, event.library))
         doing(f"{event.library}: {event.stage}: {event.text}", runs_code=runs_code)
+        if event.stage == "prepared" or "prepared" in event.data:
+            ways.append(f"{os.path.basename(event.library)}: {event.text}")
         if arguments.trace:
             narrate(event)
 
@@ -122,6 +127,8 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
         if not arguments.json:
             out = Output()
             out.show(lines(loaded))
+            if arguments.prepared:
+                out.show([(printable(f"prepared: {'; '.join(ways)}"),)], wrap=False)
             out.show(results(outcomes), wrap=False)
         doing(f"{arguments.library}: closing it")
     if arguments.json:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from miniloader.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from miniloader.report.text import Line
 
 __all__ = [
     "PERMISSIONS",
@@ -13,6 +19,8 @@ __all__ = [
     "level",
     "library",
     "number",
+    "page_alone",
+    "page_written",
     "permissions",
     "permitted",
     "prepared",
@@ -69,8 +77,23 @@ def level(parser: argparse.ArgumentParser, levels: Sequence[str] = ()) -> None:
 
 
 def html(parser: argparse._ActionsContainer, text: str) -> None:
-    """``--html FILE``; ``text`` says what the page shows."""
-    parser.add_argument("--html", metavar="FILE", help=text)
+    """``--html FILE``; ``text`` says what the page shows.  For ``-`` see :func:`page_alone`."""
+    parser.add_argument("--html", metavar="FILE", help=f"{text}; - is standard output")
+
+
+def page_alone(arguments: argparse.Namespace) -> bool:
+    """Whether the page goes to standard output; UsageError where something else does so, too."""
+    alone: bool = arguments.html == "-"
+    if alone and (arguments.json or getattr(arguments, "csv", False)):
+        raise UsageError("--html - is the page on standard output, and --json or --csv something else there")
+    return alone
+
+
+def page_written(arguments: argparse.Namespace) -> Iterator[Line]:
+    """Where the page is, if one was asked for, as the last line."""
+    if arguments.html is not None:
+        yield ()
+        yield (printable(f"The page is {arguments.html}"),)
 
 
 def examples(parser: argparse.ArgumentParser, text: str) -> None:

@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prove, and print how it went; the exit status is that of the verdict."""
+    alone = options.page_alone(arguments)
     from miniloader.lab.proof.prove import prove
     from miniloader.report.progress import progress
 
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         from miniloader.report.html import write_proof
 
         write_proof(proof, arguments.html)
+    if alone:
+        return EXIT_STATUS[proof.verdict]
     if arguments.json:
         from miniloader.report.json import dump
 
@@ -55,4 +58,5 @@ def run(arguments: argparse.Namespace) -> int:
 
         out = Output()
         out.show(lines(proof, out.drawing, all_steps=arguments.steps))
+        out.show(options.page_written(arguments), wrap=False)
     return EXIT_STATUS[proof.verdict]

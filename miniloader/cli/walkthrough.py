@@ -104,7 +104,8 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
     from miniloader.report.progress import progress
     from miniloader.walkthrough.run_chapter import run_chapter
 
-    if arguments.html is not None:
+    alone = options.page_alone(arguments)
+    if arguments.html is not None and not alone:
         from miniloader.report.html import refuse_unwritable
 
         refuse_unwritable(arguments.html)  # now, not after half a minute
@@ -117,15 +118,18 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
         from miniloader.report.html import write_walkthrough
 
         write_walkthrough(results, arguments.html)
+    if alone:
+        return _status(results)
     if arguments.json:
         from miniloader.report.json import dump
 
         dump({"chapters": [result.to_json() for result in results]})
     else:
-        from miniloader.errors import printable
         from miniloader.report.walkthrough import summary
 
-        _output().show([*summary(results), (), (printable(f"The page is {arguments.html}"),)])
+        out = _output()
+        out.show(summary(results))
+        out.show(options.page_written(arguments), wrap=False)
     return _status(results)
 
 

@@ -11,6 +11,7 @@ import base64
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -72,8 +73,12 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:
-    """Render ``template`` with ``view`` and write it to ``path``: all of it, or nothing."""
+    """Render ``template`` with ``view`` and write it all to ``path``, or nothing; ``-``: standard output."""
     text = _environment().get_template(template).render(view)
+    if path == "-":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())
+        return
     try:
         write_whole(path, [text.encode()])
     except OSError as error:

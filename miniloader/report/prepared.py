@@ -47,9 +47,12 @@ def lines(entries: Sequence[Entry], *, removed: bool) -> Iterator[Part]:
         yield ((printable(entry.path or entry.name), "bold"), " (removed)" if removed else "")
         yield Table((), list(_facts(entry)), 2)
     if not removed:
-        usable = next((entry for entry in entries if entry.fault is None), None)
-        if usable is not None:
-            yield ("  next      ", printable(f"miniloader prove {usable.path} --prepared"))
+        usable = [entry for entry in entries if entry.fault is None]
+        saving = next((entry for entry in usable if entry.pages > entry.filled), None)
+        if saving is not None:
+            yield ("  next      ", printable(f"miniloader prove {saving.path} --prepared"))
+        elif usable:
+            yield ("Nothing is saved: no page of it is the same in every process once it is relocated.",)
 
 
 def _facts(entry: Entry) -> Iterator[Sequence[Piece]]:

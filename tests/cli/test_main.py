@@ -392,3 +392,51 @@ def test_in_80_columns_load_cuts_no_address(
     assert "libz.so.1" in shown
     assert "…" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+# --------------------------------------------------------------------------------------------- --html -
+PAGES = (
+    ("prove", "libz.so.1", "-n", "2"),
+    ("audit", str(os.getpid()), "--no-causes"),
+    ("walkthrough", "segments"),
+)
+
+
+@pytest.mark.parametrize("command", PAGES, ids=lambda words: words[0])
+def test_a_page_on_standard_output_is_alone_there(command: tuple[str, ...]) -> None:
+    done = miniloader_process(*command, "--html", "-", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("<!doctype html>")
+    assert done.stdout.rstrip().endswith("</html>")
+    refused = miniloader_process(*command, "--html", "-", "--json", stdout=subprocess.PIPE)
+    assert refused.returncode == 2
+
+
+@pytest.mark.parametrize("command", PAGES, ids=lambda words: words[0])
+def test_what_was_written_is_said(command: tuple[str, ...], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = miniloader_process(*command, "--html", str(page), stdout=subprocess.PIPE)
+    assert done.stdout.splitlines()[-1] == f"The page is {page}"
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_which_way_a_prepared_library_went_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for way in ("not from the cache: it is not in the cache; miniloader prepare LIB", "pages from the cache"):
+        capfd.readouterr()
+        assert cli.main(["load", str(demo), "--prepared"]) == 0
+        (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("prepared: ")]
+        assert way in line
+        assert cli.main(["prepare", str(demo)]) == 0
+
+
+def test_prepare_says_where_nothing_is_saved(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["prepare", "libz.so.1"]) == 0
+    shown = capfd.readouterr().out
+    assert ("Nothing is saved" in shown) == ("  shared    0 pages" in shown)
+    assert ("miniloader prove" in shown) != ("Nothing is saved" in shown)
