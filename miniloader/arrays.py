@@ -15,15 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 else:
-
-    class _Later:
-        """Stands for numpy; from its first use on it has all that numpy has."""
-
-        def __getattr__(self, name: str) -> object:
-            import numpy
-
-            vars(self).update(vars(numpy))
-            return getattr(numpy, name)
+    from miniloader.later import Later
 
     class NDArray:
         """Stands for :data:`numpy.typing.NDArray` where an alias is made of it."""
@@ -31,6 +23,6 @@ else:
         def __class_getitem__(cls, _: object) -> type:
             return cls
 
-    np = _Later()
+    np = Later("numpy")
 
 __all__ = ["NDArray", "np"]

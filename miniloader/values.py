@@ -9,13 +9,16 @@ no hash, one derived without the decorator is frozen, too, and ``__init__`` is n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import MISSING, FrozenInstanceError
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.forking import importing
+from miniloader.later import leaving_out
+
+with leaving_out("inspect"):
+    import dataclasses
+    from dataclasses import MISSING, FrozenInstanceError
 
 __all__ = ["dataclass"]
 

@@ -61,3 +61,18 @@ def test_nor_do_the_rarer_relocations(name: str) -> None:
     code = "import sys, miniloader; miniloader.load(sys.argv[1]); print('numpy' in sys.modules)"
     command = [sys.executable, "-c", code, str(build.build(name))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_is_left_out_is_there_for_whoever_imports_it() -> None:
+    code = (
+        "import sys, miniloader\n"
+        "miniloader.load(sys.argv[1])\n"
+        "print(*[name for name in ('inspect', 'pdb', 'traceback') if name in sys.modules])\n"
+        "import dataclasses, inspect, pdb, traceback\n"
+        "from elftools.construct import debug\n"
+        "print(debug.pdb.Pdb is pdb.Pdb, dataclasses.inspect.signature is inspect.signature)\n"
+        "print([type(module).__name__ for module in (inspect, pdb, traceback)])"
+    )
+    command = [sys.executable, "-c", code, "libz.so.1"]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "\nTrue True\n['module', 'module', 'module']\n"

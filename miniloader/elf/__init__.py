@@ -1,5 +1,12 @@
 """What does the file say?  ELF files, decoded into frozen values and numpy tables; nothing is mapped."""
 
+from miniloader.later import leaving_out
+
+with leaving_out("inspect", "pdb", "traceback"):  # by which dataclasses and pyelftools look into themselves
+    import dataclasses as _dataclasses  # noqa: F401
+
+    import elftools.construct as _construct  # noqa: F401
+
 from miniloader.elf.checks import Problem, problems_of
 from miniloader.elf.image import ElfImage, Tls, read_image
 from miniloader.elf.plan import LoadPlan, PlannedCall, PlannedMapping, Span

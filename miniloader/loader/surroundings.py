@@ -7,7 +7,6 @@ behind the other (``system_dirs`` of glibc's ``elf/dl-load.c``).
 from __future__ import annotations
 
 import os
-import platform
 import re
 from functools import lru_cache
 from itertools import compress, product
@@ -152,9 +151,9 @@ def _surroundings(
     directories, has_legacy = _built_in(root, interpreter)
     machine = Machine.of(header)
     name = header.machine.lower()
-    levels = _hwcaps() if hwcaps and name == platform.machine() else ()
+    levels = _hwcaps() if hwcaps and name == os.uname().machine else ()
     subdirectories = tuple(f"glibc-hwcaps/{level}" for level in levels)
-    if hwcaps and has_legacy and name == platform.machine():
+    if hwcaps and has_legacy and name == os.uname().machine:
         subdirectories += _legacy_subdirectories()
     return Surroundings(
         root,
@@ -196,7 +195,7 @@ def _read_built_in(path: str, _stamp: tuple[int, int]) -> tuple[tuple[str, ...],
 @lru_cache(maxsize=1)
 def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
-    if platform.machine() != "x86_64":
+    if os.uname().machine != "x86_64":
         return ()
     processor = features() or frozenset()
     names: list[str] = []
@@ -218,7 +217,7 @@ def _platform(machine: str) -> str:
 @lru_cache(maxsize=1)
 def _legacy_subdirectories() -> tuple[str, ...]:
     """Those of before ``glibc-hwcaps`` on x86-64: each choice of these names, best first."""
-    if platform.machine() != "x86_64":
+    if os.uname().machine != "x86_64":
         return ()
     processor = (features() or frozenset()) if vendor() == "GenuineIntel" else frozenset()
     avx512 = ["avx512_1"] if processor >= _AVX512_1 else []

@@ -18,7 +18,6 @@ import os
 import sys
 from enum import IntEnum
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final
 
 from miniloader.errors import LoadError
@@ -110,9 +109,9 @@ def functions() -> ctypes.PyDLL:
             "this Python runs without its global lock, which the loader's own loops rely on",
             hint="start it with PYTHON_GIL=1 in the environment",
         )
-    path = Path(__file__).with_name("loops-x86_64.so")
+    path = os.path.join(os.path.dirname(__file__), "loops-x86_64.so")
     try:
-        library = ctypes.PyDLL(os.fspath(path))
+        library = ctypes.PyDLL(path)
     except OSError as error:
         raise LoadError(f"the loader's own loops cannot be used: {error}") from None
     for name, arguments in (
