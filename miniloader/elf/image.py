@@ -8,6 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from miniloader.elf.dynamic import (
+    DT_AUXILIARY,
+    DT_FILTER,
     DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
@@ -18,6 +20,7 @@ from miniloader.elf.dynamic import (
     Dynamic,
     parse_dynamic,
     string_at,
+    tag_name,
 )
 from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
 from miniloader.elf.layout import record
@@ -169,13 +172,20 @@ class ElfImage:
     @cached_property
     def needed(self) -> tuple[str, ...]:
         """``DT_NEEDED``, in order."""
-        names = []
-        for value in self.dynamic.all(DT_NEEDED):
-            names.append(self.text(value, "DT_NEEDED"))
-            if len(names[-1]) >= _PATH:
-                found = f"a name of {len(names[-1])} bytes"
-                raise ElfError(self.path, "DT_NEEDED", found, f"less than {_PATH}")
-        return tuple(names)
+        return tuple(name for tag, name in self.needs if tag == DT_NEEDED)
+
+    @cached_property
+    def needs(self) -> tuple[tuple[int, str], ...]:
+        """The tag and the name of each ``DT_NEEDED``, ``DT_FILTER`` and ``DT_AUXILIARY``, in order."""
+        needs = []
+        for tag, value in self.dynamic.entries:
+            if tag in (DT_NEEDED, DT_FILTER, DT_AUXILIARY):
+                what = tag_name(tag)
+                name = self.text(value, what)
+                if len(name) >= _PATH:
+                    raise ElfError(self.path, what, f"a name of {len(name)} bytes", f"less than {_PATH}")
+                needs.append((tag, name))
+        return tuple(needs)
 
     @cached_property
     def soname(self) -> str | None:

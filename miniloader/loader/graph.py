@@ -7,30 +7,32 @@ comes later.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from miniloader.elf import Source, read_image
 from miniloader.elf.checks import refuse_problems
+from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.events import Event, OnEvent, Stage
-from miniloader.loader.loaded import Loaded
+from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import Bindings
 from miniloader.loader.search import Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import find_present
 
-__all__ = ["Graph"]
+__all__ = ["Graph", "Needed"]
 
 Needed = Loaded | HostLibrary
 
 
 class Graph:
-    """The libraries that one load brings: ``new`` holds them breadth first, what was asked for first.
+    """The libraries that one load brings: ``new`` holds them as they were found, what was asked for first.
 
+    ``order`` is their order of search, in which filtees come before their filters, with those present before.
     ``listing`` is what ld.so had when it was last asked.  ``bindings`` are those of each library, once it is
     linked; one that is relocated from prepared pages has none.
     """
@@ -39,6 +41,7 @@ class Graph:
         self.policy = policy
         self.tell = tell
         self.new: list[Loaded] = []
+        self.order: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
         self.listing: HostListing
         self.surroundings: Surroundings
@@ -74,13 +77,32 @@ class Graph:
         self.event("prepared", library.name, library.not_prepared, reason=reason)
 
     def complete(self) -> None:
-        """Find what each member needs, and what that needs, breadth first."""
+        """Find what each member needs, and what that needs, in the order of :func:`search_order`."""
         self.listing, self.surroundings = host.listing(), of_process()
-        for library in self.new:  # grows meanwhile
-            for name in library.image.needed:
-                library.needs.append(self._need(expand(name, library.asker(), self.surroundings), library))
+        root: Needed = self.new[0]
+        order = search_order(root, self._find_needs)
+        self.order = [library for library in order if isinstance(library, Loaded)]
         for library in self.new[1:]:
             library.before = library.ours
+
+    def _find_needs(self, library: Needed) -> Iterable[tuple[Needed, bool]]:
+        """What ``library`` needs, and whether it is a filtee: of a new one it is found now."""
+        if not isinstance(library, Loaded):
+            return ()  # what it needs ld.so has as well
+        if library in self.new:
+            for tag, name in library.image.needs:
+                try:
+                    needed = self._need(expand(name, library.asker(), self.surroundings), library)
+                except MiniloaderError as error:
+                    if tag != DT_AUXILIARY:
+                        raise
+                    text = f"{name}: DT_AUXILIARY, which may be missing: {error}"
+                    self.event("need", library.name, text, needed=name, path=None)
+                    continue
+                library.needs.append(needed)
+                if tag != DT_NEEDED:
+                    library.filtees.append(needed)
+        return library.edges
 
     def _need(self, name: str, library: Loaded) -> Needed:
         """What ``library`` gets for ``name``: what is called so, ld.so's or ours, or the file found."""

@@ -5,9 +5,9 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import SymbolTable
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from miniloader.loader.beside_glibc.debugger import Registered
     from miniloader.loader.prepared.pages import Prepared
 
-__all__ = ["Loaded"]
+__all__ = ["Loaded", "search_order"]
+
+T = TypeVar("T")
 
 
 class Loaded:
@@ -44,7 +46,8 @@ class Loaded:
         # Who needs it, as a searcher only: it may be closed before.
         self.needed_by = needed_by.asker() if needed_by is not None else None
         self.called = {image.path}  # the names that it was found by: ld.so's l_name and l_libname
-        self.needs: list[Loaded | HostLibrary] = []  # in the order of DT_NEEDED
+        self.needs: list[Loaded | HostLibrary] = []  # in the order in which its dynamic section has them
+        self.filtees: list[Loaded | HostLibrary] = []  # those whose symbols come before its own
         # What of ours is initialised before it: of what a caller asked for all (ld.so's l_initfini).
         self.before: list[Loaded] = []
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
@@ -126,6 +129,11 @@ class Loaded:
         """What it needs that the system's loader does not have."""
         return [needed for needed in self.needs if isinstance(needed, Loaded)]
 
+    @property
+    def edges(self) -> list[tuple[Loaded | HostLibrary, bool]]:
+        """What it needs, and whether that is a filtee."""
+        return [(needed, needed in self.filtees) for needed in self.needs]
+
     def asker(self) -> Asker:
         """The library as one that needs others, to search for them."""
         return Asker.of(self.image, self.needed_by)
@@ -136,7 +144,8 @@ class Loaded:
             return False
         self.undo.close()
         self._names = None
-        self.needs, self.before, self.holds = [], [], []  # circles, which would keep the file open
+        for libraries in (self.needs, self.filtees, self.before, self.holds):
+            libraries.clear()  # circles, which would keep the file open
         return True
 
     def stub_for(self, function: int) -> CodePage:
@@ -170,16 +179,43 @@ class Loaded:
             self.ready = None
 
     def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
-        """The library and everything it needs, breadth first, each once; ``listing`` is what ld.so has."""
-        scope: list[Loaded | HostLibrary] = [self]
-        seen, by_name = {id(self)}, (listing or host.listing()).by_name
-        for library in scope:  # grows meanwhile
-            needs = library.needs if isinstance(library, Loaded) else _needs_of_host(library, by_name)
-            for needed in needs:
-                if id(needed) not in seen:
-                    seen.add(id(needed))
-                    scope.append(needed)
-        return scope
+        """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has."""
+        by_name = (listing or host.listing()).by_name
+
+        def edges(library: Loaded | HostLibrary) -> Iterable[tuple[Loaded | HostLibrary, bool]]:
+            if isinstance(library, Loaded):
+                return library.edges
+            return [(needed, False) for needed in _needs_of_host(library, by_name)]
+
+        return search_order(self, edges)
+
+
+def search_order(root: T, edges: Callable[[T], Iterable[tuple[T, bool]]]) -> list[T]:
+    """``root`` and everything it needs, each once, in the order of ld.so's search list: breadth first.
+
+    ``edges`` gives what a library needs, in order, and whether that is a filtee: it comes right before the
+    library, whose filter (``DT_FILTER``, ``DT_AUXILIARY``) the library is, unless it is before already.
+    Source: glibc's ``elf/dl-deps.c``.
+
+    >>> needs = {"app": [("front", False), ("c", False)], "front": [("impl", True)], "impl": [("m", False)]}
+    >>> search_order("app", lambda name: needs.get(name, []))
+    ['app', 'impl', 'front', 'c', 'm']
+    """
+    order, seen, done, place = [root], {id(root)}, set[int](), 0
+    while place < len(order):
+        library = order[place]
+        if id(library) in done:
+            place += 1
+            continue
+        done.add(id(library))
+        for needed, is_filtee in edges(library):
+            if id(needed) not in seen:
+                seen.add(id(needed))
+                order.insert(order.index(library) if is_filtee else len(order), needed)
+            elif is_filtee and needed in order[order.index(library) + 1 :]:
+                order.remove(needed)
+                order.insert(order.index(library), needed)
+    return order
 
 
 def _needs_of_host(library: HostLibrary, by_name: Mapping[str, HostLibrary]) -> list[HostLibrary]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -19,10 +19,10 @@ from miniloader.loader import unload
 from miniloader.loader.beside_glibc import stack, stand_ins
 from miniloader.loader.constructors import constructor_order, read_constructors, run_constructors
 from miniloader.loader.events import OnEvent
-from miniloader.loader.graph import Graph
+from miniloader.loader.graph import Graph, Needed
 from miniloader.loader.library import Library
 from miniloader.loader.link import link_library, linking_order
-from miniloader.loader.loaded import Loaded
+from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
@@ -214,7 +214,7 @@ class Loading:
         self._took("relocate")
 
     def _initialise(self) -> None:
-        unload.present.extend(self.mapped)
+        unload.present.extend(library for library in self._graph.order if library in self.mapped)
         if self._graph.policy.init:
             for library in self.mapped:
                 _show_to_libraries(library)
@@ -307,11 +307,15 @@ def _show_to_debugger(libraries: Sequence[Loaded]) -> None:
             library.undo.callback(library.debugging.withdraw)
 
 
+def _edges_of_ours(library: Needed) -> Iterable[tuple[Needed, bool]]:
+    return library.edges if isinstance(library, Loaded) else ()
+
+
 def _sort(root: Loaded) -> list[Loaded]:
     """``root`` and what of ours it needs, in the order they are initialised, which is noted in it."""
-    members = [root]
-    for library in members:  # grows meanwhile: breadth first
-        members += (needed for needed in library.ours if needed not in members)
-    order = constructor_order(members, lambda library: library.before)
+    start: Needed = root
+    members = [library for library in search_order(start, _edges_of_ours) if isinstance(library, Loaded)]
+    members.remove(root)  # its filtees may be before it
+    order = constructor_order([root, *members], lambda library: library.before)
     root.before = order[::-1]
     return order

@@ -322,3 +322,67 @@ def test_a_runtime_under_another_name_comes_from_the_system_s_loader(tmp_path: P
     user = gcc(tmp_path / "user.so", source, "./mine.so", "-Wl,-rpath,$ORIGIN")
     again = f"{ANSWER['load']}; print(ctypes.CDLL('libc++.so.1', mode=os.RTLD_NOLOAD).bundled())"
     assert run(f"import os; {LOAD.format(options={})}; {again}", user) == "7\n7"
+
+
+# ------------------------------------------------------------------------------------------ filters
+MEMBER: Final = """
+#include <unistd.h>
+__attribute__((constructor)) static void come(void) { write(1, "+%(letter)s ", 3); }
+__attribute__((destructor)) static void go(void) { write(1, "-%(letter)s ", 3); }
+int %(own)s(void) { return '%(letter)s'; }
+%(common)s
+int call_%(letter)s(void) { return common(); }
+int answer(void) { return common(); }
+"""
+FILTERS: Final = {  # who needs whom; F: filter of, f: auxiliary filter of, ?: missing, x: lacks ``common``
+    "filter": {"a": "Fb", "b": ""},
+    "auxiliary": {"a": "fb", "b": ""},
+    "auxiliary missing": {"a": "f? c", "c": ""},
+    "chain": {"a": "Fb", "b": "Fc", "c": ""},
+    "chain of both": {"a": "fb", "b": "Fc d", "c": "", "d": ""},
+    "two": {"a": "Fb fc", "b": "", "c": ""},
+    "below": {"a": "b c", "b": "Fd", "c": "", "d": ""},
+    "needed before": {"a": "b c d", "b": "Fd", "c": "", "d": ""},
+    "needed earlier": {"a": "b c", "b": "", "c": "Fb"},
+    "of what lacks it": {"a": "Fb", "b": "x c", "c": ""},
+    "filtee needs more": {"a": "b Fc", "b": "", "c": "d", "d": ""},
+    "of itself": {"a": "Fa b", "b": ""},
+    "of who needs it": {"a": "b", "b": "Fa"},
+    "filter missing": {"a": "b", "b": "F?"},
+}
+BOTH_WAYS: Final = {
+    "dlopen": f"{DLOPEN}; call = lambda name: getattr(library, name)()",
+    "load": f"{LOAD.format(options={})}; call = lambda name: library.function(name)()",
+}
+
+
+def members(graph: dict[str, str], directory: Path) -> Path:
+    """Build the libraries of ``graph``; the first is the one to be loaded."""
+    for letter in graph:  # what they are linked with
+        gcc(directory / f"lib{letter}.so", f"int stub_{letter};", f"-Wl,-soname,lib{letter}.so")
+    for letter, needs in graph.items():
+        words = needs.split()
+        options = [f"-Wl,-{word[0]},lib{word[1]}.so" for word in words if word[0] in "fF"]
+        options += [str(directory / f"lib{word}.so") for word in words if word in graph]
+        common = "int common(void);" if "x" in words else f"int common(void) {{ return '{letter}'; }}"
+        source = MEMBER % {"letter": letter, "own": f"own_{letter}", "common": common}
+        name = f"lib{letter}.so"
+        options += [f"-Wl,-soname,{name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-as-needed"]
+        gcc(directory / f"new-{name}", source, *reversed(options))
+    for letter in graph:
+        (directory / f"new-lib{letter}.so").replace(directory / f"lib{letter}.so")
+    return directory / f"lib{next(iter(graph))}.so"
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_come_after_their_filtees(name: str, tmp_path: Path) -> None:
+    path = members(FILTERS[name], tmp_path)
+    calls = [f"call_{letter}" for letter in FILTERS[name]]
+    ask = f"print([chr(call(name)) for name in ['answer', 'common', *{calls}]], flush=True)"
+    dlopen, ours = (run(f"{way}; {ask}", path) for way in BOTH_WAYS.values())
+    if name == "filter missing":
+        assert "lib?.so: cannot open shared object file" in dlopen
+        assert "needs lib?.so" in ours
+    else:
+        assert ours == dlopen
+        assert ours.count("+") == ours.count("-") > 0
