@@ -52,6 +52,8 @@ DT_INIT_ARRAYSZ: Final = 27
 DT_FINI_ARRAYSZ: Final = 28
 DT_RUNPATH: Final = 29
 DT_FLAGS: Final = 30
+DT_PREINIT_ARRAY: Final = 32
+DT_PREINIT_ARRAYSZ: Final = 33
 DT_RELRSZ: Final = 35
 DT_RELR: Final = 36
 DT_RELRENT: Final = 37
@@ -78,11 +80,19 @@ DF_TEXTREL: Final = 0x4
 DF_BIND_NOW: Final = 0x8
 DF_1_NOW: Final = 0x1
 DF_1_NODELETE: Final = 0x8
+DF_1_INITFIRST: Final = 0x20
 DF_1_NOOPEN: Final = 0x40
 DF_1_NODEFLIB: Final = 0x800
 DF_1_PIE: Final = 0x08000000
 
 MOST_ENTRIES: Final = 4096
+
+#: Where arrays of functions are, and how long: those called before constructors, constructors, destructors.
+FUNCTION_ARRAYS: Final = (
+    (DT_PREINIT_ARRAY, DT_PREINIT_ARRAYSZ),
+    (DT_INIT_ARRAY, DT_INIT_ARRAYSZ),
+    (DT_FINI_ARRAY, DT_FINI_ARRAYSZ),
+)
 
 
 class Reader(Protocol):

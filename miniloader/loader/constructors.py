@@ -22,6 +22,8 @@ from miniloader.elf.dynamic import (
     DT_INIT,
     DT_INIT_ARRAY,
     DT_INIT_ARRAYSZ,
+    DT_PREINIT_ARRAY,
+    DT_PREINIT_ARRAYSZ,
 )
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc.code_page import CodePage
@@ -32,6 +34,7 @@ __all__ = [
     "constructor_order",
     "destructor_order",
     "read_constructors",
+    "read_preinitialisers",
     "run_constructors",
     "run_destructor",
 ]
@@ -72,6 +75,17 @@ def read_constructors(image: ElfImage, memory: Memory) -> tuple[list[int], list[
     return first + [a for a in begins if a not in _NO_FUNCTION], [
         a for a in ends[::-1] if a not in _NO_FUNCTION
     ] + last
+
+
+def read_preinitialisers(image: ElfImage, memory: Memory) -> list[int]:
+    """The addresses in ``DT_PREINIT_ARRAY``, which are called before any constructor.
+
+    glibc does so for a program, and for what a caller of dlopen(3) asks for (``elf/dl-init.c``).
+    """
+    tags = image.dynamic.tags
+    start, size = tags.get(DT_PREINIT_ARRAY), tags.get(DT_PREINIT_ARRAYSZ)
+    functions = _functions(memory, start, start + size) if start and size else []
+    return [address for address in functions if address not in _NO_FUNCTION]
 
 
 def _functions(memory: Memory, start: int, end: int) -> list[int]:

@@ -14,10 +14,16 @@ from contextlib import contextmanager
 from typing import Final
 
 from miniloader.elf import Source
+from miniloader.elf.dynamic import DF_1_INITFIRST, DT_FLAGS_1
 from miniloader.errors import UsageError
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import stack, stand_ins
-from miniloader.loader.constructors import constructor_order, read_constructors, run_constructors
+from miniloader.loader.constructors import (
+    constructor_order,
+    read_constructors,
+    read_preinitialisers,
+    run_constructors,
+)
 from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph, Needed
 from miniloader.loader.library import Library
@@ -219,14 +225,23 @@ class Loading:
             for library in self.mapped:
                 _show_to_libraries(library)
             # All are read before any runs: a page of the file that is gone must not be met half-way.
-            for library in self._order:
+            for library in self._initialisation_order():
                 addresses, library.destructors = read_constructors(library.image, library.mapped)
                 self.constructors[library] = addresses
-            for library, addresses in self.constructors.items():
+            calls = list(self.constructors.items())
+            root = self._asked_for
+            at = int(calls[0][0].image.dynamic.flag(DT_FLAGS_1, DF_1_INITFIRST))
+            calls.insert(at, (root, read_preinitialisers(root.image, root.mapped)))
+            for library, addresses in calls:
                 self._run_constructors(library, addresses)
         unload.unfinished.difference_update(self.mapped)
         self._asked_for.handles += 1
         self._took("init")
+
+    def _initialisation_order(self) -> list[Loaded]:
+        """The last one mapped of those with DF_1_INITFIRST comes before all others, as in glibc."""
+        first = [library for library in self.mapped if library.image.dynamic.flag(DT_FLAGS_1, DF_1_INITFIRST)]
+        return sorted(self._order, key=lambda library: library not in first[-1:])
 
     def _run_constructors(self, library: Loaded, addresses: list[int]) -> None:
         """Its destructors run even if its constructors do not come to their end, as with ld.so."""

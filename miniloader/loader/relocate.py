@@ -14,7 +14,7 @@ from itertools import compress
 from typing import Final, NoReturn
 
 from miniloader.elf import ElfImage
-from miniloader.elf.dynamic import DT_FINI_ARRAY, DT_FINI_ARRAYSZ, DT_INIT_ARRAY, DT_INIT_ARRAYSZ
+from miniloader.elf.dynamic import FUNCTION_ARRAYS
 from miniloader.elf.layout import RELA
 from miniloader.elf.symbols import STB_WEAK
 from miniloader.errors import ElfError, LoadError, SymbolError
@@ -29,8 +29,6 @@ from miniloader.machine.relocation import KINDS, Kind
 from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address
 
 __all__ = ["Relocation", "call_resolver", "refuse_unbound"]
-
-_ARRAYS: Final = ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
 
 
 class Relocation:
@@ -49,7 +47,9 @@ class Relocation:
             writable=writable(image, plan),
             code=[(load.vaddr, load.end) for load in image.loads if "x" in load.flags],
             pointers=[
-                (tags[start], tags[start] + tags.get(length, 0)) for start, length in _ARRAYS if start in tags
+                (tags[start], tags[start] + tags.get(length, 0))
+                for start, length in FUNCTION_ARRAYS
+                if start in tags
             ],
             parts=[*_elsewhere(relocations.unpacked, memory.bias), *parts],
             pages=(plan.start, plan.end),

@@ -367,8 +367,8 @@ def members(graph: dict[str, str], directory: Path) -> Path:
         common = "int common(void);" if "x" in words else f"int common(void) {{ return '{letter}'; }}"
         source = MEMBER % {"letter": letter, "own": f"own_{letter}", "common": common}
         name = f"lib{letter}.so"
-        options += [f"-Wl,-soname,{name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-as-needed"]
-        gcc(directory / f"new-{name}", source, *reversed(options))
+        options = [f"-Wl,-soname,{name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-as-needed", *options]
+        gcc(directory / f"new-{name}", source, *options)
     for letter in graph:
         (directory / f"new-lib{letter}.so").replace(directory / f"lib{letter}.so")
     return directory / f"lib{next(iter(graph))}.so"
@@ -386,3 +386,95 @@ def test_filters_come_after_their_filtees(name: str, tmp_path: Path) -> None:
     else:
         assert ours == dlopen
         assert ours.count("+") == ours.count("-") > 0
+
+
+# ------------------------------------------------------------------------------- tags and flags
+def with_entry(path: Path, tag: int, new_tag: int, value: int | None = None) -> None:
+    """Change the first entry ``tag`` of the dynamic section."""
+    data, place = bytearray(path.read_bytes()), entry_of(miniloader.inspect(path), tag)
+    struct.pack_into("<Q", data, place - 8, new_tag)
+    if value is not None:
+        struct.pack_into("<Q", data, place, value)
+    path.write_bytes(data)
+
+
+def both_say(path: Path) -> list[str]:
+    return [run(f"{way}; print('loaded', flush=True)", path) for way in BOTH_WAYS.values()]
+
+
+@pytest.mark.parametrize("first", ["b", "c", "bc", "abc"])
+def test_who_asks_to_be_first_is_initialised_first(first: str, tmp_path: Path) -> None:
+    path = members({"a": "b c", "b": "c d", "c": "", "d": ""}, tmp_path)
+    for letter in first:
+        member = tmp_path / f"lib{letter}.so"
+        with_entry(member, dt.DT_RELACOUNT, dt.DT_FLAGS_1, dt.DF_1_INITFIRST)
+    dlopen, ours = both_say(path)
+    assert ours == dlopen
+    assert ours.startswith({"b": "+b", "c": "+c", "bc": "+c", "abc": "+c"}[first])
+
+
+def test_preinit_arrays_are_called_before_constructors_of_what_is_needed(tmp_path: Path) -> None:
+    path = members({"a": "b", "b": ""}, tmp_path)
+    with_entry(path, dt.DT_INIT_ARRAY, dt.DT_PREINIT_ARRAY)
+    with_entry(path, dt.DT_INIT_ARRAYSZ, dt.DT_PREINIT_ARRAYSZ)
+    dlopen, ours = both_say(path)
+    assert ours == dlopen
+    assert ours.startswith("+a +b")
+
+
+def test_preinit_arrays_of_what_is_needed_are_not_called(tmp_path: Path) -> None:
+    path = members({"a": "b", "b": ""}, tmp_path)
+    with_entry(tmp_path / "libb.so", dt.DT_INIT_ARRAY, dt.DT_PREINIT_ARRAY)
+    with_entry(tmp_path / "libb.so", dt.DT_INIT_ARRAYSZ, dt.DT_PREINIT_ARRAYSZ)
+    dlopen, ours = both_say(path)
+    assert ours == dlopen
+    assert "+b" not in ours
+
+
+@pytest.mark.parametrize("flag", ["now", "origin", "interpose", "nodelete", "global"])
+def test_flags_that_change_nothing_a_caller_sees(flag: str, tmp_path: Path) -> None:
+    source = "int answer(void) { return 7; }"
+    assert by_both(gcc(tmp_path / "flagged.so", source, f"-Wl,-z,{flag}")) == ("7", "7")
+
+
+def test_what_must_not_be_opened_is_refused(tmp_path: Path) -> None:
+    dlopen, ours = by_both(gcc(tmp_path / "no.so", "int answer(void) { return 7; }", "-Wl,-z,nodlopen"))
+    assert "shared object cannot be dlopen()ed" in dlopen
+    assert "DF_1_NOOPEN" in ours
+
+
+WITHOUT_LIBC: Final = """
+static int h = 40; static int *volatile table[4] = {&h, &h, &h, &h};
+int answer(void) { return *table[2] + 2; }
+"""
+RELR: Final = {
+    "libc with its marker": (MANY_POINTERS, []),
+    "libc without": (MANY_POINTERS, []),
+    "libc without versions": (WITHOUT_LIBC, ["-nostdlib", "-Wl,--no-as-needed", "-lc"]),
+    "nothing": (WITHOUT_LIBC, ["-nostdlib"]),
+}
+
+
+@pytest.mark.parametrize("needs", RELR)
+def test_relr_without_its_marker_is_refused_where_dlopen_does(needs: str, tmp_path: Path) -> None:
+    source, options = RELR[needs]
+    path = gcc(tmp_path / "relr.so", source, "-Wl,-z,pack-relative-relocs", *options)
+    data = path.read_bytes()
+    assert dt.DT_RELR in miniloader.inspect(path).dynamic.tags
+    if needs == "libc without":  # the record of the marker is made one of a version that there is
+        old, new = (b"GLIBC_ABI_DT_RELR\0", b"GLIBC_2.2.5\0")
+        marker, other = data.index(old), data.index(new)
+        start = miniloader.inspect(path).dynamic.tags[dt.DT_STRTAB]
+        record = struct.pack("<I", marker - start)
+        first = miniloader.inspect(path).dynamic.tags[dt.DT_VERNEED]
+        places = {bytes(data[at + 8 : at + 12]): at for at in range(first + 16, first + 64, 16)}
+        at, source_at = places[record], places[struct.pack("<I", other - start)]
+        data = b"".join([data[:at], data[source_at : source_at + 4], data[at + 4 : at + 8],
+                         data[source_at + 8 : source_at + 12], data[at + 12 :]])  # fmt: skip
+        path.write_bytes(data)
+    dlopen, ours = by_both(path)
+    if needs == "libc without":
+        assert "DT_RELR without GLIBC_ABI_DT_RELR dependency" in dlopen
+        assert "no need of GLIBC_ABI_DT_RELR beside DT_RELR" in ours
+    else:
+        assert ours == dlopen == "42"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from miniloader.arrays import NDArray, np
 from miniloader.elf.checks.rule import Fault, rule
-from miniloader.elf.dynamic import DT_GNU_HASH
+from miniloader.elf.dynamic import DT_GNU_HASH, DT_RELR
 from miniloader.elf.image import ElfImage
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.symbols import SysvHash
 from miniloader.elf.tables import distinct
+
+_RELR_MARKER: Final = "GLIBC_ABI_DT_RELR"
 
 
 @rule(
@@ -43,6 +46,20 @@ def hash_links(image: ElfImage) -> Iterator[Fault]:
         reached = reached[reached]
     if reached.any():
         yield "DT_HASH chain", f"a cycle, with symbol {int(reached.max())} in it", "chains that end"
+
+
+@rule("from words that an old ld.so would not relocate", source="glibc's elf/dl-version.c, DT_RELR")
+def relr_marker(image: ElfImage) -> Iterator[Fault]:
+    """Who has DT_RELR, and needs versions of libc.so, needs the one that says that it knows DT_RELR."""
+    if DT_RELR not in image.dynamic.tags:
+        return
+    names = [v.name for v in image.versions.values() if v.file is not None and v.file.startswith("libc.so.")]
+    if names and _RELR_MARKER not in names:
+        yield (
+            "DT_VERNEED",
+            f"no need of {_RELR_MARKER} beside DT_RELR",
+            "one; link with -z pack-relative-relocs",
+        )
 
 
 @rule("from names outside the string table", source="gABI 4, String Table", when_linked=True)

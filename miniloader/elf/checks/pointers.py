@@ -9,11 +9,8 @@ from miniloader.arrays import NDArray, np
 from miniloader.elf.checks.rule import Fault, rule
 from miniloader.elf.dynamic import (
     DT_FINI,
-    DT_FINI_ARRAY,
-    DT_FINI_ARRAYSZ,
     DT_INIT,
-    DT_INIT_ARRAY,
-    DT_INIT_ARRAYSZ,
+    FUNCTION_ARRAYS,
     tag_name,
 )
 from miniloader.elf.image import ElfImage
@@ -28,7 +25,7 @@ _DESCRIPTORS: Final = frozenset({"PPC64", "IA_64", "PARISC"})
 def init_arrays(image: ElfImage) -> Iterator[Fault]:
     """The arrays of constructors and destructors are inside a segment."""
     word = image.header.word
-    for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ)):
+    for start, size in FUNCTION_ARRAYS:
         length = image.dynamic.tags.get(size, 0)
         if start not in image.dynamic.tags or not length:
             continue
@@ -63,7 +60,7 @@ def array_pointers(image: ElfImage) -> Iterator[Fault]:
     tags = image.dynamic.tags
     arrays = [
         (tag_name(start), tags[start], tags[size])
-        for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))
+        for start, size in FUNCTION_ARRAYS
         if tags.get(start) and tags.get(size)
     ]
     if not arrays:
