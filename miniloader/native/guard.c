@@ -11,6 +11,10 @@
 
 #include "loops.h"
 
+#ifndef SS_AUTODISARM /* linux/signal.h, which does not go with the C library's */
+#define SS_AUTODISARM (1U << 31)
+#endif
+
 static const int signals[] = {SIGBUS, SIGSEGV};
 enum { SIGNALS = sizeof signals / sizeof *signals };
 
@@ -24,6 +28,9 @@ static void on_fault(int number, siginfo_t *info, void *context)
 {
     const struct sigaction *theirs = &before[number == SIGSEGV];
     if (info->si_code > 0 && pthread_equal(pthread_self(), thread)) {
+        const stack_t *stack = &((ucontext_t *)context)->uc_stack;
+        if (stack->ss_flags & (int)SS_AUTODISARM) /* sigreturn(2) would arm it again, and is not come to */
+            sigaltstack(stack, NULL);
         guard_where = (uint64_t)info->si_addr;
         siglongjmp(guard_jump, 1);
     }
@@ -47,7 +54,10 @@ void guard_begin(void)
     thread = pthread_self();
     sigemptyset(&wanted);
     for (int i = 0; i < SIGNALS; i++) {
-        sigaction(signals[i], &ours, &before[i]);
+        struct sigaction found;
+        sigaction(signals[i], &ours, &found);
+        if (found.sa_sigaction != on_fault) /* as whoever met ours and put it back later has it */
+            before[i] = found;
         sigaddset(&wanted, signals[i]);
     }
     /* What is blocked would end the process.  The mask is the thread's own, on Linux by this call, too. */
@@ -57,8 +67,15 @@ void guard_begin(void)
 void guard_end(void)
 {
     sigprocmask(SIG_SETMASK, &mask, NULL);
-    for (int i = 0; i < SIGNALS; i++)
-        sigaction(signals[i], &before[i], NULL);
+    for (int i = 0; i < SIGNALS; i++) {
+        struct sigaction found;
+        sigaction(signals[i], NULL, &found);
+        if (found.sa_sigaction != on_fault) /* another thread has installed its own meanwhile: that stays */
+            continue;
+        sigaction(signals[i], &before[i], &found);
+        if (found.sa_sigaction != on_fault) /* or between the two calls */
+            sigaction(signals[i], &found, NULL);
+    }
 }
 
 static int64_t copy_bytes(void *to, const void *from, uint64_t length)

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -518,3 +520,70 @@ def test_another_build_of_it_loads(tmp_path: Path) -> None:
     output = tmp_path / "checked.so"
     build_loops(output, "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
     assert ctypes.PyDLL(os.fspath(output)).look_up
+
+
+# ------------------------------------------------------------------------------------- the guard's manners
+_INSTALLER = """
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+static volatile int going = 1, lost, installed;
+static void handler(int number, siginfo_t *info, void *context)
+{ (void)number; (void)info; (void)context; _exit(99); }
+static void *run(void *nothing) {
+    while (going) {
+        struct sigaction own = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO};
+        struct sigaction found, none = {.sa_handler = SIG_DFL};
+        sigaction(SIGSEGV, &own, NULL); usleep(200);
+        sigaction(SIGSEGV, NULL, &found); installed++; lost += found.sa_handler == SIG_DFL;
+        sigaction(SIGSEGV, &none, NULL); usleep(50);
+    }
+    return nothing;
+}
+static pthread_t thread;
+void begin(void) { pthread_create(&thread, 0, run, 0); }
+int end(int *count) { going = 0; pthread_join(thread, 0); *count = installed; return lost; }
+"""
+
+
+def test_a_handler_that_a_native_thread_installs_meanwhile_stays(tmp_path: Path) -> None:
+    """As the runtimes of Go and Java do when they start, in threads that Python does not know."""
+    (tmp_path / "installer.c").write_text(_INSTALLER)
+    library = tmp_path / "installer.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "installer.c"], check=True)
+    script = f"""
+import ctypes, time
+from miniloader.native import buffer_address, copy
+installer, source, target = ctypes.CDLL({str(library)!r}), bytearray(1 << 20), bytearray(1 << 20)
+installer.begin()
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    copy(buffer_address(target), buffer_address(source), len(source))
+count = ctypes.c_int()
+lost = installer.end(ctypes.byref(count))
+print(count.value > 100, lost)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True 0\n"
+
+
+class _Stack(ctypes.Structure):
+    """``stack_t`` of sigaltstack(2)."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_uint), ("size", ctypes.c_size_t))
+
+
+def test_a_signal_stack_that_is_disarmed_while_in_use_is_armed_again() -> None:
+    """SS_AUTODISARM: the kernel arms it when a handler returns, and ours jumps away."""
+    sigaltstack, room = ctypes.CDLL(None).sigaltstack, ctypes.create_string_buffer(1 << 16)
+    wanted, before, after = _Stack(ctypes.addressof(room), 1 << 31, len(room)), _Stack(), _Stack()
+    page = syscalls.mmap(0, PAGE_SIZE, 0, 0x22)  # MAP_PRIVATE | MAP_ANONYMOUS, and no right to read
+    assert sigaltstack(ctypes.byref(wanted), ctypes.byref(before)) == 0
+    try:
+        with pytest.raises(Stopped):
+            copy(native.buffer_address(bytearray(8)), page, 8)
+        assert sigaltstack(None, ctypes.byref(after)) == 0
+    finally:
+        sigaltstack(ctypes.byref(before), None)
+        syscalls.munmap(page, PAGE_SIZE)
+    assert (after.start, after.flags, after.size) == (wanted.start, wanted.flags, wanted.size)
