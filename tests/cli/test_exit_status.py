@@ -96,7 +96,7 @@ LONG: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", LONG)
 def test_a_closed_pipe_is_141(name: str, saved: Path) -> None:
     """Nobody reads a word: nothing is said of it, and no status means anything else."""
     if name == "cache":
