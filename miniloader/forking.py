@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from _thread import RLock, get_ident
-from typing import Any, Final
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing is slow to import, and `import miniloader` imports this module
 if TYPE_CHECKING:
     from functools import cached_property as cached_property
+    from typing import Any, Final
 
 __all__ = ["ForkLock", "cached_property", "importing", "loading"]
 

@@ -14,6 +14,7 @@ import os
 import sys
 
 from miniloader import __version__
+from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
 from miniloader.errors import MiniloaderError, printable
 from miniloader.startup import travel_light
 
@@ -39,19 +40,6 @@ COMMANDS: tuple[str, ...] = (
     "prepare",
     "cache",
     "doctor",
-)
-
-#: What a shell says of a program that SIGINT or SIGPIPE has ended: it said nothing false until then.
-INTERRUPTED, CLOSED_PIPE = 130, 141
-
-#: What each exit status means: the help, the manual pages.
-EXIT_STATUSES: tuple[tuple[int, str], ...] = (
-    (0, "done, or proven"),
-    (1, "failed, or refuted; a file or a process is not there"),
-    (2, "wrong usage"),
-    (3, "the kernel or the permissions here cannot tell"),
-    (INTERRUPTED, "interrupted by Ctrl-C"),
-    (CLOSED_PIPE, "who read the output (head, less) has closed it"),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from miniloader.cli.parser import FILES, commands_of
+from miniloader.cli.grammar import FILES, commands_of
 
 __all__ = ["completion"]
 

@@ -8,14 +8,13 @@ from importlib import import_module
 from typing import Any, NoReturn, Protocol, cast
 
 from miniloader import __version__
-from miniloader.cli import EXIT_STATUSES, options
+from miniloader.cli import options
+from miniloader.cli.exit_status import EXIT_STATUSES
+from miniloader.cli.grammar import FILES, actions, commands_of
 from miniloader.errors import UsageError
 from miniloader.suggestions import did_you_mean
 
 __all__ = ["FILES", "Command", "actions", "build", "commands_of", "parse"]
-
-#: An argument shown by one of these names is a file, which shells can complete.
-FILES = frozenset({"LIB", "FILE", "PATH"})
 
 
 class Command(Protocol):
@@ -130,14 +129,3 @@ def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     meant = did_you_mean(word.partition("=")[0], parser._option_string_actions)
     hints = (meant, usage, f"see {parser.prog} --help")
     raise UsageError(f"{what} {word}", hint="; ".join(filter(None, hints)))
-
-
-def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command, by its name."""
-    return next((dict(action.choices) for action in parser._actions if isinstance(action.choices, dict)), {})
-
-
-def actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
-    """Every argument of the parser and of its commands' parsers."""
-    for one in (parser, *commands_of(parser).values()):
-        yield from one._actions

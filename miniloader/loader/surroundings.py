@@ -17,7 +17,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.header import Header
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.cpuinfo import features, vendor
-from miniloader.kernel.procfs import read_proc_file
+from miniloader.kernel.procfs import read_proc_file, require_proc
 from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
@@ -62,6 +62,7 @@ def of_process() -> Surroundings:
 @lru_cache(maxsize=1)
 def _program() -> tuple[Header, Asker, str]:
     """The program of this process: its header, what it searches along, and its interpreter."""
+    require_proc()
     image = read_image(Source.open("/proc/self/exe"))
     try:
         asker = Asker.of(image, path=os.path.realpath("/proc/self/exe"))

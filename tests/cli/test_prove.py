@@ -140,7 +140,7 @@ def test_a_refuted_claim_is_1(fixture_library: Callable[[str], Path]) -> None:
         (["libc.so.6"], 1, "a process can have it only once"),
         (["libz.so.1", "-n", "1"], 2, "1 processes: expected at least 2"),
         (["libz.so.1", "-n", "many"], 2, "invalid int value"),
-        (["libz.so.1", "--level", "guess"], 2, "invalid choice"),
+        (["libz.so.1", "--level", "guess"], 2, "--level: no 'guess'; there are frames, flags, totals"),
         ([], 2, "LIB"),
     ],
 )

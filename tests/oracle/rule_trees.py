@@ -78,8 +78,8 @@ def library_bytes(library: NewLibrary) -> bytes:
     dynamic = slots - dynamic_size
     objects = slots + 8 * len(wanted)
     end = objects + 2 * len(library.defines) + 4
-    text = _constructor(code, slots, len(wanted), end - 4)
-    assert code + len(text) <= dynamic
+    constructor = _constructor(code, slots, len(wanted), end - 4)
+    assert code + len(constructor) <= dynamic
 
     order = [*library.defines, *only_wanted]
     table = SYM.pack()
@@ -102,7 +102,7 @@ def library_bytes(library: NewLibrary) -> bytes:
     entries.append((tags.DT_NULL, 0))
 
     image = bytearray(end)
-    read_only = code + len(text)
+    read_only = code + len(constructor)
     image[:64] = elf_header(segments=4)
     image[64 : 64 + 4 * 56] = b"".join((
         program_header("PT_LOAD", "r-x", 0, read_only, align=_PAGE),
@@ -113,7 +113,7 @@ def library_bytes(library: NewLibrary) -> bytes:
     for part, data in (("hash", hashed), ("symbols", table), ("relocations", relocations)):
         image[places[part] : places[part] + len(data)] = data
     image[places["strings"] : strings_end] = bytes(strings)
-    image[code:read_only] = text
+    image[code:read_only] = constructor
     image[dynamic : dynamic + 16 * len(entries)] = dynamic_section(entries)
     for position, symbol in enumerate(library.defines):
         image[objects + 2 * position : objects + 2 * position + 2] = f"{library.letter}{symbol}".encode()
