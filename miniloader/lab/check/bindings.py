@@ -14,6 +14,7 @@ from miniloader.values import dataclass
 
 __all__ = ["SymbolBinding", "bindings"]
 
+_Way = tuple[NDArray[np.int64], list[SharedObject | None], SharedObject | None]
 _DEFAULT, _PROTECTED = 0, 3  # visibilities (gABI 4, st_other)
 
 
@@ -38,12 +39,23 @@ def bindings(situation: Situation, name: str | None = None) -> Iterator[SymbolBi
     References that never leave their own library (hidden and protected symbols) are no look-ups.
     """
     scope = situation.scope
+    program = scope[0] if scope and scope[0].header.type == "EXEC" else None
     for item in situation.new:
+        reference = item.reference
+        everybody: list[SharedObject | None] = [*scope]
         beyond = [member if member is not item else None for member in scope]
-        for symbols, members in ((item.reference.symbols, list(scope)), (item.reference.copies, beyond)):
-            wanted = _looked_up(item, symbols, name)
-            if len(wanted):
-                yield from _bound(item, wanted, members)
+        ways: list[_Way] = [(reference.symbols, everybody, None), (reference.copies, beyond, None)]
+        if (
+            program is not None
+        ):  # for all but calls its PLT entries are the functions: their addresses are known
+            pointers = reference.pointers
+            ways = [(reference.calls, everybody, None), (pointers, everybody, program), ways[1]]
+        rows = (
+            row
+            for symbols, members, entries in ways
+            for row in _bound(item, _looked_up(item, symbols, name), members, entries)
+        )
+        yield from dict.fromkeys(rows)
 
 
 def _looked_up(item: SharedObject, symbols: NDArray[np.int64], name: str | None) -> NDArray[np.int64]:
@@ -56,13 +68,21 @@ def _looked_up(item: SharedObject, symbols: NDArray[np.int64], name: str | None)
 
 
 def _bound(
-    item: SharedObject, wanted: NDArray[np.int64], members: Sequence[SharedObject | None]
+    item: SharedObject,
+    wanted: NDArray[np.int64],
+    members: Sequence[SharedObject | None],
+    entries: SharedObject | None,
 ) -> Iterator[SymbolBinding]:
-    """The rows of ``wanted``: ``members`` are the scope, with None for who is passed over."""
+    """The rows of ``wanted``: ``members`` are the scope, with None for who is passed over.
+
+    The PLT entries of the program ``entries`` serve as its definitions do.
+    """
     serves = np.zeros((len(members), len(wanted)), bool)
-    for place, member in enumerate(members):
+    for place, member in enumerate(members if len(wanted) else ()):
         if member is not None:
             serves[place] = owners_of(item, wanted, [member], None)["owner"] >= 0
+            if member is entries:
+                serves[place] |= owners_of(item, wanted, [member], None, plt_entries=True)["owner"] >= 0
     for column, symbol in enumerate(wanted.tolist()):
         places = np.flatnonzero(serves[:, column]).tolist()
         paths = [member.path for member in (members[place] for place in places) if member is not None]

@@ -110,10 +110,15 @@ def _hash_table(symbols: SymbolTable) -> bytes:
 # ------------------------------------------------------------------------------------------ references
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The symbols (indices, ascending) that relocations look up: all, those of copy relocations, of static
-    thread-local storage (0: the file's own block), and of descriptors of thread-local storage."""
+    """The symbols (indices, ascending) that relocations look up.
+
+    All of them; those called through the PLT; those used in any other way; those of copy relocations, of
+    static thread-local storage (0: the file's own block), of descriptors of thread-local storage.
+    """
 
     symbols: NDArray[np.int64]
+    calls: NDArray[np.int64]
+    pointers: NDArray[np.int64]
     copies: NDArray[np.int64]
     static_tls: NDArray[np.int64]
     tls_descriptors: NDArray[np.int64]
@@ -121,7 +126,9 @@ class Reference:
 
 def references(relocations: Relocations) -> Reference:
     """What the ``relocations`` of a file look up."""
-    kinds: dict[str, list[NDArray[np.int64]]] = {"copy": [], "static": [], "descriptor": [], "": []}
+    kinds: dict[str, list[NDArray[np.int64]]] = {
+        name: [] for name in ("copy", "static", "descriptor", "call", "")
+    }
     for table in relocations.tables:
         rows = table.behind_head
         codes, _ = distinct(rows["type"])
@@ -134,13 +141,23 @@ def references(relocations: Relocations) -> Reference:
         arrays = [array for name in names for array in kinds[name]]
         return distinct(np.concatenate(arrays))[0] if arrays else np.empty(0, np.int64)
 
-    looked_up = of("", "static", "descriptor")
-    return Reference(looked_up[looked_up > 0], of("copy"), of("static"), of("descriptor"))
+    looked_up = of("", "call", "static", "descriptor")
+    pointers = of("", "static", "descriptor")
+    return Reference(
+        looked_up[looked_up > 0],
+        of("call"),
+        pointers[pointers > 0],
+        of("copy"),
+        of("static"),
+        of("descriptor"),
+    )
 
 
 def _sort(kind: str) -> str:
     if kind.endswith("_COPY"):
         return "copy"
+    if kind.endswith(("JUMP_SLOT", "JMP_SLOT")):
+        return "call"
     if any(part in kind for part in _DESCRIPTORS):
         return "descriptor"
     return "static" if any(part in kind for part in _STATIC_TLS) else ""

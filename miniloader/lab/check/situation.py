@@ -79,13 +79,20 @@ class Situation:
 
 
 def owners_of(
-    item: SharedObject, symbols: NDArray[np.int64], scope: Sequence[SharedObject], own: int | None
+    item: SharedObject,
+    symbols: NDArray[np.int64],
+    scope: Sequence[SharedObject],
+    own: int | None,
+    *,
+    plt_entries: bool = False,
 ) -> NDArray[np.void]:
     """What ``symbols`` of ``item`` are bound to in ``scope``: rows of
-    :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own`` is as in
-    :func:`~miniloader.loader.symbol_lookup.look_up`."""
+    :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own`` and
+    ``plt_entries`` are as in :func:`~miniloader.loader.symbol_lookup.look_up`."""
     tables = [member.names for member in scope]
-    rows = look_up(item.names, np.ascontiguousarray(symbols), tables, [0] * len(tables), own).rows
+    rows = look_up(
+        item.names, np.ascontiguousarray(symbols), tables, [0] * len(tables), own, plt_entries=plt_entries
+    ).rows
     return np.frombuffer(rows, DEFINITION)
 
 
