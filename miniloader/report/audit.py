@@ -47,9 +47,11 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
     """An audit; ``pages`` also lists each private page and each process of the libraries."""
     if audit.processes or not audit.unreadable:
         yield from summary(audit)
-    if audit.mappings and not pages:
+    paths = {library.path for library in audit.libraries}
+    shown = [row for row in audit.mappings if not pages or (row.name in paths and row.kind != "file")]
+    if shown:
         yield ()
-        yield mapping_rows(audit.mappings)
+        yield mapping_rows(shown)
     if audit.libraries:
         yield ()
         yield library_rows(audit)

@@ -106,6 +106,7 @@ def test_one_library_and_one_page(family: tuple[Told, list[int]], demo: Path) ->
     parent, _ = family
     done = run("audit", parent.pid, "--library", "libdemo*")
     assert done.returncode == 0
+    assert "[heap]" not in done.stdout
     assert ".data.rel.ro" in done.stdout
     found = json.loads(run("audit", parent.pid, "--library", "libdemo*", "--json").stdout)
     assert [one["path"] for one in found["libraries"]] == [str(demo)]
