@@ -150,16 +150,25 @@ NAMES: Final = ("libp.so", "libq.so", "libr.so", "libs.so")
 SONAMES: Final = (None, None, None, *NAMES, "libx.so", "libx.so")
 NEEDED: Final = (
     *NAMES, *NAMES, "libx.so", "", "a/libp.so", "./b/libq.so", "$ORIGIN/libr.so", "${ORIGIN}/../a/libp.so",
-    "$ORIGIN/../b/libs.so", "l/libq.so", "$LIB/libp.so", "{tree}/d/libs.so", "a/../b/libq.so", "/../libp.so",
+    "$ORIGIN/../b/libs.so", "l/libq.so", "$ORIGIN/../c/libr.so", "$LIB/libp.so", "{tree}/d/libs.so",
+    "a/../b/libq.so", "/../libp.so",
 )  # fmt: skip
 PATHS: Final = (
-    "a", "b", "d", "a/c", "$ORIGIN", "$ORIGIN", "${ORIGIN}/../a", "$ORIGIN/../b", "$ORIGIN/c", "l", "l/..",
-    "", "$ORIGIN/nowhere/../c", "{tree}/a", "{tree}/d//", "./b", "$ORIGINAL", "${ORIGIN", "$LIB", "$PLATFORM",
-    "$ORIGIN/../l", "/", "nowhere", "$ORIGIN/../a/../d", "a/libp.so", "x", "$ORIGIN/..",
+    "a", "b", "d", "a/c", "$ORIGIN", "$ORIGIN", "${ORIGIN}/../a", "$ORIGIN/../b", "$ORIGIN/c", "$ORIGIN/../c",
+    "l", "l/..", "", "$ORIGIN/nowhere/../c", "{tree}/a", "{tree}/d//", "./b", "$ORIGINAL", "${ORIGIN", "$LIB",
+    "$PLATFORM", "$ORIGIN/../l", "/", "nowhere", "$ORIGIN/../a/../d", "a/libp.so", "x", "$ORIGIN/..",
 )  # fmt: skip
 LINKS: Final = ("a/c", "a", "b", "nowhere", "l", "../{name}/a", "{tree}/d", "a/../b")
 ODD: Final = ("text", "empty", "directory", "class", "machine", "loop", "dangling", "short", "order")
-ROOTS: Final = ("{path}", "./{path}", "{tree}/{path}", "l/../{path}", "{directory}/../{path}")
+ROOTS: Final = (
+    "{path}",
+    "./{path}",
+    "{tree}/{path}",
+    "l/../{path}",
+    "{directory}/../{path}",
+    "l/{file}",
+    "l/{file}",
+)
 SYMBOLS: Final = "stuv"
 NODEFLIB, INITFIRST = 0x800, 0x20
 
@@ -225,10 +234,15 @@ class RuleTree:
             (f"{draw.of(DIRECTORIES[:4])}/{draw.of(NAMES)}", draw.of(places)) for _ in range(draw.number(1))
         ]
         odd = []
-        if draw.chance(3):
+        if draw.chance(2):
             odd.append((f"{draw.of(DIRECTORIES[:4])}/{draw.of(NAMES)}", draw.of(ODD)))
         path = next(iter(libraries))
         root = draw.of(ROOTS).replace("{path}", path).replace("{directory}", os.path.dirname(path))
+        root = root.replace("{file}", os.path.basename(path))
+        if draw.chance(4):
+            _put_in_the_way(draw, libraries, odd, path)
+        if draw.chance(4):
+            links[:1], root = [("l", "a/c")], _behind_a_link(draw, libraries)
         return cls(tuple(libraries.items()), tuple(links), tuple(hard), tuple(odd), root)
 
     def write(self, tree: Path) -> str:
@@ -251,12 +265,37 @@ class RuleTree:
             if not os.path.lexists(tree / place):
                 os.symlink(filled(target), tree / place)
         for place, target in self.hard_links:
-            if not os.path.lexists(tree / place):
+            if (tree / target).exists() and not os.path.lexists(tree / place):
                 os.link(tree / target, tree / place)
         for place, kind in self.odd:
             if not os.path.lexists(tree / place):
                 _write_odd(tree / place, kind)
         return filled(self.root)
+
+
+def _put_in_the_way(
+    draw: _Draw, libraries: dict[str, NewLibrary], odd: list[tuple[str, str]], path: str
+) -> None:
+    """Have the library ``path`` need one that lies on its path, behind an odd file of that name."""
+    first, second, name = draw.of(DIRECTORIES[:2]), draw.of(DIRECTORIES[2:4]), draw.of(NAMES)
+    libraries.setdefault(f"{second}/{name}", NewLibrary("Y", defines="s", refers="st"))
+    libraries.pop(f"{first}/{name}" if f"{first}/{name}" != path else "", None)
+    odd.insert(0, (f"{first}/{name}", draw.of(ODD)))
+    directories = f"{first}:{second}"
+    paths = {"rpath": directories} if draw.chance(2) else {"runpath": directories}
+    library = libraries[path]
+    changed = {**library.__dict__, "soname": None, "needed": (name, *library.needed[:1]), **paths}
+    libraries[path] = NewLibrary(**changed)
+
+
+def _behind_a_link(draw: _Draw, libraries: dict[str, NewLibrary]) -> str:
+    """Add a library that is loaded by a path with ``..`` behind a link, and needs others there; the path."""
+    needed = tuple(draw.of(NAMES) for _ in range(1 + draw.number(1)))
+    for name in needed:
+        libraries.setdefault(f"a/c/{name}", NewLibrary("Z", defines="tu", refers="stu", runpath="$ORIGIN"))
+    paths = {draw.of(("rpath", "runpath")): draw.of(("$ORIGIN", "$ORIGIN/../c", "${ORIGIN}:a"))}
+    libraries["a/c/libroot.so"] = NewLibrary("X", needed=needed, refers="stu", **paths)
+    return draw.of(("l/../c/libroot.so", "{tree}/l/../c/libroot.so", "l/libroot.so"))
 
 
 def _path(draw: _Draw) -> str:
@@ -279,9 +318,7 @@ def _write_odd(path: Path, kind: str) -> None:
             data[18:20] = (183).to_bytes(2, "little")
         elif kind == "order":
             data[5] = 2
-        contents = {
-            "text": b"/* a linker script, longer than an ELF header is: 64 bytes */ INPUT ( libp.so )"
-        }
+        contents = {"text": b"/* a linker script, longer than an ELF header */ INPUT ( libp.so libq.so )"}
         contents |= {"empty": b"", "short": bytes(data[:40])}
         path.write_bytes(contents.get(kind, bytes(data)))
 
