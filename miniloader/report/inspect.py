@@ -63,8 +63,10 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
     ``calls`` are :meth:`miniloader.elf.LoadPlan.calls`: ``start`` is a vaddr, ``flags`` are the names of
     mmap's, ``protection`` and ``file_offset`` are ``null`` in a call that has none.  ``class`` is 32 or 64.
     ``tls`` is ``null`` or ``{vaddr, filesz, memsz, align}``.  A problem has the keys
-    ``rule, severity, field, found, expected``.
+    ``rule, severity, field, found, expected``.  ``dynamic`` has a row for each entry of the dynamic section
+    and each of its flags: see :class:`miniloader.elf.asked.Asked`.
     """
+    from miniloader.elf.asked import asked_for
     from miniloader.elf.checks import problems_of
 
     plan = readable(lambda: image.plan(page_size), None)
@@ -80,6 +82,7 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
         "segments": [_without(asdict(segment), "index") for segment in image.segments],
         "plan": [asdict(mapping) for mapping in plan.mappings] if plan else [],
         "calls": [_call(call) for call in plan.calls()] if plan else [],
+        "dynamic": readable(lambda: [asdict(asked) for asked in asked_for(image)], []),
         "needed": list(readable(lambda: image.needed, ())),
         "runpath": list(readable(lambda: image.runpath, ())),
         "relocations": readable(lambda: image.relocations.by_kind(), {}),
@@ -148,6 +151,10 @@ _IMAGE: Final = record(
     ))},
     {"plan": array(record(
         keys(COUNT, "start end file_offset"), {"protection": PROTECTION, "kind": words("file zero gap")}
+    ))},
+    {"dynamic": array(record(
+        keys(TEXT, "name why"),
+        {"value": COUNT, "text": nullable(TEXT), "outcome": words("honoured refused ignored")},
     ))},
     {"calls": array(_CALL), "needed": array(TEXT), "runpath": array(TEXT), "relocations": by_name(COUNT)},
     {"symbols": record(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf.asked import TABLE, asked_for
 from miniloader.elf.checks import RULES, Problem, outcomes, problems_of
 from miniloader.elf.symbols import GnuHash
 from miniloader.errors import ElfError, printable
@@ -36,6 +37,7 @@ def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> It
     parts: tuple[tuple[str, Callable[[], Iterator[Part]]], ...] = (
         ("Segments", lambda: _segments(image, page_size, drawing)),
         ("Load plan", lambda: _load_plan(image, page_size, width)),
+        ("Dynamic section", lambda: _dynamic(image)),
         ("Relocations", lambda: _relocations(image, page_size, drawing)),
     )
     for title, part in parts:
@@ -128,6 +130,23 @@ def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[P
         [(call.step, "dim"), call.text(), *([(call.why, "dim")] if remarks else [])] for call in plan.calls()
     ]
     yield Table((), rows, 2)
+
+
+# ------------------------------------------------------------------------------------ dynamic section
+_OUTCOMES: Final = {"honoured": "green", "refused": "red", "ignored": "yellow"}
+
+
+def _dynamic(image: ElfImage) -> Iterator[Part]:
+    """What the file asks its loader for, and what becomes of it."""
+    asked = list(asked_for(image))
+    shown = [entry for entry in asked if entry.why != TABLE]
+    yield heading("Dynamic section", "what it asks its loader for, and what becomes of that")
+    rows: list[tuple[Cell, ...]] = []
+    for entry in shown:
+        value = printable(entry.text) if entry.text is not None else f"{entry.value:#x}"
+        rows.append((entry.name, value, (entry.outcome, _OUTCOMES[entry.outcome]), (entry.why, "dim")))
+    yield Table((), rows, 2)
+    yield (f"  and {len(asked) - len(shown)} that say where its tables are (--json lists them)",)
 
 
 # ---------------------------------------------------------------------------------------- relocations

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from elftools.elf import enums
 
 import miniloader
 from fixtures import build
 from miniloader.elf import dynamic as dt
+from miniloader.elf.asked import OUTCOMES, asked_for
 from miniloader.elf.checks import problems_of
 from miniloader.elf.packed_relocations import unpack
 from miniloader.errors import ElfError
@@ -478,3 +480,23 @@ def test_relr_without_its_marker_is_refused_where_dlopen_does(needs: str, tmp_pa
         assert "no need of GLIBC_ABI_DT_RELR beside DT_RELR" in ours
     else:
         assert ours == dlopen == "42"
+
+
+def test_each_tag_and_flag_has_an_outcome() -> None:
+    marks = {"NULL", "ENCODING", "NUM", "LOOS", "HIOS", "LOPROC", "HIPROC", "PROCNUM", "VALRNGLO"}
+    tags = {name for name, value in enums.ENUM_D_TAG_COMMON.items() if isinstance(value, int)}
+    flags = {*enums.ENUM_DT_FLAGS, *enums.ENUM_DT_FLAGS_1}
+    assert set(OUTCOMES) == {name for name in tags | flags if name[3:] not in marks}
+
+
+def test_inspect_names_what_a_file_asks_for(tmp_path: Path) -> None:
+    source = "int answer(void) { return 7; }"
+    options = ["-Wl,-f,libother.so", "-Wl,-z,nodlopen", "-Wl,-z,interpose", "-Wl,--audit,audit.so"]
+    path = gcc(tmp_path / "asks.so", source, *options)
+    asked = {entry.name: entry for entry in asked_for(miniloader.inspect(path))}
+    assert (asked["DT_AUXILIARY"].text, asked["DT_AUXILIARY"].outcome) == ("libother.so", "honoured")
+    assert asked["DF_1_NOOPEN"].outcome == "refused"
+    assert [asked[name].outcome for name in ("DF_1_INTERPOSE", "DT_AUDIT")] == ["ignored", "ignored"]
+    command = [sys.executable, "-m", "miniloader", "inspect", str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in said for name in ("DT_AUXILIARY", "libother.so", "DF_1_INTERPOSE", "DT_AUDIT"))
