@@ -50,6 +50,7 @@ VERSIONED, PLT_ENTRIES, NEWEST = 1, 2, 4
 FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirect")
 #: How many relocation kinds the loops can tell apart, by number.
 KINDS: Final = 256
+_AGAIN: Final = "install miniloader again"
 #: Addresses are computed in 64 bits, as the processor does.
 ADDRESS_MASK: Final = (1 << 64) - 1
 
@@ -113,13 +114,17 @@ def functions() -> ctypes.PyDLL:
     try:
         library = ctypes.PyDLL(path)
     except OSError as error:
-        raise LoadError(f"the loader's own loops cannot be used: {error}") from None
+        raise LoadError(f"the loader's own loops cannot be used: {error}", hint=_AGAIN) from None
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13)),
     ):
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise LoadError(
+                f"{path}: has no function {name}: these are not the loader's own loops", hint=_AGAIN
+            )
         function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64
     return library
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.build import ROOT, build
+from miniloader import native
 from miniloader.errors import LoadError
 from miniloader.native import functions
 
@@ -129,3 +132,18 @@ def test_a_python_without_its_lock_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     with pytest.raises(LoadError, match="runs without its global lock"):
         functions.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["another", "none"])
+def test_loops_that_are_not_ours_are_named_and_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in their place is another library, or nothing."""
+    place = tmp_path / "native" / "loops-x86_64.so"
+    place.parent.mkdir()
+    if name == "another":
+        shutil.copy(build("demo"), place)
+    monkeypatch.setattr(native, "__file__", str(place.with_name("__init__.py")))
+    with pytest.raises(LoadError, match=re.escape(str(place))) as refused:
+        functions.__wrapped__()
+    assert refused.value.hint == "install miniloader again"
