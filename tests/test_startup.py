@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from fixtures import build
+from miniloader.elf import inspect
 
 PROBE = """
 import sys
@@ -76,3 +77,23 @@ def test_what_is_left_out_is_there_for_whoever_imports_it() -> None:
     command = [sys.executable, "-c", code, "libz.so.1"]
     answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout == "\nTrue True\n['module', 'module', 'module']\n"
+
+
+def test_a_worker_loads_touches_and_writes_without_arrays() -> None:
+    code = """
+import os, sys
+from miniloader.lab.workers.worker import _Commands
+commands = _Commands(os.open("/dev/null", os.O_RDONLY))
+commands.do_load(sys.argv[1])
+commands.do_touch([(0, 1 << 12)])
+vaddr = int(sys.argv[2])
+before = commands.do_fetch(vaddr)["value"]
+assert commands.do_store(vaddr, before) == {"before": before}
+print("numpy" in sys.modules)
+"""
+    path = build.build("demo")
+    data = next(load for load in inspect(path).loads if "w" in load.flags)
+    vaddr = (data.file_end - 1) & -8
+    command = [sys.executable, "-c", code, str(path), str(vaddr)]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "False\n"

@@ -112,9 +112,7 @@ class _Commands(Commands):
 
     def do_touch(self, ranges: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Read the pages of the vaddr ranges [start, end)."""
-        import numpy as np
-
-        memory, buffer = self._mapped, np.empty(_TOUCHED_AT_ONCE, np.uint8)
+        memory, buffer = self._mapped, memoryview(bytearray(_TOUCHED_AT_ONCE))
         for start, end in ranges:
             for vaddr in range(start, end, len(buffer)):
                 memory.read_into(vaddr, buffer[: end - vaddr])
