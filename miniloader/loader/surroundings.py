@@ -217,7 +217,7 @@ def _platform(machine: str) -> str:
 
 @lru_cache(maxsize=1)
 def _legacy_subdirectories() -> tuple[str, ...]:
-    """Those of before ``glibc-hwcaps`` on x86-64: each choice of these names, best first."""
+    """The sub-directories of before ``glibc-hwcaps`` on x86-64: each choice of some names, best first."""
     if os.uname().machine != "x86_64":
         return ()
     processor = (features() or frozenset()) if vendor() == "GenuineIntel" else frozenset()

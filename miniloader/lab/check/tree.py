@@ -57,7 +57,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Need:
-    """That ``needed_by`` (a path) needs ``name``, and which of :attr:`Tree.libraries` it gets.
+    """A need: the file at ``needed_by`` needs ``name``, and gets one of :attr:`Tree.libraries` for it.
 
     ``library`` is -1 for the file itself; ``kind`` is needed, auxiliary or filter.
     """
