@@ -35,24 +35,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Search, and print what was found; 1 when something is missing."""
     from miniloader.lab.check.tree import tree
 
-    found = tree(arguments.file, root=arguments.root)
-    libraries = _named(found, arguments.reverse) if arguments.reverse is not None else None
+    answer = tree(arguments.file, root=arguments.root)
+    libraries = _named(answer, arguments.reverse) if arguments.reverse is not None else None
     if arguments.json:
         from miniloader.report.json import dump
         from miniloader.report.tree import to_json
 
-        said = to_json(found)
+        said = to_json(answer)
         if libraries is not None:
             paths = [library.path for library in libraries]
             said["libraries"] = [row for row in said["libraries"] if row["path"] in paths]
         dump(said)
     elif arguments.paths:
-        for library in found.libraries:
+        for library in answer.libraries:
             if library.path is not None:
                 print(library.path)
     else:
-        _print(found, libraries, flat=arguments.flat)
-    return 1 if found.missing else 0
+        _print(answer, libraries, flat=arguments.flat)
+    return 1 if answer.missing else 0
 
 
 def _named(found: Tree, name: str) -> Sequence[Dependency]:

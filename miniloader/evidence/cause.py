@@ -186,13 +186,13 @@ class Space:
 
     def address_of(self, name: int) -> int | None:
         """The address of the symbol so called; None where none, several or only an IFUNC define it."""
-        found = {
+        addresses = {
             file.bias + vaddr
             for file in self._placed
             if file.facts is not None
             for vaddr in file.facts.defined(name)
         }
-        return found.pop() if len(found) == 1 else None
+        return addresses.pop() if len(addresses) == 1 else None
 
     def remember(
         self,
@@ -409,8 +409,8 @@ def _written(
     pages: NDArray[np.intp], symbols: NDArray[np.int64], causes: NDArray[np.uint8]
 ) -> NDArray[np.int64]:
     """The distinct (page, symbol, cause) of places, where a symbol covers them."""
-    found = symbols >= 0
-    packed = (pages[found] << 32 | symbols[found]) << 8 | causes[found]
+    of_symbol = symbols >= 0
+    packed = (pages[of_symbol] << 32 | symbols[of_symbol]) << 8 | causes[of_symbol]
     packed = _changing(np.sort(_changing(packed)))  # neighbours are mostly alike: few are left to sort
     return np.stack([packed >> 40, packed >> 8 & 0xFFFFFFFF, packed & 0xFF], axis=1)
 

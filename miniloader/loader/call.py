@@ -165,12 +165,12 @@ def _of_c(words: str) -> str:
         return "uint"
     if tokens and set(tokens) <= _OF_INT:
         return _integer(tokens, words)
-    found = _C_NAMES.get(named, named)
-    if found not in TYPES:
+    c_type = _C_NAMES.get(named, named)
+    if c_type not in TYPES:
         raise UsageError(
             f"expected one of {', '.join(TYPES)}, or what C calls it, such as uint32_t or char *"
         )
-    return found
+    return c_type
 
 
 def _integer(tokens: list[str], words: str) -> str:
@@ -222,9 +222,9 @@ class _Parser:
     def skip(self, sign: str) -> bool:
         """Pass over ``sign``, if it is next."""
         self.take(_SPACE)
-        found = self.text.startswith(sign, self.at)
-        self.at += len(sign) if found else 0
-        return found
+        stands = self.text.startswith(sign, self.at)
+        self.at += len(sign) if stands else 0
+        return stands
 
     def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """Pass over ``pattern``, if it is next."""
@@ -379,12 +379,12 @@ def _value(call: Call, returned: Any) -> Value:
 
 def _text(call: Call, address: int) -> str:
     """The NUL-terminated text at ``address``, read so that a wrong address cannot raise a signal."""
-    found, size = bytearray(), syscalls.PAGE_SIZE
+    octets, size = bytearray(), syscalls.PAGE_SIZE
     while True:
-        room = ctypes.create_string_buffer(size - (address + len(found)) % size)  # up to the page's end
+        room = ctypes.create_string_buffer(size - (address + len(octets)) % size)  # up to the page's end
         try:
             count = syscalls.process_vm_readv(
-                os.getpid(), address + len(found), ctypes.addressof(room), len(room)
+                os.getpid(), address + len(octets), ctypes.addressof(room), len(room)
             )
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOSYS):  # forbidden here: read it the plain way
@@ -393,6 +393,6 @@ def _text(call: Call, address: int) -> str:
                 f"{call.text}: returned {address:#x}, where no text can be read", hint="is its type str?"
             ) from None
         data, end, _ = room.raw[:count].partition(b"\0")
-        found += data
+        octets += data
         if end:
-            return found.decode("utf-8", "backslashreplace")
+            return octets.decode("utf-8", "backslashreplace")

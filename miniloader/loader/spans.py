@@ -48,7 +48,7 @@ def writable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
 
 def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) -> list[VaddrRange]:
     """What lies in both; all are in ascending order."""
-    found: list[VaddrRange] = []
+    common: list[VaddrRange] = []
     first = 0
     for start, end in segments:
         while first < len(mappings) and mappings[first].end <= start:
@@ -57,10 +57,10 @@ def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) 
             if mapping.start >= end:
                 break
             low, high = max(start, mapping.start), min(end, mapping.end)
-            if found and found[-1][1] == low:
-                low = found.pop()[0]
-            found.append((low, high))
-    return found
+            if common and common[-1][1] == low:
+                low = common.pop()[0]
+            common.append((low, high))
+    return common
 
 
 def refuse(image: ElfImage, stopped: Stopped) -> NoReturn:

@@ -293,8 +293,9 @@ def _behind_a_link(draw: _Draw, libraries: dict[str, NewLibrary]) -> str:
     needed = tuple(draw.of(NAMES) for _ in range(1 + draw.number(1)))
     for name in needed:
         libraries.setdefault(f"a/c/{name}", NewLibrary("Z", defines="tu", refers="stu", runpath="$ORIGIN"))
-    paths = {draw.of(("rpath", "runpath")): draw.of(("$ORIGIN", "$ORIGIN/../c", "${ORIGIN}:a"))}
-    libraries["a/c/libroot.so"] = NewLibrary("X", needed=needed, refers="stu", **paths)
+    is_rpath, path = draw.chance(2), draw.of(("$ORIGIN", "$ORIGIN/../c", "${ORIGIN}:a"))
+    rpath, runpath = (path, None) if is_rpath else (None, path)
+    libraries["a/c/libroot.so"] = NewLibrary("X", needed=needed, refers="stu", rpath=rpath, runpath=runpath)
     return draw.of(("l/../c/libroot.so", "{tree}/l/../c/libroot.so", "l/libroot.so"))
 
 

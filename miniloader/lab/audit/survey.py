@@ -197,13 +197,13 @@ def survey(
     """
     name, parent, started, stack = _status(pid)
     with PageMap(pid) as pagemap:
-        vmas, pages, found = locate(pid, pagemap, memo, frames=frames)
+        vmas, pages, files = locate(pid, pagemap, memo, frames=frames)
         _check_program(pid, vmas, stack)
-        chosen = [placed for placed in found if wanted(placed.file.identity)]
+        chosen = [placed for placed in files if wanted(placed.file.identity)]
         if causes:
-            _explain(pid, memo, vmas, pages, found, chosen)
+            _explain(pid, memo, vmas, pages, files, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
-        mappings = mappings_in(pid, vmas, pages, found, memo)
+        mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
         return _summed(pages, pid, name, parent, started, tuple(chosen), mappings, stack, pss)
 
@@ -214,13 +214,13 @@ def locate(
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
     vmas, prepared = _mappings(pid, memo.files)
     pages = Pages(pagemap, vmas, frames=frames)
-    found = _files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
+    files = _files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
     if prepared:
-        for placed in found:
+        for placed in files:
             inside = (pages.addresses >= placed.start) & (pages.addresses < placed.end)
             own = inside & pages.own
             placed.beforehand = count_set(np.isin(pages.vma[own], list(prepared)))
-    return vmas, pages, found
+    return vmas, pages, files
 
 
 def mappings_in(
@@ -409,18 +409,18 @@ def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
     code = [vma for vma in vmas if not vma.path and vma.protection == "r-x" and vma.size <= _MOST_CODE]
     if not code:
         return {}
-    found: dict[int, int] = {}
+    addresses: dict[int, int] = {}
     starts = np.array([at for vma in code for at in range(vma.start, vma.end, PAGE_SIZE)], np.uint64)
     with ProcessMemory(pid) as memory:
         for start, page in zip(starts.tolist(), memory.pages(starts)[0], strict=True):
             function = jumps_to(page.tobytes())
             if function is not None:
-                found[start] = function
+                addresses[start] = function
             elif page.tobytes().startswith(CODE):
                 (table,), _ = memory.pages(np.array([start + TABLE], np.uint64))
                 pairs = stand_ins(start, table[: HEAD.size].tobytes())
-                found |= {stand_in: function for function, stand_in in pairs.items()}
-    return found
+                addresses |= {stand_in: function for function, stand_in in pairs.items()}
+    return addresses
 
 
 def _explain_file(placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts) -> None:

@@ -160,8 +160,8 @@ def _expected_machine(situation: Situation) -> tuple[Machine | None, str]:
 def wrong_machine(situation: Situation) -> Iterator[LoadProblem]:
     """The file itself is for another processor, or only such a library was found."""
     expected, text = _expected_machine(situation)
-    found = Machine.of(situation.file.header)
-    if expected is not None and found.elf_class == expected.elf_class and found != expected:
+    machine = Machine.of(situation.file.header)
+    if expected is not None and machine.elf_class == expected.elf_class and machine != expected:
         yield LoadProblem(
             name=situation.file.path, hint=f"found {_machine_of(situation.file)}, expected {text}"
         )
@@ -172,9 +172,9 @@ def wrong_machine(situation: Situation) -> Iterator[LoadProblem]:
 def wrong_class(situation: Situation) -> Iterator[LoadProblem]:
     """The file itself has other words, or only such a library was found."""
     expected, text = _expected_machine(situation)
-    found = Machine.of(situation.file.header)
+    machine = Machine.of(situation.file.header)
     is_program = situation.host is None  # 32-bit programs run where their ld.so is
-    if not is_program and expected is not None and found.elf_class != expected.elf_class:
+    if not is_program and expected is not None and machine.elf_class != expected.elf_class:
         yield LoadProblem(
             name=situation.file.path, hint=f"found {_machine_of(situation.file)}, expected {text}"
         )

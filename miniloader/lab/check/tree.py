@@ -372,9 +372,9 @@ def _path_of(name: str, root: Root, library_path: str) -> str:
     image = read_image(Source.open("/proc/self/exe"))
     surroundings = of_root(root, image, split_library_path(library_path))
     image.source.close()
-    found = find(name, None, surroundings)
-    if found.path is not None:
-        return found.path
+    answer = find(name, None, surroundings)
+    if answer.path is not None:
+        return answer.path
     directories = (os.environ.get("PATH") or _PATH) if root.is_ours else _PATH
     for path in (f"./{name}", *(f"{directory or '.'}/{name}" for directory in directories.split(":"))):
         try:

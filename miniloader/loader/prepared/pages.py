@@ -117,10 +117,10 @@ class Prepared:
     @cached_property
     def pages(self) -> NDArray[np.uint64]:
         """The vaddr of each cached page, ascending."""
-        found = [np.empty(0, np.uint64)]
+        parts = [np.empty(0, np.uint64)]
         for vaddr, _, count in self.arrays["runs"].tolist():
-            found.append(np.uint64(vaddr) + np.arange(count, dtype=np.uint64) * np.uint64(sys.PAGE_SIZE))
-        return np.concatenate(found)
+            parts.append(np.uint64(vaddr) + np.arange(count, dtype=np.uint64) * np.uint64(sys.PAGE_SIZE))
+        return np.concatenate(parts)
 
     @cached_property
     def count(self) -> int:
@@ -267,16 +267,16 @@ def find(image: ElfImage) -> Prepared:
     """What the cache has of ``image``; :class:`LoadError` says why it has nothing that could be used."""
     if image.build_id is None:
         raise LoadError("it has no build-id")
-    found = open_prepared(file_name(image.build_id))
+    candidate = open_prepared(file_name(image.build_id))
     fault = None
-    if found.build_id != image.build_id:
+    if candidate.build_id != image.build_id:
         fault = LoadError("its file in the cache is another library's")
-    elif found.file != (image.source.start, *file_state(os.fstat(image.source.fd))):
+    elif candidate.file != (image.source.start, *file_state(os.fstat(image.source.fd))):
         fault = LoadError(_CHANGED, hint=_AGAIN)
     if fault is not None:
-        found.close()
+        candidate.close()
         raise fault
-    return found
+    return candidate
 
 
 def check_file(ready: Prepared) -> None:
