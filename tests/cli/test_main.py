@@ -296,8 +296,8 @@ def test_zsh_completes_commands_and_options(tmp_path: Path) -> None:
             "autoload -Uz compinit && compinit -u -D; zmodload zsh/zpty; "
             "zpty shell zsh -f -i; "
             f"zpty -w shell 'PROMPT=; fpath=({tmp_path} $fpath); autoload -Uz compinit && compinit -u -D'; "
-            "sleep 1; "
-            f"zpty -n -w shell '{words}'$'\t'; sleep 1; zpty -r -t shell shown '*' ; "
+            "sleep 3; "
+            f"zpty -n -w shell '{words}'$'\t'; sleep 3; zpty -r -t shell shown '*' ; "
             "while zpty -r -t shell more; do shown+=$more; done; print -r -- $shown; zpty -d shell"
         )
         environment = os.environ | {"HOME": str(tmp_path), "TERM": "xterm"}
