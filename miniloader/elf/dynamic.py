@@ -167,13 +167,14 @@ def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = No
 
 @lru_cache(maxsize=1)
 def _tag_names() -> dict[int, str]:
-    return {code: label for label, code in reversed(list(ENUM_D_TAG_COMMON.items())) if isinstance(code, int)}
+    names = {code: name for name, code in reversed([*ENUM_D_TAG_COMMON.items()]) if isinstance(code, int)}
+    return names | {DT_FILTER: "DT_FILTER"}  # the end of a range has that number, too
 
 
 def tag_name(tag: int) -> str:
     """``DT_…``, or the number in hexadecimal.
 
-    >>> tag_name(25), tag_name(0x70000001)
-    ('DT_INIT_ARRAY', '0x70000001')
+    >>> tag_name(25), tag_name(0x7FFFFFFF), tag_name(0x70000001)
+    ('DT_INIT_ARRAY', 'DT_FILTER', '0x70000001')
     """
     return _tag_names().get(tag, f"{tag:#x}")
