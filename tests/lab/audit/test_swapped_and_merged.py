@@ -22,7 +22,8 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.diff import diff
 from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.result import AuditedLibrary, AuditedProcess, LibraryProcess
-from miniloader.report.audit import lines, tick
+from miniloader.report.audit import lines
+from miniloader.report.audit_growth import tick
 from miniloader.report.text import plain
 from miniloader.testing import assert_copied_only, assert_private_pages, snapshot
 from tests.lab.audit.told_processes import ANONYMOUS, Told, rollup_of, told
