@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from miniloader.forking import importing
+
 __all__ = ["Later", "leaving_out"]
 
 
@@ -17,7 +19,8 @@ class Later:
         self.__name__ = name
 
     def __getattr__(self, name: str) -> object:
-        value = getattr(import_module(self.__name__), name)
+        with importing:  # the import system's lock would stay locked in a child that is forked meanwhile
+            value = getattr(import_module(self.__name__), name)
         setattr(self, name, value)
         return value
 

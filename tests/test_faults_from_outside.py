@@ -28,7 +28,7 @@ from miniloader.kernel.maps import read_maps
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.select import choose
 from miniloader.lab.workers.crew import Crew
-from miniloader.loader import search
+from miniloader.loader import surroundings
 from tests.failing_calls import ERRNOS, Footprint, failing, label, uncollected
 from tests.lab.conftest import lives, wait_until_gone
 
@@ -38,7 +38,12 @@ COMMAND = [sys.executable, "-m", "miniloader"]
 # --------------------------------------------------------------------------- whichever call fails, and how
 def forget() -> None:
     """Have the search look again at what it asks once for a process."""
-    for function in (search._lib, search._library_path, search._default_directories, search._hwcaps):
+    for function in (
+        surroundings._program,
+        surroundings._library_path,
+        surroundings._read_built_in,
+        surroundings._hwcaps,
+    ):
         function.cache_clear()
 
 

@@ -112,6 +112,7 @@ OUTCOMES: Final[dict[str, tuple[Outcome, str]]] = {
     "DT_RELCOUNT": ("ignored", "belongs to DT_REL"),
     "DT_ANDROID_RELRCOUNT": ("ignored", "the table says it itself"),
 }
+_LONGEST: Final = 4096  # PATH_MAX of limits.h
 _UNKNOWN: Final[tuple[Outcome, str]] = ("ignored", "ld.so does not know it, or not for this processor")
 
 
@@ -124,6 +125,8 @@ def asked_for(image: ElfImage) -> Iterator[Asked]:
                 text = image.text(value, tag_name(tag))
             except ElfError:
                 text = None  # the rule "strings" says so
+            if text is not None and len(text) > _LONGEST:
+                text = None  # no path; thousands of entries may name one text of a megabyte
         yield Asked(tag_name(tag), value, text, *OUTCOMES.get(tag_name(tag), _UNKNOWN))
         prefix, names = _FLAGS.get(tag, ("", {}))
         known = {bit: name for name, bit in names.items() if isinstance(bit, int)}

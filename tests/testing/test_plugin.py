@@ -198,7 +198,8 @@ def test_nothing(crew):
     done = inner({"test_inside.py": text}, "-s")
     done.assert_outcomes(passed=1)
     (line,) = [line for line in done.outlines if "modules" in line]
-    assert json.loads(line.partition("modules ")[2]) == ["miniloader", "miniloader.testing"]
+    modules = json.loads(line.partition("modules ")[2])
+    assert modules == ["miniloader", "miniloader.forking", "miniloader.testing"]
 
 
 def test_pytest_finds_it() -> None:

@@ -46,6 +46,7 @@ __all__ = ["Reference", "SharedObject", "Shelf", "lookup_tables", "references"]
 T = TypeVar("T")
 _VERDEF: Final = struct.Struct("<4H3I")  # Elf64_Verdef
 _VERDAUX: Final = struct.Struct("<2I")  # Elf64_Verdaux
+_TOLD_BY_KIND: Final = ("file-type", "relr-marker")  # rules that a kind of problem of its own tells
 _SYMBOL: Final = symbol_dtype(64, "<")
 _ALL_PASS: Final = b"\xff" * 8  # a Bloom filter of one word, which lets every hash pass
 _STATIC_TLS: Final = ("TPOFF", "TPREL", "TLS_TPREL")
@@ -287,7 +288,7 @@ def _read(path: str, file: str, identity: tuple[int, int]) -> SharedObject | Elf
             else tuple(
                 (problem.field, problem.found, problem.expected)
                 for rule, problems in outcomes(large)
-                if rule.severity == "error" and rule.name != "file-type"
+                if rule.severity == "error" and rule.name not in _TOLD_BY_KIND
                 for problem in problems
             )
         )
