@@ -10,6 +10,7 @@ from miniloader.errors import UsageError
 
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage
+    from miniloader.lab.check.bindings import SymbolBinding
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -29,6 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--search", action="store_true", help="show where each library it needs is looked for"
+    )
+    parser.add_argument(
+        "--bindings",
+        action="store_true",
+        help="show who would serve each symbol that it and its libraries look up, and who else defines it",
     )
     parser.add_argument(
         "--page-size",
@@ -97,6 +103,10 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
         from miniloader.report.search import to_json
 
         said["search"] = to_json(find_needed(image))
+    if arguments.bindings:
+        from miniloader.report.bindings import rows_json
+
+        said["bindings"] = rows_json(_bindings(image))
     dump(said)
 
 
@@ -115,3 +125,15 @@ def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> No
         out.show([(), *lines(find_needed(image))])
     if arguments.symbols:
         out.show([(), *inspect_view.symbols(image)])
+    if arguments.bindings:
+        from miniloader.report.bindings import lines as bindings_lines
+
+        out.show([(), *bindings_lines(image.path, _bindings(image))])
+
+
+def _bindings(image: ElfImage) -> list[SymbolBinding]:
+    """Who binds to what, where it would be loaded."""
+    from miniloader.lab.check.bindings import bindings
+    from miniloader.lab.check.check import Checker
+
+    return list(bindings(Checker().situation(image.path)))

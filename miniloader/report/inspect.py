@@ -26,7 +26,7 @@ from miniloader.json_schema import (
     record,
     words,
 )  # fmt: skip
-from miniloader.report import search, symbols
+from miniloader.report import bindings, search, symbols
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Rule
@@ -164,6 +164,7 @@ _IMAGE: Final = record(
     optional={
         "checks": array(record(_RULE, {"outcome": TEXT, "problems": array(_PROBLEM)})),
         "search": search.SCHEMA,
+        "bindings": bindings.ROWS_SCHEMA,
     },
 )  # fmt: skip
 

@@ -58,3 +58,19 @@ def test_assert_loads_says_all_that_is_wrong(tmp_path: Path) -> None:
         assert_loads(undefined_symbol(tmp_path))
     library = compile_library(tmp_path / "libnew.so", "int f;")
     assert_loads(library, policy="manylinux_2_17")
+
+
+def test_inspect_says_who_would_serve_each_symbol(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    library = duplicate_symbol(tmp_path)
+    assert cli.main(["inspect", "--json", "--bindings", str(library)]) == 0
+    rows = json.loads(capsys.readouterr().out)["bindings"]
+    first, second = (str(tmp_path / f"lib{name}.so") for name in ("one", "two"))
+    twice = [(row["referrer"], row["provider"], row["also"]) for row in rows if row["symbol"] == "twice"]
+    assert twice == [(first, first, [second]), (second, first, [second])]
+    assert cli.main(["inspect", "--bindings", str(library)]) == 0
+    table = capsys.readouterr().out.partition("also defined by")[2]
+    assert ["twice", "libtwo.so", "libone.so", "libtwo.so"] in [line.split() for line in table.splitlines()]
+    assert ["libone.so", first] in [line.split() for line in table.splitlines()]
