@@ -25,11 +25,11 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteWatch
 from miniloader.values import dataclass
 
-__all__ = ["Capabilities", "Finding", "best_level", "level_for", "probe"]
+__all__ = ["Capabilities", "Trial", "best_level", "level_for", "probe"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Trial:
     """Whether ``feature`` works here; ``why`` says why not, "" where it does."""
 
     feature: Feature
@@ -39,13 +39,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What works here, one finding for each of FEATURES, in their order."""
+    """What works here, one trial for each of FEATURES, in their order."""
 
-    findings: tuple[Finding, ...]
+    trials: tuple[Trial, ...]
 
     def works(self, name: str) -> bool:
         """Whether the feature ``name`` works; KeyError where there is none of that name."""
-        return {finding.feature.name: finding.works for finding in self.findings}[name]
+        return {trial.feature.name: trial.works for trial in self.trials}[name]
 
     @property
     def level(self) -> EvidenceLevel:
@@ -188,14 +188,14 @@ _CHECKS: Final[dict[str, Callable[[], None]]] = {
 }
 
 
-def _try(feature: Feature) -> Finding:
+def _try(feature: Feature) -> Trial:
     try:
         _CHECKS[feature.name]()
     except EvidenceError as error:
-        return Finding(feature, False, error.message)
+        return Trial(feature, False, error.message)
     except OSError as error:
-        return Finding(feature, False, error.strerror or str(error))
-    return Finding(feature, True, "")
+        return Trial(feature, False, error.strerror or str(error))
+    return Trial(feature, True, "")
 
 
 def probe() -> Capabilities:

@@ -11,7 +11,7 @@ from miniloader.report.numbers import count, size
 from miniloader.report.text import Cell, Line, Part, Table, listed, more
 
 if TYPE_CHECKING:
-    from miniloader.lab.audit.growth import BeforeAfter, Family, Growth, LibraryGrowth, MappingGrowth
+    from miniloader.lab.audit.growth import AmountChange, Family, Growth, LibraryGrowth, MappingGrowth
     from miniloader.lab.audit.result import Audit
 
 __all__ = ["growth_view", "tick"]
@@ -136,7 +136,7 @@ def _table(
     yield Table((*columns, ">own", ">by fork", ">shared"), cells)
 
 
-def _moved(figure: BeforeAfter) -> str:
+def _moved(figure: AmountChange) -> str:
     """``74.1 MiB → 269 MiB (+195 MiB)``, or how large it still is."""
     before, after = ("–" if number is None else size(number) for number in (figure.before, figure.after))
     return f"{before} → {after} ({_signed(figure.change)})" if figure.change else after

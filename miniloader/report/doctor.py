@@ -36,13 +36,13 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
         },
         "features": [
             {
-                "name": finding.feature.name,
-                "works": finding.works,
-                "what": finding.feature.what,
-                "why": finding.why,
-                "get": finding.feature.get,
+                "name": trial.feature.name,
+                "works": trial.works,
+                "what": trial.feature.what,
+                "why": trial.why,
+                "get": trial.feature.get,
             }
-            for finding in capabilities.findings
+            for trial in capabilities.trials
         ],
         "evidence": capabilities.level.name,
         "shows": capabilities.level.shows,
@@ -90,10 +90,10 @@ def _machine(system: os.uname_result, rights: Privileges) -> Iterator[tuple[str,
 
 def _features(capabilities: Capabilities) -> Iterator[tuple[Cell, Cell, Cell]]:
     """One row a feature; below one that does not work, why not and how to get it."""
-    for finding in capabilities.findings:
-        feature = finding.feature
-        works = ("yes", "green") if finding.works else ("no", "red")
+    for trial in capabilities.trials:
+        feature = trial.feature
+        works = ("yes", "green") if trial.works else ("no", "red")
         yield feature.name, works, feature.what
-        if not finding.works:
-            yield "", "", (finding.why, "dim")
+        if not trial.works:
+            yield "", "", (trial.why, "dim")
             yield "", "", (f"to get it: {feature.get}", "dim")

@@ -9,17 +9,17 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel.mounts import mount_of
 from miniloader.values import dataclass
 
-__all__ = ["Place", "file_system_of", "find_place"]
+__all__ = ["ScratchDirectory", "file_system_of", "scratch_directory"]
 
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 _NOT_FOR_FILES: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue"})
 
 
 @dataclass(frozen=True)
-class Place:
+class ScratchDirectory:
     """A directory for fresh files, and the type of its file system.
 
-    >>> str(Place("/var/tmp", "ext4"))
+    >>> str(ScratchDirectory("/var/tmp", "ext4"))
     'ext4 (/var/tmp)'
     """
 
@@ -30,7 +30,7 @@ class Place:
         return f"{self.file_system} ({self.directory})"
 
 
-def find_place(kind: str) -> Place:
+def scratch_directory(kind: str) -> ScratchDirectory:
     """A writable directory on ``tmpfs``, or, for any other ``kind``, on a disk if there is one.
 
     Where no disk can be written, a directory in memory has to do.  Raises EvidenceError where there is none.
@@ -40,17 +40,17 @@ def find_place(kind: str) -> Place:
     else:
         wanted = [os.environ.get("TMPDIR", ""), "/var/tmp", "/tmp", os.path.expanduser("~"), os.getcwd()]
     writable = (path for path in wanted if path and os.access(path, os.W_OK | os.X_OK))
-    places = [
-        place
+    directories = [
+        scratch
         for path in writable
-        if (place := Place(path, file_system_of(path))).file_system not in _NOT_FOR_FILES
+        if (scratch := ScratchDirectory(path, file_system_of(path))).file_system not in _NOT_FOR_FILES
     ]
     if kind == "tmpfs":
-        places = [place for place in places if place.file_system in _IN_MEMORY]
-    if not places:
+        directories = [scratch for scratch in directories if scratch.file_system in _IN_MEMORY]
+    if not directories:
         raise EvidenceError(f"no {kind} directory that we may write in", hint="set TMPDIR to one")
     return min(
-        places, key=lambda place: place.file_system in _IN_MEMORY
+        directories, key=lambda scratch: scratch.file_system in _IN_MEMORY
     )  # the first of them: disks before memory
 
 

@@ -22,7 +22,7 @@ from miniloader.lab.workers.child import uninterrupted
 from miniloader.values import dataclass
 from miniloader.walkthrough.child_processes import Body, Child, Program
 from miniloader.walkthrough.mapping_views import MappingView, views_of
-from miniloader.walkthrough.scratch_files import Place, find_place
+from miniloader.walkthrough.scratch_files import ScratchDirectory, scratch_directory
 from miniloader.walkthrough.step import Grid, Part
 from miniloader.walkthrough.traced_calls import Calls, Mapping, TracedCall
 
@@ -65,8 +65,8 @@ class Workbench(Calls):
         names = [evidence.name for evidence in LEVELS]
         self.level: LevelName = best if level is None or names.index(level) < names.index(best) else level
         self._undo = ExitStack()
-        self._used: list[Place] = []
-        self._places: dict[str, Place] = {}
+        self._used: list[ScratchDirectory] = []
+        self._places: dict[str, ScratchDirectory] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -90,18 +90,18 @@ class Workbench(Calls):
             shows=next(evidence.shows for evidence in LEVELS if evidence.name == self.level),
         )
 
-    def place(self, kind: str = "disk") -> Place:
+    def place(self, kind: str = "disk") -> ScratchDirectory:
         """A directory of our own on a file system with a disk behind it, or on ``tmpfs``.
 
         Where there is no disk for us, tmpfs has to do; :attr:`environment` says which it was.  Raises
         EvidenceError where nothing can be written.
         """
         if kind not in self._places:
-            parent = find_place(kind)
+            parent = scratch_directory(kind)
             directory = os.path.join(parent.directory, f"miniloader-{os.urandom(8).hex()}")
             self._undo.callback(shutil.rmtree, directory, ignore_errors=True)  # Ctrl-C may come before mkdir
             os.mkdir(directory, 0o700)
-            self._places[kind] = Place(directory, parent.file_system)
+            self._places[kind] = ScratchDirectory(directory, parent.file_system)
             self._used.append(parent)
         return self._places[kind]
 

@@ -21,9 +21,9 @@ PRIVILEGED = {"frames", "kpagecount", "kpageflags"}
 
 def test_one_finding_for_each_feature() -> None:
     found = probe()
-    assert tuple(one.feature for one in found.findings) == FEATURES
+    assert tuple(one.feature for one in found.trials) == FEATURES
     assert all(found.works(name) for name in ALWAYS)
-    assert all(bool(one.why) != one.works for one in found.findings)
+    assert all(bool(one.why) != one.works for one in found.trials)
     with pytest.raises(KeyError):
         found.works("nonsense")
 
@@ -51,7 +51,7 @@ def test_an_ordinary_user_sees_flags(as_nobody) -> None:
 
 
 def test_without_frames_there_are_reasons(as_nobody) -> None:
-    why = {one.feature.name: one.why for one in as_nobody(probe).findings}
+    why = {one.feature.name: one.why for one in as_nobody(probe).trials}
     assert "CAP_SYS_ADMIN" in why["frames"]
     assert why["kpagecount"] == "/proc/kpagecount: Permission denied"
 
@@ -68,7 +68,7 @@ def test_what_fails_does_not_work(call: str, number: int, lost: set[str]) -> Non
     usual = probe()
     with syscalls.injected(call, failing(number)):
         found = probe()
-    for one in found.findings:
+    for one in found.trials:
         if one.feature.name in lost:
             assert not one.works
             assert one.why

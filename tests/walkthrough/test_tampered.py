@@ -286,10 +286,10 @@ def test_a_state_that_is_not_told_refutes_nothing() -> None:
 @pytest.mark.parametrize("name", [name for name in CHAPTERS if name not in ("copies", "fork")])
 def test_without_a_disk_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All files on tmpfs; that waits for no disk, so nothing can be said of cold files there."""
-    find = scratch_files.find_place
+    find = scratch_files.scratch_directory
     if scratch_files.file_system_of(find("tmpfs").directory) != "tmpfs":
         pytest.skip("this machine lacks a tmpfs")
-    monkeypatch.setattr(workbench, "find_place", lambda kind: find("tmpfs"))
+    monkeypatch.setattr(workbench, "scratch_directory", lambda kind: find("tmpfs"))
     result = run_chapter(chapter(name))
     assert all(one.startswith("tmpfs ") for one in result.environment.file_systems)
     said = {claim.id: (claim.verdict, claim.reason) for claim in result.claims}
@@ -306,8 +306,8 @@ def _children() -> set[str]:
 
 @pytest.mark.parametrize("name", ["processes", "textrel", "relro", "tls", "shared", "fork"])
 def test_nothing_is_left_behind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = scratch_files.Place(str(tmp_path), "here")
-    monkeypatch.setattr(workbench, "find_place", lambda kind: place)
+    place = scratch_files.ScratchDirectory(str(tmp_path), "here")
+    monkeypatch.setattr(workbench, "scratch_directory", lambda kind: place)
     children, threads = _children(), len(os.listdir("/proc/self/task"))
     with Workbench() as bench:
         experiment = chapter(name).run(bench)

@@ -13,7 +13,7 @@ from miniloader.values import dataclass
 
 __all__ = [
     "GROWTH_KEYS",
-    "BeforeAfter",
+    "AmountChange",
     "Family",
     "Growth",
     "LibraryGrowth",
@@ -28,10 +28,10 @@ State = Literal["came", "went", "stayed"]
 
 
 @dataclass(frozen=True)
-class BeforeAfter:
+class AmountChange:
     """A figure in two audits, in bytes; None where there was nothing, or it is not known.
 
-    >>> BeforeAfter(None, 4096).change, BeforeAfter(8192, 4096).change
+    >>> AmountChange(None, 4096).change, AmountChange(8192, 4096).change
     (4096, -4096)
     """
 
@@ -51,9 +51,9 @@ class ProcessGrowth:
     pid: int
     name: str
     state: State
-    rss: BeforeAfter
-    pss: BeforeAfter
-    uss: BeforeAfter
+    rss: AmountChange
+    pss: AmountChange
+    uss: AmountChange
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class MappingGrowth:
 
     kind: MappingKind
     name: str
-    own: BeforeAfter
-    inherited: BeforeAfter
-    shared: BeforeAfter
+    own: AmountChange
+    inherited: AmountChange
+    shared: AmountChange
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class LibraryGrowth:
 
     path: str
     build_id: str | None
-    own: BeforeAfter
-    inherited: BeforeAfter
-    shared: BeforeAfter
+    own: AmountChange
+    inherited: AmountChange
+    shared: AmountChange
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Growth:
     ``rss``, ``pss`` and ``uss`` are those of all processes, each memory counted once.
     """
 
-    rss: BeforeAfter
-    pss: BeforeAfter
-    uss: BeforeAfter
+    rss: AmountChange
+    pss: AmountChange
+    uss: AmountChange
     processes: tuple[ProcessGrowth, ...]
     mappings: tuple[MappingGrowth, ...]
     libraries: tuple[LibraryGrowth, ...]
@@ -113,9 +113,9 @@ class Family(NamedTuple):
 def growth(before: Audit, after: Audit) -> Growth:
     """What is more, or less, in the audit ``after``; what grew most comes first."""
     return Growth(
-        rss=BeforeAfter(before.rss, after.rss),
-        pss=BeforeAfter(before.pss, after.pss),
-        uss=BeforeAfter(before.uss, after.uss),
+        rss=AmountChange(before.rss, after.rss),
+        pss=AmountChange(before.pss, after.pss),
+        uss=AmountChange(before.uss, after.uss),
         processes=tuple(sorted(_processes(before, after), key=lambda process: -process.uss.change)),
         mappings=tuple(sorted(_mappings(before, after), key=_order)),
         libraries=tuple(sorted(_libraries(before, after), key=_order)),
@@ -151,8 +151,8 @@ def _processes(before: Audit, after: Audit) -> Iterable[ProcessGrowth]:
             yield ProcessGrowth(process.pid, process.name, state, **figures)
 
 
-def _of_process(first: AuditedProcess | None, second: AuditedProcess | None, name: str) -> BeforeAfter:
-    return BeforeAfter(*(None if process is None else getattr(process, name) for process in (first, second)))
+def _of_process(first: AuditedProcess | None, second: AuditedProcess | None, name: str) -> AmountChange:
+    return AmountChange(*(None if process is None else getattr(process, name) for process in (first, second)))
 
 
 def _mappings(before: Audit, after: Audit) -> Iterable[MappingGrowth]:
@@ -190,9 +190,9 @@ def _of_library(library: AuditedLibrary, page_size: int) -> dict[str, int]:
     return {name: number * page_size for name, number in pages.items()}
 
 
-def _figures(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, BeforeAfter]:
+def _figures(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, AmountChange]:
     figures = {name: [None if sums is None else sums[name] for sums in (before, after)] for name in _COLUMNS}
-    return {name: BeforeAfter(*values) for name, values in figures.items()}
+    return {name: AmountChange(*values) for name, values in figures.items()}
 
 
 def _order(row: MappingGrowth | LibraryGrowth) -> tuple[int, int, int]:

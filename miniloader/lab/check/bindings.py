@@ -41,15 +41,15 @@ def bindings(situation: Situation, name: str | None = None) -> Iterator[SymbolBi
     scope = situation.scope
     program = scope[0] if scope and scope[0].header.type == "EXEC" else None
     for item in situation.new:
-        reference = item.reference
+        uses = item.uses
         everybody: list[SharedObject | None] = [*scope]
         beyond = [member if member is not item else None for member in scope]
-        ways: list[_Way] = [(reference.symbols, everybody, None), (reference.copies, beyond, None)]
+        ways: list[_Way] = [(uses.symbols, everybody, None), (uses.copies, beyond, None)]
         if (
             program is not None
         ):  # for all but calls its PLT entries are the functions: their addresses are known
-            pointers = reference.pointers
-            ways = [(reference.calls, everybody, None), (pointers, everybody, program), ways[1]]
+            pointers = uses.pointers
+            ways = [(uses.calls, everybody, None), (pointers, everybody, program), ways[1]]
         rows = (
             row
             for symbols, members, entries in ways

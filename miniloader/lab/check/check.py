@@ -205,5 +205,5 @@ def _is_python_extension(file: SharedObject) -> bool:
 
 
 def _undefined(file: SharedObject) -> Iterator[str]:
-    wanted = file.reference.symbols
+    wanted = file.uses.symbols
     return (file.name(symbol) for symbol in wanted[file.rows["shndx"][wanted] == 0].tolist())

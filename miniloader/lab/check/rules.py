@@ -318,7 +318,7 @@ def duplicate_symbol(situation: Situation) -> Iterator[LoadProblem]:
     Weak and unique definitions are meant to be merged; what ld.so and libc define twice is, too.
     """
     for item in situation.new[1:]:
-        wanted = item.reference.symbols
+        wanted = item.uses.symbols
         wanted = wanted[(item.rows["shndx"][wanted] != 0) & (item.bind[wanted] == 1)]
         own = situation.scope.index(item)
         if not len(wanted) or not own or item is situation.libc or _is_ld_so(item):
@@ -329,7 +329,7 @@ def duplicate_symbol(situation: Situation) -> Iterator[LoadProblem]:
             owner, symbol = int(rows["owner"][place]), int(wanted[place])
             winner = situation.scope[owner]
             told[owner] = told.get(owner, 0) + 1
-            if told[owner] > _MOST_DUPLICATES or int(rows["symbol"][place]) in winner.reference.copies:
+            if told[owner] > _MOST_DUPLICATES or int(rows["symbol"][place]) in winner.uses.copies:
                 continue
             name = item.name(symbol)
             yield LoadProblem(
@@ -419,7 +419,7 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
 
 def _static_owners(situation: Situation, item: SharedObject) -> Iterator[tuple[SharedObject, bool]]:
     """Whose blocks ``item`` needs at a fixed distance; those of TLS descriptors may be elsewhere (True)."""
-    for symbols, may_fail in ((item.reference.static_tls, False), (item.reference.tls_descriptors, True)):
+    for symbols, may_fail in ((item.uses.static_tls, False), (item.uses.tls_descriptors, True)):
         if len(symbols) and not symbols[0]:
             yield item, may_fail
         named = symbols[symbols > 0]

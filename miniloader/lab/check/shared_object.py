@@ -41,7 +41,7 @@ from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.native import Stopped, buffer_address
 from miniloader.values import dataclass
 
-__all__ = ["Reference", "SharedObject", "Shelf", "lookup_tables", "references"]
+__all__ = ["SharedObject", "Shelf", "SymbolUses", "lookup_tables", "symbol_uses"]
 
 T = TypeVar("T")
 _VERDEF: Final = struct.Struct("<4H3I")  # Elf64_Verdef
@@ -110,7 +110,7 @@ def _hash_table(symbols: SymbolTable) -> bytes:
 
 # ------------------------------------------------------------------------------------------ references
 @dataclass(frozen=True, eq=False)
-class Reference:
+class SymbolUses:
     """The symbols (indices, ascending) that relocations look up.
 
     All of them; those called through the PLT; those used in any other way; those of copy relocations, of
@@ -125,7 +125,7 @@ class Reference:
     tls_descriptors: NDArray[np.int64]
 
 
-def references(relocations: Relocations) -> Reference:
+def symbol_uses(relocations: Relocations) -> SymbolUses:
     """What the ``relocations`` of a file look up."""
     kinds: dict[str, list[NDArray[np.int64]]] = {
         name: [] for name in ("copy", "static", "descriptor", "call", "")
@@ -144,7 +144,7 @@ def references(relocations: Relocations) -> Reference:
 
     looked_up = of("", "call", "static", "descriptor")
     pointers = of("", "static", "descriptor")
-    return Reference(
+    return SymbolUses(
         looked_up[looked_up > 0],
         of("call"),
         pointers[pointers > 0],
@@ -178,7 +178,7 @@ class SharedObject:
     file: str
     identity: tuple[int, int]
     image: ElfImage
-    reference: Reference
+    uses: SymbolUses
     versions: dict[int, Version]
     versym: NDArray[np.uint16]
     names: MappedSymbols
@@ -300,10 +300,10 @@ def _read(path: str, file: str, identity: tuple[int, int]) -> SharedObject | Elf
             if len(symbols)
             else np.empty(0, _SYMBOL)
         )
-        reference = references(large.relocations)
+        uses = symbol_uses(large.relocations)
         return SharedObject(
             path, file, identity, image,
-            reference, dict(symbols.versions), symbols.versym, names, rows, faults, tables,
+            uses, dict(symbols.versions), symbols.versym, names, rows, faults, tables,
         )  # fmt: skip
     except ElfError as error:
         return error

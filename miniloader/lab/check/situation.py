@@ -101,10 +101,10 @@ def unresolved(item: SharedObject, scope: Sequence[SharedObject], served: Served
     before = served.get(item)
     if before is not None and before.issubset(scope):
         return ()
-    wanted = item.reference.symbols
+    wanted = item.uses.symbols
     strong = item.bind[wanted] != STB_WEAK
     wanted = wanted[strong & (item.rows["shndx"][wanted] == 0)]
-    copies = item.reference.copies
+    copies = item.uses.copies
     copies = copies[item.bind[copies] != STB_WEAK]
     owners = owners_of(item, wanted, scope, scope.index(item))["owner"]
     beyond = [member for member in scope if member is not item]  # a copy is of what somebody else defines

@@ -212,7 +212,7 @@ class _Growing:
         )
 
 
-class _Walk:
+class _TreeWalk:
     """One walk: the libraries met so far, and by what ld.so would tell them from others."""
 
     def __init__(self, files: Files, surroundings: Surroundings, path: str) -> None:
@@ -352,7 +352,7 @@ def tree(
     finally:
         image.source.close()
     identity, description = files.describe(name, real=real)
-    walk = _Walk(files, surroundings, real)
+    walk = _TreeWalk(files, surroundings, real)
     walk.know(_ITSELF, ("", name, real, description.soname), identity)
     if interpreter is not None:
         walk.know_interpreter(interpreter)

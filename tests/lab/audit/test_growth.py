@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
-from miniloader.lab.audit.growth import BeforeAfter, Growth, family_of, growth
+from miniloader.lab.audit.growth import AmountChange, Growth, family_of, growth
 from miniloader.report.audit_growth import growth_view, tick
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import ANONYMOUS, KB, rollup_of, told, told_children
@@ -70,4 +70,4 @@ def test_a_library_that_is_written() -> None:
     crypto = next(row for row in grown.libraries if "libcrypto" in row.path)
     assert crypto.own.before is None
     assert (crypto.own.after or 0) >= PAGE_SIZE
-    assert crypto.inherited == BeforeAfter(None, 0)
+    assert crypto.inherited == AmountChange(None, 0)
