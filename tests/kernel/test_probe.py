@@ -12,7 +12,7 @@ from miniloader.kernel import syscalls
 from miniloader.kernel.features import FEATURES, LEVELS
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.privileges import privileges
-from miniloader.kernel.probe import Capabilities, Finding, best_level, probe
+from miniloader.kernel.probe import Capabilities, Trial, best_level, probe
 from tests.memory import failing
 
 ALWAYS = {"smaps", "pagemap"}  # what the project cannot do without; every kernel of today has it
@@ -83,7 +83,7 @@ def test_every_level_rests_on_one_feature() -> None:
     """Level by level down, as the features go that each rests on."""
     gone: set[str] = set()
     for level in LEVELS:
-        found = Capabilities(tuple(Finding(f, f.name not in gone, "") for f in FEATURES))
+        found = Capabilities(tuple(Trial(f, f.name not in gone, "") for f in FEATURES))
         assert found.level is level
         gone.add(level.feature or "")
 
