@@ -96,9 +96,9 @@ FUNCTION_ARRAYS: Final = (
 
 
 class Reader(Protocol):
-    """Reads ``length`` bytes at ``vaddr``; :class:`ElfError` naming ``what`` when they are not there."""
+    """Reads ``length`` bytes at ``vaddr``; :class:`ElfError` naming ``field`` when they are not there."""
 
-    def __call__(self, vaddr: int, length: int, what: str, /) -> Bytes:
+    def __call__(self, vaddr: int, length: int, field: str, /) -> Bytes:
         """The bytes that lie at ``vaddr``."""
         ...
 
@@ -106,7 +106,7 @@ class Reader(Protocol):
 class Locator(Protocol):
     """Finds where in the file the ``length`` bytes at ``vaddr`` are, or raises as :class:`Reader` does."""
 
-    def __call__(self, vaddr: int, length: int, what: str, /) -> int:
+    def __call__(self, vaddr: int, length: int, field: str, /) -> int:
         """The file offset of the first byte."""
         ...
 

@@ -198,16 +198,16 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
     Sections are a convenience for naming things: nothing that matters to loading is read from them.
     """
     layout = record(header.elf_class, header.order, "Shdr", header.machine)
-    size, what = layout.size, "section headers"
+    size, field = layout.size, "section headers"
     if header.shoff == 0 or header.shentsize != size:
         return ()
     try:
-        length, link = layout.row(source.read(header.shoff, size, what), "size", "link")
+        length, link = layout.row(source.read(header.shoff, size, field), "size", "link")
         count = header.shnum or length  # gABI: more than SHN_LORESERVE sections
         strings_index = link if header.shstrndx == _SHN_XINDEX else header.shstrndx
         if count > _MOST_SECTIONS:
             return ()
-        table = source.read(header.shoff, size * count, what)
+        table = source.read(header.shoff, size * count, field)
         if not 0 < strings_index < count:
             return ()
         offset, length = layout.row(table, "offset", "size", at=strings_index * size)

@@ -88,20 +88,20 @@ class ElfImage:
                 return load.file_offset + vaddr - load.vaddr
         return None
 
-    def read(self, vaddr: int, length: int, what: str = "bytes") -> Bytes:
+    def read(self, vaddr: int, length: int, field: str = "bytes") -> Bytes:
         """The ``length`` bytes of the file that are mapped at ``vaddr``, together."""
-        return self.source.read(self.locate(vaddr, length, what), length, what) if length else b""
+        return self.source.read(self.locate(vaddr, length, field), length, field) if length else b""
 
-    def locate(self, vaddr: int, length: int, what: str = "bytes") -> int:
+    def locate(self, vaddr: int, length: int, field: str = "bytes") -> int:
         """Where in the file the ``length`` bytes are that are mapped at ``vaddr``, together."""
         for start, end, extent_offset in self._extents:
             if start <= vaddr and vaddr + length <= end:
                 file_offset = extent_offset + vaddr - start
-                self.source.refuse_hole(file_offset, length, what)
+                self.source.refuse_hole(file_offset, length, field)
                 return file_offset
         raise ElfError(
             self.path,
-            what,
+            field,
             f"vaddrs {vaddr:#x} to {vaddr + length:#x}",
             "inside the file's part of one PT_LOAD",
         )
@@ -180,10 +180,10 @@ class ElfImage:
         needs = []
         for tag, value in self.dynamic.entries:
             if tag in (DT_NEEDED, DT_FILTER, DT_AUXILIARY):
-                what = tag_name(tag)
-                name = self.text(value, what)
+                field = tag_name(tag)
+                name = self.text(value, field)
                 if len(name) >= _PATH:
-                    raise ElfError(self.path, what, f"a name of {len(name)} bytes", f"less than {_PATH}")
+                    raise ElfError(self.path, field, f"a name of {len(name)} bytes", f"less than {_PATH}")
                 needs.append((tag, name))
         return tuple(needs)
 
@@ -280,12 +280,12 @@ class ElfImage:
         # What is behind the last NUL is no name: patchelf up to 0.14 leaves the beginning of one there.
         return table if table[-1:] in (b"", b"\0") else table[: table.rfind(b"\0") + 1]
 
-    def text(self, offset: int, what: str) -> str:
-        """The text at ``offset`` of the string table ``DT_STRTAB``; ``what`` it is names it in an error."""
+    def text(self, offset: int, field: str) -> str:
+        """The text at ``offset`` of the string table ``DT_STRTAB``; ``field`` it is names it in an error."""
         tags = self.dynamic.tags
         size = tags.get(DT_STRSZ, 0) if DT_STRTAB in tags else 0
         if offset >= size:
-            raise ElfError(self.path, what, f"string offset {offset:#x}", f"inside the {size:#x} bytes")
+            raise ElfError(self.path, field, f"string offset {offset:#x}", f"inside the {size:#x} bytes")
         # Of a table of megabytes the part that matters; the names that are asked for lie together.
         start = offset // _PART * _PART
         if start not in self._parts:
@@ -296,7 +296,7 @@ class ElfImage:
             part, start = self._string_table, 0
             if offset >= len(part):
                 found = f"string offset {offset:#x}, where no NUL follows"
-                raise ElfError(self.path, what, found, f"a string that ends inside the {size:#x} bytes")
+                raise ElfError(self.path, field, found, f"a string that ends inside the {size:#x} bytes")
         return os.fsdecode(string_at(part, offset - start))
 
     @cached_property
@@ -304,9 +304,9 @@ class ElfImage:
         """Parts of the string table, by where they begin."""
         return {}
 
-    def _strings(self, tag: int, what: str) -> Iterator[str]:
+    def _strings(self, tag: int, field: str) -> Iterator[str]:
         if tag in self.dynamic.tags:
-            yield self.text(self.dynamic.tags[tag], what)
+            yield self.text(self.dynamic.tags[tag], field)
 
     def _notes(self) -> Iterator[tuple[bytes, str, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""

@@ -22,11 +22,11 @@ _BY_INFO, _BY_DIFFERENCE, _BY_ADDEND, _HAS_ADDEND = 1, 2, 4, 8
 _LONGEST: Final = 10  # bytes of a number of 64 bits
 
 
-def unpack(data: Bytes, elf_class: int, most: int, what: str, name: str | None) -> bytearray:
+def unpack(data: Bytes, elf_class: int, most: int, field: str, name: str | None) -> bytearray:
     """The relocations packed in ``data`` as ``Elf64_Rela`` records of a little-endian machine.
 
-    The table ``what`` of the file ``name`` may have at most so many; :class:`ElfError` for more, and for what
-    is not packed so.
+    The table ``field`` of the file ``name`` may have at most ``most``; :class:`ElfError` for more, and for
+    what is not packed so.
 
     >>> import struct
     >>> packed = b"APS2" + bytes([2, 0x80, 0x20, 2, 3, 8, 8])  # two, from 0x1000 on, 8 apart, of type 8
@@ -34,17 +34,17 @@ def unpack(data: Bytes, elf_class: int, most: int, what: str, name: str | None) 
     [(4104, 8, 0), (4112, 8, 0)]
     """
     if bytes(data[:4]) != _MARK:
-        raise ElfError(name, what, f"{bytes(data[:4])!r}", f"{_MARK!r}, Android's packed relocations")
-    numbers = _Numbers(_sleb128(bytes(data[4:]), what, name), what, name)
+        raise ElfError(name, field, f"{bytes(data[:4])!r}", f"{_MARK!r}, Android's packed relocations")
+    numbers = _Numbers(_sleb128(bytes(data[4:]), field, name), field, name)
     count, offset = numbers.next(), numbers.next()
     if not 0 <= count <= most:
-        raise ElfError(name, what, f"{count} relocations", f"at most {most}, one for 4 bytes of the file")
+        raise ElfError(name, field, f"{count} relocations", f"at most {most}, one for 4 bytes of the file")
     rows = np.zeros((count, 3), np.int64)
     done, addend = 0, 0
     while done < count:
         size, flags = numbers.next(), numbers.next()
         if not 0 < size <= count - done:
-            raise ElfError(name, what, f"a group of {size}", f"1 to {count - done}, which are left")
+            raise ElfError(name, field, f"a group of {size}", f"1 to {count - done}, which are left")
         group = rows[done : done + size]
         difference = numbers.next() if flags & _BY_DIFFERENCE else None
         info = numbers.next() if flags & _BY_INFO else None
@@ -79,8 +79,8 @@ def _wrap(number: int) -> int:
 class _Numbers:
     """Numbers that are taken one after the other; :class:`ElfError` when there are no more."""
 
-    def __init__(self, numbers: NDArray[np.int64], what: str, name: str | None) -> None:
-        self._numbers, self._what, self._name = numbers, what, name
+    def __init__(self, numbers: NDArray[np.int64], field: str, name: str | None) -> None:
+        self._numbers, self._field, self._name = numbers, field, name
         self._at = 0
 
     def next(self) -> int:
@@ -91,19 +91,19 @@ class _Numbers:
         """So many rows of them."""
         end = self._at + rows * columns
         if end > len(self._numbers):
-            raise ElfError(self._name, self._what, f"{len(self._numbers)} numbers", f"{end} or more")
+            raise ElfError(self._name, self._field, f"{len(self._numbers)} numbers", f"{end} or more")
         taken, self._at = self._numbers[self._at : end], end
         return taken.reshape(rows, columns)
 
 
-def _sleb128(data: bytes, what: str, name: str | None) -> NDArray[np.int64]:
+def _sleb128(data: bytes, field: str, name: str | None) -> NDArray[np.int64]:
     """All numbers in ``data``, in DWARF's signed LEB128; bytes behind the last whole number are padding."""
     octets = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(octets < 0x80)
     starts = np.concatenate([np.zeros(1, np.intp), ends[:-1] + 1])[: len(ends)]
     lengths = ends - starts + 1
     if len(lengths) and int(lengths.max()) > _LONGEST:
-        raise ElfError(name, what, f"a number of {int(lengths.max())} bytes", f"at most {_LONGEST}")
+        raise ElfError(name, field, f"a number of {int(lengths.max())} bytes", f"at most {_LONGEST}")
     values = np.zeros(len(ends), np.uint64)
     for place in range(_LONGEST):
         longer = np.flatnonzero(lengths > place)

@@ -212,13 +212,13 @@ class Relocations:
 
     def by_kind(self) -> dict[str, int]:
         """How many relocations of each kind, most frequent first; ``RELR`` counts the words it relocates."""
-        found: dict[str, int] = {"RELR": len(self.relr)} if len(self.relr) else {}
+        counted: dict[str, int] = {"RELR": len(self.relr)} if len(self.relr) else {}
         for table in self.tables:
             codes, counts = distinct(table.rows["type"])
             for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
                 name = kind_name(self.machine, code)
-                found[name] = found.get(name, 0) + count
-        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+                counted[name] = counted.get(name, 0) + count
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
     def targets(self) -> NDArray[np.uint64]:
         """The vaddr of every word that is relocated, in table order."""

@@ -122,26 +122,26 @@ class Source:
         """Close the descriptor now; reading afterwards is an error, closing twice is not."""
         self._closer()
 
-    def read(self, offset: int, length: int, what: str) -> Bytes:
-        """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``what`` if the file has fewer."""
+    def read(self, offset: int, length: int, field: str) -> Bytes:
+        """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``field`` if the file has fewer."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise ElfError(
                 self.name,
-                what,
+                field,
                 f"bytes {offset:#x} to {offset + length:#x}",
                 f"inside the file of {self.size:#x} bytes",
             )
         at = self.start + offset
         if offset + length <= len(self._head):
             return self._head[offset : offset + length]
-        self.refuse_hole(offset, length, what)
+        self.refuse_hole(offset, length, field)
         try:
             data = os.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:
-            raise _unreadable(self.name, what, error) from None
+            raise _unreadable(self.name, field, error) from None
         if len(data) < length:
             hint = "it was cut short meanwhile"
-            raise ElfError(self.name, what, f"{len(data)} bytes", f"{length} bytes", hint=hint)
+            raise ElfError(self.name, field, f"{len(data)} bytes", f"{length} bytes", hint=hint)
         return data
 
     def parts(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -162,22 +162,22 @@ class Source:
         if start < end:
             yield start, end
 
-    def _seek(self, offset: int, what: int) -> int:
+    def _seek(self, offset: int, whence: int) -> int:
         """Where data or a hole is next; the descriptor stays where it is, as its duplicates share that."""
         position = os.lseek(self.fd, 0, os.SEEK_CUR)
         try:
-            return os.lseek(self.fd, self.start + offset, what) - self.start
+            return os.lseek(self.fd, self.start + offset, whence) - self.start
         except OSError as error:
             # Without data there is none up to the end; what cannot tell holds data everywhere.
-            return offset if what == os.SEEK_DATA and error.errno != errno.ENXIO else self.size
+            return offset if whence == os.SEEK_DATA and error.errno != errno.ENXIO else self.size
         finally:
             os.lseek(self.fd, position, os.SEEK_SET)
 
-    def refuse_hole(self, offset: int, length: int, what: str) -> None:
-        """Raise :class:`ElfError` naming the table ``what`` where a large hole lies in it (:meth:`parts`)."""
+    def refuse_hole(self, offset: int, length: int, field: str) -> None:
+        """Raise :class:`ElfError` naming ``field``, a table, where a large hole lies in it (`parts`)."""
         if length >= LARGE and next(self.parts(offset, length), None) != (offset, offset + length):
             found = f"{length:#x} bytes over a hole of the file"
-            raise ElfError(self.name, what, found, "bytes that the file holds")
+            raise ElfError(self.name, field, found, "bytes that the file holds")
 
     def _read_large(self, at: int, length: int) -> Bytes:
         """Into huge pages; fewer bytes at the end."""
@@ -200,7 +200,7 @@ def large_room(length: int) -> mmap.mmap:
     return room
 
 
-def _unreadable(name: str, what: str, error: OSError | ValueError) -> ElfError:
+def _unreadable(name: str, field: str, error: OSError | ValueError) -> ElfError:
     """The kernel refuses to open or to read it; a ValueError is a name with a NUL."""
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return ElfError(name, what, str(reason), "a readable ELF file")
+    return ElfError(name, field, str(reason), "a readable ELF file")

@@ -1,6 +1,6 @@
 """The dynamic symbol table: symbols, their versions, and the hash tables that find them.
 
-Everything comes from ``PT_DYNAMIC``, through a function ``read(vaddr, length, what) -> bytes``, so that the
+Everything comes from ``PT_DYNAMIC``, through a function ``read(vaddr, length, field) -> bytes``, so that the
 same code reads a file and a library that lies in memory.  Sources: gABI chapter 5 (symbol table, hash
 table), the LSB (symbol versions), and binutils' description of ``DT_GNU_HASH``.
 """
@@ -100,16 +100,16 @@ class GnuHash:
         word = int(self.bloom[(hashed // bits) % len(self.bloom)])
         if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
             return []
-        found: list[int] = []
+        symbols: list[int] = []
         at = int(self.buckets[hashed % len(self.buckets)]) - self.first
         while 0 <= at < len(self.chains):
             value = int(self.chains[at])
             if value | 1 == hashed | 1:
-                found.append(at + self.first)
+                symbols.append(at + self.first)
             if value & 1:
                 break
             at += 1
-        return found
+        return symbols
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +124,11 @@ class SysvHash:
         if not len(self.buckets):
             return []
         at = int(self.buckets[sysv_hash(name) % len(self.buckets)])
-        found: list[int] = []
-        while 0 < at < len(self.chains) and len(found) < len(self.chains):  # a cycle ends, too
-            found.append(at)
+        symbols: list[int] = []
+        while 0 < at < len(self.chains) and len(symbols) < len(self.chains):  # a cycle ends, too
+            symbols.append(at)
             at = int(self.chains[at])
-        return found
+        return symbols
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,6 +131,6 @@ def decode_relr(data: Bytes, elf_class: int, order: str) -> NDArray[np.uint64]:
     named[~bitmap] = 0
     named[~bitmap, 0] = 1
     named[address_at < 0] = 0
-    found = np.flatnonzero(named)
-    row, column = np.divmod(found, width)
+    positions = np.flatnonzero(named)
+    row, column = np.divmod(positions, width)
     return np.asarray(base[row] + column.astype(np.uint64) * np.uint64(word), np.uint64)

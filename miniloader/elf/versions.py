@@ -52,8 +52,8 @@ def read_versions(
 class _Records:
     """Records that lie close together, read a block at a time."""
 
-    def __init__(self, read: Reader, what: str, name: str | None) -> None:
-        self._read, self._what, self._name = read, what, name
+    def __init__(self, read: Reader, field: str, name: str | None) -> None:
+        self._read, self._field, self._name = read, field, name
         self._start, self._block = 0, b""
 
     def at(self, vaddr: int, layout: Record, *names: str) -> Any:
@@ -61,9 +61,9 @@ class _Records:
         size = layout.size
         if not self._start <= vaddr <= self._start + len(self._block) - size:
             try:
-                block = self._read(vaddr, _BLOCK, self._what)
+                block = self._read(vaddr, _BLOCK, self._field)
             except ElfError:  # not so many before the segment ends
-                block = self._read(vaddr, size, self._what)
+                block = self._read(vaddr, size, self._field)
             self._start, self._block = vaddr, bytes(block)
         return layout.row(self._block, *names, at=vaddr - self._start)
 
@@ -73,7 +73,7 @@ class _Records:
         The field ``next`` says how many bytes behind a record the next one is; 0 ends them.
         """
         if count > _MOST:
-            raise ElfError(self._name, self._what, f"{count} records", f"at most {_MOST}")
+            raise ElfError(self._name, self._field, f"{count} records", f"at most {_MOST}")
         size = layout.size
         for _ in range(count):
             step, *fields = self.at(vaddr, layout, "next", *names)
@@ -81,15 +81,15 @@ class _Records:
             if step == 0:
                 return
             if step < size:
-                raise ElfError(self._name, self._what, f"a step of {step} bytes", f"0 or at least {size}")
+                raise ElfError(self._name, self._field, f"a step of {step} bytes", f"0 or at least {size}")
             vaddr += step
 
 
-def _text(strings: Bytes, offset: int, what: str, name: str | None) -> str:
+def _text(strings: Bytes, offset: int, field: str, name: str | None) -> str:
     if offset >= len(strings):
-        raise ElfError(name, what, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes")
+        raise ElfError(name, field, f"string offset {offset:#x}", f"inside the {len(strings):#x} bytes")
     if strings.find(b"\0", offset, offset + _LONGEST) < 0 and offset + _LONGEST < len(strings):
-        raise ElfError(name, what, f"a name of more than {_LONGEST} bytes", "a shorter one")
+        raise ElfError(name, field, f"a name of more than {_LONGEST} bytes", "a shorter one")
     return string_at(strings, offset).decode("utf-8", "backslashreplace")
 
 

@@ -167,13 +167,13 @@ class FileFacts:
         if self.image is None or self.trouble:
             return np.empty(0, SLOT_DTYPE)
         try:
-            found = np.concatenate(
+            slots = np.concatenate(
                 [_relocated(self.image), _relr(self.image), _copied(self.image), _loader(self.image)]
             )
         except ElfError as error:
             self.trouble = f"its relocations cannot be read: {error}"
             return np.empty(0, SLOT_DTYPE)
-        ordered = found[np.argsort(found["vaddr"], kind="stable")]
+        ordered = slots[np.argsort(slots["vaddr"], kind="stable")]
         last = np.ones(len(ordered), np.bool_)
         last[:-1] = ordered["vaddr"][1:] != ordered["vaddr"][:-1]
         return ordered[last]

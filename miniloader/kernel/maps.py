@@ -69,10 +69,10 @@ def parse_vma(line: bytes) -> Vma:
 
     Raises EvidenceError for a line that is not one.
     """
-    found = _LINE.fullmatch(line)
-    if found is None:
+    match = _LINE.fullmatch(line)
+    if match is None:
         raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
-    return _vma(*found.groups())
+    return _vma(*match.groups())
 
 
 def _vma(start: bytes, end: bytes, protection: bytes, shared: bytes, offset: bytes, file: bytes) -> Vma:

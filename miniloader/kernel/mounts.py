@@ -28,10 +28,10 @@ def mount_of(pid: int | None, path: str) -> Mount | None:
 
     Raises ProcessGone, or EvidenceError where that may not be read.
     """
-    found = None
+    mount = None
     for major, minor, escaped, kind in _LINE.findall(read_process_file(pid, "mountinfo")):
         point = os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), escaped))
         inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and (found is None or len(point) >= len(found.point)):  # a later one covers an earlier
-            found = Mount((int(major), int(minor)), point, os.fsdecode(kind))
-    return found
+        if inside and (mount is None or len(point) >= len(mount.point)):  # a later one covers an earlier
+            mount = Mount((int(major), int(minor)), point, os.fsdecode(kind))
+    return mount

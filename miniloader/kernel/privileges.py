@@ -62,8 +62,8 @@ def _hidepid() -> str | None:
     for line in read_process_file(None, "mounts").splitlines():
         _, where, kind, options, *_ = os.fsdecode(line).split(" ")
         if (where, kind) == ("/proc", "proc"):
-            found = (word.partition("=")[2] for word in options.split(",") if word.startswith("hidepid="))
-            option = next(found, None)
+            values = (word.partition("=")[2] for word in options.split(",") if word.startswith("hidepid="))
+            option = next(values, None)
     return option
 
 

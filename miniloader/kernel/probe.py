@@ -158,14 +158,14 @@ def _pagemap_scan() -> None:
     with _anonymous_page() as address, PageMap() as pagemap:
         _read(address)
         wanted = scan.IS_PRESENT | scan.IS_ZERO
-        found = scan.scan(pagemap, address, address + PAGE_SIZE, required=wanted, returned=wanted)
-        _expect(len(found) == 1, "the page of zeros is not reported")
+        runs = scan.scan(pagemap, address, address + PAGE_SIZE, required=wanted, returned=wanted)
+        _expect(len(runs) == 1, "the page of zeros is not reported")
 
 
 def _procmap_query() -> None:
     with _file_page() as address:
-        found = query_vma(None, address)
-        _expect(found and found.vma.start == address, "our own mapping is not found")
+        reply = query_vma(None, address)
+        _expect(reply and reply.vma.start == address, "our own mapping is not found")
 
 
 def _userfaultfd() -> None:

@@ -91,7 +91,7 @@ def scan(
     where the kernel does not have PAGEMAP_SCAN.
     """
     buffer = np.empty(_REGIONS, dtype=REGION_DTYPE)
-    found = []
+    pieces = []
     while start < end:
         argument = _ScanArgument(
             size=ctypes.sizeof(_ScanArgument),
@@ -108,13 +108,13 @@ def scan(
             count = syscalls.ioctl(pagemap.fileno(), _PAGEMAP_SCAN, ctypes.addressof(argument))
         except OSError as error:
             raise _refused(error) from error
-        found.append(buffer[:count].copy())
+        pieces.append(buffer[:count].copy())
         if count < len(buffer):
             break
         # Not argument.walk_end: after the kernel has refilled its own buffer of 512 regions it may be the
         # place of the last refill, and regions would come twice (fs/proc/task_mmu.c, do_pagemap_scan).
         start = int(buffer["end"][-1])
-    return np.concatenate(found) if found else buffer[:0].copy()
+    return np.concatenate(pieces) if pieces else buffer[:0].copy()
 
 
 def _refused(error: OSError) -> EvidenceError:

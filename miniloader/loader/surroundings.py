@@ -298,19 +298,19 @@ def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
     Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
     read is not gone into.
     """
-    found: dict[str, tuple[str, Found]] = {}
+    answers: dict[str, tuple[str, Found]] = {}
     surroundings = of_process()
     libraries = [(image, Asker.of(image))]
     for library, asker in libraries:  # grows meanwhile
         for name in library.needed:
-            if name in found:
+            if name in answers:
                 continue
             answer = find(name, asker, surroundings)
-            found[name] = (library.path, answer)
+            answers[name] = (library.path, answer)
             if answer.path is not None:
                 try:
                     needed = read_image(Source.open(answer.path))
                     libraries.append((needed, Asker.of(needed, asker)))
                 except ElfError:
                     continue
-    return list(found.values())
+    return list(answers.values())

@@ -82,8 +82,8 @@ def _machine(system: os.uname_result, rights: Privileges) -> Iterator[tuple[str,
     yield "kernel", f"{system.sysname} {system.release}, {system.machine}"
     yield "page size", f"{PAGE_SIZE} bytes"
     yield "user", f"uid {rights.uid}, in {_NAMESPACES[rights.initial_user_namespace]}"
-    for name, (_, what) in CAPABILITIES.items():
-        yield name, f"{held if name in rights.capabilities else 'no'}: to {what}"
+    for name, (_, purpose) in CAPABILITIES.items():
+        yield name, f"{held if name in rights.capabilities else 'no'}: to {purpose}"
     yield "ptrace scope", "no Yama" if rights.ptrace_scope is None else f"Yama, {rights.ptrace_scope}"
     yield "hidepid", "not set" if rights.hidepid is None else rights.hidepid
 

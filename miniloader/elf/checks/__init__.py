@@ -50,11 +50,11 @@ def outcomes(image: ElfImage) -> Iterator[tuple[Rule, tuple[Problem, ...]]]:
 
 def problems_of(image: ElfImage) -> tuple[Problem, ...]:
     """Every problem of the file, each named once (a table that cannot be read breaks several rules)."""
-    found: dict[Fault, Problem] = {}
+    different: dict[Fault, Problem] = {}
     for _, problems in outcomes(image):
         for problem in problems:
-            found.setdefault((problem.field, problem.found, problem.expected), problem)
-    return tuple(found.values())
+            different.setdefault((problem.field, problem.found, problem.expected), problem)
+    return tuple(different.values())
 
 
 def refuse_problems(image: ElfImage, *, when_linked: bool = False) -> None:

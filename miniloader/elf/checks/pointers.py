@@ -71,9 +71,9 @@ def array_pointers(image: ElfImage) -> Iterator[Fault]:
     for name, start, size in arrays if bad.any() else ():
         outside = np.flatnonzero(bad & (vaddrs - np.uint64(start) < np.uint64(size)))
         if len(outside):
-            what = f"{name} at {int(vaddrs[outside[0]]):#x}"
+            field = f"{name} at {int(vaddrs[outside[0]]):#x}"
             found = f"a function at {int(functions[outside[0]]):#x}"
-            yield what, found, "inside an executable PT_LOAD"
+            yield field, found, "inside an executable PT_LOAD"
 
 
 def _relative(image: ElfImage, start: int, length: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
