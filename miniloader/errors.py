@@ -76,8 +76,11 @@ class LoadError(MiniloaderError):
     """The file is well formed, yet it cannot be loaded in this process."""
 
 
-class SymbolError(LoadError):
-    """A symbol, or the version of it that is asked for, is not defined where it should be."""
+class SymbolError(LoadError, AttributeError, LookupError):
+    """A symbol, or the version of it that is asked for, is not defined where it should be.
+
+    Python's own names for that are among its bases, since ``library.name`` and ``library["name"]`` raise it.
+    """
 
 
 class WorkerError(MiniloaderError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.elf.dynamic import (
     DT_AUXILIARY,
@@ -32,6 +32,7 @@ from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError
 from miniloader.forking import cached_property
+from miniloader.showing import REPORT, Showing, dataframe
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Tls:
 
 
 @dataclass(frozen=True, eq=False)
-class ElfImage:
+class ElfImage(Showing):
     """A shared object's file, decoded as far as it is asked for.
 
     The header and the segments are read at once; the rest (``dynamic``, ``symbols``, ``relocations``, …) is
@@ -69,6 +70,19 @@ class ElfImage:
     source: Source
     header: Header
     segments: tuple[Segment, ...]
+
+    def __repr__(self) -> str:
+        header = self.header
+        return f"<ElfImage {self.path!r}: {header.elf_class}-bit {header.machine.lower()}>"
+
+    def to_json(self, page_size: int | None = None) -> dict[str, Any]:
+        """The object that ``inspect --json`` prints; pages have ``page_size`` bytes (default: as here)."""
+        told: dict[str, Any] = REPORT.image_json(self, page_size)
+        return told
+
+    def to_dataframe(self) -> Any:
+        """The dynamic symbols as a pandas ``DataFrame``, a row each; MiniloaderError without pandas."""
+        return dataframe(REPORT.symbol_rows(self))
 
     # -- reading ----------------------------------------------------------------------------------
 

@@ -23,11 +23,13 @@ inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Literal
+from dataclasses import asdict
+from typing import Any, Final, Literal
 
 from miniloader.elf.header import Segment
 from miniloader.errors import ElfError, UsageError
 from miniloader.forking import cached_property
+from miniloader.showing import Showing, dataframe
 from miniloader.values import dataclass
 
 __all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]
@@ -111,6 +113,14 @@ class PlannedCall:
         less = f" - {self.start:#x}" if self.start else ""
         return f"base = mmap(NULL, {self.length:#x}, {protection}, {'|'.join(self.flags)}, {file}){less}"
 
+    def __str__(self) -> str:
+        """The call, and behind it why.
+
+        >>> str(PlannedCall("protect", "mprotect", 0x3000, 0x1000, "r--", (), None, "RELRO"))
+        'mprotect(base+0x3000, 0x1000, PROT_READ)  # RELRO'
+        """
+        return f"{self.text()}  # {self.why}"
+
     @property
     def is_placed(self) -> bool:
         """Whether the caller says where, and not the kernel."""
@@ -118,7 +128,7 @@ class PlannedCall:
 
 
 @dataclass(frozen=True)
-class LoadPlan:
+class LoadPlan(Showing):
     """What goes where, relative to the load bias.
 
     ``mappings`` cover ``start`` to ``end`` without overlap, in ascending order.  ``zeroed`` are the parts of
@@ -131,6 +141,18 @@ class LoadPlan:
     mappings: tuple[PlannedMapping, ...]
     zeroed: tuple[Span, ...]
     relro: Span
+
+    def __repr__(self) -> str:
+        length, page_size = self.length, self.page_size
+        return f"<LoadPlan: {len(self.mappings)} mappings, {length:#x} bytes in pages of {page_size:#x}>"
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; ``calls`` are :meth:`calls`, addresses are vaddrs, sizes bytes."""
+        return {**asdict(self), "calls": [asdict(call) for call in self.calls()]}
+
+    def to_dataframe(self) -> Any:
+        """The calls as a pandas ``DataFrame``, a row each; MiniloaderError without pandas."""
+        return dataframe(self.to_json()["calls"])
 
     @property
     def start(self) -> int:

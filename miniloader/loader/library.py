@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miniloader.arrays import np
 from miniloader.elf import ElfImage, LoadPlan
@@ -17,11 +17,15 @@ from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import find_name
+from miniloader.showing import Showing
+
+if TYPE_CHECKING:
+    from ctypes import _CFunctionType as CFunction
 
 __all__ = ["Library"]
 
 
-class Library:
+class Library(Showing):
     """A library loaded by :func:`load`; a context manager that closes it.
 
     ``base`` is the load bias: an address is ``base`` + vaddr.  A library that is never closed stays until the
@@ -42,6 +46,29 @@ class Library:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getattr__(self, name: str) -> CFunction:
+        """The function ``name`` as a ctypes function that returns an int, kept, as ``ctypes.CDLL`` does it.
+
+        Its ``restype`` and ``argtypes`` can be set.  Names that are Library's own, or of Python
+        (``__len__``), are not looked up: ``library["close"]`` finds those, too.  SymbolError, which is an
+        AttributeError, too, where there is none.
+        """
+        if name == "_loaded" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        function = self[name]
+        setattr(self, name, function)
+        return function
+
+    def __getitem__(self, name: str) -> CFunction:
+        """The function ``name`` as a new ctypes function that returns an int; SymbolError without it."""
+        function: CFunction = self.function(name)
+        return function
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._loaded is None
 
     @property
     def loaded(self) -> Loaded:

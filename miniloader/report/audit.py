@@ -29,6 +29,7 @@ __all__ = [
     "lines",
     "mapping_rows",
     "page_view",
+    "records",
     "said_of",
     "sentence",
     "summary",
@@ -421,7 +422,12 @@ def write_csv(audit: Audit, file: IO[str], what: str = "libraries") -> None:
     import csv
 
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerows(_CSV[what](audit))
+    writer.writerows(records(audit, what))
+
+
+def records(audit: Audit, what: str) -> Iterator[Sequence[object]]:
+    """The names of the columns, then a row for each of ``what``: processes, mappings or libraries."""
+    return _CSV[what](audit)
 
 
 def _process_records(audit: Audit) -> Iterator[Sequence[object]]:

@@ -20,7 +20,7 @@ from miniloader.report.numbers import PROTECTION_STYLES, count, level, size
 from miniloader.report.symbols import symbol_list
 from miniloader.report.text import Cell, Line, Part, Piece, Table, heading, legend, pairs
 
-__all__ = ["checks", "page", "rules", "symbols"]
+__all__ = ["checks", "overview", "page", "rules", "symbols"]
 
 #: Columns from which on there is room for remarks beside the calls.
 _ROOMY: Final = 130
@@ -33,7 +33,7 @@ def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> It
 
     A part that cannot be read says so in its place.
     """
-    yield from _overview(image)
+    yield from overview(image)
     parts: tuple[tuple[str, Callable[[], Iterator[Part]]], ...] = (
         ("Segments", lambda: _segments(image, page_size, drawing)),
         ("Load plan", lambda: _load_plan(image, page_size, width)),
@@ -55,7 +55,7 @@ def _fault(fault: ElfError | Problem) -> str:
 
 
 # ------------------------------------------------------------------------------------------- overview
-def _overview(image: ElfImage) -> Iterator[Part]:
+def overview(image: ElfImage) -> Iterator[Part]:
     """What kind of file it is, and what the dynamic linker is told."""
     header = image.header
     kind = (

@@ -16,7 +16,7 @@ from miniloader.report.levels import evidence
 from miniloader.report.numbers import count, size
 from miniloader.report.text import VERDICT_SIGNS, Cell, Line, Part, Piece, Table, heading, pairs
 
-__all__ = ["lines"]
+__all__ = ["lines", "verdicts"]
 
 #: What is not seen below the best level of evidence.
 _CANNOT: Final[dict[LevelName, str]] = {
@@ -45,6 +45,16 @@ def lines(proof: Proof, drawing: int, *, all_steps: bool = False) -> Iterator[Pa
         yield from _claim(claim)
     yield ()
     yield pairs(_summary(proof, all_steps=all_steps))
+
+
+def verdicts(proof: Proof) -> Iterator[Part]:
+    """``proof`` in short: a line for it, one for each claim, and what the memory costs."""
+    yield from _title(proof)
+    rows: list[list[Cell]] = [
+        [VERDICT_SIGNS[claim.verdict], claim.id, claim.statement] for claim in proof.claims
+    ]
+    yield Table((), rows, indent=2, gap=1)
+    yield from (pairs([row], indent=2) for row in _summary(proof, all_steps=True) if row[0] == "memory")
 
 
 def _title(proof: Proof) -> Iterator[Line]:

@@ -58,7 +58,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 
@@ -96,6 +96,25 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> None:
+    """Leave our own source out of a failure: the test is of interest, and the error says what it must.
+
+    A fault that we did not raise on purpose is shown whole; ``--full-trace`` shows everything.
+    """
+    if call.excinfo is not None:
+        for entry in call.excinfo.traceback:
+            names = entry.frame.f_globals
+            if str(names.get("__name__")).startswith("miniloader."):
+                names["__tracebackhide__"] = _is_on_purpose
+
+
+def _is_on_purpose(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    from miniloader.errors import MiniloaderError
+
+    return excinfo.errisinstance((MiniloaderError, AssertionError))
 
 
 class StartCrew(Protocol):

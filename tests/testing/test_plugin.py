@@ -78,6 +78,34 @@ def test_the_example_notices_erosion(inner: Callable[..., pytest.RunResult]) -> 
     done.stdout.no_fnmatch_line("*miniloader/testing/*")  # the test is of interest, not our insides
 
 
+ERRORS = """
+import miniloader
+import pytest
+
+def test_refused():
+    miniloader.load("libnosuch.so.9")
+
+def test_missing():
+    with miniloader.load("libz.so.1") as library:
+        library.crc33()
+
+def test_fault(monkeypatch):
+    monkeypatch.setattr("miniloader.elf.image.read_header", lambda source: 1 / 0)
+    miniloader.inspect("libz.so.1")
+"""
+
+
+def test_our_source_shows_only_where_the_fault_is_ours(inner: Callable[..., pytest.RunResult]) -> None:
+    done = inner({"test_errors.py": ERRORS})
+    done.assert_outcomes(failed=3)
+    text = done.stdout.str()
+    ours = re.findall(r"^.*miniloader/\w+/\w+\.py:\d+", text, re.MULTILINE)
+    assert ours
+    assert all(text.index(place) > text.index("test_fault") for place in ours), text
+    shown = inner({"test_errors.py": ERRORS}, "--full-trace", "-k", "refused")
+    shown.stdout.fnmatch_lines(["*miniloader/loader/*.py:*"])
+
+
 INSIDE = """
 import os, pytest
 from pathlib import Path

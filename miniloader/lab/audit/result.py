@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, Literal, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import write_whole
@@ -24,6 +24,7 @@ from miniloader.json_schema import (
 )  # fmt: skip
 from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.lab.audit.mappings import MAPPING_SCHEMA, AuditedMapping, MappingProcess
+from miniloader.showing import REPORT, Showing, dataframe
 from miniloader.values import dataclass
 
 __all__ = [
@@ -196,7 +197,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Showing):
     """What was found at ``when`` (seconds since the epoch), at evidence ``level``.
 
     ``explained``: whether causes were asked for.  Libraries and mappings come with the most pages of the
@@ -212,6 +213,11 @@ class Audit:
     libraries: tuple[AuditedLibrary, ...]
     unreadable: tuple[Unreadable, ...]
     mappings: tuple[AuditedMapping, ...] = ()
+
+    def __repr__(self) -> str:
+        unreadable = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
+        counts = f"{len(self.processes)} processes, {len(self.libraries)} files{unreadable}"
+        return f"<Audit of {counts}, by {self.level}>"
 
     @property
     def counted(self) -> tuple[AuditedProcess, ...]:
@@ -245,6 +251,20 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         """The object that ``audit --json`` prints."""
         return {"format": _FORMAT, **asdict(self)}
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the page that ``miniloader audit --html`` writes; MiniloaderError when it cannot be written.
+
+        The pages of libraries are drawn as they are now, and only of processes that are still there.
+        """
+        REPORT.write_audit(self, path)
+
+    def to_dataframe(self, what: Literal["libraries", "mappings", "processes"] = "libraries") -> Any:
+        """A row for each library (or mapping) in each process, or each process, as a pandas ``DataFrame``.
+
+        The columns are those of ``miniloader audit --csv``.  MiniloaderError without pandas.
+        """
+        return dataframe(REPORT.audit_rows(self, what))
 
     @classmethod
     def from_json(cls, value: Any) -> Self:

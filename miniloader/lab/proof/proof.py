@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from miniloader.lab.library_study import LibraryStudy
 from miniloader.lab.page_bytes import Contents
 from miniloader.lab.proof.spare_word import Word
 from miniloader.loader import inspect
+from miniloader.showing import REPORT, Showing, dataframe
 from miniloader.values import dataclass
 
 __all__ = ["DECISIVE", "PROOF_SCHEMA", "STEPS", "MemoryUse", "OnStep", "Proof", "ProofStep", "Worked"]
@@ -79,7 +81,7 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, eq=False)
-class Proof:
+class Proof(Showing):
     """What several processes share of the library ``path``, and how that was seen.
 
     ``evidence`` is the level of every snapshot; ``snapshots`` has one for each of STEPS.  ``word`` is what
@@ -96,6 +98,9 @@ class Proof:
     word: Word | None
     claims: tuple[Claim, ...]
     contents: tuple[Contents, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Proof {self.verdict}: {self.path!r} in {len(self.processes)} processes, by {self.evidence}>"
 
     @property
     def verdict(self) -> Verdict:
@@ -147,6 +152,24 @@ class Proof:
             "memory": {"used": memory.used, "unshared": memory.unshared, "estimated": memory.estimated},
             "steps": [_step_json(snapshot) for snapshot in self.snapshots],
         }
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the page of ``miniloader prove --html``; MiniloaderError when it cannot be written."""
+        REPORT.write_proof(self, path)
+
+    def to_dataframe(self) -> Any:
+        """A row for each page, process and step, as a pandas ``DataFrame``; MiniloaderError without pandas.
+
+        Columns: ``step``, ``vaddr``, ``pid``, and those of ``steps[].pages[]`` in :meth:`to_json`.
+        """
+        pids = [process.pid for process in self.processes]
+        return dataframe([
+            {"step": step["name"], "vaddr": page["vaddr"], "pid": pid}
+            | {name: page[name][number] for name in ("state", *_KNOWN)}
+            for step in self.to_json()["steps"]
+            for page in step["pages"]
+            for number, pid in enumerate(pids)
+        ])  # fmt: skip
 
 
 def _step_json(snapshot: Snapshot) -> dict[str, Any]:
