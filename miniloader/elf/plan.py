@@ -15,8 +15,9 @@ pages of 0x1000 bytes::
     0x5000 └────────────────┘
 
 A file page may be mapped twice (here offset 0x1000, as the end of the text and as the start of the data):
-that is how the linker saves a page in the file.  Pages of the span that no segment covers stay
-inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as in glibc's
+that is how the linker saves a page in the file.  A page of memory that two segments share is mapped for the
+later one; there is no plan where the earlier would lose something by that.  Pages of the span that no segment
+covers stay inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; rounding as in glibc's
 ``elf/dl-load.c``.
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 from miniloader.elf.header import Segment
@@ -36,6 +38,7 @@ __all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]
 
 Kind = Literal["file", "zero", "gap"]
 _LAST: Final = 1 << 64
+_RIGHTS: Final = {"r": "be read", "w": "be written", "x": "run"}
 _PROTECTIONS: Final = {"r": "PROT_READ", "w": "PROT_WRITE", "x": "PROT_EXEC"}
 
 
@@ -204,11 +207,15 @@ def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None 
     """
     if page_size < 1 or page_size & (page_size - 1):
         raise UsageError(f"page size {page_size}: expected a power of two")
-    loads = [segment for segment in segments if segment.type == "PT_LOAD" and segment.memsz]
+    every = [segment for segment in segments if segment.type == "PT_LOAD"]
+    loads = [segment for segment in every if segment.memsz]
     if not loads:
         raise ElfError(name, "program headers", "no PT_LOAD with memory", "at least one")
-    for previous, segment in zip([None, *loads], loads, strict=False):
-        _check(segment, previous, page_size, name)
+    for segment in every:
+        _check(segment, page_size, name)
+    for previous, segment in pairwise(loads):
+        _check_order(previous, segment, page_size, name)
+    _check_ends(every, page_size, name)
     mappings: list[PlannedMapping] = []
     for segment in loads:
         for mapping in _pages(segment, page_size):
@@ -217,16 +224,12 @@ def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None 
         page_size=page_size,
         alignment=max(page_size, *(segment.align for segment in loads)),
         mappings=tuple(_with_gaps(mappings)),
-        zeroed=tuple(
-            span
-            for segment, following in zip(loads, [*loads[1:], None], strict=True)
-            if (span := _zeroed(segment, following, page_size))
-        ),
+        zeroed=tuple(span for segment in loads if (span := _zeroed(segment, page_size))),
         relro=_relro(segments, page_size),
     )
 
 
-def _check(segment: Segment, previous: Segment | None, page_size: int, name: str | None) -> None:
+def _check(segment: Segment, page_size: int, name: str | None) -> None:
     field = f"PT_LOAD[{segment.index}]"
     if segment.align & (segment.align - 1):
         raise ElfError(name, f"{field}.p_align", f"{segment.align:#x}", "0 or a power of two")
@@ -244,15 +247,53 @@ def _check(segment: Segment, previous: Segment | None, page_size: int, name: str
     if segment.end > _LAST - page_size:
         found = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
         raise ElfError(name, f"{field}.p_memsz", found, "an end within 64 bits")
-    if previous is not None and segment.vaddr < previous.end:
+
+
+def _check_order(previous: Segment, segment: Segment, page_size: int, name: str | None) -> None:
+    """Raise :class:`ElfError` for a segment before the end of ``previous``, or in a page not for both.
+
+    Pages are mapped whole: what ``previous`` has in the page where ``segment`` begins stays only if it is the
+    file's page for both, and ``segment`` grants all the rights that it needs.
+    """
+    field, page = f"PT_LOAD[{segment.index}].p_vaddr", segment.vaddr & -page_size
+    if segment.vaddr < previous.end:
         expected = f"at least {previous.end:#x}, where the segment before it ends"
-        raise ElfError(name, f"{field}.p_vaddr", f"{segment.vaddr:#x}", expected)
+        raise ElfError(name, field, f"{segment.vaddr:#x}", expected)
+    if previous.end <= page:
+        return
+    lost = [right for sign, right in _RIGHTS.items() if sign in previous.flags and sign not in segment.flags]
+    if previous.end > max(page, previous.file_end):
+        what = "the zeros of its bss are lost"
+    elif previous.vaddr - previous.file_offset != segment.vaddr - segment.file_offset:
+        what = "its content is lost"
+    elif lost:
+        what = f"its right to {lost[-1]} is lost"
+    else:
+        return
+    found = f"{segment.vaddr:#x}, in a page of PT_LOAD[{previous.index}]: {what}"
+    raise ElfError(name, field, found, _another_page(previous.end, page_size))
+
+
+def _check_ends(loads: Sequence[Segment], page_size: int, name: str | None) -> None:
+    """Raise :class:`ElfError` where the last segment begins in a page of the first, as glibc 2.35 does."""
+    first, last = loads[0], loads[-1]
+    if last is not first and last.vaddr & -page_size < _round_up(first.file_end, page_size):
+        found = f"{last.vaddr:#x}, in a page of the first one, which ld.so refuses, too"
+        expected = _another_page(first.file_end, page_size)
+        raise ElfError(name, f"PT_LOAD[{last.index}].p_vaddr", found, expected)
+
+
+def _another_page(end: int, page_size: int) -> str:
+    return f"at least {_round_up(end, page_size):#x}: pages have {page_size:#x} bytes"
+
+
+def _round_up(vaddr: int, page_size: int) -> int:
+    return -(-vaddr // page_size) * page_size
 
 
 def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
     start = segment.vaddr & -page_size
-    file_end = -(-segment.file_end // page_size) * page_size if segment.filesz else start
-    end = -(-segment.end // page_size) * page_size
+    file_end, end = _round_up(segment.file_end, page_size), _round_up(segment.end, page_size)
     if file_end > start:
         file_offset = segment.file_offset - (segment.vaddr - start)
         yield PlannedMapping(start, file_end, file_offset, segment.flags, "file")
@@ -281,15 +322,11 @@ def _with_gaps(mappings: Sequence[PlannedMapping]) -> Iterator[PlannedMapping]:
         end = mapping.end
 
 
-def _zeroed(segment: Segment, following: Segment | None, page_size: int) -> Span:
-    """The bytes of the segment's last file page that are bss (all to the page's end, as ld.so does).
-
-    None where the segment that follows begins in that page, since its mapping replaces the whole page.
-    """
-    end = -(-segment.file_end // page_size) * page_size
-    if not segment.filesz or segment.memsz == segment.filesz or (following and following.vaddr < end):
+def _zeroed(segment: Segment, page_size: int) -> Span:
+    """The bytes of the segment's last file page that are bss: all to the page's end."""
+    if segment.memsz == segment.filesz:
         return Span(0, 0)
-    return Span(segment.file_end, end)
+    return Span(segment.file_end, _round_up(segment.file_end, page_size))
 
 
 def _relro(segments: Sequence[Segment], page_size: int) -> Span:

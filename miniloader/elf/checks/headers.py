@@ -10,6 +10,7 @@ from miniloader.elf.dynamic import DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
 
+_PAGE_SIZE: Final = 4096  # the smallest there is; who maps the file plans it with the kernel's
 _MOST_SPAN: Final = 1 << 36
 _MOST_ALIGN: Final = 1 << 32
 #: What EI_OSABI says of files for Linux: nothing, GNU; ARM's own value, which its old ABI asked for.
@@ -41,10 +42,12 @@ def file_type(image: ElfImage) -> Iterator[Fault]:
 
 @rule("from SIGBUS on pages beyond the end of the file", source="gABI 5, p_filesz")
 def segments_in_file(image: ElfImage) -> Iterator[Fault]:
-    """What a PT_LOAD takes from the file is there."""
+    """What a PT_LOAD takes from the file is there; of one with zeros only, the page it begins in."""
     for load in image.loads:
-        if load.file_offset + load.filesz > image.source.size and load.filesz:
-            end = load.file_offset + load.filesz
+        end = load.file_offset + load.filesz
+        if not load.filesz and load.vaddr % _PAGE_SIZE:
+            end -= end % _PAGE_SIZE - 1
+        if end > image.source.size and (load.filesz or load.vaddr % _PAGE_SIZE):
             yield (
                 f"PT_LOAD[{load.index}].p_filesz",
                 f"bytes to {end:#x}",
@@ -56,7 +59,7 @@ def segments_in_file(image: ElfImage) -> Iterator[Fault]:
 def segments_mappable(image: ElfImage) -> Iterator[Fault]:
     """The PT_LOADs can be mapped: sorted, congruent, without overlap, within bounds."""
     try:
-        plan = image.plan(4096)
+        plan = image.plan(_PAGE_SIZE)
     except ElfError as error:
         yield error.field, error.found, error.expected
         return
