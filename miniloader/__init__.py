@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from miniloader.errors import LoadError as LoadError
     from miniloader.errors import MiniloaderError as MiniloaderError
     from miniloader.errors import SymbolError as SymbolError
+    from miniloader.errors import UnsupportedError as UnsupportedError
     from miniloader.errors import UsageError as UsageError
     from miniloader.errors import WorkerError as WorkerError
     from miniloader.lab.audit.audit import audit as audit
@@ -62,6 +63,7 @@ _HOMES = {
     "Proof": "miniloader.lab.proof.proof",
     "Source": "miniloader.elf",
     "SymbolError": "miniloader.errors",
+    "UnsupportedError": "miniloader.errors",
     "Tree": "miniloader.lab.check.tree",
     "UsageError": "miniloader.errors",
     "WorkerError": "miniloader.errors",

@@ -5,7 +5,8 @@
     MiniloaderError            1  anything miniloader raises on purpose
     ├── ElfError               1  the file is at fault: field, found, expected
     ├── LoadError              1  the file is well formed, yet it cannot be loaded here
-    │   └── SymbolError        1  a symbol (or its version) is not where it should be
+    │   ├── SymbolError        1  a symbol (or its version) is not where it should be
+    │   └── UnsupportedError   3  nothing is loaded on this processor, or beside this C library
     ├── WorkerError            1  a process we started died, or did not answer
     ├── UsageError             2  the request itself makes no sense
     └── EvidenceError          3  the kernel, or our permissions, cannot tell
@@ -31,6 +32,7 @@ __all__ = [
     "MiniloaderError",
     "ProcessGone",
     "SymbolError",
+    "UnsupportedError",
     "UsageError",
     "WorkerError",
     "printable",
@@ -81,6 +83,12 @@ class SymbolError(LoadError, AttributeError, LookupError):
 
     Python's own names for that are among its bases, since ``library.name`` and ``library["name"]`` raise it.
     """
+
+
+class UnsupportedError(LoadError):
+    """No library can be loaded on this processor, or beside this C library, whatever the file."""
+
+    exit_status = 3
 
 
 class WorkerError(MiniloaderError):

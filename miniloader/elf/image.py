@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from mmap import PAGESIZE
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.elf.dynamic import (
@@ -255,8 +256,8 @@ class ElfImage(Showing):
         stacks = [segment for segment in self.segments if segment.type == "PT_GNU_STACK"]
         return "x" in stacks[-1].flags if stacks else self.header.machine in ("X86_64", "386")
 
-    def plan(self, page_size: int = 4096) -> LoadPlan:
-        """The mmap calls that load the image with pages of ``page_size`` bytes."""
+    def plan(self, page_size: int = PAGESIZE) -> LoadPlan:
+        """The mmap calls that load the image with pages of ``page_size`` bytes, by default this kernel's."""
         if page_size not in self._plans:
             self._plans[page_size] = plan_segments(self.segments, page_size, self.path)
         return self._plans[page_size]

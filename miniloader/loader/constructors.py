@@ -8,7 +8,6 @@ Functions"; the order among libraries is that of glibc's ``elf/dl-sort-maps.c``.
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -29,6 +28,7 @@ from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
 from miniloader.machine.stub_code import call_each
+from miniloader.native.gate import glibc_version
 
 __all__ = [
     "constructor_order",
@@ -50,9 +50,7 @@ _WORD: Final = 8
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
 _MANY: Final = 100  # constructors from which on code of our own calls them
 #: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
-_CLOSED_FIRST: Final = tuple(
-    map(int, (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[-1:][0].split("."))
-) >= (2, 39)
+_CLOSED_FIRST: Final = glibc_version() >= (2, 39)
 
 T = TypeVar("T")
 

@@ -10,13 +10,13 @@ from miniloader.elf.checks import refuse_other_types, refuse_problems
 from miniloader.elf.dynamic import DF_1_NOOPEN, DT_FLAGS_1
 from miniloader.errors import ElfError, LoadError
 from miniloader.loader.beside_glibc import host
+from miniloader.native import gate
 from miniloader.values import dataclass
 
 __all__ = ["Binding", "Policy", "comes_from_host", "open_image", "refuse"]
 
 Binding = Literal["now", "lazy"]
 
-_HERE: Final = os.uname().machine
 #: Libraries with state that a process may have only once, by SONAME: when another library needs them they
 #: come from the system's loader, and what it has already is not loaded again.
 _ONLY_ONCE: Final = frozenset((
@@ -67,10 +67,11 @@ def open_image(source: Source, policy: Policy) -> ElfImage:
 
 def refuse(image: ElfImage, policy: Policy) -> None:
     """Raise :class:`ElfError` or :class:`LoadError` for what is no library, not for here, or not allowed."""
-    path, header = image.path, image.header
-    if (header.machine, header.elf_class, header.byte_order) != ("X86_64", 64, "little") or _HERE != "x86_64":
+    path, header, here = image.path, image.header, gate.processor()
+    gate.require_loading()
+    if (header.machine, header.elf_class, header.byte_order) != (here.upper(), 64, "little"):
         found = f"{header.elf_class}-bit {header.byte_order}-endian {header.machine}"
-        raise ElfError(path, "e_machine", found, f"64-bit little-endian X86_64 (this machine is {_HERE})")
+        raise ElfError(path, "e_machine", found, f"64-bit little-endian {here.upper()}: this process is")
     refuse_other_types(image)
     if image.dynamic.flag(DT_FLAGS_1, DF_1_NOOPEN):
         raise ElfError(path, "DT_FLAGS_1", "DF_1_NOOPEN", "a library that may be opened while a program runs")

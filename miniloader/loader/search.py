@@ -10,6 +10,8 @@ for a name, for who needs it (:class:`Asker`) and in certain :class:`Surrounding
 4. ``/etc/ld.so.cache``;
 5. the default directories; of 4 and 5 those are left out where who needs it has ``DF_1_NODEFLIB``.
 
+Where musl's dynamic linker looks is :func:`_places_of_musl`.
+
 In each directory the sub-directories that suit the processor come first.  :func:`find` goes there and looks.
 A process of our own, ``miniloader tree`` and ``miniloader check`` inside another root differ in nothing but
 their surroundings: see :mod:`miniloader.loader.surroundings`.
@@ -27,6 +29,7 @@ from elftools.elf.enums import ENUM_E_MACHINE
 
 from miniloader.elf.dynamic import DF_1_NODEFLIB, DT_FLAGS_1
 from miniloader.loader.ld_so_cache import CACHE, Cache
+from miniloader.loader.musl import is_itself
 from miniloader.loader.root import Root
 from miniloader.values import dataclass
 
@@ -95,7 +98,8 @@ class Surroundings:
     ``LD_LIBRARY_PATH``, split.  ``directories`` are the default ones, ``subdirectories`` those that suit the
     processor, best first (``glibc-hwcaps/x86-64-v3``), ``hwcaps`` their names as the cache has them.
     ``library_token`` and ``platform`` are what ``$LIB`` and ``$PLATFORM`` stand for, None where
-    that is not known: a path with it is not searched.  All paths are paths inside ``root``.
+    that is not known: a path with it is not searched.  ``musl`` is the path of musl's dynamic linker, where
+    that one searches.  All paths are paths inside ``root``.
     """
 
     root: Root
@@ -108,6 +112,7 @@ class Surroundings:
     hwcaps: tuple[str, ...] = ()
     library_token: str | None = None
     platform: str | None = None
+    musl: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,9 @@ def places(name: str, asker: Asker | None, surroundings: Surroundings) -> Iterat
         yield Place("path", None, path=name)
         return
     program = surroundings.program
+    if surroundings.musl is not None:
+        yield from _places_of_musl(name, asker, surroundings, surroundings.musl)
+        return
     if asker is None or not asker.runpath:
         askers = list(asker.loaders()) if asker is not None else []
         if program is not None and program not in askers:
@@ -179,6 +187,25 @@ def places(name: str, asker: Asker | None, surroundings: Surroundings) -> Iterat
         yield Place(CACHE, CACHE, path=cached)
     if not no_default:
         yield Place("default directory", None, surroundings.directories)
+
+
+def _places_of_musl(
+    name: str, asker: Asker | None, surroundings: Surroundings, interpreter: str
+) -> Iterator[Place]:
+    """Where musl looks: both kinds of path are one to it, and go for whatever a library needs in turn."""
+    if is_itself(name):
+        yield Place("path", None, path=interpreter)
+        return
+    if surroundings.library_path:
+        yield Place("LD_LIBRARY_PATH", None, _directories(surroundings.library_path, None, surroundings))
+    askers = list(asker.loaders()) if asker is not None else []
+    if surroundings.program is not None and surroundings.program not in askers:
+        askers.append(surroundings.program)
+    for holder in askers:
+        rule, path = ("DT_RUNPATH", holder.runpath) if holder.runpath else ("DT_RPATH", holder.rpath)
+        if path:
+            yield Place(rule, holder.path, _directories(path, holder, surroundings))
+    yield Place("default directory", None, surroundings.directories)
 
 
 _TOKEN: Final = re.compile(r"\$(?:(ORIGIN|LIB|PLATFORM)(?![A-Za-z0-9_])|\{(ORIGIN|LIB|PLATFORM)\})")

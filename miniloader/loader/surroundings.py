@@ -18,9 +18,11 @@ from miniloader.elf.header import Header
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.cpuinfo import features, vendor
 from miniloader.kernel.procfs import read_proc_file, require_proc
+from miniloader.loader import musl
 from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
+from miniloader.native import gate
 from miniloader.suggestions import near, offered
 
 __all__ = ["find_here", "find_needed", "find_path", "inspect", "interpreter_for", "of_process", "of_root"]
@@ -136,7 +138,9 @@ def interpreter_for(image: ElfImage) -> str | None:
         return image.interpreter
     if image.header.type == "EXEC" or not image.needed:
         return None
-    return _INTERPRETERS.get((image.header.machine, image.header.elf_class))
+    machine, elf_class = image.header.machine, image.header.elf_class
+    of_musl = musl.interpreter_of(machine, elf_class, image.needed)
+    return of_musl or _INTERPRETERS.get((machine, elf_class))
 
 
 def _surroundings(
@@ -149,12 +153,15 @@ def _surroundings(
     *,
     hwcaps: bool = True,
 ) -> Surroundings:
-    directories, has_legacy = _built_in(root, interpreter)
     machine = Machine.of(header)
+    if musl.is_musl(interpreter):
+        directories = musl.default_directories(root, interpreter)
+        return Surroundings(root, machine, program, library_path, directories=directories, musl=interpreter)
+    directories, has_legacy = _built_in(root, interpreter)
     name = header.machine.lower()
-    levels = _hwcaps() if hwcaps and name == os.uname().machine else ()
+    levels = _hwcaps() if hwcaps and name == gate.processor() else ()
     subdirectories = tuple(f"glibc-hwcaps/{level}" for level in levels)
-    if hwcaps and has_legacy and name == os.uname().machine:
+    if hwcaps and has_legacy and name == gate.processor():
         subdirectories += _legacy_subdirectories()
     return Surroundings(
         root,
@@ -196,7 +203,7 @@ def _read_built_in(path: str, _stamp: tuple[int, int]) -> tuple[tuple[str, ...],
 @lru_cache(maxsize=1)
 def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
-    if os.uname().machine != "x86_64":
+    if gate.processor() != "x86_64":
         return ()
     processor = features() or frozenset()
     names: list[str] = []
@@ -218,7 +225,7 @@ def _platform(machine: str) -> str:
 @lru_cache(maxsize=1)
 def _legacy_subdirectories() -> tuple[str, ...]:
     """The sub-directories of before ``glibc-hwcaps`` on x86-64: each choice of some names, best first."""
-    if os.uname().machine != "x86_64":
+    if gate.processor() != "x86_64":
         return ()
     processor = (features() or frozenset()) if vendor() == "GenuineIntel" else frozenset()
     avx512 = ["avx512_1"] if processor >= _AVX512_1 else []

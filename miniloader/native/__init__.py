@@ -5,9 +5,9 @@ one of them takes in Python, or numpy for each pass over all of them, is a hundr
 So these loops are C, and nothing else is: which libraries there are, in which order, by which rules is
 Python's to say.  They work where the library lies in memory, as ld.so does: nothing is copied.
 
-They are compiled once, for x86-64, and lie beside this file (``python -m fixtures.build --prebuilt`` makes
-them anew, and a test compares).  ``loops.h`` has the structures; they are declared here again, field by
-field.  This module opens the compiled loops and knows of nothing above it: the tables they work on are
+They are compiled once, for x86-64 and aarch64, and lie beside this file (``python -m fixtures.build --loops``
+makes them anew, and a test compares).  ``loops.h`` has the structures; they are declared here again, field
+by field.  This module opens the compiled loops and knows of nothing above it: the tables they work on are
 composed in :mod:`miniloader.loader.symbol_lookup` and :mod:`miniloader.loader.relocation_job`.
 """
 
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Final
 
 from miniloader.errors import LoadError
+from miniloader.native import gate
 
 __all__ = [
     "ADDRESS_MASK",
@@ -105,12 +105,8 @@ class JobStructure(ctypes.Structure):
 @lru_cache(maxsize=1)
 def functions() -> ctypes.PyDLL:
     """The loops themselves; they keep Python's lock, as one loop at a time has SIGBUS to itself."""
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        raise LoadError(
-            "this Python runs without its global lock, which the loader's own loops rely on",
-            hint="start it with PYTHON_GIL=1 in the environment",
-        )
-    path = os.path.join(os.path.dirname(__file__), "loops-x86_64.so")
+    path = os.path.join(os.path.dirname(__file__), f"loops-{gate.processor()}.so")
+    gate.require_own_code(path)
     try:
         library = ctypes.PyDLL(path)
     except OSError as error:

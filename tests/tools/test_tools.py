@@ -186,7 +186,7 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
     (wheel,) = open_directory.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"miniloader/lab/demo/libdemo-{machine}.so" for machine in ("x86_64", "aarch64")}
-    wanted.add("miniloader/native/loops-x86_64.so")
+    wanted |= {f"miniloader/native/loops-{machine}.so" for machine in ("x86_64", "aarch64")}
     assert names >= wanted | {"miniloader/py.typed", "miniloader/__main__.py"}
     assert {name for name in names if name.endswith(".py")} == {
         str(path.relative_to(checkout)) for path in (checkout / "miniloader").rglob("*.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import PAGESIZE
 from typing import Final
 
 from miniloader.elf.checks.rule import Fault, rule
@@ -10,7 +11,6 @@ from miniloader.elf.dynamic import DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
 
-_PAGE_SIZE: Final = 4096  # the smallest there is; who maps the file plans it with the kernel's
 _MOST_SPAN: Final = 1 << 36
 _MOST_ALIGN: Final = 1 << 32
 #: What EI_OSABI says of files for Linux: nothing, GNU; ARM's own value, which its old ABI asked for.
@@ -45,9 +45,9 @@ def segments_in_file(image: ElfImage) -> Iterator[Fault]:
     """What a PT_LOAD takes from the file is there; of one with zeros only, the page it begins in."""
     for load in image.loads:
         end = load.file_offset + load.filesz
-        if not load.filesz and load.vaddr % _PAGE_SIZE:
-            end -= end % _PAGE_SIZE - 1
-        if end > image.source.size and (load.filesz or load.vaddr % _PAGE_SIZE):
+        if not load.filesz and load.vaddr % PAGESIZE:
+            end -= end % PAGESIZE - 1
+        if end > image.source.size and (load.filesz or load.vaddr % PAGESIZE):
             yield (
                 f"PT_LOAD[{load.index}].p_filesz",
                 f"bytes to {end:#x}",
@@ -59,7 +59,7 @@ def segments_in_file(image: ElfImage) -> Iterator[Fault]:
 def segments_mappable(image: ElfImage) -> Iterator[Fault]:
     """The PT_LOADs can be mapped: sorted, congruent, without overlap, within bounds."""
     try:
-        plan = image.plan(_PAGE_SIZE)
+        plan = image.plan()
     except ElfError as error:
         yield error.field, error.found, error.expected
         return

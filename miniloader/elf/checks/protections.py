@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import PAGESIZE
 from typing import Final
 
 from miniloader.elf.checks.rule import Fault, rule
@@ -35,8 +36,8 @@ def relro(image: ElfImage) -> Iterator[Fault]:
     if relro is None or not relro.memsz:
         return
     # Linkers may pad it to the end of its segment's last page.
-    ends = (-(-load.end // 4096) * 4096 for load in image.loads if load.vaddr <= relro.vaddr < load.end)
-    if not any(relro.end <= end for end in ends):
+    ends = (load.end for load in image.loads if load.vaddr <= relro.vaddr < load.end)
+    if not any(relro.end <= -(-end // PAGESIZE) * PAGESIZE for end in ends):
         yield "PT_GNU_RELRO", f"{relro.vaddr:#x} to {relro.end:#x}", "inside a PT_LOAD"
 
 

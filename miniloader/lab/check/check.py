@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from miniloader.errors import ElfError, EvidenceError, LoadError, UsageError
+from miniloader.errors import ElfError, EvidenceError, LoadError, UnsupportedError, UsageError
 from miniloader.kernel.procfs import read_process_file
 from miniloader.lab.check.closure import Closure, gather
 from miniloader.lab.check.releases import Limit, limit_of
@@ -102,6 +102,8 @@ class Checker:
         except ElfError as error:
             hint = f"{error.field}: found {error.found}, expected {error.expected}"
             return self._unread(name, LoadProblem("malformed", "error", name=name, hint=hint))
+        except UnsupportedError:
+            raise
         except LoadError as error:  # nothing of that name
             hint = str(error)
             return self._unread(name, LoadProblem("missing-library", "error", name=name, hint=hint))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final, Literal
@@ -26,6 +25,7 @@ from miniloader.lab.check.shared_object import SharedObject, dlopen_notes
 from miniloader.lab.check.situation import Situation, owners_of
 from miniloader.lab.check.where import defined_on_machine, definers, files_like, similar, uses
 from miniloader.loader.search import Machine
+from miniloader.native import gate
 from miniloader.values import dataclass
 
 __all__ = ["LOAD_RULES", "LoadProblem", "LoadRule", "Severity", "problems_of_load"]
@@ -152,8 +152,8 @@ def _expected_machine(situation: Situation) -> tuple[Machine | None, str]:
     if situation.host is not None and situation.host.program is not None:
         program = situation.host.program
         return Machine.of(program.header), _machine_of(program)
-    here = {"x86_64": Machine(64, "<", 62), "aarch64": Machine(64, "<", 183)}.get(platform.machine())
-    return (here, f"this machine is {platform.machine()}") if situation.shelf.root.is_ours else (None, "")
+    here = {"x86_64": Machine(64, "<", 62), "aarch64": Machine(64, "<", 183)}.get(gate.processor())
+    return (here, f"this machine is {gate.processor()}") if situation.shelf.root.is_ours else (None, "")
 
 
 @load_rule("wrong-machine", "error", "Every file is for the machine of the process.")

@@ -14,6 +14,7 @@ from miniloader.evidence.owner import owner_of
 from miniloader.kernel.maps import Vma
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.machine.stub_code import note_fault
+from miniloader.native.gate import lacks_for_loading
 
 __all__ = ["FaultRecord"]
 
@@ -50,10 +51,9 @@ class FaultRecord:
     def be_noted(self) -> None:
         """In the child: have the first fault noted, in whatever code of this thread it happens.
 
-        It ends the process as it would have done.  On other machines than x86-64, where nothing is loaded,
-        nothing is noted.
+        It ends the process as it would have done.  Where nothing can be loaded, nothing is noted.
         """
-        if os.uname().machine != "x86_64":
+        if lacks_for_loading() is not None:
             return
         record = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         code = CodePage()

@@ -6,14 +6,19 @@ import ctypes
 
 from miniloader.errors import LoadError
 from miniloader.kernel import syscalls as sys
+from miniloader.native.gate import require_loading
 
 __all__ = ["CodePage"]
 
 
 class CodePage:
-    """A page at ``address`` that holds code once it is ``filled``."""
+    """A page at ``address`` that holds code once it is ``filled``.
+
+    Raises :class:`UnsupportedError` where code of ours does not run.
+    """
 
     def __init__(self) -> None:
+        require_loading()
         self.filled = False
         try:
             protection = sys.PROT_READ | sys.PROT_WRITE

@@ -36,6 +36,7 @@ from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.stub_code import collect
 from miniloader.native import Stopped
+from miniloader.native.gate import require_loading
 from miniloader.values import dataclass
 
 __all__ = [
@@ -69,7 +70,9 @@ _libc: Final = ctypes.CDLL(None)
 
 
 def _declared(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(_libc, name)
+    function = getattr(_libc, name, None)
+    if function is None:  # another C library: whoever comes to call it has not asked at the gate
+        return lambda *_: require_loading()
     function.restype, function.argtypes = restype, argtypes
     return function
 

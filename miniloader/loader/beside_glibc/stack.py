@@ -12,6 +12,7 @@ from miniloader.elf.dynamic import DT_HASH, DT_NULL, DT_STRSZ, DT_STRTAB, DT_SYM
 from miniloader.elf.layout import DYN, EHDR, PHDR, SYM
 from miniloader.elf.writer import dynamic_section, elf_header, hash_table, program_header
 from miniloader.errors import LoadError
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.tls_carrier import open_bytes
 
@@ -46,7 +47,7 @@ def _library() -> bytes:
     ]
     size = len(entries) * DYN.size
     segments = [
-        program_header("PT_LOAD", "rw-", 0, dynamic + size, align=0x1000),
+        program_header("PT_LOAD", "rw-", 0, dynamic + size, align=PAGE_SIZE),
         program_header("PT_DYNAMIC", "rw-", dynamic, size, align=8),
         program_header("PT_GNU_STACK", "rwx", 0, 0, align=16),
     ]

@@ -43,6 +43,7 @@ from miniloader.elf.writer import (
     shared_object,
 )
 from miniloader.errors import LoadError
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
 from miniloader.values import dataclass
 
@@ -231,7 +232,7 @@ def _build(
     return shared_object(
         [NewSection(".data", "SHT_PROGBITS", 3, headers, end - headers, bytes(image[headers:]))],
         [
-            program_header("PT_LOAD", "rw-", 0, end, align=0x1000),
+            program_header("PT_LOAD", "rw-", 0, end, align=PAGE_SIZE),
             program_header("PT_DYNAMIC", "rw-", places["dynamic"], sizes["dynamic"], align=8),
             program_header("PT_GNU_STACK", "rw-", 0, 0, align=16),
             program_header("PT_TLS", "r--", places["template"], len(template), size, align=align)

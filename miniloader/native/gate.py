@@ -1,0 +1,119 @@
+"""The one gate before machine code of ours: which processor this process is for, and beside which C library.
+
+Loading takes code that was compiled for one processor, and lives beside glibc.  Whoever is about to run such
+code asks here first; all else (``inspect``, ``tree``, ``disasm``, ``audit`` and more) asks nothing of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from functools import lru_cache
+from typing import Final
+
+from miniloader.errors import UnsupportedError
+
+__all__ = [
+    "glibc_version",
+    "lacks_for_loading",
+    "missing_of_glibc",
+    "processor",
+    "require_loading",
+    "require_own_code",
+]
+
+#: The processors that libraries are loaded on, by the names of uname(2).
+LOADS_ON: Final = ("x86_64",)
+_SHIPS_FOR: Final = ("x86_64", "aarch64")  # the compiled loops
+#: What a process has where its C library is glibc, and loading makes use of.
+_OF_GLIBC: Final = ("gnu_get_libc_version", "dlvsym", "dlinfo", "dl_iterate_phdr", "__tls_get_addr")
+#: By the first 20 bytes of a program, its ELF header: class, byte order and machine.
+_MACHINES: Final = {
+    (2, 1, 62): "x86_64",
+    (2, 1, 183): "aarch64",
+    (2, 1, 243): "riscv64",
+    (1, 1, 3): "i386",
+    (1, 1, 40): "arm",
+    (1, 1, 62): "x32",
+}
+_STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, disasm, audit"
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """What the code of this process is for, by its program's ELF header: ``x86_64``, ``aarch64``, …
+
+    The kernel's own name for the machine would not do: an i386 Python runs on an x86-64 kernel as well.
+
+    >>> processor() in os.uname().machine or processor() in ("i386", "arm", "x32")
+    True
+    """
+    try:
+        with open("/proc/self/exe", "rb") as file:
+            head = file.read(20)
+        order = "<" if head[5] == 1 else ">"
+        key = head[4], head[5], *struct.unpack_from(f"{order}H", head, 18)
+    except (OSError, IndexError, struct.error):  # no /proc
+        return os.uname().machine if struct.calcsize("P") == 8 else f"32-bit {os.uname().machine}"
+    return _MACHINES.get(key, os.uname().machine if head[4] == 2 else f"32-bit {os.uname().machine}")
+
+
+def missing_of_glibc(libc: ctypes.CDLL | None = None) -> list[str]:
+    """What this process's C library (or ``libc``) lacks of what loading takes: nothing where it is glibc.
+
+    >>> missing_of_glibc()
+    []
+    """
+    library = libc or ctypes.CDLL(None)
+    return [name for name in _OF_GLIBC if not hasattr(library, name)]
+
+
+def glibc_version() -> tuple[int, ...]:
+    """The version of this process's glibc, such as ``(2, 36)``; () for another C library.
+
+    >>> glibc_version() > (2, 14)
+    True
+    """
+    function = getattr(ctypes.CDLL(None), "gnu_get_libc_version", None)
+    if function is None:
+        return ()
+    function.restype = ctypes.c_char_p
+    return tuple(map(int, function().decode().split(".")[:2]))
+
+
+def lacks_for_loading() -> str | None:
+    """What is missing here for libraries to be loaded, as a phrase; None where nothing is."""
+    if processor() not in LOADS_ON:
+        return f"this process is {processor()} code, and libraries are loaded on {' and '.join(LOADS_ON)}"
+    if missing := missing_of_glibc():
+        return f"the C library of this process is not glibc: it has no {', '.join(missing)}"
+    return _lacks_of_python()
+
+
+def _lacks_of_python() -> str | None:
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    return "this Python runs without its global lock, which the loader's own code relies on"
+
+
+def require_loading() -> None:
+    """Raise :class:`UnsupportedError` where no library can be loaded: machine code of ours must not run."""
+    lack = lacks_for_loading()
+    if lack is not None:
+        raise UnsupportedError(f"nothing can be loaded here: {lack}", hint=_hint())
+
+
+def require_own_code(path: str) -> None:
+    """Raise :class:`UnsupportedError` where the compiled loops, at ``path``, cannot be used."""
+    lack, hint = _lacks_of_python(), _hint()
+    if lack is None and not os.path.exists(path):
+        lack = f"there is none for {processor()}: no file {path}"
+        hint = "install miniloader again" if processor() in _SHIPS_FOR else _STILL
+    if lack is not None:
+        raise UnsupportedError(f"the loader's own loops are missing: {lack}", hint=hint)
+
+
+def _hint() -> str:
+    return _STILL if _lacks_of_python() is None else "start it with PYTHON_GIL=1 in the environment"

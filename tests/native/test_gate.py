@@ -1,0 +1,121 @@
+"""The one gate before machine code of ours: no other processor and no other C library ever meets it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader import cli
+from miniloader.errors import UnsupportedError
+from miniloader.native import functions, gate
+
+MISSING_LIBC = ("dlvsym", "dlinfo", "gnu_get_libc_version")
+
+
+class AnotherLibc(ctypes.CDLL):
+    """This process's C library without what musl's does not have."""
+
+    def __getattr__(self, name: str) -> object:
+        if name in MISSING_LIBC:
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+@pytest.fixture(params=["riscv64", "musl"])
+def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A process of another processor, or with another C library: what it must say."""
+    if request.param == "musl":
+        monkeypatch.setattr(gate.ctypes, "CDLL", AnotherLibc)
+        yield "has no gnu_get_libc_version, dlvsym, dlinfo"
+    else:
+        monkeypatch.setattr(gate, "processor", lambda: "riscv64")
+        yield "this process is riscv64 code"
+    functions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("load", "{}"),
+        ("load", "{}", "--no-init"),
+        ("prove", "{}"),
+        ("prepare", "{}"),
+        ("disasm", "{}", "demo_add", "--loaded"),
+        ("walkthrough", "relocation"),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_loading_says_so_in_one_line(
+    words: tuple[str, ...], elsewhere: str, demo: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([word.format(demo) for word in words]) == 3
+    shown = capfd.readouterr()
+    if words[0] == "walkthrough":  # tells what it can, and why no more
+        assert "nothing can be loaded here" in shown.out
+        return
+    assert elsewhere in shown.err
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "{}"),
+        ("inspect", "libc.so.6", "--search"),
+        ("tree", "{}"),
+        ("disasm", "{}", "demo_add"),
+        ("audit", "{pid}"),
+        ("doctor",),
+        ("cache",),
+        ("walkthrough", "mapping"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("elsewhere")
+def test_what_needs_no_loading_works(
+    words: tuple[str, ...], demo: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = cli.main([word.format(demo, pid=os.getpid()) for word in words])
+    assert (status, capfd.readouterr().err) == (0, "")
+
+
+def test_symbols_are_not_looked_up_without_loops(
+    monkeypatch: pytest.MonkeyPatch, demo: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    functions.cache_clear()
+    monkeypatch.setattr(gate, "processor", lambda: "riscv64")
+    assert cli.main(["check", str(demo)]) == 3
+    assert "loops are missing: there is none for riscv64" in capfd.readouterr().err
+    functions.cache_clear()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_no_page_of_ours_becomes_code(demo: Path) -> None:
+    from miniloader.loader.beside_glibc.code_page import CodePage
+
+    with pytest.raises(UnsupportedError):
+        CodePage()
+    with pytest.raises(UnsupportedError):
+        miniloader.load(demo)
+    assert issubclass(UnsupportedError, miniloader.LoadError)
+
+
+def test_the_processor_is_the_programs_not_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An i386 program that the same kernel runs, of which uname(2) says x86_64."""
+    program = tmp_path / "program"
+    monkeypatch.setattr("builtins.open", lambda *_, opened=open: opened(program, "rb"))
+    for head, name in (
+        (struct.pack("<4sBB12xH", b"\x7fELF", 1, 1, 3), "i386"),
+        (struct.pack("<4sBB12xH", b"\x7fELF", 2, 1, 183), "aarch64"),
+        (struct.pack(">4sBB12xH", b"\x7fELF", 1, 2, 8), f"32-bit {os.uname().machine}"),
+    ):
+        program.write_bytes(head)
+        assert gate.processor.__wrapped__() == name
