@@ -60,14 +60,15 @@ def processor() -> str:
     return _MACHINES.get(key, os.uname().machine if head[4] == 2 else f"32-bit {os.uname().machine}")
 
 
-def missing_of_glibc(libc: ctypes.CDLL | None = None) -> list[str]:
-    """What this process's C library (or ``libc``) lacks of what loading takes: nothing where it is glibc.
+@lru_cache(maxsize=1)
+def missing_of_glibc() -> tuple[str, ...]:
+    """What this process's C library lacks of what loading takes: nothing where it is glibc.
 
     >>> missing_of_glibc()
-    []
+    ()
     """
-    library = libc or ctypes.CDLL(None)
-    return [name for name in _OF_GLIBC if not hasattr(library, name)]
+    library = ctypes.CDLL(None)
+    return tuple(name for name in _OF_GLIBC if not hasattr(library, name))
 
 
 def glibc_version() -> tuple[int, ...]:

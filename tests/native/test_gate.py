@@ -32,11 +32,13 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """A process of another processor, or with another C library: what it must say."""
     if request.param == "musl":
         monkeypatch.setattr(gate.ctypes, "CDLL", AnotherLibc)
+        gate.missing_of_glibc.cache_clear()
         yield "has no gnu_get_libc_version, dlvsym, dlinfo"
     else:
         monkeypatch.setattr(gate, "processor", lambda: "riscv64")
         yield "this process is riscv64 code"
     functions.cache_clear()
+    gate.missing_of_glibc.cache_clear()
 
 
 @pytest.mark.parametrize(
