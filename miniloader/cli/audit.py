@@ -31,6 +31,7 @@ examples:
   miniloader audit --tree 4711 --every 2s --for 1m --html erosion.html     the same as a page with a slider
   miniloader audit 4711 --library libcrypto    every private page of one library
   miniloader audit 4711 --library libcrypto --page 0x484000      one page, word by word
+  miniloader audit 4711 --bindings             who really serves each symbol that its libraries use
 
 A private page's causes: relocation, overwritten (a relocated slot that was changed later), loader, bss,
 write (by the program), identical (copied, yet as in the file), unknown. Nothing is stopped or written.
@@ -52,6 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="VADDR",
         type=options.number("vaddr", "0x484000"),
         help="one page of the library, word by word",
+    )
+    parser.add_argument(
+        "--bindings",
+        action="store_true",
+        help="read the slots of one process: who serves each symbol; with --library those that this uses",
     )
     parser.add_argument("--no-causes", action="store_true", help="count only")
     options.level(parser, ("frames", "flags"))
@@ -106,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--html and --page: one of them")
     options.page_alone(arguments)
     pids = _chosen(arguments)
+    if arguments.bindings:
+        return _bindings(arguments, pids)
     if arguments.page is not None:
         return _page(arguments, pids)
     if arguments.every is not None:
@@ -215,6 +223,27 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.report.output import Output
 
     Output().show(page_view(view))
+    return 0
+
+
+def _bindings(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
+    from miniloader.errors import UsageError
+    from miniloader.lab.audit.live_bindings import live_bindings
+
+    others = ("page", "every", "save", "html", "csv")
+    given = [f"--{name}" for name in others if getattr(arguments, name) is not None]
+    if len(pids) != 1 or given:
+        raise UsageError("--bindings needs one process" + (f", and goes without {given[0]}" if given else ""))
+    live = live_bindings(pids[0], arguments.library)
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump(live.to_json())
+        return 0
+    from miniloader.report.live_bindings import lines
+    from miniloader.report.output import Output
+
+    Output().show(lines(live, everything=arguments.library is not None))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Final
 from miniloader.json_schema import BOOL, NUMBER, TEXT, Schema, array, either, keys, record
 from miniloader.lab.audit.diff import CHANGE_SCHEMA
 from miniloader.lab.audit.growth import GROWTH_KEYS
+from miniloader.lab.audit.live_bindings import LIVE_SCHEMA
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
 from miniloader.lab.proof.proof import PROOF_SCHEMA
@@ -31,6 +32,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "audit": either(
         record(AUDIT_KEYS, optional={"since": NUMBER, "changes": array(CHANGE_SCHEMA)}),
         PAGE_SCHEMA,
+        LIVE_SCHEMA,
     ),
     "diff": record(keys(NUMBER, "since until"), GROWTH_KEYS, {"changes": array(CHANGE_SCHEMA)}),
     "walkthrough": either(

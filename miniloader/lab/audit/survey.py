@@ -39,6 +39,7 @@ __all__ = [
     "locate",
     "mappings_in",
     "space_of",
+    "stand_ins_in",
     "survey",
 ]
 
@@ -398,10 +399,10 @@ def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> S
     extents = [Placed(placed.base, placed.start, _image_end(placed), placed.file.facts) for placed in found]
     code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
     vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
-    return Space(extents, code, vdso, _stand_ins(pid, vmas))
+    return Space(extents, code, vdso, stand_ins_in(pid, vmas))
 
 
-def _stand_ins(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
+def stand_ins_in(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
     """The functions that code of miniloader's stands for in a process, by where it is.
 
     Such code is in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
