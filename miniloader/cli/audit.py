@@ -251,6 +251,7 @@ def _bindings(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     """Look again and again; at the end, or at Ctrl-C, say what has changed since the start."""
     from miniloader.lab.audit.diff import diff
+    from miniloader.lab.erosion.since import proven_by
     from miniloader.report.output import Output
 
     quiet = arguments.json or arguments.csv or options.page_alone(arguments)
@@ -266,7 +267,7 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
         out.show([("stopped",)])
-    last = _audit(arguments, looks.pids())
+    last = proven_by(first, _audit(arguments, looks.pids()))
     if first.processes and not last.processes:
         out.show([("all of them have ended: this is what they were at the start",)])
         last = first
@@ -341,6 +342,8 @@ class _Looks:
         return tuple(sorted({*still_there(self._family, self._since), *chosen}))
 
     def __iter__(self) -> Iterator[tuple[Audit, Audit]]:
+        from miniloader.lab.erosion.since import proven_by
+
         duration = self._arguments.duration
         end = None if duration is None else time.monotonic() + duration
         due, previous = time.monotonic(), self.first
@@ -351,6 +354,7 @@ class _Looks:
                 return
             time.sleep(max(0.0, due - time.monotonic()))
             audit = _look(self._arguments, self.pids(), causes=False)  # the table is the progress
+            audit = proven_by(self.first, audit)
             if not audit.processes:
                 return
             self._family |= {process.pid: process.started for process in audit.processes}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 from miniloader.errors import printable
+from miniloader.report.erosion import erosion_view
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Line, Part, Piece, Table, heading, listed, more
 
@@ -65,6 +66,8 @@ def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
     if pages:
         for library in audit.libraries:
             yield from _library(library)
+    elif audit.explained:
+        yield from erosion_view(audit)
     if audit.processes:
         yield ()
         yield _processes(audit.processes)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
+from miniloader.report.erosion import eroded_rows
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Cell, Line, Part, Table, listed, more
 
@@ -54,6 +55,7 @@ def growth_view(growth: Growth) -> Iterator[Part]:
                 for process in changed
             ],
         )
+    yield from eroded_rows(growth.erosion)
     yield ()
 
 
@@ -72,6 +74,9 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
         changed.append(
             f"own {_signed(own)} since the start, {_signed(_own_change(since_last))} since the last look"
         )
+    eroded = sum(row.proven for row in since_start.erosion or ())
+    if eroded:
+        changed.append(f"no longer shared {size(eroded)}")
     by_kind = [
         f"{kind} {_signed(number)}" for kind, number in _by_kind(since_start.mappings) if kind != "file"
     ]

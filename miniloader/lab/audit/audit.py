@@ -26,6 +26,7 @@ from miniloader.lab.audit.mappings import mappings_over, pss_by_frames
 from miniloader.lab.audit.result import Audit, AuditedProcess, Unreadable
 from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import Memo, Survey, survey
+from miniloader.lab.erosion.erode import erosion
 from miniloader.lab.workers.fork_map import share_out
 
 __all__ = ["audit", "jobs_for"]
@@ -106,6 +107,7 @@ def audit(
         mappings=mappings_over(
             process.mappings.rows(process.pid, pss[process.pid][1]) for process in distinct_memory
         ),
+        erosion=erosion(distinct_memory, merged, contents=causes) if chosen == "frames" else None,
     )
 
 

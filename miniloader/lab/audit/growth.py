@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 from miniloader.json_schema import COUNT, HEX, TEXT, array, nullable, record, words
 from miniloader.lab.audit.mappings import KIND_SCHEMA, AuditedMapping, MappingKind
 from miniloader.lab.audit.result import Audit, AuditedLibrary, AuditedProcess
+from miniloader.lab.erosion.since import ERODED_SCHEMA, ErodedSince, eroded_since
 from miniloader.values import dataclass
 
 __all__ = [
@@ -82,7 +83,8 @@ class LibraryGrowth:
 class Growth:
     """What grew.  There are no ``mappings`` where an older version saved one of the audits without them.
 
-    ``rss``, ``pss`` and ``uss`` are those of all processes, each memory counted once.
+    ``rss``, ``pss`` and ``uss`` are those of all processes, each memory counted once.  ``erosion`` is what
+    relatives have no longer in common; None where one of the audits had no frames.
     """
 
     rss: AmountChange
@@ -91,6 +93,7 @@ class Growth:
     processes: tuple[ProcessGrowth, ...]
     mappings: tuple[MappingGrowth, ...]
     libraries: tuple[LibraryGrowth, ...]
+    erosion: tuple[ErodedSince, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``diff --json`` has besides ``changes``."""
@@ -119,6 +122,7 @@ def growth(before: Audit, after: Audit) -> Growth:
         processes=tuple(sorted(_processes(before, after), key=lambda process: -process.uss.change)),
         mappings=tuple(sorted(_mappings(before, after), key=_order)),
         libraries=tuple(sorted(_libraries(before, after), key=_order)),
+        erosion=eroded_since(before, after),
     )
 
 
@@ -210,5 +214,6 @@ GROWTH_KEYS: Final = {
     )),
     "mappings": array(record({"kind": KIND_SCHEMA, "name": TEXT}, _FIGURES)),
     "libraries": array(record({"path": TEXT, "build_id": nullable(HEX)}, _FIGURES)),
+    "erosion": ERODED_SCHEMA,
 }  # fmt: skip
 """The keys of what :meth:`Growth.to_json` gives, each with its schema."""

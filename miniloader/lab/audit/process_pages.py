@@ -38,11 +38,12 @@ class Pages:
     """Every page of a process that is worth a word: flat arrays over all mappings.
 
     ``copied`` and ``own`` (pages of files, and of shared memory) are the two kinds that are counted; of them
-    ``copies`` and ``originals`` keep what an audit asks for.  ``anonymous`` are the addresses of the copied
-    pages that lie in no file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero``
-    are the page of zeros, which is not counted; where a kernel does not tell all of them from copies,
-    ``zeros_among`` the counted ones of each mapping are so many more.  ``huge_in`` is how many pages of each
-    mapping are mapped by huge entries.
+    ``copies`` and ``originals`` keep what an audit asks for; rows ``writable`` of the latter lie in private
+    mappings that may be written to.  ``anonymous`` are the addresses of the copied pages that lie in no
+    file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero`` are the page of zeros,
+    which is not counted; where a kernel does not tell all of them from copies, ``zeros_among`` the counted
+    ones of each mapping are so many more.  ``huge_in`` is how many pages of each mapping are mapped by huge
+    entries.
     """
 
     def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
@@ -75,6 +76,7 @@ class Pages:
         frame = FRAME if frames else np.uint64(0)
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
         self.copies, self.originals = self._columns(copied, shift, frame), self._columns(own, shift, frame)
+        self.writable = self.originals.rows([index for index, vma in enumerate(vmas) if _is_writable(vma)])
         nameless = np.array([not vma.inode for vma in vmas])
         self.anonymous = self.copies.addresses[nameless[self.vma[copied]]]
 
@@ -164,6 +166,8 @@ class PageColumns:
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """The rows of the mappings ``indices``, which ascend and most often follow one another."""
+        if not indices:
+            return slice(0, 0)
         first, last, starts = indices[0], indices[-1], self.starts
         if last - first == len(indices) - 1:
             return slice(starts[first], starts[last + 1])
@@ -198,6 +202,11 @@ def count_set(mask: NDArray[np.bool_]) -> int:
     2
     """
     return int(np.count_nonzero(mask))
+
+
+def _is_writable(vma: Vma) -> bool:
+    """Whether pages of a file are mapped there that are copied when they are written to."""
+    return vma.inode != 0 and not vma.shared and "w" in vma.protection
 
 
 def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]:

@@ -24,6 +24,7 @@ from miniloader.json_schema import (
 )  # fmt: skip
 from miniloader.kernel.features import LEVEL_SCHEMA, LevelName
 from miniloader.lab.audit.mappings import MAPPING_SCHEMA, AuditedMapping, MappingProcess
+from miniloader.lab.erosion.result import EROSION_SCHEMA, Erosion
 from miniloader.showing import REPORT, Showing, dataframe
 from miniloader.values import dataclass
 
@@ -202,7 +203,8 @@ class Audit(Showing):
 
     ``explained``: whether causes were asked for.  Libraries and mappings come with the most pages of the
     processes' own first.  ``mappings`` are all memory, also where only some libraries were asked for; there
-    are none in an audit that an older version saved.
+    are none in an audit that an older version saved.  ``erosion`` has a row for each process with an elder
+    relative among them; None where it is not known: without frames, or in an older audit.
     """
 
     level: LevelName
@@ -213,6 +215,7 @@ class Audit(Showing):
     libraries: tuple[AuditedLibrary, ...]
     unreadable: tuple[Unreadable, ...]
     mappings: tuple[AuditedMapping, ...] = ()
+    erosion: tuple[Erosion, ...] | None = None
 
     def __repr__(self) -> str:
         unreadable = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
@@ -283,6 +286,7 @@ class Audit(Showing):
                 libraries=tuple(_library(library) for library in value["libraries"]),
                 unreadable=tuple(Unreadable(**process) for process in value["unreadable"]),
                 mappings=tuple(_mapping(mapping) for mapping in value.get("mappings", ())),
+                erosion=_erosion(value.get("erosion")),
             )
         except KeyError as error:
             raise UsageError(f"no audit as --save or --json writes it: it lacks {error}") from error
@@ -314,6 +318,10 @@ class Audit(Showing):
                     f"{os.fspath(path)}: no audit: found what is no JSON, expected what "
                     "`miniloader audit --save FILE` wrote"
                 ) from error
+
+
+def _erosion(value: Any) -> tuple[Erosion, ...] | None:
+    return None if value is None else tuple(Erosion.from_json(row) for row in value)
 
 
 def _mapping(value: Mapping[str, Any]) -> AuditedMapping:
@@ -361,6 +369,6 @@ AUDIT_KEYS: Final = {
     )),
     "libraries": array(_LIBRARY),
     "unreadable": array(record({"pid": COUNT, "gone": BOOL}, keys(TEXT, "reason needed"))),
-    "mappings": array(MAPPING_SCHEMA),
+    "mappings": array(MAPPING_SCHEMA), "erosion": nullable(array(EROSION_SCHEMA)),
 }  # fmt: skip
 """The keys of what :meth:`Audit.to_json` gives, each with its schema."""

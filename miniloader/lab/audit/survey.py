@@ -141,7 +141,8 @@ class Survey:
 
     ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more than
     once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous pages,
-    ``originals`` the other ones.  ``stack`` is where the program's stack began.  ``pss`` is what the kernel
+    ``originals`` the other ones; of these the rows ``writable`` lie in private mappings that may be written
+    to.  ``stack`` is where the program's stack began.  ``pss`` is what the kernel
     tells (bytes), of the process and of each mapping; None where frames tell it, or nobody.
     """
 
@@ -158,6 +159,7 @@ class Survey:
     swapped: int
     copies: PageColumns
     originals: PageColumns
+    writable: Rows
     files: tuple[FileInProcess, ...]
     mappings: Mappings
     stack: int
@@ -288,6 +290,7 @@ def _summed(
         swapped=count_set(pages.swapped),
         copies=pages.copies,
         originals=pages.originals,
+        writable=pages.writable,
         files=files,
         mappings=mappings,
         stack=stack,

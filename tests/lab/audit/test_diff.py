@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import pytest
 import miniloader
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.diff import diff
+from miniloader.lab.audit.growth import growth
+from miniloader.lab.audit.result import Audit
 from miniloader.report.audit import summary
-from miniloader.report.audit_growth import tick
-from miniloader.report.text import plain
+from miniloader.report.audit_growth import growth_view, tick
+from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import (
     Told,
     page_of,
@@ -48,3 +52,17 @@ def test_bss_that_is_touched_has_gone_private(loaded: Told, demo: Path) -> None:
     (change,) = [one for one in diff(before, after) if one.path == str(demo)]
     assert (change.change, change.section, change.causes) == ("private", ".bss", ("bss",))
     assert after.library(str(demo)).own - before.library(str(demo)).own == 1
+
+
+def test_what_the_first_version_saved() -> None:
+    """It lacks every key that was added since, and is read and compared all the same."""
+    old = Audit.load(Path(__file__).parent / "saved_at_first.json")
+    assert (old.mappings, old.erosion) == ((), None)
+    assert old.libraries[0].private_pages[0].common == ()
+    now = audit([os.getpid()], library="libz", causes=False)
+    for first, second in ((old, now), (now, old), (old, old)):
+        grown = growth(first, second)
+        assert grown.erosion is None
+        assert [*laid_out(growth_view(grown), 80)]
+        assert isinstance(diff(first, second), tuple)
+    assert Audit.from_json(old.to_json()) == old

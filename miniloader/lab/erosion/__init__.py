@@ -1,0 +1,11 @@
+"""Erosion: memory that a process had in common with a relative since a fork, and has not any more.
+
+Data moves down this list.  Nothing here stops a process, writes to it, or maps anything into it.
+
+- ``memory``: the pages of one process that erosion can happen to.
+- ``lineage``: who is whose nearest living relative, and which copies must have been one at a fork.
+- ``pairs``: a process beside that relative: what is one frame still, what no more, what of it is proven.
+- ``contents``: which of these pages hold the same bytes.
+- ``erode``: all of that for the processes of an audit; ``result`` has it as frozen values.
+- ``since``: what an earlier look proves.
+"""

@@ -1,0 +1,83 @@
+"""What is on the pages that two processes have at one address: equal bytes, or different ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.erosion.pairs import Pair
+
+__all__ = ["PagePart", "compare"]
+
+_AT_ONCE: Final = 256  # pages: 1 MiB of each process, which stays in the processor's cache
+_NEAR: Final = 64  # to read that many entries of a page table too many costs less than another call
+
+
+class PagePart(NamedTuple):
+    """Some pages of both processes: their ``addresses``, and the bytes there as words, a row a page.
+
+    ``read`` says of each whether both could be read and were the pages that the audit saw, before and after;
+    ``same`` whether all bytes are equal then.
+    """
+
+    addresses: NDArray[np.uint64]
+    words: NDArray[np.uint64]
+    relative_words: NDArray[np.uint64]
+    read: NDArray[np.bool_]
+    same: NDArray[np.bool_]
+
+
+def compare(pair: Pair) -> Iterator[PagePart]:
+    """The pages of ``pair`` that are two frames, a part at a time.
+
+    The page tables are read before and after the bytes: what is not in memory any more is not read, since
+    that would map it again, and what lies in another frame is not what was seen.
+    Raises ProcessGone, or EvidenceError where memory may not be read.
+    """
+    pids = (pair.pid, pair.relative)
+    with ExitStack() as stack:
+        maps = [stack.enter_context(PageMap(pid)) for pid in pids]
+        memories = [stack.enter_context(ProcessMemory(pid)) for pid in pids]
+        for start in range(0, len(pair.apart), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
+            addresses, seen = pair.apart[rows], [frames[rows] for frames in pair.frames]
+            read = _still(maps, addresses, seen)
+            words = []
+            for memory in memories:
+                pages = np.zeros((len(addresses), PAGE_SIZE // 8), np.uint64)
+                live, done = memory.pages(addresses[read])
+                pages[read] = live.view(np.uint64)
+                read[np.flatnonzero(read)[~done]] = False
+                words.append(pages)
+            read &= _still(maps, addresses, seen)
+            yield PagePart(addresses, words[0], words[1], read, read & (words[0] == words[1]).all(axis=1))
+
+
+def _still(
+    maps: list[PageMap], addresses: NDArray[np.uint64], seen: list[NDArray[np.uint64]]
+) -> NDArray[np.bool_]:
+    """Which of the pages lie in both processes where they were ``seen``."""
+    still = np.ones(len(addresses), np.bool_)
+    for pagemap, frames in zip(maps, seen, strict=True):
+        still &= _frames(pagemap, addresses) == frames
+    return still
+
+
+def _frames(pagemap: PageMap, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The frames of the pages at these ascending addresses now; 0 for what is not in memory."""
+    frames = np.empty(len(addresses), np.uint64)
+    edges = np.flatnonzero(np.diff(addresses) > np.uint64(_NEAR * PAGE_SIZE)) + 1
+    for first, last in pairwise([0, *edges.tolist(), len(addresses)]):
+        start = int(addresses[first])
+        entries = pagemap.read(start, int(addresses[last - 1]) + PAGE_SIZE)
+        entries = entries[(addresses[first:last] - np.uint64(start)) // np.uint64(PAGE_SIZE)]
+        frames[first:last] = np.where(entries & PRESENT, entries & FRAME, np.uint64(0))
+    return frames

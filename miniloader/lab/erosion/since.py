@@ -1,0 +1,115 @@
+"""What an earlier look proves: pages that were one frame for two relatives then, and are two now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.json_schema import COUNT, array, keys, nullable, record
+from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion.result import Erosion, pages_in, spans_of
+from miniloader.values import dataclass
+
+__all__ = ["ERODED_SCHEMA", "ErodedSince", "eroded_since", "proven_by"]
+
+
+@dataclass(frozen=True)
+class ErodedSince:
+    """What a process and its nearest living ``relative`` had in common at the first look, and have not now.
+
+    In bytes; of them ``same`` hold the same bytes (None: nobody read them).
+    """
+
+    pid: int
+    relative: int
+    proven: int
+    same: int | None
+
+
+def eroded_since(first: Audit, now: Audit) -> tuple[ErodedSince, ...] | None:
+    """A row for each process that has a relative in ``now``; None where one of the looks had no frames."""
+    if first.erosion is None or now.erosion is None:
+        return None
+    rows = []
+    for row, together in zip(now.erosion, _together_at(first, now), strict=True):
+        eroded = np.intersect1d(_apart(row, now.page_size), together, assume_unique=True)
+        same = np.intersect1d(eroded, pages_in(row.pages.same, now.page_size), assume_unique=True)
+        rows.append(
+            ErodedSince(
+                pid=row.pid,
+                relative=row.relative,
+                proven=len(eroded) * now.page_size,
+                same=None if row.same is None else len(same) * now.page_size,
+            )
+        )
+    return tuple(rows)
+
+
+def proven_by(first: Audit, now: Audit) -> Audit:
+    """``now``, where what was one frame at the ``first`` look is proven to have been it."""
+    if first.erosion is None or now.erosion is None:
+        return now
+    rows = zip(now.erosion, _together_at(first, now), strict=True)
+    return replace(now, erosion=tuple(_proven(row, together, now.page_size) for row, together in rows))
+
+
+def _proven(row: Erosion, together: NDArray[np.uint64], page_size: int) -> Erosion:
+    possible = pages_in(row.pages.possible, page_size)
+    moved = np.intersect1d(possible, together, assume_unique=True)
+    if not len(moved):
+        return row
+    proven = np.union1d(pages_in(row.pages.proven, page_size), moved)
+    possible = np.setdiff1d(possible, moved, assume_unique=True)
+    pages = replace(row.pages, proven=spans_of(proven), possible=spans_of(possible))
+    return replace(row, proven=len(proven) * page_size, possible=len(possible) * page_size, pages=pages)
+
+
+def _together_at(first: Audit, now: Audit) -> list[NDArray[np.uint64]]:
+    """For each row of ``now`` the pages that its two processes had as one frame at the ``first`` look.
+
+    A process with a pid that has been used before is not the one of the first look, nor has it that one's
+    pages when it has executed another program since.
+    """
+    same = {(process.pid, process.started, process.name) for process in first.processes}
+    stayed = {
+        process.pid for process in now.processes if (process.pid, process.started, process.name) in same
+    }
+    rows = {row.pid: row for row in first.erosion or ()}
+    return [
+        _together(rows, row.pid, row.relative, first.page_size)
+        if {row.pid, row.relative} <= stayed
+        else np.empty(0, np.uint64)
+        for row in now.erosion or ()
+    ]
+
+
+def _together(rows: Mapping[int, Erosion], pid: int, relative: int, page_size: int) -> NDArray[np.uint64]:
+    """The pages that two processes had as one frame, by way of the relatives that they had."""
+    lines = [_line(rows, process) for process in (pid, relative)]
+    meeting = next((ancestor for ancestor in lines[0] if ancestor in lines[1]), None)
+    if meeting is None:
+        return np.empty(0, np.uint64)
+    steps = [rows[process].pages.together for line in lines for process in line[: line.index(meeting)]]
+    pages = [pages_in(step, page_size) for step in steps]
+    return reduce(partial(np.intersect1d, assume_unique=True), pages)
+
+
+def _line(rows: Mapping[int, Erosion], pid: int) -> list[int]:
+    """A process, its relative, the relative of that one, and so on."""
+    line = [pid]
+    while line[-1] in rows and rows[line[-1]].relative not in line:
+        line.append(rows[line[-1]].relative)
+    return line
+
+
+def _apart(row: Erosion, page_size: int) -> NDArray[np.uint64]:
+    return np.union1d(pages_in(row.pages.proven, page_size), pages_in(row.pages.possible, page_size))
+
+
+ERODED_SCHEMA: Final = nullable(array(record(keys(COUNT, "pid relative proven"), {"same": nullable(COUNT)})))
+"""What :func:`eroded_since` gives, in ``--json``."""

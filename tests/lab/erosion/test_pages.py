@@ -1,0 +1,226 @@
+"""Which pages relatives have no longer in common, right to the page: the tests read the page tables, too."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miniloader.errors import ProcessGone
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
+from miniloader.lab.audit.growth import growth
+from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion import contents
+from miniloader.lab.erosion.result import Erosion, Spans, pages_in
+from miniloader.lab.erosion.since import eroded_since, proven_by
+from miniloader.report.audit import lines
+from miniloader.report.audit_growth import growth_view, tick
+from miniloader.report.text import laid_out, plain
+from tests.lab.erosion.pools import Pool, bytes_at, in_common, in_two_copies, needs_frames, pool
+
+pytestmark = needs_frames
+
+_PAGES = 64
+_ARRAY = f"size = {_PAGES * PAGE_SIZE}; array = mapped(size); ctypes.memset(array, 7, size)"
+_DATA = "data = [{'id': number, 'name': f'user{number}'} for number in range(20_000)]"
+_READ = "sum(len(row['name']) for row in data)"
+
+
+def pages(spans: Spans) -> set[int]:
+    return {*pages_in(spans).tolist()}
+
+
+def row_of(found: Audit, pid: int) -> Erosion:
+    assert found.erosion is not None
+    return next(row for row in found.erosion if row.pid == pid)
+
+
+def look(workers: Pool) -> Audit:
+    return audit(workers.pids, library="nothing")  # the causes of pages of files are not asked for
+
+
+def test_what_an_earlier_look_proves() -> None:
+    """Objects are read, collected, written to: each page that was one frame is proven, and no other."""
+    with pool(_ARRAY, _DATA) as workers:
+        reads, collects, writes = (workers.fork() for _ in range(3))
+        first = look(workers)
+        together = {pid: in_common(pid, workers.pid) for pid in workers.workers}
+        for pid in workers.workers:
+            assert pages(row_of(first, pid).pages.together) == together[pid]
+        workers.ask(reads, _READ)
+        workers.ask(collects, "import gc; gc.collect()")
+        workers.ask(
+            writes,
+            f"ctypes.memset(array, 7, {10 * PAGE_SIZE}); ctypes.memset(array + {20 * PAGE_SIZE}, 8, 1)",
+        )
+        now = look(workers)
+        since = eroded_since(first, now)
+        assert since is not None
+        better = proven_by(first, now)
+        for eroded in since:
+            apart = in_two_copies(eroded.pid, workers.pid)
+            really = together[eroded.pid] & apart
+            equal = {page for page in apart if bytes_at(eroded.pid, page) == bytes_at(workers.pid, page)}
+            row = row_of(better, eroded.pid)
+            assert (row.relative, eroded.relative) == (workers.pid, workers.pid)
+            assert pages(row.pages.proven) == really
+            assert pages(row.pages.possible) == apart - really
+            assert pages(row.pages.same) == equal
+            assert eroded.proven == len(really) * PAGE_SIZE == row.proven
+            assert eroded.same == len(really & equal) * PAGE_SIZE
+            assert row.changed == 0
+        start = workers.parent("answer = array")
+        written = pages(row_of(better, writes).pages.proven)
+        assert {start + number * PAGE_SIZE for number in (*range(10), 20)} <= written
+        assert start + 11 * PAGE_SIZE not in written
+        assert row_of(better, collects).same > row_of(better, collects).apart // 2  # type: ignore[operator]
+        assert growth(first, now).erosion == since
+        assert "no longer shared" in plain(tick(now, first))
+        text = "\n".join(plain(line) for line in laid_out(growth_view(growth(first, now)), None))
+        assert "one frame at the first look, two copies now" in text
+
+
+def test_two_that_allocate_after_the_fork_prove_nothing() -> None:
+    """Both map memory at one address and write the same there; a third relative is forked afterwards."""
+    with pool("at = mapped(1 << 20); libc.munmap(ctypes.c_void_p(at), 1 << 20)") as workers:
+        length = _PAGES * PAGE_SIZE
+        same = f"libc.mmap(at, {length}, 3, 0x100032, -1, 0); ctypes.memset(at, 7, {length})"
+        child = workers.fork()
+        first = look(workers)
+        workers.ask(child, same)
+        workers.parent(same)
+        youngest = workers.fork()
+        start = workers.parent("answer = at")
+        built = {start + number * PAGE_SIZE for number in range(_PAGES)}
+        found = proven_by(first, look(workers))
+        row = row_of(found, child)
+        assert built <= pages(row.pages.possible) & pages(row.pages.same)
+        assert not built & pages(row.pages.proven)
+        assert built <= pages(row_of(found, youngest).pages.together)
+        assert "look alike" in "\n".join(plain(line) for line in laid_out(lines(found), None))
+
+
+def test_an_elder_relative_proves() -> None:
+    """A worker was forked between two moments at which the parent had the frame: it has had it as well."""
+    with pool(_ARRAY) as workers:
+        elder, worker, younger = (workers.fork() for _ in range(3))
+        start = workers.parent("answer = array")
+        workers.ask(worker, f"ctypes.memset(array, 1, {PAGE_SIZE})")
+        workers.ask(elder, f"ctypes.memset(array + {PAGE_SIZE}, 1, 1)")
+        workers.parent(f"ctypes.memset(array + {2 * PAGE_SIZE}, 7, 1)")
+        found = look(workers)
+        first, second, third = (start + number * PAGE_SIZE for number in range(3))
+        assert first in pages(row_of(found, worker).pages.proven)
+        # Before the others were forked, the parent may not have had it.
+        assert second in pages(row_of(found, elder).pages.possible)
+        for pid in (elder, worker, younger):  # of all three the copy is the one from before the forks
+            assert third in pages(row_of(found, pid).pages.proven)
+            assert third in pages(row_of(found, pid).pages.same)
+
+
+def test_siblings_whose_parent_has_ended_or_is_not_asked_about() -> None:
+    with pool(_ARRAY) as workers:
+        elder, worker = workers.fork(), workers.fork()
+        workers.ask(worker, "ctypes.memset(array, 1, 1)")
+        found = audit([elder, worker], library="nothing")
+        start = workers.parent("answer = array")
+        assert found.erosion is not None
+        assert [(row.pid, row.relative) for row in found.erosion] == [(worker, elder)]
+        assert start in pages(row_of(found, worker).pages.possible)
+        whole = look(workers)
+        workers.ask(elder, f"ctypes.memset(array + {PAGE_SIZE}, 1, 1)")
+        since = eroded_since(whole, audit([elder, worker]))  # by way of the parent, of the first look only
+        assert since is not None
+        assert since[0].proven >= PAGE_SIZE
+        row = row_of(proven_by(whole, audit([elder, worker])), worker)
+        assert start + PAGE_SIZE in pages(row.pages.proven)
+        assert start not in pages(row.pages.proven)
+
+
+def test_strangers_have_nothing_in_common() -> None:
+    with pool(_ARRAY) as workers, pool(_ARRAY) as strangers:
+        assert audit([workers.pid, strangers.pid]).erosion == ()
+
+
+def test_what_changes_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page table is read again after the bytes: a page that lies in another frame by then is left out."""
+    with pool(_ARRAY) as workers:
+        child = workers.fork()
+        workers.ask(child, f"ctypes.memset(array, 1, {_PAGES * PAGE_SIZE})")
+        start = workers.parent("answer = array")
+        read = contents.ProcessMemory.pages
+
+        def meanwhile(memory: contents.ProcessMemory, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            if memory.pid == workers.pid and start in addresses:
+                drop = f"libc.madvise(array, {PAGE_SIZE}, 4)"
+                take = "ctypes.memset(mapped(1 << 20), 1, 1 << 20)"  # or it has the old frame again
+                workers.ask(child, f"{drop}; {take}; ctypes.memset(array, 1, 1)")
+            return read(memory, addresses)
+
+        monkeypatch.setattr(contents.ProcessMemory, "pages", meanwhile)
+        row = row_of(look(workers), child)
+        assert row.changed == PAGE_SIZE
+        assert start not in pages(row.pages.same)
+        text = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
+        assert "changed while they were read" in text
+
+
+def test_who_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool(_ARRAY) as workers:
+        child = workers.fork()
+        workers.ask(child, "ctypes.memset(array, 1, 1)")
+
+        def gone(memory: object, addresses: object) -> None:
+            raise ProcessGone(child, "has ended")
+
+        monkeypatch.setattr(contents.ProcessMemory, "pages", gone)
+        row = row_of(audit(workers.pids, library="nothing"), child)
+        assert row.same is None
+        assert row.apart >= PAGE_SIZE
+
+
+def test_without_frames_it_is_unknown(tmp_path: Path) -> None:
+    with pool(_ARRAY) as workers:
+        workers.fork()
+        flags, frames = audit(workers.pids, level="flags"), look(workers)
+        assert flags.erosion is None
+        assert flags.to_json()["erosion"] is None
+        assert eroded_since(frames, flags) is None
+        assert proven_by(flags, frames) == frames
+        text = "\n".join(plain(line) for line in laid_out(lines(flags), None))
+        assert "erosion since fork: unknown" in text
+
+
+def test_to_json_and_back(tmp_path: Path) -> None:
+    with pool(_ARRAY) as workers:
+        child = workers.fork()
+        workers.ask(child, "ctypes.memset(array, 1, 1)")
+        found = look(workers)
+    found.save(tmp_path / "audit")
+    assert Audit.load(tmp_path / "audit") == found
+    assert json.loads((tmp_path / "audit").read_text())["erosion"][0]["pid"] == child
+
+
+def test_reading_is_cheap() -> None:
+    """What is not read is not asked for: to compare takes no more than a few reads of the same pages."""
+    with pool("size = 32 << 20; array = mapped(size); ctypes.memset(array, 7, size)") as workers:
+        child = workers.fork()
+        workers.ask(child, "ctypes.memset(array, 7, size)")
+        start = workers.parent("answer = array")
+        plainly = time.process_time()
+        for pid in (workers.pid, child):
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                memory.seek(start)
+                for _ in range(32):
+                    memory.read(1 << 20)
+        plainly = time.process_time() - plainly
+        counted = time.process_time()
+        audit(workers.pids, causes=False)
+        counted = time.process_time() - counted
+        told = time.process_time()
+        assert row_of(audit(workers.pids, library="nothing"), child).same >= 32 << 20  # type: ignore[operator]
+        assert time.process_time() - told - counted < 8 * plainly
