@@ -79,6 +79,15 @@ def test_what_is_left_out_is_there_for_whoever_imports_it() -> None:
     assert answer.stdout == "\nTrue True\n['module', 'module', 'module']\n"
 
 
+def test_the_command_line_loads_without_arrays() -> None:
+    """Its child, too: what numpy brings with it would serve the library that is loaded."""
+    command = [sys.executable, "-X", "importtime", "-m", "miniloader", "load", "libz.so.1", "--json"]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
+    assert "miniloader.loader.link" in imported
+    assert [name for name in imported if name.partition(".")[0] == "numpy"] == []
+
+
 def test_a_worker_loads_touches_and_writes_without_arrays() -> None:
     code = """
 import os, sys

@@ -11,6 +11,7 @@ from miniloader.errors import UsageError
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage
     from miniloader.lab.check.bindings import SymbolBinding
+    from miniloader.loader.beside_glibc.host import HostListing
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -51,12 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     from miniloader.elf import inspect
     from miniloader.kernel.syscalls import PAGE_SIZE
 
+    # What `load` would find in its process: later there is, too, what numpy has brought.
+    present = _present() if arguments.search else None
     image = inspect(_path(arguments.library))
     page_size = arguments.page_size or PAGE_SIZE
     if arguments.json:
-        _print_json(image, page_size, arguments)
+        _print_json(image, page_size, arguments, present)
     else:
-        _print(image, page_size, arguments)
+        _print(image, page_size, arguments, present)
     return 0
 
 
@@ -76,6 +79,12 @@ def _reference(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _present() -> HostListing:
+    from miniloader.loader.beside_glibc.host import listing
+
+    return listing()
+
+
 def _path(name: str) -> str:
     """Where the library is: a bare name is searched for as the system's loader does."""
     if "/" in name:
@@ -85,7 +94,9 @@ def _path(name: str) -> str:
     return find_path(name)
 
 
-def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
+def _print_json(
+    image: ElfImage, page_size: int, arguments: argparse.Namespace, present: HostListing | None
+) -> None:
     from dataclasses import asdict
 
     from miniloader.report import inspect as say
@@ -102,7 +113,7 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
         from miniloader.loader.surroundings import find_needed
         from miniloader.report.search import to_json
 
-        said["search"] = to_json(find_needed(image))
+        said["search"] = to_json(find_needed(image, present))
     if arguments.bindings:
         from miniloader.report.bindings import rows_json
 
@@ -110,7 +121,9 @@ def _print_json(image: ElfImage, page_size: int, arguments: argparse.Namespace) 
     dump(said)
 
 
-def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> None:
+def _print(
+    image: ElfImage, page_size: int, arguments: argparse.Namespace, present: HostListing | None
+) -> None:
     from miniloader.report import inspect_view
     from miniloader.report.output import Output
 
@@ -122,7 +135,7 @@ def _print(image: ElfImage, page_size: int, arguments: argparse.Namespace) -> No
         from miniloader.loader.surroundings import find_needed
         from miniloader.report.search import lines
 
-        out.show([(), *lines(find_needed(image))])
+        out.show([(), *lines(find_needed(image, present))])
     if arguments.symbols:
         out.show([(), *inspect_view.symbols(image)])
     if arguments.bindings:

@@ -11,6 +11,7 @@ from miniloader.cli import options
 
 if TYPE_CHECKING:
     from miniloader.lab.workers.crash_guard import Doing
+    from miniloader.loader.copies import Copies
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -93,6 +94,7 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     narrate = Narrator(stderr=arguments.json)
     told = set[tuple[str, str]]()
     ways: list[str] = []
+    copies: list[Copies] = []
 
     def on_event(event: Event) -> None:
         runs_code = event.stage in RUN_CODE and (event.stage, event.library) not in told
@@ -100,6 +102,8 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
         doing(f"{event.library}: {event.stage}: {event.text}", runs_code=runs_code)
         if event.stage == "prepared" or "prepared" in event.data:
             ways.append(f"{os.path.basename(event.library)}: {event.text}")
+        if event.data.get("copies") is not None and event.data["copies"] not in copies:
+            copies.append(event.data["copies"])
         if arguments.trace:
             narrate(event)
 
@@ -126,13 +130,13 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
         loaded = look_at(library, outcomes)
         if not arguments.json:
             out = Output()
-            out.show(lines(loaded))
+            out.show(lines(loaded, copies))
             if arguments.prepared:
                 out.show([(printable(f"prepared: {'; '.join(ways)}"),)], wrap=False)
             out.show(results(outcomes), wrap=False)
         doing(f"{arguments.library}: closing it")
     if arguments.json:
-        dump(as_json(loaded))
+        dump(as_json(loaded, copies))
     return 0
 
 

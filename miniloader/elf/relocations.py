@@ -5,9 +5,11 @@ Source: gABI chapter 4, "Relocation"; the kinds are each processor's psABI's.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
+from itertools import dropwhile
 from typing import Final
 
 from miniloader.arrays import NDArray, np
@@ -186,9 +188,19 @@ class RelrTable:
     @cached_property
     def words(self) -> NDArray[np.uint64]:
         """The vaddrs of the words that it relocates."""
+        return decode_relr(self._data, self.elf_class, self.order)
+
+    @property
+    def total(self) -> int:
+        """How many words it relocates: one for each address, and for each bit of the bitmaps behind."""
+        entries = struct.unpack(f"{self.order}{self.count}{'Q' if self.elf_class == 64 else 'I'}", self._data)
+        behind = dropwhile(lambda entry: entry & 1, entries)
+        return sum((entry >> 1).bit_count() if entry & 1 else 1 for entry in behind)
+
+    @property
+    def _data(self) -> Bytes:
         length = self.count * self.elf_class // 8
-        data = self.source.read(self.file_offset, length, "DT_RELR") if length else b""
-        return decode_relr(data, self.elf_class, self.order)
+        return self.source.read(self.file_offset, length, "DT_RELR") if length else b""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +220,7 @@ class Relocations:
         return self.relr_table.words
 
     def __len__(self) -> int:
-        return len(self.relr) + sum(table.count for table in self.tables)
+        return self.relr_table.total + sum(table.count for table in self.tables)
 
     def by_kind(self) -> dict[str, int]:
         """How many relocations of each kind, most frequent first; ``RELR`` counts the words it relocates."""

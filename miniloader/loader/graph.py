@@ -6,7 +6,6 @@ comes later.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
+from miniloader.loader.copies import copies_of, is_file_of
 from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
@@ -97,7 +97,7 @@ class Graph:
                     if tag != DT_AUXILIARY:
                         raise
                     text = f"{name}: DT_AUXILIARY, which may be missing: {error}"
-                    self.event("need", library.name, text, needed=name, path=None)
+                    self.event("need", library.name, text, needed=name, path=None, copies=None)
                     continue
                 library.needs.append(needed)
                 if tag != DT_NEEDED:
@@ -106,9 +106,11 @@ class Graph:
 
     def _need(self, name: str, library: Loaded) -> Needed:
         """What ``library`` gets for ``name``: what is called so, ld.so's or ours, or the file found."""
-        of_host = self._host_called(name, library)
+        of_host = self.listing.called(name)
+        if of_host is not None and of_host.path:  # the program stays
+            of_host = self._hold(of_host.path, library, load=False)
         if of_host is not None:
-            return self._answer(name, library, of_host, f"the process's own, {of_host.name}")
+            return self._tell_of_host(name, library, of_host)
         same = self._present(lambda member: member.is_called(name))
         if same is not None:
             return self._answer(name, library, same, "loaded already")
@@ -125,35 +127,29 @@ class Graph:
             of_host = self._hold(path, library, load=True)
             assert of_host is not None  # or it had raised
             return self._answer(name, library, of_host, f"the system's loader has loaded {of_host.name}")
-        self.event("need", library.name, f"{name}: {source.name}", needed=name, path=source.name)
+        text = f"{name}: {source.name}"
+        self.event("need", library.name, text, needed=name, path=source.name, copies=None)
         needed = self.add(source, library)
         needed.called.add(name)
         return needed
 
+    def _tell_of_host(self, name: str, library: Loaded, of_host: HostLibrary) -> HostLibrary:
+        """Who listens hears that the process's own is used, and of another copy that would be found."""
+        how, copies = f"the process's own, {of_host.name}", None
+        if self.tell is not None:
+            copies = copies_of(name, of_host, find(name, library.asker(), self.surroundings).path)
+            how = copies.text() if copies is not None else how
+        self.event("need", library.name, f"{name}: {how}", needed=name, path=of_host.name, copies=copies)
+        return of_host
+
     def _answer(self, name: str, library: Loaded, needed: Needed, how: str) -> Needed:
-        self.event("need", library.name, f"{name}: {how}", needed=name, path=needed.name)
+        self.event("need", library.name, f"{name}: {how}", needed=name, path=needed.name, copies=None)
         return needed
 
     def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
         """A library of ours: of this load, or of an earlier one that initialised as this one will."""
         new = next((library for library in self.new if is_it(library)), None)
         return new or find_present(lambda library: library.policy.init == self.policy.init and is_it(library))
-
-    def _host_called(self, name: str, library: Loaded) -> HostLibrary | None:
-        """The library of the system's loader that is called ``name``: by its SONAME, or as it was opened.
-
-        ld.so does not tell by which names it was asked for a library; a file's name is one if ld.so has the
-        library by that name, too.
-        """
-        candidates = (
-            found for found in self.listing.found if name in (found.soname, found.path, found.file_name)
-        )
-        candidate = next(candidates, None)
-        if candidate is None or not candidate.path:  # the program stays
-            return candidate
-        by_file_name = name not in (candidate.soname, candidate.path)
-        held = self._hold(name if by_file_name else candidate.path, library, load=False)
-        return held if held is candidate or not by_file_name else None
 
     def _hold(self, path: str, library: Loaded, *, load: bool) -> HostLibrary | None:
         """The library that the system's loader has for ``path``, or loads; held as long as ``library``."""
@@ -191,7 +187,7 @@ class Graph:
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
         same = self._present(lambda library: library.key == source.key)
-        return same or next((library for library in self.listing.found if _is_of(library, source)), None)
+        return same or next((lib for lib in self.listing.found if is_file_of(lib, source)), None)
 
 
 def _soname(source: Source) -> str | None:
@@ -200,15 +196,6 @@ def _soname(source: Source) -> str | None:
         return read_image(source).soname
     except ElfError:
         return None
-
-
-def _is_of(library: HostLibrary, source: Source) -> bool:
-    """Whether the file of ``library`` is ``source``."""
-    try:
-        status = os.stat(library.path) if library.path else None
-    except OSError:
-        return False  # its file is gone: it is another than the one just found
-    return status is not None and (status.st_dev, status.st_ino) == source.identity
 
 
 def _find_prepared(library: Loaded) -> str | None:

@@ -19,13 +19,25 @@ from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.cpuinfo import features, vendor
 from miniloader.kernel.procfs import read_proc_file, require_proc
 from miniloader.loader import musl
+from miniloader.loader.beside_glibc.host import HostListing
+from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
 from miniloader.native import gate
 from miniloader.suggestions import near, offered
+from miniloader.values import dataclass
 
-__all__ = ["find_here", "find_needed", "find_path", "inspect", "interpreter_for", "of_process", "of_root"]
+__all__ = [
+    "NeedFound",
+    "find_here",
+    "find_needed",
+    "find_path",
+    "inspect",
+    "interpreter_for",
+    "of_process",
+    "of_root",
+]
 
 _LINUX: Final = "/lib/ld-linux"
 #: The interpreters of glibc, for files that name none: libraries.  Source: glibc's ``shlib-versions``.
@@ -299,24 +311,36 @@ def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     return elf.inspect(path if isinstance(path, Source) else find_path(path))
 
 
-def find_needed(image: ElfImage) -> list[tuple[str, Found]]:
+@dataclass(frozen=True)
+class NeedFound:
+    """What is ``found`` for a name that the library ``needed_by`` needs; ``copies`` where another is used."""
+
+    needed_by: str
+    found: Found
+    copies: Copies | None
+
+
+def find_needed(image: ElfImage, present: HostListing | None = None) -> list[NeedFound]:
     """Who needs what, and where it is found: for ``image`` and for all that it needs, breadth first.
 
     Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
-    read is not gone into.
+    read is not gone into.  Of what a process has ``present`` a load there takes that instead.
     """
-    answers: dict[str, tuple[str, Found]] = {}
+    answers: dict[str, NeedFound] = {}
     surroundings = of_process()
+    if present is not None and Machine.of(image.header) != surroundings.machine:
+        present = None
     libraries = [(image, Asker.of(image))]
     for library, asker in libraries:  # grows meanwhile
         for name in library.needed:
             if name in answers:
                 continue
-            answer = find(name, asker, surroundings)
-            answers[name] = (library.path, answer)
-            if answer.path is not None:
+            found, own = find(name, asker, surroundings), present.called(name) if present else None
+            copies = copies_of(name, own, found.path) if own is not None else None
+            answers[name] = NeedFound(library.path, found, copies)
+            if found.path is not None and copies is None:
                 try:
-                    needed = read_image(Source.open(answer.path))
+                    needed = read_image(Source.open(found.path))
                     libraries.append((needed, Asker.of(needed, asker)))
                 except ElfError:
                     continue

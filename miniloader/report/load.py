@@ -26,8 +26,10 @@ from miniloader.kernel.maps import Vma
 from miniloader.lab.loaded_library import LoadedLibrary
 from miniloader.loader import Event
 from miniloader.loader.call import Outcome, Value, Written
+from miniloader.loader.copies import Copies
 from miniloader.loader.events import Stage
 from miniloader.report.output import Output
+from miniloader.report.search import COPIES, copies_as_json
 from miniloader.report.text import Line, Part, Table
 
 __all__ = ["SCHEMA", "Narrator", "as_json", "lines", "results"]
@@ -70,8 +72,11 @@ def kind_of(vma: Vma) -> Kind:
 
 
 # ---------------------------------------------------------------------------------------------- JSON
-def as_json(library: LoadedLibrary) -> dict[str, Any]:
-    """The object that ``load --json`` prints: ``result`` is that of the last call."""
+def as_json(library: LoadedLibrary, copies: Sequence[Copies] = ()) -> dict[str, Any]:
+    """The object that ``load --json`` prints: ``result`` is that of the last call.
+
+    ``copies`` are the libraries that the process has, and a search would have found others.
+    """
     results = [_outcome_as_json(outcome) for outcome in library.outcomes]
     return {
         "path": library.path,
@@ -93,6 +98,7 @@ def as_json(library: LoadedLibrary) -> dict[str, Any]:
             {"name": used.name, "path": used.path, "base": used.base, "ours": used.ours}
             for used in library.libraries
         ],
+        "copies": [copies_as_json(pair) for pair in copies],
     }
 
 
@@ -128,12 +134,13 @@ SCHEMA: Final = record(
         {"written": array(record({"argument": TEXT, "value": _VALUE}))},
     ))},
     {"libraries": array(record(keys(TEXT, "name path"), {"base": INT, "ours": BOOL}))},
+    {"copies": array(COPIES)},
 )  # fmt: skip
 """What :func:`as_json` gives."""
 
 
 # ---------------------------------------------------------------------------------------- for people
-def lines(library: LoadedLibrary) -> Iterator[Part]:
+def lines(library: LoadedLibrary, copies: Sequence[Copies] = ()) -> Iterator[Part]:
     """How the library lies in memory, whose libraries it uses, and how long each stage took."""
     yield (printable(library.path), "bold"), f", load bias {library.base:#x}: as the kernel has it mapped"
     yield Table(
@@ -163,6 +170,8 @@ def lines(library: LoadedLibrary) -> Iterator[Part]:
             for used in library.libraries
         ],
     )
+    for pair in copies:
+        yield (printable(f"{pair.name}: {pair.text()}"),)
     yield ()
     yield ("took " + " · ".join(f"{name} {took:.2f} ms" for name, took in library.stages_ms.items()),)
 

@@ -14,6 +14,7 @@ from fixtures.build import HERE, build
 from miniloader.elf import Source, read_image
 from miniloader.elf.header import Segment
 from miniloader.elf.plan import plan_segments
+from miniloader.elf.relocations import RelrTable
 from miniloader.elf.symbols import GnuHash, SymbolTable, SysvHash, gnu_hash, sysv_hash
 from miniloader.elf.tables import decode_relr, symbol_dtype
 from miniloader.errors import ElfError
@@ -129,8 +130,12 @@ def test_relr_as_a_slow_decoder(entries: list[int], word: int, order: str, shift
     if word == 8:
         entries = [(entry << shift | 1) if entry & 1 else entry for entry in entries]
     data = b"".join(entry.to_bytes(word, order) for entry in entries)  # type: ignore[arg-type]
-    decoded = decode_relr(data, 8 * word, "<" if order == "little" else ">")
-    assert decoded.tolist() == slow_relr(entries, word)
+    sign = "<" if order == "little" else ">"
+    assert decode_relr(data, 8 * word, sign).tolist() == slow_relr(entries, word)
+    if not data:
+        return
+    table = RelrTable(0, 0, len(entries), 8 * word, sign, Source.from_bytes(data))
+    assert table.total == len(slow_relr(entries, word))
 
 
 # ------------------------------------------------------------------------------------------ hash tables

@@ -49,7 +49,7 @@ def test_every_dependency_is_where_ldd_has_it(name: str) -> None:
     except miniloader.LoadError:
         pytest.skip(f"this machine lacks {name}")
     expected = dict(re.findall(r"\t(\S+) => (/\S+) \(", _output("ldd", image.path)))
-    found = {found.name: found.path for _, found in find_needed(image)}
+    found = {need.found.name: need.found.path for need in find_needed(image)}
     assert expected
     assert {key: os.path.realpath(found[key] or "") for key in expected} == {
         key: os.path.realpath(path) for key, path in expected.items()
@@ -59,7 +59,7 @@ def test_every_dependency_is_where_ldd_has_it(name: str) -> None:
 @pytest.mark.parametrize("name", ["chain_a", "chain_a_rpath"])
 def test_origin_in_rpath_and_runpath(name: str, fixture_library: Callable[[str], Path]) -> None:
     image = miniloader.inspect(fixture_library(name))
-    found = {found.name: found for _, found in find_needed(image)}
+    found = {need.found.name: need.found for need in find_needed(image)}
     assert found["libchain_b.so"].path == str(fixture_library("chain_b"))
     rule = "DT_RPATH" if name.endswith("rpath") else "DT_RUNPATH"
     assert found["libchain_b.so"].steps[-1].rule == rule

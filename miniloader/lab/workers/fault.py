@@ -10,7 +10,6 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from miniloader.evidence.owner import owner_of
 from miniloader.kernel.maps import Vma
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.machine.stub_code import note_fault
@@ -90,6 +89,8 @@ _SI_KERNEL: Final = 0x80  # a general protection fault, which has no address
 
 def _place(address: int, mappings: Sequence[Vma]) -> str:
     """The function and the library of an instruction."""
+    from miniloader.evidence.owner import owner_of  # with numpy, which few that load need
+
     owner = owner_of(address, mappings)
     if owner is None or not owner.path:
         return f"code of no library at {address:#x}"

@@ -10,7 +10,7 @@ import ctypes
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from miniloader.elf.dynamic import (
     DT_RPATH,
     DT_RUNPATH,
     DT_SONAME,
+    DT_STRSZ,
     DT_STRTAB,
     DT_SYMTAB,
     DT_VERSYM,
@@ -30,6 +31,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.image import notes_in
 from miniloader.elf.layout import PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError, LoadError
 from miniloader.forking import cached_property
 from miniloader.loader.beside_glibc.code_page import CodePage
@@ -220,6 +222,13 @@ class HostLibrary:
             raise ElfError(self.name, "dynamic symbols", reason, "tables inside its segments") from None
 
     @cached_property
+    def versions(self) -> Mapping[int, Version]:
+        """The versions that it needs and defines, as they lie in memory, by their index."""
+        tags = self.dynamic.tags
+        strings = self.read(tags[DT_STRTAB], tags.get(DT_STRSZ, 0)) if DT_STRTAB in tags else b""
+        return read_versions(self.read, tags, strings, order="<", name=self.name)
+
+    @cached_property
     def needed(self) -> tuple[str, ...]:
         """``DT_NEEDED``, in order."""
         strings = self.bias + self.dynamic.tags.get(DT_STRTAB, 0)
@@ -316,6 +325,24 @@ class HostListing:
         """By soname and by file name; the first of each."""
         pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
         return {name: library for name, library in reversed(pairs) if name}
+
+    def called(self, name: str) -> HostLibrary | None:
+        """The library that is called ``name``: by its SONAME, or as it was opened.
+
+        ld.so does not tell by which names it was asked for a library; a file's name is one if ld.so has the
+        library by that name, too.
+        """
+        candidates = (library for library in self.found if name in (library.soname, library.path))
+        candidate = next(candidates, None) or next((lib for lib in self.found if name == lib.file_name), None)
+        if candidate is None or name in (candidate.soname, candidate.path):
+            return candidate
+        handle = open_host(name, load=False)
+        if handle is None:
+            return None
+        try:
+            return candidate if load_address(handle) == candidate.bias else None
+        finally:
+            close_host(handle)
 
 
 _last: list[HostListing] = []
