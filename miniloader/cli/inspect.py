@@ -79,10 +79,11 @@ def _reference(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _present() -> HostListing:
+def _present() -> HostListing | None:
     from miniloader.loader.beside_glibc.host import listing
+    from miniloader.native.gate import lacks_for_loading
 
-    return listing()
+    return listing() if lacks_for_loading() is None else None
 
 
 def _path(name: str) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 from functools import lru_cache
 from itertools import compress, product
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
@@ -19,14 +19,16 @@ from miniloader.errors import ElfError, LoadError
 from miniloader.kernel.cpuinfo import features, vendor
 from miniloader.kernel.procfs import read_proc_file, require_proc
 from miniloader.loader import musl
-from miniloader.loader.beside_glibc.host import HostListing
-from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
 from miniloader.native import gate
 from miniloader.suggestions import near, offered
 from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.loader.beside_glibc.host import HostListing
+    from miniloader.loader.copies import Copies
 
 __all__ = [
     "NeedFound",
@@ -326,6 +328,8 @@ def find_needed(image: ElfImage, present: HostListing | None = None) -> list[Nee
     Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
     read is not gone into.  Of what a process has ``present`` a load there takes that instead.
     """
+    from miniloader.loader.copies import copies_of
+
     answers: dict[str, NeedFound] = {}
     surroundings = of_process()
     if present is not None and Machine.of(image.header) != surroundings.machine:
