@@ -37,6 +37,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--exercise", action="store_true", help="print the exercise of a chapter, to change it"
     )
     other.add_argument("--check", metavar="FILE", help="run my solution of a chapter's exercise and judge it")
+    other.add_argument("--hints", action="store_true", help="what leads to a solution of the exercise")
+    other.add_argument("--words", action="store_true", help="the words that chapters use, and their meaning")
+    other.add_argument("--word", metavar="WORD", help="what one of these words means")
+    parser.add_argument(
+        "--solution", action="store_true", help="with --check: after my attempt, show yours beside it"
+    )
     options.html(other, "write the chapters (all, if none is named) as a page, instead of telling")
     options.level(parser)
 
@@ -51,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     with interruptible():
         if arguments.exercise:
             return _exercise(arguments, named[0])
+        if arguments.hints:
+            return _hints(arguments, named[0])
+        if arguments.words or arguments.word is not None:
+            return _words(arguments)
         if arguments.check is not None:
             return _check(arguments, named[0])
         if arguments.json or arguments.html is not None:
@@ -66,7 +76,12 @@ def _sensible(arguments: argparse.Namespace) -> None:
 
     if arguments.all and arguments.chapters:
         raise UsageError("--all is every chapter, and one is named", hint="leave one of them out")
-    alone = "--exercise" if arguments.exercise else "--check" if arguments.check is not None else None
+    asked = {"--exercise": arguments.exercise, "--check": arguments.check, "--hints": arguments.hints}
+    alone = next((option for option, value in asked.items() if value not in (None, False)), None)
+    if arguments.solution and arguments.check is None:
+        raise UsageError("--solution is shown beside an attempt", hint="as in: cow --check FILE --solution")
+    if (arguments.words or arguments.word is not None) and (arguments.chapters or arguments.all):
+        raise UsageError("--words are those of all chapters", hint="leave the chapters out")
     if alone and (len(arguments.chapters) != 1 or arguments.all):
         raise UsageError(f"{alone} needs one chapter", hint=f"as in: miniloader walkthrough cow {alone}")
     if arguments.quiz and (arguments.json or arguments.html is not None or alone):
@@ -135,7 +150,7 @@ def _quietly(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) ->
 
 # ---------------------------------------------------------------------------------------------- telling
 def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> int:
-    from miniloader.report.walkthrough import summary
+    from miniloader.report.walkthrough import farewell, summary
 
     out, reader = _output(), _Reader(arguments)
     results: list[ChapterResult] = []
@@ -146,8 +161,10 @@ def _tell(arguments: argparse.Namespace, chapters: Sequence[Chapter[Any]]) -> in
         results.append(_tell_one(arguments, chapter, out, reader))
     if len(results) > 1:
         out.show([(), *summary(results)])
+    if arguments.all:
+        out.show([(), *farewell()])
     if arguments.quiz:
-        out.show([(), (f"Your score: {reader.right} of {len(results)}",)])
+        out.show([(), (f"Your score: {reader.right} of {reader.asked}",)])
     return _status(results)
 
 
@@ -158,7 +175,7 @@ def _tell_one(
     from contextlib import ExitStack
 
     from miniloader.report.progress import progress
-    from miniloader.report.walkthrough import closing, opening, step_view, told_by
+    from miniloader.report.walkthrough import closing, opening, step_opening, step_view, told_by
     from miniloader.walkthrough.chapters import CHAPTERS
     from miniloader.walkthrough.run_chapter import run_chapter
     from miniloader.walkthrough.workbench import Workbench
@@ -166,6 +183,7 @@ def _tell_one(
     out.show([*opening(chapter, len(CHAPTERS), Workbench(arguments.level).environment), ()])
     reader.ask(chapter.question, out)
     steps: list[ChapterStep] = []
+    asked: list[Quiz] = []
     told: set[int] = set()
     with ExitStack() as waiting:
 
@@ -175,14 +193,21 @@ def _tell_one(
         def on_step(step: ChapterStep) -> None:
             waiting.close()
             steps.append(step)
-            out.show([(), *step_view(len(steps), step, out.drawing, told)])
+            out.show([(), *step_opening(len(steps), step)])
+            for quiz in chapter.asked_before(step.name):
+                if quiz not in asked:
+                    asked.append(quiz)
+                    out.show([()])
+                    reader.ask(quiz, out)
+            out.show(step_view(step, out.drawing, told))
             told.update(told_by(step))
             reader.pause("go on")
             wait()
 
         wait()
         result = run_chapter(chapter, level=arguments.level, on_step=on_step)
-    out.show([(), *closing(result)])
+    place = CHAPTERS.index(chapter.id) + 1
+    out.show([(), *closing(result, CHAPTERS[place] if place < len(CHAPTERS) else None)])
     return result
 
 
@@ -193,18 +218,28 @@ class _Reader:
         terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         self._pauses = terminal and not arguments.no_pause
         self._quiz = arguments.quiz
-        self.right = 0
+        self.right = self.asked = 0
 
     def pause(self, what: str) -> None:
-        """Wait for Enter, where somebody may press it."""
-        if self._pauses:
-            self._line(f"[Enter: {what}] ")
+        """Wait for Enter, where somebody may press it; a word that is typed before it is explained."""
+        while self._pauses and (word := self._line(f"[Enter: {what}; a word: what it means] ").strip()):
+            self._explain(word)
+
+    def _explain(self, word: str) -> None:
+        from miniloader.errors import UsageError
+        from miniloader.walkthrough.words import meaning
+
+        try:
+            print(f"  {meaning(word)}")
+        except UsageError as error:
+            print(f"  {error}")
 
     def ask(self, question: Quiz, out: Output) -> None:
         """Ask, take an answer (``--quiz``) or wait, and give the right one."""
         from miniloader.report import walkthrough
 
         out.show([*walkthrough.question(question), ()])
+        self.asked += 1
         chosen = None
         if self._quiz:
             chosen = self._choice(len(question.choices))
@@ -251,6 +286,33 @@ def _exercise(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
     return 0
 
 
+def _hints(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump({"id": chapter.id, "hints": list(chapter.exercise.hints)})
+    else:
+        from miniloader.report.walkthrough import hints
+
+        _output().show(hints(chapter))
+    return 0
+
+
+def _words(arguments: argparse.Namespace) -> int:
+    from miniloader.walkthrough.words import WORDS, meaning
+
+    told = WORDS if arguments.words else {arguments.word: meaning(arguments.word)}
+    if arguments.json:
+        from miniloader.report.json import dump
+
+        dump({"words": told})
+    else:
+        from miniloader.report.walkthrough import word_list
+
+        _output().show(word_list(told))
+    return 0
+
+
 def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
     from miniloader.walkthrough.exercise_runner import check_file
 
@@ -260,7 +322,11 @@ def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
 
         dump({"id": chapter.id, "passed": answer.passed, "message": answer.message, "printed": printed})
     else:
-        from miniloader.report.walkthrough import checked
+        from miniloader.report.walkthrough import checked, solution
 
-        _output().show(checked(answer, printed))
+        out = _output()
+        out.show(checked(answer, printed, next(iter(chapter.exercise.hints), None)))
+        if arguments.solution:
+            with open(arguments.check, encoding="utf-8", errors="replace") as file:
+                out.show([(), *solution(chapter, file.read())])
     return 0 if answer.passed else 1

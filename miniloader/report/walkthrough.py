@@ -22,7 +22,7 @@ from miniloader.report.walkthrough_page import dump, moves
 from miniloader.walkthrough.chapter import Answer, Chapter, Quiz
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, CodeListing, Figures, Grid, PageBytes
-from miniloader.walkthrough.traced_calls import TracedCall
+from miniloader.walkthrough.traced_calls import TracedCall, shortened
 from miniloader.walkthrough.workbench import Environment
 
 __all__ = [
@@ -31,12 +31,17 @@ __all__ = [
     "closing",
     "contents",
     "correction",
+    "farewell",
+    "hints",
     "opening",
     "question",
     "snippet",
+    "solution",
+    "step_opening",
     "step_view",
     "summary",
     "told_by",
+    "word_list",
 ]
 
 WIDEST: Final = 110
@@ -103,8 +108,9 @@ def opening(chapter: Chapter[Any], of: int, environment: Environment) -> Iterato
 
 def question(asked: Quiz) -> Iterator[Part]:
     """The question and its choices."""
-    yield _part("What do you expect?")
-    yield (asked.text,)
+    yield _part("What do you expect?") if not asked.step else (("What do you expect? ", "bold"), asked.text)
+    if not asked.step:
+        yield (asked.text,)
     choices = enumerate(asked.choices, 1)
     yield Table((), [((str(number), "bold"), choice.text) for number, choice in choices], 2)
 
@@ -122,10 +128,14 @@ def correction(asked: Quiz, chosen: int | None) -> Iterator[Part]:
 
 
 # ---------------------------------------------------------------------------------------- the experiment
-def step_view(number: int, step: ChapterStep, width: int, told: Collection[int] = ()) -> Iterator[Part]:
-    """Everything of one step; the signs that are ``told`` are not explained again."""
+def step_opening(number: int, step: ChapterStep) -> Iterator[Part]:
+    """The name of one step, and what is done in it."""
     yield _part(f"Step {number}: {step.name}")
     yield (step.did,)
+
+
+def step_view(step: ChapterStep, width: int, told: Collection[int] = ()) -> Iterator[Part]:
+    """What was done and seen in one step; the signs that are ``told`` are not explained again."""
     for block in _blocks(step, width, told):
         yield ()
         yield from block
@@ -151,7 +161,7 @@ def _calls(calls: Sequence[TracedCall]) -> Table:
     """Who did what: what the kernel returned behind ``=``, what a plain access gave behind ``→``."""
     rows: list[tuple[Cell, Cell]] = []
     before = "" if not any(call.process for call in calls) else None
-    for call in calls:
+    for call in shortened(calls):
         process = "" if call.process == before else call.process or "this process"
         before = call.process
         text: list[Piece] = [(printable(call.text), "" if call.access else "cyan")]
@@ -226,8 +236,8 @@ def _grid(grid: Grid, width: int, told: Collection[int]) -> Iterator[Part]:
 
 
 # ------------------------------------------------------------------------------------- when it has run
-def closing(result: ChapterResult) -> Iterator[Part]:
-    """The claims and their verdicts, why it is so, and what to try."""
+def closing(result: ChapterResult, following: str | None = None) -> Iterator[Part]:
+    """The claims and their verdicts, why it is so, what to try, and which chapter is ``following``."""
     chapter, environment = result.chapter, result.environment
     yield _part("What was claimed, and what was seen")
     yield from _claims(result.claims)
@@ -247,6 +257,9 @@ def closing(result: ChapterResult) -> Iterator[Part]:
         [
             ("get it", _command(f"miniloader walkthrough {chapter.id} --exercise > try.py")),
             ("check it", _command(f"miniloader walkthrough {chapter.id} --check try.py")),
+            ("a hint", _command(f"miniloader walkthrough {chapter.id} --hints")),
+            ("ours", _command(f"miniloader walkthrough {chapter.id} --check try.py --solution")),
+            *([("next", _command(f"miniloader walkthrough {following}"))] if following else []),
         ],
         indent=2,
     )
@@ -286,7 +299,66 @@ def summary(results: Sequence[ChapterResult]) -> Iterator[Part]:
         yield pairs(evidence(results[0].environment.level))
 
 
+def farewell() -> Iterator[Part]:
+    """What all of it comes to, and what to do with it."""
+    yield _part("What you have seen")
+    for sentence in _IN_SHORT:
+        yield Table((), [(("·", "dim"), sentence)], 1, gap=1)
+    yield ()
+    yield _part("What next")
+    yield pairs([(name, [(command, "bold"), f"  {why}"]) for name, command, why in _NEXT], indent=2)
+
+
+_IN_SHORT: Final = (
+    "A process has addresses. Page tables lead them to frames, and are filled in when a page is touched.",
+    "A file's page is in memory once, in the page cache. mmap lets a process in; read gives it a copy.",
+    "Who writes to a private page is given a copy: after fork, in a private mapping, in a library's data.",
+    "A library is mapped by its program headers. Its code is one copy for all; what is relocated is not.",
+    "So a further process costs what it writes. That can be measured, in each process, page by page.",
+)
+_NEXT: Final = (
+    ("prove it", "miniloader prove libz.so.1 -n 4", "the same of a library of this system"),
+    ("use it", "miniloader audit PID", "the memory of processes that run here, and why it is not shared"),
+)
+
+
+# ------------------------------------------------------------------------------------------- the words
+def word_list(words: dict[str, str]) -> Iterator[Part]:
+    """Each word and what it means."""
+    yield Table((), [((word, "bold"), text) for word, text in words.items()])
+
+
 # --------------------------------------------------------------------------------------- the exercise
+def hints(chapter: Chapter[Any]) -> Iterator[Part]:
+    """What leads to a solution of the exercise."""
+    yield (chapter.exercise.task,)
+    for number, hint in enumerate(chapter.exercise.hints, 1):
+        yield Table((), [((f"{number}", "bold"), hint)], 2)
+
+
+def solution(chapter: Chapter[Any], tried: str) -> Iterator[Part]:
+    """How a learner's text becomes ours, as diff(1) shows it; the text as printed is no attempt."""
+    from difflib import unified_diff
+
+    if _code_of(tried) == _code_of(chapter.exercise.snippet):
+        yield ("This is the snippet as it was printed: the solution is shown beside an attempt.",)
+        yield from hints(chapter)
+        return
+    yield _part("Your file, and the lines by which ours differs")
+    ours = chapter.exercise.solution.splitlines()
+    for line in [*unified_diff(_code_of(tried), ours, n=2, lineterm="")][2:]:
+        style = {"+": "green", "-": "red"}.get(line[:1], "dim")
+        yield ((f"  {printable(line)}", style),)
+
+
+def _code_of(text: str) -> list[str]:
+    """The lines of a snippet without those that only tell of it."""
+    lines = text.splitlines()
+    while lines and (not lines[0] or lines[0].startswith("#")):
+        del lines[0]
+    return lines
+
+
 def snippet(chapter: Chapter[Any]) -> str:
     """The exercise as a file: the task as a comment above the code."""
     task = textwrap.wrap(chapter.exercise.task, 78, initial_indent="# ", subsequent_indent="# ")
@@ -294,8 +366,8 @@ def snippet(chapter: Chapter[Any]) -> str:
     return "\n".join([*task, check, "", chapter.exercise.snippet])
 
 
-def checked(answer: Answer, printed: str) -> Iterator[Part]:
-    """What became of a learner's file, and what it printed."""
+def checked(answer: Answer, printed: str, hint: str | None = None) -> Iterator[Part]:
+    """What became of a learner's file, what it printed, and a ``hint`` where it does not do yet."""
     if printed:
         yield (("It printed:", "dim"),)
         for line in printed.splitlines():
@@ -303,3 +375,5 @@ def checked(answer: Answer, printed: str) -> Iterator[Part]:
         yield ()
     sign, style = VERDICT_SIGNS["proven" if answer.passed else "refuted"]
     yield (f"{sign} {'done' if answer.passed else 'not yet'}  ", style), printable(answer.message)
+    if hint and not answer.passed:
+        yield ("a hint: ", "dim"), hint

@@ -13,6 +13,7 @@ from miniloader.report.matrix_data import Film, Group, Scene
 from miniloader.values import dataclass
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import ChapterStep, CodeLine, CodeListing, Grid, PageBytes
+from miniloader.walkthrough.traced_calls import shortened
 
 __all__ = ["view_of"]
 
@@ -48,6 +49,7 @@ def view_of(results: Sequence[ChapterResult]) -> dict[str, Any]:
         "verdict": combine(claim for result in results for claim in result.claims),
         "dump": dump,
         "moves": moves,
+        "shortened": shortened,
     }
 
 

@@ -17,6 +17,7 @@ from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.lab.proof.claims import Finding
 from miniloader.values import dataclass
 from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["Answer", "Chapter", "Choice", "Exercise", "Finding", "Quiz", "Statement", "claim", "equal"]
@@ -65,7 +66,8 @@ def equal(
 ) -> Callable[[Callable[[Seen], object]], Statement[Seen]]:
     """Make the function below it the observer of a claim, which holds when it gives what was ``expected``.
 
-    Both are told in one ``form``, which is given the value, or each of the values of a tuple.
+    Both are told in one ``form``, which is given the value, or each of the values of a tuple; bytes as C has
+    them.
 
     >>> @equal("killed", "It is killed", "SIGSEGV", "by {}")
     ... def killed(signal: str) -> str:
@@ -75,7 +77,8 @@ def equal(
     """
 
     def told(value: object) -> str:
-        return form.format(*value) if isinstance(value, tuple) else form.format(value)
+        values = value if isinstance(value, tuple) else (value,)
+        return form.format(*(quoted(part) if isinstance(part, bytes) else part for part in values))
 
     def statement(observe: Callable[[Seen], object]) -> Statement[Seen]:
         def finding(seen: Seen) -> Finding:
@@ -97,16 +100,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Quiz:
-    """What to predict before the experiment; ``choices[answer]`` is right."""
+    """What to predict before the step whose name begins with ``step`` is shown; ``choices[answer]`` is right.
+
+    ``step`` is "" for what is asked before the experiment begins.
+    """
 
     text: str
     choices: tuple[Choice, ...]
     answer: int
+    step: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The key ``question`` of a chapter."""
+        """An element of ``questions`` of a chapter."""
         choices = [{"text": choice.text, "why": choice.why} for choice in self.choices]
-        return {"text": self.text, "choices": choices, "answer": self.answer}
+        return {"text": self.text, "choices": choices, "answer": self.answer, "step": self.step}
 
 
 class Answer(NamedTuple):
@@ -121,20 +128,22 @@ class Exercise:
     """A small change to a ``snippet`` of Python that runs as it is.
 
     ``check`` judges the names that the snippet leaves behind, while its mappings are still there; it runs in
-    the snippet's own process.  ``solution`` is the snippet as it may look when done.
+    the snippet's own process.  ``solution`` is the snippet as it may look when done; ``hints`` lead there.
     """
 
     task: str
     snippet: str
     solution: str
     check: Callable[[dict[str, Any]], Answer]
+    hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chapter(Generic[Seen]):
     """One chapter.  ``claim`` is its one sentence, ``claims`` the statements that are judged.
 
-    ``surprise`` is what the experiment shows that few expect.  ``explanation`` are paragraphs; ``sources``
+    ``question`` is asked first, those of ``later`` before the step each names.  ``surprise`` is what the
+    experiment shows that few expect.  ``explanation`` are paragraphs; ``sources``
     say where that is written down.
     """
 
@@ -149,6 +158,16 @@ class Chapter(Generic[Seen]):
     sources: tuple[str, ...]
     exercise: Exercise
     run: Callable[[Workbench], Generator[ChapterStep, None, Seen]] = field(repr=False)
+    later: tuple[Quiz, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Quiz, ...]:
+        """All questions, in the order in which they are asked."""
+        return self.question, *self.later
+
+    def asked_before(self, step: str) -> tuple[Quiz, ...]:
+        """The questions to ask before the step of that name is shown."""
+        return tuple(quiz for quiz in self.later if step.startswith(quiz.step))
 
     @property
     def code(self) -> str:

@@ -45,7 +45,7 @@ class _MappingCommands(Commands):
 
     def do_load(self, offset: int, length: int) -> dict[str, Any]:
         """Read text from the mapping."""
-        name = f"mapping[{offset}:{offset + length}]"
+        name = f"mapping[{offset}]" if length == 1 else f"mapping[{offset}:{offset + length}]"
         return self._answer(self._calls.load(self._mapping.address + offset, length, name).decode())
 
     def do_parents(self) -> dict[str, Any]:

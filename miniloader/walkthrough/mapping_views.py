@@ -21,6 +21,7 @@ __all__ = [
     "address_of",
     "before_and_after",
     "copied_pages",
+    "in_words",
     "states_of",
     "views_of",
 ]
@@ -30,12 +31,21 @@ ZEROS_UNTOLD: Final = "this kernel does not say which pages are the page of zero
 
 _WORDS: Final = {state.name: state.name for state in STATES} | {
     "absent": "not in the page table",
-    "shared": "page cache",
+    "shared": "page cache",  # whether others have it, too, is seen in a grid
     "sole": "page cache",
-    "copied": "private copy",
-    "copied-shared": "private copy, mapped twice",
+    "copied": "private page",
+    "copied-shared": "private page, mapped twice",
     "zero": "page of zeros",
 }
+
+
+def in_words(states: Iterable[str]) -> str:
+    """States as a reader meets them, each once.
+
+    >>> in_words(("sole", "copied", "sole"))
+    'page cache, private page'
+    """
+    return ", ".join(sorted({_WORDS[state] for state in states}))
 
 
 class MappingView:

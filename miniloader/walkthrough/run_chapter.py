@@ -45,12 +45,21 @@ class ChapterResult:
             "facts": self.environment.to_json(),
             "claims": [claim.to_json() for claim in self.claims],
             "question": chapter.question.to_json(),
+            "questions": [quiz.to_json() for quiz in chapter.questions],
             "steps": [step.to_json() for step in self.steps],
             "explanation": list(chapter.explanation),
             "sources": list(chapter.sources),
-            "exercise": {"task": chapter.exercise.task, "snippet": chapter.exercise.snippet},
+            "exercise": {
+                "task": chapter.exercise.task,
+                "snippet": chapter.exercise.snippet,
+                "hints": list(chapter.exercise.hints),
+            },
         }
 
+
+_QUIZ: Final = record(
+    keys(TEXT, "text step"), {"choices": array(record(keys(TEXT, "text why"))), "answer": COUNT}
+)
 
 CHAPTER_SCHEMA: Final = record(
     keys(TEXT, "id title claim surprise"),
@@ -58,10 +67,8 @@ CHAPTER_SCHEMA: Final = record(
     {"facts": record(
         keys(TEXT, "kernel machine privilege shows"), {"page_size": COUNT, "file_systems": array(TEXT)}
     )},
-    {"question": record(
-        {"text": TEXT, "choices": array(record(keys(TEXT, "text why"))), "answer": COUNT}
-    )},
-    {"steps": array(STEP_SCHEMA), "exercise": record(keys(TEXT, "task snippet"))},
+    {"question": _QUIZ, "questions": array(_QUIZ), "steps": array(STEP_SCHEMA)},
+    {"exercise": record(keys(TEXT, "task snippet"), {"hints": array(TEXT)})},
     keys(array(TEXT), "explanation sources"),
 )  # fmt: skip
 """What :meth:`ChapterResult.to_json` gives."""

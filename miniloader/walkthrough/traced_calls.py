@@ -9,12 +9,13 @@ import ctypes
 import errno
 import mmap as _mmap
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from miniloader.kernel import syscalls
 
-__all__ = ["Calls", "Mapping", "TracedCall", "flag_text"]
+__all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "quoted", "shortened"]
 
 T = TypeVar("T")
 
@@ -72,10 +73,66 @@ def flag_text(value: int, names: dict[str, int], none: str) -> str:
     return "|".join(flags + ([f"{unnamed:#x}"] if unnamed else [])) or none
 
 
-def _quoted(data: bytes, most: int = 24) -> str:
-    """Bytes as strace shows them: the first few, in C's notation."""
-    shown = "".join(chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\x{b:02x}" for b in data[:most])
-    return f'"{shown}"' + ("..." if len(data) > most else "")
+def quoted(data: bytes, most: int = 32) -> str:
+    """The first bytes as strace shows them, in C's notation: as many as fit ``most`` columns.
+
+    >>> quoted(b"hello\\n")
+    '"hello\\\\n"'
+    >>> quoted(bytes(4096), 8)
+    '"\\\\0\\\\0\\\\0\\\\0"...'
+    """
+    shown = ""
+    for octet in data:
+        sign = _ESCAPED.get(octet) or (chr(octet) if 32 <= octet < 127 else f"\\x{octet:02x}")
+        if len(shown) + len(sign) > most:
+            return f'"{shown}"...'
+        shown += sign
+    return f'"{shown}"'
+
+
+def shortened(calls: Iterable[TracedCall]) -> list[TracedCall]:
+    """``calls`` with each run of like accesses, a step apart, as one.
+
+    >>> loads = [TracedCall(f"p[{at}]", f'"{sign}"', access=True) for at, sign in zip((0, 8, 16), "ABC")]
+    >>> shortened(loads)[0][:2]
+    ('p[0], p[8], … p[16]', '"A" … "C"')
+    """
+    runs: list[list[TracedCall]] = []
+    for call in calls:
+        if runs and _goes_on(runs[-1], call):
+            runs[-1].append(call)
+        else:
+            runs.append([call])
+    return [call for run in runs for call in (run if len(run) < _FEWEST else [_as_one(run)])]
+
+
+_ACCESS_AT: Final = re.compile(r"(?P<name>\w+)\[(?P<at>\d+)\](?P<stored>.*)", re.DOTALL)
+_FEWEST: Final = 3  # accesses that become one
+
+
+def _goes_on(run: Sequence[TracedCall], call: TracedCall) -> bool:
+    """Whether ``call`` is the next access of ``run``: of the same memory, by the same, a step further."""
+    last, match = _ACCESS_AT.fullmatch(run[-1].text), _ACCESS_AT.fullmatch(call.text)
+    if last is None or match is None or run[-1].process != call.process or not call.access:
+        return False
+    step = int(match["at"]) - int(last["at"])
+    first = _ACCESS_AT.fullmatch(run[-2].text) if len(run) > 1 else None
+    return (
+        (match["name"], match["stored"]) == (last["name"], last["stored"])
+        and step > 0
+        and (first is None or int(last["at"]) - int(first["at"]) == step)
+    )
+
+
+def _as_one(run: Sequence[TracedCall]) -> TracedCall:
+    names = [call.text.partition(" = ")[0] for call in run]
+    _, store, stored = run[0].text.partition(" = ")
+    results = dict.fromkeys((run[0].result, run[-1].result))
+    text = f"{names[0]}, {names[1]}, … {names[-1]}{store}{stored}"
+    return run[0]._replace(text=text, result=" … ".join(filter(None, results)))
+
+
+_ESCAPED: Final = {0: "\\0", 10: "\\n", 34: '\\"', 92: "\\\\"}
 
 
 class Calls:
@@ -128,12 +185,12 @@ class Calls:
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         """pread(2)."""
         data = os.pread(fd, length, offset)
-        self.note(f"pread({fd}, {_quoted(data)}, {length}, {offset})", str(len(data)))
+        self.note(f"pread({fd}, {quoted(data)}, {length}, {offset})", str(len(data)))
         return data
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> None:
         """pwrite(2)."""
-        self.do(f"pwrite({fd}, {_quoted(data)}, {len(data)}, {offset})", lambda: os.pwrite(fd, data, offset))
+        self.do(f"pwrite({fd}, {quoted(data)}, {len(data)}, {offset})", lambda: os.pwrite(fd, data, offset))
 
     def fsync(self, fd: int) -> None:
         """fsync(2)."""
@@ -184,10 +241,10 @@ class Calls:
     def load(self, address: int, length: int = 1, name: str = "") -> bytes:
         """Read memory: no system call."""
         data = ctypes.string_at(address, length)
-        self.note(name or f"load {length} at {address:#x}", _quoted(data), access=True)
+        self.note(name or f"load {length} at {address:#x}", quoted(data), access=True)
         return data
 
     def store(self, address: int, data: bytes, name: str = "") -> None:
         """Write memory: no system call."""
         ctypes.memmove(address, data, len(data))
-        self.note(f"{name or f'store at {address:#x}'} = {_quoted(data)}", access=True)
+        self.note(f"{name or f'store at {address:#x}'} = {quoted(data)}", access=True)

@@ -128,7 +128,7 @@ def test_a_chapter_shows_calls_evidence_bytes_and_pages() -> None:
         re.search(r'^ +open\("letters", O_RDONLY\) = \d+ *$', done.stdout, re.M)
         or "this process open(" in done.stdout
     )
-    assert re.search(r"^  ≠  page 3 +page cache.* private copy", done.stdout, re.M)
+    assert re.search(r"^  ≠  page 3 +page cache.* private page", done.stdout, re.M)
     assert len(re.findall(r"^  ≠  page 3", done.stdout, re.M)) == 2  # on a disk, and on tmpfs
     assert re.search(r"^ +this process +███A████ *$", done.stdout, re.M)
     hello = b"hello".hex(" ")
@@ -167,8 +167,8 @@ def test_a_reader_that_has_seen_enough() -> None:
 def test_a_terminal_goes_on_with_enter() -> None:
     status, shown, asked = at_terminal("cow")
     steps = len(re.findall(r"── Step \d", shown))
-    assert (status, steps, asked) == (0, 7, 1 + 7)  # the answer, and after each step
-    assert shown.index("[Enter: the answer]") < shown.index("The answer is") < shown.index("Step 1")
+    assert (status, steps, asked) == (0, 7, 3 + 7)  # the answers, and after each step
+    assert shown.index("[Enter: the answer;") < shown.index("The answer is") < shown.index("Step 1")
 
 
 def test_a_step_waits_for_enter() -> None:
@@ -180,12 +180,12 @@ def test_a_step_waits_for_enter() -> None:
 
 
 def test_the_quiz_at_a_terminal() -> None:
-    status, shown, asked = at_terminal("cow", "--quiz", "--no-pause", answers=["four\n", "1\n"])
+    status, shown, asked = at_terminal("cow", "--quiz", "--no-pause", answers=["four\n", "1\n", "2\n", "3\n"])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert (status, asked) == (0, 2)
+    assert (status, asked) == (0, 4)
     assert re.search(r"✘ not so\n1: One byte\. The page table knows pages", plain)
     assert "The answer is 2: One page." in plain
-    assert "Your score: 0 of 1" in plain
+    assert "Your score: 2 of 3" in plain
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_quiz_at_a_terminal() -> None:
 def test_the_quiz_from_a_pipe(answers: str, score: int, verdict: str | None) -> None:
     done = run("cow", "--quiz", input=answers)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"Your score: {score} of 1" in done.stdout
+    assert f"Your score: {score} of 3" in done.stdout
     assert [word for word in ("✔ right", "✘ not so") if word in done.stdout] == ([verdict] if verdict else [])
 
 
@@ -424,3 +424,43 @@ def test_a_check_is_interrupted(tmp_path: Path) -> None:
         _, err = process.communicate()
     assert (process.returncode, err) == (130, "miniloader: interrupted\n")
     wait_until_gone([int((tmp_path / "here").read_text())])
+
+
+# ------------------------------------------------------------------------------- words, hints, solutions
+def test_a_word_at_a_pause_is_explained() -> None:
+    status, shown, asked = at_terminal("memory", answers=["frames\n", "nosuch\n", "\n"])
+    assert (status, asked) == (0, 2 + 3 + 5)
+    assert "  A page of physical memory." in shown
+    assert "no word 'nosuch' here" in shown
+
+
+def test_words() -> None:
+    listed = run("--words").stdout
+    assert len(re.findall(r"^\S", listed, re.M)) >= 35
+    assert "Global offset table" in run("--word", "GOT").stdout
+    assert json.loads(run("--word", "got", "--json").stdout)["words"]["got"].startswith("Global offset")
+    refused = run("--word", "gott")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "did you mean" in refused.stderr
+
+
+def test_hints_lead_on_and_the_solution_comes_after_an_attempt(tmp_path: Path) -> None:
+    hints = json.loads(run("cow", "--hints", "--json").stdout)["hints"]
+    assert len(hints) >= 2
+    assert hints[0] in run("cow", "--hints").stdout.replace("\n     ", " ")
+    assert run("--solution", "cow").returncode == 2
+    tried = tmp_path / "try.py"
+    tried.write_text(run("cow", "--exercise").stdout)
+    unchanged = run("cow", "--check", tried, "--solution")
+    assert "a hint: " in unchanged.stdout
+    assert "if memory[page * PAGE] != 0" not in unchanged.stdout
+    tried.write_text(tried.read_text().replace("= 0        #", "= 1        #"))
+    attempted = run("cow", "--check", tried, "--solution")
+    assert attempted.returncode == 1
+    assert re.search(r"^ +\+ +if memory\[page \* PAGE\] != 0", attempted.stdout, re.M)
+
+
+def test_everything_ends_with_what_was_seen_and_what_is_next() -> None:
+    shown = run("tls", "prepared").stdout
+    assert "miniloader walkthrough prepared" in shown
+    assert "What you have seen" not in shown

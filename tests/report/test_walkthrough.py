@@ -38,7 +38,7 @@ def lines(parts: Iterable[Part], width: int = 80) -> list[str]:
 
 
 def step(width: int = 80, told: Collection[int] = (), **seen: object) -> list[str]:
-    return lines(walkthrough.step_view(1, ChapterStep("name", "did.", **seen), width, told), width)[2:]  # type: ignore[arg-type]
+    return lines(walkthrough.step_view(ChapterStep("name", "did.", **seen), width, told), width)  # type: ignore[arg-type]
 
 
 @cache
@@ -164,7 +164,8 @@ def grids(found: ChapterResult, width: int) -> Sequence[str]:
     told: set[int] = set()
     shown = []
     for number, one in enumerate(found.steps, 1):
-        shown += lines(walkthrough.step_view(number, one, width, told), width)
+        shown += lines(walkthrough.step_opening(number, one), width)
+        shown += lines(walkthrough.step_view(one, width, told), width)
         told |= walkthrough.told_by(one)
     return shown
 

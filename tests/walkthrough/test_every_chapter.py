@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,21 +12,29 @@ import pytest
 
 from miniloader.evidence.verdict import Verdict
 from miniloader.kernel.probe import best_level
+from miniloader.report import walkthrough as report
+from miniloader.report.text import laid_out, plain
 from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
 from miniloader.walkthrough.exercise_runner import check_file
 from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
 from miniloader.walkthrough.scratch_files import file_system_of
+from miniloader.walkthrough.words import words_in
 from tests.conftest import AsNobody
 
 #: Claims about a clock, which a machine that does much else may disagree with.
 BY_CLOCK = {"read-wins-once", "mmap-wins-random"}
 
 
+def result_of(name: str) -> ChapterResult:
+    return run_chapter(chapter(name))
+
+
 def verdicts(name: str) -> dict[str, tuple[Verdict, str]]:
-    return {
-        claim.id: (claim.verdict, claim.reason or claim.observed)
-        for claim in run_chapter(chapter(name)).claims
-    }
+    return verdicts_of(run_chapter(chapter(name)))
+
+
+def verdicts_of(result: ChapterResult) -> dict[str, tuple[Verdict, str]]:
+    return {claim.id: (claim.verdict, claim.reason or claim.observed) for claim in result.claims}
 
 
 def on_memory(reason: str) -> bool:
@@ -33,7 +42,11 @@ def on_memory(reason: str) -> bool:
     return file_system_of(tempfile.gettempdir()) == "tmpfs" and "the page cache would not let go" in reason
 
 
-seen_here = cache(verdicts)
+result_here = cache(result_of)
+
+
+def seen_here(name: str) -> dict[str, tuple[Verdict, str]]:
+    return verdicts_of(result_here(name))
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
@@ -92,3 +105,37 @@ def test_less_evidence_is_never_a_refutation() -> None:
         levels: dict[str, Any] = {claim.id: claim.level for claim in one.claims}
         unknown = {claim.id for claim in result.claims if claim.verdict == "unknown"}
         assert unknown >= {id for id, level in levels.items() if level in ("frames", "flags")}
+
+
+#: How the insides name things, or Python writes them: nothing for a learner.
+INTERNAL = re.compile(r"\bsole\b|copied-shared|\bthey do\b|\bb'|\bb\"|\bNone\b")
+
+
+def test_no_internal_word_reaches_the_screen() -> None:
+    for name in CHAPTERS:
+        found = result_here(name)
+        shown = [plain(line) for line in laid_out(report.closing(found), 100)]
+        for step in found.steps:
+            shown += [step.did, *step.saw]
+            shown += [plain(line) for line in laid_out(report.step_view(step, 100), 100)]
+        assert [line for line in shown if INTERNAL.search(line)] == []
+
+
+def test_three_questions_a_chapter_each_before_its_step() -> None:
+    for name in CHAPTERS:
+        asked = [quiz for step in result_here(name).steps for quiz in chapter(name).asked_before(step.name)]
+        assert len(chapter(name).questions) >= 3
+        assert {*chapter(name).later} == {*asked}, name
+
+
+def test_each_exercise_has_hints_and_none_is_the_solution() -> None:
+    for one in chapters():
+        assert len(one.exercise.hints) >= 2
+        assert not any(one.exercise.solution in hint for hint in one.exercise.hints)
+
+
+def test_words_are_found_in_the_texts_of_chapters() -> None:
+    texts = " ".join(paragraph for one in chapters() for paragraph in (*one.explanation, one.claim))
+    named = {word for _, word in words_in(texts) if word}
+    assert len(named) >= 20
+    assert "".join(text for text, _ in words_in(texts)) == texts

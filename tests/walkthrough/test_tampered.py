@@ -75,6 +75,16 @@ FRAMES = tuple(range(1, 9))
 
 #: What to see instead, by chapter and claim; several for a claim with several halves.
 TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
+    "memory": {
+        "in-the-map": (but(line="7f0000000000-7f0000001000 r--p"),),
+        "table-empty": (but(untouched=1),),
+        "one-entry": (but(states=at(1, "absent")), but(states=at(0, "copied"))),
+        "first-touch-faults": (but(faults=(0, 1, 1, 1)), but(again=(1, 1, 1, 1))),
+        "cached": (but(cached=1),),
+        "cached-is-not-mapped": (but(in_table=1),),
+        "two-addresses-one-frame": (but(frames=(4, 5)), but(addresses=(4096, 4096))),
+        "same-bytes": (but(bytes_read=(b"X", b"Y")),),
+    },
     "mapping": {
         "file-mapped": (but(kinds=at(0, "")),),
         "device-mapped": (but(kinds=at(1, "data")), but(device=b"\1" * 8)),

@@ -47,6 +47,6 @@ def test_calls_of_others_are_told_apart_and_handed_over_once() -> None:
     calls.munmap(memory)
     first, second, third = calls.taken()
     assert first.text == f"mmap(NULL, {PAGE_SIZE}, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0)"
-    assert second == TracedCall("p[0:2]", r'"\x00\x00"', "child", access=True)
+    assert second == TracedCall("p[0:2]", r'"\0\0"', "child", access=True)
     assert third == TracedCall(f"munmap({memory.address:#x}, {PAGE_SIZE})", "0")
     assert calls.taken() == other.taken() == ()

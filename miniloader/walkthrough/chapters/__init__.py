@@ -15,16 +15,17 @@ __all__ = ["CHAPTERS", "chapter", "chapters"]
 
 #: Ids of chapters, each the name of its module.
 CHAPTERS: Final = (
+    "memory",
     "mapping",
     "lazy",
     "cow",
+    "fork",
     "shared",
     "copies",
     "unmappable",
     "segments",
     "relocation",
     "processes",
-    "fork",
     "textrel",
     "relro",
     "tls",

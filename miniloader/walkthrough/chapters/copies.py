@@ -1,4 +1,4 @@
-"""Chapter 5: read and write against mmap, with frames and with a clock."""
+"""Chapter 6: read and write against mmap, with frames and with a clock."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from miniloader.kernel.syscalls import (
 )
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import address_of, before_and_after, states_of
+from miniloader.walkthrough.mapping_views import address_of, before_and_after, in_words, states_of
 from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "Race", "ReadAndMapped"]
@@ -93,13 +94,13 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
     memory = memoryview((ctypes.c_char * buffer.length).from_address(buffer.address))
     bench.do(f"pread({fd}, buffer, {buffer.length}, 0)", lambda: os.preadv(fd, [memory], 0))
     for page in range(_PAGES):
-        bench.load(mapping.page(page), 1, f"mapping[{page} * {PAGE_SIZE}]")
+        bench.load(mapping.page(page), 1, f"mapping[{page * PAGE_SIZE}]")
     mapped, filled = bench.look(rows, _PAGES, "read both ways")
     yield ChapterStep(
         "two ways to the bytes",
         "The same file is mapped, and read into a buffer. Both now hold the same bytes.",
         bench.taken(),
-        (f"The mapping is {mapped.words(0)}. The buffer is {filled.words(0)}: other frames, with a copy.",),
+        (f"The mapping: {mapped.words(0)}. The buffer: {filled.words(0)}. Other frames, with a copy.",),
         evidence=(before_and_after("Pages of the buffer", empty, filled, range(_PAGES)),),
         grid=mapped.grid,
     )
@@ -114,7 +115,8 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
         "The file is changed with pwrite; then the buffer is changed.",
         bench.taken(),
         (
-            f"Mapping: {in_mapping!r}. Buffer: {in_buffer!r}. File, once the buffer changed: {in_file!r}.",
+            f"Mapping: {quoted(in_mapping)}. Buffer: {quoted(in_buffer)}. "
+            f"File, once the buffer changed: {quoted(in_file)}.",
             "A buffer is a snapshot. A mapping is the file.",
         ),
     )
@@ -258,13 +260,13 @@ def _written(bench: Workbench) -> Race:
 @claim("mapping-is-the-cache", "A mapping's pages are the page cache's", "flags")
 def _mapping_is_cache(seen: ReadAndMapped) -> Finding:
     states = {*seen.mapping}
-    return Finding(states <= {"shared", "sole"}, "the page cache's own pages", ", ".join(sorted(states)))
+    return Finding(states <= {"shared", "sole"}, "the page cache's own pages", in_words(states))
 
 
 @claim("read-copies", "read fills pages of our own", "flags")
 def _read_copies(seen: ReadAndMapped) -> Finding:
     states = {*seen.buffer}
-    return Finding(states == {"copied"}, "anonymous pages of our own", ", ".join(sorted(states)))
+    return Finding(states == {"copied"}, "anonymous pages of our own", in_words(states))
 
 
 @claim("frames-distinct", "Page cache and buffer are different frames", "frames")
@@ -280,11 +282,11 @@ def _snapshot(seen: ReadAndMapped) -> Finding:
     return Finding(
         (seen.in_buffer, seen.in_other_buffer) == (b"old ", b"new "),
         "the buffer keeps the old bytes, and the file does not follow the buffer",
-        f"buffer {seen.in_buffer!r}, file {seen.in_other_buffer!r}",
+        f"buffer {quoted(seen.in_buffer)}, file {quoted(seen.in_other_buffer)}",
     )
 
 
-@equal("mapping-follows", "A mapping shows the file as it is now", b"new ", "{!r} in the mapping")
+@equal("mapping-follows", "A mapping shows the file as it is now", b"new ", "{} in the mapping")
 def _follows(seen: ReadAndMapped) -> bytes:
     return seen.in_mapping
 
@@ -333,7 +335,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
     id="copies",
-    number=5,
+    number=6,
     title="read and write against mmap",
     claim="read and write copy between the page cache and a buffer; a mapping is the page cache.",
     surprise="Avoiding the copy does not always win: it depends on the pattern.",
@@ -374,6 +376,32 @@ CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
             "data = mmap.mmap(file.fileno(), 0)\n",
         ),
         _check,
+        hints=(
+            "What is data: the file, or memory into which the file was copied?",
+            "mmap.mmap(file.fileno(), 0) is the file's own pages: no seek, no readinto.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "A file was read into a buffer, and is mapped, too. Then it changes. Who sees that?",
+            (
+                Choice("Both", "The buffer is a copy of what was there."),
+                Choice("The mapping", "It is the page cache's page; the buffer is a copy made before."),
+                Choice("Neither, until it is opened again", "A mapping does not go through open."),
+            ),
+            1,
+            step="then the",
+        ),
+        Quiz(
+            "20,000 random words of a file in the page cache: what is faster?",
+            (
+                Choice("pread for each", "Each is a system call, and a word is not worth one."),
+                Choice("A mapping", "Once mapped, a word costs a load."),
+                Choice("The same: it is all memory", "It is, but one of them asks the kernel 20,000 times."),
+            ),
+            1,
+            step="with a",
+        ),
+    ),
 )

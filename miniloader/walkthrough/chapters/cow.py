@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import MappingView, before_and_after, copied_pages
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after, copied_pages, in_words
 from miniloader.walkthrough.step import ChangedWord, ChapterStep, PageBytes
-from miniloader.walkthrough.traced_calls import Calls, Mapping
+from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "CowPages"]
@@ -58,13 +58,13 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
         inherited = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ, MAP_PRIVATE, calls.open(path, os.O_RDONLY))
         _touch_all(calls, inherited)
         yield inherited.address
-        yield calls.load(inherited.page(_WRITTEN), 1, f"p[{_WRITTEN} * {PAGE_SIZE}]")
+        yield calls.load(inherited.page(_WRITTEN), 1, f"p[{_WRITTEN * PAGE_SIZE}]")
 
     reader = bench.child("other", read_along)
     rows = [("this process", os.getpid(), memory.address), ("other", reader.pid, bench.resume(reader))]
     _touch_all(bench, memory)
     before = bench.look(rows, _PAGES, "touched")[0]
-    bytes_before = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
+    bytes_before = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:+32]")
     yield ChapterStep(
         "touched",
         f"Two processes map the same file of {_PAGES} pages with MAP_PRIVATE, and read every page. "
@@ -74,11 +74,11 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
         grid=before.grid,
     )
 
-    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
+    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN * PAGE_SIZE}]")
     after = bench.look(rows, _PAGES, "written")[0]
     in_file = bench.pread(fd, 5, _WRITTEN * PAGE_SIZE)
     read_there = bench.resume(reader)
-    bytes_after = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN} * {PAGE_SIZE}:+32]")
+    bytes_after = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:+32]")
     store = ChangedWord(0, 5, "the store: in this process's copy only")
     title = f"page {_WRITTEN}, as this process sees it"
     yield ChapterStep(
@@ -87,7 +87,8 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
         bench.taken(),
         (
             f"The store faulted; the kernel copied page {_WRITTEN} to a new frame and let the store go on.",
-            f"Here: {bytes_after[:5]!r}. In the file: {in_file!r}. In the other process: {read_there!r}.",
+            f"Here: {quoted(bytes_after[:5])}. In the file: {quoted(in_file)}. "
+            f"In the other process: {quoted(read_there)}.",
         ),
         evidence=(before_and_after("Pages of this process", before, after, range(_PAGES)),),
         grid=after.grid,
@@ -118,7 +119,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
 
 def _touch_all(calls: Calls, mapping: Mapping) -> None:
     for page in range(_PAGES):
-        calls.load(mapping.page(page), 1, f"p[{page} * {PAGE_SIZE}]")
+        calls.load(mapping.page(page), 1, f"p[{page * PAGE_SIZE}]")
 
 
 def _file_changed(
@@ -128,15 +129,15 @@ def _file_changed(
     writer = bench.opened(path, os.O_RDWR)
     for page in (_WRITTEN, _LATER):
         bench.pwrite(writer, b"later", page * PAGE_SIZE)
-    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN} * {PAGE_SIZE}:+5]")
-    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER} * {PAGE_SIZE}:+5]")
+    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN * PAGE_SIZE}:+5]")
+    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER * PAGE_SIZE}:+5]")
     yield ChapterStep(
         "file changed",
         f"Now somebody changes the file itself, with pwrite, in page {_WRITTEN} and in page {_LATER}.",
         bench.taken(),
         (
-            f"Page {_LATER}, not copied, shows it: {elsewhere!r}. Private does not mean frozen.",
-            f"Page {_WRITTEN} keeps our copy: {in_copy!r}. (POSIX leaves this open; Linux does this.)",
+            f"Page {_LATER}, not copied, shows it: {quoted(elsewhere)}. Private does not mean frozen.",
+            f"Page {_WRITTEN} keeps our copy: {quoted(in_copy)}. (POSIX leaves this open; Linux does this.)",
         ),
     )
     return in_copy, elsewhere
@@ -151,7 +152,7 @@ def _on_tmpfs(bench: Workbench) -> Generator[ChapterStep, None, tuple[str, ...] 
     memory = bench.mapped(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, bench.opened(path))
     _touch_all(bench, memory)
     before = bench.look_at(memory)
-    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN} * {PAGE_SIZE}]")
+    bench.store(memory.page(_WRITTEN), b"hello", f"p[{_WRITTEN * PAGE_SIZE}]")
     after = bench.look_at(memory, title="written, on tmpfs")
     yield ChapterStep(
         "on tmpfs",
@@ -168,7 +169,7 @@ def _working_copy(bench: Workbench) -> Generator[ChapterStep, None, tuple[tuple[
     path = bench.file("document", content)
     copy = bench.mapped(_LARGE * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, bench.opened(path))
     for page in _EDITS:
-        bench.store(copy.page(page), b"edited", f"p[{page} * {PAGE_SIZE}]")
+        bench.store(copy.page(page), b"edited", f"p[{page * PAGE_SIZE}]")
     view: MappingView = bench.look_at(copy, title="a working copy")
     copied = view.pages("copied", "copied-shared")
     with open(path, "rb") as file:
@@ -234,6 +235,11 @@ def _beyond_the_end(bench: Workbench) -> Generator[ChapterStep, None, str]:
     return signal
 
 
+def _listed(pages: Sequence[int]) -> str:
+    """Pages by their numbers: ``page 3``, ``pages 7, 130``."""
+    return f"page{'s' * (len(pages) != 1)} {', '.join(map(str, pages)) or 'none'}"
+
+
 # ---------------------------------------------------------------------------------------- claims
 @claim("copied", "A write moves the page to a new, anonymous frame", "flags")
 def _copied(pages: CowPages) -> Finding:
@@ -243,7 +249,7 @@ def _copied(pages: CowPages) -> Finding:
     return Finding(
         before in _IN_CACHE and after == "copied" and moved,
         f"page {_WRITTEN}: the page cache's before, anonymous and in another frame after",
-        f"{before} before, {after} after" + ("" if moved else ", in the same frame"),
+        f"{in_words([before])} before, {in_words([after])} after" + ("" if moved else ", in the same frame"),
     )
 
 
@@ -256,7 +262,7 @@ def _only_that_page(pages: CowPages) -> Finding:
         or pages.frames_before[page] != pages.frames_after[page]
     ]
     hidden = "" if any(pages.frames_before) else " (frames not shown here)"
-    return Finding(changed == [_WRITTEN], f"page {_WRITTEN} alone{hidden}", f"pages {changed}")
+    return Finding(changed == [_WRITTEN], f"page {_WRITTEN} alone{hidden}", f"changed: {_listed(changed)}")
 
 
 @equal("invisible", "Another process does not see the write", (b"hello", _LETTER), "{} here, {} there")
@@ -264,7 +270,7 @@ def _invisible(pages: CowPages) -> tuple[bytes, bytes]:
     return pages.read_here, pages.read_there
 
 
-@equal("never-in-file", "The write does not reach the file", _LETTER * 5, "pread gives {!r}")
+@equal("never-in-file", "The write does not reach the file", _LETTER * 5, "pread gives {}")
 def _never_in_file(pages: CowPages) -> bytes:
     return pages.in_file
 
@@ -285,15 +291,15 @@ def _tmpfs(pages: CowPages) -> Finding:
     if pages.on_tmpfs is None:
         return Finding(None, expected, "nothing", "there is no tmpfs here that we may write in")
     copied = [page for page, state in enumerate(pages.on_tmpfs) if state == "copied"]
-    return Finding(copied == [_WRITTEN], expected, f"copied: {copied}")
+    return Finding(copied == [_WRITTEN], expected, f"copied: {_listed(copied)}")
 
 
 @claim("working-copy", "A working copy of a file costs the pages that are written", "flags")
 def _working(pages: CowPages) -> Finding:
     return Finding(
         pages.copied == pages.edited and pages.file_same,
-        f"pages {list(pages.edited)} copied, the file as it was",
-        f"pages {list(pages.copied)} copied, the file {'as it was' if pages.file_same else 'changed'}",
+        f"{_listed(pages.edited)} copied, the file as it was",
+        f"{_listed(pages.copied)} copied, the file {'as it was' if pages.file_same else 'changed'}",
     )
 
 
@@ -383,6 +389,38 @@ CHAPTER: Final[Chapter[CowPages]] = Chapter(
             "    if memory[page * PAGE] != 0 or page == 3:\n        memory[page * PAGE] = 0\n",
         ),
         _check,
+        hints=(
+            "A store copies the page even if the byte is the same. Does a load?",
+            "Look at each page with memory[page * PAGE], and store into one of them only.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "The file is changed, in a page that was copied and in one that was not. What do we see?",
+            (
+                Choice("Both changes", "The copied page has nothing to do with the file any more."),
+                Choice(
+                    "The one in the page that was not copied",
+                    "That page is still the page cache's. Private does not mean frozen.",
+                ),
+                Choice(
+                    "Neither: the mapping is private", "Private is about our writes, not about the file's."
+                ),
+            ),
+            1,
+            step="file changed",
+        ),
+        Quiz(
+            "A process wrote page 6 of its private mapping. Then the file is cut to 4 pages. What "
+            "happens when it reads page 6?",
+            (
+                Choice("It reads its copy", "Linux takes mappings of what is cut off away, copies as well."),
+                Choice("It reads zeros", "There is no page for zeros to be in: the file has ended."),
+                Choice("SIGBUS", "The mapping is there, and there is no page behind it."),
+            ),
+            2,
+            step="a file cut",
+        ),
+    ),
 )

@@ -1,4 +1,4 @@
-"""Chapter 10: fork shares everything until somebody writes."""
+"""Chapter 4: fork shares everything until somebody writes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from miniloader.kernel.syscalls import (
 )
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import ZEROS_UNTOLD, MappingView, before_and_after, states_of
+from miniloader.walkthrough.mapping_views import (
+    ZEROS_UNTOLD,
+    MappingView,
+    before_and_after,
+    in_words,
+    states_of,
+)
 from miniloader.walkthrough.step import ChapterStep
-from miniloader.walkthrough.traced_calls import Calls, Mapping
+from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "ForkedPages"]
@@ -51,10 +57,10 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
 
     def child_body(calls: Calls) -> Generator[Any, None, None]:
         yield None
-        calls.store(memory.page(_BY_CHILD), b"child", f"p[{_BY_CHILD} * {PAGE_SIZE}]")
+        calls.store(memory.page(_BY_CHILD), b"child", f"p[{_BY_CHILD * PAGE_SIZE}]")
         calls.store(board.address, b"hello", "shared[0]")
         yield None
-        yield calls.load(memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT} * {PAGE_SIZE}:+5]")
+        yield calls.load(memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT * PAGE_SIZE}:+5]")
 
     child = bench.child("child", child_body)
     bench.resume(child)
@@ -74,9 +80,9 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
     )
 
     bench.resume(child)
-    bench.store(memory.page(_BY_PARENT), b"mine!", f"p[{_BY_PARENT} * {PAGE_SIZE}]")
+    bench.store(memory.page(_BY_PARENT), b"mine!", f"p[{_BY_PARENT * PAGE_SIZE}]")
     written = bench.look(rows, _PAGES, "written")
-    parent_reads = bench.load(memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD} * {PAGE_SIZE}:+5]")
+    parent_reads = bench.load(memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD * PAGE_SIZE}:+5]")
     word = bench.load(board.address, 5, "shared[0:5]")
     child_reads = bench.resume(child)
     pages = (_BY_CHILD, _BY_PARENT)
@@ -86,7 +92,8 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
         bench.taken(),
         (
             "Whoever writes first gets the new frame; the other keeps the old one.",
-            f"In the child's page the parent still reads {parent_reads!r}; in the shared mapping {word!r}.",
+            f"In the child's page the parent still reads {quoted(parent_reads)}; "
+            f"in the shared mapping {quoted(word)}.",
         ),
         evidence=(
             before_and_after("Parent", forked[0], written[0], pages),
@@ -113,7 +120,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
 
 def _write_all(bench: Workbench, memory: Mapping, word: bytes) -> None:
     for page in range(_PAGES):
-        bench.store(memory.page(page), word, f"p[{page} * {PAGE_SIZE}]")
+        bench.store(memory.page(page), word, f"p[{page * PAGE_SIZE}]")
 
 
 def _frames(view: MappingView) -> str:
@@ -148,7 +155,7 @@ def _of_states(states: set[str], holds: bool, expected: str, observed: str) -> F
 @claim("all-shared", "fork copies no page", "flags")
 def _all_shared(pages: ForkedPages) -> Finding:
     states, frames = {*pages.forked[0], *pages.forked[1]}, pages.forked_frames
-    observed = ", ".join(sorted(states))
+    observed = in_words(states)
     if any(frames[0]):
         observed += f"; {sum(map(int.__eq__, *frames))} of {_PAGES} frames equal"
     holds = states == {"copied-shared"} and frames[0] == frames[1]
@@ -165,7 +172,7 @@ def _unwritten_stay(pages: ForkedPages) -> Finding:
         written | unwritten,
         unwritten == {"copied-shared"} and written == {"copied"},
         "the two written pages are each process's own, the others are still shared",
-        f"written: {', '.join(sorted(written))}; others: {', '.join(sorted(unwritten))}",
+        f"written: {in_words(written)}; others: {in_words(unwritten)}",
     )
 
 
@@ -178,8 +185,12 @@ def _first_writer(pages: ForkedPages) -> Finding:
     return Finding(
         moved == [[_BY_PARENT], [_BY_CHILD]],
         f"the parent's page {_BY_PARENT} and the child's page {_BY_CHILD} in new frames",
-        f"new frames: parent {moved[0]}, child {moved[1]}",
+        f"new frames: the parent's page {_numbers(moved[0])}, the child's page {_numbers(moved[1])}",
     )
+
+
+def _numbers(pages: list[int]) -> str:
+    return ", ".join(map(str, pages)) or "none"
 
 
 _STILL_READ = "{} where the child wrote, {} where the parent wrote"
@@ -194,17 +205,17 @@ def _isolated(pages: ForkedPages) -> tuple[bytes, bytes]:
 def _never_moved(pages: ForkedPages) -> Finding:
     before, after = pages.written_frames[0], pages.alone_frames
     moved = [page for page in range(_PAGES) if before[page] != after[page]]
-    return Finding(not moved, "every page in the frame it was in", f"moved: {moved or 'none'}")
+    return Finding(not moved, "every page in the frame it was in", f"moved: {_numbers(moved)}")
 
 
 @claim("owner-again", "When the child has gone, all pages are the parent's own", "flags")
 def _owner(pages: ForkedPages) -> Finding:
     states = {*pages.alone}
-    observed = ", ".join(sorted(states))
+    observed = in_words(states)
     return _of_states(states, states == {"copied"}, "the parent's own, all of them", observed)
 
 
-@equal("shared-stays-shared", "A shared mapping stays shared over fork", b"hello", "{!r}")
+@equal("shared-stays-shared", "A shared mapping stays shared over fork", b"hello", "the parent reads {}")
 def _shared_mapping(pages: ForkedPages) -> bytes:
     return pages.shared_word
 
@@ -243,7 +254,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[ForkedPages]] = Chapter(
     id="fork",
-    number=10,
+    number=4,
     title="fork: shared until written",
     claim="After fork parent and child have every page in common, until one of them writes to it.",
     surprise="Who writes first moves; and when the child has gone, the parent never moves again.",
@@ -277,6 +288,38 @@ CHAPTER: Final[Chapter[ForkedPages]] = Chapter(
             "memory[0] = 2\n",
         ),
         _check,
+        hints=(
+            "Each page that the parent writes takes a new frame. How many may it write?",
+            "memory[0] = 2 instead of the loop: one page moves, the others stay.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "The child writes page 2, the parent page 5. Whose frames are new?",
+            (
+                Choice(
+                    "The child's, both times",
+                    "The kernel does not prefer the parent: it copies for the writer.",
+                ),
+                Choice("Each writer's", "Whoever writes first is given the copy, the other keeps the frame."),
+                Choice("Both get new frames", "One of them can keep the old one."),
+            ),
+            1,
+            step="written",
+        ),
+        Quiz(
+            "The child has ended. Now the parent writes all 8 pages. How many are copied?",
+            (
+                Choice(
+                    "8: they are marked read-only",
+                    "There is a fault, but the kernel sees that nobody else has the frame.",
+                ),
+                Choice("7", "The one that it has written before is no different."),
+                Choice("None", "It is the last owner of each frame, and may write where it is."),
+            ),
+            2,
+            step="alone again",
+        ),
+    ),
 )

@@ -16,7 +16,7 @@ from miniloader.kernel.frames import KPF, frame_flags
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, mincore
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import MappingView, states_of
+from miniloader.walkthrough.mapping_views import MappingView, in_words, states_of
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, Row
 from miniloader.walkthrough.traced_calls import Mapping
 from miniloader.walkthrough.workbench import Workbench
@@ -77,7 +77,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, TouchedPages]:
 def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[MappingView, MappingView]]:
     memory = bench.mapped(_LENGTH, PROT_READ, MAP_SHARED, fd)
     before = bench.look_at(memory, title="mapped")
-    bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED} * {PAGE_SIZE}]")
+    bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED * PAGE_SIZE}]")
     after = bench.look_at(memory, title="one touch")
     pages = after.pages("shared", "sole")
     around = f"{pages[0]} to {pages[-1]}" if pages else "none"
@@ -159,7 +159,7 @@ def _folio(frame: int) -> str:
 
 def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, MappingView]:
     private = bench.mapped(_LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)
-    bench.store(private.page(_TOUCHED), b"x", f"q[{_TOUCHED} * {PAGE_SIZE}]")
+    bench.store(private.page(_TOUCHED), b"x", f"q[{_TOUCHED * PAGE_SIZE}]")
     written = bench.look_at(private, title="one write")
     yield ChapterStep(
         "one write",
@@ -229,7 +229,7 @@ def _one_at_a_time(bench: Workbench) -> Generator[ChapterStep, None, None]:
     bench.drop_cache(fd)
     memory = bench.mapped(_LENGTH, PROT_READ, MAP_SHARED, fd)
     bench.madvise(memory, "MADV_RANDOM")
-    bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED} * {PAGE_SIZE}]")
+    bench.load(memory.page(_TOUCHED), 1, f"p[{_TOUCHED * PAGE_SIZE}]")
     view = bench.look_at(memory, title="cold, at random")
     yield ChapterStep(
         "one at a time",
@@ -247,7 +247,8 @@ def _on_demand(pages: TouchedPages) -> Finding:
     return Finding(
         pages.before == 0 and came and pages.by_one_touch < _PAGES,
         "0 pages when mapped; the page when it is touched, and not the whole file",
-        f"{pages.before} pages, then {pages.by_one_touch} of {_PAGES:,}; the page is {pages.touched_after}",
+        f"{pages.before} pages, then {pages.by_one_touch} of {_PAGES:,}; "
+        f"the page: {in_words([pages.touched_after])}",
     )
 
 
@@ -343,6 +344,38 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
             "first = memory[20 * PAGE]          # a read: more than one page comes", "memory[20 * PAGE] = 1"
         ),
         _check,
+        hints=(
+            "Does reading bring one page? What does writing do in this chapter?",
+            "A store into a private mapping needs a copy, and only one page is copied: memory[20 * "
+            "PAGE] = 1.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "The same file in a private mapping: the first access is a store. How many pages come?",
+            (
+                Choice("1", "A store needs a copy, and only the page that is written is copied."),
+                Choice(
+                    "As many as by a read",
+                    "Neighbours are mapped, not copied: to map them for writing would copy them.",
+                ),
+                Choice("None", "A store, too, needs a page."),
+            ),
+            0,
+            step="one write",
+        ),
+        Quiz(
+            "A cold file of 1,024 pages is read in order. How many faults wait for the disk?",
+            (
+                Choice("1,024", "Read-ahead brings what comes next, before it is asked for."),
+                Choice(
+                    "A few", "The disk is asked for much at once; most pages are there when they are touched."
+                ),
+                Choice("None", "Somebody has to fetch the first page."),
+            ),
+            1,
+            step="cold and",
+        ),
+    ),
 )

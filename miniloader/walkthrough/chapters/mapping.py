@@ -19,9 +19,15 @@ from miniloader.kernel.syscalls import (
 )
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import ZEROS_UNTOLD, MappingView, before_and_after, states_of
+from miniloader.walkthrough.mapping_views import (
+    ZEROS_UNTOLD,
+    MappingView,
+    before_and_after,
+    in_words,
+    states_of,
+)
 from miniloader.walkthrough.step import ChapterStep, Figures
-from miniloader.walkthrough.traced_calls import Mapping
+from miniloader.walkthrough.traced_calls import Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "MappedThings"]
@@ -136,7 +142,7 @@ def _read(
         "The file is mapped a second time, and both are read: plain loads, no read(2).",
         bench.taken(),
         (
-            f"Byte {PAGE_SIZE + 65} is {middle!r}; all {len(content):,} bytes are the file's.",
+            f"Byte {PAGE_SIZE + 65} is {quoted(middle)}; all {len(content):,} bytes are the file's.",
             "Both mappings point at the same frames, the page cache's: no byte was copied to us.",
         ),
         evidence=(before_and_after("Pages of the file", at_first, views[0], range(4)),),
@@ -178,7 +184,10 @@ def _in_step(bench: Workbench, kind: str) -> Generator[ChapterStep, None, tuple[
         f"in step on {bench.place(kind).file_system}",
         "The file is written with pwrite and read through the mapping, then the other way round.",
         bench.taken(),
-        (f"The mapping shows {read!r}, pread gives {stored!r}: they are the same page, at any moment.",),
+        (
+            f"The mapping shows {quoted(read)}, pread gives {quoted(stored)}: "
+            "they are the same page, at any moment.",
+        ),
     )
     return read, stored
 
@@ -194,9 +203,7 @@ def _file(things: MappedThings) -> str:
     return things.kinds[0] or "nothing"
 
 
-@equal(
-    "device-mapped", "A device is mapped: /dev/zero", ("zero", bytes(8)), "a mapping of {} that reads {!r}"
-)
+@equal("device-mapped", "A device is mapped: /dev/zero", ("zero", bytes(8)), "a mapping of {} that reads {}")
 def _device(things: MappedThings) -> tuple[str, bytes]:
     return things.kinds[1], things.device
 
@@ -204,7 +211,7 @@ def _device(things: MappedThings) -> tuple[str, bytes]:
 @claim("anonymous-mapped", "Memory without a file is mapped")
 def _anonymous(things: MappedThings) -> Finding:
     good = things.kinds[2] in ("", "[anon]") and things.anonymous == bytes(8)
-    observed = f"{things.kinds[2] or 'nothing'}, {things.anonymous!r}"
+    observed = f"{things.kinds[2] or 'nothing'}, which reads {quoted(things.anonymous)}"
     return Finding(good, "a mapping of nothing that reads 0", observed)
 
 
@@ -220,27 +227,32 @@ def _nothing(things: MappedThings) -> tuple[int, int]:
 def _page_tables(things: MappedThings) -> Finding:
     direct = {*things.touched} <= {"shared", "sole"} and things.same_frames is not False
     frames = {None: "", True: ", the same frames in both mappings", False: ", different frames"}
-    observed = f"{', '.join(sorted(set(things.touched)))}{frames[things.same_frames]}"
+    observed = f"{in_words(things.touched)}{frames[things.same_frames]}"
     return Finding(direct, "every entry points to the page cache's own page", observed)
 
 
 @claim("like-an-array", "The mapping is read like an array")
 def _array(things: MappedThings) -> Finding:
-    observed = "they do" if things.as_array else "they differ"
+    observed = "every byte as in the file" if things.as_array else "other bytes than the file's"
     return Finding(things.as_array, "loads give the file's bytes", observed)
+
+
+def _three(states: tuple[str, ...]) -> str:
+    return "untouched: {}; read: {}; written: {}".format(*(in_words([state]) for state in states))
 
 
 @claim("zero-then-own", "Anonymous memory gets a frame when written", "flags")
 def _zero_then_own(things: MappedThings) -> Finding:
     wanted = ("absent", "zero", "copied")
     holds = None if "unknown" in things.anonymous_states else things.anonymous_states == wanted
-    return Finding(holds, ", ".join(wanted), ", ".join(things.anonymous_states), ZEROS_UNTOLD)
+    return Finding(holds, _three(wanted), _three(things.anonymous_states), ZEROS_UNTOLD)
 
 
 @claim("in-step", "The kernel keeps mapping and file in step")
 def _steps(things: MappedThings) -> Finding:
     good = {*things.from_pwrite} == {b"written"} and {*things.by_store} == {b"stored"}
-    observed = " ".join(map(repr, (*things.from_pwrite, *things.by_store)))
+    loaded, read = (", ".join(map(quoted, words)) for words in (things.from_pwrite, things.by_store))
+    observed = f"after pwrite the mapping shows {loaded}; after a store pread gives {read}"
     return Finding(good, "what one writes the other reads, both ways", observed)
 
 
@@ -297,6 +309,36 @@ CHAPTER: Final[Chapter[MappedThings]] = Chapter(
         _SNIPPET,
         _SNIPPET.replace("file = memory[:]                   # reads all 64 pages\n", ""),
         _check,
+        hints=(
+            "What does a slice of the whole mapping do to each page of it?",
+            "letter = memory[40 * PAGE] alone is enough: take the line with memory[:] away.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "The file is mapped a second time, and both are read. How many frames hold its 8 pages?",
+            (
+                Choice("16", "That would be a copy, and nobody has asked for one."),
+                Choice("8", "Both mappings lead to the page cache's frames."),
+                Choice(
+                    "0: it is on the disk", "A load needs memory: the page is brought into the page cache."
+                ),
+            ),
+            1,
+            step="read like",
+        ),
+        Quiz(
+            "A page of anonymous memory is only read. What does that cost?",
+            (
+                Choice(
+                    "One frame", "It would hold nothing but zeros. The kernel has a page of those already."
+                ),
+                Choice("No frame", "The entry leads to the kernel's one page of zeros."),
+                Choice("An error: nothing was written", "Anonymous memory reads as zeros."),
+            ),
+            1,
+            step="device and",
+        ),
+    ),
 )

@@ -209,6 +209,34 @@ CHAPTER: Final[Chapter[PlainAndPrepared]] = Chapter(
         _SNIPPET,
         _SOLUTION,
         _check,
+        hints=(
+            "Who adds the bias, and how often need that be done?",
+            "Write page + BIAS into the file; then no user has to write.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "What must all processes have in common, to share relocated pages?",
+            (
+                Choice("The address of the library", "Then the words are equal."),
+                Choice("A parent", "That would do, by fork. Here they need none."),
+                Choice(
+                    "The user's permission", "That, too; but with other addresses there is nothing to share."
+                ),
+            ),
+            0,
+            step="prepared",
+        ),
+        Quiz(
+            "A process writes to a page of a prepared library. Who sees that?",
+            (
+                Choice("All that have prepared it", "They map the file of prepared pages privately."),
+                Choice("Nobody else", "The write is given a copy, as ever."),
+                Choice("It is refused", "Data stays writable."),
+            ),
+            1,
+            step="written",
+        ),
+    ),
 )

@@ -1,4 +1,4 @@
-"""Chapter 9: one library in several processes."""
+"""Chapter 10: one library in several processes."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[LibraryInProcesses]] = Chapter(
     id="processes",
-    number=9,
+    number=10,
     title="The library in N processes",
     claim="The code of a library is one copy for all processes; each adds only the pages that it writes.",
     surprise="Each process has the library at another address, and yet the same frames of code.",
@@ -174,6 +174,35 @@ CHAPTER: Final[Chapter[LibraryInProcesses]] = Chapter(
             "    memory[0] = user\n",
         ),
         _check,
+        hints=(
+            "How many pages does each user write, and how many need it?",
+            "memory[0] = user: one page each. The other 15 stay the file's.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "Each process fills in addresses. Will these pages still be one copy?",
+            (
+                Choice("Yes: it is one library", "The addresses differ from process to process."),
+                Choice("No: a copy in each process", "Whoever writes to a private page gets a copy of it."),
+                Choice(
+                    "Yes, if the kernel merges them",
+                    "It does so only when asked (KSM), and only for equal pages.",
+                ),
+            ),
+            1,
+            step="relocated",
+        ),
+        Quiz(
+            "What does a fifth process add?",
+            (
+                Choice("All of the library's pages", "Code and what is only read is there already."),
+                Choice("Nothing", "It relocates and writes, as the others do."),
+                Choice("The pages that it writes", "The rest is in the page cache, and one copy for all."),
+            ),
+            2,
+            step="written",
+        ),
+    ),
 )

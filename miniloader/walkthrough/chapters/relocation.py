@@ -1,4 +1,4 @@
-"""Chapter 8: relocation, the GOT and the PLT."""
+"""Chapter 9: relocation, the GOT and the PLT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks, PltStub
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
-from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
 from miniloader.walkthrough.proof_steps import code_pages
 from miniloader.walkthrough.step import (
     BeforeAfter,
@@ -222,7 +222,7 @@ def _code(seen: CalledThroughSlot) -> Finding:
     return Finding(
         seen.code_equal and {*seen.code_states} <= {"sole", "shared"},
         "every byte as in the file, every page the page cache's",
-        f"bytes {'equal' if seen.code_equal else 'differ'}; {', '.join(sorted(set(seen.code_states)))}",
+        f"bytes {'equal' if seen.code_equal else 'differ'}; every page: {in_words(seen.code_states)}",
     )
 
 
@@ -289,7 +289,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
     id="relocation",
-    number=8,
+    number=9,
     title="Relocation, the GOT and the PLT",
     claim="The loader writes addresses into data, so that code need not change and can be shared.",
     surprise="Code calls through a table: one data page is copied, and every page of code stays shared.",
@@ -321,6 +321,38 @@ CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
             "\n\nprint(chr", "\n\nslot.value = ctypes.cast(tolower, ctypes.c_void_p).value\nprint(chr"
         ),
         _check,
+        hints=(
+            "stub jumps to slot.value. Who can change that?",
+            "slot.value = ctypes.cast(tolower, ctypes.c_void_p).value",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "A library of 8 pages is loaded. Which of its pages does the loader copy?",
+            (
+                Choice("All", "It writes only where there is an address to fill in, or bss to zero."),
+                Choice(
+                    "Those with addresses, and the end of the data",
+                    "Words of data are filled in. Code is not touched.",
+                ),
+                Choice("Its code", "The code goes through words of data, so that it can stay as it is."),
+            ),
+            1,
+            step="relocated",
+        ),
+        Quiz(
+            "With lazy binding, where does a slot lead before the first call?",
+            (
+                Choice("To address 0", "Then the first call would crash."),
+                Choice(
+                    "Back into the stub, and to the loader",
+                    "Which looks the function up, and writes its address into the slot.",
+                ),
+                Choice("To the function", "That is what the first call is for."),
+            ),
+            1,
+            step="called",
+        ),
+    ),
 )

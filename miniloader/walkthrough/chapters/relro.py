@@ -331,6 +331,32 @@ CHAPTER: Final[Chapter[RelroPages]] = Chapter(
         _SNIPPET,
         _SNIPPET + "protect(0, mmap.PROT_READ)\n",
         _check,
+        hints=(
+            "protect() is there: when must it be called, for which page?",
+            "protect(0, mmap.PROT_READ), after the table has been filled in.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "A child stores into the table that was frozen. What happens?",
+            (
+                Choice("The page is copied", "Copy-on-write is for pages that one may write."),
+                Choice("SIGSEGV", "The mapping forbids stores, and the kernel says so."),
+                Choice("Nothing: it is ignored", "The processor cannot leave a store out."),
+            ),
+            1,
+            step="a store into",
+        ),
+        Quiz(
+            "The same library at two addresses: how do its relocated words differ?",
+            (
+                Choice("At random", "Each is an address in the library: vaddr plus load bias."),
+                Choice("All by one number", "The distance of the two libraries."),
+                Choice("They do not", "They are addresses, and those differ."),
+            ),
+            1,
+            step="what sharing",
+        ),
+    ),
 )

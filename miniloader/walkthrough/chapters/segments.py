@@ -1,4 +1,4 @@
-"""Chapter 7: how the segments of a library become mappings.  The chapter is a loader's first half."""
+"""Chapter 8: how the segments of a library become mappings.  The chapter is a loader's first half."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import flag_bits, protection_bits
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
-from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
 from miniloader.walkthrough.step import ChangedWord, ChapterStep, Figures, PageBytes, Part
+from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench, shipped
 
 __all__ = ["CHAPTER", "MappedRange", "MappedSegments"]
@@ -225,7 +226,7 @@ def _twice(seen: MappedSegments) -> Finding:
     return Finding(
         {*seen.twice} <= {"sole", "shared"} and seen.twice_bytes_equal and same,
         "the same bytes, both the page cache's own page",
-        f"{', '.join(seen.twice)}; bytes {'equal' if seen.twice_bytes_equal else 'differ'}"
+        f"{in_words(seen.twice)}; bytes {'equal' if seen.twice_bytes_equal else 'differ'}"
         + ("; one frame" if same and frames[0] else "" if same else "; two frames"),
     )
 
@@ -235,16 +236,16 @@ def _before(seen: MappedSegments) -> Finding:
     return Finding(
         any(seen.tail_in_file) and seen.tail_state[0] in ("sole", "shared"),
         "other bytes of the file, on the page cache's page",
-        f"{seen.tail_in_file[:8]!r}, {seen.tail_state[0]}",
+        f"{quoted(seen.tail_in_file[:8])}, {in_words([seen.tail_state[0]])}",
     )
 
 
-_ZEROED = "{} bytes are not zero; the page is {}"
+_ZEROED = "{} bytes are not zero; the page: {}"
 
 
-@equal("tail-zeroed", "The loader zeroes that tail, on a copy", (0, "copied"), _ZEROED, "flags")
+@equal("tail-zeroed", "The loader zeroes that tail, on a copy", (0, "private page"), _ZEROED, "flags")
 def _zeroed(seen: MappedSegments) -> tuple[int, str]:
-    return sum(map(bool, seen.tail)), seen.tail_state[1]
+    return sum(map(bool, seen.tail)), in_words([seen.tail_state[1]])
 
 
 _SNIPPET = """\
@@ -274,7 +275,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
     id="segments",
-    number=7,
+    number=8,
     title="From segments to mappings",
     claim="The PT_LOAD entries of a library decide every mapping of it.",
     surprise="One page of the file can be mapped twice, and the end of the data is zeroed by hand.",
@@ -307,6 +308,42 @@ CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
         _SNIPPET,
         _SNIPPET + "segment[100:] = bytes(PAGE - 100)\n",
         _check,
+        hints=(
+            "What is behind the first 100 bytes of the page, and what should be there?",
+            "The mapping is private: segment[100:] = bytes(PAGE - 100) zeroes the tail, and the file "
+            "stays as it is.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "Two segments meet in the middle of one page of the file. What does a loader do?",
+            (
+                Choice("It copies the page", "It need not: a page of a file can be mapped more than once."),
+                Choice(
+                    "It maps that page twice", "At two addresses, with two protections: each uses its part."
+                ),
+                Choice("It refuses the library", "Linkers do this to save room in the file."),
+            ),
+            1,
+            step="one file",
+        ),
+        Quiz(
+            "The file's part of the data ends inside a page, and bss begins there. What is in the "
+            "rest of that page?",
+            (
+                Choice(
+                    "Zeros, from the kernel",
+                    "Only what is past the end of the file is zeros. The file goes on.",
+                ),
+                Choice(
+                    "Whatever comes next in the file",
+                    "So the loader writes zeros over it, and the page is copied.",
+                ),
+                Choice("Nothing: it cannot be read", "It is part of a page that is mapped."),
+            ),
+            1,
+            step="the tail",
+        ),
+    ),
 )

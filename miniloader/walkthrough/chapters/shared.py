@@ -1,4 +1,4 @@
-"""Chapter 4: MAP_SHARED, between processes and with the file."""
+"""Chapter 5: MAP_SHARED, between processes and with the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import MAP_SHARED, PAGE_SIZE, PROT_READ
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, Statement
-from miniloader.walkthrough.mapping_views import MappingView, before_and_after
+from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
 from miniloader.walkthrough.step import ChapterStep
 from miniloader.walkthrough.workbench import Workbench
 
@@ -189,7 +189,7 @@ def _both_ways(talk: Talk) -> tuple[bool, str]:
 @_on_each("one-frame", "Both page tables point to the same frames", _ONE_CACHE, "flags")
 def _one_frame(talk: Talk) -> tuple[bool, str]:
     moved = ", other frames" if talk.same_frames is False else ""
-    return {*talk.states} == {"shared"} and not moved, ", ".join(sorted(set(talk.states))) + moved
+    return {*talk.states} == {"shared"} and not moved, in_words(talk.states) + moved
 
 
 @_on_each("not-copied", "A store copies nothing", "no page copied by a store", "flags")
@@ -234,7 +234,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[Talks]] = Chapter(
     id="shared",
-    number=4,
+    number=5,
     title="MAP_SHARED: talking through memory",
     claim="A write to a shared mapping is seen at once by all who map the file, and it is in the file.",
     surprise="pread sees the store before any msync: msync is about the disk, not about being seen.",
@@ -265,6 +265,35 @@ CHAPTER: Final[Chapter[Talks]] = Chapter(
         _SNIPPET,
         _SNIPPET.replace("MAP_PRIVATE", "MAP_SHARED"),
         _check,
+        hints=(
+            "Which flag decides whether others see a store?",
+            "MAP_PRIVATE keeps a store to oneself. MAP_SHARED does not.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "A stores a word into the mapping. What must B call to be told?",
+            (
+                Choice("msync", "That is for the disk."),
+                Choice("read", "It would do, and is not needed."),
+                Choice("Nothing: it loads", "Both page tables lead to one frame."),
+            ),
+            2,
+            step="a conversation",
+        ),
+        Quiz(
+            "Both programs end without msync or close. Is what they stored in the file?",
+            (
+                Choice("Yes", "The frame is the file's page in the page cache; the kernel writes it back."),
+                Choice("No", "The store was in the file at once: there is no buffer to lose."),
+                Choice(
+                    "Only if the machine is idle",
+                    "When it reaches the disk is open; what read(2) gives is not.",
+                ),
+            ),
+            0,
+            step="afterwards",
+        ),
+    ),
 )

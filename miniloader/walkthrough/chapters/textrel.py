@@ -163,7 +163,11 @@ def _only_words(seen: RelocatedCode) -> Finding:
 @claim("every-page-differs", "One address makes a whole page differ from the file")
 def _every_page(seen: RelocatedCode) -> Finding:
     expected = f"each of {len(seen.differ)} pages of code differs from the file"
-    return Finding(all(seen.differ) and bool(seen.differ), expected, f"{sum(seen.differ)} do")
+    return Finding(
+        all(seen.differ) and bool(seen.differ),
+        expected,
+        f"{sum(seen.differ)} of {len(seen.differ)} pages differ",
+    )
 
 
 @claim("code-private", "Each page of code is a frame of each process's own", "flags")
@@ -225,7 +229,7 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
     number=11,
     title="When sharing breaks: text relocations",
     claim="Code that is not position-independent is written by the loader, and so copied in each process.",
-    surprise="The same matrix as in chapter 9, and all code is private: eight bytes cost a page.",
+    surprise="The same matrix as in chapter 10, and all code is private: eight bytes cost a page.",
     claims=(_refused, _only_words, _every_page, _private, _pss, _file),
     question=Quiz(
         "Each of 4 pages of code holds one address that the loader must fill in. 4 processes load it. How "
@@ -244,7 +248,7 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
         "any write to a private mapping; from then on it is this process's own, and cannot be dropped from "
         "memory and read again from the file.",
         "Writable code is a risk as well, so many systems forbid it. The cure is -fPIC: the addresses move "
-        "to the GOT, a few pages of data (chapter 8).",
+        "to the GOT, a few pages of data (chapter 9).",
     ),
     sources=("System V gABI, chapter 5, DT_TEXTREL", "gcc(1), -fPIC", "ld(1), -z text"),
     exercise=Exercise(
@@ -255,6 +259,35 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
             "library, CODE * PAGE + 8 * number, address)",
         ),
         _check,
+        hints=(
+            "A page is copied when something on it is written. Where should the addresses stand?",
+            "Page 8 is data: put them all there, 8 bytes apart, at CODE * PAGE + 8 * number.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "The library is mapped, and each process reads it. Is its code shared?",
+            (
+                Choice(
+                    "Yes: it is only read so far",
+                    "What is not position-independent about it has not been used yet.",
+                ),
+                Choice("No: it has text relocations", "They have not been carried out."),
+                Choice("Only the first page", "Nothing has been written to any of them."),
+            ),
+            0,
+            step="touched",
+        ),
+        Quiz(
+            "The loader writes 8 bytes into each page of code. What is still shared of it?",
+            (
+                Choice("All but 8 bytes a page", "Memory is shared by the page."),
+                Choice("Nothing", "One byte that is written copies the page."),
+                Choice("All: it is code", "It was made writable, and written."),
+            ),
+            1,
+            step="relocated",
+        ),
+    ),
 )

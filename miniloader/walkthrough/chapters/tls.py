@@ -318,6 +318,32 @@ CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
         _SNIPPET,
         _SNIPPET.replace("class Visits:\n", "class Visits(threading.local):\n"),
         _check,
+        hints=(
+            "One object for all threads, or one for each?",
+            "class Visits(threading.local): then each thread begins with the template's count.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "Two threads call one function that returns ++visits. How many variables are there?",
+            (
+                Choice("One", "Then the second thread would go on counting where the first has left off."),
+                Choice("Two", "Each thread has a block of its own, made from the template."),
+                Choice("Three: the template counts", "The template is only copied from. No code uses it."),
+            ),
+            1,
+            step="visited",
+        ),
+        Quiz(
+            "Another thread begins now, when the others have counted. What does it begin with?",
+            (
+                Choice("1000", "Its block is made from the template, and nobody has written there."),
+                Choice("1003", "That is another thread's variable."),
+                Choice("0", "The template says 1000."),
+            ),
+            0,
+            step="a thread more",
+        ),
+    ),
 )

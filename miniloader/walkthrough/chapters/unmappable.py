@@ -1,4 +1,4 @@
-"""Chapter 6: what cannot be mapped."""
+"""Chapter 7: what cannot be mapped."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def _check(names: dict[str, Any]) -> Answer:
 
 CHAPTER: Final[Chapter[MmapAnswers]] = Chapter(
     id="unmappable",
-    number=6,
+    number=7,
     title="What cannot be mapped",
     claim="Pipes, sockets and terminals are streams: they have no pages to map.",
     surprise="A TCP socket can be mapped: the kernel can show received pages without copying them.",
@@ -302,6 +302,32 @@ CHAPTER: Final[Chapter[MmapAnswers]] = Chapter(
             '    memory = b""\n', "    memory = mmap.mmap(-1, 19)\n    memory[:] = os.read(reading, 19)\n"
         ),
         _check,
+        hints=(
+            "The bytes of a pipe are read once. Where could they be put, to be mapped?",
+            "Make an anonymous mapping of 19 bytes, and put what os.read(reading, 19) gives into it.",
+        ),
     ),
     run=_run,
+    later=(
+        Quiz(
+            "A file is opened read-only, and mapped MAP_PRIVATE with PROT_WRITE. What does mmap say?",
+            (
+                Choice("EACCES", "That is for MAP_SHARED: a private write never reaches the file."),
+                Choice("It is mapped", "Writes go to copies, so the right to read is enough."),
+                Choice("EPERM", "That is what a seal says."),
+            ),
+            1,
+            step="rights",
+        ),
+        Quiz(
+            "A file has 100 bytes. Page 16 of it is mapped, and touched. What happens?",
+            (
+                Choice("mmap fails", "mmap does not ask how long the file is."),
+                Choice("It reads zeros", "Only the rest of the last page is zeros."),
+                Choice("SIGBUS at the touch", "The mapping is there, and the file has no such page."),
+            ),
+            2,
+            step="beyond the",
+        ),
+    ),
 )
