@@ -1,4 +1,4 @@
-"""``miniloader inspect``: what a shared object's file says, and which calls will map it."""
+"""``miniloader inspect``: what an ELF file says, and which calls will map it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from miniloader.errors import UsageError
 
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage
+    from miniloader.elf.kinds.archive import Archive
+    from miniloader.elf.kinds.linker_script import LinkerScript
     from miniloader.lab.check.bindings import SymbolBinding
     from miniloader.loader.beside_glibc.host import HostListing
 
@@ -19,9 +21,13 @@ HELP = "show what the file says, and the mmap calls that will map it"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The library, and which of the long lists to show."""
+    """The file, and which of the long lists to show."""
     parser.add_argument(
-        "library", metavar="LIB", nargs="?", help="a path, or a name such as libz.so.1; of any machine"
+        "library",
+        metavar="LIB",
+        nargs="?",
+        help="a path, or a name such as libz.so.1; of any machine. A library, a program, an object file, a "
+        "core dump, an archive, one of its members ('libx.a(member.o)'), a linker script",
     )
     parser.add_argument("--symbols", action="store_true", help="list the dynamic symbols")
     parser.add_argument(
@@ -49,14 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the file; print it as JSON or for a person."""
     if arguments.library is None:
         return _reference(arguments)
-    from miniloader.elf import inspect
+    from miniloader.elf import ElfImage
+    from miniloader.elf.kinds.opening import open_file
     from miniloader.kernel.syscalls import PAGE_SIZE
 
     # What `load` would find in its process: later there is, too, what numpy has brought.
     present = _present() if arguments.search else None
-    image = inspect(_path(arguments.library))
+    image = open_file(_path(arguments.library))
     page_size = arguments.page_size or PAGE_SIZE
-    if arguments.json:
+    if not isinstance(image, ElfImage):
+        _show_other(image, arguments)
+    elif arguments.json:
         _print_json(image, page_size, arguments, present)
     else:
         _print(image, page_size, arguments, present)
@@ -84,6 +93,18 @@ def _present() -> HostListing | None:
     from miniloader.native.gate import lacks_for_loading
 
     return listing() if lacks_for_loading() is None else None
+
+
+def _show_other(held: Archive | LinkerScript, arguments: argparse.Namespace) -> None:
+    """An archive, or a linker script, of which there is one thing to show."""
+    from miniloader.report import inspect_kinds
+    from miniloader.report.json import dump
+    from miniloader.report.output import Output
+
+    if arguments.json:
+        dump(inspect_kinds.other_json(held))
+    else:
+        Output().show(inspect_kinds.other(held))
 
 
 def _path(name: str) -> str:

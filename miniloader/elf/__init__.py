@@ -9,8 +9,8 @@ with leaving_out("inspect", "pdb", "traceback"):  # by which dataclasses and pye
 
 from miniloader.elf.checks import Problem, problems_of
 from miniloader.elf.image import ElfImage, Tls, read_image
+from miniloader.elf.inspecting import inspect, kind_of
 from miniloader.elf.plan import LoadPlan, PlannedCall, PlannedMapping, Span
-from miniloader.elf.shared_object import inspect
 from miniloader.elf.source import Source
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Span",
     "Tls",
     "inspect",
+    "kind_of",
     "problems_of",
     "read_image",
 ]

@@ -20,7 +20,9 @@ PF_X: Final = 1
 PF_W: Final = 2
 PF_R: Final = 4
 _MOST_HEADERS: Final = 1 << 16  # bytes: load_elf_phdrs of the kernel's fs/binfmt_elf.c
-_MOST_SECTIONS: Final = 4096
+_MOST_CORE_HEADERS: Final = 1 << 18
+_MOST_SECTIONS: Final = 1 << 16
+LINK_IT: Final = "link it first: gcc -shared -o libNAME.so FILE.o; `miniloader inspect` shows what is in it"
 _SECTION_NAME: Final = 256
 _TYPES: Final = {
     "DYN": "a shared object",
@@ -97,7 +99,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Section:
-    """A section header.  ``allocated`` sections are in memory at ``vaddr``."""
+    """A section header.  ``allocated`` sections are in memory at ``vaddr``; ``flags`` are the SHF bits.
+
+    ``link`` and ``info`` are indices of other sections, by the type: a table's strings, what it relocates.
+    """
 
     index: int
     name: str
@@ -107,11 +112,20 @@ class Section:
     size: int
     entry_size: int
     allocated: bool
+    flags: int = 0
+    link: int = 0
+    info: int = 0
+    align: int = 0
 
     @property
     def end(self) -> int:
         """The vaddr after its last byte."""
         return self.vaddr + self.size
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file that it takes."""
+        return 0 if self.type == "SHT_NOBITS" else self.size
 
 
 @lru_cache(maxsize=8)
@@ -139,7 +153,9 @@ def read_header(source: Source) -> Header:
     name = source.name
     ident = source.read(0, min(16, source.size), "e_ident")
     if ident[:4] != b"\x7fELF":
-        raise ElfError(name, "magic", repr(ident[:4])[1:], r"'\x7fELF' (this is not an ELF file)")
+        from miniloader.elf.kinds.signature import not_elf
+
+        raise not_elf(source)
     if len(ident) < 16:
         raise ElfError(name, "e_ident", f"{len(ident)} bytes", "16 bytes")
     if ident[4] not in (1, 2):
@@ -172,24 +188,34 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     layout = record(header.elf_class, header.order, "Phdr", header.machine)
     size = layout.size
     if header.phnum == 0 and header.type == "REL":
-        raise ElfError(source.name, "e_type", header.described_type, "ET_DYN, a shared object")
+        raise ElfError(source.name, "e_type", header.described_type, "ET_DYN, a shared object", hint=LINK_IT)
     if header.phnum == 0:
         raise ElfError(source.name, "e_phnum", "0", "at least one program header")
-    if header.phnum == _PN_XNUM:
+    number, most = header.phnum, _MOST_HEADERS // size
+    if header.type == "CORE":  # one header for each mapping of a process
+        number, most = _core_headers(source, header), _MOST_CORE_HEADERS
+    elif number == _PN_XNUM:
         raise ElfError(source.name, "e_phnum", "PN_XNUM", "fewer than 65535 program headers")
-    most = _MOST_HEADERS // size
-    if header.phnum > most:
+    if number > most:
         expected = f"at most {most}: Linux maps no file with more"
-        raise ElfError(source.name, "e_phnum", str(header.phnum), expected)
+        raise ElfError(source.name, "e_phnum", str(number), expected)
     if header.phentsize != size:
         raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
-    table = source.read(header.phoff, size * header.phnum, "program headers")
+    table = source.read(header.phoff, size * number, "program headers")
     names = _SEGMENT_TYPES | (_MIPS_SEGMENT_TYPES if header.machine == "MIPS" else {})
     rows = layout.rows(table, "type", "flags", "offset", "vaddr", "filesz", "memsz", "align")
     return tuple(
         Segment(index, names.get(kind) or layout.label("type", kind), protection(flags), *extent)
         for index, (kind, flags, *extent) in enumerate(rows)
     )
+
+
+def _core_headers(source: Source, header: Header) -> int:
+    """How many program headers a core dump has: more than 65534 are counted in the first section header."""
+    if header.phnum != _PN_XNUM:
+        return header.phnum
+    layout = record(header.elf_class, header.order, "Shdr", header.machine)
+    return int(layout.row(source.read(header.shoff, layout.size, "section headers"), "info"))
 
 
 def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
@@ -214,7 +240,9 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
         names = source.read(offset, length, "section names")
     except ElfError:
         return ()
-    rows = layout.rows(table, "name", "type", "addr", "offset", "size", "entsize", "flags")
+    rows = layout.rows(
+        table, "name", "type", "addr", "offset", "size", "entsize", "flags", "link", "info", "addralign"
+    )
     return tuple(
         Section(
             index=index,
@@ -225,8 +253,13 @@ def read_sections(source: Source, header: Header) -> tuple[Section, ...]:
             size=size,
             entry_size=entry_size,
             allocated=bool(flags & _ALLOC),
+            flags=flags,
+            link=link,
+            info=info,
+            align=align,
         )
-        for index, (name, kind, vaddr, offset, size, entry_size, flags) in enumerate(rows)
+        for index, (name, kind, vaddr, offset, size, entry_size, flags, *others) in enumerate(rows)
+        for link, info, align in [others]
     )
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
 
-__all__ = ["ElfImage", "Tls", "notes_in", "read_image"]
+__all__ = ["ElfImage", "Tls", "notes_in", "numbered_notes", "read_image"]
 
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
@@ -346,12 +346,19 @@ def notes_in(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, str, 
     [(b'GNU\\x00', 'NT_GNU_BUILD_ID', b'\\x01#')]
     """
     layout = record(64, order, "Nhdr")  # which is the same in 32-bit files
+    for name, kind, description in numbered_notes(data, order, align):
+        yield name, layout.label("type", kind), description
+
+
+def numbered_notes(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes, int, bytes]]:
+    """Name, number of the type and description of each note, as :func:`notes_in`."""
+    layout = record(64, order, "Nhdr")
     size, place = layout.size, 0
     while place + size <= len(data):
         name_size, length, kind = layout.row(data, "namesz", "descsz", "type", at=place)
         name_end = place + size + name_size
         start = -(-name_end // align) * align
-        yield data[place + size : name_end], layout.label("type", kind), data[start : start + length]
+        yield data[place + size : name_end], kind, data[start : start + length]
         place = -(-(start + length) // align) * align
 
 

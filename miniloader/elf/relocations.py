@@ -58,13 +58,22 @@ _ENUMS: Final = {
     "S390": "ENUM_RELOC_TYPE_S390X",
     "LOONGARCH": "ENUM_RELOC_TYPE_LOONGARCH",
 }
-# pyelftools has no table for RISC-V; these are the dynamic kinds of its psABI, table 3.
+# pyelftools has no table for RISC-V; these are the kinds of its psABI, table 3: dynamic ones, and from 16 on
+# those of object files.
 _RISCV: Final = dict(
     enumerate(
         "NONE 32 64 RELATIVE COPY JUMP_SLOT TLS_DTPMOD32 TLS_DTPMOD64 TLS_DTPREL32 TLS_DTPREL64 "
         "TLS_TPREL32 TLS_TPREL64 TLSDESC".split()
     )
-) | {58: "IRELATIVE"}
+) | dict(
+    enumerate(
+        "BRANCH JAL CALL CALL_PLT GOT_HI20 TLS_GOT_HI20 TLS_GD_HI20 PCREL_HI20 PCREL_LO12_I PCREL_LO12_S "
+        "HI20 LO12_I LO12_S TPREL_HI20 TPREL_LO12_I TPREL_LO12_S TPREL_ADD ADD8 ADD16 ADD32 ADD64 SUB8 SUB16 "
+        "SUB32 SUB64 GNU_VTINHERIT GNU_VTENTRY ALIGN RVC_BRANCH RVC_JUMP RVC_LUI GPREL_I GPREL_S TPREL_I "
+        "TPREL_S RELAX SUB6 SET6 SET8 SET16 SET32 32_PCREL IRELATIVE".split(),
+        16,
+    )
+)
 # Dynamic kinds that pyelftools lacks or calls something else; the names are the psABIs' and binutils'.
 _AMENDED: Final[Mapping[str, Mapping[int, str]]] = {
     "X86_64": {38: "R_X86_64_RELATIVE64"},
@@ -75,7 +84,8 @@ _AMENDED: Final[Mapping[str, Mapping[int, str]]] = {
         1031: "R_AARCH64_TLSDESC",
         1032: "R_AARCH64_IRELATIVE",
     },
-    "PPC": {68: "R_PPC_DTPMOD32", 73: "R_PPC_TPREL32", 78: "R_PPC_DTPREL32", 248: "R_PPC_IRELATIVE"},
+    "PPC": {68: "R_PPC_DTPMOD32", 73: "R_PPC_TPREL32", 78: "R_PPC_DTPREL32", 248: "R_PPC_IRELATIVE"}
+    | {249: "R_PPC_REL16", 250: "R_PPC_REL16_LO", 251: "R_PPC_REL16_HI", 252: "R_PPC_REL16_HA"},
     "PPC64": {247: "R_PPC64_JMP_IREL"},
     "LOONGARCH": {13: "R_LARCH_TLS_DESC32", 14: "R_LARCH_TLS_DESC64"},
     "RISCV": {code: f"R_RISCV_{name}" for code, name in _RISCV.items()},

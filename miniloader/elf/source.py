@@ -35,13 +35,13 @@ _KINDS: Final = {
 
 
 class Source:
-    """An open, readable ELF image: ``size`` bytes from ``start`` on of descriptor ``fd``.
+    """An open, readable ELF image: ``size`` bytes from ``start`` on of descriptor ``fd``, by default all.
 
     The descriptor belongs to the source and is closed with it.  ``name`` is for messages, ``identity``
     is the file's device and inode.
     """
 
-    def __init__(self, fd: int, name: str, start: int = 0) -> None:
+    def __init__(self, fd: int, name: str, start: int = 0, size: int | None = None) -> None:
         """Adopt ``fd``; it is closed here when it is no regular file, or cannot be read."""
         try:
             status = os.fstat(fd)
@@ -55,15 +55,17 @@ class Source:
             fault = ("file", _KINDS.get(stat.S_IFMT(status.st_mode), "no file"), "a regular file")
         elif start < 0 or start > status.st_size:
             fault = ("offset", f"{start}", f"at most the file's size, {status.st_size} bytes")
-        elif status.st_size == start:
+        elif status.st_size == start or size == 0:
             fault = ("file", "0 bytes", "an ELF file")
+        elif size is not None and start + size > status.st_size:
+            fault = ("size", f"{size} bytes", f"at most {status.st_size - start}, which the file has there")
         if fault is not None:
             os.close(fd)
             raise ElfError(name, *fault)
         self.fd = fd
         self.name = name
         self.start = start
-        self.size = status.st_size - start
+        self.size = status.st_size - start if size is None else size
         self.identity = (status.st_dev, status.st_ino)
         self._head = head[: self.size]
         self._closer = weakref.finalize(self, os.close, fd)
@@ -88,8 +90,8 @@ class Source:
         return cls(fd, name)
 
     @classmethod
-    def from_fd(cls, fd: int, *, name: str | None = None, start: int = 0) -> Source:
-        """The file behind ``fd`` (duplicated; yours stays open), from byte ``start`` on.
+    def from_fd(cls, fd: int, *, name: str | None = None, start: int = 0, size: int | None = None) -> Source:
+        """The file behind ``fd`` (duplicated; yours stays open), ``size`` bytes from ``start`` on.
 
         ``start`` must be a multiple of the page size for the image to be mapped.
         """
@@ -97,7 +99,7 @@ class Source:
             copy = os.dup(fd)
         except OSError as error:
             raise LoadError(f"descriptor {fd}: {error.strerror}") from None
-        return cls(copy, name or f"descriptor {fd}", start)
+        return cls(copy, name or f"descriptor {fd}", start, size)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, name: str = "bytes in memory") -> Source:

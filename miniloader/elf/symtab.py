@@ -20,7 +20,9 @@ def read_symtab(image: ElfImage) -> SymbolTable:
     """The symbols of ``.symtab``; none where the file has no usable one.  They have no versions."""
     dtype = symbol_dtype(image.header.elf_class, image.header.order)
     table = next((section for section in image.sections if section.type == "SHT_SYMTAB"), None)
-    names = next((section for section in image.sections if section.name == ".strtab"), None)
+    names = None
+    if table is not None and table.link < len(image.sections):
+        names = image.sections[table.link]
     nothing = SymbolTable(np.empty(0, dtype), b"", None, np.empty(0, np.uint16))
     if table is None or names is None:
         return nothing

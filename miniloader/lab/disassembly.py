@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from miniloader.elf import kind_of
+from miniloader.errors import ElfError
 from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import Library
@@ -63,6 +65,9 @@ def _slots_of(instructions: Sequence[Instruction]) -> tuple[Slot, ...]:
 def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = None) -> Disassembly:
     """Disassemble what ``name`` says: from the file, or from memory when it is loaded as ``library``."""
     image = landmarks.image
+    kind = kind_of(image)
+    if kind.name == "debug-only":
+        raise ElfError(image.path, "sections", kind.words, "code", hint=kind.instead)
     processor = processor_of(image)
     span = locate(landmarks, name)
     readable = any(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
+from miniloader.elf.checks import refuse_other_types
 from miniloader.elf.symbols import SHN_ABS, STB_GNU_UNIQUE, STT_GNU_IFUNC
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
@@ -91,6 +92,7 @@ def prepare(
     store.sweep()
     name = find_path(path)
     image = inspect(name)
+    refuse_other_types(image)
     build_id = image.build_id
     if build_id is None:
         raise LoadError(f"{name}: has no build-id to know it by", hint="link it with -Wl,--build-id")

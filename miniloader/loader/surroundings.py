@@ -274,7 +274,7 @@ def find_path(path: str | os.PathLike[str]) -> str:
     found = find_here(name).path
     if found is not None:
         return found
-    if os.path.exists(name):
+    if os.path.exists(name) or os.path.exists(name[: name.find("(")]):  # or a member of an archive
         return os.path.join(os.curdir, name)
     meant = offered(_called_like(name)) or "give its path"
     raise LoadError(f"{name}: no library of that name where the system looks for one", hint=meant)
@@ -304,11 +304,12 @@ def _stem(name: str) -> str:
 
 
 def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
-    """Read the shared object ``path`` (a bare name is searched as :func:`find_path` does): nothing is mapped,
+    """Read the ELF file ``path``: a library (a bare name is searched as :func:`find_path` does), a program,
+    an object file, a core dump; ``libx.a(member.o)`` is a member of an archive.  Nothing is mapped,
     nothing is run, any machine will do.
 
-    Raises :class:`ElfError` when the file is no ELF shared object or its headers make no sense; what else
-    is wrong with it :func:`miniloader.elf.checks.problems_of` lists.
+    Raises :class:`ElfError` when the file is no ELF file or its headers make no sense; what else is wrong
+    with a library :func:`miniloader.elf.checks.problems_of` lists.
     """
     return elf.inspect(path if isinstance(path, Source) else find_path(path))
 

@@ -96,8 +96,13 @@ def disassemble(landmarks: Landmarks, span: CodeRange, code: bytes | None = None
 def _target(
     landmarks: Landmarks, span: CodeRange, instruction: _Decoded, reference: Reference | None
 ) -> Landmark | None:
-    if landmarks.image.dynamic.text_relocations:
+    image = landmarks.image
+    if image.header.type == "REL" or image.dynamic.text_relocations:
         slot = landmarks.slot_at(instruction.effect.vaddr, len(instruction.octets))
+        if slot is not None and image.header.type == "REL":
+            taken = reference is not None and reference.address_taken
+            end = instruction.effect.vaddr + len(instruction.octets)
+            return landmarks.linked(slot, end, address_taken=taken)
         if slot is not None:  # what the file holds there is not what will run
             return Landmark("relocation", landmarks.meaning(slot), slot.vaddr, slot)
     stub = landmarks.stub_at(instruction.effect.vaddr)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -40,6 +41,7 @@ _FUNCTIONS: Final = (STT_FUNC, STT_GNU_IFUNC)
 _SHN_LORESERVE: Final = 0xFF00
 _MOST_ENCLOSING: Final = 256  # symbols that may begin inside another before it is not found any more
 _MOST_STRING: Final = 256
+_RELATIVE: Final = re.compile(r"_(PC|PLT|GOTPC)")
 _HIGHEST: Final = np.uint64(2**64 - 1)
 #: What the names of relocation kinds end in that fill slots of the GOT, whatever the processor.
 _GOT_KINDS: Final = ("GLOB_DAT", "JUMP_SLOT", "JMP_SLOT", "IRELATIVE", "TLSDESC", "TLS_DESC")
@@ -49,7 +51,8 @@ _GOT_KINDS: Final = ("GLOB_DAT", "JUMP_SLOT", "JMP_SLOT", "IRELATIVE", "TLSDESC"
 class Slot:
     """A word that a relocation fills when the library is loaded.
 
-    ``symbol`` and ``version`` say what with; where there is no symbol, the vaddr ``addend`` does.
+    ``symbol`` and ``version`` say what with; where there is no symbol, the vaddr ``addend`` does.  In an
+    object file ``defined_at`` is the vaddr of a symbol that it defines itself.
     """
 
     vaddr: int
@@ -57,6 +60,7 @@ class Slot:
     symbol: str | None
     version: str | None
     addend: int
+    defined_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ class Landmarks:
 
     @cached_property
     def tables(self) -> tuple[SymbolTable, SymbolTable]:
-        """The dynamic symbols, and those of ``.symtab``."""
-        return self.image.symbols, read_symtab(self.image)
+        """The dynamic symbols, and those of ``.symtab``; the latter twice where the file is not linked."""
+        symbols = self.image.symbols
+        return symbols, symbols if self.image.header.type == "REL" else read_symtab(self.image)
 
     def symbol(self, name: str, version: str | None = None) -> CodeSymbol | None:
         """The defined symbol ``name``: a dynamic one, else one of ``.symtab``."""
@@ -236,11 +241,32 @@ class Landmarks:
         index = int(row["symbol"])
         if index == 0:
             return Slot(vaddr, kind, None, None, addend)
-        version = self.image.symbols.version(index)
-        name = self.image.symbols.name(index)
+        symbols = self.image.symbols
+        version, name = symbols.version(index), symbols.name(index)
+        if self.image.header.type == "REL":
+            place = int(symbols.rows["shndx"][index])
+            if not name and place < len(self.image.sections):  # of a section
+                name = self.image.sections[place].name
+            defined_at = int(symbols.rows["value"][index]) if 0 < place < _SHN_LORESERVE else None
+            return Slot(vaddr, kind, name, None, addend, defined_at)
         return Slot(
             vaddr, kind, name, version.name if version is not None and not version.base else None, addend
         )
+
+    def linked(self, slot: Slot, end: int, *, address_taken: bool) -> Landmark:
+        """What an instruction of an object file, which ends at ``end``, will refer to by ``slot``.
+
+        Addends of what is relative to the program counter allow on x86 for where that will be.
+        """
+        distance = slot.addend
+        if self.image.header.machine in ("X86_64", "386") and _RELATIVE.search(slot.relocation):
+            distance += end - slot.vaddr
+        if slot.defined_at is not None:
+            place = self.at(slot.defined_at + distance, address_taken=address_taken)
+            if place is not None:
+                return Landmark(place.kind, place.name, place.vaddr, slot)
+        name = slot.symbol or self.meaning(slot)
+        return Landmark("relocation", f"{name}{distance:+#x}" if distance else name, slot.vaddr, slot)
 
     def _word(self, vaddr: int) -> int:
         """What the file holds in the word at ``vaddr``; 0 where nothing of it is in the file."""

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from miniloader.elf import ElfImage, PlannedCall
+from miniloader.elf import ElfImage, PlannedCall, PlannedMapping, kind_of
+from miniloader.elf.kinds.file_kind import KINDS_OF_FILE, FileKind
+from miniloader.elf.kinds.program import kernel_calls, kernel_mappings
 from miniloader.errors import ElfError
 from miniloader.json_schema import (
     COUNT,
@@ -27,6 +29,7 @@ from miniloader.json_schema import (
     words,
 )  # fmt: skip
 from miniloader.report import bindings, search, symbols
+from miniloader.report import inspect_kinds as kinds
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Rule
@@ -62,14 +65,16 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
 
     ``calls`` are :meth:`miniloader.elf.LoadPlan.calls`: ``start`` is a vaddr, ``flags`` are the names of
     mmap's, ``protection`` and ``file_offset`` are ``null`` in a call that has none.  ``class`` is 32 or 64.
-    ``tls`` is ``null`` or ``{vaddr, filesz, memsz, align}``.  A problem has the keys
-    ``rule, severity, field, found, expected``.  ``dynamic`` has a row for each entry of the dynamic section
-    and each of its flags: see :class:`miniloader.elf.asked.Asked`.
+    ``kind`` is a name of :data:`miniloader.elf.kinds.file_kind.KINDS_OF_FILE`; of a program ``plan`` and
+    ``calls`` are the kernel's.  ``tls`` is ``null`` or ``{vaddr, filesz, memsz, align}``.  A problem has the
+    keys ``rule, severity, field, found, expected``.  ``dynamic`` has a row for each entry of the dynamic
+    section and each of its flags: see :class:`miniloader.elf.asked.Asked`.
     """
     from miniloader.elf.asked import asked_for
     from miniloader.elf.checks import problems_of
 
-    plan = readable(lambda: image.plan(page_size), None)
+    kind = kind_of(image)
+    mappings, calls = readable(lambda: _planned(image, kind, page_size), ((), ()))
     defined, undefined = readable(lambda: symbol_counts(image), (0, 0))
     return {
         "path": image.path,
@@ -77,11 +82,14 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
         "class": image.header.elf_class,
         "byte_order": image.header.byte_order,
         "type": type_name(image),
+        "kind": kind.name,
+        "interpreter": readable(lambda: image.interpreter, None),
+        "entry": image.header.entry,
         "soname": readable(lambda: image.soname, None),
         "build_id": image.build_id,
         "segments": [_without(asdict(segment), "index") for segment in image.segments],
-        "plan": [asdict(mapping) for mapping in plan.mappings] if plan else [],
-        "calls": [_call(call) for call in plan.calls()] if plan else [],
+        "plan": [asdict(mapping) for mapping in mappings],
+        "calls": [_call(call) for call in calls],
         "dynamic": readable(lambda: [asdict(asked) for asked in asked_for(image)], []),
         "needed": list(readable(lambda: image.needed, ())),
         "runpath": list(readable(lambda: image.runpath, ())),
@@ -89,7 +97,20 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
         "symbols": {"defined": defined, "undefined": undefined},
         "tls": asdict(image.tls) if image.tls else None,
         "problems": [asdict(problem) for problem in problems_of(image)],
+        **kinds.of_kind(image, kind),
     }
+
+
+def _planned(
+    image: ElfImage, kind: FileKind, page_size: int
+) -> tuple[tuple[PlannedMapping, ...], tuple[PlannedCall, ...]]:
+    """The mappings and calls by which a file of its kind comes into memory; none where it does not."""
+    if kind.is_program:
+        return kernel_mappings(image, page_size), kernel_calls(image, page_size)
+    if kind.name in ("object", "core", "debug-only"):
+        return (), ()
+    plan = image.plan(page_size)
+    return plan.mappings, plan.calls()
 
 
 def _call(call: PlannedCall) -> dict[str, Any]:
@@ -145,6 +166,7 @@ _CALL: Final = record(
 )
 _IMAGE: Final = record(
     {"path": TEXT, "machine": TEXT, "type": TEXT, "soname": nullable(TEXT), "build_id": nullable(HEX)},
+    {"kind": {"enum": [*KINDS_OF_FILE]}, "interpreter": nullable(TEXT), "entry": COUNT},
     {"class": {"enum": [32, 64]}, "byte_order": words("little big")},
     {"segments": array(record(
         {"type": TEXT, "flags": PROTECTION}, keys(COUNT, "file_offset vaddr filesz memsz align")
@@ -165,8 +187,12 @@ _IMAGE: Final = record(
         "checks": array(record(_RULE, {"outcome": TEXT, "problems": array(_PROBLEM)})),
         "search": search.SCHEMA,
         "bindings": bindings.ROWS_SCHEMA,
+        **kinds.KEYS,
     },
 )  # fmt: skip
 
-SCHEMA: Final = either(_IMAGE, record({"checks": array(record(_RULE))}))
-"""What ``inspect --json`` prints: :func:`to_json`, or :func:`rules_json` where no file is named."""
+SCHEMA: Final = either(
+    _IMAGE, kinds.ARCHIVE_SCHEMA, kinds.SCRIPT_SCHEMA, record({"checks": array(record(_RULE))})
+)
+"""What ``inspect --json`` prints: :func:`to_json`, what :mod:`miniloader.report.inspect_kinds` makes of what
+is no image, or :func:`rules_json` where no file is named."""

@@ -9,12 +9,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf import ElfImage, LoadPlan, kind_of
 from miniloader.elf.asked import TABLE, asked_for
-from miniloader.elf.checks import RULES, Problem, outcomes, problems_of
+from miniloader.elf.checks import RULES, Problem, applying, outcomes, problems_of
+from miniloader.elf.kinds.file_kind import FileKind
+from miniloader.elf.kinds.program import kernel_calls
 from miniloader.elf.symbols import GnuHash
 from miniloader.errors import ElfError, printable
+from miniloader.machine.names_at import Landmarks
 from miniloader.report import inspect as say
+from miniloader.report import inspect_kinds as kinds
 from miniloader.report import ribbons
 from miniloader.report.numbers import PROTECTION_STYLES, count, level, size
 from miniloader.report.symbols import symbol_list
@@ -33,21 +37,31 @@ def page(image: ElfImage, page_size: int, drawing: int, width: int | None) -> It
 
     A part that cannot be read says so in its place.
     """
+    kind = kind_of(image)
     yield from overview(image)
-    parts: tuple[tuple[str, Callable[[], Iterator[Part]]], ...] = (
-        ("Segments", lambda: _segments(image, page_size, drawing)),
-        ("Load plan", lambda: _load_plan(image, page_size, width)),
-        ("Dynamic section", lambda: _dynamic(image)),
-        ("Relocations", lambda: _relocations(image, page_size, drawing)),
-    )
-    for title, part in parts:
+    parts: dict[str, Callable[[], Iterator[Part]]] = {
+        "Segments": lambda: _segments(image, page_size, drawing),
+        "Load plan": lambda: _load_plan(image, page_size, width),
+        "Dynamic section": lambda: _dynamic(image),
+        "Relocations": lambda: _relocations(image, page_size, drawing),
+    }
+    if kind.is_program:
+        parts["Load plan"] = lambda: _kernel_plan(image, kind, page_size, width)
+        if image.segment("PT_DYNAMIC") is None:
+            del parts["Relocations"], parts["Dynamic section"]
+    elif kind.name in ("object", "debug-only"):
+        parts = {"Sections": lambda: kinds.sections(image)}
+    elif kind.name == "core":
+        parts = {"Core dump": lambda: kinds.core(image)}
+    for title, part in parts.items():
         yield ()
         try:
             yield from list(part())
         except ElfError as error:
             yield heading(title, f"cannot be read: {_fault(error)}")
-    yield ()
-    yield from _problems(image)
+    if applying(image):
+        yield ()
+        yield from _problems(image, kind)
 
 
 def _fault(fault: ElfError | Problem) -> str:
@@ -57,24 +71,31 @@ def _fault(fault: ElfError | Problem) -> str:
 # ------------------------------------------------------------------------------------------- overview
 def overview(image: ElfImage) -> Iterator[Part]:
     """What kind of file it is, and what the dynamic linker is told."""
-    header = image.header
+    header, kind_of_file = image.header, kind_of(image)
     kind = (
         f"{header.elf_class}-bit {header.byte_order} endian {say.machine_name(image)}, "
         f"{say.type_name(image)}, {size(image.source.size)}"
     )
     yield ((printable(image.path), "bold"),)
+    linked = kind_of_file.name in ("library", "program", "pie", "other")
     facts: list[tuple[str, Callable[[], str | None]]] = [
         ("file", lambda: kind),
+        ("kind", lambda: None if kind_of_file.name == "library" else kind_of_file.words),
+        ("interpreter", lambda: image.interpreter if kind_of_file.is_program else None),
+        ("entry", lambda: _entry(image) if kind_of_file.is_program else None),
+        ("stack", lambda: _stack(image) if kind_of_file.is_program else None),
         ("soname", lambda: image.soname),
         ("build-id", lambda: image.build_id),
         ("needed", lambda: " ".join(image.needed)),
         ("RUNPATH", lambda: ":".join(image.runpath)),
         ("RPATH", lambda: ":".join(image.rpath)),
         ("TLS", lambda: _tls(image)),
-        ("symbols", lambda: _symbol_counts(image)),
-        ("binding", lambda: _binding(image)),
+        ("symbols", lambda: _symbol_counts(image) if linked or kind_of_file.name == "object" else None),
+        ("binding", lambda: _binding(image) if linked else None),
     ]
-    always = ("soname", "build-id", "needed")
+    always = ("soname", "build-id", "needed") if kind_of_file.name == "library" else ()
+    if kind_of_file.name in ("object", "core", "debug-only"):
+        facts = [fact for fact in facts if fact[0] in ("file", "kind", "build-id", "symbols")]
     shown = [(name, _fact(read)) for name, read in facts]
     yield pairs(((name, said or ("none", "dim")) for name, said in shown if said or name in always), indent=2)
 
@@ -96,8 +117,19 @@ def _tls(image: ElfImage) -> str | None:
 
 def _symbol_counts(image: ElfImage) -> str:
     defined, undefined = say.symbol_counts(image)
-    by = {GnuHash: "GNU hash", type(None): "no hash table"}.get(type(image.symbols.hash), "SysV hash")
-    return f"{defined:,} defined, {undefined:,} undefined; {by}"
+    by = {GnuHash: "; GNU hash", type(None): "; no hash table"}.get(type(image.symbols.hash), "; SysV hash")
+    return f"{defined:,} defined, {undefined:,} undefined{'' if image.header.type == 'REL' else by}"
+
+
+def _entry(image: ElfImage) -> str:
+    place = Landmarks(image).at(image.header.entry)
+    return f"{image.header.entry:#x}" + (f", {place.name}" if place is not None else ", outside the image")
+
+
+def _stack(image: ElfImage) -> str:
+    if image.segment("PT_GNU_STACK") is None:
+        return "no PT_GNU_STACK: " + ("executable" if image.executable_stack else "not executable")
+    return "executable" if image.executable_stack else "not executable"
 
 
 def _binding(image: ElfImage) -> str:
@@ -128,6 +160,20 @@ def _load_plan(image: ElfImage, page_size: int, width: int | None) -> Iterator[P
     remarks = width is None or width >= _ROOMY
     rows: list[list[Cell]] = [
         [(call.step, "dim"), call.text(), *([(call.why, "dim")] if remarks else [])] for call in plan.calls()
+    ]
+    yield Table((), rows, 2)
+
+
+def _kernel_plan(image: ElfImage, kind: FileKind, page_size: int, width: int | None) -> Iterator[Part]:
+    """What the kernel maps where as it starts the program, and what its linker or itself does then."""
+    calls = kernel_calls(image, page_size)
+    fixed = kind.name in ("program", "static-program")
+    about = "at its own vaddrs" if fixed else "base is where the kernel puts it"
+    yield heading("Load plan", f"how the kernel maps it: {about}")
+    remarks = width is None or width >= _ROOMY
+    rows: list[list[Cell]] = [
+        [(call.step, "dim"), call.text(0 if fixed else None), *([(call.why, "dim")] if remarks else [])]
+        for call in calls
     ]
     yield Table((), rows, 2)
 
@@ -241,14 +287,16 @@ def _runs(plan: LoadPlan, written: NDArray[np.uint64]) -> Iterator[tuple[int, in
 _STYLES: Final = {"error": "red", "warning": "yellow"}
 
 
-def _problems(image: ElfImage) -> Iterator[Part]:
+def _problems(image: ElfImage, kind: FileKind) -> Iterator[Part]:
     """What is wrong with the file."""
     problems = problems_of(image)
     if not problems:
-        yield heading("Problems", f"none: {len(RULES)} rules hold (--checks lists them)")
+        yield heading("Problems", f"none: {len(applying(image))} rules hold (--checks lists them)")
         return
     errors = any(problem.severity == "error" for problem in problems)
     verdict = "this file cannot be loaded" if errors else "it can be loaded all the same"
+    if kind.is_program:
+        verdict = "it may not start" if errors else "it starts all the same"
     yield heading("Problems", f"{len(problems)}: {verdict}")
     rows = [((problem.severity, _STYLES[problem.severity]), _fault(problem)) for problem in problems]
     yield Table((), rows, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fixtures.mutate import map_of
 from miniloader.cli import main
 from miniloader.elf import Source, read_image
 from miniloader.elf import dynamic as dt
-from miniloader.elf.checks import RULES, outcomes
+from miniloader.elf.checks import RULES, outcomes, refuse_other_types
 from miniloader.errors import ElfError
 
 PREBUILT = sorted((HERE / "prebuilt").glob("*.so"))
@@ -178,11 +179,17 @@ def test_headers_that_make_a_file_unreadable(path: Path) -> None:
 
 def test_the_type_of_the_file() -> None:
     editor = Editor(build("demo").read_bytes())
+    good = bytes(editor.data)
     editor.field("header", 0, 16, 2)
-    assert broken(bytes(editor.data)) == {"file-type"}
+    program = bytes(editor.data)
     editor.field("header", 0, 16, 3)
-    assert not broken(bytes(editor.data))
     editor.entry(dt.DT_FLAGS_1, dt.DF_1_PIE)
+    for data, refused in ((good, ""), (program, "ET_EXEC"), (bytes(editor.data), "DF_1_PIE")):
+        assert not broken(data)  # a program is nothing wrong, but no library
+        image = read_image(Source.from_bytes(data))
+        with pytest.raises(ElfError, match=refused) if refused else nullcontext():
+            refuse_other_types(image)
+    editor.field("header", 0, 16, 5)  # of no type that there is
     assert broken(bytes(editor.data)) == {"file-type"}
 
 

@@ -18,7 +18,16 @@ from miniloader.elf.checks.rule import Fault, Problem, Rule
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
 
-__all__ = ["RULES", "Problem", "Rule", "outcomes", "problems_of", "refuse_other_types", "refuse_problems"]
+__all__ = [
+    "RULES",
+    "Problem",
+    "Rule",
+    "applying",
+    "outcomes",
+    "problems_of",
+    "refuse_other_types",
+    "refuse_problems",
+]
 
 RULES: Final[tuple[Rule, ...]] = tuple(
     value
@@ -42,9 +51,20 @@ def _broken(rule: Rule, image: ElfImage) -> Iterator[Problem]:
         yield Problem(rule.name, "error", error.field, error.found, error.expected)
 
 
+def applying(image: ElfImage) -> tuple[Rule, ...]:
+    """The rules that apply to a file of its kind: all to a library, but those of what is linked to others."""
+    from miniloader.elf.kinds.file_kind import kind_of
+
+    kind = kind_of(image)
+    if kind.is_program:
+        left_out = (headers.file_type, *((headers.dynamic_section,) if kind.is_static else ()))
+        return tuple(rule for rule in RULES if rule not in left_out)
+    return () if kind.name in ("object", "core", "debug-only") else RULES
+
+
 def outcomes(image: ElfImage) -> Iterator[tuple[Rule, tuple[Problem, ...]]]:
-    """Every rule, and where the file breaks it (``()``: it holds)."""
-    for rule in RULES:
+    """Every rule that applies, and where the file breaks it (``()``: it holds)."""
+    for rule in applying(image):
         yield rule, tuple(_broken(rule, image))
 
 
@@ -73,4 +93,14 @@ def refuse_other_types(image: ElfImage) -> None:
 def _refuse(image: ElfImage, rules: Sequence[Rule]) -> None:
     for rule in rules:
         for problem in _broken(rule, image):
-            raise ElfError(image.path, problem.field, problem.found, problem.expected)
+            raise _refusal(image, problem)
+
+
+def _refusal(image: ElfImage, problem: Problem) -> ElfError:
+    """The error for a problem; of a file that is no library it says what to use instead."""
+    from miniloader.elf.kinds.file_kind import kind_of
+
+    kind = kind_of(image)
+    if kind.name == "debug-only":
+        return ElfError(image.path, "sections", kind.words, "a shared object", hint=kind.instead)
+    return ElfError(image.path, problem.field, problem.found, problem.expected, hint=kind.instead)

@@ -1,0 +1,1 @@
+"""What kind of file it is: programs, libraries, object files, cores, archives, linker scripts."""
