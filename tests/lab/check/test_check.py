@@ -17,6 +17,7 @@ import pytest
 import miniloader
 from miniloader.elf.symbols import sysv_hash
 from miniloader.errors import UsageError
+from miniloader.lab.check.bindings import bindings
 from miniloader.lab.check.check import Checker
 from miniloader.lab.check.releases import limit_of
 from miniloader.lab.check.rules import LOAD_RULES
@@ -215,6 +216,27 @@ def test_weak_references_are_no_fault(tmp_path: Path, open_each: OpenEach) -> No
     library = compile_library(tmp_path / "libweak.so", source)
     assert miniloader.check(library).loads
     assert open_each([library])[str(library)] == "loads"
+
+
+@pytest.mark.parametrize("option", ["-f", "-F"])
+@pytest.mark.parametrize("filtee", ["libimpl.so", "libnone.so"])
+def test_a_filtee_comes_before_its_filter(
+    option: str, filtee: str, tmp_path: Path, open_each: OpenEach
+) -> None:
+    compile_library(tmp_path / "libimpl.so", "int value(void) { return 2; }", "-Wl,-soname,libimpl.so")
+    own = "int value(void) { return 1; } int call(void) { return value(); }"
+    front = compile_library(tmp_path / "front.so", own, f"-Wl,{option},{filtee}", "-Wl,-rpath,$ORIGIN")
+    verdict = open_each([front])[str(front)] == "loads"
+    checked = Checker().check(str(front))
+    assert checked.loads is verdict
+    assert [problem.kind for problem in checked.problems if problem.severity == "error"] == (
+        [] if verdict else ["missing-library"]
+    )
+    if filtee == "libimpl.so":
+        (value,) = bindings(Checker().situation(str(front)), "value")
+        assert (value.provider, value.also) == (str(tmp_path / "libimpl.so"), (str(front),))
+        served = f"import ctypes; print(ctypes.CDLL({str(front)!r}).call())"
+        assert subprocess.check_output([sys.executable, "-c", served]) == b"2\n"
 
 
 def test_interposition_says_who_wins(tmp_path: Path) -> None:
