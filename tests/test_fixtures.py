@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,10 @@ def test_the_committed_loops_are_what_their_sources_make(machine: str, tmp_path:
         needed = elf.get_section_by_name(".gnu.version_r").iter_versions()
         versions = {version.name for _, every in needed for version in every}
         assert elf.get_machine_arch() == NAMES[machine]
-    assert versions <= {"x86_64": {"GLIBC_2.2.5", "GLIBC_2.14"}, "aarch64": {"GLIBC_2.17"}}[machine]
+    assert (
+        versions <= {"x86_64": {"GLIBC_2.2.5", "GLIBC_2.4", "GLIBC_2.14"}, "aarch64": {"GLIBC_2.17"}}[machine]
+    )
+    assert _properties(loops) == {"x86_64": "IBT, SHSTK", "aarch64": "BTI, PAC"}[machine]
     committed = shape(loops)
     assert committed.needed <= {"libc.so.6"}
     if shutil.which(compiler) is None:
@@ -71,6 +75,14 @@ def test_the_committed_loops_are_what_their_sources_make(machine: str, tmp_path:
             f"this machine lacks {committed.compiler!r}: the code could not be compared, its names were"
         )
     assert loops.read_bytes() == (tmp_path / "rebuilt.so").read_bytes()
+
+
+def _properties(path: Path) -> str:
+    """What the file promises of where its jumps lead, as readelf says it."""
+    command = ["readelf", "-nW", path]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"feature: (.+)", said)
+    return match[1].strip() if match else ""
 
 
 COMMITTED = {("demo", machine): how.prebuilt for machine, how in build.MACHINES.items()}

@@ -11,7 +11,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import (
@@ -24,10 +24,8 @@ from miniloader.elf.dynamic import (
     DT_PREINIT_ARRAY,
     DT_PREINIT_ARRAYSZ,
 )
-from miniloader.errors import LoadError
-from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
-from miniloader.machine.stub_code import call_each
+from miniloader.native import unlocked
 from miniloader.native.gate import glibc_version
 
 __all__ = [
@@ -41,14 +39,12 @@ __all__ = [
 
 _CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
-#: The functions, how many, and what each is called with.
-_CALL_EACH: Final = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
-)
+#: Nothing comes back; the functions, how many, and what each is called with.
+_CALL_EACH: Final = None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 _libc: Final = ctypes.CDLL(None)
 _WORD: Final = 8
 _NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
-_MANY: Final = 100  # constructors from which on code of our own calls them
+_MANY: Final = 100  # constructors from which on C calls them: ctypes takes half a microsecond for each
 #: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
 _CLOSED_FIRST: Final = glibc_version() >= (2, 39)
 
@@ -116,28 +112,14 @@ def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | Non
     """
     count, argv = _arguments()
     arguments = ctypes.c_int(count), ctypes.c_void_p(argv), ctypes.c_void_p.in_dll(_libc, "environ")
-    at_once = _call_each() if tell is None and len(addresses) > _MANY else None
-    if at_once is not None:
-        at_once((ctypes.c_uint64 * len(addresses))(*addresses), len(addresses), *arguments)
+    if tell is None and len(addresses) > _MANY:
+        call_each = unlocked("call_each", *_CALL_EACH)
+        call_each((ctypes.c_uint64 * len(addresses))(*addresses), len(addresses), *arguments)
         return
     for address in addresses:
         if tell is not None:
             tell(address)
         _CONSTRUCTOR(address)(*arguments)
-
-
-@lru_cache(maxsize=1)
-def _call_each() -> Any:
-    """What calls many functions, each of which would take ctypes half a microsecond; it stays mapped.
-
-    ``None`` where no page may become executable.
-    """
-    try:
-        stub = CodePage()
-        stub.fill(call_each())
-    except LoadError:
-        return None
-    return _CALL_EACH(stub.address)
 
 
 def run_destructor(address: int) -> None:

@@ -1,8 +1,8 @@
 """Lazy binding: PLT slots that find their function when they are first called.
 
-The slot of each function first points back into its PLT entry, which pushes its relocation's index and
-jumps to PLT0; that goes through ``GOT[2]`` to a few instructions of ours, which call Python and jump to what
-it answers.  Source: the AMD64 psABI, section 5.2.
+The slot of each function first points back into the PLT, which tells which it is and goes through ``GOT[2]``
+to a few instructions of ours (``lazy.c`` of :mod:`miniloader.native`): they call Python and jump to what it
+answers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.tables import Table
 from miniloader.errors import MiniloaderError
 from miniloader.kernel.cpuinfo import features
-from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.memory import Memory
-from miniloader.machine.stub_code import lazy_trampoline
+from miniloader.native import address_of, gate
 
 __all__ = ["Slots"]
 
 _CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
 _errno: Final = ctypes.CDLL(None).__errno_location
 _errno.restype = ctypes.POINTER(ctypes.c_int)
+
+
+def _trampoline() -> str:
+    """Which of lazy.c's suits this processor."""
+    known = features()
+    plain = gate.processor() == "x86_64" and known is not None and "xsave" not in known
+    return "bind_lazily_without_xsave" if plain else "bind_lazily"
 
 
 class Slots:
@@ -43,20 +49,15 @@ class Slots:
         self._name = image.path
         self._got = image.dynamic.tags.get(DT_PLTGOT, 0)
         self._callback: Any = _CALLBACK(self._bind)
-        self._stub = CodePage()
 
     def connect(self) -> None:
-        """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is the dynamic linker's own."""
+        """Have PLT0 come to us: it jumps through ``GOT[2]``; ``GOT[1]`` is ours to have a function in."""
         # Not ctypes.cast: it has the callback refer to itself, a circle that close() could not break.
         function = ctypes.c_void_p.from_buffer(self._callback).value
-        processor = features()
-        self._stub.fill(lazy_trampoline(function or 0, xsave=processor is None or "xsave" in processor))
-        address = self._stub.address
-        self._memory.write(self._got + 8, array("Q", [address, address]))
+        self._memory.write(self._got + 8, array("Q", [function or 0, address_of(_trampoline())]))
 
     def close(self) -> None:
         """Give back what was made; the slots must not be used any more."""
-        self._stub.unmap()
         self._callback = None  # it refers to this object: a circle
 
     def _bind(self, index: int) -> int:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import compress
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import FUNCTION_ARRAYS
@@ -26,7 +26,7 @@ from miniloader.loader.scope import Bindings
 from miniloader.loader.spans import open_names, readable, refuse, writable
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.relocation import KINDS, Kind
-from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address
+from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address, unlocked
 
 __all__ = ["Relocation", "call_resolver", "refuse_unbound"]
 
@@ -210,12 +210,9 @@ def _too_far(image: ElfImage, vaddr: int, value: int) -> LoadError:
     return LoadError(f"{where}: {found}", hint="what it refers to is too far away; rebuild it with -fPIC")
 
 
-_RESOLVER: Final = ctypes.CFUNCTYPE(ctypes.c_uint64)
-
-
 def call_resolver(address: int) -> int:
-    """The function that the IFUNC resolver at ``address`` chooses (on x86-64 it takes no argument)."""
-    return int(_RESOLVER(address)())
+    """The function that the IFUNC resolver at ``address`` chooses; it is told of the processor."""
+    return int(unlocked("choose", ctypes.c_uint64, ctypes.c_uint64)(address))
 
 
 def _by_turns(names: MappedSymbols, bindings: Bindings, late: bytearray) -> list[dict[int, None]]:

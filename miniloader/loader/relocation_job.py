@@ -6,7 +6,6 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, Final
 
@@ -19,8 +18,8 @@ from miniloader.native import (
     JobStructure,
     Stopped,
     buffer_address,
-    functions,
     run,
+    unlocked,
 )
 
 __all__ = ["RelocationJob", "Row", "kinds_table", "resolve"]
@@ -34,12 +33,8 @@ Row = tuple[int, int, int, int]
 
 def resolve(addresses: array[int], places: array[int]) -> None:
     """Replace the resolvers at ``places`` by what they choose; Python's lock is free meanwhile."""
-    _resolve()(buffer_address(addresses), buffer_address(places), len(places))
-
-
-@lru_cache(maxsize=1)
-def _resolve() -> Any:
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * 3)(("resolve", functions()))
+    call = unlocked("resolve", None, *[ctypes.c_uint64] * 3)
+    call(buffer_address(addresses), buffer_address(places), len(places))
 
 
 def kinds_table(kinds: Mapping[int, Kind]) -> bytearray:

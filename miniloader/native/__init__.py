@@ -5,7 +5,10 @@ one of them takes in Python, or numpy for each pass over all of them, is a hundr
 So these loops are C, and nothing else is: which libraries there are, in which order, by which rules is
 Python's to say.  They work where the library lies in memory, as ld.so does: nothing is copied.
 
-They are compiled once, for x86-64 and aarch64, and lie beside this file (``python -m fixtures.build --loops``
+Beside them is what must not wait for Python, or what Python cannot do: ``lazy.c``, ``fault.c``, ``calls.c``,
+``debugger.c``.
+
+All of it is compiled once, for x86-64 and aarch64, and lie beside this file (``python -m fixtures.build --loops``
 makes them anew, and a test compares).  ``loops.h`` has the structures; they are declared here again, field
 by field.  This module opens the compiled loops and knows of nothing above it: the tables they work on are
 composed in :mod:`miniloader.loader.symbol_lookup` and :mod:`miniloader.loader.relocation_job`.
@@ -36,10 +39,12 @@ __all__ = [
     "Reason",
     "Stopped",
     "SymbolsStructure",
+    "address_of",
     "buffer_address",
     "copy",
     "functions",
     "run",
+    "unlocked",
 ]
 
 #: What is met while names are looked up: a need that nobody fulfils, unique symbols, IFUNCs.
@@ -114,7 +119,7 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
-        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13)),
+        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
     ):
         function = getattr(library, name, None)
         if function is None:
@@ -123,6 +128,22 @@ def functions() -> ctypes.PyDLL:
             )
         function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64
     return library
+
+
+@lru_cache(maxsize=16)
+def unlocked(name: str, restype: Any, *argtypes: Any) -> Any:
+    """A function of the compiled code that runs code of libraries: Python's lock is free meanwhile.
+
+    >>> hex(unlocked("thread_pointer", ctypes.c_uint64)())[:2]
+    '0x'
+    """
+    return ctypes.CFUNCTYPE(restype, *argtypes)(address_of(name))
+
+
+@lru_cache(maxsize=32)
+def address_of(name: str) -> int:
+    """Where a function, or an object, of the compiled code is in this process."""
+    return ctypes.cast(getattr(functions(), name), ctypes.c_void_p).value or 0
 
 
 def buffer_address(data: Any) -> int:

@@ -95,13 +95,6 @@ int64_t gather(
     GUARDED(copy_rows(job, type, copies, count, used, symbols));
 }
 
-/* Call resolvers, in the order of the places of their addresses, and put what they choose there. */
-void resolve(uint64_t *addresses, const int64_t *places, uint64_t count)
-{
-    for (uint64_t i = 0; i < count; i++)
-        addresses[places[i]] = ((uint64_t(*)(void))addresses[places[i]])();
-}
-
 /* Whether a word that gets the load bias leads where it has to: constructors and destructors into code. */
 static bool leads(const Job *job, uint64_t vaddr, uint64_t value)
 {

@@ -11,34 +11,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from miniloader.kernel.maps import Vma
-from miniloader.loader.beside_glibc.code_page import CodePage
-from miniloader.machine.stub_code import note_fault
+from miniloader.native import functions
 from miniloader.native.gate import lacks_for_loading
 
 __all__ = ["FaultRecord"]
 
-_FAULTS: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-_WORDS: Final = struct.Struct("<qqQQQQ")  # as note_fault() has them
+_WORDS: Final = struct.Struct("<qqQQQQ")  # as native/fault.c has them
 _WRITE, _FETCH = 2, 16  # bits of a page fault's error code
 _STACK: Final = 1 << 16  # bytes for the handler: a stack that has overflown is of no use to it
-_SA_SIGINFO, _SA_ONSTACK, _SA_RESETHAND = 4, 0x08000000, 0x80000000
-
-
-class _Sigaction(ctypes.Structure):
-    """glibc's ``struct sigaction``."""
-
-    _fields_ = (
-        ("handler", ctypes.c_void_p),
-        ("mask", ctypes.c_byte * 128),
-        ("flags", ctypes.c_uint),
-        ("restorer", ctypes.c_void_p),
-    )
-
-
-class _Stack(ctypes.Structure):
-    """``stack_t``."""
-
-    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 class FaultRecord:
@@ -55,16 +35,9 @@ class FaultRecord:
         if lacks_for_loading() is not None:
             return
         record = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        code = CodePage()
-        code.fill(note_fault(record))
         self._stack = mmap.mmap(-1, _STACK)
-        place = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
-        libc = ctypes.CDLL(None)
-        libc.sigaltstack(ctypes.byref(_Stack(place, 0, _STACK)), None)
-        flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESETHAND
-        action = _Sigaction(code.address, (ctypes.c_byte * 128)(), flags, None)
-        for number in _FAULTS:
-            libc.sigaction(number, ctypes.byref(action), None)
+        stack = ctypes.addressof(ctypes.c_char.from_buffer(self._stack))
+        functions().note_faults(record, stack, _STACK)
 
     def told(self, code: int | None, mappings: Sequence[Vma]) -> str:
         """What follows "was killed by SIGSEGV": the address, the function and the library; "" for nothing.

@@ -1,8 +1,7 @@
 """gdb's JIT interface: a debugger that is attached, or comes later, sees what ld.so does not know.
 
 gdb looks for two symbols in every library of the process: a list of symbol files in memory, and a function
-that it stops at when the list changes.  They have to be in a file that gdb can read, so a small library with
-nothing else is made of bytes and opened with dlopen(3), the first time that somebody asks.
+that it stops at when the list changes.  The loader's own compiled code has them (``debugger.c``).
 
 The symbol file of a library has no contents: its sections, where they are in memory, its symbols, and a link
 to the library's file (or, by its build id, to separate debug information), from which gdb takes the lines.
@@ -21,39 +20,21 @@ from typing import Final
 
 from miniloader.arrays import np
 from miniloader.elf import ElfImage, Source
-from miniloader.elf.dynamic import (
-    DT_HASH,
-    DT_NULL,
-    DT_SONAME,
-    DT_STRSZ,
-    DT_STRTAB,
-    DT_SYMENT,
-    DT_SYMTAB,
-)
 from miniloader.elf.header import Segment
-from miniloader.elf.layout import DYN, SYM
+from miniloader.elf.layout import SYM
 from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STB_LOCAL, STT_FUNC, STT_GNU_IFUNC, STT_OBJECT
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
 from miniloader.elf.writer import (
     NewSection,
     build_id_note,
-    dynamic_section,
-    hash_table,
-    program_header,
     shared_object,
 )
-from miniloader.errors import LoadError
-from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader.beside_glibc import host
-from miniloader.loader.beside_glibc.tls_carrier import open_bytes
+from miniloader.native import address_of
 
 __all__ = ["Registered", "file_of", "register", "symbol_file"]
 
 _REGISTER, _UNREGISTER = 1, 2
-_FUNCTION: Final = b"__jit_debug_register_code"
-_DESCRIPTOR: Final = b"__jit_debug_descriptor"
-_SONAME: Final = b"miniloader-gdb"
 _ALLOC: Final = {"r": 2, "rw": 3, "rx": 6, "rwx": 7}  # SHF_ALLOC, SHF_WRITE, SHF_EXECINSTR
 
 
@@ -197,50 +178,5 @@ def _build_id(digits: str) -> NewSection:
 @lru_cache(maxsize=1)
 def _interface() -> tuple[_Descriptor, int]:
     """The list, and the address of the function that gdb stops at; both stay as long as the process."""
-    try:
-        handle, _ = open_bytes(os.fsdecode(_SONAME), _helper())
-    except OSError as error:
-        raise LoadError(
-            f"opening the library from which gdb learns what is loaded: {error.strerror}"
-        ) from None
-    function, descriptor = (host.symbol_address(handle, name) for name in (_FUNCTION, _DESCRIPTOR))
-    assert function is not None
-    assert descriptor is not None
+    function, descriptor = map(address_of, ("__jit_debug_register_code", "__jit_debug_descriptor"))
     return _Descriptor.from_address(descriptor), function
-
-
-def _helper() -> bytes:
-    """A library with the two symbols: a page of code, a page of data."""
-    strings = b"\0" + b"\0".join([_FUNCTION, _DESCRIPTOR, _SONAME]) + b"\0"
-    code = b"\xf3\x0f\x1e\xfa\xc3"  # endbr64; ret
-    descriptor = bytes(_Descriptor(1))
-    hashes = hash_table(3, 2)
-    hash_at, symbols_at, strings_at, code_at = 0x200, 0x240, 0x300, 0x400
-    descriptor_at, dynamic_at = PAGE_SIZE, PAGE_SIZE + 0x40
-    symbols = b"".join((
-        bytes(SYM.size),
-        SYM.pack(name=strings.index(_FUNCTION), info=0x12, shndx=4, value=code_at, size=len(code)),
-        SYM.pack(
-            name=strings.index(_DESCRIPTOR), info=0x11, shndx=5, value=descriptor_at, size=len(descriptor)
-        ),
-    ))  # fmt: skip
-    entries = (
-        (DT_SONAME, strings.index(_SONAME)), (DT_HASH, hash_at), (DT_STRTAB, strings_at),
-        (DT_SYMTAB, symbols_at), (DT_STRSZ, len(strings)), (DT_SYMENT, SYM.size), (DT_NULL, 0),
-    )  # fmt: skip
-    dynamic = dynamic_section(entries)
-    segments = (
-        program_header("PT_LOAD", "r-x", 0, code_at + len(code), align=PAGE_SIZE),
-        program_header("PT_LOAD", "rw-", PAGE_SIZE, dynamic_at + len(dynamic) - PAGE_SIZE, align=PAGE_SIZE),
-        program_header("PT_DYNAMIC", "rw-", dynamic_at, len(dynamic), align=8),
-        program_header("PT_GNU_STACK", "rw-", 0, 0, align=16),  # not executable
-    )
-    sections = (
-        NewSection(".hash", "SHT_HASH", _ALLOC["r"], hash_at, len(hashes), hashes, 2, 4),
-        NewSection(".dynsym", "SHT_DYNSYM", _ALLOC["r"], symbols_at, len(symbols), symbols, 3, SYM.size, 1),
-        NewSection(".dynstr", "SHT_STRTAB", _ALLOC["r"], strings_at, len(strings), strings),
-        NewSection(".text", "SHT_PROGBITS", _ALLOC["rx"], code_at, len(code), code),
-        NewSection(".data", "SHT_PROGBITS", _ALLOC["rw"], descriptor_at, len(descriptor), descriptor),
-        NewSection(".dynamic", "SHT_DYNAMIC", _ALLOC["rw"], dynamic_at, len(dynamic), dynamic, 3, DYN.size),
-    )
-    return shared_object(sections, segments)

@@ -11,7 +11,6 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Final
 
 from miniloader.arrays import np
@@ -34,10 +33,8 @@ from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable,
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError, LoadError
 from miniloader.forking import cached_property
-from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.symbol_lookup import MappedSymbols
-from miniloader.machine.stub_code import collect
-from miniloader.native import Stopped
+from miniloader.native import Stopped, address_of, unlocked
 from miniloader.native.gate import require_loading
 from miniloader.values import dataclass
 
@@ -67,7 +64,6 @@ _PHDR: Final = PHDR.packing
 _USED_AND_SIZE: Final = struct.Struct("<QQ")
 _START: Final = _USED_AND_SIZE.size
 _SYM: Final = SYM.packing
-_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc: Final = ctypes.CDLL(None)
 
 
@@ -86,13 +82,11 @@ _dlsym: Final = _declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ch
 _dlvsym: Final = _declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
 _dlerror: Final = _declared("dlerror", ctypes.c_char_p)
 _dlinfo: Final = _declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-_pthread_self: Final = _declared("pthread_self", ctypes.c_void_p)
 
 
 def thread_pointer() -> int:
-    """The calling thread's thread pointer: on glibc, what pthread_self(3) returns (x86-64, aarch64: see
-    their psABIs for where TLS blocks lie from it)."""
-    return int(_pthread_self())
+    """The calling thread's thread pointer: see the psABIs for where its storage lies from it."""
+    return int(unlocked("thread_pointer", ctypes.c_uint64)())
 
 
 def open_host(name: str, *, load: bool) -> int | None:
@@ -383,7 +377,7 @@ def listing() -> HostListing:
 
 
 def _collected() -> tuple[bytearray, int]:
-    """A buffer of records (see :func:`miniloader.machine.stub_code.collect`), and where the last one ends."""
+    """A buffer of records (see ``collect`` in native/calls.c), and where the last one ends."""
     while True:
         room, used = _collect_into(_room[0])
         if used <= len(room):
@@ -395,7 +389,7 @@ def _collect_into(size: int) -> tuple[bytearray, int]:
     """The first records, as many as fit into ``size`` bytes; and where the last one of all would end."""
     room = bytearray(size)
     _USED_AND_SIZE.pack_into(room, 0, _START, size)
-    _iterate(_collector(), ctypes.addressof(ctypes.c_char.from_buffer(room)))
+    _iterate(address_of("collect"), ctypes.addressof(ctypes.c_char.from_buffer(room)))
     return room, _USED_AND_SIZE.unpack_from(room)[0]
 
 
@@ -403,34 +397,6 @@ def _counts(room: bytearray) -> tuple[int, int]:
     """How many libraries have been loaded, and unloaded; zeros if not even the first record fits."""
     _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
     return adds, subs
-
-
-@lru_cache(maxsize=1)
-def _collector() -> Any:
-    """The callback that copies.
-
-    glibc's lock is held while it runs.  A callback in Python waits for the interpreter, which a thread that
-    imports an extension module has, and that one waits for the lock: so it is for where no page may become
-    executable.
-    """
-    try:
-        stub = CodePage()
-        stub.fill(collect())
-    except LoadError:
-        return _CALLBACK(_collect)
-    return stub.address
-
-
-def _collect(info: int, _size: int, room: int) -> int:
-    used, size = _USED_AND_SIZE.unpack(ctypes.string_at(room, _USED_AND_SIZE.size))
-    record = ctypes.string_at(info, _INFO.size)
-    _, name, table, count, *_ = _INFO.unpack(record)
-    record += ctypes.string_at(table, count * _PHDR.size) + ctypes.string_at(name) + b"\0"
-    record += bytes(-len(record) % 8)
-    ctypes.c_uint64.from_address(room).value = used + len(record)
-    if used + len(record) <= size:
-        ctypes.memmove(room + used, record, len(record))
-    return 0
 
 
 def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibrary:

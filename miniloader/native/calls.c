@@ -1,0 +1,66 @@
+/* What would take Python too long, or must not wait for it: calling many functions, resolvers, a callback of glibc's. */
+
+#define _GNU_SOURCE
+#include <link.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/auxv.h>
+
+/* Call constructors, which all get the same arguments. */
+void call_each(void (*const *functions)(int, void *, void *), uint64_t count, int argc, void *argv, void *envp)
+{
+    for (uint64_t i = 0; i < count; i++)
+        functions[i](argc, argv, envp);
+}
+
+/* The function that the resolver of an IFUNC chooses, called as ld.so calls it: glibc's sysdeps/ARCH/dl-irel.h and
+   sys/ifunc.h. */
+uint64_t choose(uint64_t resolver)
+{
+#if defined __aarch64__
+    enum { HWCAP3 = 29, HWCAP4 = 30 };
+    struct {
+        unsigned long size, hwcap, hwcap2, hwcap3, hwcap4;
+    } processor = {
+        sizeof processor, getauxval(AT_HWCAP), getauxval(AT_HWCAP2), getauxval(HWCAP3), getauxval(HWCAP4)};
+    const uint64_t has_structure = UINT64_C(1) << 62; /* _IFUNC_ARG_HWCAP */
+    return ((uint64_t(*)(uint64_t, const void *))resolver)(processor.hwcap | has_structure, &processor);
+#else
+    return ((uint64_t(*)(void))resolver)();
+#endif
+}
+
+/* Call resolvers, in the order of the places of their addresses, and put what they choose there. */
+void resolve(uint64_t *addresses, const int64_t *places, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        addresses[places[i]] = choose(addresses[places[i]]);
+}
+
+/* From where thread-local storage is counted, in the calling thread. */
+uint64_t thread_pointer(void)
+{
+    return (uint64_t)__builtin_thread_pointer();
+}
+
+typedef struct {
+    uint64_t used, size;
+} Room;
+
+/* A callback for dl_iterate_phdr(3), which copies what it is shown to the room that data points at.
+
+   The room begins with how much of it is used, and its size.  Each record is the struct dl_phdr_info, its program
+   headers and its name, up to a multiple of 8 bytes.  What does not fit is only counted.  glibc's lock is held
+   meanwhile: a callback in Python would wait for the interpreter, which a thread that imports a module may have. */
+int collect(struct dl_phdr_info *info, size_t size, void *data)
+{
+    Room *room = data;
+    size_t table = info->dlpi_phnum * sizeof *info->dlpi_phdr, name = strlen(info->dlpi_name) + 1, used = room->used;
+    (void)size;
+    room->used = used + (sizeof *info + table + name + 7) / 8 * 8;
+    if (room->used <= room->size) {
+        char *to = mempcpy((char *)room + used, info, sizeof *info);
+        memcpy(mempcpy(to, info->dlpi_phdr, table), info->dlpi_name, name);
+    }
+    return 0;
+}

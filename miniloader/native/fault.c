@@ -1,0 +1,75 @@
+/* Which fault has ended a process: a signal's handler notes it in memory that another process has, too. */
+
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdint.h>
+#include <unistd.h>
+
+enum { IS_WRITE = 2, IS_FETCH = 16 }; /* as x86's page faults say it: the kernel's asm/trap_pf.h */
+
+typedef struct { /* see lab/workers/fault.py */
+    int64_t number, code;
+    uint64_t address, instruction, how, back;
+} Fault;
+
+static Fault *record;
+
+#if defined __aarch64__
+#include <asm/sigcontext.h>
+
+/* Whether an access was a write, or the fetching of an instruction, by its syndrome: Arm ARM, ESR_EL1. */
+static uint64_t how_of(const ucontext_t *context)
+{
+    enum { FETCH_BELOW = 0x20, FETCH = 0x21, WRITE_NOT_READ = 1 << 6 };
+    const uint8_t *at = (const uint8_t *)context->uc_mcontext.__reserved;
+    const uint8_t *end = at + sizeof context->uc_mcontext.__reserved;
+    while (at + sizeof(struct esr_context) <= end) {
+        const struct _aarch64_ctx *head = (const void *)at;
+        if (!head->magic || head->size < sizeof *head)
+            break;
+        if (head->magic == ESR_MAGIC) {
+            uint64_t syndrome = ((const struct esr_context *)head)->esr, class = syndrome >> 26 & 63;
+            if (class == FETCH_BELOW || class == FETCH)
+                return IS_FETCH;
+            return syndrome & WRITE_NOT_READ ? IS_WRITE : 0;
+        }
+        at += head->size;
+    }
+    return 0;
+}
+#endif
+
+static void note(int number, siginfo_t *info, void *data)
+{
+    const ucontext_t *context = data;
+    Fault fault = {.number = number, .code = info->si_code, .address = (uint64_t)info->si_addr};
+#if defined __x86_64__
+    const greg_t *registers = context->uc_mcontext.gregs;
+    fault.instruction = (uint64_t)registers[REG_RIP];
+    fault.how = (uint64_t)registers[REG_ERR];
+    if (fault.how & IS_FETCH) /* of a jump to where nothing can be run: where it would have returned to */
+        fault.back = *(const uint64_t *)registers[REG_RSP];
+#elif defined __aarch64__
+    fault.instruction = context->uc_mcontext.pc;
+    fault.how = how_of(context);
+    fault.back = context->uc_mcontext.regs[30];
+#else
+    (void)context;
+#endif
+    *record = fault;
+    kill(getpid(), number); /* ends the process: the handler was for once */
+}
+
+/* From now on the first fault of this thread, in whatever code, is noted at a place, and ends the process as it would
+   have done.  A stack of its own (so many bytes from its start on) serves where the thread's has overflown. */
+void note_faults(Fault *place, void *start, uint64_t size)
+{
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    stack_t stack = {.ss_sp = start, .ss_size = size};
+    struct sigaction action = {.sa_sigaction = note, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    action.sa_flags |= (int)SA_RESETHAND;
+    record = place;
+    sigaltstack(&stack, NULL);
+    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigaction(faults[i], &action, NULL);
+}
