@@ -106,6 +106,9 @@ def problems_of_load(situation: Situation) -> tuple[LoadProblem, ...]:
 def malformed(situation: Situation) -> Iterator[LoadProblem]:
     """Files that break a rule, or are of a kind that is not opened by others."""
     for item in situation.new:
+        if situation.of_musl and item.uses.resolvers:
+            hint = f"{item.uses.resolvers:,} relocations of IFUNCs, which musl does not know"
+            yield LoadProblem(needed_by=item.path, hint=hint)
         for field, found, expected in item.faults:
             yield LoadProblem(needed_by=item.path, hint=f"{field}: found {found}, expected {expected}")
         if item is not situation.file and item.is_program:
@@ -205,9 +208,9 @@ def missing_library(situation: Situation) -> Iterator[LoadProblem]:
 def missing_version(situation: Situation) -> Iterator[LoadProblem]:
     """Versions that the library found does not have.  Source: glibc's elf/dl-version.c.
 
-    A library without any versions lacks none, and what is needed weakly may be missing.
+    A library without any versions lacks none, and what is needed weakly may be missing; musl asks for none.
     """
-    for item in situation.new:
+    for item in situation.new if not situation.of_musl else ():
         for index, file, version in item.needs:
             library = _lacking(situation, version)
             if library is None:
@@ -229,7 +232,7 @@ def missing_version(situation: Situation) -> Iterator[LoadProblem]:
 def _lacking(situation: Situation, version: Version | None) -> SharedObject | None:
     """The library that ought to define ``version`` and does not; None where nothing is wrong with it."""
     library = situation.closure.named.get(version.file or "") if version is not None else None
-    if library is None or version is None or version.weak or not library.defines:
+    if library is None or version is None or version.weak or not library.defines or situation.of_musl:
         return None
     return None if version.name in library.defines else library
 
@@ -259,9 +262,9 @@ def _defines(situation: Situation, path: str, version: str) -> bool:
 def abi_marker(situation: Situation) -> Iterator[LoadProblem]:
     """DT_RELR without GLIBC_ABI_DT_RELR.  Source: glibc's _dl_check_map_versions, since 2.36.
 
-    Only those that need versions, and that need libc.so themselves, are asked for it.
+    Only those that need versions, and that need libc.so themselves, are asked for it, and not by musl.
     """
-    for item in situation.new:
+    for item in situation.new if not situation.of_musl else ():
         needs = {version.name for _, _, version in item.needs}
         packed = DT_RELR in item.image.dynamic.tags and bool(needs)
         needs_libc = any(name.startswith("libc.so.") for name in item.image.needed)
@@ -285,7 +288,9 @@ def undefined_symbol(situation: Situation) -> Iterator[LoadProblem]:
             hint, providers = None, list[str]()
             if symbol in explained:
                 providers = definers(name, situation.scope)
-                if providers:
+                if providers and situation.of_musl:
+                    hint = "defined in the tree by an IFUNC, which musl does not know"
+                elif providers:
                     wanted = version.name if version else "none"
                     hint = f"defined in the tree, but not as version {wanted}"
                 else:
@@ -399,7 +404,11 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
     for item in reversed(situation.new):  # who is needed is relocated first
         for owner, may_fail in _static_owners(situation, item):
             tls = owner.image.tls
-            if tls is None or owner in placed:
+            if tls is None or owner in placed or (may_fail and situation.of_musl):
+                continue
+            if situation.of_musl:
+                hint = "musl has room for it only as a program starts"
+                yield LoadProblem(name=owner.path, needed_by=item.path, hint=hint)
                 continue
             first = tls.vaddr & (max(tls.align, 1) - 1)
             remainder = (free - tls.memsz - first) & ~(max(tls.align, 1) - 1)

@@ -115,6 +115,7 @@ class SymbolUses:
 
     All of them; those called through the PLT; those used in any other way; those of copy relocations, of
     static thread-local storage (0: the file's own block), of descriptors of thread-local storage.
+    ``resolvers`` counts relocations of IFUNCs without a symbol.
     """
 
     symbols: NDArray[np.int64]
@@ -123,12 +124,13 @@ class SymbolUses:
     copies: NDArray[np.int64]
     static_tls: NDArray[np.int64]
     tls_descriptors: NDArray[np.int64]
+    resolvers: int
 
 
 def symbol_uses(relocations: Relocations) -> SymbolUses:
     """What the ``relocations`` of a file look up."""
     kinds: dict[str, list[NDArray[np.int64]]] = {
-        name: [] for name in ("copy", "static", "descriptor", "call", "")
+        name: [] for name in ("copy", "static", "descriptor", "call", "resolver", "")
     }
     for table in relocations.tables:
         rows = table.behind_head
@@ -151,12 +153,15 @@ def symbol_uses(relocations: Relocations) -> SymbolUses:
         of("copy"),
         of("static"),
         of("descriptor"),
+        sum(map(len, kinds["resolver"])),
     )
 
 
 def _sort(kind: str) -> str:
     if kind.endswith("_COPY"):
         return "copy"
+    if kind.endswith("_IRELATIVE"):
+        return "resolver"
     if kind.endswith(("JUMP_SLOT", "JMP_SLOT")):
         return "call"
     if any(part in kind for part in _DESCRIPTORS):

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symbols import STB_WEAK
+from miniloader.elf.symbols import STB_WEAK, STT_GNU_IFUNC
 from miniloader.lab.check.closure import Closure
 from miniloader.lab.check.releases import Limit
 from miniloader.lab.check.shared_object import SharedObject, Shelf
@@ -71,10 +71,15 @@ class Situation:
         """The C library of the process, if it is glibc's."""
         return self.closure.named.get("libc.so.6")
 
+    @property
+    def of_musl(self) -> bool:
+        """Whether musl's dynamic linker does it, which knows neither versions nor IFUNCs."""
+        return self.surroundings.musl is not None
+
     @cached_property
     def unresolved(self) -> tuple[tuple[SharedObject, tuple[int, ...]], ...]:
         """What no object in scope defines: who refers to it, and its symbols; weak ones may be missing."""
-        found = ((item, unresolved(item, self.scope, self.served)) for item in self.new)
+        found = ((item, unresolved(item, self.scope, self.served, of_musl=self.of_musl)) for item in self.new)
         return tuple((item, symbols) for item, symbols in found if symbols)
 
 
@@ -85,30 +90,42 @@ def owners_of(
     own: int | None,
     *,
     plt_entries: bool = False,
+    versioned: bool = True,
 ) -> NDArray[np.void]:
     """What ``symbols`` of ``item`` are bound to in ``scope``: rows of
-    :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own`` and
+    :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own``, ``versioned`` and
     ``plt_entries`` are as in :func:`~miniloader.loader.symbol_lookup.look_up`."""
-    tables = [member.names for member in scope]
-    rows = look_up(
-        item.names, np.ascontiguousarray(symbols), tables, [0] * len(tables), own, plt_entries=plt_entries
-    ).rows
+    tables, wanted = [member.names for member in scope], np.ascontiguousarray(symbols)
+    how = {"versioned": versioned, "plt_entries": plt_entries}
+    rows = look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows
     return np.frombuffer(rows, DEFINITION)
 
 
-def unresolved(item: SharedObject, scope: Sequence[SharedObject], served: Served) -> tuple[int, ...]:
-    """The symbols of ``item`` that its relocations look up, that are not weak, and that nobody defines."""
+def unresolved(
+    item: SharedObject, scope: Sequence[SharedObject], served: Served, *, of_musl: bool = False
+) -> tuple[int, ...]:
+    """The symbols of ``item`` that its relocations look up, that are not weak, and that nobody defines.
+
+    ``of_musl``: as musl looks them up, which asks for no versions and passes over IFUNCs (``find_sym2`` of
+    its ldso/dynlink.c).
+    """
     before = served.get(item)
     if before is not None and before.issubset(scope):
         return ()
     wanted = item.uses.symbols
     strong = item.bind[wanted] != STB_WEAK
-    wanted = wanted[strong & (item.rows["shndx"][wanted] == 0)]
+    elsewhere = item.rows["shndx"][wanted] == 0
+    if of_musl:
+        elsewhere |= item.rows["info"][wanted] & 0xF == STT_GNU_IFUNC
+    wanted = wanted[strong & elsewhere]
     copies = item.uses.copies
     copies = copies[item.bind[copies] != STB_WEAK]
-    owners = owners_of(item, wanted, scope, scope.index(item))["owner"]
+    rows = owners_of(item, wanted, scope, scope.index(item), versioned=not of_musl)
+    owners = np.where((rows["info"] & 0xF == STT_GNU_IFUNC) & of_musl, -1, rows["owner"])
     beyond = [member for member in scope if member is not item]  # a copy is of what somebody else defines
-    sources = owners_of(item, copies, beyond, None)["owner"] if len(copies) else owners[:0]
+    sources = owners[:0]
+    if len(copies):
+        sources = owners_of(item, copies, beyond, None, versioned=not of_musl)["owner"]
     missing = np.concatenate([wanted[owners < 0], copies[sources < 0]])
     if not len(missing):
         served[item] = frozenset(scope[place] for place in set(owners.tolist())) | {

@@ -239,6 +239,37 @@ def test_a_filtee_comes_before_its_filter(
         assert subprocess.check_output([sys.executable, "-c", served]) == b"2\n"
 
 
+_OPENER = """
+#include <dlfcn.h>
+#include <stdio.h>
+int main(int count, char **words) { puts(dlopen(words[1], RTLD_NOW) ? "loads" : dlerror()); return 0; }
+"""
+_IFUNC = "static int one(void) { return 1; } static int (*pick(void))(void) { return one; }"
+OF_MUSL: dict[str, str] = {  # what musl's dynamic linker is given to open
+    "plain": "int f(void) { return 1; }",
+    "undefined": "int nope(void); int f(void) { return nope(); }",
+    "ifunc": _IFUNC + 'int f(void) __attribute__((ifunc("pick"))); int g(void) { return f(); }',
+    "resolver": _IFUNC + 'static int f(void) __attribute__((ifunc("pick"))); int g(void) { return f(); }',
+    "tls": '__attribute__((tls_model("initial-exec"))) static __thread int t = 3; int g() { return t++; }',
+    "version": "",
+}
+
+
+@pytest.mark.parametrize("kind", OF_MUSL)
+def test_the_verdict_inside_a_program_of_musl_is_musls(kind: str, tmp_path: Path) -> None:
+    if shutil.which("musl-gcc") is None:
+        pytest.skip("this machine lacks musl-gcc")
+    program = tmp_path / "opener"
+    subprocess.run(["musl-gcc", "-xc", "-", "-o", program], input=_OPENER, text=True, check=True)
+    if kind == "version":
+        library = missing_version(tmp_path)
+    else:
+        library = compile_library(tmp_path / "libof.so", OF_MUSL[kind], "-nostdlib")
+    said = subprocess.run([program, library], capture_output=True, text=True, check=True).stdout.strip()
+    assert Checker(within=str(program)).check(library).loads == (said == "loads"), said
+    assert (said == "loads") == (kind in ("plain", "version"))
+
+
 def test_interposition_says_who_wins(tmp_path: Path) -> None:
     (problem,) = miniloader.check(duplicate_symbol(tmp_path)).problems
     winner, loser = (os.fspath(tmp_path / name) for name in ("libone.so", "libtwo.so"))
