@@ -61,6 +61,25 @@ class ProcessMemory:
         data[~done] = 0
         return data, done
 
+    def read(self, address: int, length: int) -> bytes:
+        """The bytes there, fewer where the rest cannot be read; raises ProcessGone, or EvidenceError."""
+        data = bytearray(length)
+        return bytes(data[: self._read(memoryview(data), address)])
+
+    def words(self, addresses: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+        """So many words at each address, shape (addresses, number); zeroes where they cannot be read.
+
+        One by one: process_vm_readv(2) would take many at once, but pins pages, and so has the kernel copy
+        those that are shared since a fork (``FAULT_FLAG_UNSHARE``, 5.19).  Raises ProcessGone, or
+        EvidenceError.
+        """
+        words = np.zeros((len(addresses), number), np.uint64)
+        buffer = words.reshape(-1).view(np.uint8).data
+        length = number * 8
+        for start, address in zip(range(0, len(buffer), length), addresses.tolist(), strict=True):
+            self._read(buffer[start : start + length], address)
+        return words
+
     def _read(self, buffer: memoryview, address: int) -> int:
         try:
             count = os.preadv(self._fd, [buffer], address)

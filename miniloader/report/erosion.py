@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from miniloader.errors import printable
 from miniloader.report.numbers import size
-from miniloader.report.text import Line, Part, Table, heading, more
+from miniloader.report.text import Line, Part, Table, heading, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.result import Audit
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["eroded_rows", "erosion_view"]
 
 _MOST: Final = 8
+_MOST_TYPES: Final = 6
 
 
 def erosion_view(audit: Audit) -> Iterator[Part]:
@@ -45,9 +47,12 @@ def erosion_view(audit: Audit) -> Iterator[Part]:
     if len(rows) > _MOST:
         cells.append([f"… {more(len(rows) - _MOST)}"])
     yield Table(("process", "with", ">proven", ">possible", ">same bytes", "also"), cells)
-    for row in rows[:_MOST]:
-        if sentence := _sentence(row):
-            yield sentence
+    yield from (_sentence(row) for row in rows[:_MOST] if row.same is not None)
+    if any(_is_counted(row) for row in rows):
+        said = (
+            "gc.freeze() before the fork would help only against the collector: who reads an object counts it"
+        )
+        yield ((f"  {said}, and so copies its page", "dim"),)
     if sum(row.possible for row in rows) > sum(row.proven for row in rows):
         said = "possible: two that built the same thing after the fork look alike; an earlier look proves it"
         yield ((f"  {said} (--save FILE now, `miniloader diff` later; or --every)", "dim"),)
@@ -58,15 +63,41 @@ def _may_be_relatives(audit: Audit) -> bool:
     return any(process.parent in pids for process in audit.processes)
 
 
+def _is_counted(row: Erosion) -> bool:
+    """Whether counts or the collector, of CPython, may be the cause of much of it."""
+    return _of_python(row) and (row.same or 0) + _counts(row) > row.apart // 2
+
+
+def _of_python(row: Erosion) -> bool:
+    return (row.runtime or "").startswith("cpython")
+
+
+def _counts(row: Erosion) -> int:
+    return row.causes.get("reference-count", 0) + row.causes.get("collector", 0)
+
+
 def _sentence(row: Erosion) -> Line:
-    """How much of what is two copies now holds the same bytes as the other copy does."""
-    if row.same is None:
-        return ()
-    text = (
-        f": {size(row.same)} of {size(row.apart)} that it no longer shares with {row.relative} hold the same"
-        " bytes as there"
-    )
+    """How much of it holds the same bytes, what differs in the others, and which objects lie there."""
+    same = size(row.same or 0)
+    of_all = f"{size(row.apart)} that it no longer shares with {row.relative}"
+    text = f": {same} of {of_all} hold the same bytes as there"
+    if _of_python(row) and row.same:
+        text += ": reference counts or the garbage collector touched them"
+    differing = {cause: number for cause, number in row.causes.items() if number and cause in _DIFFERING}
+    if differing:
+        listing = ", ".join(f"{size(number)} {_DIFFERING[cause]}" for cause, number in differing.items())
+        text += f"; what differs: {listing}"
+    if row.objects:
+        names = [f"{kind.count:,} {printable(kind.type)}" for kind in row.objects]
+        text += f". Objects there: {listed(names, _MOST_TYPES)}"
     return ((str(row.pid), "bold"), text)
+
+
+_DIFFERING: Final = {
+    "reference-count": "reference counts",
+    "collector": "the collector's words",
+    "other-write": "written otherwise",
+}
 
 
 def eroded_rows(rows: Sequence[ErodedSince] | None) -> Iterator[Part]:

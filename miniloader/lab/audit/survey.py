@@ -26,6 +26,7 @@ from miniloader.lab.audit.arrangement import Arrangement, Arrangements
 from miniloader.lab.audit.mapped_files import Identity, MappedFile, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
 from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, count_set
+from miniloader.lab.erosion.interpreter import Interpreter, interpreter_in
 from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
 from miniloader.values import dataclass
@@ -143,7 +144,8 @@ class Survey:
     once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous pages,
     ``originals`` the other ones; of these the rows ``writable`` lie in private mappings that may be written
     to.  ``stack`` is where the program's stack began.  ``pss`` is what the kernel
-    tells (bytes), of the process and of each mapping; None where frames tell it, or nobody.
+    tells (bytes), of the process and of each mapping; None where frames tell it, or nobody.  ``interpreter``
+    is the CPython that it runs, None where it runs none, or nobody asked for causes.
     """
 
     pid: int
@@ -164,6 +166,7 @@ class Survey:
     mappings: Mappings
     stack: int
     pss: tuple[int, NDArray[np.float64]] | None = None
+    interpreter: Interpreter | None = None
 
 
 class Memo:
@@ -208,7 +211,8 @@ def survey(
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
-        return _summed(pages, pid, name, parent, started, tuple(chosen), mappings, stack, pss)
+        interpreter = _interpreter(files) if causes else None
+        return _summed(pages, pid, name, parent, started, tuple(chosen), mappings, stack, pss, interpreter)
 
 
 def locate(
@@ -273,6 +277,7 @@ def _summed(
     mappings: Mappings,
     stack: int,
     pss: tuple[int, NDArray[np.float64]] | None,
+    interpreter: Interpreter | None,
 ) -> Survey:
     """What the pages of the whole process come to."""
     zeros_among = int(pages.zeros_among.sum())
@@ -295,7 +300,12 @@ def _summed(
         mappings=mappings,
         stack=stack,
         pss=pss,
+        interpreter=interpreter,
     )
+
+
+def _interpreter(files: Iterable[FileInProcess]) -> Interpreter | None:
+    return interpreter_in((placed.file.identity.path, placed.base, placed.file.facts) for placed in files)
 
 
 def _status(pid: int) -> tuple[str, int, int, int]:

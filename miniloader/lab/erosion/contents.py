@@ -17,20 +17,20 @@ from miniloader.lab.erosion.pairs import Pair
 
 __all__ = ["PagePart", "compare"]
 
-_AT_ONCE: Final = 256  # pages: 1 MiB of each process, which stays in the processor's cache
+_AT_ONCE: Final = 512  # pages
 _NEAR: Final = 64  # to read that many entries of a page table too many costs less than another call
 
 
 class PagePart(NamedTuple):
-    """Some pages of both processes: their ``addresses``, and the bytes there as words, a row a page.
+    """Some pages of both processes: their ``addresses``, and the ``words`` of the process, a row a page.
 
     ``read`` says of each whether both could be read and were the pages that the audit saw, before and after;
-    ``same`` whether all bytes are equal then.
+    ``same`` whether all bytes are equal then, ``equal`` of each word.
     """
 
     addresses: NDArray[np.uint64]
     words: NDArray[np.uint64]
-    relative_words: NDArray[np.uint64]
+    equal: NDArray[np.bool_]
     read: NDArray[np.bool_]
     same: NDArray[np.bool_]
 
@@ -52,13 +52,21 @@ def compare(pair: Pair) -> Iterator[PagePart]:
             read = _still(maps, addresses, seen)
             words = []
             for memory in memories:
-                pages = np.zeros((len(addresses), PAGE_SIZE // 8), np.uint64)
                 live, done = memory.pages(addresses[read])
-                pages[read] = live.view(np.uint64)
+                words.append(_spread(live.view(np.uint64), read))
                 read[np.flatnonzero(read)[~done]] = False
-                words.append(pages)
             read &= _still(maps, addresses, seen)
-            yield PagePart(addresses, words[0], words[1], read, read & (words[0] == words[1]).all(axis=1))
+            equal = words[0] == words[1]
+            yield PagePart(addresses, words[0], equal, read, read & equal.all(axis=1))
+
+
+def _spread(live: NDArray[np.uint64], read: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """The pages that were read among those that were not, which are zeroes."""
+    if read.all():
+        return live
+    pages = np.zeros((len(read), PAGE_SIZE // 8), np.uint64)
+    pages[read] = live
+    return pages
 
 
 def _still(

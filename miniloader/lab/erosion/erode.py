@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +13,20 @@ from numpy.typing import NDArray
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
-from miniloader.lab.erosion.contents import compare
+from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.contents import PagePart, compare
 from miniloader.lab.erosion.memory import private_memory
+from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pairs import Pair, pairs_of
-from miniloader.lab.erosion.result import ErodedPages, Erosion, spans_of
+from miniloader.lab.erosion.pools import Pools, pools_in
+from miniloader.lab.erosion.result import ErodedObjects, ErodedPages, Erosion, spans_of
+from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.types import Types
+from miniloader.values import dataclass
 
 __all__ = ["erosion"]
+
+_MOST_TYPES: Final = 100
 
 
 def erosion(
@@ -26,36 +36,113 @@ def erosion(
 
     ``merged`` are the frames of KSM (None: not known).  ``contents``: whether the bytes are read as well.
     """
+    surveys = {process.pid: process for process in processes}
     pairs = pairs_of([private_memory(process) for process in processes], merged)
-    return tuple(_row(pair, contents=contents) for pair in pairs)
+    return tuple(_row(pair, surveys[pair.pid], contents=contents) for pair in pairs)
 
 
-def _row(pair: Pair, *, contents: bool) -> Erosion:
-    same, changed = None, 0
+@dataclass(frozen=True, eq=False)
+class _Contents:
+    """What is on the pages that are two frames: which hold the same bytes, how many could not be read."""
+
+    same: NDArray[np.uint64]
+    unread: int
+    causes: Mapping[str, int]
+    objects: tuple[ErodedObjects, ...]
+
+
+def _row(pair: Pair, process: Survey, *, contents: bool) -> Erosion:
+    found: _Contents | None = None
     if contents:
         with suppress(EvidenceError):  # one of them has ended, or nobody may read it
-            same, changed = _contents(pair)
+            found = _contents(pair, process)
     possible = np.setdiff1d(pair.apart, pair.proven, assume_unique=True)
+    pages = ErodedPages(
+        together=spans_of(pair.together),
+        proven=spans_of(pair.proven),
+        possible=spans_of(possible),
+        same=() if found is None else spans_of(found.same),
+    )
     return Erosion(
         pid=pair.pid,
         relative=pair.relative,
         proven=len(pair.proven) * PAGE_SIZE,
         possible=len(possible) * PAGE_SIZE,
-        same=None if same is None else len(same) * PAGE_SIZE,
-        changed=changed * PAGE_SIZE,
-        pages=ErodedPages(
-            together=spans_of(pair.together),
-            proven=spans_of(pair.proven),
-            possible=spans_of(possible),
-            same=() if same is None else spans_of(same),
-        ),
+        same=None if found is None else len(found.same) * PAGE_SIZE,
+        changed=0 if found is None else found.unread * PAGE_SIZE,
+        causes={} if found is None else {name: pages * PAGE_SIZE for name, pages in found.causes.items()},
+        objects=() if found is None else found.objects,
+        runtime=process.interpreter.name if process.interpreter is not None else None,
+        pages=pages,
     )
 
 
-def _contents(pair: Pair) -> tuple[NDArray[np.uint64], int]:
-    """The addresses of the pages that hold the same bytes, and of how many pages nothing can be said."""
-    parts = [(part.same, part.read) for part in compare(pair)]
-    if not parts:
-        return pair.apart, 0
-    same, read = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return pair.apart[same], int(np.count_nonzero(~read))
+def _contents(pair: Pair, process: Survey) -> _Contents:
+    """Read the pages that are two frames, a part at a time: no more than a part is kept."""
+    census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
+    with ExitStack() as stack:
+        if process.interpreter is not None and process.interpreter.is_known:
+            present = np.union1d(process.copies.addresses, process.originals.addresses)
+            sight = stack.enter_context(Sight(pair.pid, present))
+            pools = pools_in(process.copies.addresses, sight)
+            census = _Census(pools, Types(sight, pools, process.interpreter.type_address))
+        for part in compare(pair):
+            same.append(part.addresses[part.same])
+            unread += int(np.count_nonzero(~part.read))
+            causes.update(_causes(part, census))
+        return _Contents(
+            same=np.concatenate([np.empty(0, np.uint64), *same]),
+            unread=unread,
+            causes=causes,
+            objects=census.objects() if census is not None else (),
+        )
+
+
+def _causes(part: PagePart, census: _Census | None) -> Mapping[str, int]:
+    """How many of the pages that were read there are of each cause; their objects are counted."""
+    read = np.flatnonzero(part.read)
+    objects = None
+    if census is not None and len(read):
+        objects = census.count(
+            part.addresses[read], part.words if len(read) == len(part.read) else part.words[read]
+        )
+    changed = np.flatnonzero(~part.same[read])
+    causes = causes_of(~part.equal[read[changed]], objects.on(changed) if objects is not None else None)
+    return {**causes, "unknown": len(read) - len(changed)}
+
+
+class _Census:
+    """Counts the objects of each type, a part of the pages at a time."""
+
+    def __init__(self, pools: Pools, types: Types) -> None:
+        self._pools, self._types = pools, types
+        self._numbers, self._pages = Counter[int](), Counter[int]()
+
+    def count(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> Objects:
+        """Count the objects on these pages, and tell where they are."""
+        objects = objects_on(addresses, words, self._pools, self._types)
+        of_type = self._types.addresses
+        numbers = np.bincount(objects.kind, minlength=len(of_type))
+        met = np.flatnonzero(numbers)
+        row = np.cumsum(numbers > 0) - 1
+        places = np.bincount(
+            row[objects.kind] * len(addresses) + objects.page, minlength=len(met) * len(addresses)
+        )
+        pages = np.count_nonzero(places.reshape(len(met), len(addresses)), axis=1)
+        for address, number, on in zip(
+            of_type[met].tolist(), numbers[met].tolist(), pages.tolist(), strict=True
+        ):
+            self._numbers[address] += number
+            self._pages[address] += on
+        return objects
+
+    def objects(self) -> tuple[ErodedObjects, ...]:
+        """The types with the most objects, the most first."""
+        numbers, pages = Counter[str](), Counter[str]()
+        for address, number in self._numbers.items():
+            name = self._types.name(address)
+            numbers[name] += number
+            pages[name] += self._pages[address]
+        return tuple(
+            ErodedObjects(name, pages[name], number) for name, number in numbers.most_common(_MOST_TYPES)
+        )

@@ -163,7 +163,7 @@ def test_what_changes_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(contents.ProcessMemory, "pages", meanwhile)
         row = row_of(look(workers), child)
-        assert row.changed == PAGE_SIZE
+        assert row.changed >= PAGE_SIZE  # the child has done more than that
         assert start not in pages(row.pages.same)
         text = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
         assert "changed while they were read" in text

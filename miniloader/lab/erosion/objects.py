@@ -1,0 +1,88 @@
+"""Which CPython objects lie on pages of another process, told from their bytes alone.
+
+An object begins with its reference count and a pointer to its type; two words of the collector's stand
+before, where its type is collected, and two more before these, where its dict is managed.  Where all of that
+begins is where a block begins, of a pool or of malloc (:mod:`miniloader.lab.erosion.pools`).  Only what fits
+in all these respects is an object: bytes that merely look like one are not.
+
+Sources: Include/object.h, Include/internal/pycore_gc.h, Objects/typeobject.c.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.lab.erosion.pools import POOL, Pools, is_chunk
+from miniloader.lab.erosion.types import Types
+
+__all__ = ["Objects", "objects_on"]
+
+_LEAST_ADDRESS: Final = 1 << 20
+_MOST_ADDRESS: Final = 1 << 47
+_COUNT: Final = np.uint64(0x0000FFFFFFFFFFFF)  # from 3.14 on flags stand in the two bytes above
+
+
+class Objects(NamedTuple):
+    """The objects that were found on some pages, a row each.
+
+    ``page`` is the row of the page that the reference count is on, ``word`` its place there, ``kind`` the row
+    of its type in :class:`~miniloader.lab.erosion.types.Types`, ``before`` how many words of its block stand
+    before it.
+    """
+
+    page: NDArray[np.intp]
+    word: NDArray[np.intp]
+    kind: NDArray[np.intp]
+    before: NDArray[np.intp]
+
+    def on(self, pages: NDArray[np.intp]) -> Objects:
+        """Those on these rows of pages, which ascend; their rows are counted anew."""
+        at = np.searchsorted(pages, self.page)
+        chosen = np.flatnonzero(np.append(pages, -1)[at] == self.page)
+        return Objects(at[chosen], self.word[chosen], self.kind[chosen], self.before[chosen])
+
+
+def objects_on(
+    addresses: NDArray[np.uint64], words: NDArray[np.uint64], pools: Pools, types: Types
+) -> Objects:
+    """The objects on the pages at these ascending ``addresses``, whose bytes are ``words``, a row a page."""
+    places, pointers = _candidates(words)
+    chosen, kind = types.rows_of(pointers)
+    width = words.shape[1]  # a power of two
+    page, word = places[chosen] >> (width.bit_length() - 1), places[chosen] & (width - 1)
+    before = types.before[kind]
+    block, needed = word - before, types.sizes[kind]
+    of_page = pools.of(addresses)
+    offset = (addresses & np.uint64(POOL - 1)).astype(np.int64)
+    fits = pools.begins(of_page[page], offset[page] + 8 * block, needed)
+    large = np.flatnonzero((of_page[page] < 0) & (block > 0) & (block % 2 == 0))
+    fits[large] = is_chunk(words[page[large], block[large] - 1], needed[large])
+    fits[1:] &= _first_of_block(page * width + block, fits)
+    return Objects(page[fits], word[fits], kind[fits], before[fits])
+
+
+def _first_of_block(blocks: NDArray[np.intp], fits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of all but the first do not lie in the block of the one before that fits.
+
+    A tuple of two types looks like an object of the first, behind a head: its length passes for a count.
+    """
+    latest = np.maximum.accumulate(np.where(fits, np.arange(len(blocks)), -1))[:-1]
+    return np.asarray((latest < 0) | (blocks[1:] != blocks[latest]))
+
+
+def _candidates(words: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+    """Where a count may be that an address follows, as numbers of words; and these addresses.
+
+    Of the last word of a page the next one is not at hand.
+    """
+    flat = words.reshape(-1)
+    possible = (flat[:-1] & _COUNT) - np.uint64(1) < np.uint64(0xFFFFFFFF)
+    possible &= flat[1:] - np.uint64(_LEAST_ADDRESS) < np.uint64(_MOST_ADDRESS - _LEAST_ADDRESS)
+    places = np.flatnonzero(possible)
+    pointers = flat[places + 1]
+    last = words.shape[1] - 1  # a page has a power of two of them
+    chosen = (pointers & np.uint64(7) == 0) & (places & last != last)
+    return places[chosen], pointers[chosen]

@@ -1,0 +1,91 @@
+"""The pools of CPython's own allocator in another process, and glibc's chunks: where a block begins.
+
+A pool is 16 KiB since 3.10, and says at its beginning how long its blocks are (Objects/obmalloc.c); it says
+so several times, so that what is no pool is told from one.  malloc writes the length in front of a chunk
+(glibc's malloc/malloc.c).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.forking import cached_property
+from miniloader.lab.erosion.sight import Sight
+from miniloader.values import dataclass
+
+__all__ = ["POOL", "Pools", "is_chunk", "pools_in"]
+
+POOL: Final = 16 << 10
+"""Bytes of a pool."""
+_HEAD: Final = 48
+_ALIGNED: Final = 16
+_CLASSES: Final = 32  # of sizes: 16, 32, … 512 bytes
+_SMALL: Final = _ALIGNED * _CLASSES
+
+
+@dataclass(frozen=True, eq=False)
+class Pools:
+    """The pools of a process, a row each by ascending address: ``starts``, the ``sizes`` of their blocks, and
+    the ``ends`` of what has been in use, in bytes from the start.
+    """
+
+    starts: NDArray[np.uint64]
+    sizes: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def of(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """The row of the pool that each address lies in; -1 where it lies in none."""
+        if not len(self.starts):
+            return np.full(len(addresses), -1)
+        starts = addresses & ~np.uint64(POOL - 1)
+        rows = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
+        return np.where(self.starts[rows] == starts, rows, -1)
+
+    @cached_property
+    def _arenas(self) -> NDArray[np.uint64]:
+        """Where memory of pools begins and ends, in turn: neighbours are one."""
+        gaps = np.flatnonzero(np.diff(self.starts) != POOL) + 1
+        first, last = np.append(0, gaps), np.append(gaps - 1, len(self.starts) - 1)
+        return np.stack([self.starts[first], self.starts[last] + np.uint64(POOL)], axis=1).reshape(-1)
+
+    def holds(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which addresses lie in a pool."""
+        if not len(self.starts):
+            return np.zeros(len(addresses), np.bool_)
+        return np.asarray(np.searchsorted(self._arenas, addresses, side="right") % 2 == 1)
+
+    def begins(
+        self, rows: NDArray[np.intp], offsets: NDArray[np.int64], needed: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Whether a block begins at these bytes of the pools ``rows``, with the bytes that are ``needed``."""
+        if not len(self.starts):
+            return np.zeros(len(rows), np.bool_)
+        sizes, offsets = self.sizes[rows], offsets - _HEAD
+        inside = (rows >= 0) & (offsets >= 0) & (offsets < self.ends[rows] - _HEAD)
+        return np.asarray(inside & (offsets % sizes == 0) & (needed <= sizes))
+
+
+def pools_in(addresses: NDArray[np.uint64], sight: Sight) -> Pools:
+    """The pools that begin on the pages at these ascending ``addresses`` of anonymous memory."""
+    starts = addresses[addresses & np.uint64(POOL - 1) == 0]
+    heads = sight.words(starts, _HEAD // 8)
+    low, high = heads & np.uint64(0xFFFFFFFF), (heads >> np.uint64(32)).astype(np.int64)
+    number, last, end = high[:, 4], high[:, 5], low[:, 5].astype(np.int64)
+    sizes = _ALIGNED * (np.minimum(number, _CLASSES) + 1)
+    blocks = end - _HEAD
+    valid = (number < _CLASSES) & (last == POOL - sizes) & (blocks >= 0) & (end <= POOL)
+    valid &= (blocks % sizes == 0) & (low[:, 0].astype(np.int64) <= blocks // sizes)
+    return Pools(starts[valid], sizes[valid], end[valid])
+
+
+def is_chunk(lengths: NDArray[np.uint64], needed: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the words in front of blocks are ``lengths`` of chunks that have the bytes that are ``needed``.
+
+    What is as small as a block of a pool comes from a pool.
+    """
+    size = lengths & ~np.uint64(7)
+    fits = (size > np.uint64(_SMALL)) & (size < np.uint64(1 << 40)) & (size & np.uint64(8) == 0)
+    return np.asarray(fits & (needed.astype(np.uint64) <= size - np.uint64(8)))

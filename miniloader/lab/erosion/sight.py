@@ -1,0 +1,111 @@
+"""Small reads of one process's memory that map nothing there: what is not in memory is read from its file."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from operator import attrgetter
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import EvidenceError
+from miniloader.kernel.maps import Vma, read_maps
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.procfs import process_file
+from miniloader.kernel.syscalls import PAGE_SIZE
+
+__all__ = ["Sight"]
+
+_OFFSET: Final = np.uint64(PAGE_SIZE - 1)
+
+
+class Sight:
+    """The memory of process ``pid``, where ``present`` are the ascending addresses of the pages in memory.
+
+    Constants of a library are often not in the page table of a child: to read them there would map them.  So
+    a page that is not present is read from the file that is mapped there, if nobody may write to it.  Use it
+    as a context manager.
+    """
+
+    def __init__(self, pid: int, present: NDArray[np.uint64]) -> None:
+        """Open it; raises ProcessGone, or EvidenceError where memory may not be read."""
+        self.pid, self._present = pid, present
+        self._memory = ProcessMemory(pid)
+        self._vmas = [vma for vma in read_maps(pid) if vma.is_file and vma.protection[1] != "w"]
+        self._files: dict[str, int] = {}
+        self._pages: dict[int, bytes] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._memory.__exit__(kind, error, trace)
+        for fd in self._files.values():
+            os.close(fd)
+
+    def is_present(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether the pages at these addresses were in memory."""
+        if not len(self._present):
+            return np.zeros(len(addresses), np.bool_)
+        at = np.searchsorted(self._present, addresses)
+        return np.asarray(self._present[np.minimum(at, len(self._present) - 1)] == addresses)
+
+    def pages(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The bytes of the pages at these ascending addresses, and which were read: only what is present."""
+        present = self.is_present(addresses)
+        data = np.zeros((len(addresses), PAGE_SIZE), np.uint8)
+        live, done = self._memory.pages(addresses[present])
+        data[present] = live
+        present[np.flatnonzero(present)[~done]] = False
+        return data, present
+
+    def words(self, addresses: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+        """So many words at each of these addresses, which may not lie on two pages; zeroes where none are."""
+        words = np.zeros((len(addresses), number), np.uint64)
+        present = np.flatnonzero(self.is_present(addresses & ~_OFFSET))
+        words[present] = self._memory.words(addresses[present], number)
+        return words
+
+    def read(self, address: int, length: int) -> bytes:
+        """``length`` bytes at ``address``; fewer where the rest is not to be had."""
+        parts = list[bytes]()
+        while length > 0:
+            page, offset = address & -PAGE_SIZE, address & (PAGE_SIZE - 1)
+            part = self._page(page)[offset : offset + length]
+            parts.append(part)
+            if len(part) < min(length, PAGE_SIZE - offset):
+                break
+            address, length = address + len(part), length - len(part)
+        return b"".join(parts)
+
+    def _page(self, address: int) -> bytes:
+        page = self._pages.get(address)
+        if page is None:
+            page = self._pages[address] = self._read_page(address)
+        return page
+
+    def _read_page(self, address: int) -> bytes:
+        if not 0 <= address < 1 << 63:
+            return b""
+        row = int(self._present.searchsorted(np.uint64(address)))
+        if row < len(self._present) and int(self._present[row]) == address:
+            return self._memory.read(address, PAGE_SIZE)
+        at = bisect_right(self._vmas, address, key=attrgetter("start")) - 1
+        if at < 0 or address not in self._vmas[at]:
+            return b""
+        return self._file_page(self._vmas[at], address)
+
+    def _file_page(self, vma: Vma, address: int) -> bytes:
+        """The page of the file that is mapped there; nothing where the file cannot be read."""
+        name = f"map_files/{vma.start:x}-{vma.end:x}"
+        try:
+            if name not in self._files:
+                self._files[name] = os.open(process_file(self.pid, name), os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(self._files[name], PAGE_SIZE, vma.file_offset + address - vma.start)
+        except (OSError, EvidenceError):
+            return b""

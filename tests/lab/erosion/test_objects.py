@@ -1,0 +1,293 @@
+"""Which objects lie on eroded pages, told from outside: the process itself says where it has put them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.pagemap import FRAME, PRESENT, read_pagemap
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
+from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.interpreter import interpreter_in
+from miniloader.lab.erosion.objects import Objects, objects_on
+from miniloader.lab.erosion.pools import POOL, Pools, is_chunk, pools_in
+from miniloader.lab.erosion.result import Erosion, pages_in
+from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.types import Types
+from miniloader.report.audit import lines
+from miniloader.report.text import laid_out, plain
+from tests.lab.audit.told_processes import told
+from tests.lab.erosion.pools import Pool, needs_frames, pool
+
+_OBJECTS = """
+class Invoice:
+    def __init__(self, number): self.number = number
+class Slim:
+    __slots__ = ("number",)
+    def __init__(self, number): self.number = number
+Invoice.__module__ = Slim.__module__ = "shop"
+data = [{"id": 300 + number, "name": f"user{number}", "tags": [f"a{number}"]} for number in range(4_000)]
+data += [Invoice(number * 1.5) for number in range(3_000)]
+data += [Slim((number, f"b{number}")) for number in range(3_000)]
+data += [bytes(1000 + number) for number in range(100)]
+gone = [Slim(None) for _ in range(2_000)]
+del gone[::2]
+def everything():
+    for thing in data + gone:
+        yield thing
+        if isinstance(thing, dict): yield from thing.values(); yield thing["tags"][0]
+        elif isinstance(thing, (Invoice, Slim)): yield thing.number
+def read(): return sum(thing is None for thing in everything())
+"""
+_WHERE = "answer = [(id(thing), type(thing).__name__) for thing in everything()]"
+_MORE = ("3.12", "3.13", "3.14")
+
+
+def pythons() -> Iterator[str]:
+    """This one, the system's, and others where there are any."""
+    yield sys.executable
+    yield "/usr/bin/python3"
+    for version in _MORE:
+        kept = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
+        yield str(kept[-1]) if kept else f"python{version}"
+
+
+def row_of(found: Audit, pid: int) -> Erosion:
+    assert found.erosion is not None
+    return next(row for row in found.erosion if row.pid == pid)
+
+
+def look(workers: Pool) -> Audit:
+    return audit(workers.pids, library="nothing")
+
+
+@needs_frames
+@pytest.mark.parametrize("python", [*pythons()])
+def test_the_types_are_right(python: str) -> None:
+    """All objects on the eroded pages are counted by their types, and none that has been freed."""
+    if shutil.which(python) is None:
+        pytest.skip(f"this machine lacks {python}")
+    with pool(_OBJECTS, python=python) as workers:
+        child = workers.fork()
+        workers.ask(child, "read()")
+        row = row_of(look(workers), child)
+        version = workers.parent("answer = sys.version_info[:2]")
+        places = dict(workers.parent(_WHERE))
+    assert row.runtime == f"cpython-{version[0]}.{version[1]}"
+    eroded = {*pages_in(row.pages.proven).tolist(), *pages_in(row.pages.possible).tolist()}
+    really = Counter(kind for address, kind in places.items() if address & -PAGE_SIZE in eroded)
+    found = {kind.type: kind for kind in row.objects}
+    for kind in ("Invoice", "Slim"):
+        assert found[f"shop.{kind}"].count == really[kind] >= 2_500
+    for kind in ("dict", "str", "list", "int", "float", "tuple", "bytes"):
+        assert found[kind].count >= 0.98 * really[kind]
+        assert 0 < found[kind].pages <= len(eroded)
+    assert found["list"].count <= 1.2 * really["list"]
+    assert row.objects[0].count == max(kind.count for kind in row.objects)
+    assert "None" not in {kind.type for kind in row.objects}
+
+
+@needs_frames
+def test_nothing_is_mapped_copied_or_moved() -> None:
+    """The page tables are the same afterwards: not a page more, none unshared, none in another frame."""
+
+    def entries(pid: int) -> dict[int, np.ndarray]:
+        return {
+            vma.start: read_pagemap(pid, vma.start, vma.end) & (PRESENT | FRAME)
+            for vma in read_maps(pid)
+            if vma.start < 1 << 63
+        }
+
+    with pool(_OBJECTS) as workers:
+        first, second = workers.fork(), workers.fork()
+        workers.ask(first, "read()")
+        workers.parent("read()")  # then what it wrote is one frame for the two others, and nobody's alone
+        workers.ask(second, "import gc; gc.collect()")
+        before = [entries(pid) for pid in workers.pids]
+        found = look(workers)
+        after = [entries(pid) for pid in workers.pids]
+    assert row_of(found, first).objects
+    for earlier, later in zip(before, after, strict=True):
+        assert earlier.keys() == later.keys()
+        for start, words in earlier.items():
+            assert (words == later[start]).all(), hex(start)
+
+
+@needs_frames
+def test_sentences_say_what_to_do() -> None:
+    with pool(_OBJECTS) as workers:
+        child = workers.fork()
+        workers.ask(child, "read()")
+        found = look(workers)
+        row = row_of(found, child)
+        told_of = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
+    assert row.same is not None
+    assert row.same > row.apart // 2
+    assert sum(row.causes.values()) == row.apart - row.changed
+    assert row.causes["unknown"] == row.same
+    assert "hold the same bytes as there: reference counts or the garbage collector touched them" in told_of
+    assert re.search(r"Objects there: [\d,]+ \w+, .*shop\.Slim", told_of)
+    assert "gc.freeze() before the fork would help only against the collector" in told_of
+
+
+@needs_frames
+def test_what_differs_is_told_apart() -> None:
+    """Objects that are held count up; data that is written is something else."""
+    with pool(
+        _OBJECTS, f"array = mapped({4 * PAGE_SIZE}); ctypes.memset(array, 1, {4 * PAGE_SIZE})"
+    ) as workers:
+        child = workers.fork()
+        workers.ask(child, f"held = [thing for thing in data]; ctypes.memset(array, 2, {3 * PAGE_SIZE})")
+        causes = row_of(look(workers), child).causes
+    assert causes["reference-count"] >= 4_000 * 64 // 2
+    assert causes["other-write"] >= 3 * PAGE_SIZE
+
+
+@needs_frames
+def test_a_program_without_python() -> None:
+    with told("import subprocess") as shell:
+        pid = shell(
+            "script = 'x=$(seq 20000); (y=${x//1/2}; read line) & wait'\n"
+            "bash = subprocess.Popen(['bash', '-c', script], stdin=0)\n"
+            "import time; time.sleep(1)\n"
+            "answer = bash.pid"
+        )
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = audit([pid, *map(int, children)], library="nothing")
+        shell("bash.kill()")
+    assert found.erosion
+    assert {row.runtime for row in found.erosion} == {None}
+    assert found.erosion[0].objects == ()
+    assert found.erosion[0].same is not None
+
+
+def test_causes_of_words() -> None:
+    """By hand: a count, a collector's word, data, and the gravest of several."""
+    objects = Objects(*(np.array(column) for column in ([0, 1, 2, 3], [10, 10, 10, 10], [0] * 4, [2] * 4)))
+    differs = np.zeros((5, 512), np.bool_)
+    differs[0, 10] = True
+    differs[1, [8, 10]] = True
+    differs[2, [9, 11]] = True
+    differs[4, 0] = True
+    told_of = {"reference-count": 1, "collector": 1, "other-write": 2, "unknown": 1}
+    assert causes_of(differs, objects) == told_of
+    assert causes_of(differs[:3], None) == {**dict.fromkeys(told_of, 0), "other-write": 3}
+    assert Objects(*objects).on(np.array([1, 3])).page.tolist() == [0, 1]
+
+
+def test_chunks() -> None:
+    lengths, needed = np.array([0x411, 0x410, 0x419, 0x31, 1 << 50, 0], np.uint64), np.full(6, 900)
+    assert is_chunk(lengths, needed).tolist() == [True, True, False, False, False, False]
+    assert not is_chunk(lengths[:1], np.array([0x410])).any()
+
+
+class Bytes(Sight):
+    """Memory that a test has made up."""
+
+    def __init__(self, memory: dict[int, bytes]) -> None:
+        self.memory = memory
+        self._present = np.array(sorted(memory), np.uint64)
+
+    def pages(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        data = [self.memory.get(address, bytes(PAGE_SIZE)) for address in addresses.tolist()]
+        pages = np.frombuffer(b"".join(data), np.uint8).reshape(-1, PAGE_SIZE)
+        return pages, self.is_present(addresses)
+
+    def words(self, addresses: np.ndarray, number: int) -> np.ndarray:
+        return self.pages(addresses)[0].view(np.uint64)[:, :number]
+
+    def read(self, address: int, length: int) -> bytes:
+        return self.memory.get(address & -PAGE_SIZE, b"")[address % PAGE_SIZE :][:length]
+
+
+_AT, _TYPE = 0x7F0000000000, 0x7F0000100000
+
+
+def a_type(*, of_type: int = _TYPE, name: int = _TYPE + 512, size: int = 32, flags: int = 1 << 12) -> bytes:
+    head = struct.pack("<qQqQqq", 1, of_type, 0, name, size, 0)
+    return (head.ljust(168, b"\0") + struct.pack("<Q", flags)).ljust(512, b"\0") + b"Invoice\0"
+
+
+def a_pool(size: int, blocks: int, count: int | None = None) -> bytearray:
+    number = size // 16 - 1
+    end = 48 + blocks * size
+    count = blocks if count is None else count
+    return bytearray(
+        struct.pack("<QQQQIIII", count, 0, 0, 0, 0, number, end, POOL - size).ljust(PAGE_SIZE, b"\0")
+    )
+
+
+def found_in(page: bytes, type_: bytes) -> list[int]:
+    """Where objects are found on a page that begins a pool, by their bytes from its start."""
+    sight = Bytes({_AT: bytes(page), _TYPE: type_.ljust(PAGE_SIZE, b"\0")})
+    addresses = np.array([_AT], np.uint64)
+    pools = pools_in(addresses, sight)
+    words = np.frombuffer(bytes(page), np.uint64).reshape(1, -1)
+    return (objects_on(addresses, words, pools, Types(sight, pools, _TYPE)).word * 8).tolist()
+
+
+def test_only_what_fits_in_all_respects_is_an_object() -> None:
+    page = a_pool(32, 20)
+    place = 48 + 3 * 32
+    page[place : place + 16] = struct.pack("<QQ", 1, _TYPE)
+    assert found_in(page, a_type()) == [place]
+    assert found_in(page, a_type(size=48)) == []  # larger than the block
+    assert found_in(page, a_type(flags=0)) == []  # no type that is ready
+    assert found_in(page, a_type(flags=1 << 12 | 1 << 14, size=16)) == []  # it would begin before its block
+    assert found_in(page, a_type(of_type=_TYPE + 8)) == []  # of no metaclass
+    assert found_in(page, a_type(name=_AT)) == []  # its name is none
+    assert found_in(page, a_type(name=8)) == []
+    page[place : place + 8] = bytes(8)
+    assert found_in(page, a_type()) == []  # freed
+    page[place : place + 8] = struct.pack("<Q", _AT + 48)
+    assert found_in(page, a_type()) == []  # freed, with another free block behind it
+    page[place + 16 : place + 32] = struct.pack("<QQ", 1, _TYPE)
+    assert found_in(page, a_type()) == []  # not where a block begins
+    unused = a_pool(32, 2)
+    unused[place : place + 16] = struct.pack("<QQ", 1, _TYPE)
+    assert found_in(unused, a_type()) == []  # beyond what the pool has given out
+    damaged = a_pool(32, 20)
+    damaged[place : place + 16], damaged[44:48] = struct.pack("<QQ", 1, _TYPE), struct.pack("<I", 100)
+    assert found_in(damaged, a_type()) == []  # no pool
+    immortal = a_pool(32, 20)
+    immortal[place : place + 16] = struct.pack("<QQ", 1 << 48 | 3 << 30, _TYPE)
+    assert found_in(immortal, a_type()) == [place]  # with flags above the count, as from 3.14 on
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 511), st.sampled_from([0, 1, _AT, _TYPE, _TYPE + 8, 2**64 - 1]))),
+    st.binary(max_size=300),
+)
+def test_garbage_is_no_object_and_no_trouble(stores: list[tuple[int, int]], type_: bytes) -> None:
+    page = np.frombuffer(bytes(a_pool(32, 20)), np.uint64).copy()
+    for word, value in stores:
+        page[word] = value
+    for garbage in (type_, a_type()[: len(type_)] + type_, type_ + a_type()[len(type_) :]):
+        assert all(place % 32 == 16 for place in found_in(page.tobytes(), garbage))
+
+
+def test_no_pools_and_no_types() -> None:
+    nothing = np.empty(0, np.uint64)
+    pools = Pools(nothing, np.empty(0, np.int64), np.empty(0, np.int64))
+    assert not pools.holds(np.array([1], np.uint64)).any()
+    assert pools.of(np.array([1], np.uint64)).tolist() == [-1]
+    sight = Bytes({})
+    assert not len(objects_on(nothing, np.empty((0, 512), np.uint64), pools, Types(sight, pools, 0)).page)
+
+
+def test_no_interpreter() -> None:
+    assert interpreter_in([("/usr/bin/python3", 0, None), ("/bin/ls", 0, None)]) is None
