@@ -5,11 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain, compress
+from itertools import chain
 
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.loader.beside_glibc import unwinder
-from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.constructors import dependents_first
 from miniloader.loader.graph import Graph
 from miniloader.loader.lazy_binding import Slots
@@ -18,12 +17,12 @@ from miniloader.loader.mapping import protect_relro
 from miniloader.loader.relocate import Relocation, refuse_unbound
 from miniloader.loader.relocation_groups import TLS, sort_relocations, types_and_symbols
 from miniloader.loader.relocation_job import resolve
-from miniloader.loader.scope import Bindings, Definer, bind
+from miniloader.loader.scope import Definer, bind
 from miniloader.loader.spans import open_names, readable, refuse
 from miniloader.loader.symbol_addresses import addresses_of, check_versions, finder
 from miniloader.loader.thread_storage import thread_local_words
 from miniloader.machine.relocation import KINDS
-from miniloader.native import INDIRECT_FUNCTION, UNBOUND, Stopped
+from miniloader.native import UNBOUND, Stopped
 
 __all__ = ["link_library", "linking_order"]
 
@@ -101,7 +100,7 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     graph.bindings[library] = bindings = bind(work.wanted, order, order.index(library))
     if bindings.met & UNBOUND:
         refuse_unbound(image, bindings)
-    addresses = addresses_of(library, bindings)
+    addresses, resolvers = addresses_of(library, bindings)
     graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
@@ -113,7 +112,11 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
         library.undo.callback(slots.close)
         slots.connect()
     words_of = partial(thread_local_words, library, bindings)
-    late = _resolved(bindings, addresses)
+    late = bindings.indirect[:]
+    if resolvers:  # which are relocated already, so that they can run before anything of the library is
+        resolve(addresses, array("q", resolvers))
+        for place in resolvers:
+            late[place] = 0
     copied = work.apply(bindings, addresses, late, words_of, may_run=graph.policy.init)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
@@ -128,19 +131,3 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
         graph.event(
             "relocate", image.path, f"{total} words on {copied} pages{where}", words=total, pages=copied
         )
-
-
-def _resolved(bindings: Bindings, addresses: array[int]) -> bytearray:
-    """Which symbols are IFUNCs of libraries of ours; ``addresses`` gets what those of the system's choose.
-
-    These are relocated already, so that their resolvers can run before anything of the library is.
-    """
-    late = bindings.indirect[:]
-    if bindings.met & INDIRECT_FUNCTION:
-        owners = bindings.column("owner")
-        indirect = compress(range(len(late)), late)
-        places = [place for place in indirect if isinstance(bindings.scope[owners[place]], HostLibrary)]
-        resolve(addresses, array("q", places))
-        for place in places:
-            late[place] = 0
-    return late

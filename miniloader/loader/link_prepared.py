@@ -15,6 +15,7 @@ from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import zero_bss
 from miniloader.loader.relocate import call_resolver
 from miniloader.loader.scope import Definer
+from miniloader.loader.symbol_lookup import places_of
 from miniloader.loader.thread_storage import thread_local_words
 
 if TYPE_CHECKING:
@@ -76,5 +77,5 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         if owner is not None:
             library.share(owner)
     answered = array("Q", values.tobytes())
-    stand_ins.answer(answered)
+    stand_ins.answer(answered, places_of(stand_ins.asked(), answered))
     return np.asarray(answered)

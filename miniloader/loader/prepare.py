@@ -243,7 +243,7 @@ def _index(
     how[defined & (info & np.uint64(0xF) == STT_GNU_IFUNC)] = RESOLVER
     how[defined & (info >> np.uint64(4) == STB_GNU_UNIQUE)] = UNIQUE
     if library.image.tls is not None:
-        how[thread_exits(library, bindings)] = THREAD_EXIT
+        how[thread_exits(bindings)] = THREAD_EXIT
     wanders = np.array([not _stays(definer, library) for definer in bindings.scope], bool)
     elsewhere = defined & wanders[owner] & (bindings.field("shndx") != SHN_ABS)
     differs = elsewhere | (how != ADDRESS)

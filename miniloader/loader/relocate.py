@@ -218,7 +218,6 @@ def call_resolver(address: int) -> int:
 def _by_turns(names: MappedSymbols, bindings: Bindings, late: bytearray) -> list[dict[int, None]]:
     """The places of symbols that are IFUNCs: those of other libraries first, then those of ``names``."""
     groups: list[dict[int, None]] = [{}, {}]
-    owners = bindings.column("owner")
     for place in compress(range(len(late)), late):
-        groups[bindings.scope[owners[place]].names is names][place] = None
+        groups[bindings.owner_at(place).names is names][place] = None
     return [group for group in groups if group]

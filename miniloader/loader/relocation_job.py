@@ -90,7 +90,9 @@ class RelocationJob:
         """Which of so many symbols have to be bound, ascending."""
         self._used = bytearray(symbols)
         self._run("use", self._used, symbols)
-        return array("q", compress(range(symbols), self._used))
+        wanted, listed = array("q", [0]) * symbols, ctypes.c_uint64()
+        run("list_set", self._used, symbols, wanted, ctypes.addressof(listed))
+        return wanted[: listed.value]
 
     def rows(self, code: int, count: int) -> list[Row]:
         """The rows of a kind, of which there are ``count``.  Their symbols are used."""

@@ -9,8 +9,9 @@ visible one.  The look-ups themselves are in :mod:`miniloader.native`.
 
 from __future__ import annotations
 
+import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from miniloader.arrays import NDArray, np
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.tables import Table
 from miniloader.forking import cached_property
-from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, look_name_up, look_up
+from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, field_at, look_name_up, look_up
 from miniloader.native import run
 from miniloader.values import dataclass
 
@@ -52,6 +53,20 @@ class Definer(Protocol):
     def names(self) -> MappedSymbols:
         """Its dynamic symbols where they lie in memory, to be looked up by name."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Noted:
+    """The addresses that symbols are bound to, and the places of those that need more.
+
+    ``unique`` are unique symbols, ``asked`` the functions that were asked for, ``resolvers`` the IFUNCs of
+    libraries that are not ours.
+    """
+
+    addresses: array[int]
+    unique: Sequence[int]
+    asked: Sequence[int]
+    resolvers: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +111,34 @@ class Bindings:
 
     def addresses(self) -> array[int]:
         """Bias + value of each definition; the plain value of an absolute symbol; 0 for none."""
-        return array("Q", self.column("address").tobytes())
+        return self.noted(bytearray(len(self.scope))).addresses
+
+    def noted(self, ours: bytearray, asked: Iterable[int] = ()) -> Noted:
+        """The addresses, and what needs more than to be bound.
+
+        ``ours`` says of each library of the scope whether it is (a byte each); ``asked`` are addresses of
+        functions.
+        """
+        count, wanted, noted = len(self.wanted), array("Q", sorted(asked)), ctypes.c_uint64()
+        addresses, notes = array("Q", [0]) * count, array("q", [0]) * (2 * count)
+        place = ctypes.addressof(noted)
+        run("note", self.rows, count, ours, wanted, len(wanted), addresses, notes, place)
+        kinds: tuple[list[int], ...] = [], [], []
+        for note in notes[: noted.value]:
+            kinds[note & 3].append(note >> 2)
+        return Noted(addresses, *kinds)
+
+    def at(self, place: int, name: str) -> int:
+        """A field of one row, of which a :meth:`column` has every."""
+        return field_at(self.rows, place, name)
+
+    def owner_at(self, place: int) -> Definer:
+        """The library that ``wanted[place]`` is bound to."""
+        return self.scope[self.at(place, "owner")]
 
     def label(self, place: int) -> str:
         """The name of the symbol that ``wanted[place]`` is bound to."""
-        owner, symbol = self.rows[place * len(DEFINITION) :][:2]
-        return self.scope[owner].symbols.name(symbol)
+        return self.owner_at(place).symbols.name(self.at(place, "symbol"))
 
     def place(self, symbols: NDArray[np.uint32], *, call: bool = False) -> NDArray[np.int64]:
         """Where each of ``symbols`` is in ``wanted``, all of which must be, as it is bound for a ``call``."""

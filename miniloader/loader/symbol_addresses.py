@@ -30,18 +30,24 @@ __all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
 _THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
 
-def addresses_of(library: Loaded, bindings: Bindings) -> array[int]:
-    """The address of each symbol in ``bindings``; notes what ``library`` is bound to, and so has to stay."""
-    addresses = bindings.addresses()
+def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Sequence[int]]:
+    """The address of each symbol in ``bindings``, and the places of IFUNCs of ld.so's libraries among them.
+
+    Notes what ``library`` is bound to, and so has to stay.
+    """
+    exits = _thread_exits(bindings) if library.image.tls is not None else []
+    ours = bytearray(isinstance(definer, Loaded) for definer in bindings.scope)
+    noted = bindings.noted(ours, (*stand_ins.asked(), *exits))
+    addresses = noted.addresses
     if bindings.met & UNIQUE:
-        for definer in gnu_unique.settle(library, bindings, addresses):
+        for definer in gnu_unique.settle(library, bindings, addresses, noted.unique):
             library.share(definer)
     for definer in used(library, bindings):
         library.hold(definer)
-    for place in thread_exits(library, bindings) if library.image.tls is not None else ():
+    for place in [place for place in noted.asked if addresses[place] in exits]:
         addresses[place] = library.stub_for(addresses[place]).address
-    stand_ins.answer(addresses)
-    return addresses
+    stand_ins.answer(addresses, noted.asked)
+    return addresses, noted.resolvers
 
 
 def used(library: Loaded, bindings: Bindings) -> list[Definer]:
@@ -55,12 +61,15 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     return [bindings.scope[owner] for owner in owners]
 
 
-def thread_exits(library: Loaded, bindings: Bindings) -> list[int]:
+def thread_exits(bindings: Bindings) -> list[int]:
     """The places in ``bindings.wanted`` of the functions that register a thread's destructors."""
-    found = [find_name(name, bindings.scope)[:2] for name in _THREAD_EXIT]
-    functions = [(owner, symbol) for owner, symbol in found if owner >= 0]
-    pairs = list(zip(bindings.column("owner"), bindings.column("symbol"), strict=True))
-    return [place for function in functions for place, pair in enumerate(pairs) if pair == function]
+    return list(bindings.noted(bytearray(len(bindings.scope)), _thread_exits(bindings)).asked)
+
+
+def _thread_exits(bindings: Bindings) -> list[int]:
+    """Their addresses."""
+    found = [find_name(name, bindings.scope)[:3] for name in _THREAD_EXIT]
+    return [address for owner, _, address in found if owner >= 0]
 
 
 def check_versions(library: Loaded) -> None:
@@ -90,7 +99,7 @@ def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
         except Stopped as stopped:
             refuse(library.image, stopped)
         refuse_unbound(library.image, bindings)
-        address = addresses_of(library, bindings)[0]
+        address = addresses_of(library, bindings)[0][0]
         count_for_carrier(library)
         return call_resolver(address) if bindings.indirect[0] else address
 

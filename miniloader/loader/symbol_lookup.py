@@ -44,8 +44,10 @@ __all__ = [
     "MappedSymbols",
     "VaddrRange",
     "column",
+    "field_at",
     "look_name_up",
     "look_up",
+    "places_of",
     "spans_array",
 ]
 
@@ -83,6 +85,23 @@ def column(definitions: array[int], name: str) -> array[int]:
     [0, -1]
     """
     return definitions[_PLACES[name] :: len(DEFINITION)]
+
+
+def field_at(definitions: array[int], place: int, name: str) -> int:
+    """A field of one of the rows of :data:`DEFINITION` that follow one another in ``definitions``."""
+    return definitions[place * len(DEFINITION) + _PLACES[name]]
+
+
+def places_of(asked: Sequence[int], addresses: array[int]) -> array[int]:
+    """Where in ``addresses`` any of those ``asked`` for, which ascend, is.
+
+    >>> places_of([7, 9], array("Q", [9, 8, 7, 7])).tolist()
+    [0, 2, 3]
+    """
+    places, listed = array("q", [0]) * len(addresses), ctypes.c_uint64()
+    numbers = array("Q", asked)
+    run("list_asked", addresses, len(addresses), numbers, len(numbers), places, ctypes.addressof(listed))
+    return places[: listed.value]
 
 
 def _text(text: bytes) -> bytearray:
@@ -175,7 +194,7 @@ def look_up(
     ``versioned``.  ``plt_entries`` are what is found instead of definitions: undefined symbols that have a
     value.
     """
-    definitions, met = array("q", bytes(8 * len(DEFINITION) * len(wanted))), ctypes.c_uint64()
+    definitions, met = array("q", bytes(8 * len(DEFINITION))) * len(wanted), ctypes.c_uint64()
     indirect, owners = bytearray(len(wanted)), bytearray(len(scope))
     tables, offsets = _scope(scope, biases)
     how = versioned * VERSIONED + plt_entries * PLT_ENTRIES

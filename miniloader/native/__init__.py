@@ -1,4 +1,6 @@
-"""The inner loops of linking, in C: looking up names (``names.c``), writing words (``words.c``).
+"""The inner loops of linking, in C: looking up names, noting what they are bound to, writing words.
+
+They are in ``names.c``, ``notes.c`` and ``words.c``.
 
 A library of medium size has ten thousand names to look up and a hundred thousand words to relocate.  What
 one of them takes in Python, or numpy for each pass over all of them, is a hundred times what ld.so takes.
@@ -119,6 +121,7 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
+        *(("note", 8), ("list_asked", 6), ("list_set", 4)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
     ):
         function = getattr(library, name, None)

@@ -1,4 +1,4 @@
-/* What names.c and words.c share.  See __init__.py, which declares the same for Python, field by field. */
+/* What names.c, notes.c and words.c share.  See __init__.py, which declares the same for Python, field by field. */
 
 #include <setjmp.h>
 #include <stdbool.h>
@@ -58,6 +58,18 @@ typedef struct { /* what a symbol is bound to: a library of the scope (-1 for no
     int64_t owner, symbol;
     uint64_t address, value, size, info, shndx; /* of that one; where there is none, info is its own */
 } Definition;
+
+enum { STB_GNU_UNIQUE = 10, STT_GNU_IFUNC = 10 };
+
+static inline bool is_unique(const Definition *definition)
+{
+    return definition->info >> 4 == STB_GNU_UNIQUE;
+}
+
+static inline bool is_indirect(const Definition *definition)
+{
+    return (definition->info & 0xf) == STT_GNU_IFUNC && definition->shndx != SHN_UNDEF;
+}
 
 /* ------------------------------------------------------------------------------------------- words */
 

@@ -10,8 +10,8 @@
 #define _GNU_SOURCE
 #include "loops.h"
 
-enum { STB_LOCAL = 0, STB_GLOBAL = 1, STB_WEAK = 2, STB_GNU_UNIQUE = 10 };
-enum { STT_SECTION = 3, STT_FILE = 4, STT_TLS = 6, STT_GNU_IFUNC = 10 };
+enum { STB_LOCAL = 0, STB_GLOBAL = 1, STB_WEAK = 2 };
+enum { STT_SECTION = 3, STT_FILE = 4, STT_TLS = 6 };
 enum { STV_INTERNAL = 1, STV_HIDDEN = 2, STV_PROTECTED = 3 };
 enum { VERSION_HIDDEN = 0x8000, VERSION = 0x7fff, OLDEST = 2, BASE = 1, WEAK = 2 };
 enum { LONGEST = 4096, LONG_NAMES = 1 << 24, SHORT_CHAIN = 64 };
@@ -528,8 +528,8 @@ static int64_t look_all_up(
             *met |= index && asked.info >> 4 != STB_WEAK ? UNBOUND : 0;
         } else {
             owners[found[i].owner] = 1;
-            *met |= found[i].info >> 4 == STB_GNU_UNIQUE ? UNIQUE : 0;
-            indirect[i] = (found[i].info & 0xf) == STT_GNU_IFUNC && found[i].shndx != SHN_UNDEF;
+            *met |= is_unique(&found[i]) ? UNIQUE : 0;
+            indirect[i] = is_indirect(&found[i]);
             *met |= indirect[i] ? INDIRECT_FUNCTION : 0;
         }
         if (steps <= 0)

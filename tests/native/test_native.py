@@ -24,15 +24,23 @@ from fixtures.build import build_loops
 from miniloader import native
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf import dynamic as dt
-from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.symbols import STB_GNU_UNIQUE, STT_GNU_IFUNC, STT_TLS
 from miniloader.elf.tables import RELOCATION, decode_relr
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.relocation_job import RelocationJob, kinds_table
+from miniloader.loader.scope import Bindings
 from miniloader.loader.spans import readable
-from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, look_name_up, look_up
+from miniloader.loader.symbol_lookup import (
+    DEFINITION,
+    MappedSymbols,
+    column,
+    look_name_up,
+    look_up,
+    places_of,
+)
 from miniloader.machine.relocation import KINDS
 from miniloader.native import INDIRECT_FUNCTION, UNBOUND, UNIQUE, Reason, Stopped, copy, functions
 
@@ -283,6 +291,37 @@ class Bench:
         places, late = array("q", range(count)), bytearray(count)
         words, definitions = array("Q", addresses), array("q", found.tobytes())
         self.job.relocate(array("Q"), packed, array("Q"), head, places, places, words, definitions, late)
+
+
+definitions = st.lists(
+    st.tuples(
+        st.integers(-1, 2),
+        st.integers(0, 9),
+        st.integers(1, 9),
+        st.just(0),
+        st.just(0),
+        st.sampled_from([0x12, 0x1A, 0xA1, 0xAA, 0x20]),
+        st.integers(0, 1),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(definitions, st.sets(st.integers(1, 9), max_size=4))
+def test_what_symbols_are_bound_to_is_noted_in_one_pass(rows: list[tuple[int, ...]], asked: set[int]) -> None:
+    """Owner, symbol, address, value, size, info, section; the library 1 is ours."""
+    bindings = Bindings(array("q", range(len(rows))), [], array("q", np.array(rows, DEFINITION).tobytes()))
+    noted = bindings.noted(bytearray([0, 1, 0]), asked)
+    assert noted.addresses.tolist() == [row[2] for row in rows]
+    bound = [place for place, row in enumerate(rows) if row[0] >= 0]
+    unique = [place for place in bound if rows[place][5] >> 4 == STB_GNU_UNIQUE]
+    assert noted.unique == unique
+    assert noted.asked == [place for place in bound if place not in unique and rows[place][2] in asked]
+    indirect = [place for place in bound if rows[place][5] & 0xF == STT_GNU_IFUNC and rows[place][6]]
+    assert noted.resolvers == [place for place in indirect if rows[place][0] != 1]
+    places = places_of(sorted(asked), noted.addresses)
+    assert places.tolist() == [place for place, row in enumerate(rows) if row[2] in asked]
 
 
 words = st.integers(BASE + PAGE_SIZE, BASE + LENGTH - 8)

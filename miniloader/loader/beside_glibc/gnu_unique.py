@@ -21,12 +21,13 @@ __all__ = ["forget", "settle", "settled"]
 _ours: Final[dict[bytes, tuple[int, Definer]]] = {}
 
 
-def settle(library: Definer, bindings: Bindings, addresses: array[int]) -> list[Definer]:
+def settle(
+    library: Definer, bindings: Bindings, addresses: array[int], places: Sequence[int]
+) -> list[Definer]:
     """Replace, in ``addresses``, those of unique symbols by the process's one; who of ours defines them.
 
-    ``library`` is the one that is being bound.
+    ``library`` is the one that is being bound, ``places`` are those of unique symbols.
     """
-    places, owners = _unique(bindings.rows), bindings.column("owner")
     symbols = [bindings.wanted[place] for place in places]
     answers = _of_host(library, symbols)
     used: dict[int, Definer] = {}
@@ -35,7 +36,7 @@ def settle(library: Definer, bindings: Bindings, addresses: array[int]) -> list[
             addresses[place] = answer
             continue
         name = library.names.name(symbol)
-        addresses[place], owner = _ours.setdefault(name, (addresses[place], bindings.scope[owners[place]]))
+        addresses[place], owner = _ours.setdefault(name, (addresses[place], bindings.owner_at(place)))
         used[id(owner)] = owner
     return list(used.values())
 

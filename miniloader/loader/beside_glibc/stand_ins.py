@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
@@ -27,7 +28,7 @@ from miniloader.loader.memory import Memory
 from miniloader.machine import stand_in_code
 from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
 
-__all__ = ["add", "answer", "is_held", "make", "remove", "stand_ins"]
+__all__ = ["add", "answer", "asked", "is_held", "make", "remove", "stand_ins"]
 
 _LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
 _COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
@@ -133,14 +134,10 @@ def is_held(memory: Memory) -> bool:
     return table.holds(memory)
 
 
-def answer(addresses: array[int]) -> None:
-    """Replace, in ``addresses``, those of glibc's functions by what stands for them."""
-    asked = _asked()
-    if asked.isdisjoint(addresses):
-        return
-    for place, address in enumerate(addresses):
-        if address in asked:
-            addresses[place] = stand_ins().get(address, address)
+def answer(addresses: array[int], places: Iterable[int]) -> None:
+    """Replace, in ``addresses``, those of glibc's functions, at ``places``, by what stands for them."""
+    for place in places:
+        addresses[place] = stand_ins().get(addresses[place], addresses[place])
 
 
 @lru_cache(maxsize=1)
@@ -170,8 +167,9 @@ def make() -> _StandInTable | None:
 
 
 @lru_cache(maxsize=1)
-def _asked() -> frozenset[int]:
-    return frozenset(_of_host().values())
+def asked() -> tuple[int, ...]:
+    """The addresses of glibc's functions that something stands for, ascending."""
+    return tuple(sorted(set(_of_host().values())))
 
 
 @lru_cache(maxsize=1)

@@ -103,15 +103,13 @@ def _needs(
     carrier_of: Callable[[Definer], Carrier | None],
 ) -> _Words:
     """What the ``rows`` of one kind need; those whose weak symbol nobody defines stay as they are."""
-    place_of, owners, starts = bindings.places(call=False), bindings.column("owner"), bindings.column("value")
+    place_of = bindings.places(call=False)
     bound = [(vaddr, place_of[symbol], addend) for vaddr, _, symbol, addend in rows]
-    bound = [row for row in bound if owners[row[1]] >= 0]
-    places, definers = (
-        [place for _, place, _ in bound],
-        [bindings.scope[owners[place]] for _, place, _ in bound],
-    )
+    bound = [row for row in bound if bindings.at(row[1], "owner") >= 0]
+    places = [place for _, place, _ in bound]
+    definers = [bindings.owner_at(place) for place in places]
     vaddrs = [vaddr for vaddr, _, _ in bound]
-    offsets = [_signed(starts[place] + addend) for _, place, addend in bound]
+    offsets = [_signed(bindings.at(place, "value") + addend) for _, place, addend in bound]
     within = [
         addend if isinstance(definer, HostLibrary) else offset
         for (_, _, addend), definer, offset in zip(bound, definers, offsets, strict=True)
@@ -139,7 +137,7 @@ def _signed(number: int) -> int:
 
 def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier: Carrier | None) -> _Block:
     """Who has the storage of the symbol that ``bindings.wanted[place]`` is bound to."""
-    definer = bindings.scope[bindings.column("owner")[place]]
+    definer = bindings.owner_at(place)
     if definer is me:
         if tls is None:
             raise LoadError(
@@ -151,7 +149,7 @@ def _block(me: Definer, tls: Tls | None, bindings: Bindings, place: int, carrier
             text = f"{me.name}: refers to thread-local storage of {definer.name}, which is not set up yet"
             raise LoadError(text, hint="the two libraries refer to each other's")
         return carrier
-    if bindings.column("info")[place] & 0xF != STT_TLS:  # glibc might divide by 0
+    if bindings.at(place, "info") & 0xF != STT_TLS:  # glibc might divide by 0
         label = bindings.label(place)
         raise LoadError(f"{me.name}: thread-local relocation of {label}, which is not thread-local")
     return definer
