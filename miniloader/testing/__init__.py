@@ -36,7 +36,8 @@ And its test, ``test_shop.py``; run it with ``pytest``, as any user::
         assert_private_pages(after, at_most=1)                         # the budget of each worker
 
 The whole memory of each worker, its heap above all, has a budget, too: ``assert_memory(after, own_at_most="8
-MiB", still_shared_at_least="20 MiB")``.
+MiB", still_shared_at_least="20 MiB")``; and so has what it shares no longer with the server that forked it:
+``assert_memory([forked, served], eroded_at_most="2 MiB")``, of snapshots of ``server + workers``.
 
 When somebody adds a global that every request updates, the last two fail, name the symbol, and show the
 pages of all workers.

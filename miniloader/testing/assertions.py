@@ -30,6 +30,7 @@ from miniloader.report.audit import mapping_rows
 from miniloader.report.grid import Mark, grid_legend, page_grid
 from miniloader.report.numbers import count, size
 from miniloader.report.text import laid_out, plain
+from miniloader.testing.eroded import check_erosion
 from miniloader.testing.snapshots import LibraryMemory, MemorySnapshot
 from miniloader.values import dataclass
 
@@ -228,14 +229,17 @@ def assert_memory(
     *,
     own_at_most: int | str | None = None,
     still_shared_at_least: int | str | None = None,
+    eroded_at_most: int | str | None = None,
     level: LevelName | None = None,
 ) -> None:
     """No process has more memory of its own, or shares less with its relatives, than that: heaps and all.
 
     ``own_at_most`` bounds what each process alone has mapped, its USS; ``still_shared_at_least`` is how much
     each must still have in one copy with relatives by fork (anonymous memory; what KSM has merged counts as
-    well).  Both are bytes, or a text like ``"2 MiB"``.  The failure shows what the memory is, by kind and
-    name.
+    well).  ``eroded_at_most`` is how much of what each had in one copy with its parent, else its eldest
+    sibling, in the first of several snapshots may be two copies in a later one (level ``frames``).  All are
+    bytes, or a text like ``"2 MiB"``.  The failure shows what the memory is, by kind and name, and which
+    objects lie on the pages that are no longer shared.
 
     Raises AssertionError when a process is beyond a bound, EvidenceError where pages cannot be told apart,
     UsageError for a bound that is no number of bytes, or when there is none.
@@ -243,10 +247,14 @@ def assert_memory(
     A worker pool that must not erode, after some requests::
 
         assert_memory(workers.snapshot("served"), own_at_most="8 MiB", still_shared_at_least="20 MiB")
+        assert_memory([forked, served], eroded_at_most="2 MiB")
     """
     __tracebackhide__ = True
-    if own_at_most is None and still_shared_at_least is None:
-        raise UsageError("assert_memory: no bound; give own_at_most= or still_shared_at_least=")
+    if own_at_most is None and still_shared_at_least is None and eroded_at_most is None:
+        bounds = "own_at_most=, still_shared_at_least= or eroded_at_most="
+        raise UsageError(f"assert_memory: no bound; give {bounds}")
+    if eroded_at_most is not None:
+        check_erosion(_each(snapshots), _number_of_bytes(eroded_at_most))
     for snapshot in _each(snapshots):
         _check_level(snapshot, level)
         if own_at_most is not None:

@@ -20,6 +20,7 @@ from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.forking import cached_property
 from miniloader.kernel.features import LevelName
+from miniloader.kernel.frames import has_merged
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.process_memory import ProcessMemory
@@ -28,6 +29,9 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.mappings import AuditedMapping, mappings_over
 from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import CHANGED, FileInProcess, Memo, locate, mappings_in, space_of
+from miniloader.lab.erosion.erode import erosion_of
+from miniloader.lab.erosion.memory import memory_in
+from miniloader.lab.erosion.result import Erosion
 from miniloader.values import dataclass
 
 __all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
@@ -128,7 +132,8 @@ class MemorySnapshot:
     ``level`` is the level of evidence.  Below ``flags`` nothing is known of pages: then there are no
     ``libraries``, and ``sums`` has the bytes of anonymous memory that ``smaps`` counts in each file's
     mappings, by path and pid.  ``mappings`` are all memory of the processes, by kind and name; their PSS is
-    left out.
+    left out.  ``erosion`` is what relatives among them have no longer in common; None where frames are not
+    known.
     """
 
     step: str
@@ -137,6 +142,7 @@ class MemorySnapshot:
     libraries: tuple[LibraryMemory, ...]
     sums: Mapping[str, Mapping[int, int]]
     mappings: tuple[AuditedMapping, ...] = ()
+    erosion: tuple[Erosion, ...] | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(path.rpartition("/")[2] for path in self.paths))
@@ -182,7 +188,7 @@ def snapshot(
     if chosen in ("totals", "none"):
         return MemorySnapshot(step, chosen, processes, (), _sums(processes, library))
     memo = Memo()
-    looks = [_ProcessFiles(pid, memo, library) for pid in processes]
+    looks = [_ProcessFiles(pid, memo, library, frames=chosen == "frames") for pid in processes]
     by_path: dict[str, list[tuple[_ProcessFiles, FileInProcess]]] = {}
     for process in looks:
         for mapped in process.chosen:
@@ -191,7 +197,10 @@ def snapshot(
         raise _nowhere(library, {mapped.file.identity.path for process in looks for mapped in process.found})
     libraries = tuple(_library(path, found, step, level) for path, found in sorted(by_path.items()))
     mappings = mappings_over(process.mappings.rows(process.pid, None) for process in looks)
-    return MemorySnapshot(step, chosen, processes, libraries, {}, mappings)
+    memories = [process.memory for process in looks if process.memory is not None]
+    merged = None if has_merged() else np.empty(0, np.uint64)
+    erosion = erosion_of(memories, merged) if chosen == "frames" else None
+    return MemorySnapshot(step, chosen, processes, libraries, {}, mappings, erosion)
 
 
 def address_of(pid: int, library: str, symbol: str) -> tuple[int, int]:
@@ -232,10 +241,11 @@ def _sums(pids: Sequence[int], library: str | None) -> dict[str, dict[int, int]]
 class _ProcessFiles:
     """What is mapped in one process, which of it was chosen, and why its copies are copies."""
 
-    def __init__(self, pid: int, memo: Memo, library: str | None) -> None:
+    def __init__(self, pid: int, memo: Memo, library: str | None, *, frames: bool) -> None:
         self.pid, self.layouts = pid, memo.layouts
         with PageMap(pid) as pagemap:
-            self.vmas, pages, self.found = locate(pid, pagemap, memo, frames=False)
+            self.vmas, pages, self.found = locate(pid, pagemap, memo, frames=frames)
+        self.memory = memory_in(pid, pages) if frames else None
         self.mappings = mappings_in(pid, self.vmas, pages, self.found, memo)
         self.chosen = [mapped for mapped in self.found if self._wanted(mapped, library)]
 

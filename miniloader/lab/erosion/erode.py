@@ -15,7 +15,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.causes import causes_of
 from miniloader.lab.erosion.contents import PagePart, compare
-from miniloader.lab.erosion.memory import private_memory
+from miniloader.lab.erosion.memory import PrivateMemory, private_memory
 from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pairs import Pair, pairs_of
 from miniloader.lab.erosion.pools import Pools, pools_in
@@ -24,7 +24,7 @@ from miniloader.lab.erosion.sight import Sight
 from miniloader.lab.erosion.types import Types
 from miniloader.values import dataclass
 
-__all__ = ["erosion"]
+__all__ = ["erosion", "erosion_of"]
 
 _MOST_TYPES: Final = 100
 
@@ -36,9 +36,16 @@ def erosion(
 
     ``merged`` are the frames of KSM (None: not known).  ``contents``: whether the bytes are read as well.
     """
+    memories = [private_memory(process) for process in processes]
+    if not contents:
+        return erosion_of(memories, merged)
     surveys = {process.pid: process for process in processes}
-    pairs = pairs_of([private_memory(process) for process in processes], merged)
-    return tuple(_row(pair, surveys[pair.pid], contents=contents) for pair in pairs)
+    return tuple(_read(pair, surveys[pair.pid]) for pair in pairs_of(memories, merged))
+
+
+def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | None) -> tuple[Erosion, ...]:
+    """A row for each process that has a relative among them; nobody reads the bytes."""
+    return tuple(_row(pair, None, None) for pair in pairs_of(memories, merged))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +58,14 @@ class _Contents:
     objects: tuple[ErodedObjects, ...]
 
 
-def _row(pair: Pair, process: Survey, *, contents: bool) -> Erosion:
-    found: _Contents | None = None
-    if contents:
-        with suppress(EvidenceError):  # one of them has ended, or nobody may read it
-            found = _contents(pair, process)
+def _read(pair: Pair, process: Survey) -> Erosion:
+    runtime = process.interpreter.name if process.interpreter is not None else None
+    with suppress(EvidenceError):  # one of them has ended, or nobody may read it
+        return _row(pair, runtime, _contents(pair, process))
+    return _row(pair, runtime, None)
+
+
+def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
     possible = np.setdiff1d(pair.apart, pair.proven, assume_unique=True)
     pages = ErodedPages(
         together=spans_of(pair.together),
@@ -72,7 +82,7 @@ def _row(pair: Pair, process: Survey, *, contents: bool) -> Erosion:
         changed=0 if found is None else found.unread * PAGE_SIZE,
         causes={} if found is None else {name: pages * PAGE_SIZE for name, pages in found.causes.items()},
         objects=() if found is None else found.objects,
-        runtime=process.interpreter.name if process.interpreter is not None else None,
+        runtime=runtime,
         pages=pages,
     )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.kernel.procfs import read_stat
+from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows
 from miniloader.lab.audit.survey import Survey
 from miniloader.values import dataclass
 
-__all__ = ["PrivateMemory", "private_memory"]
+__all__ = ["PrivateMemory", "memory_in", "private_memory"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +35,33 @@ class PrivateMemory:
 
 def private_memory(process: Survey) -> PrivateMemory:
     """What ``process`` has that may erode; its frames must be known (level ``frames``)."""
-    copies, originals, rows = process.copies, process.originals, process.writable
+    lineage = process.pid, process.parent, process.started, process.stack
+    return _private_memory(lineage, process.copies, process.originals, process.writable)
+
+
+def memory_in(pid: int, pages: Pages) -> PrivateMemory:
+    """What process ``pid`` has that may erode, whose ``pages`` were read with their frames.
+
+    Raises ProcessGone, or EvidenceError where nothing may be known of it.
+    """
+    _, fields = read_stat(pid)
+    lineage = pid, int(fields[1]), int(fields[19]), int(fields[25])
+    return _private_memory(lineage, pages.copies, pages.originals, pages.writable)
+
+
+def _private_memory(
+    lineage: tuple[int, int, int, int], copies: PageColumns, originals: PageColumns, rows: Rows
+) -> PrivateMemory:
+    pid, parent, started, stack = lineage
     addresses = np.concatenate([copies.addresses, originals.addresses[rows]])
     order = np.argsort(addresses, kind="stable")
     copied = np.arange(len(addresses)) < len(copies.addresses)
     exclusive = np.concatenate([copies.exclusive, originals.exclusive[rows]])
     return PrivateMemory(
-        pid=process.pid,
-        parent=process.parent,
-        started=process.started,
-        stack=process.stack,
+        pid=pid,
+        parent=parent,
+        started=started,
+        stack=stack,
         addresses=addresses[order],
         frames=np.concatenate([copies.frames, originals.frames[rows]])[order],
         copied=copied[order],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Final
@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.json_schema import COUNT, array, keys, nullable, record
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.result import Audit
 from miniloader.lab.erosion.result import Erosion, pages_in, spans_of
 from miniloader.values import dataclass
 
-__all__ = ["ERODED_SCHEMA", "ErodedSince", "eroded_since", "proven_by"]
+__all__ = ["ERODED_SCHEMA", "ErodedSince", "eroded_between", "eroded_since", "proven_by"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,23 @@ def eroded_since(first: Audit, now: Audit) -> tuple[ErodedSince, ...] | None:
     """A row for each process that has a relative in ``now``; None where one of the looks had no frames."""
     if first.erosion is None or now.erosion is None:
         return None
+    return eroded_between(first.erosion, now.erosion, _stayed(first, now), now.page_size)
+
+
+def eroded_between(
+    first: Sequence[Erosion], now: Sequence[Erosion], stayed: Collection[int], page_size: int = PAGE_SIZE
+) -> tuple[ErodedSince, ...]:
+    """A row for each of the rows ``now``; ``stayed`` are the pids that are the same processes as at first."""
     rows = []
-    for row, together in zip(now.erosion, _together_at(first, now), strict=True):
-        eroded = np.intersect1d(_apart(row, now.page_size), together, assume_unique=True)
-        same = np.intersect1d(eroded, pages_in(row.pages.same, now.page_size), assume_unique=True)
+    for row, together in zip(now, _together_at(first, now, stayed, page_size), strict=True):
+        eroded = np.intersect1d(_apart(row, page_size), together, assume_unique=True)
+        same = np.intersect1d(eroded, pages_in(row.pages.same, page_size), assume_unique=True)
         rows.append(
             ErodedSince(
                 pid=row.pid,
                 relative=row.relative,
-                proven=len(eroded) * now.page_size,
-                same=None if row.same is None else len(same) * now.page_size,
+                proven=len(eroded) * page_size,
+                same=None if row.same is None else len(same) * page_size,
             )
         )
     return tuple(rows)
@@ -54,7 +62,8 @@ def proven_by(first: Audit, now: Audit) -> Audit:
     """``now``, where what was one frame at the ``first`` look is proven to have been it."""
     if first.erosion is None or now.erosion is None:
         return now
-    rows = zip(now.erosion, _together_at(first, now), strict=True)
+    together_at = _together_at(first.erosion, now.erosion, _stayed(first, now), now.page_size)
+    rows = zip(now.erosion, together_at, strict=True)
     return replace(now, erosion=tuple(_proven(row, together, now.page_size) for row, together in rows))
 
 
@@ -69,22 +78,25 @@ def _proven(row: Erosion, together: NDArray[np.uint64], page_size: int) -> Erosi
     return replace(row, proven=len(proven) * page_size, possible=len(possible) * page_size, pages=pages)
 
 
-def _together_at(first: Audit, now: Audit) -> list[NDArray[np.uint64]]:
-    """For each row of ``now`` the pages that its two processes had as one frame at the ``first`` look.
+def _stayed(first: Audit, now: Audit) -> frozenset[int]:
+    """The pids of the same processes as at first, none of which has executed another program since."""
+    at_first, still = (
+        {(process.pid, process.started, process.name) for process in audit.processes}
+        for audit in (first, now)
+    )
+    return frozenset(pid for pid, _, _ in at_first & still)
 
-    A process with a pid that has been used before is not the one of the first look, nor has it that one's
-    pages when it has executed another program since.
-    """
-    same = {(process.pid, process.started, process.name) for process in first.processes}
-    stayed = {
-        process.pid for process in now.processes if (process.pid, process.started, process.name) in same
-    }
-    rows = {row.pid: row for row in first.erosion or ()}
+
+def _together_at(
+    first: Sequence[Erosion], now: Sequence[Erosion], stayed: Collection[int], page_size: int
+) -> list[NDArray[np.uint64]]:
+    """For each row of ``now`` the pages that its two processes had as one frame at the ``first`` look."""
+    rows = {row.pid: row for row in first}
     return [
-        _together(rows, row.pid, row.relative, first.page_size)
-        if {row.pid, row.relative} <= stayed
+        _together(rows, row.pid, row.relative, page_size)
+        if row.pid in stayed and row.relative in stayed
         else np.empty(0, np.uint64)
-        for row in now.erosion or ()
+        for row in now
     ]
 
 
