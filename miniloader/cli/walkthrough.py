@@ -40,6 +40,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--hints", action="store_true", help="what leads to a solution of the exercise")
     other.add_argument("--words", action="store_true", help="the words that chapters use, and their meaning")
     other.add_argument("--word", metavar="WORD", help="what one of these words means")
+    other.add_argument(
+        "--sheet", action="store_true", help="for a teacher: what chapters show, need and answer, as Markdown"
+    )
+    parser.add_argument(
+        "--grade",
+        metavar="FILE",
+        help="with --check DIR: judge every solution there, write JUnit XML (-: here)",
+    )
     parser.add_argument(
         "--solution", action="store_true", help="with --check: after my attempt, show yours beside it"
     )
@@ -61,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
             return _hints(arguments, named[0])
         if arguments.words or arguments.word is not None:
             return _words(arguments)
+        if arguments.sheet:
+            return _sheet(named or chapters())
+        if arguments.grade is not None:
+            return _grade(arguments)
         if arguments.check is not None:
             return _check(arguments, named[0])
         if arguments.json or arguments.html is not None:
@@ -82,6 +94,10 @@ def _sensible(arguments: argparse.Namespace) -> None:
         raise UsageError("--solution is shown beside an attempt", hint="as in: cow --check FILE --solution")
     if (arguments.words or arguments.word is not None) and (arguments.chapters or arguments.all):
         raise UsageError("--words are those of all chapters", hint="leave the chapters out")
+    if arguments.grade is not None:
+        if arguments.check is None or arguments.chapters or arguments.all or arguments.solution:
+            raise UsageError("--grade needs --check DIR, and no chapter: the files say theirs")
+        return
     if alone and (len(arguments.chapters) != 1 or arguments.all):
         raise UsageError(f"{alone} needs one chapter", hint=f"as in: miniloader walkthrough cow {alone}")
     if arguments.quiz and (arguments.json or arguments.html is not None or alone):
@@ -286,6 +302,40 @@ def _exercise(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
     return 0
 
 
+def _sheet(chapters: Sequence[Chapter[Any]]) -> int:
+    from miniloader.report.teaching import sheet
+
+    print(sheet(chapters), end="")
+    return 0
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    """0 where each solution passes, 1 where one does not, 3 where none could be judged."""
+    from miniloader.files import write_whole
+    from miniloader.report.progress import progress
+    from miniloader.walkthrough.grading import grade, junit
+
+    with progress() as say:
+        graded = grade(arguments.check, say)
+    if arguments.grade == "-":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(junit(graded))
+    else:
+        write_whole(arguments.grade, [junit(graded)])
+        if arguments.json:
+            from dataclasses import asdict
+
+            from miniloader.report.json import dump
+
+            dump({"graded": [asdict(solution) for solution in graded]})
+        else:
+            from miniloader.report.teaching import marks
+
+            _output().show(marks(graded, arguments.grade))
+    passed = {solution.passed for solution in graded}
+    return 1 if False in passed else 0 if True in passed else 3
+
+
 def _hints(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
     if arguments.json:
         from miniloader.report.json import dump
@@ -325,7 +375,7 @@ def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
         from miniloader.report.walkthrough import checked, solution
 
         out = _output()
-        out.show(checked(answer, printed, next(iter(chapter.exercise.hints), None)))
+        out.show(checked(answer, printed, answer.hint or next(iter(chapter.exercise.hints), None)))
         if arguments.solution:
             with open(arguments.check, encoding="utf-8", errors="replace") as file:
                 out.show([(), *solution(chapter, file.read())])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from miniloader.json_schema import BOOL, NUMBER, TEXT, Schema, array, by_name, either, keys, record
+from miniloader.json_schema import BOOL, NUMBER, TEXT, Schema, array, by_name, either, keys, nullable, record
 from miniloader.lab.audit.diff import CHANGE_SCHEMA
 from miniloader.lab.audit.growth import GROWTH_KEYS
 from miniloader.lab.audit.live_bindings import LIVE_SCHEMA
@@ -41,6 +41,13 @@ SCHEMAS: Final[dict[str, Schema]] = {
         record(keys(TEXT, "id message printed"), {"passed": BOOL}),
         record({"id": TEXT, "hints": array(TEXT)}),
         record({"words": by_name(TEXT)}),
+        record(
+            {
+                "graded": array(
+                    record(keys(TEXT, "student id path message printed"), {"passed": nullable(BOOL)})
+                )
+            }
+        ),
     ),
     "prepare": prepared.SCHEMA,
     "cache": prepared.SCHEMA,

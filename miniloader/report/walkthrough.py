@@ -317,6 +317,7 @@ _IN_SHORT: Final = (
     "So a further process costs what it writes. That can be measured, in each process, page by page.",
 )
 _NEXT: Final = (
+    ("build it", "miniloader walkthrough build", "write a loader of your own, in seven steps"),
     ("prove it", "miniloader prove libz.so.1 -n 4", "the same of a library of this system"),
     ("use it", "miniloader audit PID", "the memory of processes that run here, and why it is not shared"),
 )

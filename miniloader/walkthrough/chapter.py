@@ -117,10 +117,14 @@ class Quiz:
 
 
 class Answer(NamedTuple):
-    """Whether a learner's snippet does what the exercise asks for, and a sentence about it."""
+    """Whether a learner's snippet does what the exercise asks for, and a sentence about it.
+
+    ``hint`` is what leads on from here, "" where those of the exercise do.
+    """
 
     passed: bool
     message: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Exercise:
 
     ``check`` judges the names that the snippet leaves behind, while its mappings are still there; it runs in
     the snippet's own process.  ``solution`` is the snippet as it may look when done; ``hints`` lead there.
+    ``where`` tells the parent how far ``check`` had come when the process died, "" where there is no saying.
     """
 
     task: str
@@ -136,6 +141,7 @@ class Exercise:
     solution: str
     check: Callable[[dict[str, Any]], Answer]
     hints: tuple[str, ...] = ()
+    where: Callable[[], str] = lambda: ""
 
 
 @dataclass(frozen=True)

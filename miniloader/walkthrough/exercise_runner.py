@@ -42,7 +42,8 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
         printed = output.read().decode(errors="replace")
     answer = verdict.read()
     if answer is None:
-        return Answer(False, _end(code)), printed
+        place = chapter.exercise.where()
+        return Answer(False, _end(code) + (f", {place}" if place else "")), printed
     if isinstance(answer, EvidenceError):
         raise answer
     return Answer(*answer), printed
@@ -69,22 +70,21 @@ def _be_alone(output: int) -> None:
     sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
 
 
-def _judged(chapter: Chapter[Any], path: str) -> tuple[bool, str] | EvidenceError:
+def _judged(chapter: Chapter[Any], path: str) -> Answer | EvidenceError:
     try:
         names = runpy.run_path(path)
     except SystemExit:
-        return (False, "it left with exit() before its mappings could be looked at")
+        return Answer(False, "it left with exit() before its mappings could be looked at")
     except BaseException as error:  # noqa: BLE001 - the learner's error, whatever it is, is the answer
-        return (False, f"it raised {type(error).__name__}: {error}{_line(error, path)}")
+        return Answer(False, f"it raised {type(error).__name__}: {error}{_line(error, path)}")
     try:
-        answer = chapter.exercise.check(names)
-        return (answer.passed, answer.message)
+        return chapter.exercise.check(names)
     except EvidenceError as error:
         return error
     except KeyError as error:
-        return (False, f"it no longer has a {error.args[0]}, which is looked at")
+        return Answer(False, f"it no longer has a {error.args[0]}, which is looked at")
     except Exception as error:  # noqa: BLE001 - a mapping closed, a number where a mapping was: the learner's, too
-        return (False, f"what it leaves behind cannot be looked at: {type(error).__name__}: {error}")
+        return Answer(False, f"what it leaves behind cannot be looked at: {type(error).__name__}: {error}")
 
 
 def _line(error: BaseException, path: str) -> str:

@@ -30,6 +30,7 @@ CHAPTERS: Final = (
     "relro",
     "tls",
     "prepared",
+    "build",
 )
 
 

@@ -296,7 +296,10 @@ first = memory[20 * PAGE]          # a read: more than one page comes
 
 
 def _check(names: dict[str, Any]) -> Answer:
-    present = sum(state != "absent" for state in states_of(names["memory"]))
+    states = states_of(names["memory"])
+    present = sum(state != "absent" for state in states)
+    if states[20] == "absent":
+        return Answer(False, "page 20 is not in the page table")
     if present == 1:
         return Answer(True, "one fault brought exactly one page")
     return Answer(False, f"{present} pages are in the page table, 1 was asked for; what if you do not read?")
