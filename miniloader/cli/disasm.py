@@ -76,8 +76,9 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     with miniloader.load(arguments.library, on_event=on_event) as library:
         doing(f"{arguments.library}: looking at it")
         listing = disassembly_of(Landmarks(library.image), arguments.symbol, library)
+        status = _show(listing, arguments)
         doing(f"{arguments.library}: closing it")
-    return _show(listing, arguments)
+    return status
 
 
 def _show(listing: Disassembly, arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from miniloader.elf import kind_of
@@ -11,7 +11,7 @@ from miniloader.errors import ElfError
 from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import Library
-from miniloader.machine.disassembly import Instruction, disassemble, processor_of
+from miniloader.machine.disassembly import STREAMED, Instruction, processor_of, streamed
 from miniloader.machine.find_code import CodeRange, locate
 from miniloader.machine.names_at import Landmarks, Slot
 from miniloader.machine.relocation import KINDS
@@ -35,31 +35,47 @@ class SlotContents:
     stand_in: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Disassembly:
     """The code of ``span``.
 
-    Of a loaded library ``base`` is the load bias, and ``held`` says by vaddr what the slots referred to hold.
+    ``instructions`` are made one by one as they are asked for where they are megabytes, again each time.  Of
+    a loaded library ``base`` is the load bias, and ``held`` says by vaddr what the slots referred to hold.
     """
 
-    path: str
-    machine: str
+    landmarks: Landmarks
     processor: str
     span: CodeRange
-    instructions: tuple[Instruction, ...]
-    meanings: Mapping[int, str]  # of its slots
+    instructions: Iterable[Instruction]
     base: int | None
     held: Mapping[int, SlotContents]
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        """Every relocated word that the code refers to, in order of mention."""
-        return _slots_of(self.instructions)
+    def path(self) -> str:
+        """The file's."""
+        return self.landmarks.image.path
+
+    @property
+    def machine(self) -> str:
+        """The gABI's name of it, without ``EM_``."""
+        return self.landmarks.image.header.machine
 
 
-def _slots_of(instructions: Sequence[Instruction]) -> tuple[Slot, ...]:
-    found = (one.target.slot for one in instructions if one.target is not None)
-    return tuple({slot.vaddr: slot for slot in found if slot is not None}.values())
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """The instructions of ``span``, decoded each time they are asked for."""
+
+    landmarks: Landmarks
+    span: CodeRange
+    code: bytes | None
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return streamed(self.landmarks, self.span, self.code)
+
+
+def _slots_of(instructions: Iterable[Instruction]) -> tuple[Slot, ...]:
+    slots = (instruction.target.slot for instruction in instructions if instruction.target is not None)
+    return tuple({slot.vaddr: slot for slot in slots if slot is not None}.values())
 
 
 def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = None) -> Disassembly:
@@ -74,17 +90,16 @@ def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = No
         "r" in load.flags and load.vaddr <= span.vaddr and span.end <= load.file_end for load in image.loads
     )
     code = ctypes.string_at(library.base + span.vaddr, span.size) if library and readable else None
-    instructions = disassemble(landmarks, span, code)
-    slots = _slots_of(instructions)
+    instructions: Iterable[Instruction] = _Stream(landmarks, span, code)
+    if span.size <= STREAMED:
+        instructions = tuple(instructions)
     return Disassembly(
-        path=image.path,
-        machine=image.header.machine,
+        landmarks=landmarks,
         processor=processor.label,
         span=span,
         instructions=instructions,
-        meanings={slot.vaddr: landmarks.meaning(slot) for slot in slots},
         base=library.base if library else None,
-        held=_held(landmarks, slots, library) if library else {},
+        held=_held(landmarks, _slots_of(instructions), library) if library else {},
     )
 
 

@@ -1,45 +1,36 @@
 """Machine code as instructions, with what each refers to named.
 
-The one module behind which capstone stands.  It decodes; :mod:`miniloader.machine.register_flow` finds what
-operands refer to, and :class:`~miniloader.machine.names_at.Landmarks` names it.
+:mod:`miniloader.machine.decoding` decodes, :mod:`miniloader.machine.register_flow` finds what operands refer
+to, and :class:`~miniloader.machine.names_at.Landmarks` names it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Literal
-
-import capstone
+from dataclasses import replace
+from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
+from miniloader.machine.decoding import UNKNOWN, Decoded, Decoder, Kind, Region
 from miniloader.machine.find_code import CodeRange
 from miniloader.machine.names_at import Landmark, Landmarks
 from miniloader.machine.processors import PROCESSORS, Processor, Value
-from miniloader.machine.register_flow import Effect, Flow, MemoryOperand, Operand, Reference, references
+from miniloader.machine.register_flow import MemoryOperand, Reference, references
 from miniloader.values import dataclass
 
-__all__ = ["Instruction", "disassemble", "processor_of"]
+__all__ = ["STREAMED", "Instruction", "disassemble", "processor_of", "streamed"]
 
-Kind = Literal["code", "thumb", "data"]
-Region = tuple[int, int, Kind]  # the vaddrs from the first to before the second are code or data
-
-_DATA: Final = {4: ".word", 2: ".short", 1: ".byte"}
-_ALWAYS: Final = (0, capstone.arm.ARM_CC_AL)
-_LAST_NUMBER: Final = re.compile(r"-?(0x[0-9a-f]+|[0-9]+)$")
-#: The parts of x86 registers, by the whole.
-_PARTS: Final = {
-    part: f"e{part}" if part.endswith(("x", "i", "p")) else f"e{part[0]}x"
-    for part in "al ah ax bl bh bx cl ch cx dl dh dx si di bp sp".split()
-}
+STREAMED: Final = 1 << 20
+"""Bytes of code above which instructions are made one by one, and registers are not followed."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     """One instruction, or data among instructions (mnemonic ``.word``, ``.short`` or ``.byte``).
 
-    ``target`` is what a call or jump leads to, or what a memory or address operand refers to.
+    ``target`` is what a call or jump leads to, or what a memory or address operand refers to.  What is not
+    ``known`` is bytes that the disassembler does not know: an instruction that is newer, several, or data.
     """
 
     vaddr: int
@@ -47,6 +38,11 @@ class Instruction:
     mnemonic: str
     operands: str
     target: Landmark | None
+
+    @property
+    def known(self) -> bool:
+        """Whether the disassembler knows it."""
+        return self.mnemonic != UNKNOWN
 
 
 def processor_of(image: ElfImage) -> Processor:
@@ -65,36 +61,56 @@ def disassemble(landmarks: Landmarks, span: CodeRange, code: bytes | None = None
 
     Raises :class:`ElfError` for a processor that is not known, and where the file has no such bytes.
     """
+    return tuple(streamed(landmarks, span, code))
+
+
+def streamed(landmarks: Landmarks, span: CodeRange, code: bytes | None = None) -> Iterator[Instruction]:
+    """What :func:`disassemble` gives, of megabytes of code one by one as they are decoded.
+
+    Of so much code a reference is found where one instruction alone says it.
+    """
     image = landmarks.image
     processor = processor_of(image)
     code = code or bytes(image.read(span.vaddr, span.size, f"code of {span.name}"))
-    decoder = _Decoder(processor, code, span.vaddr)
+    decoder = Decoder(processor, code, span.vaddr, landmarks.code_starts(span.vaddr, span.end))
     regions = _regions(landmarks, span, code)
-    decoded = decoder.all(regions)
-    literals = [extent for instruction in decoded for extent in _literals(instruction, span)]
-    if literals:  # constants beside the code, which were decoded as if they were code
-        decoded = decoder.all(_carved(regions, literals))
-    referred = references(
-        [instruction.effect for instruction in decoded],
-        processor,
-        _word_of(image),
-        image.header.elf_class,
-        _thunk_of(image),
-    )
-    return tuple(
-        Instruction(
-            instruction.effect.vaddr,
-            instruction.octets,
-            instruction.mnemonic,
-            instruction.text,
-            _target(landmarks, span, instruction, reference),
+    decoded: Iterable[Decoded] = decoder.all(regions)
+    if span.size > STREAMED:
+        processor = replace(processor, tracked=False)
+    elif processor.literals or processor.arch == "ARM64":
+        decoded = [*decoded]
+        literals = [extent for instruction in decoded for extent in _literals(instruction, span)]
+        if literals:  # constants beside the code, which were decoded as if they were code
+            decoded = decoder.all(_carved(regions, literals))
+    return _named(landmarks, span, processor, decoded)
+
+
+def _named(
+    landmarks: Landmarks, span: CodeRange, processor: Processor, decoded: Iterable[Decoded]
+) -> Iterator[Instruction]:
+    """The instructions with what they refer to; one by one where no registers are followed."""
+    image = landmarks.image
+    groups: Iterable[list[Decoded]] = [[*decoded]] if processor.tracked else ([item] for item in decoded)
+    for group in groups:
+        referred = references(
+            [instruction.effect for instruction in group],
+            processor,
+            _word_of(image),
+            image.header.elf_class,
+            _thunk_of(image),
         )
-        for instruction, reference in zip(decoded, referred, strict=True)
-    )
+        for instruction, reference in zip(group, referred, strict=True):
+            yield Instruction(
+                instruction.effect.vaddr,
+                instruction.octets,
+                instruction.mnemonic,
+                instruction.text,
+                _target(landmarks, span, instruction, reference),
+            )
 
 
 def _target(
-    landmarks: Landmarks, span: CodeRange, instruction: _Decoded, reference: Reference | None
+    landmarks: Landmarks, span: CodeRange, instruction: Decoded, reference: Reference | None
 ) -> Landmark | None:
     image = landmarks.image
     if image.header.type == "REL" or image.dynamic.text_relocations:
@@ -136,7 +152,7 @@ def _regions(landmarks: Landmarks, span: CodeRange, code: bytes) -> list[Region]
     return [(start, end, kind) for (start, kind), end in zip(starts, ends, strict=True)]
 
 
-def _literals(instruction: _Decoded, span: CodeRange) -> Iterator[tuple[int, int]]:
+def _literals(instruction: Decoded, span: CodeRange) -> Iterator[tuple[int, int]]:
     """The first vaddr and the end of a constant within ``span`` that an instruction loads relative to pc."""
     if not instruction.effect.word.startswith(("ldr", "vldr")) or not instruction.effect.operands:
         return
@@ -188,152 +204,3 @@ def _thunk_of(image: ElfImage) -> Any:
         return registers.get(code[1]) if (code[0], code[2], code[3]) == (0x8B, 0x24, 0xC3) else None
 
     return thunk
-
-
-# ---------------------------------------------------------------------------------------- capstone
-@dataclass(frozen=True)
-class _Decoded:
-    """What capstone says of one instruction: for people, and for :mod:`miniloader.machine.register_flow`."""
-
-    octets: bytes
-    mnemonic: str
-    text: str
-    effect: Effect
-
-
-class _Decoder:
-    """Decodes parts of ``code``, which lies at ``vaddr``."""
-
-    def __init__(self, processor: Processor, code: bytes, vaddr: int) -> None:
-        self.processor = processor
-        self.code = code
-        self.vaddr = vaddr
-
-    def all(self, regions: Iterable[Region]) -> list[_Decoded]:
-        """Every instruction and every piece of data, in order."""
-        return [instruction for start, end, kind in regions for instruction in self._region(start, end, kind)]
-
-    def _region(self, start: int, end: int, kind: Kind) -> Iterator[_Decoded]:
-        code = self.code[start - self.vaddr : end - self.vaddr]
-        if kind == "data":
-            yield from _data(code, start)
-            return
-        modes = ("THUMB",) if kind == "thumb" else self.processor.modes
-        arch = getattr(capstone, f"CS_ARCH_{self.processor.arch}")
-        engine = capstone.Cs(arch, sum(getattr(capstone, f"CS_MODE_{mode}") for mode in modes))
-        engine.detail = True
-        engine.skipdata = True
-        for insn in engine.disasm(code, start):
-            if insn.id == 0:  # no instruction
-                yield from _data(bytes(insn.bytes), insn.address)
-            else:
-                yield self._instruction(insn, thumb=kind == "thumb")
-
-    def _instruction(self, insn: Any, *, thumb: bool) -> _Decoded:
-        processor, vaddr = self.processor, int(insn.address)
-        word = insn.mnemonic.split()[-1].removesuffix(".w")
-        operands = tuple(self._operand(insn, operand, thumb=thumb) for operand in insn.operands)
-        if processor.arch == "RISCV" and insn.op_str.endswith(")") and len(operands) == 3:
-            # Compressed loads and stores: register, offset, base.
-            base, offset = operands[2], operands[1]
-            if isinstance(base, str) and isinstance(offset, Value):
-                operands = (operands[0], MemoryOperand(base, None, 1, offset))
-        if processor.arch == "ARM" and len(operands) == 4 and word in ("add", "sub"):
-            # An immediate written as eight bits and how far they are rotated to the right.
-            octet, turn = operands[2:]
-            if isinstance(octet, Value) and isinstance(turn, Value):
-                wide = octet.number << 32 - turn.number
-                operands = (*operands[:2], Value((wide | wide >> 32) & 0xFFFFFFFF, False))
-        flow = self._flow(insn, word, operands)
-        text, direct = insn.op_str, None
-        last = operands[-1] if operands else None
-        if flow in ("call", "branch", "jump") and isinstance(last, Value) and word not in ("jalr", "c.jalr"):
-            direct = last.number
-            if processor.relative:
-                direct += vaddr
-                text = _LAST_NUMBER.sub(f"{direct:#x}", text)
-        if processor.arch == "ARM64" and word.startswith("ldr") and isinstance(last, Value):
-            operands = (*operands[:-1], Value(last.number, True))  # a literal
-        effect = Effect(
-            vaddr=vaddr,
-            size=int(insn.size),
-            word=word,
-            operands=operands,
-            writes=self._writes(insn, operands),
-            flow=flow,
-            direct=direct,
-            conditional=processor.arch == "ARM" and insn.cc not in _ALWAYS,
-        )
-        return _Decoded(bytes(insn.bytes), insn.mnemonic, text, effect)
-
-    def _flow(self, insn: Any, word: str, operands: tuple[Operand, ...]) -> Flow:
-        processor = self.processor
-        if word in processor.stops or (word in processor.jumps and operands == (processor.link,)):
-            return "stop"
-        if word in processor.calls:
-            return "call"
-        if word in processor.jumps:
-            return "jump"
-        if insn.group(capstone.CS_GRP_CALL) and processor.arch != "RISCV":
-            return "call"
-        if insn.group(capstone.CS_GRP_JUMP) or insn.group(capstone.CS_GRP_BRANCH_RELATIVE):
-            return "branch"
-        if processor.arch == "ARM" and insn.reg_write(capstone.arm.ARM_REG_PC):
-            returns = word in ("pop", "ldm")
-            return "branch" if insn.cc not in _ALWAYS else "stop" if returns else "jump"
-        return "next"
-
-    def _writes(self, insn: Any, operands: tuple[Operand, ...]) -> tuple[str, ...]:
-        """The registers that ``insn`` may change; capstone 5 does not tell for RISC-V: its first operand."""
-        if not self.processor.tracked:
-            return ()
-        if self.processor.arch == "RISCV":
-            return tuple(operand for operand in operands[:1] if isinstance(operand, str))
-        return tuple(self._whole(insn.reg_name(register)) for register in insn.regs_access()[1])
-
-    def _whole(self, register: str) -> str:
-        """The register that ``register`` is a part of."""
-        if self.processor.arch == "ARM64" and re.fullmatch(r"w[0-9]+", register):
-            return f"x{register[1:]}"
-        return _PARTS.get(register, register) if self.processor.arch == "X86" else register
-
-    def _operand(self, insn: Any, operand: Any, *, thumb: bool) -> Operand:
-        shift = getattr(operand, "shift", None)
-        shifted = shift is not None and shift.type != 0
-        if operand.type == capstone.CS_OP_IMM:
-            number = int(operand.imm)
-            return Value(number << shift.value if shifted and shift is not None else number, False)
-        if shifted or getattr(operand, "ext", 0):
-            return None
-        if operand.type == capstone.CS_OP_REG:
-            name = insn.reg_name(operand.reg)
-            if name == "pc":
-                return Value(insn.address + (4 if thumb else 8), True)
-            return name if self._whole(name) == name else None
-        if operand.type == capstone.CS_OP_MEM:
-            return self._memory(insn, operand.mem, thumb=thumb)
-        return None
-
-    def _memory(self, insn: Any, mem: Any, *, thumb: bool) -> MemoryOperand | None:
-        base = insn.reg_name(mem.base) if mem.base else None
-        index_register = getattr(mem, "index", 0)
-        index = insn.reg_name(index_register) if index_register else None
-        if self.processor.arch == "X86" and insn.reg_name(mem.segment) in ("fs", "gs"):
-            return None  # thread-local
-        offset = Value(int(mem.disp), False)
-        if base == "rip":
-            base, offset = None, Value(insn.address + insn.size + mem.disp, True)
-        elif base == "pc":
-            ahead = (insn.address + 4) & ~3 if thumb else insn.address + 8
-            base, offset = None, Value(ahead + mem.disp, True)
-        return MemoryOperand(base, index, getattr(mem, "scale", 1), offset)
-
-
-def _data(octets: bytes, vaddr: int) -> Iterator[_Decoded]:
-    """``octets`` as aligned words and what is left of them."""
-    while octets:
-        size = next(size for size in _DATA if vaddr % size == 0 and len(octets) >= size)
-        effect = Effect(vaddr, size, "", (), (), "stop", None, False)
-        number = int.from_bytes(octets[:size], "little")
-        yield _Decoded(octets[:size], _DATA[size], f"{number:#0{2 + 2 * size}x}", effect)
-        octets, vaddr = octets[size:], vaddr + size

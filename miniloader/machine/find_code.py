@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
-from miniloader.errors import SymbolError, UsageError
+from miniloader.errors import SymbolError
 from miniloader.machine.names_at import CodeSymbol, Landmarks
 from miniloader.suggestions import did_you_mean
 from miniloader.values import dataclass
@@ -17,7 +17,6 @@ from miniloader.values import dataclass
 __all__ = ["CodeRange", "locate"]
 
 _ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(0[xX][0-9a-fA-F]+|[0-9]+))?")
-_MOST: Final = 1 << 20  # bytes
 _MOST_UNSIZED: Final = 1 << 12
 
 
@@ -46,21 +45,13 @@ def locate(landmarks: Landmarks, text: str) -> CodeRange:
     """The code that ``text`` names.
 
     Where the file does not say how long it is, it ends at the next symbol, with its section or its segment,
-    or after 4 KiB.  Raises :class:`SymbolError` when there is no such code, and :class:`UsageError` for more
-    than 1 MiB of it.
+    or after 4 KiB.  Raises :class:`SymbolError` when there is no such code.
     """
     address = _ADDRESS.fullmatch(text)
     if address is not None:
         length = int(address[2], 0) if address[2] else None
-        span = _at_address(landmarks, int(address[1], 16), length)
-    elif text.endswith("@plt"):
-        span = _stub(landmarks, text)
-    else:
-        span = _symbol(landmarks, text)
-    if span.size > _MOST:
-        hint = f"ask for a part of it, such as {span.vaddr:#x}:{_MOST_UNSIZED:#x}"
-        raise UsageError(f"{text}: {span.size} bytes of code, expected at most {_MOST}", hint=hint)
-    return span
+        return _at_address(landmarks, int(address[1], 16), length)
+    return _stub(landmarks, text) if text.endswith("@plt") else _symbol(landmarks, text)
 
 
 def _at_address(landmarks: Landmarks, vaddr: int, length: int | None) -> CodeRange:

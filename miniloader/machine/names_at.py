@@ -27,6 +27,8 @@ from miniloader.elf.symbols import (
     SymbolTable,
 )
 from miniloader.elf.symtab import read_symtab
+from miniloader.elf.tables import distinct
+from miniloader.elf.unwind_table import unwind_entries
 from miniloader.errors import ElfError
 from miniloader.forking import cached_property
 from miniloader.machine.plt import find_stubs
@@ -154,6 +156,21 @@ class Landmarks:
         """Which of ``vaddrs`` some symbol covers."""
         place = np.searchsorted(self._by_vaddr.starts, vaddrs, side="right")
         return np.asarray(np.concatenate([np.zeros(1, np.uint64), self._by_vaddr.reach])[place] > vaddrs)
+
+    def code_starts(self, start: int, end: int) -> list[int]:
+        """Where functions begin from ``start`` to ``end``, by symbols and the unwinder's table: vaddrs."""
+        low, high = np.searchsorted(self._code_starts, np.array([start, end], np.uint64)).tolist()
+        vaddrs: list[int] = self._code_starts[low:high].tolist()
+        return vaddrs
+
+    @cached_property
+    def _code_starts(self) -> NDArray[np.uint64]:
+        vaddrs = [unwind_entries(self.image)]
+        for table in self.tables:
+            rows = table.rows[np.isin(table.type, _FUNCTIONS) & (table.rows["shndx"] != SHN_UNDEF)]
+            odd = np.uint64(self.image.header.machine == "ARM")  # the lowest bit says that it is Thumb
+            vaddrs.append(rows["value"].astype(np.uint64) & ~odd)
+        return distinct(np.concatenate(vaddrs))[0]
 
     def marks(self, start: int, end: int) -> list[tuple[int, Literal["code", "thumb", "data"]]]:
         """Where from ``start`` to ``end`` code and data begin, as mapping symbols say (arm and later)."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, Final
 
 from miniloader.errors import printable
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
+from miniloader.machine.decoding import UNKNOWN
 from miniloader.machine.disassembly import Instruction
-from miniloader.machine.names_at import Landmark
+from miniloader.machine.names_at import Landmark, Slot
+from miniloader.report.json import Rows
+from miniloader.report.numbers import count
 from miniloader.report.text import Line, heading, plain
 
 __all__ = ["SCHEMA", "as_json", "page"]
@@ -28,11 +32,15 @@ _OPERANDS: Final = 30  # columns before what they refer to
 _USUAL_NOTE: Final = 20
 _ANY: Final = 10_000
 _MOST_STRING: Final = 48
+_MEASURED: Final = 4096  # instructions by which columns are measured
 
 
 # -------------------------------------------------------------------------------------------- JSON
 def as_json(listing: Disassembly) -> dict[str, Any]:
-    """The object that ``--json`` prints; ``base`` is null for a file that was not loaded."""
+    """The object that ``--json`` prints; ``base`` is null for a file that was not loaded.
+
+    What is not ``known`` has no operands: its bytes are all that is said of it.
+    """
     span = listing.span
     return {
         "path": listing.path,
@@ -42,18 +50,19 @@ def as_json(listing: Disassembly) -> dict[str, Any]:
         "machine": listing.machine.lower(),  # as inspect has it
         "ifunc": span.ifunc,
         "base": listing.base,
-        "instructions": [
-            {
-                "vaddr": instruction.vaddr,
-                "bytes": instruction.bytes.hex(),
-                "mnemonic": instruction.mnemonic,
-                "operands": instruction.operands,
-                "target": None
-                if instruction.target is None
-                else _target_json(instruction.target, listing.held),
-            }
-            for instruction in listing.instructions
-        ],
+        "instructions": Rows(lambda: (_row(instruction, listing) for instruction in listing.instructions)),
+    }
+
+
+def _row(instruction: Instruction, listing: Disassembly) -> dict[str, Any]:
+    target = instruction.target
+    return {
+        "vaddr": instruction.vaddr,
+        "bytes": instruction.bytes.hex(),
+        "mnemonic": instruction.mnemonic,
+        "operands": instruction.operands,
+        "known": instruction.known,
+        "target": None if target is None else _target_json(target, listing.held),
     }
 
 
@@ -96,7 +105,8 @@ SCHEMA: Final = record(
     keys(TEXT, "path symbol machine"),
     {"vaddr": COUNT, "size": COUNT, "ifunc": BOOL, "base": nullable(INT)},
     {"instructions": array(record(
-        {"vaddr": COUNT, "bytes": HEX, "target": nullable(_TARGET_SCHEMA)}, keys(TEXT, "mnemonic operands")
+        {"vaddr": COUNT, "bytes": HEX, "known": BOOL, "target": nullable(_TARGET_SCHEMA)},
+        keys(TEXT, "mnemonic operands"),
     ))},
 )  # fmt: skip
 """What :func:`as_json` gives."""
@@ -113,23 +123,43 @@ def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
     if listing.base is not None:
         yield (f"  Loaded: address = {listing.base:#x} + vaddr.",)
     yield ()
-    yield from _code(listing.instructions, width)
-    if listing.slots:
+    slots: dict[int, Slot] = {}
+    unknown: list[int] = []
+    yield from _code(_noted(listing.instructions, slots, unknown), f"{span.end:x}", width)
+    if unknown:
+        places = count(len(unknown), "place")
+        about = f"{places}, {count(sum(unknown), 'byte')} in all, that the disassembler does not know"
+        yield ((f"  {UNKNOWN}: {about}; it goes on where an instruction is known to begin", "red"),)
+    if slots:
         yield ()
         yield heading("Slots", "words that relocation fills, which this code refers to")
-        yield from _slots(listing, width)
+        yield from _slots(listing, [*slots.values()], width)
 
 
-def _code(instructions: Sequence[Instruction], width: int | None) -> Iterator[Line]:
-    """One line an instruction; what does not fit beside it goes on the next."""
-    digits = max((len(f"{instruction.vaddr:x}") for instruction in instructions), default=0)
-    octets = min(max((len(instruction.bytes) for instruction in instructions), default=0), _OCTETS)
+def _noted(
+    instructions: Iterable[Instruction], slots: dict[int, Slot], unknown: list[int]
+) -> Iterator[Instruction]:
+    """``instructions``; noted are the slots that they refer to, and the lengths of what is unknown."""
+    for instruction in instructions:
+        if instruction.target is not None and instruction.target.slot is not None:
+            slots.setdefault(instruction.target.slot.vaddr, instruction.target.slot)
+        if not instruction.known:
+            unknown.append(len(instruction.bytes))
+        yield instruction
+
+
+def _code(instructions: Iterator[Instruction], end: str, width: int | None) -> Iterator[Line]:
+    """One line an instruction, below ``end``; what does not fit beside it goes on the next."""
+    first = [*islice(instructions, _MEASURED)]
+    digits = max((len(f"{instruction.vaddr:x}") for instruction in first), default=0)
+    digits = digits if len(first) < _MEASURED else max(digits, len(end))
+    octets = min(max((len(instruction.bytes) for instruction in first), default=0), _OCTETS)
     operands = 2 + digits + 2 + 3 * octets + 1 + 9  # the column where they begin
-    annotated = [instruction for instruction in instructions if instruction.target is not None]
+    annotated = [instruction for instruction in first if instruction.target is not None]
     most = max((len(instruction.operands) for instruction in annotated), default=0)
     # Notes stand below each other as far to the right as most of them fit.
     notes = operands + min(most, _OPERANDS, (width or _ANY) - operands - 2 - _USUAL_NOTE)
-    for instruction in instructions:
+    for instruction in chain(first, instructions):
         place = f"  {instruction.vaddr:{digits}x}  {instruction.bytes[:octets].hex(' '):{3 * octets}} "
         code: Line = ((place, "dim"), (f"{instruction.mnemonic:<8}", "bold"), f" {instruction.operands}")
         yield from _beside(code, _note(instruction.target), notes, len(place), width)
@@ -161,11 +191,11 @@ def _beside(line: Line, note: Line, column: int, below: int, width: int | None) 
         yield (" " * below, *note)
 
 
-def _slots(listing: Disassembly, width: int | None) -> Iterator[Line]:
-    digits = max(len(f"{slot.vaddr:#x}") for slot in listing.slots)
-    kinds = max(len(slot.relocation) for slot in listing.slots)
-    for slot in listing.slots:
-        meaning = listing.meanings[slot.vaddr] + ("" if slot.version is None else f"@{slot.version}")
+def _slots(listing: Disassembly, slots: Sequence[Slot], width: int | None) -> Iterator[Line]:
+    digits = max(len(f"{slot.vaddr:#x}") for slot in slots)
+    kinds = max(len(slot.relocation) for slot in slots)
+    for slot in slots:
+        meaning = listing.landmarks.meaning(slot) + ("" if slot.version is None else f"@{slot.version}")
         place = (f"  {slot.vaddr:#{digits}x}  ", "dim")
         line: Line = (place, f"{slot.relocation:{kinds}}  ", (printable(meaning), "yellow"))
         note = () if listing.base is None else _holding(listing.held.get(slot.vaddr))

@@ -35,10 +35,12 @@ _NAME = re.compile(r"\b([0-9a-f]+) <([^>]+)>")
 
 
 @cache
-def _dump(path: Path, tool: str) -> Dump:
+def _dump(path: Path, tool: str, start: int = 0, stop: int = 0) -> Dump:
     if shutil.which(tool) is None:
         pytest.skip(f"this machine lacks {tool}")
     options = ["-Mintel"] if tool in ("objdump", "i686-linux-gnu-objdump") else []
+    if stop:
+        options = [*options, f"--start-address={start:#x}", f"--stop-address={stop:#x}"]
     done = subprocess.run([tool, "-dw", *options, path], capture_output=True, text=True, check=True)
     lines, heads = {}, {}
     for text in done.stdout.splitlines():
@@ -53,5 +55,23 @@ def _dump(path: Path, tool: str) -> Dump:
 
 @pytest.fixture(scope="session")
 def objdump() -> Callable[..., Dump]:
-    """``objdump(path)``, ``objdump(path, tool)``: what it says; the test is skipped where there is none."""
-    return lambda path, tool="objdump": _dump(Path(path), tool)
+    """``objdump(path)``, ``objdump(path, tool)``: what it says; the test is skipped where there is none.
+
+    With ``start`` and ``stop``, of the code between these vaddrs.
+    """
+    return lambda path, tool="objdump", start=0, stop=0: _dump(Path(path), tool, start, stop)
+
+
+@pytest.fixture(scope="session")
+def readelf_frames() -> Callable[[str], list[int]]:
+    """``readelf_frames(path)``: where each function begins that ``.eh_frame`` describes."""
+    if shutil.which("readelf") is None:
+        pytest.skip("this machine lacks readelf")
+
+    def frames(path: str) -> list[int]:
+        done = subprocess.run(
+            ["readelf", "--debug-dump=frames", path], capture_output=True, text=True, check=False
+        )
+        return [int(vaddr, 16) for vaddr in re.findall(r" FDE .* pc=([0-9a-f]+)\.\.", done.stdout)]
+
+    return frames
