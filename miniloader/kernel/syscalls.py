@@ -42,6 +42,7 @@ __all__ = [
     "munmap",
     "prctl",
     "process_vm_readv",
+    "take_descriptor",
     "userfaultfd",
 ]
 
@@ -112,6 +113,8 @@ _USERFAULTFD: Final = {
     "ppc64": 364,
     "s390x": 355,
 }
+
+_PIDFD_GETFD: Final = 438  # on every machine
 
 # Likewise, and by the same tables.
 _KCMP: Final = {
@@ -223,6 +226,18 @@ def userfaultfd(flags: int) -> int:
     result = int(_LIBC["syscall"](number, flags))
     if result < 0:
         raise _failed("userfaultfd")
+    return result
+
+
+def take_descriptor(pid: int, descriptor: int) -> int:
+    """pidfd_getfd(2): a descriptor of our own for what ``descriptor`` of process ``pid`` refers to."""
+    process = os.pidfd_open(pid)
+    try:
+        result = int(_LIBC["syscall"](_PIDFD_GETFD, process, _long(descriptor), _long(0)))
+        if result < 0:
+            raise _failed("pidfd_getfd")
+    finally:
+        os.close(process)
     return result
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-from miniloader.errors import MiniloaderError, UsageError
+from miniloader.errors import EvidenceError, MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
+from miniloader.kernel.syscalls import take_descriptor
+from miniloader.lab.erosion.writers import FirstWriters, FirstWrites, explain
 from miniloader.lab.workers.crew import Crew, Reply, Worker
 from miniloader.loader.surroundings import find_path
 from miniloader.testing.snapshots import MemorySnapshot, address_of, snapshot
@@ -116,6 +118,28 @@ class Workers:
             ]
         )
 
+    def first_writes(self, function: str, *arguments: Any) -> list[FirstWrites]:
+        """Have each call a function, one after the other; who was first to write to each page meanwhile.
+
+        What is written to, a reference count, a collector's word or anything else, is told by what lies there
+        in the process that has forked it, and the function by symbols.  Each writer is held up for a moment
+        (userfaultfd(2)): less than a millisecond a page.  Raises EvidenceError where the
+        kernel does not allow that (``CAP_SYS_PTRACE``).
+        """
+        __tracebackhide__ = True
+        answers = []
+        for worker in self:
+            (pid,), (member,) = worker.pids, worker._members
+            (reply,) = worker._ask("first writes", "trap", {})
+            try:
+                with FirstWriters(pid, _taken(pid, reply["descriptor"])) as writers:
+                    worker.call(function, *arguments)
+            finally:
+                worker._ask("first writes", "untrap", {})
+            parents = (member.worker.pid, *member.route)[:-1]
+            answers.append(explain(pid, writers.writes, parents[-1] if parents else None))
+        return answers
+
     def snapshot(
         self, step: str = "", *, library: str | None = None, level: LevelName | None = None
     ) -> MemorySnapshot:
@@ -152,6 +176,14 @@ class Workers:
                 raise error.with_traceback(None) from None
             replies.update(zip(indices, answers, strict=True))
         return [replies[index] for index in range(len(self))]
+
+
+def _taken(pid: int, descriptor: int) -> int:
+    """A descriptor of a worker's, for this process."""
+    try:
+        return take_descriptor(pid, descriptor)
+    except OSError as error:
+        raise EvidenceError(f"process {pid}: its userfaultfd is not to be had: {error.strerror}") from error
 
 
 class _DisbandingCrew(Crew):

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from miniloader.errors import LoadError, SymbolError, UsageError, WorkerError
+from miniloader.kernel import syscalls
 from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.worker import Commands, settle
 from miniloader.values import dataclass
@@ -72,6 +73,7 @@ class _Steps(Commands):
         self._children: dict[int, tuple[ForkedProcess, socket.socket]] = {}
         self._library: HasSymbols | None = None
         self._module = ""
+        self._trap = -1
 
     def do_load(self, path: str) -> dict[str, Any]:
         """Load the library as :func:`miniloader.load` does."""
@@ -116,6 +118,16 @@ class _Steps(Commands):
     def do_poke(self, address: int, data: Sequence[int]) -> dict[str, Any]:
         """Write bytes by an ordinary store."""
         ctypes.memmove(address, bytes(data), len(data))
+        return {}
+
+    def do_trap(self) -> dict[str, Any]:
+        """Make a userfaultfd, by which somebody else will see who writes to the memory of this process."""
+        self._trap = syscalls.userfaultfd(os.O_CLOEXEC)
+        return {"descriptor": self._trap}
+
+    def do_untrap(self) -> dict[str, Any]:
+        """Close it."""
+        os.close(self._trap)
         return {}
 
     def do_fork(self, children: int) -> dict[str, Any]:

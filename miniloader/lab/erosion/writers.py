@@ -1,0 +1,194 @@
+"""Who writes first to each page of a worker of ours: the address that is written, and by which function.
+
+The kernel holds up whoever writes to a page that is protected by userfaultfd, until the page is let go
+(:class:`miniloader.kernel.userfault.WriteTrap`).  Meanwhile the place that is written is known to the byte,
+and ``/proc/PID/task/TID/syscall`` has the address of the instruction.  What lies at that place decides the
+cause: a reference count, a collector's word, or anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.elf.symtab import read_symtab
+from miniloader.errors import ElfError, EvidenceError
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.procfs import process_file
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.kernel.userfault import WriteTrap
+from miniloader.lab.audit.survey import FileInProcess, Memo, locate, survey
+from miniloader.lab.erosion.causes import ErosionCause
+from miniloader.lab.erosion.objects import objects_on
+from miniloader.lab.erosion.pools import pools_in
+from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.types import Types
+from miniloader.values import dataclass
+
+__all__ = ["FirstWrite", "FirstWriters", "FirstWrites", "explain"]
+
+_TRIES: Final = 100
+_OF_KERNEL: Final = "the kernel"
+
+
+class FirstWrite(NamedTuple):
+    """The address that was written, and that of the instruction: 0 where the kernel wrote, in a call."""
+
+    address: int
+    instruction: int
+
+
+@dataclass(frozen=True)
+class FirstWrites:
+    """The first writes to pages of process ``pid``, by ascending address, each with its cause.
+
+    ``functions`` has how many pages each function was the first to write to; "" is code without a symbol.
+    """
+
+    pid: int
+    writes: tuple[FirstWrite, ...]
+    causes: tuple[ErosionCause, ...]
+    functions: Mapping[str, int]
+
+    def pages(self, cause: ErosionCause) -> int:
+        """How many pages were first written to for that cause."""
+        return self.causes.count(cause)
+
+
+class FirstWriters:
+    """Notes who writes first to each page of private anonymous memory of ``pid``, while the block runs.
+
+    ``descriptor`` is a userfaultfd of that process.  A thread of this process lets each writer go on at once;
+    when the block ends, however it ends, all are let go.
+    """
+
+    def __init__(self, pid: int, descriptor: int) -> None:
+        self.pid, self.writes = pid, list[FirstWrite]()
+        self._trap = WriteTrap(descriptor)
+        self._stop, self._stopping = os.pipe()
+        self._thread = threading.Thread(target=self._serve, name=f"first writers of {pid}", daemon=True)
+        self._trouble: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            for vma in read_maps(self.pid):
+                private = not vma.inode and not vma.shared and vma.protection.startswith("rw")
+                if private and not vma.path.startswith("[v"):
+                    self._trap.arm(vma.start, vma.end)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        if self._trouble is not None and kind is None:
+            raise self._trouble
+
+    def _end(self) -> None:
+        self._trap.disarm()
+        os.write(self._stopping, b"x")
+        self._thread.join()
+        self._trap.close()
+        os.close(self._stop)
+        os.close(self._stopping)
+
+    def _serve(self) -> None:
+        """In the thread: whatever happens, nobody is held up for ever."""
+        poll = select.poll()
+        for descriptor in (self._stop, self._trap.fileno()):
+            poll.register(descriptor, select.POLLIN)
+        try:
+            while all(descriptor != self._stop for descriptor, _ in poll.poll()):
+                for address, thread in self._trap.read():
+                    self.writes.append(FirstWrite(address, self._instruction(thread)))
+                    self._trap.release(address & -PAGE_SIZE)
+        except Exception as error:  # noqa: BLE001 - raised where the block ends
+            self._trouble = error
+            self._trap.disarm()
+
+    def _instruction(self, thread: int) -> int:
+        """Where the thread is that waits; 0 within a system call, or where that is not told."""
+        for _ in range(_TRIES):
+            try:
+                with open(process_file(self.pid, f"task/{thread}/syscall"), "rb") as file:
+                    words = file.read().split()
+            except OSError:
+                return 0
+            if words[0] != b"running":  # it is about to wait
+                return int(words[-1], 16) if words[0] == b"-1" else 0
+        return 0
+
+
+def explain(pid: int, writes: Sequence[FirstWrite], relative: int | None = None) -> FirstWrites:
+    """The causes of first writes to pages of ``pid``, by what was there, and the functions that wrote.
+
+    What was there is read from ``relative``, which has the pages as they were at the fork (None: from the
+    process itself, as they are now).  Raises ProcessGone, or EvidenceError where memory may not be read.
+    """
+    by_page = {write.address & -PAGE_SIZE: write for write in reversed(writes)}  # of several the first
+    ordered = tuple(by_page[page] for page in sorted(by_page))
+    addresses = np.array([write.address for write in ordered], np.uint64)
+    return FirstWrites(
+        pid=pid,
+        writes=ordered,
+        causes=tuple(_causes(relative or pid, addresses)),
+        functions=Counter(_functions(pid, [write.instruction for write in ordered])),
+    )
+
+
+def _causes(pid: int, addresses: NDArray[np.uint64]) -> list[ErosionCause]:
+    """Whether each of these ascending addresses of ``pid`` is a count, a collector's word, or else."""
+    process = survey(pid, Memo(), frames=False, wanted=lambda _: False)
+    if process.interpreter is None or not process.interpreter.is_known or not len(addresses):
+        return ["other-write"] * len(addresses)
+    pages = addresses & ~np.uint64(PAGE_SIZE - 1)
+    marks = np.zeros((len(pages), PAGE_SIZE // 8), np.uint8)
+    with Sight(pid, np.union1d(process.copies.addresses, process.originals.addresses)) as sight:
+        pools = pools_in(process.copies.addresses, sight)
+        words = sight.pages(pages)[0].view(np.uint64)
+        objects = objects_on(pages, words, pools, Types(sight, pools, process.interpreter.type_address))
+    for distance in (1, 2):
+        chosen = (objects.before > 0) & (objects.word >= distance)
+        marks[objects.page[chosen], objects.word[chosen] - distance] = 2
+    marks[objects.page, objects.word] = 1
+    names: tuple[ErosionCause, ...] = ("other-write", "reference-count", "collector")
+    place = ((addresses - pages) // np.uint64(8)).astype(np.intp)
+    return [names[mark] for mark in marks[np.arange(len(pages)), place].tolist()]
+
+
+def _functions(pid: int, instructions: Sequence[int]) -> list[str]:
+    """The function that each instruction of ``pid`` belongs to; "" where no symbol covers it."""
+    with PageMap(pid) as pagemap:
+        _, _, files = locate(pid, pagemap, Memo(), frames=False)
+    names = {0: _OF_KERNEL}
+    for instruction in {*instructions} - {0}:
+        placed = next((file for file in files if file.start <= instruction < file.end), None)
+        names[instruction] = _function(placed, instruction) if placed is not None else ""
+    return [names[instruction] for instruction in instructions]
+
+
+def _function(placed: FileInProcess, instruction: int) -> str:
+    facts = placed.file.facts
+    if facts is None or facts.image is None:
+        return ""
+    try:
+        for table in (read_symtab(facts.image), facts.symbols):
+            symbol = table.at(instruction - placed.base) if table is not None else None
+            if table is not None and symbol is not None:
+                return table.name(symbol[0])
+    except (ElfError, EvidenceError):
+        return ""
+    return ""
