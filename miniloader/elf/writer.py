@@ -1,4 +1,4 @@
-"""Small ELF files made of bytes: for 64-bit little-endian x86-64, to be opened by glibc or read by gdb.
+"""Small ELF files made of bytes: 64-bit, little-endian, of this process's processor, for glibc and gdb.
 
 Who makes one says where its parts lie; the ELF header, the section headers and their names are added here.
 """
@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from miniloader.elf.header import PF_R, PF_W, PF_X
 from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, record
+from miniloader.native.gate import processor
 
 __all__ = [
     "NewSection",
@@ -115,7 +116,7 @@ def elf_header(
     """
     return EHDR.pack(
         MAG=b"\x7fELF", CLASS="ELFCLASS64", DATA="ELFDATA2LSB", VERSION="EV_CURRENT",
-        type="ET_DYN", machine="EM_X86_64", version="EV_CURRENT",
+        type="ET_DYN", machine=f"EM_{processor().upper()}", version="EV_CURRENT",
         ehsize=EHDR.size, phentsize=PHDR.size, shentsize=SHDR.size,
         phoff=phoff if segments else 0, phnum=segments,
         shoff=shoff, shnum=sections, shstrndx=names,

@@ -464,7 +464,8 @@ def _verified(
     if len(layout.anything):
         good[layout.anything] = ~same[layout.anything]
     if len(layout.thread):
-        good[layout.thread] = live[layout.thread].view(np.int64) < 0
+        offsets = live[layout.thread].view(np.int64)
+        good[layout.thread] = offsets < 0 if layout.thread_below else offsets > 0
     if len(layout.module):
         good[layout.module] = (live[layout.module] > 0) & (live[layout.module] < _MOST_MODULES)
     if len(layout.code):

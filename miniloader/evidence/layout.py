@@ -29,6 +29,7 @@ from miniloader.evidence.slots import (
     FileFacts,
 )
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.machine.relocation import BELOW_THREAD_POINTER
 
 __all__ = ["Layout", "Layouts", "Symbolic"]
 
@@ -87,6 +88,7 @@ class Layout:
             np.isin(kind, (OTHER, COPY, ARGUMENT)) | (short & ~np.isin(kind, (RELATIVE, LOADER)) & ~symbolic)
         )
         self.thread = np.flatnonzero((kind == THREAD_OFFSET) & ~short)
+        self.thread_below = facts.image is not None and facts.image.header.machine in BELOW_THREAD_POINTER
         self.module = np.flatnonzero((kind == MODULE) & ~short)
         self.code = np.flatnonzero(np.isin(kind, (INDIRECT, DESCRIPTOR)))
         self.loader = np.flatnonzero(kind == LOADER)

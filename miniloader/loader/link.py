@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from typing import Final
 
 from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.loader.beside_glibc import unwinder
@@ -22,9 +23,12 @@ from miniloader.loader.spans import open_names, readable, refuse
 from miniloader.loader.symbol_addresses import addresses_of, check_versions, finder
 from miniloader.loader.thread_storage import thread_local_words
 from miniloader.machine.relocation import KINDS
-from miniloader.native import UNBOUND, Stopped
+from miniloader.native import UNBOUND, Stopped, functions
 
 __all__ = ["link_library", "linking_order"]
+
+#: Functions whose calls keep more registers than lazy binding does are among those in the PLT.
+DT_AARCH64_VARIANT_PCS: Final = 0x70000005
 
 
 def linking_order(libraries: Sequence[Loaded], scope: Sequence[Definer]) -> list[Loaded]:
@@ -92,7 +96,8 @@ def _link_prepared(graph: Graph, library: Loaded, order: Sequence[Definer]) -> b
 def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None:
     """Bind its symbols in ``order`` and relocate."""
     image, memory = library.image, library.mapped
-    lazy = graph.policy.bind == "lazy" and not image.dynamic.bind_now and DT_PLTGOT in image.dynamic.tags
+    at_once = image.dynamic.bind_now or DT_AARCH64_VARIANT_PCS in image.dynamic.tags
+    lazy = graph.policy.bind == "lazy" and not at_once and DT_PLTGOT in image.dynamic.tags
     relocations = sort_relocations(image, lazy=lazy)
     work = Relocation(image, memory, relocations)
     library.names = work.names
@@ -120,6 +125,8 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     copied = work.apply(bindings, addresses, late, words_of, may_run=graph.policy.init)
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, mapping.protection)
+        if "x" in mapping.protection:
+            functions().flush_code(memory.bias + mapping.start, memory.bias + mapping.end)
     carrier = library.blocks.own
     if carrier is not None and image.tls is not None:
         text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"

@@ -20,7 +20,8 @@ Binding = Literal["now", "lazy"]
 #: Libraries with state that a process may have only once, by SONAME: when another library needs them they
 #: come from the system's loader, and what it has already is not loaded again.
 _ONLY_ONCE: Final = frozenset((
-    "ld-linux-x86-64.so.2", "libc.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1",
+    "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1", "libc.so.6", "libpthread.so.0", "libdl.so.2",
+    "librt.so.1", "libutil.so.1",
     "libthread_db.so.1", "libresolv.so.2", "libanl.so.1", "libBrokenLocale.so.1", "libnss_compat.so.2",
     "libnss_db.so.2", "libnss_dns.so.2", "libnss_files.so.2", "libnss_hesiod.so.2",
 ))  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from miniloader.values import dataclass
 
-__all__ = ["KINDS", "Formula", "Kind"]
+__all__ = ["BELOW_THREAD_POINTER", "KINDS", "Formula", "Kind", "code_of"]
 
 Formula = Literal[
     "none",  # nothing is written
@@ -64,8 +64,42 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
         37: Kind("R_X86_64_IRELATIVE", "indirect"),
         38: Kind("R_X86_64_RELATIVE64", "B + A"),
     },
+    # ELF for the Arm 64-bit Architecture, "Dynamic relocations" and "Static data relocations".
+    "AARCH64": {
+        0: Kind("R_AARCH64_NONE", "none", 0),
+        256: Kind("R_AARCH64_NONE", "none", 0),
+        257: Kind("R_AARCH64_ABS64", "S + A"),
+        258: Kind("R_AARCH64_ABS32", "S + A", 4),
+        260: Kind("R_AARCH64_PREL64", "S + A - P"),
+        261: Kind("R_AARCH64_PREL32", "S + A - P", 4, signed=True),
+        1024: Kind("R_AARCH64_COPY", "copy"),
+        1025: Kind("R_AARCH64_GLOB_DAT", "S + A"),
+        1026: Kind("R_AARCH64_JUMP_SLOT", "S + A", call=True),
+        1027: Kind("R_AARCH64_RELATIVE", "B + A"),
+        1028: Kind("R_AARCH64_TLS_DTPMOD64", "module"),
+        1029: Kind("R_AARCH64_TLS_DTPREL64", "module offset"),
+        1030: Kind("R_AARCH64_TLS_TPREL64", "thread offset"),
+        1031: Kind("R_AARCH64_TLSDESC", "descriptor", 16),
+        1032: Kind("R_AARCH64_IRELATIVE", "indirect"),
+    },
 }
 """By machine (``image.header.machine``) and ``ELF64_R_TYPE``.
 
-Of a 64-bit machine that is here an audit knows what relocation wrote; loaded is what is for x86-64 alone.
+Of a 64-bit machine that is here an audit knows what relocation wrote; where libraries are loaded is said in
+:mod:`miniloader.native.gate`.
 """
+
+BELOW_THREAD_POINTER: Final = frozenset({"X86_64"})
+"""The machines whose static thread-local blocks lie below the thread pointer: TLS variant II.
+
+On the others they lie above it: "ELF Handling For Thread-Local Storage", section 3.
+"""
+
+
+def code_of(machine: str, formula: Formula) -> int:
+    """The number of the first kind of whole words that computes ``formula`` on ``machine``.
+
+    >>> code_of("X86_64", "thread offset"), code_of("AARCH64", "thread offset")
+    (18, 1030)
+    """
+    return next(code for code, kind in KINDS[machine].items() if kind.formula == formula and kind.size >= 8)

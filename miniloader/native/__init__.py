@@ -56,7 +56,7 @@ VERSIONED, PLT_ENTRIES, NEWEST = 1, 2, 4
 #: In the order of loops.h, from 1 on; all others are one more.
 FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirect")
 #: How many relocation kinds the loops can tell apart, by number.
-KINDS: Final = 256
+KINDS: Final = 1088
 _AGAIN: Final = "install miniloader again"
 #: Addresses are computed in 64 bits, as the processor does.
 ADDRESS_MASK: Final = (1 << 64) - 1
@@ -123,6 +123,7 @@ def functions() -> ctypes.PyDLL:
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
         *(("note", 8), ("list_asked", 6), ("list_set", 4)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
+        ("flush_code", 2),
     ):
         function = getattr(library, name, None)
         if function is None:

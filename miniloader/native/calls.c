@@ -43,6 +43,12 @@ uint64_t thread_pointer(void)
     return (uint64_t)__builtin_thread_pointer();
 }
 
+/* Code has been written here: on aarch64 no processor knows it before its caches do. */
+void flush_code(char *start, char *end)
+{
+    __builtin___clear_cache(start, end);
+}
+
 typedef struct {
     uint64_t used, size;
 } Room;

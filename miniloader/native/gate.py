@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 #: The processors that libraries are loaded on, by the names of uname(2).
-LOADS_ON: Final = ("x86_64",)
+LOADS_ON: Final = ("x86_64", "aarch64")
 _SHIPS_FOR: Final = ("x86_64", "aarch64")  # the compiled loops
 #: What a process has where its C library is glibc, and loading makes use of.
 _OF_GLIBC: Final = ("gnu_get_libc_version", "dlvsym", "dlinfo", "dl_iterate_phdr", "__tls_get_addr")

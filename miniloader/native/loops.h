@@ -74,7 +74,7 @@ static inline bool is_indirect(const Definition *definition)
 /* ------------------------------------------------------------------------------------------- words */
 
 enum { UNKNOWN, NONE, B_A, S_A, S, S_A_P, Z_A, INDIRECT }; /* formulas; from INDIRECT on they are Python's */
-enum { KINDS = 256 };
+enum { KINDS = 1088 }; /* aarch64 has the highest numbers: those of dynamic relocations are from 1024 on */
 
 typedef struct { /* Elf64_Rela */
     u64 offset;

@@ -6,6 +6,7 @@ import ctypes
 
 from miniloader.errors import LoadError
 from miniloader.kernel import syscalls as sys
+from miniloader.native import functions
 from miniloader.native.gate import require_loading
 
 __all__ = ["CodePage"]
@@ -30,6 +31,7 @@ class CodePage:
         """Put ``code`` (at most a page) there, once."""
         self.filled = True
         ctypes.memmove(self.address, code, len(code))
+        functions().flush_code(self.address, self.address + len(code))
         try:
             sys.mprotect(self.address, sys.PAGE_SIZE, sys.PROT_READ | sys.PROT_EXEC)
         except OSError as error:

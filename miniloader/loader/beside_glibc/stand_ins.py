@@ -27,6 +27,7 @@ from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory
 from miniloader.machine import stand_in_code
 from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
+from miniloader.native.gate import processor
 
 __all__ = ["add", "answer", "asked", "is_held", "make", "remove", "stand_ins"]
 
@@ -160,6 +161,8 @@ def _table() -> _StandInTable | None:
 @lru_cache(maxsize=1)
 def make() -> _StandInTable | None:
     """The table, which nobody has asked for yet; ``None`` where no page may become executable."""
+    if processor() != "x86_64":  # what the code is for
+        return None
     try:
         return _StandInTable()
     except OSError:

@@ -19,7 +19,7 @@ from miniloader.elf.symbols import STT_TLS
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
-from miniloader.loader.beside_glibc.tls_carrier import TLSDESC, TPOFF64, Carrier, GlibcQuestion, open_carrier
+from miniloader.loader.beside_glibc.tls_carrier import Carrier, GlibcQuestion, open_carrier
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
@@ -28,7 +28,7 @@ from miniloader.values import dataclass
 
 __all__ = ["Blocks", "Write", "address_of", "answer"]
 
-_KIND: Final = {"thread offset": TPOFF64, "descriptor": TLSDESC}
+_ASKED: Final = ("thread offset", "descriptor")  # what only glibc can answer
 
 Write = tuple[Sequence[int], Sequence[int], int]
 """The vaddrs, values and size of words to write."""
@@ -123,9 +123,9 @@ def _needs(
     # Thread offsets are asked for the beginning, descriptors for the variable itself: offsets can be added.
     addends = within if kind.formula == "descriptor" else [0] * len(within)
     questions = [
-        GlibcQuestion(_KIND[kind.formula], _symbol(block, bindings, place), addend)
+        GlibcQuestion(kind.formula, _symbol(block, bindings, place), addend)
         for block, place, addend in zip(blocks, places, addends, strict=True)
-        if kind.formula in _KIND
+        if kind.formula in _ASKED
     ]
     return _Words(kind, vaddrs, offsets, within, blocks, questions)
 

@@ -45,12 +45,11 @@ from miniloader.elf.writer import (
 from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import host
+from miniloader.machine.relocation import Formula, code_of
+from miniloader.native.gate import processor
 from miniloader.values import dataclass
 
 __all__ = ["Carrier", "GlibcQuestion", "open_bytes", "open_carrier"]
-
-TPOFF64: Final = 18
-TLSDESC: Final = 36
 
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
@@ -59,9 +58,9 @@ _numbers: Final = itertools.count(1)
 
 @dataclass(frozen=True)
 class GlibcQuestion:
-    """A relocation for glibc to do: of ``kind``, against ``symbol`` (``None``: the carrier's own block)."""
+    """A relocation for glibc to do: of ``formula``, against ``symbol`` (None: the carrier's own block)."""
 
-    kind: int
+    formula: Formula
     symbol: str | None
     addend: int
 
@@ -168,6 +167,7 @@ def _build(
 ) -> tuple[bytes, int]:
     """The carrier's bytes, and where the answers will be."""
     strings = Strings()
+    codes = {q: code_of(processor().upper(), q.formula) for q in questions}
     foreign = list(dict.fromkeys(q.symbol for q in questions if q.symbol is not None))
     symbols = [bytes(SYM.size)]
     # An empty PT_TLS is none for glibc, which would divide by its alignment, 0.
@@ -218,7 +218,7 @@ def _build(
         "relocations": b"".join(
             RELA.pack(
                 offset=places["answers"] + 16 * number,
-                info=(0 if q.symbol is None else first_foreign + foreign.index(q.symbol)) << 32 | q.kind,
+                info=(0 if q.symbol is None else first_foreign + foreign.index(q.symbol)) << 32 | codes[q],
                 addend=q.addend,
             )
             for number, q in enumerate(questions)

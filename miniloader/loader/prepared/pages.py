@@ -40,6 +40,7 @@ from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.symbol_lookup import DEFINITION
 from miniloader.machine.relocation import KINDS, Kind
+from miniloader.native.gate import processor
 from miniloader.values import dataclass
 
 __all__ = [
@@ -210,7 +211,7 @@ class Prepared:
         bindings = _Recorded(symbols, scope, definitions, self.tls_names)
         rows, found, first = self.arrays["tls_rows"], [], 0
         for code, count in self.tls_kinds:
-            found.append((KINDS["X86_64"][code], rows[first : first + count].tolist()))
+            found.append((KINDS[processor().upper()][code], rows[first : first + count].tolist()))
             first += count
         return bindings, found
 
