@@ -43,10 +43,23 @@ uint64_t thread_pointer(void)
     return (uint64_t)__builtin_thread_pointer();
 }
 
-/* Code has been written here: on aarch64 no processor knows it before its caches do. */
-void flush_code(char *start, char *end)
+/* Code has been written here: on aarch64 no processor sees it before its caches do.  As libgcc's __clear_cache does it,
+   which is not marked for BTI, and would take the mark from all of this. */
+void flush_code(uint64_t start, uint64_t end)
 {
-    __builtin___clear_cache(start, end);
+#if defined __aarch64__
+    uint64_t type, at;
+    __asm__ volatile("mrs %0, ctr_el0" : "=r"(type));
+    uint64_t data = UINT64_C(4) << (type >> 16 & 15), code = UINT64_C(4) << (type & 15); /* lengths of cache lines */
+    for (at = start & -data; at < end; at += data)
+        __asm__ volatile("dc cvau, %0" : : "r"(at) : "memory");
+    __asm__ volatile("dsb ish" : : : "memory");
+    for (at = start & -code; at < end; at += code)
+        __asm__ volatile("ic ivau, %0" : : "r"(at) : "memory");
+    __asm__ volatile("dsb ish\n\tisb" : : : "memory");
+#else
+    (void)start, (void)end;
+#endif
 }
 
 typedef struct {
