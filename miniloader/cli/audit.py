@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from miniloader.cli import options
+from miniloader.cli import choosing, options
 
 if TYPE_CHECKING:
+    from miniloader.lab.audit.grouping import MemoryGroup
     from miniloader.lab.audit.library_pages import Sight
     from miniloader.lab.audit.result import Audit
     from miniloader.report.output import Output
@@ -27,6 +28,9 @@ examples:
 
   miniloader audit 4711 4712                   these two processes
   miniloader audit --name 'gunicorn*'          all that are called so
+  miniloader audit --command http.server       all whose command line has this
+  miniloader audit --unit nginx                what a unit of systemd runs; --container ID, --cgroup PATTERN
+  miniloader audit --all --by user             the whole machine, a row for each user
   miniloader audit --tree 4711 --every 2s      a server and its workers, as their memory erodes
   miniloader audit --tree 4711 --every 2s --for 1m --html erosion.html     the same as a page with a slider
   miniloader audit 4711 --library libcrypto    every private page of one library
@@ -41,12 +45,7 @@ write (by the program), identical (copied, yet as in the file), unknown. Nothing
 def configure(parser: argparse.ArgumentParser) -> None:
     """Which processes, which files, once or repeatedly, and how to print it."""
     options.examples(parser, _EXAMPLES)
-    parser.add_argument("pids", metavar="PID", type=_pid, nargs="*", help="a process")
-    parser.add_argument(
-        "--name", metavar="PATTERN", help="processes whose name fits (a part, or with * and ?)"
-    )
-    parser.add_argument("--user", metavar="USER", help="processes of this user")
-    parser.add_argument("--tree", metavar="PID", type=_pid, help="a process and its descendants")
+    choosing.configure(parser)
     parser.add_argument("--library", metavar="PATTERN", help="only these files, with every private page")
     parser.add_argument(
         "--page",
@@ -60,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="read the slots of one process: who serves each symbol; with --library those that this uses",
     )
     parser.add_argument("--no-causes", action="store_true", help="count only")
+    parser.add_argument(
+        "--by",
+        metavar="WHAT",
+        choices=("name", "user", "cgroup", "command", "library"),
+        help="a row for each name, user, cgroup or command of processes, or for each library, with totals",
+    )
     options.level(parser, ("frames", "flags"))
     parser.add_argument("--every", metavar="TIME", type=_seconds, help="look again so often, such as 2s")
     parser.add_argument("--for", metavar="TIME", type=_seconds, dest="duration", help="stop after this time")
@@ -71,23 +76,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="libraries",
         type=_csv,
-        help="print a row for each of the processes, of their mappings, or of their libraries (the default)",
+        help="print a row for each of the processes, mappings, libraries (the default), or groups of --by",
     )
 
 
 def _csv(text: str) -> str | int:
     """What to print; or the process that is named behind a plain ``--csv``."""
-    if text in ("processes", "mappings", "libraries"):
+    if text in ("processes", "mappings", "libraries", "groups"):
         return text
     if text.isdecimal():
-        return _pid(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: not processes, mappings or libraries")
-
-
-def _pid(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no process number")
-    return int(text)
+        return choosing.pid(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: not processes, mappings, libraries or groups")
 
 
 def _seconds(text: str) -> float:
@@ -106,12 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--for needs --every")
     if isinstance(arguments.csv, int):  # --csv PID
         arguments.pids, arguments.csv = [arguments.csv, *arguments.pids], "libraries"
+    if arguments.csv == "groups" and arguments.by is None:
+        raise UsageError("--csv groups needs --by, which says what groups them")
     if arguments.csv and arguments.json:
         raise UsageError("--csv and --json: one of them")
     if arguments.html is not None and arguments.page is not None:
         raise UsageError("--html and --page: one of them")
     options.page_alone(arguments)
-    pids = _chosen(arguments)
+    pids = choosing.chosen(arguments)
     if arguments.bindings:
         return _bindings(arguments, pids)
     if arguments.page is not None:
@@ -130,23 +131,6 @@ def _status(audit: Audit) -> int:
     if audit.processes or not audit.unreadable:
         return 0
     return 1 if all(process.gone for process in audit.unreadable) else 3
-
-
-def _chosen(arguments: argparse.Namespace) -> tuple[int, ...]:
-    """The processes that are named, and those that fit."""
-    from miniloader.errors import MiniloaderError, UsageError
-
-    given = tuple(arguments.pids)
-    if arguments.name is None and arguments.user is None and arguments.tree is None:
-        if not given:
-            raise UsageError("no process", hint="name some: PID…, --name, --user or --tree")
-        return given
-    from miniloader.lab.audit.select import choose
-
-    pids = (*given, *choose(name=arguments.name, user=arguments.user, tree=arguments.tree))
-    if not pids:
-        raise MiniloaderError("no process fits")
-    return pids
 
 
 def _audit(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
@@ -171,19 +155,39 @@ def _print(arguments: argparse.Namespace, result: Audit) -> None:
     if arguments.json:
         from miniloader.report.json import dump
 
-        dump(result.to_json())
+        dump(_json(arguments, result))
         return
-    from miniloader.report.audit import lines, said_of, write_csv
+    groups = _groups(arguments, result)
+    from miniloader.report.audit import lines, said_of
     from miniloader.report.output import Output
 
     if arguments.csv:
-        write_csv(result, sys.stdout, arguments.csv)
+        from miniloader.report.audit_csv import write_csv
+
+        write_csv(result, sys.stdout, arguments.csv, groups)
         for process in result.unreadable:
             print(f"not audited: {said_of(process)}", file=sys.stderr)
     else:
         out = Output()
-        out.show(lines(result, pages=arguments.library is not None))
+        out.show(lines(result, pages=arguments.library is not None, groups=groups))
         out.show(options.page_written(arguments), wrap=False)
+
+
+def _groups(arguments: argparse.Namespace, result: Audit) -> tuple[MemoryGroup, ...]:
+    """What was asked for with ``--by``."""
+    if arguments.by is None:
+        return ()
+    from miniloader.lab.audit.grouping import grouped
+
+    return grouped(result, arguments.by)
+
+
+def _json(arguments: argparse.Namespace, result: Audit) -> dict[str, Any]:
+    """The object that ``--json`` prints of one look."""
+    from dataclasses import asdict
+
+    groups = [asdict(group) for group in _groups(arguments, result)]
+    return {**result.to_json(), **({"groups": groups} if arguments.by is not None else {})}
 
 
 def _save(arguments: argparse.Namespace, result: Audit) -> None:
@@ -219,7 +223,7 @@ def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
         dump(view.to_json())
         return 0
-    from miniloader.report.audit import page_view
+    from miniloader.report.audit_words import page_view
     from miniloader.report.output import Output
 
     Output().show(page_view(view))
@@ -284,13 +288,12 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
         from miniloader.report.json import dump
 
         changed = [asdict(change) for change in changes]
-        dump({**last.to_json(), "since": first.when, "changes": changed}, line=True)
+        dump({**_json(arguments, last), "since": first.when, "changes": changed}, line=True)
     else:
         _print(arguments, last)
         if not (arguments.csv or options.page_alone(arguments)):
             from miniloader.lab.audit.growth import growth
-            from miniloader.report.audit import changes_view
-            from miniloader.report.audit_growth import growth_view
+            from miniloader.report.audit_growth import changes_view, growth_view
 
             out.show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
             out.show([*growth_view(growth(first, last))])
@@ -300,8 +303,8 @@ def _watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
 def _follow(arguments: argparse.Namespace, looks: _Looks, out: Output) -> None:
     """A live table in a terminal, else a line for every look; one object a line for ``--json``."""
-    from miniloader.report.audit import library_rows
     from miniloader.report.audit_growth import tick
+    from miniloader.report.audit_rows import library_rows
 
     first = looks.first
     if not out.is_terminal or arguments.json:
@@ -310,7 +313,7 @@ def _follow(arguments: argparse.Namespace, looks: _Looks, out: Output) -> None:
             if arguments.json:
                 from miniloader.report.json import dump
 
-                dump({**audit.to_json(), "since": first.when}, line=True)
+                dump({**_json(arguments, audit), "since": first.when}, line=True)
                 sys.stdout.flush()
         return
     with out.live() as show:
@@ -333,13 +336,13 @@ class _Looks:
     def pids(self) -> tuple[int, ...]:
         """Who belongs to the family now."""
         from miniloader.errors import ProcessGone, UsageError
-        from miniloader.lab.audit.select import choose, still_there
+        from miniloader.lab.audit.select import still_there
 
-        arguments, chosen = self._arguments, tuple[int, ...]()
-        if arguments.name is not None or arguments.user is not None or arguments.tree is not None:
+        fitting = tuple[int, ...]()
+        if choosing.asks(self._arguments):
             with suppress(UsageError, ProcessGone):  # the tree's root has ended: the others are followed
-                chosen = choose(name=arguments.name, user=arguments.user, tree=arguments.tree)
-        return tuple(sorted({*still_there(self._family, self._since), *chosen}))
+                fitting = choosing.fitting(self._arguments)
+        return tuple(sorted({*still_there(self._family, self._since), *fitting}))
 
     def __iter__(self) -> Iterator[tuple[Audit, Audit]]:
         from miniloader.lab.erosion.since import proven_by

@@ -31,8 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         changed = [asdict(change) for change in changes]
         dump({"since": before.when, "until": after.when, **grown.to_json(), "changes": changed})
         return 0
-    from miniloader.report.audit import changes_view
-    from miniloader.report.audit_growth import growth_view
+    from miniloader.report.audit_growth import changes_view, growth_view
     from miniloader.report.output import Output
 
     Output().show([*growth_view(grown)])

@@ -17,6 +17,8 @@ __all__ = [
     "NO_MEMORY",
     "open_process_file",
     "process_file",
+    "read_command",
+    "read_owner",
     "read_proc_file",
     "read_process_file",
     "read_stat",
@@ -128,6 +130,26 @@ def read_stat(pid: int) -> tuple[str, list[str]]:
     """The name of process ``pid``, and the fields of its ``stat`` from ``state`` on (proc_pid_stat(5))."""
     before, _, after = os.fsdecode(read_process_file(pid, "stat")).rpartition(") ")
     return before.partition("(")[2], after.split()
+
+
+def read_command(pid: int) -> tuple[str, ...]:
+    """The command line of process ``pid``: its arguments; a process may have written anything there.
+
+    Raises ProcessGone also where it has none, having no memory.
+    """
+    return tuple(os.fsdecode(read_process_file(pid, "cmdline").rstrip(b"\0")).split("\0"))
+
+
+def read_owner(pid: int) -> int:
+    """The user (by number) that process ``pid`` acts as: its effective one.
+
+    The directory is always that user's, also where the files in it are root's, as those of a process that is
+    not dumpable are (``task_dump_owner``, fs/proc/base.c).
+    """
+    try:
+        return os.stat(process_file(pid, "")).st_uid
+    except OSError as error:
+        raise refusal(pid, "", error) from error
 
 
 def read_process_file(pid: int | None, name: str) -> bytes:

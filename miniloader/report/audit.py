@@ -1,21 +1,20 @@
-"""An audit for people: the answer first, the largest cost at the top; and as CSV."""
+"""An audit for people: the answer first, the largest cost at the top."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
+from miniloader.report.audit_rows import COUNTED, group_rows, library_rows, mapping_rows
 from miniloader.report.erosion import erosion_view
 from miniloader.report.numbers import count, size
-from miniloader.report.text import Line, Part, Piece, Table, heading, listed, more
+from miniloader.report.text import Line, Part, Table, heading, listed, more
 
 if TYPE_CHECKING:
-    from miniloader.lab.audit.diff import PageChange
+    from miniloader.lab.audit.grouping import MemoryGroup
     from miniloader.lab.audit.mappings import AuditedMapping
-    from miniloader.lab.audit.page_words import PageView
     from miniloader.lab.audit.result import (
         Audit,
         AuditedLibrary,
@@ -25,30 +24,31 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "changes_view",
-    "library_rows",
     "lines",
-    "mapping_rows",
-    "page_view",
-    "records",
     "said_of",
     "sentence",
     "summary",
-    "write_csv",
 ]
 
 _MOST_SYMBOLS = 4
 _MOST_SENTENCES = 8
+_MOST_PIDS = 6
 _MEANING = {
     "frames": "page frame numbers: equal numbers are the same memory",
     "flags": "page flags: copies are certain, PSS and who shares with whom stay hidden",
 }
 
 
-def lines(audit: Audit, *, pages: bool = False) -> Iterator[Part]:
-    """An audit; ``pages`` also lists each private page and each process of the libraries."""
+def lines(audit: Audit, *, pages: bool = False, groups: Sequence[MemoryGroup] = ()) -> Iterator[Part]:
+    """An audit; ``pages`` also lists each private page and each process of the libraries.
+
+    ``groups`` come first, where some were asked for.
+    """
     if audit.processes or not audit.unreadable:
         yield from summary(audit)
+    if groups:
+        yield ()
+        yield group_rows(groups)
     paths = {library.path for library in audit.libraries}
     shown = [row for row in audit.mappings if not pages or (row.name in paths and row.kind != "file")]
     if shown:
@@ -114,71 +114,6 @@ def _by_kind(mappings: Iterable[AuditedMapping], column: str) -> dict[str, int]:
         number = sum(getattr(process, column) for process in mapping.processes)
         sums[mapping.kind] = sums.get(mapping.kind, 0) + number
     return {kind: number for kind, number in sorted(sums.items(), key=lambda item: -item[1]) if number}
-
-
-def mapping_rows(mappings: Sequence[AuditedMapping]) -> Table:
-    """A row for each kind and name of memory, in bytes over all processes; those of files in one."""
-    files = [mapping for mapping in mappings if mapping.kind == "file"]
-    rows = [(str(mapping.kind), printable(mapping.name), [mapping]) for mapping in mappings]
-    rows = [row for row in rows if row[0] != "file"]
-    if files:
-        rows.append(("file", f"{count(len(files), 'file')}, below", files))
-    shown = []
-    for kind, name, together in rows:
-        processes = [process for mapping in together for process in mapping.processes]
-        sums = {column: sum(getattr(process, column) for process in processes) for column in _BYTES}
-        pss = [process.pss for process in processes]
-        if any(sums.values()):
-            shown.append((sums, [
-                kind, name, f"{len({process.pid for process in processes}):,}",
-                *(size(sums[column]) for column in _BYTES[:4]),
-                "?" if None in pss else size(sum(filter(None, pss))),
-                ", ".join(f"{size(sums[column])} {column}" for column in _BYTES[4:] if sums[column]),
-            ]))  # fmt: skip
-    shown.sort(key=lambda row: (-row[0]["own"], -row[0]["resident"]))
-    cells = [row for _, row in shown[:_MOST_MAPPINGS]]
-    if len(shown) > _MOST_MAPPINGS:
-        own, resident = (
-            sum(sums[column] for sums, _ in shown[_MOST_MAPPINGS:]) for column in ("own", "resident")
-        )
-        cells.append(["…", more(len(shown) - _MOST_MAPPINGS), "", size(resident), size(own), "", "", "", ""])
-    return Table(("kind", "name", ">in", ">resident", ">own", ">by fork", ">shared", ">takes", "also"), cells)
-
-
-def library_rows(audit: Audit, before: Audit | None = None) -> Table:
-    """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
-    swapped = ("swapped",) if any(library.swapped for library in audit.libraries) else ()
-    names = ("mapped", "present", "shared", "by fork", "own", "bss", *swapped)
-    columns = ("library", ">in", *(f">{name}" for name in names), ">takes", ">apart")
-    libraries_before = before.libraries if before is not None else ()
-    old = {library.build_id or library.path: library for library in libraries_before}
-    rows = []
-    for library in audit.libraries:
-        several = f" ({library.files} separate files)" if library.files > 1 else ""
-        cells: list[Piece] = [
-            (printable(library.name) + several, "yellow") if several else printable(library.name),
-            f"{len({process.pid for process in library.processes}):,}",
-            *(f"{sum(getattr(process, field) for process in library.processes):,}" for field in _COUNTED[:3]),
-            f"{library.common:,}",
-            f"{library.private - library.common:,}",
-            *(
-                f"{sum(getattr(process, field) for process in library.processes):,}"
-                for field in ("bss", *swapped)
-            ),
-            size(library.frames * audit.page_size if library.takes is None else library.takes),
-            size(library.present * audit.page_size),
-        ]
-        if before is not None:
-            counterpart = old.get(library.build_id or library.path)
-            change = library.own - (counterpart.own if counterpart is not None else 0)
-            cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
-        rows.append(cells)
-    return Table((*columns, ">since start") if before is not None else columns, rows)
-
-
-_MOST_MAPPINGS = 12
-_BYTES = ("resident", "own", "inherited", "shared", "huge", "zero", "swapped")
-_COUNTED = ("mapped", "present", "shared", "private", "bss")
 
 
 # ------------------------------------------------------------------------------------------- sentences
@@ -301,7 +236,7 @@ def _library(library: AuditedLibrary) -> Iterator[Part]:
     yield ()
     yield heading(printable(library.path), f"build-id {library.build_id or 'none'}")
     merged = ["merged"] if any(process.merged != 0 for process in library.processes) else []
-    numbers = (*_COUNTED[:4], "inherited", *merged, "bss", "swapped")
+    numbers = (*COUNTED[:4], "inherited", *merged, "bss", "swapped")
     yield Table(
         ("process", "base", *(f">{name}" for name in numbers)),
         [
@@ -339,129 +274,23 @@ def _family(page: PrivatePage) -> str:
 
 
 def _unreadable(unreadable: Sequence[Unreadable]) -> Iterator[Line]:
+    """Who could not be audited: those of whom the same is said together."""
     yield heading("not audited")
+    alike: dict[str, list[Unreadable]] = {}
     for process in unreadable:
-        yield (f"  {said_of(process)}",)
+        alike.setdefault(_said(process).replace(str(process.pid), "PID"), []).append(process)
+    for text, processes in alike.items():
+        if len(processes) == 1:
+            yield (f"  {said_of(processes[0])}",)
+        else:
+            pids = listed([str(process.pid) for process in processes], _MOST_PIDS)
+            yield (printable(f"  {count(len(processes), 'process', 'processes')} ({pids}): {text}"),)
 
 
 def said_of(process: Unreadable) -> str:
     """Which process could not be audited, why, and what would be needed."""
-    return printable(f"{process.pid}: {process.reason}" + (f"; {process.needed}" if process.needed else ""))
+    return printable(f"{process.pid}: {_said(process)}")
 
 
-# ------------------------------------------------------------------------------------------- one page
-def page_view(view: PageView) -> Iterator[Part]:
-    """One page, word by word."""
-    title = printable(f"{view.path} at {view.vaddr:#x} in process {view.pid}")
-    yield heading(title, printable(f"{view.section}, {view.state}" if view.section else view.state))
-    if view.causes:
-        reason = f" ({view.reason})" if view.reason else ""
-        yield (printable(f"  causes: {', '.join(view.causes)}{reason}"),)
-    if view.state in ("swapped", "unknown"):
-        return
-    if view.state != "private":
-        yield (f"  {_OF_STATE[view.state]}",)
-        return
-    yield Table(
-        (">vaddr", "cause", ">file", ">old", ">new", "symbol", "relocation"),
-        [
-            (
-                f"{word.vaddr:#x}",
-                word.cause or "as in the file",
-                f"{word.file:#x}",
-                f"{word.old:#x}",
-                f"{word.new:#x}",
-                printable(word.symbol),
-                word.kind.removeprefix("R_X86_64_"),
-            )
-            for word in view.words
-        ],
-    )
-
-
-_OF_STATE = {
-    "shared": "no copy: every byte is the file's own",
-    "anonymous": "anonymous memory at this place of the file, private: bss, or what the program put there",
-    "absent": "not in memory",
-}
-
-
-# ------------------------------------------------------------------------------------------ differences
-def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part]:
-    """What differs between two audits."""
-    if not changes:
-        yield ("no page went private, was rewritten, or returned",)
-        return
-    number = {kind: sum(page.processes for page in changes if page.change == kind) for kind in _CHANGES}
-    said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]
-    grown = (number["private"] - number["returned"]) * page_size
-    yield ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
-    yield ()
-    kinds = list(_CHANGES)
-    ordered = sorted(changes, key=lambda page: (kinds.index(page.change), -page.processes, page.vaddr))
-    yield Table(
-        ("library", ">vaddr", "section", "change", ">in", "causes", "symbols"),
-        [
-            (
-                printable(os.path.basename(page.path)),
-                f"{page.vaddr:#x}",
-                printable(page.section),
-                page.change,
-                f"{page.processes:,}",
-                ", ".join(page.causes),
-                printable(listed(page.symbols, _MOST_SYMBOLS)),
-            )
-            for page in ordered
-        ],
-    )
-
-
-_CHANGES = {"private": "went private", "rewritten": "written again", "returned": "returned to the file"}
-
-
-# ------------------------------------------------------------------------------------------------- CSV
-def write_csv(audit: Audit, file: IO[str], what: str = "libraries") -> None:
-    """A row for each process, or for each mapping or library in each process: numbers as they are in JSON."""
-    import csv
-
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows(records(audit, what))
-
-
-def records(audit: Audit, what: str) -> Iterator[Sequence[object]]:
-    """The names of the columns, then a row for each of ``what``: processes, mappings or libraries."""
-    return _CSV[what](audit)
-
-
-def _process_records(audit: Audit) -> Iterator[Sequence[object]]:
-    yield ("pid", "name", *_OF_PROCESS)
-    for process in audit.processes:
-        yield (process.pid, printable(process.name), *_values(process, _OF_PROCESS))
-
-
-def _mapping_records(audit: Audit) -> Iterator[Sequence[object]]:
-    yield ("kind", "name", "pid", *_OF_MAPPING)
-    for mapping in audit.mappings:
-        for process in mapping.processes:
-            yield (mapping.kind, printable(mapping.name), process.pid, *_values(process, _OF_MAPPING))
-
-
-def _library_records(audit: Audit) -> Iterator[Sequence[object]]:
-    yield ("path", "build_id", "pid", *_OF_LIBRARY)
-    for library in audit.libraries:
-        for process in library.processes:
-            values = _values(process, _OF_LIBRARY)
-            yield (printable(library.path), library.build_id or "", process.pid, *values)
-
-
-def _values(value: object, fields: Sequence[str]) -> list[object]:
-    return [getattr(value, field) for field in fields]
-
-
-_OF_PROCESS = (
-    *("parent", "started", "rss", "pss", "uss", "anonymous", "anonymous_shared"),
-    *("ksm", "zero", "huge", "swapped", "memory_of"),
-)
-_OF_MAPPING = ("resident", "own", "inherited", "shared", "pss", "zero", "huge", "swapped")
-_OF_LIBRARY = ("base", *_COUNTED, "inherited", "swapped", "merged", "pss")
-_CSV = {"processes": _process_records, "mappings": _mapping_records, "libraries": _library_records}
+def _said(process: Unreadable) -> str:
+    return process.reason + (f"; {process.needed}" if process.needed else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -12,13 +13,15 @@ from miniloader.report.numbers import count, size
 from miniloader.report.text import Cell, Line, Part, Table, listed, more
 
 if TYPE_CHECKING:
+    from miniloader.lab.audit.diff import PageChange
     from miniloader.lab.audit.growth import AmountChange, Family, Growth, LibraryGrowth, MappingGrowth
     from miniloader.lab.audit.result import Audit
 
-__all__ = ["growth_view", "tick"]
+__all__ = ["changes_view", "growth_view", "tick"]
 
 _MOST_ROWS: Final = 12
 _MOST_PROCESSES: Final = 6
+_MOST_SYMBOLS: Final = 4
 
 
 def growth_view(growth: Growth) -> Iterator[Part]:
@@ -149,3 +152,35 @@ def _moved(figure: AmountChange) -> str:
 
 def _signed(number: int) -> str:
     return f"{'+' if number >= 0 else '-'}{size(abs(number))}"
+
+
+def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part]:
+    """What differs between two audits."""
+    if not changes:
+        yield ("no page went private, was rewritten, or returned",)
+        return
+    number = {kind: sum(page.processes for page in changes if page.change == kind) for kind in _CHANGES}
+    said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]
+    grown = (number["private"] - number["returned"]) * page_size
+    yield ("; ".join(said), "bold"), f": {'+' if grown >= 0 else '-'}{size(abs(grown))} of private memory"
+    yield ()
+    kinds = list(_CHANGES)
+    ordered = sorted(changes, key=lambda page: (kinds.index(page.change), -page.processes, page.vaddr))
+    yield Table(
+        ("library", ">vaddr", "section", "change", ">in", "causes", "symbols"),
+        [
+            (
+                printable(os.path.basename(page.path)),
+                f"{page.vaddr:#x}",
+                printable(page.section),
+                page.change,
+                f"{page.processes:,}",
+                ", ".join(page.causes),
+                printable(listed(page.symbols, _MOST_SYMBOLS)),
+            )
+            for page in ordered
+        ],
+    )
+
+
+_CHANGES = {"private": "went private", "rewritten": "written again", "returned": "returned to the file"}

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from miniloader.lab.audit.library_pages import Sight
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
-from miniloader.report.audit import mapping_rows, sentence
+from miniloader.report.audit import sentence
+from miniloader.report.audit_rows import mapping_rows
 from miniloader.report.matrix_data import Film, Scene
 from miniloader.report.numbers import count
 from miniloader.report.page_notes import bytes_of_pages, ranges

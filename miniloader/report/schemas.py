@@ -9,6 +9,7 @@ from typing import Final
 
 from miniloader.json_schema import BOOL, NUMBER, TEXT, Schema, array, by_name, either, keys, nullable, record
 from miniloader.lab.audit.diff import CHANGE_SCHEMA
+from miniloader.lab.audit.grouping import GROUP_SCHEMA
 from miniloader.lab.audit.growth import GROWTH_KEYS
 from miniloader.lab.audit.live_bindings import LIVE_SCHEMA
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
@@ -30,7 +31,10 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "disasm": disasm.SCHEMA,
     "prove": PROOF_SCHEMA,
     "audit": either(
-        record(AUDIT_KEYS, optional={"since": NUMBER, "changes": array(CHANGE_SCHEMA)}),
+        record(
+            AUDIT_KEYS,
+            optional={"since": NUMBER, "changes": array(CHANGE_SCHEMA), "groups": array(GROUP_SCHEMA)},
+        ),
         PAGE_SCHEMA,
         LIVE_SCHEMA,
     ),

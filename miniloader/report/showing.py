@@ -136,7 +136,7 @@ def symbol_rows(image: ElfImage) -> list[dict[str, Any]]:
 
 def audit_rows(audit: Any, what: str) -> list[dict[str, Any]]:
     """The records of ``audit --csv``, each by the names of its columns."""
-    from miniloader.report.audit import records
+    from miniloader.report.audit_csv import records
 
     names, *rows = records(audit, what)
     return [dict(zip(map(str, names), row, strict=True)) for row in rows]

@@ -26,7 +26,7 @@ from miniloader.evidence.sharing import (
 )
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.report.audit import mapping_rows
+from miniloader.report.audit_rows import mapping_rows
 from miniloader.report.grid import Mark, grid_legend, page_grid
 from miniloader.report.numbers import count, size
 from miniloader.report.text import laid_out, plain

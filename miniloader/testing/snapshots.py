@@ -26,9 +26,11 @@ from miniloader.kernel.probe import best_level
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.explain import CHANGED, space_of
+from miniloader.lab.audit.file_in_process import FileInProcess
 from miniloader.lab.audit.mappings import AuditedMapping, mappings_over
 from miniloader.lab.audit.select import matches
-from miniloader.lab.audit.survey import CHANGED, FileInProcess, Memo, locate, mappings_in, space_of
+from miniloader.lab.audit.survey import Memo, locate, mappings_in
 from miniloader.lab.erosion.erode import erosion_of
 from miniloader.lab.erosion.memory import memory_in
 from miniloader.lab.erosion.result import Erosion

@@ -102,6 +102,30 @@ def test_csv_has_rows_of_processes_and_of_mappings(family: tuple[Told, list[int]
     assert run("audit", parent.pid, "--csv", "everything").returncode == 2
 
 
+def test_grouped_with_totals(family: tuple[Told, list[int]]) -> None:
+    """A row for each group and the sum; the same numbers in text, JSON and CSV."""
+    parent, children = family
+    done = run("audit", "--tree", parent.pid, "--by", "command", "--no-causes")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    everybody = next(row for row in rows if row[:1] == ["all"])
+    assert everybody[1] == "3"
+    value = json.loads(run("audit", "--tree", parent.pid, "--by", "command", "--no-causes", "--json").stdout)
+    (group,) = value["groups"]
+    assert group["pids"] == sorted([parent.pid, *children])
+    assert group["uss"] == sum(process["uss"] for process in value["processes"])
+    assert group["name"] == value["processes"][0]["command"]
+    printed = run("audit", "--tree", parent.pid, "--by", "name", "--no-causes", "--csv", "groups").stdout
+    (record,) = csv.DictReader(printed.splitlines())
+    assert (record["name"], record["processes"]) == (value["processes"][0]["name"], "3")
+
+
+def test_whoever_cannot_be_audited_is_told_once_for_all(family: tuple[Told, list[int]]) -> None:
+    parent, _ = family
+    done = run("audit", parent.pid, 999_999_998, 999_999_999)
+    assert "2 processes (999999998, 999999999): process PID: there is none (any more)" in done.stdout
+
+
 def test_one_library_and_one_page(family: tuple[Told, list[int]], demo: Path) -> None:
     parent, _ = family
     done = run("audit", parent.pid, "--library", "libdemo*")
@@ -277,6 +301,8 @@ def test_interrupted_it_ends_with_the_summary(demo: Path) -> None:
         (("x",), "no process number"),
         (("1", "--every", "soon"), "no time"),
         (("--user", "nobody-is-called-so"), "no such user"),
+        (("1", "--csv", "groups"), "--csv groups needs --by"),
+        (("1", "--by", "colour"), "--by: no 'colour'"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:

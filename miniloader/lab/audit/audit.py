@@ -156,9 +156,9 @@ def _cost(process: Survey, leader: int, pss: int | None, merged: NDArray[np.uint
     """What a process costs; ``leader`` is whose memory it is."""
     return AuditedProcess(
         pid=process.pid,
-        name=process.name,
-        parent=process.parent,
-        started=process.started,
+        name=process.known.name,
+        parent=process.known.parent,
+        started=process.known.started,
         rss=process.rss * PAGE_SIZE,
         pss=pss,
         uss=process.exclusive * PAGE_SIZE,
@@ -169,6 +169,9 @@ def _cost(process: Survey, leader: int, pss: int | None, merged: NDArray[np.uint
         huge=process.huge,
         swapped=process.swapped,
         memory_of=None if leader == process.pid else leader,
+        user=process.known.user,
+        command=process.known.command,
+        cgroup=process.known.cgroup,
     )
 
 
@@ -195,7 +198,7 @@ def _address_spaces(surveys: Sequence[Survey]) -> dict[int, int]:
     leaders = {process.pid: process.pid for process in surveys}
     families: dict[int, list[int]] = {}
     for process in surveys:
-        families.setdefault(process.stack, []).append(process.pid)
+        families.setdefault(process.known.stack, []).append(process.pid)
     try:
         for family in families.values():
             ordered = sorted(family, key=cmp_to_key(_memory_order))

@@ -19,9 +19,11 @@ from miniloader.evidence.slots import LOADER, FileFacts
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.explain import SWAPPED_OUT
+from miniloader.lab.audit.file_in_process import FileInProcess
 from miniloader.lab.audit.mapped_files import MappedFile
 from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivatePage
-from miniloader.lab.audit.survey import SWAPPED_OUT, FileInProcess, Survey
+from miniloader.lab.audit.survey import Survey
 from miniloader.values import dataclass
 
 __all__ = ["Occurrence", "libraries_of", "occurrences_of"]

@@ -24,9 +24,9 @@ from miniloader.kernel.pagemap import FILE, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
+from miniloader.lab.audit.explain import stand_ins_in
 from miniloader.lab.audit.link_map import loaded_order
 from miniloader.lab.audit.mapped_files import MappedFiles
-from miniloader.lab.audit.survey import stand_ins_in
 from miniloader.machine.relocation import KINDS
 
 __all__ = ["LinkedImage", "LinkedProcess"]

@@ -11,7 +11,7 @@ from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError
 from miniloader.evidence.slots import FileFacts, NameNumbers
-from miniloader.kernel.maps import Vma
+from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
@@ -19,6 +19,7 @@ from miniloader.lab.audit.prepared_pages import PreparedPages
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
+_TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
 _KERNEL: Final = -1  # its name leads to the mapped file itself
 
@@ -76,6 +77,11 @@ class MappedFiles:
         elif file.facts is None:  # another process may offer a way to it
             self._open(file, pid, vma)
         return file
+
+    def mappings_of(self, pid: int) -> tuple[tuple[Vma, ...], frozenset[int]]:
+        """All mappings of process ``pid``, and which of them have pages relocated beforehand."""
+        vmas = read_maps(pid)
+        return self.prepared.in_place(pid, vmas[:-1] if vmas and vmas[-1].start >= _TOP else vmas)
 
     def same(self, file: MappedFile) -> MappedFile:
         """The file that a helper has met, as this process knows it."""

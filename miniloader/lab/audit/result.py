@@ -51,6 +51,8 @@ class AuditedProcess:
     page of zeros is mapped, which costs nothing.  ``huge`` pages are mapped by huge entries.  ``started`` is
     in clock ticks since boot: with the pid it names a process for good.  ``memory_of`` is the process that
     has the same address space (vfork(2), CLONE_VM) and is counted for both, None where nobody else has.
+    ``user`` is a name (else a number), ``command`` the command line, ``cgroup`` the path of the most telling
+    control group; "" where the kernel did not tell it, and in audits that older versions saved.
     """
 
     pid: int
@@ -67,6 +69,9 @@ class AuditedProcess:
     huge: int
     swapped: int
     memory_of: int | None = None
+    user: str = ""
+    command: str = ""
+    cgroup: str = ""
 
 
 @dataclass(frozen=True)
@@ -365,7 +370,7 @@ AUDIT_KEYS: Final = {
     "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER, "page_size": COUNT, "explained": BOOL,
     "processes": array(record(
         keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
-        {"name": TEXT}, dict.fromkeys(("pss", "ksm", "memory_of"), nullable(COUNT)),
+        keys(TEXT, "name user command cgroup"), dict.fromkeys(("pss", "ksm", "memory_of"), nullable(COUNT)),
     )),
     "libraries": array(_LIBRARY),
     "unreadable": array(record({"pid": COUNT, "gone": BOOL}, keys(TEXT, "reason needed"))),

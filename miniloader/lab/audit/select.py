@@ -1,39 +1,105 @@
-"""Which processes: by name, by user, by descent; from ``/proc/PID`` (proc(5))."""
+"""Which processes: by name, command line, user, control group, unit, container, or descent."""
 
 from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Final, NoReturn
 
 from miniloader.errors import EvidenceError, ProcessGone, UsageError, printable
-from miniloader.kernel.procfs import process_file, read_process_file, read_stat, require_proc
+from miniloader.kernel.control_groups import ControlGroups, read_control_groups
+from miniloader.kernel.procfs import read_command, read_owner, read_stat, require_proc
 from miniloader.values import dataclass
 
-__all__ = ["choose", "matches", "still_there"]
+__all__ = ["CRITERIA", "choose", "matches", "still_there"]
 
 _KERNEL_THREAD: Final = 0x200000  # PF_KTHREAD, include/linux/sched.h
+_IDENTIFIER: Final = 32  # digits at least of a container's identifier; shorter is a name
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A process that may be chosen: parent, start (in clock ticks), user, and the names it goes by."""
+    """A process that may be chosen: parent, start (in clock ticks), name; the rest is read when asked for."""
 
     pid: int
     parent: int
     started: int
-    uid: int
-    names: tuple[str, ...]
+    name: str
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return read_command(self.pid)
+
+    @property
+    def groups(self) -> ControlGroups:
+        return read_control_groups(self.pid)
 
 
-def choose(*, name: str | None = None, user: str | None = None, tree: int | None = None) -> tuple[int, ...]:
+def _fits_name(process: _Candidate, pattern: str) -> bool:
+    return matches(pattern, process.name) or matches(pattern, os.path.basename(process.command[0]))
+
+
+def _fits_command(process: _Candidate, pattern: str) -> bool:
+    return matches(pattern, " ".join(process.command))
+
+
+def _fits_user(process: _Candidate, user: str) -> bool:
+    return read_owner(process.pid) == _uid(user)
+
+
+def _fits_cgroup(process: _Candidate, pattern: str) -> bool:
+    return matches(pattern, *process.groups.paths)
+
+
+def _fits_unit(process: _Candidate, pattern: str) -> bool:
+    units = process.groups.units
+    return any(fnmatch(text, pattern) for unit in units for text in (unit, unit.rpartition(".")[0]))
+
+
+def _fits_container(process: _Candidate, container: str) -> bool:
+    return bool(_meant(process, container))
+
+
+def _meant(process: _Candidate, container: str) -> set[str]:
+    """Which containers that a process is in are called so: a name whole, an identifier by its beginning."""
+    identifiers = process.groups.containers
+    return {
+        name
+        for name in identifiers
+        if name == container or (len(name) >= _IDENTIFIER and name.startswith(container))
+    }
+
+
+#: How a process may be asked for, each with whether a process fits a text.
+CRITERIA: Final[Mapping[str, Callable[[_Candidate, str], bool]]] = {
+    "name": _fits_name,
+    "command": _fits_command,
+    "user": _fits_user,
+    "cgroup": _fits_cgroup,
+    "unit": _fits_unit,
+    "container": _fits_container,
+}
+
+
+def choose(*, tree: int | None = None, **criteria: str | None) -> tuple[int, ...]:
     """The processes that fit all that is asked for, by pid; never this one, no kernel threads.
 
-    ``name`` is a shell pattern (or a part) of the name or the program's file name, ``user`` a name or a
-    number, ``tree`` a process whose descendants are meant, itself included.  Raises UsageError for an
-    unknown user, ProcessGone when there is no process ``tree``, EvidenceError where ``/proc`` is not mounted.
+    ``tree`` is a process whose descendants are meant, itself included; the other words are those of CRITERIA:
+
+    - ``name``: a shell pattern (or a part) of the name or of the program's file name
+    - ``command``: one of the command line, its arguments joined by spaces
+    - ``user``: a user's name or number
+    - ``cgroup``: a pattern (or a part) of the path of one of its control groups
+    - ``unit``: a unit of systemd, with its ending or without, or a pattern: ``nginx``, ``app-*.scope``
+    - ``container``: how a container's identifier begins, or its name where the control group has that
+
+    Raises UsageError for an unknown user, or where ``container`` fits several containers; ProcessGone when
+    there is no process ``tree``, EvidenceError where ``/proc`` is not mounted.
+
+    >>> os.getpid() in choose(), choose(user="0", name="no process is called so")
+    (False, ())
     """
     require_proc()
     candidates = {process.pid: process for process in _all()}
@@ -42,12 +108,43 @@ def choose(*, name: str | None = None, user: str | None = None, tree: int | None
         if tree not in candidates:
             _refuse(tree)
         chosen = _descendants(tree, candidates)
-    if user is not None:
-        uid = _uid(user)
-        chosen = {pid for pid in chosen if candidates[pid].uid == uid}
-    if name is not None:
-        chosen = {pid for pid in chosen if matches(name, *candidates[pid].names)}
+    for criterion, text in criteria.items():
+        if text is not None:
+            _refuse_unknown(criterion, text)
+            chosen = {pid for pid in chosen if _fits(CRITERIA[criterion], candidates[pid], text)}
+    if criteria.get("container") is not None:
+        _refuse_several(str(criteria["container"]), (candidates[pid] for pid in chosen))
     return tuple(sorted(chosen - {os.getpid()}))
+
+
+def _refuse_unknown(criterion: str, text: str) -> None:
+    """Raise UsageError for what can fit nobody, whoever there is."""
+    if criterion == "user":
+        _uid(text)
+    if not text:
+        raise UsageError(
+            f"--{criterion} '': an empty text fits every process", hint="for that there is --all"
+        )
+
+
+def _fits(fits: Callable[[_Candidate, str], bool], process: _Candidate, text: str) -> bool:
+    try:
+        return fits(process, text)
+    except EvidenceError:  # it has ended meanwhile, or there are no control groups
+        return False
+
+
+def _refuse_several(container: str, processes: Iterable[_Candidate]) -> None:
+    """Raise UsageError where the beginning of an identifier is that of several containers."""
+    identifiers = set[str]()
+    for process in processes:
+        try:
+            identifiers |= _meant(process, container)
+        except EvidenceError:  # it has ended meanwhile
+            continue
+    if len(identifiers) > 1:
+        listed = ", ".join(sorted(identifiers))
+        raise UsageError(f"--container {container}: {len(identifiers)} begin so: {listed}")
 
 
 def still_there(family: Mapping[int, int], since: int) -> tuple[int, ...]:
@@ -107,9 +204,7 @@ def _read(pid: int) -> _Candidate:
     name, fields = read_stat(pid)
     if fields[20] == "0":  # vsize
         raise EvidenceError(f"process {pid}: has no memory")
-    command = os.fsdecode(read_process_file(pid, "cmdline")).split("\0")
-    names = (name, os.path.basename(command[0]))
-    return _Candidate(pid, int(fields[1]), int(fields[19]), os.stat(process_file(pid, "")).st_uid, names)
+    return _Candidate(pid, int(fields[1]), int(fields[19]), name)
 
 
 def _descendants(root: int, candidates: dict[int, _Candidate]) -> set[int]:

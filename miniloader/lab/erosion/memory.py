@@ -35,7 +35,8 @@ class PrivateMemory:
 
 def private_memory(process: Survey) -> PrivateMemory:
     """What ``process`` has that may erode; its frames must be known (level ``frames``)."""
-    lineage = process.pid, process.parent, process.started, process.stack
+    known = process.known
+    lineage = known.pid, known.parent, known.started, known.stack
     return _private_memory(lineage, process.copies, process.originals, process.writable)
 
 

@@ -21,6 +21,7 @@ from miniloader.lab.audit.mapped_files import MappedFiles
 from tests.conftest import NOBODY, AsNobody
 from tests.lab.audit.older_kernels import KERNELS, before_6_7
 from tests.lab.audit.told_processes import (
+    BECOME_NOBODY,
     copy,
     own_child,
     told,
@@ -170,3 +171,49 @@ def test_a_file_that_another_process_offers_a_way_to(monkeypatch: pytest.MonkeyP
         patch.setattr(MappedFiles, "_open", lambda *_: None)
         met = pickle.loads(pickle.dumps(files.of(os.getpid(), libc)))
     assert files.same(met).facts is not None
+
+
+#: A process that has, at a path which only its mount namespace has, a copy of a library of its own.
+_IN_NAMESPACE = """
+libc = ctypes.CDLL(None, use_errno=True)
+def alone(source, directory):
+    content, user, group = open(source, "rb").read(), os.geteuid(), os.getegid()
+    if libc.unshare(0x10020000):  # CLONE_NEWUSER | CLONE_NEWNS
+        return os.strerror(ctypes.get_errno())
+    open("/proc/self/setgroups", "w").write("deny")
+    open("/proc/self/uid_map", "w").write(f"0 {user} 1")
+    open("/proc/self/gid_map", "w").write(f"0 {group} 1")
+    if libc.mount(b"none", directory.encode(), b"tmpfs", 0, None):
+        return os.strerror(ctypes.get_errno())
+    open(directory + "/lib.so", "wb").write(content)
+    global lib
+    lib = ctypes.CDLL(directory + "/lib.so")
+    lib.demo_next()
+"""
+
+
+def test_files_of_other_mount_namespaces_are_found_and_told_apart(demo: Path, as_nobody: AsNobody) -> None:
+    """Two processes have different files at one path, which is none for the auditor: root or their owner."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        os.chmod(directory, 0o755)
+        path, source = f"{directory}/lib.so", str(copy(demo, Path(directory) / "source.so"))
+        os.chmod(source, 0o644)
+        lines = BECOME_NOBODY, _IN_NAMESPACE
+        with told(*lines) as first, told(*lines) as second:
+            for process in (first, second):
+                trouble = process(f"answer = alone({source!r}, {directory!r})")
+                if trouble:
+                    pytest.skip(f"this kernel lacks user namespaces for everybody: {trouble}")
+            assert not os.path.exists(path)
+            pids = [first.pid, second.pid]
+            for audit in (miniloader.audit(pids, library=path), as_nobody(_audited, pids, path)):
+                found = audit.library(path)
+                assert found.files == 2
+                assert {cause for page in found.private_pages for cause in page.causes} == {
+                    *("relocation", "loader", "bss", "write")
+                }
+                assert "demo_counters" in {name for page in found.private_pages for name in page.written}
+
+
+def _audited(pids: list[int], path: str) -> miniloader.Audit:
+    return miniloader.audit(pids, library=path)

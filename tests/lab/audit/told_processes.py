@@ -18,6 +18,7 @@ import miniloader
 from fixtures import build
 from miniloader.kernel.procfs import read_stat
 from miniloader.kernel.syscalls import PAGE_SIZE
+from tests.conftest import NOBODY
 
 _LISTEN = """
 import ctypes, json, os, signal, sys
@@ -39,6 +40,14 @@ number = ctypes.c_int
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def mapped(length): return libc.mmap(None, length, 3, 0x22, -1, 0)
+"""
+
+
+#: Lines for a process that becomes an ordinary user's, where it is root's: it may be looked at by that user.
+BECOME_NOBODY = f"""
+if os.geteuid() == 0:
+    os.setgroups([]); os.setresgid(*[{NOBODY}] * 3); os.setresuid(*[{NOBODY}] * 3)
+    ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE
 """
 
 

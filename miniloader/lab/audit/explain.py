@@ -1,0 +1,129 @@
+"""Why the pages of files were copied in one process: what they hold now, against what their files say.
+
+What may have changed while it was looked at is ``unknown``, as "changed while we looked".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.errors import ElfError, EvidenceError, ProcessGone
+from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
+from miniloader.evidence.layout import Layouts
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.file_in_process import FileInProcess, image_end
+from miniloader.lab.audit.mapped_files import MappedFiles
+from miniloader.lab.audit.process_pages import Pages
+from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
+from miniloader.machine.stub_code import jumps_to
+
+__all__ = ["CHANGED", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
+
+CHANGED: Final = "changed while we looked"
+SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
+_MOST_CODE: Final = 1 << 16
+
+
+def explain(
+    pid: int,
+    files: MappedFiles,
+    layouts: Layouts,
+    vmas: Sequence[Vma],
+    pages: Pages,
+    found: list[FileInProcess],
+    chosen: list[FileInProcess],
+) -> None:
+    """Fill in the causes, and take back what may have changed meanwhile."""
+    for placed in chosen:
+        placed.causes = np.zeros(placed.private, np.uint8)
+    try:
+        space = space_of(pid, vmas, found)
+        with ProcessMemory(pid) as memory:
+            for placed in chosen:
+                _explain_file(placed, memory, space, layouts)
+    except ProcessGone:
+        raise
+    except EvidenceError as error:
+        for placed in chosen:
+            _unknown(placed, np.arange(placed.private), str(error))
+        return
+    changed = pages.addresses[pages.changed()]
+    after = {vma.start: vma for vma in files.mappings_of(pid)[0]}
+    moved = [vma for vma in vmas if vma.is_file and after.get(vma.start) != vma]
+    for placed in chosen:
+        addresses = placed.addresses
+        doubtful = np.isin(addresses, changed)
+        for vma in moved:
+            doubtful |= (addresses >= vma.start) & (addresses < vma.end)
+        _unknown(placed, np.flatnonzero(doubtful), CHANGED)
+
+
+def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
+    """What is where in a process; raises ProcessGone, or EvidenceError where its memory must not be read."""
+    extents = [Placed(placed.base, placed.start, image_end(placed), placed.file.facts) for placed in found]
+    code = [(vma.start, vma.end) for vma in vmas if "x" in vma.protection]
+    vdso = next(((vma.start, vma.end) for vma in vmas if vma.path == "[vdso]"), (0, 0))
+    return Space(extents, code, vdso, stand_ins_in(pid, vmas))
+
+
+def stand_ins_in(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
+    """The functions that code of miniloader's stands for in a process, by where it is.
+
+    Such code is in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
+    """
+    code = [vma for vma in vmas if not vma.path and vma.protection == "r-x" and vma.size <= _MOST_CODE]
+    if not code:
+        return {}
+    addresses: dict[int, int] = {}
+    starts = np.array([at for vma in code for at in range(vma.start, vma.end, PAGE_SIZE)], np.uint64)
+    with ProcessMemory(pid) as memory:
+        for start, page in zip(starts.tolist(), memory.pages(starts)[0], strict=True):
+            function = jumps_to(page.tobytes())
+            if function is not None:
+                addresses[start] = function
+            elif page.tobytes().startswith(CODE):
+                (table,), _ = memory.pages(np.array([start + TABLE], np.uint64))
+                pairs = stand_ins(start, table[: HEAD.size].tobytes())
+                addresses |= {stand_in: function for function, stand_in in pairs.items()}
+    return addresses
+
+
+def _explain_file(placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts) -> None:
+    if not placed.private:
+        return
+    if placed.file.facts is None:
+        _unknown(placed, np.arange(placed.private), placed.file.trouble)
+        return
+    live, read = memory.pages(placed.addresses)
+    try:
+        answer: Classified = classify(
+            placed.file.facts,
+            space,
+            placed.base,
+            placed.vaddrs,
+            placed.file_offsets,
+            live,
+            words="none",
+            layouts=layouts,
+        )
+    except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
+        _unknown(placed, np.arange(placed.private), str(error))
+        return
+    placed.causes, placed.written = answer.causes, answer.written
+    trouble = placed.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
+    placed.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
+    _unknown(placed, np.flatnonzero(~read), CHANGED)
+
+
+def _unknown(placed: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:
+    """Take back what was said about these pages."""
+    if len(pages):
+        placed.causes[pages] = bit("unknown")
+        placed.reasons |= dict.fromkeys(pages.tolist(), reason)
+        placed.written = placed.written[~np.isin(placed.written[:, 0], pages)]

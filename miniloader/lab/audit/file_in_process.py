@@ -1,0 +1,161 @@
+"""A file as it lies in one process: which of its pages are copies there, which are its own, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.arrangement import Arrangement
+from miniloader.lab.audit.mapped_files import MappedFile
+from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows
+
+__all__ = ["FileInProcess", "files_in_process", "image_end"]
+
+_NO_VADDRS: Final = np.empty(0, np.uint64)
+_NO_CAUSES: Final = np.empty(0, np.uint8)
+_NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class FileInProcess:
+    """A file as it lies in one process; its copied pages and its own ones are rows of what the process has.
+
+    ``base`` is the load bias.  ``mapped`` counts pages, ``mappings`` are which of the process's mappings.
+    ``swapped_vaddrs`` are the copies that are swapped
+    out, ``bss_vaddrs`` the present anonymous pages of the image's bss.  ``causes`` are sets of bits, one for
+    each copied page (none where nobody asked); ``reasons`` says of some copied pages (by index) why they are
+    unknown; ``written`` has a row (page, symbol number, cause bit) for each symbol that was written to.
+    ``beforehand`` is how many present pages are not the file's but a prepared copy's, relocated and shared
+    (:mod:`miniloader.lab.audit.prepared_pages`).
+    """
+
+    file: MappedFile
+    base: int
+    start: int
+    end: int
+    mapped: int
+    mappings: Sequence[int]
+    swapped_vaddrs: NDArray[np.uint64]
+    bss_vaddrs: NDArray[np.uint64]
+    copies: PageColumns
+    copied: Rows
+    originals: PageColumns
+    own: Rows
+    causes: NDArray[np.uint8]
+    reasons: dict[int, str]
+    written: NDArray[np.int64]
+    beforehand: int = 0
+
+    @property
+    def private(self) -> int:
+        """How many pages are copies."""
+        return count_rows(self.copied)
+
+    @property
+    def shared(self) -> int:
+        """How many present pages are the file's own."""
+        return count_rows(self.own)
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:
+        """The address of each copied page, ascending."""
+        return self.copies.addresses[self.copied]
+
+    @property
+    def vaddrs(self) -> NDArray[np.uint64]:
+        """The vaddr of each copied page."""
+        return self.addresses - np.uint64(self.base % 2**64)
+
+    @property
+    def file_offsets(self) -> NDArray[np.uint64]:
+        """The place in the file that each copied page is a copy of."""
+        return self.copies.file_offsets[self.copied]
+
+    @property
+    def frames(self) -> NDArray[np.uint64]:
+        """The frame of each copied page; 0 where it is hidden."""
+        return self.copies.frames[self.copied]
+
+    @property
+    def is_common(self) -> NDArray[np.bool_]:
+        """Which copied pages are mapped elsewhere, too: by relatives, or by KSM."""
+        return ~self.copies.exclusive[self.copied]
+
+    @property
+    def several_frames(self) -> NDArray[np.uint64]:
+        """The frames of the copied pages that are mapped elsewhere, too."""
+        if not len(self.copies.several):
+            return self.copies.several
+        return self.frames[self.is_common]
+
+    @property
+    def file_frames(self) -> NDArray[np.uint64]:
+        """The frames of the pages that are the file's own; 0 where they are hidden."""
+        return self.originals.frames[self.own]
+
+    @property
+    def own_offsets(self) -> NDArray[np.uint64]:
+        """The place in the file of each page that is the file's own."""
+        return self.originals.file_offsets[self.own]
+
+
+def image_end(placed: FileInProcess) -> int:
+    """Where the image of a file ends in a process, with its bss."""
+    plan = placed.file.facts.plan if placed.file.facts is not None else None
+    return max(placed.end, placed.base + plan.end) if plan is not None else placed.end
+
+
+def files_in_process(
+    arrangements: Sequence[Arrangement], vmas: Sequence[Vma], pages: Pages
+) -> list[FileInProcess]:
+    """Every file as it lies in a process whose mappings are ``vmas``; without causes yet."""
+    copies, originals, swapping = pages.copies, pages.originals, any(pages.swapped_in)
+    found = [
+        FileInProcess(
+            file=file,
+            base=bias,
+            start=vmas[indices[0]].start,
+            end=vmas[indices[-1]].end,
+            mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
+            mappings=indices,
+            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias) if swapping else _NO_VADDRS,
+            bss_vaddrs=_NO_VADDRS,
+            copies=copies,
+            copied=copies.rows(indices),
+            originals=originals,
+            own=originals.rows(indices),
+            causes=_NO_CAUSES,
+            reasons={},
+            written=_NOTHING_WRITTEN,
+        )
+        for file, bias, indices in arrangements
+    ]
+    _find_bss(found, pages.anonymous)
+    return found
+
+
+def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.uint64]:
+    """Where the pages of these mappings are that are swapped out: copies, as the file's own would not be."""
+    rows = np.flatnonzero(pages.swapped & np.isin(pages.vma, indices))
+    return np.asarray(pages.addresses[rows] - np.uint64(bias % 2**64))
+
+
+def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
+    """Set the vaddrs of the present anonymous pages of each image's bss: all are looked up at once."""
+    owners, ends = list[FileInProcess](), list[int]()
+    for placed in found:
+        for start, end in placed.file.facts.zeros if placed.file.facts is not None else ():
+            owners.append(placed)
+            ends += ((placed.base + start) % 2**64, (placed.base + end) % 2**64)
+    at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
+    for placed, low, high in zip(owners, at[::2], at[1::2], strict=True):
+        if low < high:
+            vaddrs = anonymous[low:high] - np.uint64(placed.base % 2**64)
+            bss = placed.bss_vaddrs
+            placed.bss_vaddrs = np.concatenate([bss, vaddrs]) if len(bss) else vaddrs

@@ -1,0 +1,51 @@
+"""The processes of an audit by what they are known by, against the sums of the whole and of the kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader.lab.audit.grouping import GROUPED_BY, Grouping, grouped
+from tests.lab.audit.told_processes import KB, rollup_of, told, told_children
+
+
+@pytest.fixture(scope="module")
+def audit(demo: Path) -> miniloader.Audit:
+    """Two Pythons, one of them with a child, and what smaps says of them."""
+    load = f"import ctypes; lib = ctypes.CDLL({str(demo)!r})"
+    with told(load) as first, told_children(first, 1) as (child,), told() as second:
+        pids = [first.pid, child, second.pid]
+        found = miniloader.audit(pids, causes=False)
+        for process in found.processes:
+            sums = rollup_of(process.pid)
+            assert process.uss == (sums["Private_Clean"] + sums["Private_Dirty"]) * KB
+        return found
+
+
+@pytest.mark.parametrize("by", GROUPED_BY)
+def test_groups_add_up_to_the_whole(audit: miniloader.Audit, by: Grouping) -> None:
+    groups = grouped(audit, by)
+    assert sum(group.rss for group in groups) == audit.rss
+    assert sum(group.uss for group in groups) == audit.uss
+    if audit.pss is not None:
+        pss = sum(group.pss or 0 for group in groups)
+        assert pss == pytest.approx(audit.pss, abs=1024 * len(audit.mappings))
+    assert [group.pss or group.rss for group in groups] == sorted(
+        (group.pss or group.rss for group in groups), reverse=True
+    )
+    assert {pid for group in groups for pid in group.pids} == {process.pid for process in audit.processes}
+
+
+def test_groups_are_what_processes_have_in_common(audit: miniloader.Audit, demo: Path) -> None:
+    names = {process.name for process in audit.processes}
+    assert {group.name for group in grouped(audit, "name")} == names
+    (group,) = grouped(audit, "user")
+    assert len(group.pids) == 3
+    assert group.name in (os.environ.get("USER", group.name), group.name)
+    (library,) = [group for group in grouped(audit, "library") if group.name == str(demo)]
+    assert library.pids == tuple(process.pid for process in audit.processes[:2])
+    mapped = [mapping for mapping in audit.mappings if mapping.name == str(demo)]
+    assert library.uss == sum(process.own for mapping in mapped for process in mapping.processes)
