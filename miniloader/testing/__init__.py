@@ -37,7 +37,9 @@ And its test, ``test_shop.py``; run it with ``pytest``, as any user::
 
 The whole memory of each worker, its heap above all, has a budget, too: ``assert_memory(after, own_at_most="8
 MiB", still_shared_at_least="20 MiB")``; and so has what it shares no longer with the server that forked it:
-``assert_memory([forked, served], eroded_at_most="2 MiB")``, of snapshots of ``server + workers``.
+``assert_memory([forked, served], eroded_at_most="2 MiB")``, of snapshots of ``server + workers``.  What a
+test leaves in its own process has one by a marker, ``@pytest.mark.limit_private("2 MiB")``: how much more
+private memory (USS) there may be when it has run than before its fixtures were set up.
 
 When somebody adds a global that every request updates, the last two fail, name the symbol, and show the
 pages of all workers.
@@ -57,7 +59,7 @@ says why and what would help.  How much evidence a test wants is its ``level``:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -65,10 +67,11 @@ import pytest
 
 if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_copied_only as assert_copied_only
-    from miniloader.testing.assertions import assert_memory as assert_memory
     from miniloader.testing.assertions import assert_private as assert_private
     from miniloader.testing.assertions import assert_private_pages as assert_private_pages
     from miniloader.testing.assertions import assert_shared as assert_shared
+    from miniloader.testing.budgets import assert_memory as assert_memory
+    from miniloader.testing.limits import PrivateMemory
     from miniloader.testing.loading import assert_loads as assert_loads
     from miniloader.testing.snapshots import MemorySnapshot as MemorySnapshot
     from miniloader.testing.snapshots import snapshot as snapshot
@@ -80,13 +83,19 @@ _HOMES = {
     "MemorySnapshot": "miniloader.testing.snapshots",
     "Workers": "miniloader.testing.workers",
     "assert_copied_only": "miniloader.testing.assertions",
-    "assert_memory": "miniloader.testing.assertions",
+    "assert_memory": "miniloader.testing.budgets",
     "assert_private": "miniloader.testing.assertions",
     "assert_private_pages": "miniloader.testing.assertions",
     "assert_loads": "miniloader.testing.loading",
     "assert_shared": "miniloader.testing.assertions",
     "snapshot": "miniloader.testing.snapshots",
 }
+
+_BEFORE: pytest.StashKey[tuple[int, PrivateMemory]] = pytest.StashKey()
+_MARKER = (
+    "limit_private(limit): fail a test after which its process has more private memory (USS) than before its"
+    " fixtures were set up, by more than this: bytes, or a text like '2 MiB'"
+)
 
 __all__ = ["StartCrew", "crew", *_HOMES]
 
@@ -110,6 +119,37 @@ def pytest_runtest_makereport(call: pytest.CallInfo[Any]) -> None:
             names = entry.frame.f_globals
             if str(names.get("__name__")).startswith("miniloader."):
                 names["__tracebackhide__"] = _is_on_purpose
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker, for ``--strict-markers`` and ``--markers``."""
+    config.addinivalue_line("markers", _MARKER)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Sum the private memory of this process before a test whose marker bounds it."""
+    if item.get_closest_marker("limit_private") is None:
+        return
+    from miniloader.testing.limits import limit_of, private_memory
+
+    limit = limit_of(item)
+    private_memory()  # what summing itself takes the first time is not the test's
+    item.stash[_BEFORE] = limit, private_memory()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that has run and left more private memory than its marker allows."""
+    result = yield
+    if _BEFORE in item.stash:
+        from miniloader.testing.limits import excess, private_memory
+
+        limit, before = item.stash[_BEFORE]
+        said = excess(before, private_memory(), limit)
+        if said:
+            pytest.fail(said, pytrace=False)
+    return result
 
 
 def _is_on_purpose(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections import Counter
@@ -26,20 +25,15 @@ from miniloader.evidence.sharing import (
 )
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.report.audit_rows import mapping_rows
 from miniloader.report.grid import Mark, grid_legend, page_grid
-from miniloader.report.numbers import count, size
+from miniloader.report.numbers import count
 from miniloader.report.text import laid_out, plain
-from miniloader.testing.eroded import check_erosion
+from miniloader.testing.levels import RANKS, Snapshots, at, check_level, each
 from miniloader.testing.snapshots import LibraryMemory, MemorySnapshot
 from miniloader.values import dataclass
 
-__all__ = ["assert_copied_only", "assert_memory", "assert_private", "assert_private_pages", "assert_shared"]
+__all__ = ["assert_copied_only", "assert_private", "assert_private_pages", "assert_shared"]
 
-Snapshots = MemorySnapshot | Sequence[MemorySnapshot]
-"""One snapshot, or several, in the order in which they were taken."""
-
-_RANKS: Final = [level.name for level in LEVELS]
 _IN_MEMORY: Final = (SHARED, SOLE, COPIED, COPIED_SHARED, ZERO)
 _UNTOLD: Final = (UNKNOWN, CHANGED, SWAPPED)
 _MOST: Final = 8  # pages, words or symbols that a message lists
@@ -74,8 +68,8 @@ def assert_shared(
     process.
     """
     __tracebackhide__ = True
-    for snapshot in _each(snapshots):
-        _check_level(snapshot, level)
+    for snapshot in each(snapshots):
+        check_level(snapshot, level)
         memory = snapshot.library(library)
         if len(memory.pids) < 2:
             raise UsageError(f"{memory.path}: only one process has it, which shares with nobody")
@@ -101,7 +95,7 @@ def assert_shared(
         _refuse_untold(snapshot, memory, subject, untold)
         if not (chosen & (in_memory.sum(axis=0) >= 2)).any():
             raise EvidenceError(
-                f"{_at(snapshot)}{subject}: no page of it is in memory in two processes",
+                f"{at(snapshot)}{subject}: no page of it is in memory in two processes",
                 hint="have the workers use it first",
             )
 
@@ -120,8 +114,8 @@ def assert_private(
     Parameters and errors as of :func:`assert_shared`.
     """
     __tracebackhide__ = True
-    for snapshot in _each(snapshots):
-        _check_level(snapshot, level)
+    for snapshot in each(snapshots):
+        check_level(snapshot, level)
         memory = snapshot.library(library)
         chosen = memory.pages(section, symbols)
         subject = _what(memory, section, symbols)
@@ -138,7 +132,7 @@ def assert_private(
         _refuse_untold(snapshot, memory, subject, chosen & np.isin(states, _UNTOLD))
         if not (chosen & (states == COPIED).any(axis=0)).any():
             raise EvidenceError(
-                f"{_at(snapshot)}{subject}: no page of it is in memory", hint="have the workers use it first"
+                f"{at(snapshot)}{subject}: no page of it is in memory", hint="have the workers use it first"
             )
 
 
@@ -161,9 +155,9 @@ def assert_copied_only(
     (one that is swapped out, too), UsageError when there is no such symbol or library.
     """
     __tracebackhide__ = True
-    series = _each(snapshots)
+    series = each(snapshots)
     for snapshot in series:
-        _check_level(snapshot, level)
+        check_level(snapshot, level)
     first, last = series[0].library(library), series[-1].library(library)
     before = first if len(series) > 1 else None
     if before is not None and _processes(before) != _processes(last):
@@ -182,7 +176,7 @@ def assert_copied_only(
         vaddr, reason = min(untold.items())
         more = f", and {len(untold) - 1} more" if len(untold) > 1 else ""
         raise EvidenceError(
-            f"{_at(series[-1])}{subject}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
+            f"{at(series[-1])}{subject}? The cause is unknown at vaddr {vaddr:#x} ({reason}){more}"
         )
     swapped = (last.sharing.states == SWAPPED) & last.of_file
     _refuse_untold(series[-1], last, f"{last.name}: whether more than {named} was written", swapped)
@@ -203,11 +197,11 @@ def assert_private_pages(
     is no such library.
     """
     __tracebackhide__ = True
-    for snapshot in _each(snapshots):
+    for snapshot in each(snapshots):
         if level == "totals" and snapshot.level == "totals":
             _check_sums(snapshot, snapshot.path(library), at_most)
             continue
-        _check_level(snapshot, level)
+        check_level(snapshot, level)
         memory = snapshot.library(library)
         states, of_file = memory.sharing.states, memory.of_file
         private = (states == COPIED) & of_file & ~memory.elsewhere
@@ -224,85 +218,6 @@ def assert_private_pages(
             _refuse_untold(snapshot, memory, f"{memory.name}: at most {at_most} private pages", maybe)
 
 
-def assert_memory(
-    snapshots: Snapshots,
-    *,
-    own_at_most: int | str | None = None,
-    still_shared_at_least: int | str | None = None,
-    eroded_at_most: int | str | None = None,
-    level: LevelName | None = None,
-) -> None:
-    """No process has more memory of its own, or shares less with its relatives, than that: heaps and all.
-
-    ``own_at_most`` bounds what each process alone has mapped, its USS; ``still_shared_at_least`` is how much
-    each must still have in one copy with relatives by fork (anonymous memory; what KSM has merged counts as
-    well).  ``eroded_at_most`` is how much of what each had in one copy with its parent, else its eldest
-    sibling, in the first of several snapshots may be two copies in a later one (level ``frames``).  All are
-    bytes, or a text like ``"2 MiB"``.  The failure shows what the memory is, by kind and name, and which
-    objects lie on the pages that are no longer shared.
-
-    Raises AssertionError when a process is beyond a bound, EvidenceError where pages cannot be told apart,
-    UsageError for a bound that is no number of bytes, or when there is none.
-
-    A worker pool that must not erode, after some requests::
-
-        assert_memory(workers.snapshot("served"), own_at_most="8 MiB", still_shared_at_least="20 MiB")
-        assert_memory([forked, served], eroded_at_most="2 MiB")
-    """
-    __tracebackhide__ = True
-    if own_at_most is None and still_shared_at_least is None and eroded_at_most is None:
-        bounds = "own_at_most=, still_shared_at_least= or eroded_at_most="
-        raise UsageError(f"assert_memory: no bound; give {bounds}")
-    if eroded_at_most is not None:
-        check_erosion(_each(snapshots), _number_of_bytes(eroded_at_most))
-    for snapshot in _each(snapshots):
-        _check_level(snapshot, level)
-        if own_at_most is not None:
-            _check_memory(snapshot, "own", "at most", own_at_most)
-        if still_shared_at_least is not None:
-            _check_memory(snapshot, "inherited", "at least", still_shared_at_least)
-
-
-def _check_memory(snapshot: MemorySnapshot, column: str, bound: str, given: int | str) -> None:
-    """Fail when a process has more, or less, than the bound of that column of its mappings."""
-    __tracebackhide__ = True
-    limit = _number_of_bytes(given)
-    numbers = dict.fromkeys(snapshot.pids, 0)
-    for mapping in snapshot.mappings:
-        for process in mapping.processes:
-            numbers[process.pid] += getattr(process, column)
-    beyond = {
-        pid: number
-        for pid, number in numbers.items()
-        if (number > limit if bound == "at most" else number < limit)
-    }
-    if not beyond:
-        return
-    words = "of its own" if column == "own" else "still shared with relatives"
-    sizes = [f"{size(number)} in pid {pid}" for pid, number in beyond.items()]
-    table = "\n".join(map(plain, laid_out([mapping_rows(snapshot.mappings)], _WIDTH.stop)))
-    of = f"{len(beyond)} of {count(len(numbers), 'process', 'processes')}"
-    raise AssertionError(
-        f"{_at(snapshot)}memory {words}: {', '.join(sizes[:_MOST])}{', …' if len(sizes) > _MOST else ''};"
-        f" {bound} {size(limit)} allowed ({of})\n\n{table}\n"
-        f"evidence: {snapshot.level}: {LEVELS[_RANKS.index(snapshot.level)].shows}"
-    )
-
-
-def _number_of_bytes(given: int | str) -> int:
-    """The number of bytes in a text like ``2 MiB``; UsageError for anything else.
-
-    >>> _number_of_bytes("1.5 KiB"), _number_of_bytes(7)
-    (1536, 7)
-    """
-    if isinstance(given, int):
-        return given
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(bytes|B|KiB|MiB|GiB|)\s*", given)
-    if found is None:
-        raise UsageError(f"{given!r}: no number of bytes, such as 4096 or '2 MiB'")
-    return int(float(found[1]) * {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}.get(found[2], 1))
-
-
 def _by_process(memory: LibraryMemory, numbers: NDArray[np.intp]) -> NDArray[np.intp]:
     """For each mapping of the library the sum over all of the same process."""
     pids = np.array([process.pid for process in memory.look.processes])
@@ -311,24 +226,6 @@ def _by_process(memory: LibraryMemory, numbers: NDArray[np.intp]) -> NDArray[np.
 
 
 # ----------------------------------------------------------------------------------------------- levels
-def _each(snapshots: Snapshots) -> tuple[MemorySnapshot, ...]:
-    series = (snapshots,) if isinstance(snapshots, MemorySnapshot) else tuple(snapshots)
-    if not series:
-        raise UsageError("no snapshot to judge")
-    return series
-
-
-def _check_level(snapshot: MemorySnapshot, level: LevelName | None) -> None:
-    """Raise EvidenceError unless the snapshot knows of pages, and has what the test insists on."""
-    __tracebackhide__ = True
-    needed: LevelName = "frames" if level == "frames" else "flags"
-    if _RANKS.index(snapshot.level) > _RANKS.index(needed):
-        how = next(candidate.get for candidate in LEVELS if candidate.name == needed)
-        raise EvidenceError(
-            f"{_at(snapshot)}evidence level {needed} is needed, this snapshot has {snapshot.level}", hint=how
-        )
-
-
 def _refuse_untold(
     snapshot: MemorySnapshot, memory: LibraryMemory, subject: str, untold: NDArray[np.bool_]
 ) -> None:
@@ -340,10 +237,10 @@ def _refuse_untold(
     columns = np.flatnonzero(untold.any(axis=0))
     hint = None
     if COPIED_SHARED in codes:
-        frames = LEVELS[_RANKS.index("frames")]
+        frames = LEVELS[RANKS.index("frames")]
         hint = f"level frames {frames.shows}: {frames.get}; or be content with level='flags'"
     raise EvidenceError(
-        f"{_at(snapshot)}{subject}: cannot be told of {count(len(columns), 'page')} at level {snapshot.level}"
+        f"{at(snapshot)}{subject}: cannot be told of {count(len(columns), 'page')} at level {snapshot.level}"
         f" ({'; '.join(STATES[code].help for code in codes)}),"
         f" the first at vaddr {int(memory.sharing.vaddrs[columns[0]]):#x}",
         hint=hint,
@@ -356,8 +253,8 @@ def _check_sums(snapshot: MemorySnapshot, path: str, at_most: int) -> None:
     if over:
         listed = ", ".join(f"{pages:,} in pid {pid}" for pid, pages in over.items())
         raise AssertionError(
-            f"{_at(snapshot)}{path}: at most {at_most} private pages allowed, by the sums of smaps {listed}\n"
-            f"evidence: totals: {LEVELS[_RANKS.index('totals')].shows}"
+            f"{at(snapshot)}{path}: at most {at_most} private pages allowed, by the sums of smaps {listed}\n"
+            f"evidence: totals: {LEVELS[RANKS.index('totals')].shows}"
         )
 
 
@@ -456,9 +353,9 @@ def _fail(
     shown = [f"  {violation.vaddr:#x}  {violation.text}" for violation in violations[:_MOST]]
     if len(violations) > _MOST:
         shown.append(f"  … and {len(violations) - _MOST} more")
-    level = LEVELS[_RANKS.index(snapshot.level)]
+    level = LEVELS[RANKS.index(snapshot.level)]
     lines = [
-        f"{_at(snapshot)}{summary}",
+        f"{at(snapshot)}{summary}",
         *map(printable, shown),
         "",
         _picture(memory, violations[0].vaddr),
@@ -520,7 +417,3 @@ def _pids(pids: Sequence[int], of: int) -> str:
     pids = [*dict.fromkeys(pids)]
     listed = ", ".join(map(str, pids[:_MOST])) + (", …" if len(pids) > _MOST else "")
     return f"{len(pids)} of {count(of, 'process', 'processes')} (pid {listed})"
-
-
-def _at(snapshot: MemorySnapshot) -> str:
-    return f"{snapshot.step}: " if snapshot.step else ""

@@ -25,6 +25,9 @@ def server(crew: StartCrew, demo: Path, tmp_path: Path, monkeypatch: pytest.Monk
         f"import ctypes, time\nlibrary = ctypes.CDLL({str(demo)!r})\n"
         "def handle(number):\n    return library.demo_next() + number\n"
         "def refuse():\n    raise ValueError('no such item')\n"
+        "def fail_slowly(number):\n"
+        "    try:\n        return {'items': {}}[\"items\"][number]\n"
+        "    except KeyError as error:\n        raise ValueError(f'no item {number}') from error\n"
         "class Shop:\n    @staticmethod\n    def handle():\n        return {1}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

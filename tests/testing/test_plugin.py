@@ -152,6 +152,110 @@ def test_however_a_test_ends_its_processes_do(
     lab.wait_until_gone(pids)
 
 
+LIMITED = """
+import mmap, pytest
+KEPT = []
+
+def keep(mebibytes):
+    block = mmap.mmap(-1, mebibytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
+    KEPT.append(block)
+
+@pytest.mark.limit_private("4 MiB")
+def test_within():
+    keep(3)
+
+@pytest.mark.limit_private("4 MiB")
+def test_beyond():
+    keep(7)
+
+@pytest.fixture
+def full():
+    keep(7)
+    yield
+    KEPT.pop().close()
+
+@pytest.mark.limit_private(limit=4 << 20)
+def test_a_fixture_counts(full):
+    pass
+
+@pytest.mark.limit_private("4 MiB")
+def test_what_is_given_back_does_not():
+    keep(7)
+    KEPT.pop().close()
+
+@pytest.mark.limit_private("4 MiB")
+def test_its_own_failure_comes_first():
+    keep(7)
+    assert KEPT == 1
+
+@pytest.mark.limit_private("a lot")
+def test_no_limit():
+    pass
+
+@pytest.mark.limit_private("1 GiB")
+class TestClosest:
+    @pytest.mark.limit_private("4 MB")
+    def test_of_two(self):
+        keep(7)
+"""
+
+
+def test_a_marker_limits_what_a_test_leaves(inner: Callable[..., pytest.RunResult]) -> None:
+    """What is mapped and written is known to the page; the message is a table, and none of our source."""
+    done = inner({"test_limited.py": LIMITED}, "--strict-markers")
+    done.assert_outcomes(passed=2, failed=4, errors=1)
+    for name in ("test_beyond", "test_a_fixture_counts", "TestClosest::test_of_two"):
+        done.stdout.fnmatch_lines([f"FAILED test_limited.py::{name} - Failed: *"])
+    lines = done.stdout.str().splitlines()
+    grown = [line for line in lines if re.match(r"private memory \(USS\) grew by 7(\.\d+)? MiB, from ", line)]
+    assert len(grown) == 3
+    assert all(line.endswith("; at most 4 MiB allowed") for line in grown)
+    tables = [line for line in lines if re.match(r"anonymous .* \+7(\.\d+)? MiB", line)]
+    assert len(tables) == 3
+    done.stdout.fnmatch_lines(["*UsageError: 'a lot': no number of bytes, such as 4096 or '2 MiB'"])
+    done.stdout.no_fnmatch_line("*miniloader/testing/*")
+
+
+ERODING = """
+import gc
+DATA = {number: {"name": "user%d" % number, "tags": ["a%d" % number]} for number in range(50_000)}
+def handle(request):
+    gc.collect()
+    return request
+"""
+
+BUDGET = """
+from miniloader.testing import assert_memory
+
+def test_each_worker_stays_small(crew):
+    workers = crew(1, module="pool").fork(2)
+    assert_memory(workers.snapshot("forked"), own_at_most="4 MiB")
+    workers.call("handle", 1)
+    assert_memory(workers.snapshot("collected"), own_at_most="4 MiB")
+"""
+
+
+def test_a_pool_that_erodes_is_beyond_its_budget(inner: Callable[..., pytest.RunResult]) -> None:
+    """The collector writes to what was forked full, which no page of a library shows; the table says what."""
+    done = inner({"pool.py": ERODING, "test_pool.py": BUDGET})
+    done.assert_outcomes(failed=1)
+    done.stdout.re_match_lines(
+        [
+            r"E +AssertionError: collected: memory of its own: \d+.* MiB in pid \d+, .*; at most 4 MiB allo",
+            r"E +kind +name +in +resident +own ",
+            r"E +(anonymous|heap) ",
+            r"E +evidence: ",
+        ]
+    )
+
+
+def test_the_marker_is_declared(inner: Callable[..., pytest.RunResult]) -> None:
+    done = inner({}, "--markers")
+    done.stdout.fnmatch_lines(["@pytest.mark.limit_private(limit): *"])
+
+
 def test_an_interrupted_run_leaves_nobody(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     pytester.makepyfile(

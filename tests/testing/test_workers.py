@@ -143,8 +143,21 @@ def test_forks_are_reaped_as_well(crew: StartCrew) -> None:
 
 
 def test_what_a_function_raises(server: Workers) -> None:
-    with pytest.raises(WorkerError, match=r"worker 1 of 1 .*: ValueError: no such item$"):
+    with pytest.raises(WorkerError, match=r"worker 1 of 1 .*: ValueError: no such item\nTraceback"):
         server.fork().call("refuse")
+
+
+def test_what_a_function_raises_comes_with_its_traceback(server: Workers) -> None:
+    """From the test's own code on, with what it was caused by; nothing of how it was called and sent."""
+    with pytest.raises(WorkerError) as raised:
+        server.fork().call("fail_slowly", 3)
+    (trace,) = raised.value.__notes__
+    assert "KeyError: 3" in trace.splitlines()
+    assert "The above exception was the direct cause" in trace
+    assert trace.splitlines()[-1] == "ValueError: no item 3"
+    assert '["items"][number]' in trace
+    assert "served.py" in trace
+    assert "/miniloader/" not in trace
 
 
 def test_a_step_that_hangs(crew: StartCrew, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,9 @@ def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:
     """The error that a worker reports, as what it was raised as there."""
     kind = getattr(errors, error["kind"], None)
     if not isinstance(kind, type) or not issubclass(kind, MiniloaderError):
-        return WorkerError(f"{name}: {error['kind']}: {error['message']}")
+        unexpected = WorkerError(f"{name}: {error['kind']}: {error['message']}")
+        unexpected.add_note(error["trace"])  # what it was doing there, for whoever shows more than a line
+        return unexpected
     revived: MiniloaderError = kind.__new__(kind, error["message"])
     vars(revived).update(error["fields"])
     return revived

@@ -1,7 +1,8 @@
 """One worker process of a :class:`~miniloader.lab.workers.crew.Crew`: a request and an answer a line.
 
 A request is ``{"command": NAME, …arguments}``; each is answered by one object, the command's own or
-``{"error": {"kind", "message", "fields"}}``.  The commands are the ``do_`` methods of a :class:`Commands`.
+``{"error": {"kind", "message", "fields"}}``, with a ``trace`` where it is no error of ours.  The commands are
+the ``do_`` methods of a :class:`Commands`.
 A library is loaded step by step, ``map``, ``link`` and ``initialise``, or at once by ``load``.
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Commands", "main", "settle"]
 
+_OURS: Final = "miniloader."  # how the names of our modules begin
 _TOUCHED_AT_ONCE: Final = 1 << 20  # bytes
 
 
@@ -64,16 +66,30 @@ class Commands:
         except MiniloaderError as error:
             return {"error": {"kind": type(error).__name__, "message": str(error), "fields": vars(error)}}
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the parent that reports it
-            import traceback
-
-            traceback.print_exc()
-            return {"error": {"kind": type(error).__name__, "message": str(error), "fields": {}}}
+            return {"error": _unexpected(error)}
         return reply
 
     def _reply(self, reply: dict[str, Any]) -> None:
         line = json.dumps(reply).encode() + b"\n"
         while line:
             line = line[os.write(self._connection, line) :]
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    """What is told of an error that is not ours: it, and where it was raised, below the call of ours."""
+    import traceback
+
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(_OURS):
+        frames = frames.tb_next
+    trace = traceback.format_exception(type(error), error, frames or error.__traceback__)
+    print("".join(trace), file=sys.stderr)
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "fields": {},
+        "trace": "".join(trace).rstrip("\n"),
+    }
 
 
 class _Commands(Commands):
