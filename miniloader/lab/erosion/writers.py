@@ -26,7 +26,8 @@ from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteTrap
-from miniloader.lab.audit.survey import FileInProcess, Memo, locate, survey
+from miniloader.lab.audit.file_in_process import FileInProcess
+from miniloader.lab.audit.survey import Memo, locate, survey
 from miniloader.lab.erosion.causes import ErosionCause
 from miniloader.lab.erosion.objects import objects_on
 from miniloader.lab.erosion.pools import pools_in
