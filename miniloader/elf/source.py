@@ -151,9 +151,9 @@ class Source:
 
         A hole (lseek(2), SEEK_HOLE) reads as zeros and takes no disk: over one any length can be claimed
         at no cost, and no table has :data:`LARGE` zeros in a row.  Nothing is read here.  Where the file
-        system knows of no holes all is one range.
+        system knows of no holes all is one range.  Beyond the end of the file there is nothing.
         """
-        start, hole, end = offset, offset, offset + length
+        start, hole, end = offset, offset, min(offset + length, self.size)
         while length >= LARGE and hole < end:
             data = min(self._seek(hole, os.SEEK_DATA), end)
             if data - hole >= LARGE:
@@ -176,9 +176,10 @@ class Source:
             os.lseek(self.fd, position, os.SEEK_SET)
 
     def refuse_hole(self, offset: int, length: int, field: str) -> None:
-        """Raise :class:`ElfError` naming ``field``, a table, where a large hole lies in it (`parts`)."""
+        """Raise :class:`ElfError` for the table ``field`` where a large hole or the file's end lies in it."""
         if length >= LARGE and next(self.parts(offset, length), None) != (offset, offset + length):
-            found = f"{length:#x} bytes over a hole of the file"
+            what = "a hole" if offset + length <= self.size else "the end"
+            found = f"{length:#x} bytes over {what} of the file"
             raise ElfError(self.name, field, found, "bytes that the file holds")
 
     def _read_large(self, at: int, length: int) -> Bytes:
