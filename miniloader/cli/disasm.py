@@ -19,6 +19,7 @@ _SYMBOLS = """\
 SYMBOL is one of
 
   crc32                 a function, also a static one where the library is not stripped
+  shop::Cart::add       a function of C++ or Rust, also with its parameters: 'shop::Cart::add(int)'
   memcpy@GLIBC_2.14     that version of it
   free@plt              the stub that leads to a function of another library
   0x3f10, 0x3f10:64     what is at a vaddr; so many bytes of it
@@ -34,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.examples(parser, _SYMBOLS)
     options.library(parser)
     parser.add_argument("symbol", metavar="SYMBOL", help="what to show")
+    parser.add_argument("--raw", action="store_true", help="show names as in the file, not demangled")
     parser.add_argument(
         "--loaded",
         action="store_true",
@@ -90,5 +92,5 @@ def _show(listing: Disassembly, arguments: argparse.Namespace) -> int:
         dump(as_json(listing))
     else:
         out = Output()
-        out.show(page(listing, out.width))
+        out.show(page(listing, out.width, raw=arguments.raw))
     return 0

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from miniloader.elf.kinds.linker_script import LinkerScript
     from miniloader.lab.check.bindings import SymbolBinding
     from miniloader.loader.beside_glibc.host import HostListing
+    from miniloader.report.symbols import Symbol
 
 __all__ = ["HELP", "configure", "run"]
+
+_ORDERS = ("name", "address", "size")  # those of report.symbols, which --help need not import
 
 HELP = "show what the file says, and the mmap calls that will map it"
 
@@ -29,7 +32,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a path, or a name such as libz.so.1; of any machine. A library, a program, an object file, a "
         "core dump, an archive, one of its members ('libx.a(member.o)'), a linker script",
     )
-    parser.add_argument("--symbols", action="store_true", help="list the dynamic symbols")
+    parser.add_argument(
+        "--symbols",
+        metavar="PATTERN",
+        nargs="?",
+        const="",
+        help="list the symbols whose name, as in the file or demangled, has this part or fits this "
+        "pattern of a shell; without one, all: the dynamic ones, or those of .symtab where there are none",
+    )
+    parser.add_argument("--sort", choices=_ORDERS, help="sort the symbols by this; by size: largest first")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--defined", action="store_true", default=None, help="list the symbols that are defined here"
+    )
+    which.add_argument(
+        "--undefined", action="store_false", dest="defined", help="list the symbols that are needed"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="show names as they are in the file, not demangled"
+    )
+    parser.add_argument("--sizes", action="store_true", help="show what is large: sections and symbols")
     parser.add_argument(
         "--checks",
         action="store_true",
@@ -53,6 +75,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the file; print it as JSON or for a person."""
+    if arguments.library is None and arguments.symbols:  # `inspect --symbols LIB`: it is no pattern
+        arguments.library, arguments.symbols = arguments.symbols, ""
     if arguments.library is None:
         return _reference(arguments)
     from miniloader.elf import ElfImage
@@ -119,16 +143,17 @@ def _path(name: str) -> str:
 def _print_json(
     image: ElfImage, page_size: int, arguments: argparse.Namespace, present: HostListing | None
 ) -> None:
-    from dataclasses import asdict
-
     from miniloader.report import inspect as say
-    from miniloader.report.json import dump
+    from miniloader.report.json import Rows, dump
 
     said: dict[str, Any] = say.to_json(image, page_size)
-    if arguments.symbols:
-        from miniloader.report.symbols import symbol_list
+    if arguments.symbols is not None:
+        rows = say.readable(lambda: _symbols(image, arguments), [])
+        said["symbols"]["table"] = Rows(lambda: map(vars, rows))
+    if arguments.sizes:
+        from miniloader.report.sizes import to_json as sizes_json
 
-        said["symbols"]["table"] = say.readable(lambda: [asdict(symbol) for symbol in symbol_list(image)], [])
+        said["sizes"] = sizes_json(image, raw=arguments.raw)
     if arguments.checks:
         said["checks"] = say.checks_json(image)
     if arguments.search:
@@ -158,12 +183,24 @@ def _print(
         from miniloader.report.search import lines
 
         out.show([(), *lines(find_needed(image, present))])
-    if arguments.symbols:
-        out.show([(), *inspect_view.symbols(image)])
+    if arguments.symbols is not None:
+        out.show([(), *inspect_view.symbols(image, _symbols(image, arguments))])
+    if arguments.sizes:
+        from miniloader.report.sizes import lines as sizes_lines
+
+        out.show([(), *sizes_lines(image, raw=arguments.raw)])
     if arguments.bindings:
         from miniloader.report.bindings import lines as bindings_lines
 
         out.show([(), *bindings_lines(image.path, _bindings(image))])
+
+
+def _symbols(image: ElfImage, arguments: argparse.Namespace) -> list[Symbol]:
+    """The symbols that are asked for, in the order that is asked for."""
+    from miniloader.report.symbols import selected, symbol_list
+
+    listed = symbol_list(image, raw=arguments.raw)
+    return selected(listed, arguments.symbols or None, defined=arguments.defined, sort=arguments.sort)
 
 
 def _bindings(image: ElfImage) -> list[SymbolBinding]:

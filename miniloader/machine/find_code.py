@@ -8,7 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.demangling import base_name, demangled_all, plain_name
+from miniloader.elf.symbols import SHN_UNDEF, STT_FUNC, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError
 from miniloader.machine.names_at import CodeSymbol, Landmarks
 from miniloader.suggestions import did_you_mean
@@ -18,6 +19,7 @@ __all__ = ["CodeRange", "locate"]
 
 _ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(0[xX][0-9a-fA-F]+|[0-9]+))?")
 _MOST_UNSIZED: Final = 1 << 12
+_MOST_LISTED: Final = 20  # functions of one name
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,16 @@ def _stub(landmarks: Landmarks, text: str) -> CodeRange:
 
 
 def _symbol(landmarks: Landmarks, text: str) -> CodeRange:
-    name, _, version = text.partition("@")
-    symbol = landmarks.symbol(name, version.lstrip("@") or None)
     path = landmarks.image.path
+    name, _, version = text.rpartition("@")  # a name may contain the sign itself
+    symbol = landmarks.symbol(text)
+    if symbol is None and name:
+        symbol = landmarks.symbol(name.removesuffix("@"), version)
     if symbol is None:
-        raise SymbolError(f"{path}: no symbol {text}", hint=_instead(landmarks, name))
+        symbol = _demangled(landmarks, text)
+    if symbol is None:
+        plain = text.partition("@")[0] or text
+        raise SymbolError(f"{path}: no symbol {text}", hint=_instead(landmarks, plain))
     if symbol.type == STT_TLS:
         raise SymbolError(f"{path}: {text} is thread-local data, not code")
     if not landmarks.is_code(symbol.vaddr):
@@ -103,6 +110,33 @@ def _symbol(landmarks: Landmarks, text: str) -> CodeRange:
         where = "outside the image" if target is None else f"data at vaddr {symbol.vaddr:#x}"
         raise SymbolError(f"{path}: {text} is {where}, not code")
     return _whole(landmarks, symbol)
+
+
+def _demangled(landmarks: Landmarks, text: str) -> CodeSymbol | None:
+    """The function of C++ or Rust that people call ``text``, with its parameters or without.
+
+    Raises :class:`SymbolError` where that may be one of several, which it lists.
+    """
+    candidates: dict[int, tuple[str, str]] = {}  # by vaddr: as people write it, and as it is in the file
+    for table in landmarks.tables:
+        kinds = np.isin(table.type, (STT_FUNC, STT_GNU_IFUNC)) & (table.rows["shndx"] != SHN_UNDEF)
+        indices = np.flatnonzero(kinds & (table.rows["name"] != 0))
+        names = [name.decode("utf-8", "backslashreplace") for name in table.names(indices)]
+        vaddrs = table.rows["value"][indices].tolist()
+        for vaddr, name, plain in zip(vaddrs, names, demangled_all(names), strict=True):
+            if plain is not None and text in plain and text in (plain, plain_name(plain), base_name(plain)):
+                candidates.setdefault(vaddr, (plain, name))
+    if not candidates:
+        return None
+    exact = [name for plain, name in candidates.values() if plain == text]
+    if len(candidates) > 1 and len(exact) != 1:
+        listed = [f"{plain} ({name})" for plain, name in sorted(candidates.values())]
+        hint = "ask for one of: " + "; ".join(listed[:_MOST_LISTED])
+        if len(listed) > _MOST_LISTED:
+            hint += f"; and {len(listed) - _MOST_LISTED} more"
+        path = landmarks.image.path
+        raise SymbolError(f"{path}: {text} is the name of {len(listed)} functions", hint=hint)
+    return landmarks.symbol(exact[0] if exact else next(iter(candidates.values()))[1])
 
 
 def _whole(landmarks: Landmarks, symbol: CodeSymbol) -> CodeRange:

@@ -120,6 +120,7 @@ def _riscv(code: Windows, vaddrs: Vaddrs, got: int) -> Vaddrs:
 
 
 _ENDBR, _LAZY = "F3 0F 1E FA", " 68 .. .. .. .. E9 .. .. .. .."
+_RETPOLINE = "E8 .. .. .. .. E9 .. .. .. .. 68 .. .. .. .. E9 .. .. .. .."
 _EXACT = 0xFFFFFFFF
 _BTI, _AUTH = (_EXACT, 0xD503245F), (_EXACT, 0xD503219F)  # bti c; autia1716
 _ADRP, _LDR, _ADD = (0x9F00001F, 0x90000010), (0xFFC003FF, 0xF9400211), (0xFFC003FF, 0x91000210)
@@ -134,12 +135,18 @@ _FORMS: Final[dict[str, tuple[Form, ...]]] = {
         _octets(f"{_ENDBR} F2 FF 25 DD", 8, _from_here),
         _octets(f"{_ENDBR} FF 25 DD", 8, _from_here),
         _octets(f"{_ENDBR} 41 BB .. .. .. .. FF 25 DD", 8, _from_here),  # mold
+        _octets(f"4C 8B 1D DD {_RETPOLINE}", 16, _from_here),  # lld, -z retpolineplt
+        _octets("4C 8B 1D DD E9 .. .. .. .. CC CC CC CC", 16, _from_here),  # and -z now
     ),
-    "386": tuple(
-        _octets(f"{prefix} FF {modrm} DD {lazy}", 8, slot)
-        for prefix in ("", "F3 0F 1E FB")
-        for modrm, slot in (("A3", _from_got), ("25", _absolute))
-        for lazy in (_LAZY, "")
+    "386": (
+        *(
+            _octets(f"{prefix} FF {modrm} DD {lazy}", 8, slot)
+            for prefix in ("", "F3 0F 1E FB")
+            for modrm, slot in (("A3", _from_got), ("25", _absolute))
+            for lazy in (_LAZY, "")
+        ),
+        _octets(f"50 8B 83 DD {_RETPOLINE}", 16, _from_got),  # lld, -z retpolineplt
+        _octets(f"50 A1 DD {_RETPOLINE}", 16, _absolute),
     ),
     "AARCH64": tuple(
         _words(_aarch64(len(landing)), *landing, _ADRP, _LDR, _ADD, *signing, _BR)

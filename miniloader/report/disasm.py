@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
+from miniloader.elf.demangling import demangled
 from miniloader.errors import printable
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
@@ -32,6 +34,8 @@ _OPERANDS: Final = 30  # columns before what they refer to
 _USUAL_NOTE: Final = 20
 _ANY: Final = 10_000
 _MOST_STRING: Final = 48
+_LONG: Final = 120  # characters of a name that is shown whole only once
+_SUFFIX: Final = re.compile(r"(.*?)((?:@plt|@got)?(?:\+0x[0-9a-f]+)?)", re.DOTALL)
 _MEASURED: Final = 4096  # instructions by which columns are measured
 
 
@@ -113,10 +117,13 @@ SCHEMA: Final = record(
 
 
 # ------------------------------------------------------------------------------------------ people
-def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
-    """The listing, and the slots that it refers to, in lines of about ``width`` columns (None: any)."""
-    span = listing.span
-    yield heading(printable(span.name), f"{listing.processor}, {span.size} bytes at vaddr {span.vaddr:#x}")
+def page(listing: Disassembly, width: int | None, *, raw: bool = False) -> Iterator[Line]:
+    """The listing, and the slots that it refers to, in lines of about ``width`` columns (None: any).
+
+    Names are demangled unless ``raw``.
+    """
+    span, names = listing.span, _Names(raw=raw)
+    yield heading(names.shown(span.name), f"{listing.processor}, {span.size} bytes at vaddr {span.vaddr:#x}")
     yield ((f"  in {printable(listing.path)}", "dim"),)
     if span.ifunc:
         yield ("  An IFUNC: this resolver chooses the function when the library is loaded.",)
@@ -125,7 +132,7 @@ def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
     yield ()
     slots: dict[int, Slot] = {}
     unknown: list[int] = []
-    yield from _code(_noted(listing.instructions, slots, unknown), f"{span.end:x}", width)
+    yield from _code(_noted(listing.instructions, slots, unknown), f"{span.end:x}", names, width)
     if unknown:
         places = count(len(unknown), "place")
         about = f"{places}, {count(sum(unknown), 'byte')} in all, that the disassembler does not know"
@@ -133,7 +140,26 @@ def page(listing: Disassembly, width: int | None) -> Iterator[Line]:
     if slots:
         yield ()
         yield heading("Slots", "words that relocation fills, which this code refers to")
-        yield from _slots(listing, [*slots.values()], width)
+        yield from _slots(listing, [*slots.values()], names, width)
+
+
+class _Names:
+    """Names of symbols as a listing shows them: demangled, and long ones whole only once."""
+
+    def __init__(self, *, raw: bool) -> None:
+        self._raw, self._shown = raw, set[str]()
+
+    def shown(self, name: str) -> str:
+        """``name``, which may end in ``@plt``, ``@got`` or ``+0x…``."""
+        parts = _SUFFIX.fullmatch(name)
+        symbol, suffix = (parts[1], parts[2]) if parts is not None else (name, "")
+        text = printable(symbol if self._raw else demangled(symbol) or symbol)
+        if len(text) > _LONG:
+            if text in self._shown:
+                text = f"{text[: _LONG // 2]}…{text[-_LONG // 4 :]}"
+            else:
+                self._shown.add(text)
+        return text + suffix
 
 
 def _noted(
@@ -148,7 +174,7 @@ def _noted(
         yield instruction
 
 
-def _code(instructions: Iterator[Instruction], end: str, width: int | None) -> Iterator[Line]:
+def _code(instructions: Iterator[Instruction], end: str, names: _Names, width: int | None) -> Iterator[Line]:
     """One line an instruction, below ``end``; what does not fit beside it goes on the next."""
     first = [*islice(instructions, _MEASURED)]
     digits = max((len(f"{instruction.vaddr:x}") for instruction in first), default=0)
@@ -162,15 +188,15 @@ def _code(instructions: Iterator[Instruction], end: str, width: int | None) -> I
     for instruction in chain(first, instructions):
         place = f"  {instruction.vaddr:{digits}x}  {instruction.bytes[:octets].hex(' '):{3 * octets}} "
         code: Line = ((place, "dim"), (f"{instruction.mnemonic:<8}", "bold"), f" {instruction.operands}")
-        yield from _beside(code, _note(instruction.target), notes, len(place), width)
+        yield from _beside(code, _note(instruction.target, names), notes, len(place), width)
         for at in range(octets, len(instruction.bytes), octets):
             yield ((f"  {'':{digits}}  {instruction.bytes[at : at + octets].hex(' ')}", "dim"),)
 
 
-def _note(target: Landmark | None) -> Line:
+def _note(target: Landmark | None, names: _Names) -> Line:
     if target is None:
         return ()
-    name = printable(target.name)
+    name = printable(target.name) if target.kind == "string" else names.shown(target.name)
     if target.kind == "string" and len(name) > _MOST_STRING:
         name = f'{name[: _MOST_STRING - 2]}…"'
     return ("; ", (name, _STYLES[target.kind]))
@@ -191,13 +217,15 @@ def _beside(line: Line, note: Line, column: int, below: int, width: int | None) 
         yield (" " * below, *note)
 
 
-def _slots(listing: Disassembly, slots: Sequence[Slot], width: int | None) -> Iterator[Line]:
+def _slots(listing: Disassembly, slots: Sequence[Slot], names: _Names, width: int | None) -> Iterator[Line]:
     digits = max(len(f"{slot.vaddr:#x}") for slot in slots)
     kinds = max(len(slot.relocation) for slot in slots)
     for slot in slots:
-        meaning = listing.landmarks.meaning(slot) + ("" if slot.version is None else f"@{slot.version}")
+        meaning = names.shown(listing.landmarks.meaning(slot)) + (
+            "" if slot.version is None else f"@{slot.version}"
+        )
         place = (f"  {slot.vaddr:#{digits}x}  ", "dim")
-        line: Line = (place, f"{slot.relocation:{kinds}}  ", (printable(meaning), "yellow"))
+        line: Line = (place, f"{slot.relocation:{kinds}}  ", (meaning, "yellow"))
         note = () if listing.base is None else _holding(listing.held.get(slot.vaddr))
         yield from _beside(line, note, 0, digits + 4, width)
 

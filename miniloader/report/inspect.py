@@ -28,7 +28,7 @@ from miniloader.json_schema import (
     record,
     words,
 )  # fmt: skip
-from miniloader.report import bindings, search, symbols
+from miniloader.report import bindings, search, sizes, symbols
 from miniloader.report import inspect_kinds as kinds
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ _IMAGE: Final = record(
         "checks": array(record(_RULE, {"outcome": TEXT, "problems": array(_PROBLEM)})),
         "search": search.SCHEMA,
         "bindings": bindings.ROWS_SCHEMA,
+        "sizes": sizes.SCHEMA,
         **kinds.KEYS,
     },
 )  # fmt: skip

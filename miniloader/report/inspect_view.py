@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -21,7 +21,7 @@ from miniloader.report import inspect as say
 from miniloader.report import inspect_kinds as kinds
 from miniloader.report import ribbons
 from miniloader.report.numbers import PROTECTION_STYLES, count, level, size
-from miniloader.report.symbols import symbol_list
+from miniloader.report.symbols import Symbol
 from miniloader.report.text import Cell, Line, Part, Piece, Table, heading, legend, pairs
 
 __all__ = ["checks", "overview", "page", "rules", "symbols"]
@@ -324,10 +324,11 @@ def rules() -> Iterator[Part]:
 
 
 # -------------------------------------------------------------------------------------------- symbols
-def symbols(image: ElfImage) -> Iterator[Line]:
-    """Every symbol of the dynamic symbol table, in its order."""
-    listed = list(symbol_list(image))
-    yield heading("Symbols", f"{len(listed):,}; name@@V is a default version, name@V must be asked for")
+def symbols(image: ElfImage, listed: Sequence[Symbol]) -> Iterator[Line]:
+    """The symbols ``listed``, a line each."""
+    of_all = max(len(image.symbols) - 1, 0)
+    part = f" of {of_all:,}" if 0 < len(listed) < of_all else ""
+    yield heading("Symbols", f"{len(listed):,}{part}; name@@V is a default version, name@V must be asked for")
     digits = max((len(f"{symbol.value:#x}") for symbol in listed), default=5)
     yield ((f"  {'value':>{digits}} {'size':>8} {'type':<8}{'bind':<8}{'section':<11}name", "bold"),)
     for symbol in listed:
@@ -335,4 +336,4 @@ def symbols(image: ElfImage) -> Iterator[Line]:
         of = f" ({symbol.file})" if symbol.file else ""
         where = f"{symbol.value:#x}" if symbol.section != "undefined" else ""
         line = f"  {where:>{digits}} {symbol.size:>8,} {symbol.type:<8}{symbol.bind:<8}{symbol.section:<11}"
-        yield (line + printable(f"{symbol.versioned_name}{of}{hidden}"),)
+        yield (line + printable(f"{symbol.shown}{of}{hidden}"),)

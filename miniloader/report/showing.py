@@ -131,7 +131,7 @@ def symbol_rows(image: ElfImage) -> list[dict[str, Any]]:
     """The dynamic symbols, as ``inspect --symbols --json`` has them."""
     from miniloader.report.symbols import symbol_list
 
-    return [asdict(symbol) for symbol in symbol_list(image)]
+    return [asdict(symbol) for symbol in symbol_list(image, raw=False)]
 
 
 def audit_rows(audit: Any, what: str) -> list[dict[str, Any]]:
