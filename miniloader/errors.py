@@ -36,12 +36,28 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "printable",
+    "shortened",
 ]
 
 
+_LONGEST = 4096  # characters: PATH_MAX; mangled names of C++ templates come near
+
+
+def shortened(text: str, most: int = _LONGEST) -> str:
+    """``text``, or of one longer than ``most`` characters its two ends, and how much is left out between.
+
+    >>> shortened("x" * 100 + "y" * 100, 8)
+    'xxxxxx[192 characters]yy'
+    """
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end]}[{len(text) - most:,} characters]{text[-end:]}"
+
+
 def printable(text: object) -> str:
-    """``text`` on one line, with every character that a terminal could act on escaped."""
-    plain = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
+    """``text`` on one line, with every character that a terminal could act on escaped; :func:`shortened`."""
+    plain = shortened(os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
 
 

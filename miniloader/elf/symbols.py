@@ -26,7 +26,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.source import Bytes
 from miniloader.elf.tables import Table, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version, read_versions
-from miniloader.errors import ElfError
+from miniloader.errors import ElfError, shortened
 from miniloader.forking import cached_property
 from miniloader.values import dataclass
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_names",
     "gnu_hash",
     "read_symbols",
+    "shown_name",
     "sysv_hash",
 ]
 
@@ -53,9 +54,21 @@ STT_TLS: Final = 6
 STT_GNU_IFUNC: Final = 10
 SHN_UNDEF: Final = 0
 _LONG_NAMES: Final = 1 << 24
+_LONGEST_NAME: Final = 1 << 17  # characters: MAX_ARG_STRLEN
 _LONG_NAME: Final = 1 << 12  # bytes; those of C++ templates come near
 _MOST_CHAIN: Final = 1 << 20  # bytes of a hash chain: to look a name up in it would take as many comparisons
 SHN_ABS: Final = 0xFFF1
+
+
+def shown_name(name: bytes) -> str:
+    """A symbol's name as it is shown, in JSON, too: of a longer one than anybody can type its two ends.
+
+    Thousands of symbols may share one name of a megabyte.
+
+    >>> shown_name(b"printf"), shown_name(b"\\xff")
+    ('printf', '\\\\xff')
+    """
+    return shortened(name.decode("utf-8", "backslashreplace"), _LONGEST_NAME)
 
 
 def gnu_hash(name: bytes) -> int:
@@ -158,8 +171,8 @@ class SymbolTable:
         return [strings[at : find(b"\0", at)] for at in self.rows["name"][indices].tolist()]
 
     def name(self, index: int) -> str:
-        """The name of symbol ``index``, with undecodable bytes kept as escapes."""
-        return self.name_bytes(index).decode("utf-8", "backslashreplace")
+        """The name of symbol ``index`` as it is shown (:func:`shown_name`)."""
+        return shown_name(self.name_bytes(index))
 
     def string(self, offset: int) -> bytes:
         """The string at ``offset`` of the string table; empty when ``offset`` is outside it."""

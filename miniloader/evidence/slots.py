@@ -23,6 +23,7 @@ from miniloader.elf.symbols import (
     STT_OBJECT,
     STT_TLS,
     SymbolTable,
+    shown_name,
 )
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
@@ -325,7 +326,7 @@ class FileFacts:
             return ""
         table, row = self._named[2][number]
         name: bytes = self._tables[table].names(np.array([row]))[0]
-        return name.decode("utf-8", "backslashreplace")
+        return shown_name(name)
 
     def symbols_between(self, start: int, end: int) -> tuple[int, ...]:
         """The numbers of the symbols with a byte in the vaddrs [start, end), in order."""

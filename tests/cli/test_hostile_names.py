@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,9 @@ import pytest
 
 from fixtures import build
 from miniloader import cli
+from miniloader.elf import inspect
+from miniloader.elf.dynamic import DT_SYMTAB
+from miniloader.elf.layout import SYM
 
 #: What a name may do, and the bytes that would do it.
 NAMES: dict[str, bytes] = {
@@ -136,3 +140,58 @@ def test_an_error_about_it_is_one_inert_line(
     assert err.count("\n") == 1
     assert err[:-1].isprintable()
     assert re.match("miniloader: .*No such file or directory", err)
+
+
+_LONG = 1_500_000
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with sixteen references to a symbol that is nowhere, whose name is a megabyte and a half."""
+    path = tmp_path_factory.mktemp("long") / "liblong.so"
+    lines = [f"int u{n}(void); int d{n}(void) {{ return u{n}(); }}" for n in range(16)]
+    name = "n" * _LONG
+    lines.append(f'int shared(void) __asm__("{name}"); int last(void) {{ return shared(); }}')
+    source = "\n".join(lines)
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-xc", "-", "-o", path]
+    subprocess.run(command, input=source.encode(), check=True)
+    image = inspect(path)
+    table, data = image.symbols, bytearray(path.read_bytes())
+    names = [table.name_bytes(index) for index in range(len(table))]
+    offset = int(table.rows["name"][names.index(name.encode())])
+    start = image.file_offset(image.dynamic.tags[DT_SYMTAB])
+    for index, referred in enumerate(names):
+        if re.fullmatch(rb"u[0-9]+", referred):
+            struct.pack_into("<I", data, start + index * SYM.size, offset)
+    image.source.close()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "--symbols", "--checks", "--bindings"),
+        ("check", "--all"),
+        ("tree",),
+        ("disasm", "d3"),
+        ("load",),
+        ("prepare",),
+    ],
+    ids=" ".join,
+)
+def test_a_name_of_a_megabyte_is_never_printed_whole(
+    long_names: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command, *others = words
+    for as_json, most in ((), 200_000), (("--json",), 4_000_000):
+        assert cli.main([command, str(long_names), *others, *as_json]) in (0, 1)
+        out, err = capfd.readouterr()
+        assert out or err
+        assert len(out) < most
+        assert len(err) < 5000
+        assert name_of_ends(out + err) <= 1 << 17
+
+
+def name_of_ends(text: str) -> int:
+    return max(map(len, re.findall("n{1000,}", text)), default=0)

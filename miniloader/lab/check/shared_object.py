@@ -32,7 +32,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.header import Header
 from miniloader.elf.image import notes_in
 from miniloader.elf.relocations import Relocations, kind_name
-from miniloader.elf.symbols import GnuHash, SymbolTable
+from miniloader.elf.symbols import GnuHash, SymbolTable, shown_name
 from miniloader.elf.tables import distinct, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version
 from miniloader.errors import ElfError
@@ -209,8 +209,11 @@ class SharedObject:
         return np.asarray(self.rows["info"] >> 4, np.uint8)
 
     def name(self, symbol: int) -> str:
-        """The name of a symbol."""
-        return self.names.name(symbol).decode("utf-8", "backslashreplace")
+        """The name of a symbol as it is shown; "" where it is outside of the strings, as a rule tells."""
+        try:
+            return shown_name(self.names.name(symbol))
+        except Stopped:
+            return ""
 
     def version(self, symbol: int) -> Version | None:
         """The version of a symbol, as :meth:`miniloader.elf.symbols.SymbolTable.version`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import miniloader
+from miniloader.elf.dynamic import DT_SYMTAB
 from miniloader.elf.symbols import sysv_hash
 from miniloader.errors import UsageError
 from miniloader.lab.check.bindings import bindings
@@ -209,6 +210,19 @@ def test_a_missing_version_says_who_needs_it_and_of_which_release(tmp_path: Path
     assert (problem.version, problem.symbol, problem.name) == ("GLIBC_2.99", "memcpy", "libc.so.6")
     assert problem.hint is not None
     assert "glibc 2.99" in problem.hint
+
+
+def test_a_symbol_whose_name_is_outside_of_the_strings_has_none(tmp_path: Path) -> None:
+    library = compile_library(tmp_path / "libx.so", "int nope(void); int f(void) { return nope(); }")
+    image = miniloader.inspect(library)
+    (index,) = [n for n in range(len(image.symbols)) if image.symbols.name(n) == "nope"]
+    place = image.file_offset(image.dynamic.tags[DT_SYMTAB])
+    assert place is not None
+    patched(library, place + 24 * index, b"\xff\xff\xff\x7f")
+    checked = Checker().check(library)
+    assert not checked.loads
+    assert "malformed" in {problem.kind for problem in checked.problems}
+    assert {row.symbol for row in bindings(Checker().situation(str(library))) if row.provider is None} >= {""}
 
 
 def test_weak_references_are_no_fault(tmp_path: Path, open_each: OpenEach) -> None:
