@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from miniloader.loader import inspect as inspect
     from miniloader.loader import load as load
     from miniloader.loader.prepare import prepare as prepare
+    from miniloader.loader.running.importing import importing as importing
 
 #: Where each public name lives (PEP 562 below).
 _HOMES = {
@@ -69,6 +70,7 @@ _HOMES = {
     "WorkerError": "miniloader.errors",
     "audit": "miniloader.lab.audit.audit",
     "check": "miniloader.lab.check.check",
+    "importing": "miniloader.loader.running.importing",
     "inspect": "miniloader.loader",
     "load": "miniloader.loader",
     "prepare": "miniloader.loader.prepare",

@@ -62,12 +62,16 @@ def printable(text: object) -> str:
 
 
 class MiniloaderError(Exception):
-    """Base of everything miniloader raises on purpose; ``str()`` is one printable line."""
+    """Base of everything miniloader raises on purpose; ``str()`` is one printable line.
+
+    ``ld_so`` is what ld.so says in the same case, for programs that read dlerror(3), where that is known.
+    """
 
     exit_status: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, ld_so: str | None = None) -> None:
         self.message = printable(message)
+        self.ld_so = ld_so
         self.hint = printable(hint) if hint is not None else None
         super().__init__(message)
 

@@ -32,6 +32,7 @@ COMMANDS: tuple[str, ...] = (
     "tree",
     "check",
     "load",
+    "run",
     "disasm",
     "prove",
     "audit",
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback through.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == [_ANOTHER_PROGRAM]:
+        return _run_another(words)
     travel_light()
     if sys.stdout is None:  # closed from the start: who does that wants nothing printed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
@@ -59,6 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # the process ends with this: it need not look for garbage among all that it holds
         gc.freeze()
     return status
+
+
+#: The command whose process is another program's: nothing is changed there that programs can see.
+_ANOTHER_PROGRAM = "run"
+
+
+def _run_another(words: list[str]) -> int:
+    """The status of another program, run in this process: :func:`main` without what is for commands alone."""
+    from miniloader.cli.parser import build, parse
+
+    def run() -> int:
+        try:
+            arguments = parse(build((_ANOTHER_PROGRAM,)), words)
+        except SystemExit as done:  # --help
+            return int(done.code or 0)
+        status: int = arguments.run(arguments)
+        return status
+
+    return reported(run, as_json=False, debug="--debug" in words[:2])
 
 
 def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:

@@ -82,8 +82,10 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
     from miniloader.errors import UsageError, printable
     from miniloader.lab.loaded_library import look_at
     from miniloader.lab.workers.crash_guard import flush_c_output
+    from miniloader.loader.beside_glibc import host
     from miniloader.loader.call import parse_call, run_call
     from miniloader.loader.events import RUN_CODE, Event
+    from miniloader.loader.policy import is_module_of_libc
     from miniloader.report.json import dump
     from miniloader.report.load import Narrator, as_json, lines, results
     from miniloader.report.output import Output
@@ -123,10 +125,14 @@ def _load(arguments: argparse.Namespace, doing: Doing) -> int:
         if arguments.gdb:
             _wait_for_gdb(library.gdb_commands())
         outcomes = []
+        known = set(host.libraries()) if arguments.trace else set()
         for call in calls:
             doing(f"{arguments.library}: {call.text}", runs_code=True)
             outcomes.append(run_call(library, call))
             flush_c_output()
+        for opened in host.libraries() if arguments.trace else ():
+            if opened not in known and is_module_of_libc(opened.path):
+                narrate(Event("host", arguments.library, f"glibc has opened by itself: {opened.path}"))
         loaded = look_at(library, outcomes)
         if not arguments.json:
             out = Output()

@@ -105,13 +105,19 @@ def _arguments() -> tuple[int, int]:
     return count, argv
 
 
+@lru_cache(maxsize=1)
+def _environment() -> ctypes.c_void_p:
+    """The process's own ``environ``, as it is whenever it is looked at."""
+    return ctypes.c_void_p.in_dll(_libc, "environ")
+
+
 def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | None = None) -> None:
     """Call the constructors of one library as ld.so does: all of them get the same argc, argv and envp.
 
     ``tell`` hears of each before it is called.
     """
     count, argv = _arguments()
-    arguments = ctypes.c_int(count), ctypes.c_void_p(argv), ctypes.c_void_p.in_dll(_libc, "environ")
+    arguments = ctypes.c_int(count), ctypes.c_void_p(argv), _environment()
     if tell is None and len(addresses) > _MANY:
         call_each = unlocked("call_each", *_CALL_EACH)
         call_each((ctypes.c_uint64 * len(addresses))(*addresses), len(addresses), *arguments)

@@ -61,11 +61,7 @@ def copies_of(name: str, library: HostLibrary, path: str | None) -> Copies | Non
 
 def is_file_of(library: HostLibrary, source: Source) -> bool:
     """Whether the file of ``library`` is ``source``."""
-    try:
-        status = os.stat(library.path) if library.path else None
-    except OSError:
-        return False  # its file is gone: it is another than the one just found
-    return status is not None and (status.st_dev, status.st_ino) == source.identity
+    return library.identity is not None and library.identity == source.identity
 
 
 def newest(versions: Iterable[str]) -> str | None:

@@ -8,11 +8,11 @@ from typing import Any, Final, Literal
 
 from miniloader.values import dataclass
 
-__all__ = ["RUN_CODE", "Event", "OnEvent", "Stage"]
+__all__ = ["RUN_CODE", "Event", "OnEvent", "Stage", "is_brief"]
 
 Stage = Literal[
     "search", "parse", "reserve", "map", "zero", "need", "bind", "tls", "relocate", "protect", "register",
-    "prepared", "initialise", "finalise", "unmap",
+    "prepared", "open", "host", "initialise", "finalise", "unmap",
 ]  # fmt: skip
 
 RUN_CODE: Final[tuple[Stage, ...]] = ("bind", "initialise", "finalise")
@@ -31,3 +31,11 @@ class Event:
 
 OnEvent = Callable[[Event], None]
 """Called with each event, in order, in the thread that loads."""
+
+
+def is_brief(listener: OnEvent | None) -> bool:
+    """Whether ``listener`` has ``brief = True``: it wants to know when something is done, and not how.
+
+    Then a library is told to be mapped once, and nothing is looked for only to be told.
+    """
+    return bool(getattr(listener, "brief", False))

@@ -6,27 +6,57 @@ comes later.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 from miniloader.elf import Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
+from miniloader.forking import cached_property
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
-from miniloader.loader.copies import copies_of, is_file_of
-from miniloader.loader.events import Event, OnEvent, Stage
+from miniloader.loader.copies import Copies, copies_of, is_file_of
+from miniloader.loader.events import Event, OnEvent, Stage, is_brief
 from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import Bindings
-from miniloader.loader.search import Surroundings, expand, find
+from miniloader.loader.search import Asker, Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import find_present
+from miniloader.values import dataclass
 
-__all__ = ["Graph", "Needed"]
+__all__ = ["Graph", "Needed", "Resolution"]
 
 Needed = Loaded | HostLibrary
+#: What ld.so says of a file at which its search ends, by what :mod:`miniloader.loader.search` says.
+_IN_LD_SO: Final = {
+    "too short for an ELF file": "file too short",
+    "not an ELF file": "invalid ELF header",
+    "neither a library nor a program": "only ET_DYN and ET_EXEC can be loaded",
+    "not a regular file": "cannot read file data: Is a directory",
+}
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What somebody gets for a name: a library that is there, or the file that has yet to be loaded.
+
+    ``how`` says how it was come by.  ``handle`` is ld.so's, of a library of its own but the program, to be
+    closed by whoever gets it.  ``copies`` tell of another file that would be found.
+    """
+
+    what: Loaded | HostLibrary | Source
+    how: str
+    handle: int | None = None
+    copies: Copies | None = None
+
+    @property
+    def path(self) -> str:
+        """The path of its file."""
+        return self.what.name
 
 
 class Graph:
@@ -40,23 +70,28 @@ class Graph:
     def __init__(self, policy: Policy, tell: OnEvent | None) -> None:
         self.policy = policy
         self.tell = tell
+        self.brief = is_brief(tell)
         self.new: list[Loaded] = []
         self.order: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
         self.listing: HostListing
-        self.surroundings: Surroundings
+
+    @cached_property
+    def surroundings(self) -> Surroundings:
+        """Where ld.so would search."""
+        return of_process()
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
         if self.tell is not None:
             self.tell(Event(stage, library, text, data))
 
-    def add(self, source: Source, needed_by: Loaded | None = None) -> Loaded:
+    def add(self, source: Source, needed_by: Asker | None = None) -> Loaded:
         """Open ``source`` as a new member; it is closed when it is refused."""
         try:
             image = read_image(source)
             refuse(image, self.policy)
-            library = Loaded(image, needed_by, self.policy)
+            library = Loaded(image, needed_by, self.policy, self.tell)
             reason = _find_prepared(library) if self.policy.prepared else None
             if library.ready is None:  # what is in the cache has been checked when it was prepared
                 refuse_problems(image)
@@ -76,9 +111,13 @@ class Graph:
         library.not_prepared = f"not from the cache: {reason}"
         self.event("prepared", library.name, library.not_prepared, reason=reason)
 
+    def look_around(self) -> None:
+        """See what ld.so has."""
+        self.listing = host.listing()
+
     def complete(self) -> None:
         """Find what each member needs, and what that needs, in the order of :func:`search_order`."""
-        self.listing, self.surroundings = host.listing(), of_process()
+        self.look_around()
         root: Needed = self.new[0]
         order = search_order(root, self._find_needs)
         self.order = [library for library in order if isinstance(library, Loaded)]
@@ -105,82 +144,104 @@ class Graph:
         return library.edges
 
     def _need(self, name: str, library: Loaded) -> Needed:
-        """What ``library`` gets for ``name``: what is called so, ld.so's or ours, or the file found."""
-        of_host = self.listing.called(name)
-        if of_host is not None and of_host.path:  # the program stays
-            of_host = self._hold(of_host.path, library, load=False)
+        """What ``library`` gets for ``name``."""
+        answer = self.look(name, library.asker(), library.name)
+        if isinstance(answer.what, Source):
+            text = f"{name}: {answer.path}"
+            self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
+            needed = self.add(answer.what, library.asker())
+            needed.called.add(name)
+            return needed
+        if answer.handle is not None:
+            library.undo.callback(host.close_host, answer.handle)
+        told = {"needed": name, "path": answer.path, "copies": answer.copies}
+        self.event("need", library.name, f"{name}: {answer.how}", **told)
+        return answer.what
+
+    def look(self, name: str, asker: Asker | None, who: str, *, open_host: bool = True) -> Resolution:
+        """What ``asker``, called ``who``, gets for ``name``: what is called so, ld.so's or ours, or the file.
+
+        A library of ld.so's is held by the handle in the answer.  Unless ``open_host``, the file is the
+        answer, too, where ld.so is to open it.
+        """
+        of_host = self._of_host(name, asker)
         if of_host is not None:
-            return self._tell_of_host(name, library, of_host)
+            return of_host
         same = self._present(lambda member: member.is_called(name))
         if same is not None:
-            return self._answer(name, library, same, "loaded already")
-        path = self._search(name, library)
+            return Resolution(same, "loaded already")
+        path = self._search(name, asker, who)
         source = Source.open(path)
         same_file = self._same_file(source)
         if same_file is not None:
             source.close()
             if isinstance(same_file, Loaded):
                 same_file.called.add(name)
-            return self._answer(name, library, same_file, f"loaded already as {same_file.name}")
-        if comes_from_host(name) or comes_from_host(_soname(source)):
+                return Resolution(same_file, f"loaded already as {same_file.name}")
+            how = f"loaded already as {same_file.name}"
+            return Resolution(same_file, how, host.open_host(same_file.path, load=False))
+        if open_host and (comes_from_host(name) or comes_from_host(_soname(source))):
             source.close()
-            of_host = self._hold(path, library, load=True)
-            assert of_host is not None  # or it had raised
-            return self._answer(name, library, of_host, f"the system's loader has loaded {of_host.name}")
-        text = f"{name}: {source.name}"
-        self.event("need", library.name, text, needed=name, path=source.name, copies=None)
-        needed = self.add(source, library)
-        needed.called.add(name)
-        return needed
-
-    def _tell_of_host(self, name: str, library: Loaded, of_host: HostLibrary) -> HostLibrary:
-        """Who listens hears that the process's own is used, and of another copy that would be found."""
-        how, copies = f"the process's own, {of_host.name}", None
-        if self.tell is not None:
-            copies = copies_of(name, of_host, find(name, library.asker(), self.surroundings).path)
-            how = copies.text() if copies is not None else how
-        self.event("need", library.name, f"{name}: {how}", needed=name, path=of_host.name, copies=copies)
-        return of_host
-
-    def _answer(self, name: str, library: Loaded, needed: Needed, how: str) -> Needed:
-        self.event("need", library.name, f"{name}: {how}", needed=name, path=needed.name, copies=None)
-        return needed
+            handle = host.open_host(path, load=True)
+            assert handle is not None  # or it had raised
+            library = self._behind(handle, path)
+            return Resolution(library, f"the system's loader has loaded {library.name}", handle)
+        return Resolution(source, "found")
 
     def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
         """A library of ours: of this load, or of an earlier one that initialised as this one will."""
         new = next((library for library in self.new if is_it(library)), None)
         return new or find_present(lambda library: library.policy.init == self.policy.init and is_it(library))
 
-    def _hold(self, path: str, library: Loaded, *, load: bool) -> HostLibrary | None:
-        """The library that the system's loader has for ``path``, or loads; held as long as ``library``."""
-        handle = host.open_host(path, load=load)
-        if handle is None:
+    def _of_host(self, name: str, asker: Asker | None) -> Resolution | None:
+        """The process's own, if it has one; who listens hears of another copy that would be found."""
+        library, handle = self.listing.called(name), None
+        if library is None:
             return None
-        library.undo.callback(host.close_host, handle)
+        if library.path:  # the program stays
+            handle = host.open_host(library.path, load=False)
+            if handle is None:
+                return None
+            library = self._behind(handle, library.path)
+        how, copies = f"the process's own, {library.name}", None
+        if self.tell is not None and not self.brief:
+            copies = copies_of(name, library, find(name, asker, self.surroundings).path)
+            how = copies.text() if copies is not None else how
+        return Resolution(library, how, handle, copies)
+
+    def _behind(self, handle: int, path: str) -> HostLibrary:
+        """The library of the system's loader whose ``handle`` it has given for ``path``."""
         bias = host.load_address(handle)
         if bias not in self.listing.by_bias:
             self.listing = host.listing()
         if bias not in self.listing.by_bias:
-            raise LoadError(f"{library.name}: needs {path}, which the system's loader has, but does not list")
+            host.close_host(handle)
+            raise LoadError(f"{path}: the system's loader has it, but does not list it")
         return self.listing.by_bias[bias]
 
-    def _search(self, name: str, library: Loaded) -> str:
+    def _search(self, name: str, asker: Asker | None, who: str) -> str:
         """The path of the file that ld.so would take for ``name``; each place is told."""
-        found = find(name, library.asker(), self.surroundings)
-        for step in found.steps:
+        found = find(name, asker, self.surroundings)
+        for step in found.steps if not self.brief else ():
             text = f"{step.rule}: {step.path}: {step.outcome}"
             fields = {"rule": step.rule, "path": step.path, "outcome": step.outcome}
-            self.event("search", library.name, text, needed=name, **fields)
+            self.event("search", who, text, needed=name, **fields)
         if found.stopped:
             step = found.steps[-1]
-            raise LoadError(f"{library.name}: needs {name}, and {step.path} is {step.outcome}")
+            ld_so = f"{step.path}: {_IN_LD_SO.get(step.outcome, step.outcome)}"
+            raise LoadError(f"{who}: needs {name}, and {step.path} is {step.outcome}", ld_so=ld_so)
         if found.path is None:
             import shlex  # which few need
 
             places = len(found.steps)
+            reason = found.steps[-1].outcome if "/" in name and found.steps else os.strerror(errno.ENOENT)
+            all_of_it = (
+                f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}" if self.new else None
+            )
             raise LoadError(
-                f"{library.name}: needs {name}, which is in none of the {places} places searched",
-                hint=f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}",
+                f"{who}: needs {name}, which is in none of the {places} places searched",
+                hint=all_of_it,
+                ld_so=f"{name}: cannot open shared object file: {reason}",
             )
         return found.path
 

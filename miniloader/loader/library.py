@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miniloader.arrays import np
@@ -22,7 +22,7 @@ from miniloader.showing import Showing
 if TYPE_CHECKING:
     from ctypes import _CFunctionType as CFunction
 
-__all__ = ["Library"]
+__all__ = ["Library", "find_symbol"]
 
 
 class Library(Showing):
@@ -107,15 +107,9 @@ class Library(Showing):
 
         An IFUNC is resolved; a thread-local symbol gives the calling thread's.  Raises :class:`SymbolError`.
         """
-        for library in self.loaded.local_scope():
-            if isinstance(library, HostLibrary):
-                found = host.symbol_address(library.handle, os.fsencode(name), version)
-                if found is not None:
-                    return found
-                continue
-            address = _address_of(library, name, version)
-            if address is not None:
-                return address
+        definition = find_symbol(self.loaded.local_scope(), os.fsencode(name), version)
+        if definition is not None:
+            return definition[0]
         label = name if version is None else f"{name}, version {version}"
         raise SymbolError(f"{self._name}: no symbol {label}", hint=_similar(self.loaded, name))
 
@@ -160,14 +154,33 @@ def _quoted(path: str) -> str:
     return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _address_of(library: Loaded, name: str, version: str | None) -> int | None:
+def find_symbol(
+    libraries: Iterable[Loaded | HostLibrary], name: bytes, version: str | None = None
+) -> tuple[int, Loaded | HostLibrary] | None:
+    """The address of ``name`` in the first of ``libraries`` that has it, and which that is.
+
+    An IFUNC is resolved; a thread-local symbol gives the calling thread's.  Without a ``version`` it is the
+    newest, as dlsym(3) has it.
+    """
+    for library in libraries:
+        address = (
+            host.symbol_address(library.handle, name, version)
+            if isinstance(library, HostLibrary)
+            else _address_of(library, name, version)
+        )
+        if address is not None:
+            return address, library
+    return None
+
+
+def _address_of(library: Loaded, name: bytes, version: str | None) -> int | None:
     """The address of the symbol in ``library``, ``None`` where that does not define it."""
     if version is None:
-        owner, _, address, value, _, info, _ = find_name(os.fsencode(name), [library], newest=True)
+        owner, _, address, value, _, info, _ = find_name(name, [library], newest=True)
         if owner < 0:
             return None
     else:
-        index = library.symbols.find(name, version)
+        index = library.symbols.find(os.fsdecode(name), version)
         if index is None:
             return None
         _, info, _, shndx, value, _ = library.symbols.rows[index].item()

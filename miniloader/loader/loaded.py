@@ -16,6 +16,7 @@ from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
+from miniloader.loader.events import OnEvent
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
 from miniloader.loader.scope import Definer
@@ -39,17 +40,23 @@ class Loaded:
     is given back.
     """
 
-    def __init__(self, image: ElfImage, needed_by: Loaded | None, policy: Policy) -> None:
+    def __init__(
+        self, image: ElfImage, needed_by: Asker | None, policy: Policy, tell: OnEvent | None = None
+    ) -> None:
         self.image = image
+        self.key = image.source.key  # what tells its file from others
         self.policy = policy
+        self.tell = tell  # who hears of its load, and of those that it asks for itself
         self.undo = ExitStack()
-        # Who needs it, as a searcher only: it may be closed before.
-        self.needed_by = needed_by.asker() if needed_by is not None else None
+        self.needed_by = needed_by  # as a searcher only: it may be closed before
         self.called = {image.path}  # the names that it was found by: ld.so's l_name and l_libname
         self.needs: list[Loaded | HostLibrary] = []  # in the order in which its dynamic section has them
         self.filtees: list[Loaded | HostLibrary] = []  # those whose symbols come before its own
         # What of ours is initialised before it: of what a caller asked for all (ld.so's l_initfini).
         self.before: list[Loaded] = []
+        self.roots: list[
+            Loaded
+        ] = []  # what callers asked for and needs it: its symbols are found from these on
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
@@ -58,6 +65,7 @@ class Loaded:
         self.ready: Prepared | None = None  # its relocated pages, while they may be of use
         self.not_prepared: str | None = None  # why they were asked for, and are of no use
         self.handles = 0  # how many callers hold it
+        self.stays = False  # whether somebody has asked that it is never unmapped (RTLD_NODELETE)
         self.shared = False  # whether others may be bound to a unique symbol of it
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
@@ -114,11 +122,6 @@ class Loaded:
         """Its build-id, in hexadecimal."""
         return self.image.build_id
 
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """What tells its file from others: see :attr:`miniloader.elf.Source.key`."""
-        return self.image.source.key
-
     def is_called(self, name: str) -> bool:
         """Whether ``name``, as ``DT_NEEDED`` has it, means this library: its SONAME, its path, or a name that
         it was found by before."""
@@ -143,8 +146,8 @@ class Loaded:
         if not self.blocks.close():
             return False
         self.undo.close()
-        self._names = None
-        for libraries in (self.needs, self.filtees, self.before, self.holds):
+        self._names = self.tell = None  # who has heard of it may have kept what leads to it
+        for libraries in (self.needs, self.filtees, self.before, self.roots, self.holds):
             libraries.clear()  # circles, which would keep the file open
         return True
 

@@ -32,10 +32,11 @@ from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
+from miniloader.loader.search import Asker, Surroundings
 from miniloader.loader.surroundings import find_path
 from miniloader.native import functions
 
-__all__ = ["Loading", "load"]
+__all__ = ["Loading", "can_answer", "load"]
 
 _NEXT: Final = "{}() comes next"
 _HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
@@ -78,6 +79,28 @@ class Loading:
             raise UsageError("what is prepared is bound already: bind='lazy' is for the plain way")
         #: What is to be loaded, as the caller gave it.
         self.path = path
+        policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
+        self._begin(policy, on_event, None)
+
+    @classmethod
+    def for_caller(
+        cls,
+        source: Source,
+        policy: Policy,
+        on_event: OnEvent | None,
+        asker: Asker | None,
+        surroundings: Surroundings,
+    ) -> Loading:
+        """The load of a file that has been found in ``surroundings`` for ``asker``, who called dlopen(3)."""
+        steps = cls.__new__(cls)
+        steps.path = source
+        steps._begin(policy, on_event, asker)
+        steps._graph.surroundings = surroundings
+        return steps
+
+    def _begin(self, policy: Policy, on_event: OnEvent | None, asker: Asker | None) -> None:
+        self._graph = Graph(policy, on_event)
+        self._asker = asker
         #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
         #: Empty where this process had it already, which is then shared.
         self.mapped: tuple[Loaded, ...] = ()
@@ -85,8 +108,6 @@ class Loading:
         self.constructors: dict[Loaded, list[int]] = {}
         #: Milliseconds that each stage took.
         self.stages_ms: dict[str, float] = {}
-        policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
-        self._graph = Graph(policy, on_event)
         #: What :meth:`link` has bound the symbols of each mapped library to; those that take their relocated
         #: pages from the cache bind nothing, and are not among them.
         self.bindings: dict[Loaded, Bindings] = self._graph.bindings
@@ -193,7 +214,7 @@ class Loading:
 
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
-        root = graph.add(source)
+        root = graph.add(source, self._asker)
         functions()  # the loader's own library, before it is asked which there are
         stand_ins.make()
         graph.complete()
@@ -211,12 +232,19 @@ class Loading:
             if library.image.executable_stack and self._graph.policy.init:
                 stack.make_executable(library.name)
                 self._graph.event("protect", library.name, "stacks are executable from now on")
+        listing, policy = self._graph.listing, self._graph.policy
         # ld.so's global scope comes first, then the library and what it needs.
-        listing = self._graph.listing
-        scope: list[Definer] = [library for library in listing.found if library.is_global]
-        scope += (library for library in self._asked_for.local_scope(listing) if library not in scope)
+        local = self._asked_for.local_scope(listing)
+        process: list[Needed] = [library for library in listing.found if library.is_global]
+        process += unload.global_scope
+        scope: list[Definer] = list(dict.fromkeys([*local, *process] if policy.deep else [*process, *local]))
+        for member in local:
+            if isinstance(member, Loaded):
+                member.roots.append(self._asked_for)
         for library in linking_order(self._order, scope):
             link_library(self._graph, library, scope)
+        if policy.is_global:
+            unload.make_global(local)
         self._took("relocate")
 
     def _initialise(self) -> None:
@@ -236,6 +264,7 @@ class Loading:
                 self._run_constructors(library, addresses)
         unload.unfinished.difference_update(self.mapped)
         self._asked_for.handles += 1
+        self._asked_for.stays |= self._graph.policy.stays
         self._took("init")
 
     def _initialisation_order(self) -> list[Loaded]:
@@ -303,6 +332,35 @@ def load(
         steps.link()
         steps.initialise()
     return steps.library
+
+
+def _answerer() -> int:
+    from miniloader.loader.from_inside import answerer
+
+    return answerer(_load_for_caller)
+
+
+def _load_for_caller(
+    source: Source,
+    policy: Policy,
+    on_event: OnEvent | None,
+    asker: Asker | None,
+    surroundings: Surroundings,
+) -> Loaded:
+    with Loading.for_caller(source, policy, on_event, asker, surroundings) as steps:
+        steps.map()
+        steps.link()
+        steps.initialise()
+    return steps.library.loaded
+
+
+stand_ins.answer_with(_answerer)
+
+
+def can_answer() -> bool:
+    """Whether dlopen(3) and its like can lead to us in this process, whoever calls them; from now on they can
+    be led there."""
+    return bool(stand_ins.by_name())
 
 
 def _show_to_libraries(library: Loaded) -> None:

@@ -16,6 +16,8 @@ def map_library(graph: Graph, library: Loaded) -> None:
     """Reserve address space and map the segments: no page is touched."""
     library.memory = _reserve(graph, library, library.image.plan(PAGE_SIZE))
     library.undo.callback(library.memory.unmap)
+    if graph.brief:
+        graph.event("map", library.name, "mapped", bias=library.memory.bias)
 
 
 def _reserve(graph: Graph, library: Loaded, plan: LoadPlan) -> Memory:
@@ -53,4 +55,4 @@ def _teller(graph: Graph, library: Loaded) -> OnCall | None:
         text = f"{call.text(memory.bias)}: {call.why}{settled}"
         graph.event(call.step, library.image.path, text, **numbers, call=call)
 
-    return tell if graph.tell is not None else None
+    return tell if graph.tell is not None and not graph.brief else None

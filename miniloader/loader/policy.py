@@ -13,7 +13,7 @@ from miniloader.loader.beside_glibc import host
 from miniloader.native import gate
 from miniloader.values import dataclass
 
-__all__ = ["Binding", "Policy", "comes_from_host", "open_image", "refuse"]
+__all__ = ["Binding", "Policy", "comes_from_host", "is_module_of_libc", "open_image", "refuse"]
 
 Binding = Literal["now", "lazy"]
 
@@ -36,7 +36,11 @@ _AUDIT: Final = "how processes share it: miniloader audit PID"
 
 @dataclass(frozen=True)
 class Policy:
-    """What a caller allows and asks for; see :func:`load`."""
+    """What a caller allows and asks for; see :func:`load`.
+
+    Who calls dlopen(3) may ask that names are looked up in the library before the global scope (``deep``),
+    that the library is in that scope (``is_global``), and that it is never unmapped (``stays``).
+    """
 
     init: bool = True
     bind: Binding = "now"
@@ -46,6 +50,9 @@ class Policy:
     writable_code: bool = False
     prepared: bool = False
     gdb: bool = False
+    deep: bool = False
+    is_global: bool = False
+    stays: bool = False
 
 
 def comes_from_host(name: str | None) -> bool:
@@ -55,6 +62,16 @@ def comes_from_host(name: str | None) -> bool:
     (True, False, False)
     """
     return name in _FROM_HOST
+
+
+def is_module_of_libc(path: str) -> bool:
+    """Whether ``path`` is of those that glibc opens inside itself: for iconv(3), names, and unwinding.
+
+    >>> is_module_of_libc("/usr/lib/gconv/IBM037.so"), is_module_of_libc("/lib/libz.so.1")
+    (True, False)
+    """
+    directory, _, name = path.rpartition("/")
+    return directory.endswith("/gconv") or name.startswith(("libnss_", "libgcc_s.so"))
 
 
 def open_image(source: Source, policy: Policy) -> ElfImage:

@@ -179,7 +179,9 @@ def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:
         version = image.symbols.version(index)
         label = f"{image.symbols.name(index)}" + (f" (version {version.name})" if version else "")
         where = f", needed from {version.file}" if version and version.file else ""
-        raise SymbolError(f"{image.path}: undefined symbol {label}{where}")
+        ld_so = f"{image.path}: undefined symbol: {image.symbols.name(index)}"
+        ld_so += f", version {version.name}" if version else ""
+        raise SymbolError(f"{image.path}: undefined symbol {label}{where}", ld_so=ld_so)
 
 
 def _value(kind: Kind, row: Row, symbol: int, bias: int) -> int:

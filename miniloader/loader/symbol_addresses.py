@@ -83,7 +83,10 @@ def check_versions(library: Loaded) -> None:
         missing = library.names.missing_version(file, needed.names)
         if missing is not None:
             version = missing.decode("utf-8", "backslashreplace")
-            raise SymbolError(f"{library.name}: needs version {version}, which {needed.name} does not define")
+            raise SymbolError(
+                f"{library.name}: needs version {version}, which {needed.name} does not define",
+                ld_so=f"{needed.name}: version `{version}' not found (required by {library.name})",
+            )
 
 
 def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:

@@ -7,16 +7,26 @@ the order of their needs, and then unmapped: what one of them calls on the way i
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.forking import loading
 from miniloader.loader import constructors
-from miniloader.loader.beside_glibc import stand_ins
+from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 
-__all__ = ["find_present", "let_go", "lock", "present", "take_back", "unfinished"]
+__all__ = [
+    "find_present",
+    "global_scope",
+    "let_go",
+    "lock",
+    "make_global",
+    "present",
+    "take_back",
+    "unfinished",
+]
 
 #: Held by whoever changes what this process has, or looks at it, and by whoever forks.
 lock: Final = loading
@@ -24,6 +34,9 @@ lock: Final = loading
 present: Final[list[Loaded]] = []
 #: Those of loads that are not complete; what they need has to stay.
 unfinished: Final[set[Loaded]] = set()
+#: Those of ours that have been made global, in this order: ld.so's global scope goes on with them.
+global_scope: Final[list[Loaded]] = []
+_closed: Final[list[Loaded]] = []  # let go, and not looked at yet
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
 
 
@@ -32,15 +45,43 @@ def find_present(is_it: Callable[[Loaded], bool]) -> Loaded | None:
     return next((library for library in present if is_it(library)), None)
 
 
-def let_go(library: Loaded) -> None:
-    """A caller does not hold ``library`` any more: what nobody holds now is finalised and unmapped."""
+def let_go(library: Loaded, caller: Loaded | None = None) -> None:
+    """A caller does not hold ``library`` any more: what nobody holds now is finalised and unmapped.
+
+    What a destructor lets go meanwhile goes after that, as in glibc: others may still need it.  Where the
+    ``caller`` is itself a library of ours, it stays until the next one goes, since its code goes on.
+    """
     library.handles -= 1
-    kept = [*unfinished, *filter(_stays, present)]
+    _closed.append(library)
+    if len(_closed) > 1:
+        return
+    try:
+        for closed in _closed:  # grows meanwhile
+            _leave(closed, caller)
+    finally:
+        _closed.clear()
+
+
+def _leave(closed: Loaded, caller: Loaded | None) -> None:
+    kept = [*unfinished, *filter(_stays, present), *([caller] if caller is not None else [])]
     _add_what_they_use(kept)
-    gone = [member for member in _in_destructor_order(library) if member not in kept]
+    gone = [member for member in _in_destructor_order(closed) if member not in kept]
     for member in gone:
         _finalise(member)
     _unmap(gone)
+
+
+def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
+    """From now on all that is loaded may be bound to ``libraries``: dlopen(3) with ``RTLD_GLOBAL``."""
+    for library in libraries:
+        if isinstance(library, HostLibrary):
+            if not library.is_global:
+                handle = host.open_host(library.path, load=False, flags=host.RTLD_NOW | host.RTLD_GLOBAL)
+                if handle is not None:
+                    host.close_host(handle)
+        elif library not in global_scope:
+            global_scope.append(library)
+            library.undo.callback(global_scope.remove, library)
 
 
 def take_back(new: list[Loaded]) -> None:
@@ -64,8 +105,8 @@ def _stays(library: Loaded) -> bool:
     return bool(
         library.handles
         or (library.shared and library.policy.init)
+        or library.stays
         or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
-        or (library.is_mapped and stand_ins.is_held(library.mapped))
     )
 
 
@@ -103,5 +144,8 @@ def _finalise(library: Loaded) -> None:
 def _finalise_all() -> None:
     """At the end of the process all finalisers run; nothing is unmapped."""
     with lock:
-        for library in _in_destructor_order():
+        libraries = _in_destructor_order()
+        _closed.extend(libraries)  # what their destructors let go has its turn among them
+        for library in libraries:
             _finalise(library)
+        stand_ins.fall_silent()

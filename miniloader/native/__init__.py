@@ -2,6 +2,8 @@
 
 They are in ``names.c``, ``notes.c`` and ``words.c``.
 
+Beside them stands what libraries of ours call instead of dlopen(3) and its like (``inside.c``).
+
 A library of medium size has ten thousand names to look up and a hundred thousand words to relocate.  What
 one of them takes in Python, or numpy for each pass over all of them, is a hundred times what ld.so takes.
 So these loops are C, and nothing else is: which libraries there are, in which order, by which rules is
@@ -30,14 +32,19 @@ from miniloader.native import gate
 __all__ = [
     "ADDRESS_MASK",
     "FORMULAS",
+    "IMPORT",
     "INDIRECT_FUNCTION",
+    "INSIDE",
     "KINDS",
+    "LOOPS_SONAME",
     "NEWEST",
     "PLT_ENTRIES",
+    "STAND_INS",
     "UNBOUND",
     "UNIQUE",
     "VERSIONED",
     "JobStructure",
+    "QuestionStructure",
     "Reason",
     "Stopped",
     "SymbolsStructure",
@@ -109,6 +116,32 @@ class JobStructure(ctypes.Structure):
     )
 
 
+class QuestionStructure(ctypes.Structure):
+    """``Question`` of inside.c: what a library of ours asks glibc for, and what it is answered.
+
+    ``function`` is the place of its name in :data:`INSIDE`, ``caller`` the address that it returns to.
+    """
+
+    _fields_ = _words("function caller handle name version number where result error")
+
+
+#: What the compiled loops are called, and their table of what libraries of ours call instead of glibc's.
+LOOPS_SONAME: Final = "miniloader-loops.so"
+STAND_INS: Final = "stand_ins"
+#: glibc's functions that libraries of ours do not call themselves, and what inside.c has for each.
+INSIDE: Final = {
+    b"dlopen": "inside_open",
+    b"dlsym": "inside_symbol",
+    b"dlvsym": "inside_versioned",
+    b"dlclose": "inside_close",
+    b"dlinfo": "inside_information",
+    b"dlmopen": "inside_namespace",
+    b"dlerror": "inside_error",
+}
+#: What stands for dlopen(3) where CPython imports extension modules.
+IMPORT: Final = "inside_import"
+
+
 @lru_cache(maxsize=1)
 def functions() -> ctypes.PyDLL:
     """The loops themselves; they keep Python's lock, as one loop at a time has SIGBUS to itself."""
@@ -123,7 +156,7 @@ def functions() -> ctypes.PyDLL:
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
         *(("note", 8), ("list_asked", 6), ("list_set", 4)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
-        ("flush_code", 2),
+        *(("flush_code", 2), ("set_inside", 5), ("set_python", 3), ("tell_faults", 1)),
     ):
         function = getattr(library, name, None)
         if function is None:

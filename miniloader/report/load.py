@@ -58,6 +58,8 @@ _EXPLAINED: Final[dict[Stage, str]] = {
     "protect": "Make read-only what only relocation had to write (RELRO).",
     "register": "Tell the unwinder where its tables are, so that exceptions can pass through.",
     "prepared": "What was relocated beforehand cannot be used here: it is loaded the plain way.",
+    "open": "It opens a library itself, by dlopen(3).",
+    "host": "glibc opens modules of its own inside itself: these stay with the system's loader.",
     "initialise": "Run its constructors.",
     "finalise": "Run its destructors.",
     "unmap": "Give the memory back.",

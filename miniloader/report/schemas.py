@@ -15,7 +15,7 @@ from miniloader.lab.audit.live_bindings import LIVE_SCHEMA
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
 from miniloader.lab.proof.proof import PROOF_SCHEMA
-from miniloader.report import bindings, check, disasm, doctor, inspect, load, prepared, tree
+from miniloader.report import bill, bindings, check, disasm, doctor, inspect, load, prepared, tree
 from miniloader.walkthrough.run_chapter import CHAPTER_SCHEMA
 
 __all__ = ["ERROR", "SCHEMAS"]
@@ -28,6 +28,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "tree": tree.SCHEMA,
     "check": either(check.SCHEMA, bindings.SCHEMA),
     "load": load.SCHEMA,
+    "run": bill.SCHEMA,
     "disasm": disasm.SCHEMA,
     "prove": PROOF_SCHEMA,
     "audit": either(

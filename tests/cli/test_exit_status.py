@@ -23,6 +23,7 @@ GONE = "4194304"  # one more than the highest PID there can be
 NOT_THERE: dict[str, tuple[tuple[str, ...], ...]] = {
     "inspect": ((MISSING,), ("libnonexistent.so.1",), (MISSING, "--symbols")),
     "load": ((MISSING,), ("libnonexistent.so.1",), (MISSING, "--prepared")),
+    "run": ((MISSING,), ("-m", "nonexistent.module")),
     "disasm": ((MISSING, "f"), (MISSING, "f", "--loaded"), ("libnonexistent.so.1", "f")),
     "prove": ((MISSING,), ("libnonexistent.so.1",), (MISSING, "--prepared")),
     "prepare": ((MISSING,), (DEMO, MISSING)),

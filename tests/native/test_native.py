@@ -537,9 +537,11 @@ def test_a_constructor_leads_into_code(addend: int, good: bool, head: tuple[int,
 
 
 def test_the_structures_are_as_long_here_as_there() -> None:
-    """The fields of the two structures are those of loops.h, in its order."""
-    header = (Path(functions()._name).parent / "loops.h").read_text()
-    for name, ours in (("Table", "SymbolsStructure"), ("Job", "JobStructure")):
+    """The fields of the structures are those of loops.h and inside.c, in their order."""
+    room = Path(functions()._name).parent
+    header = (room / "loops.h").read_text() + (room / "inside.c").read_text()
+    twins = {"Table": "SymbolsStructure", "Job": "JobStructure", "Question": "QuestionStructure"}
+    for name, ours in twins.items():
         end = header.index(f"}} {name};")
         body = header[header.rindex("typedef struct", 0, end) : end]
         lines = [line.split("/*")[0] for line in body.splitlines()[1:]]

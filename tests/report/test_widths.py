@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import miniloader
 from fixtures import build
 from miniloader import cli
 from miniloader.cli import load as load_command
+from miniloader.cli import run as run_command
 from miniloader.cli.parser import build as build_parser
 from miniloader.report.output import COLOURS, Output
 from miniloader.report.signs import SIGNS, spelled
@@ -33,6 +35,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("check", "libcrypto.so.3", "libz.so.1"),
     ("disasm", "libcrypto.so.3", "SHA256"),
     ("load", "libcrypto.so.3"),
+    ("run", "--bill", "/dev/stdout", "-c", "import _decimal, _sqlite3"),
     ("prove", DEMO, "-n", "2", "--steps"),
     ("audit", str(os.getpid()), "--library", "libcrypto"),
     ("diff", SAVED, SAVED),
@@ -51,9 +54,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_here(words: list[str]) -> None:
-    """A command in this process, ``load`` too, which would load in a child."""
+    """A command in this process: ``load``, too, which would load in a child, and the bill of ``run``."""
     if words[0] == "load":
         load_command._load(build_parser(["load"]).parse_args(words), lambda doing, runs_code=False: None)
+    elif words[0] == "run":
+        with miniloader.importing() as imports:
+            ctypes.CDLL("libexpat.so.1")
+            ctypes.CDLL("libcrypto.so.3")
+        run_command._write(imports.bill, "-", as_json=False)
     else:
         assert cli.main(words) == 0
 

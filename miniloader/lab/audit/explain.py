@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.errors import ElfError, EvidenceError, ProcessGone
+from miniloader.elf import inspect
+from miniloader.errors import ElfError, EvidenceError, MiniloaderError, ProcessGone
 from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
 from miniloader.evidence.layout import Layouts
 from miniloader.kernel.maps import Vma
@@ -22,6 +23,7 @@ from miniloader.lab.audit.mapped_files import MappedFiles
 from miniloader.lab.audit.process_pages import Pages
 from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
+from miniloader.native import LOOPS_SONAME, STAND_INS
 
 __all__ = ["CHANGED", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
 
@@ -75,12 +77,12 @@ def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> S
 def stand_ins_in(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
     """The functions that code of miniloader's stands for in a process, by where it is.
 
-    Such code is in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
+    Such code is C, or in a few anonymous pages of its own; who makes code by the megabyte is somebody else.
     """
+    addresses = _in_loops(pid, vmas)
     code = [vma for vma in vmas if not vma.path and vma.protection == "r-x" and vma.size <= _MOST_CODE]
     if not code:
-        return {}
-    addresses: dict[int, int] = {}
+        return addresses
     starts = np.array([at for vma in code for at in range(vma.start, vma.end, PAGE_SIZE)], np.uint64)
     with ProcessMemory(pid) as memory:
         for start, page in zip(starts.tolist(), memory.pages(starts)[0], strict=True):
@@ -92,6 +94,27 @@ def stand_ins_in(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
                 pairs = stand_ins(start, table[: HEAD.size].tobytes())
                 addresses |= {stand_in: function for function, stand_in in pairs.items()}
     return addresses
+
+
+def _in_loops(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
+    """What is C of the functions that miniloader's code stands for: its own library has a table of them."""
+    loops = next((vma for vma in vmas if "/native/loops-" in vma.path and not vma.file_offset), None)
+    if loops is None:
+        return {}
+    try:
+        image = inspect(loops.path)
+    except MiniloaderError:  # of a process that sees other files
+        return {}
+    place = image.symbols.find(STAND_INS) if image.soname == LOOPS_SONAME else None
+    if place is None:  # of an older miniloader
+        return {}
+    row = image.symbols.rows[place]
+    start = loops.start - image.loads[0].vaddr + int(row["value"])
+    first = start & -PAGE_SIZE
+    with ProcessMemory(pid) as memory:
+        pages, _ = memory.pages(np.array([first, first + PAGE_SIZE], np.uint64))
+    pairs = np.frombuffer(pages.tobytes()[start - first :][: int(row["size"])], np.uint64).reshape(-1, 2)
+    return {address: function for address, function in pairs.tolist() if address}
 
 
 def _explain_file(placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts) -> None:

@@ -13,8 +13,9 @@ from typing import Final
 from miniloader.kernel.maps import Vma
 from miniloader.native import functions
 from miniloader.native.gate import lacks_for_loading
+from miniloader.values import dataclass
 
-__all__ = ["FaultRecord"]
+__all__ = ["Fault", "FaultRecord"]
 
 _WORDS: Final = struct.Struct("<qqQQQQ")  # as native/fault.c has them
 _WRITE, _FETCH = 2, 16  # bits of a page fault's error code
@@ -44,15 +45,33 @@ class FaultRecord:
 
         ``code`` is the process's exit code, ``mappings`` those it had.
         """
-        number, cause, address, instruction, error, back = _WORDS.unpack_from(self._memory)
-        if not number or code != -number or cause <= 0:  # sent by a process, not by a fault
+        fault = Fault(*_WORDS.unpack_from(self._memory))
+        return fault.place(mappings) if fault.number and code == -fault.number else ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a signal's handler is told: the signal's ``number``, its ``cause`` and ``address``; the
+    ``instruction``, how the page fault came about, and where a jump would have returned to."""
+
+    number: int
+    cause: int
+    address: int
+    instruction: int
+    how: int
+    back: int
+
+    def place(self, mappings: Sequence[Vma]) -> str:
+        """What follows "was killed by SIGSEGV", in a process with these ``mappings``; "" for nothing."""
+        if self.cause <= 0:  # sent by a process, not by a fault
             return ""
-        if number == signal.SIGSEGV and error & _FETCH and instruction == address:
-            return f" jumping to address {address:#x}, called from {_place(back, mappings)}"
-        place = _place(instruction, mappings)
-        if number in (signal.SIGSEGV, signal.SIGBUS):
-            how = "writing" if error & _WRITE else "reading"
-            at = f"address {address:#x}" if cause != _SI_KERNEL else "an address that no process has"
+        if self.number == signal.SIGSEGV and self.how & _FETCH and self.instruction == self.address:
+            return f" jumping to address {self.address:#x}, called from {_place(self.back, mappings)}"
+        place = _place(self.instruction, mappings)
+        if self.number in (signal.SIGSEGV, signal.SIGBUS):
+            how = "writing" if self.how & _WRITE else "reading"
+            known = self.cause != _SI_KERNEL
+            at = f"address {self.address:#x}" if known else "an address that no process has"
             return f" {how} {at}, in {place}"
         return f" in {place}"
 

@@ -11,11 +11,12 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Final
 
-from miniloader.arrays import np
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
+    DT_HASH,
     DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
@@ -51,10 +52,12 @@ __all__ = [
 RTLD_LAZY: Final = 1
 RTLD_NOW: Final = 2
 RTLD_NOLOAD: Final = 4
+RTLD_GLOBAL: Final = 0x100
 RTLD_DI_LINKMAP: Final = 2
 RTLD_DI_SERINFO: Final = 4
 RTLD_DI_SERINFOSIZE: Final = 5
 RTLD_DI_TLS_MODID: Final = 9
+RTLD_DI_TLS_DATA: Final = 10
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
 _PROBES: Final = 16
 
@@ -89,18 +92,17 @@ def thread_pointer() -> int:
     return int(unlocked("thread_pointer", ctypes.c_uint64)())
 
 
-def open_host(name: str, *, load: bool) -> int | None:
+def open_host(name: str, *, load: bool, flags: int = RTLD_NOW) -> int | None:
     """A dlopen(3) handle of ``name``: only if the process has it already, unless ``load``.
 
     ``None`` when it has not; :class:`LoadError` when loading fails.
     """
-    flags = RTLD_NOW if load else RTLD_NOW | RTLD_NOLOAD
-    handle = _dlopen(os.fsencode(name), flags)
+    handle = _dlopen(os.fsencode(name), flags if load else flags | RTLD_NOLOAD)
     if handle is None:
         message = _dlerror()  # also clears it
         if load:
             reason = message.decode("utf-8", "backslashreplace") if message else "unknown reason"
-            raise LoadError(f"{name}: the system's loader refuses it: {reason}")
+            raise LoadError(f"{name}: the system's loader refuses it: {reason}", ld_so=reason)
         return None
     return int(handle)
 
@@ -140,6 +142,13 @@ def tls_module(handle: int) -> int:
     module = ctypes.c_size_t()
     information(handle, RTLD_DI_TLS_MODID, ctypes.addressof(module))
     return int(module.value)
+
+
+def tls_data(handle: int) -> int:
+    """Where the calling thread has the thread-local storage of the library behind ``handle``; 0: nowhere."""
+    block = ctypes.c_size_t()
+    information(handle, RTLD_DI_TLS_DATA, ctypes.addressof(block))
+    return int(block.value)
 
 
 def read_words(address: int, count: int) -> array[int]:
@@ -242,6 +251,21 @@ class HostLibrary:
         return tuple(self._string(tags[DT_RPATH]).split(":"))
 
     @cached_property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of its file, as they were when first asked for; None where it is gone."""
+        try:
+            status = os.stat(self.path) if self.path else None
+        except OSError:
+            return None
+        return (status.st_dev, status.st_ino) if status is not None else None
+
+    @cached_property
+    def runpath(self) -> tuple[str, ...]:
+        """``DT_RUNPATH``, as written."""
+        tags = self.dynamic.tags
+        return tuple(self._string(tags[DT_RUNPATH]).split(":")) if DT_RUNPATH in tags else ()
+
+    @cached_property
     def handle(self) -> int:
         """A dlopen handle of it, kept for the life of the process."""
         if not self.path:
@@ -271,21 +295,26 @@ class HostLibrary:
     def _first_names(self) -> Iterator[bytes]:
         """Some functions and objects that it defines, without reading its whole symbol table."""
         tags = self.dynamic.tags
-        if DT_GNU_HASH not in tags or DT_SYMTAB not in tags:
-            for index in np.flatnonzero(self.symbols.defined)[:_PROBES].tolist():
-                if not self.symbols.hidden(index):
-                    yield self.symbols.name_bytes(index)
+        if DT_SYMTAB not in tags:
             return
-        count, first, bloom, _ = struct.unpack("<4I", self.read(tags[DT_GNU_HASH], 16))
-        buckets = self.read(tags[DT_GNU_HASH] + 16 + 8 * bloom, 4 * count)
-        last = max(struct.unpack(f"<{count}I", buckets))
-        for index in range(first, min(last + 1, first + _PROBES)):
+        for index in islice(self._symbols_to_try(), _PROBES):
             name, info, _, shndx, _, _ = _SYM.unpack(
                 self.read(tags[DT_SYMTAB] + _SYM.size * index, _SYM.size)
             )
             hidden = DT_VERSYM in tags and self.read(tags[DT_VERSYM] + 2 * index, 2)[1] & 0x80
             if shndx and not hidden and info >> 4 != STB_LOCAL and info & 0xF in (STT_FUNC, STT_OBJECT):
                 yield ctypes.string_at(self.bias + tags[DT_STRTAB] + name)
+
+    def _symbols_to_try(self) -> range:
+        """The indices among which its definitions are."""
+        tags = self.dynamic.tags
+        if DT_GNU_HASH in tags:
+            count, first, bloom, _ = struct.unpack("<4I", self.read(tags[DT_GNU_HASH], 16))
+            buckets = self.read(tags[DT_GNU_HASH] + 16 + 8 * bloom, 4 * count)
+            return range(first, max(struct.unpack(f"<{count}I", buckets)) + 1)
+        if DT_HASH in tags:
+            return range(1, struct.unpack("<2I", self.read(tags[DT_HASH], 8))[1])
+        return range(0)
 
     @cached_property
     def build_id(self) -> str | None:

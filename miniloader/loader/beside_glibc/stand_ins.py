@@ -6,19 +6,19 @@ and a run-time that looks for its own image gives up.  So what refers to one of 
 code of ours, which asks glibc's first and then looks into a table of our libraries.  The table is there from
 the first time that somebody asks; see :mod:`miniloader.machine.stand_in_code`.
 
-dlsym(3) and dlvsym(3) are among them for ``RTLD_NEXT``, which glibc refuses to callers that it does not know:
-what comes after a library of ours is the process's global scope.  dlopen(3) is, for libraries that hold
-themselves or others (``RTLD_NOLOAD``, ``RTLD_NODELETE``): these are kept until they are let go.
+dlopen(3), dlsym(3) and their like are C (``inside.c`` of :mod:`miniloader.native`), which asks Python: what a
+library of ours opens comes through us, too (:mod:`miniloader.loader.from_inside`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
@@ -27,16 +27,34 @@ from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory
 from miniloader.machine import stand_in_code
 from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
+from miniloader.native import IMPORT, INSIDE, STAND_INS, functions
 from miniloader.native.gate import processor
 
-__all__ = ["add", "answer", "asked", "is_held", "make", "remove", "stand_ins"]
+__all__ = [
+    "add",
+    "answer",
+    "answer_with",
+    "asked",
+    "by_name",
+    "fall_silent",
+    "for_imports",
+    "handle_of",
+    "headers_of",
+    "is_handle",
+    "make",
+    "remove",
+    "stand_ins",
+]
 
 _LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
 _COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
+_INFO: Final = struct.Struct("<QQQH")  # how an entry begins: bias, name, program headers, their count
 _END: Final = 72  # where an entry has the address that makes it valid
-_HOLDS: Final = 152  # where it says how often it is held
+_HANDLE: Final = 112  # where its handle is, a struct link_map
+_MOST: Final = 16  # stand-ins that inside.c has room for
 
 _Counts: Final = ctypes.c_uint64 * 3
+_Listing: Final = ctypes.c_uint64 * (2 * _MOST)
 
 _Listed = tuple[ElfImage, Memory, int, int]
 """What is told of a library: its image, its pages, how many symbols and which thread-local module it has."""
@@ -100,10 +118,21 @@ class _StandInTable:
         self._free.append(number)
         del self._texts[number]
 
-    def holds(self, memory: Memory) -> bool:
-        """Whether somebody has asked for the library at ``memory`` to stay."""
+    def handle_of(self, memory: Memory) -> int | None:
+        """What dlopen(3) gives for the library at ``memory``; None while it is not listed."""
         number = self._listed.get(memory)
-        return number is not None and bool(ctypes.c_uint64.from_address(self._at(number) + _HOLDS).value)
+        return None if number is None else self._at(number) + _HANDLE
+
+    def headers_of(self, memory: Memory) -> tuple[int, int]:
+        """Where the program headers of a library that is listed are kept, and how many."""
+        _, _, headers, count = _INFO.unpack_from(ctypes.string_at(self._at(self._listed[memory]), _INFO.size))
+        return headers, count
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Where all entries are that there can be: the first address, and how many bytes."""
+        first = self._at(0)
+        return first, self.base + _LENGTH - first
 
     def _at(self, number: int) -> int:
         return self.base + TABLE + HEAD.size + number * ENTRY.size
@@ -128,11 +157,10 @@ def remove(memory: Memory) -> None:
         table.remove(memory)
 
 
-def is_held(memory: Memory) -> bool:
-    """Whether a library has asked, by dlopen(3), for the one at ``memory`` to stay."""
-    if not _table.cache_info().currsize or (table := _table()) is None:
-        return False
-    return table.holds(memory)
+def handle_of(memory: Memory) -> int | None:
+    """What dlopen(3) gives for the library at ``memory``; None where nobody can ask for it."""
+    table = _table()
+    return None if table is None else table.handle_of(memory)
 
 
 def answer(addresses: array[int], places: Iterable[int]) -> None:
@@ -141,12 +169,81 @@ def answer(addresses: array[int], places: Iterable[int]) -> None:
         addresses[place] = stand_ins().get(addresses[place], addresses[place])
 
 
+def is_handle(handle: int) -> bool:
+    """Whether ``handle`` is, or has been, one of a library of ours."""
+    table = _table()
+    if table is None:
+        return False
+    first, length = table.entries
+    return first <= handle < first + length
+
+
+def headers_of(memory: Memory) -> tuple[int, int]:
+    """Where the program headers of the library at ``memory`` are kept, which is listed, and how many."""
+    table = _table()
+    assert table is not None  # or it would have no handle
+    return table.headers_of(memory)
+
+
+_answerers: Final[list[Callable[[], int]]] = []
+
+
+def answer_with(make: Callable[[], int]) -> None:
+    """What is asked from inside shall be answered by the function at the address that ``make`` gives.
+
+    It is called when the first library is bound to a function that asks; until then all that costs nothing.
+    """
+    _answerers[:] = [make]
+
+
+def fall_silent() -> None:
+    """Python ends: from now on glibc answers what is asked from inside."""
+    if stand_ins.cache_info().currsize:
+        functions().set_inside(0, 0, 0, 0, 0)
+
+
 @lru_cache(maxsize=1)
 def stand_ins() -> dict[int, int]:
     """What stands for each of glibc's functions, by that one's address; empty where no page may become
     executable."""
     table = _table()
-    return {} if table is None else stand_in_code.stand_ins(table.base, table.head)
+    if table is None:
+        return {}
+    loops, theirs = functions(), _of_host()
+    pairs = stand_in_code.stand_ins(table.base, table.head)
+    pairs |= {theirs[name]: _address(loops[c_name]) for name, c_name in INSIDE.items() if name in theirs}
+    words = [word for theirs, ours in pairs.items() for word in (ours, theirs)]
+    listing = ctypes.addressof(_Listing.in_dll(loops, STAND_INS))
+    ctypes.memmove(listing, array("Q", words).tobytes(), 8 * len(words))
+    glibc = array("Q", [_of_host().get(name, 0) for name in INSIDE])
+    answerer = _answerers[0]() if _answerers else 0
+    loops.set_inside(answerer, glibc.buffer_info()[0], *table.entries, host.global_handle())
+    return pairs
+
+
+def by_name() -> dict[bytes, int]:
+    """What stands for each function of :data:`~miniloader.native.INSIDE`; empty where nothing can."""
+    pairs, theirs = stand_ins(), _of_host()
+    return {name: pairs[theirs[name]] for name in INSIDE if theirs.get(name) in pairs}
+
+
+def for_imports() -> tuple[int, int]:
+    """An address in the library whose dlopen(3) imports extension modules, and what stands for it there."""
+    python, loops = ctypes.pythonapi, functions()
+    names = ("PyThreadState_GetUnchecked", "_PyThreadState_UncheckedGet")  # since 3.13, and until then
+    current = next(name for name in names if hasattr(python, name))
+    main = _address(python.PyInterpreterState_Main)
+    python.PyInterpreterState_Main.restype = ctypes.c_void_p
+    loops.set_python(
+        _address(python[current]),
+        _address(python.PyThreadState_GetInterpreter),
+        python.PyInterpreterState_Main(),
+    )
+    return main, _address(loops[IMPORT])
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=1)
@@ -178,5 +275,6 @@ def asked() -> tuple[int, ...]:
 @lru_cache(maxsize=1)
 def _of_host() -> dict[bytes, int]:
     """The addresses of glibc's functions, by name."""
-    addresses = {name: host.symbol_address(host.global_handle(), name) for name in FUNCTIONS}
+    names = dict.fromkeys((*FUNCTIONS, *INSIDE))
+    addresses = {name: host.symbol_address(host.global_handle(), name) for name in names}
     return {name: address for name, address in addresses.items() if address is not None}

@@ -90,6 +90,12 @@ class Carrier:
         assert self._handle is not None
         return host.tls_module(self._handle)
 
+    @property
+    def block(self) -> int:
+        """Where the calling thread has its storage; 0 while it has none."""
+        assert self._handle is not None
+        return host.tls_data(self._handle)
+
     def close(self) -> bool:
         """Close it; whether it is gone.
 

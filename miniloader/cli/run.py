@@ -1,0 +1,176 @@
+"""``miniloader run``: a Python program whose extension modules miniloader loads, and what that cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from miniloader.cli import options
+
+if TYPE_CHECKING:
+    from miniloader.loader.running.bill import Bill
+    from miniloader.loader.running.program import PythonProgram
+
+__all__ = ["HELP", "configure", "run"]
+
+HELP = "run a Python program with its extension modules loaded by miniloader, and say what each cost"
+
+_EXAMPLES = """\
+  miniloader run script.py ARGUMENTS…
+  miniloader run -m pytest -x tests
+  miniloader run -c 'import scipy.linalg'
+  miniloader run --bill - -c 'import sqlite3'       every library, in full, on standard error
+
+Options of miniloader stand before the program. The interpreter's own calls of dlopen are led to
+miniloader, so that import, ctypes and cffi all load through it; CPython initialises the modules as ever.
+What miniloader itself needs is loaded by ld.so before. The program ends as it would end without: exit
+status, output, signals are its own.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The program, with all that follows it, and what is to be done with the bill."""
+    options.examples(parser, _EXAMPLES)
+    parser.usage = "miniloader run [OPTIONS] (PROGRAM | -m MODULE | -c CODE) [ARGUMENTS]"
+    parser.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, help="MODULE: run it, or a package's __main__"
+    )
+    parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, help="CODE: run this text")
+    parser.add_argument(
+        "program", metavar="PROGRAM", nargs=argparse.REMAINDER, help="a Python program, and its arguments"
+    )
+    parser.add_argument(
+        "--bill",
+        metavar="FILE",
+        help="write the whole bill there, - for standard error, instead of a summary",
+    )
+    parser.add_argument("--no-bill", action="store_true", help="say nothing of what it cost")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="load only what fits, such as '*/scipy/*'; the rest is ld.so's"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="what cannot be loaded is an error: no falling back to ld.so"
+    )
+    parser.add_argument("--trace", action="store_true", help="tell each step on standard error as it happens")
+    parser.add_argument("--follow", action="store_true", help="new Python interpreters that it starts, too")
+    options.prepared(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the program in this process.  Returns 0 when it comes to its end; else it ends as programs do."""
+    import atexit
+    import contextlib
+
+    from miniloader.errors import MiniloaderError, UsageError
+    from miniloader.loader.running.importing import importing
+
+    words = next(filter(None, (arguments.module, arguments.code, arguments.program)), None)
+    if not words:
+        raise UsageError(
+            "nothing to run: give a program, -m MODULE or -c CODE", hint="see miniloader run --help"
+        )
+    tell = None
+    if arguments.trace:
+        from miniloader.report.load import Narrator
+
+        tell = Narrator(stderr=True)
+    loading = contextlib.ExitStack()
+    imports = loading.enter_context(
+        importing(arguments.only, strict=arguments.strict, prepared=arguments.prepared, on_event=tell)
+    )
+    try:
+        program = _program(arguments, words[0])
+    except MiniloaderError:
+        loading.close()
+        raise
+    # It is not left: what the program's threads and what is called at the end import comes through us, too.
+    if not arguments.no_bill:
+        atexit.register(lambda: _write(imports.bill, arguments.bill, as_json=arguments.json))
+    if arguments.follow:
+        _have_followed(arguments)
+    _tell_of_a_crash()
+    return _run(program, words[1:])
+
+
+def _program(arguments: argparse.Namespace, word: str) -> PythonProgram:
+    from miniloader.loader.running import program
+
+    if arguments.module:
+        return program.module(word)
+    return program.code(word) if arguments.code else program.script(word)
+
+
+def _have_followed(arguments: argparse.Namespace) -> None:
+    """What the program starts with this environment, and is Python, loads as this process does."""
+    import json
+    import os
+    from pathlib import Path
+
+    import miniloader
+    from miniloader.loader import running
+
+    rules = {name: getattr(arguments, name) for name in ("only", "strict", "prepared")}
+    os.environ["MINILOADER_RUN"] = json.dumps({"package": str(Path(miniloader.__file__).parents[1]), **rules})
+    follow = str(Path(running.__file__).with_name("follow"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (follow, os.environ.get("PYTHONPATH"))))
+
+
+def _tell_of_a_crash() -> None:
+    """What ends the program by a fault is told with the library, the function and the place."""
+    from miniloader.lab.workers.fault_teller import tell_faults
+
+    tell_faults()
+
+
+def _run(program: PythonProgram, words: list[str]) -> int:
+    """Run it; an exception that it does not catch is shown as Python shows it, and ends it so."""
+    import os
+    import signal
+
+    try:
+        program.run(words)
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the program's, and shown as Python would
+        error.__traceback__ = program.own_traceback(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            _end()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
+    return 0
+
+
+def _end() -> None:
+    """What Python does at its end, for a program that ends by a signal."""
+    import atexit
+    import threading
+
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+
+
+def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
+    """Write the bill: a summary unless there is a ``path``, to standard error unless that is of a file."""
+    import json
+
+    from miniloader.report import bill as shown
+    from miniloader.report.output import Output
+    from miniloader.report.text import laid_out, plain
+
+    if path in (None, "-"):
+        if sys.stderr is None:
+            return
+        if as_json:
+            print(json.dumps(shown.as_json(bill)), file=sys.stderr)
+        else:
+            Output(stderr=True).show(shown.lines(bill) if path else shown.summary(bill))
+        return
+    assert path is not None
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        if as_json:
+            json.dump(shown.as_json(bill), file)
+        else:
+            file.writelines(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))

@@ -1,0 +1,133 @@
+"""One question at a time: who asks is found, the answer made, and an error kept for dlerror(3)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final, Protocol
+
+from miniloader.errors import LoadError, MiniloaderError
+from miniloader.loader import unload
+from miniloader.loader.from_inside import opening
+from miniloader.loader.from_inside.caller import Caller, caller_at
+from miniloader.loader.from_inside.for_host import open_for_host
+from miniloader.loader.from_inside.information import information
+from miniloader.loader.from_inside.opening import Load, close_library, open_library
+from miniloader.loader.from_inside.symbols import symbol
+from miniloader.native import INSIDE, QuestionStructure
+
+__all__ = ["Watch", "answerer", "watches"]
+
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
+_libc: Final = ctypes.CDLL(None)
+_strdup: Final = _libc.strdup
+_strdup.restype, _strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+
+_BASE_NAMESPACE: Final = 0  # LM_ID_BASE of <dlfcn.h>
+
+
+def answerer(load: Load) -> int:
+    """The address of what answers ``inside.c``; ``load`` loads a file that has been found."""
+    opening.load_with(load)
+    return ctypes.cast(_callback(), ctypes.c_void_p).value or 0
+
+
+@lru_cache(maxsize=1)
+def _callback() -> Any:
+    return _CALLBACK(_answer)
+
+
+class Watch(Protocol):
+    """Who is told when a call begins and ends: of dlopen(3) the name, None for all others."""
+
+    def begin(self, name: str | None, /) -> float:
+        """A call begins; to be given to :meth:`end`."""
+        ...
+
+    def end(self, name: str | None, begin: float, how: str | None, /) -> None:
+        """It ends: ``how`` is ``glibc`` where that answers, ``refused`` where nobody does."""
+        ...
+
+
+#: Who watches, the last one.
+watches: Final[list[Watch]] = []
+_inside: Final[list[Caller]] = []  # who is being answered
+
+
+def _answer(place: int) -> int:
+    """Answer the question at the address ``place``; 0 where glibc shall."""
+    question = QuestionStructure.from_address(place)
+    function, failed = _FUNCTIONS[question.function]
+    with unload.lock:
+        watch = watches[-1] if watches else None
+        name = os.fsdecode(_text(question.name)) if function is _open and question.name else None
+        begin = watch.begin(name) if watch is not None else 0.0
+        caller, how = caller_at(question.caller), None
+        _inside.append(caller)
+        try:
+            result = function(question, caller)
+        except MiniloaderError as error:
+            text = error.ld_so if error.ld_so is not None else str(error)
+            question.error = _strdup(text.encode("utf-8", "surrogateescape"))
+            result, how = failed, "refused"
+        except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error
+            text = f"a fault of miniloader's own, {type(error).__name__}: {error}"
+            question.error = _strdup(text.encode("utf-8", "surrogateescape"))
+            result, how = failed, "refused"
+        finally:
+            _inside.pop()
+        if watch is not None:
+            watch.end(name, begin, "glibc" if result is None else how)
+    if result is None:
+        return 0
+    question.result = result & 0xFFFFFFFFFFFFFFFF
+    return 1
+
+
+def _text(address: int) -> bytes:
+    return ctypes.string_at(address)
+
+
+def _open(question: Any, caller: Caller) -> int | None:
+    if not question.name or not _text(question.name):
+        return None  # the program
+    if caller.library is None:
+        # What imports modules while it answers is Python, and what they are needed for is loading itself.
+        return open_for_host(_text(question.name), question.number, caller) if len(_inside) == 1 else None
+    return open_library(_text(question.name), question.number, caller)
+
+
+def _symbol(question: Any, caller: Caller) -> int | None:
+    version = _text(question.version).decode("utf-8", "surrogateescape") if question.version else None
+    return symbol(question.handle, _text(question.name), version, caller)
+
+
+def _close(question: Any, caller: Caller) -> int | None:
+    return close_library(question.handle, caller)
+
+
+def _information(question: Any, _: Caller) -> int | None:
+    return information(question.handle, question.number, question.where)
+
+
+def _open_in_namespace(question: Any, caller: Caller) -> int | None:
+    if question.handle == _BASE_NAMESPACE:
+        return _open(question, caller)
+    text = "dlmopen: a namespace of its own cannot have libraries that miniloader has loaded"
+    raise LoadError(f"{caller.name}: {text}", ld_so=text)
+
+
+#: What answers each question, and what the function returns when it fails.
+_FUNCTIONS: Final[list[tuple[Callable[[Any, Caller], int | None], int]]] = [
+    {
+        b"dlopen": (_open, 0),
+        b"dlsym": (_symbol, 0),
+        b"dlvsym": (_symbol, 0),
+        b"dlclose": (_close, -1),
+        b"dlinfo": (_information, -1),
+        b"dlmopen": (_open_in_namespace, 0),
+    }[name]
+    for name in list(INSIDE)[:6]
+]

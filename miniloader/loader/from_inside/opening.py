@@ -1,0 +1,128 @@
+"""dlopen(3) and dlclose(3): by name along the caller's paths, by path, what is there already, counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from miniloader.elf import Source
+from miniloader.errors import LoadError, SymbolError
+from miniloader.loader import unload
+from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.events import OnEvent
+from miniloader.loader.from_inside.caller import Caller
+from miniloader.loader.graph import Graph, Resolution
+from miniloader.loader.loaded import Loaded
+from miniloader.loader.policy import Policy
+from miniloader.loader.search import Asker, Surroundings, expand
+
+__all__ = ["Load", "close_library", "library_of", "load_with", "open_library"]
+
+Load = Callable[[Source, Policy, OnEvent | None, Asker | None, Surroundings], Loaded]
+"""Loads a file: with what is allowed, who hears of it, for whom it has been found, in what surroundings."""
+
+_load: Final[list[Load]] = []
+#: Whether any handle of ours has been given to the program, or to a library of ld.so's: then True is in it.
+handed_out: Final[set[bool]] = set()
+
+
+def load_with(load: Load) -> None:
+    """What is found shall be loaded by ``load``."""
+    _load[:] = [load]
+
+
+def open_library(name: bytes, flags: int, caller: Caller) -> int:
+    """The handle of the library ``name`` for ``caller``; 0 where it is not there and ``RTLD_NOLOAD`` says
+    that it is not to be loaded.  :class:`LoadError` where it cannot be.
+    """
+    text = os.fsdecode(name)
+    if not flags & (os.RTLD_LAZY | os.RTLD_NOW):
+        ld_so = f"{text}: invalid mode for dlopen(): Invalid argument"
+        raise LoadError(f"{caller.name}: dlopen with flags {flags:#x}: neither lazy nor now", ld_so=ld_so)
+    graph = Graph(caller.policy, caller.tell)
+    graph.look_around()
+    if "/" in text:
+        text = expand(text, caller.asker, graph.surroundings)
+    answer = graph.look(text, caller.asker, caller.name, open_host=not flags & os.RTLD_NOLOAD)
+    graph.event("open", caller.name, f"dlopen {text}: {answer.how}: {answer.path}", path=answer.path)
+    if isinstance(answer.what, Source):
+        if flags & os.RTLD_NOLOAD:
+            answer.what.close()
+            return 0
+        library = _load_new(answer.what, flags, caller, graph.surroundings)
+        library.called.add(text)
+    elif isinstance(answer.what, HostLibrary):
+        return _open_host(answer, flags)
+    else:
+        library = answer.what
+        library.handles += 1
+        library.stays |= bool(flags & os.RTLD_NODELETE)
+        if flags & os.RTLD_GLOBAL:
+            unload.make_global(library.local_scope(graph.listing))
+    handle = stand_ins.handle_of(library.mapped)
+    handed_out.add(caller.library is None)
+    if handle is None:
+        unload.let_go(library)
+        raise LoadError(f"{library.name}: was loaded without running it, so that it has no handle")
+    if handle not in _by_handle:
+        _by_handle[handle] = library
+        library.undo.callback(_by_handle.pop, handle)
+    return handle
+
+
+_by_handle: Final[dict[int, Loaded]] = {}  # those that have been handed out
+
+
+def _load_new(source: Source, flags: int, caller: Caller, surroundings: Surroundings) -> Loaded:
+    """Load the file for ``caller``: bound at once; lazily where functions are missing, and it may be so."""
+    policy = replace(
+        caller.policy,
+        bind="now",
+        address=None,
+        deep=bool(flags & os.RTLD_DEEPBIND),
+        is_global=bool(flags & os.RTLD_GLOBAL),
+        stays=bool(flags & os.RTLD_NODELETE),
+    )
+    path = source.name
+    try:
+        return _load[0](source, policy, caller.tell, caller.asker, surroundings)
+    except SymbolError:
+        if flags & os.RTLD_NOW or os.environ.get("LD_BIND_NOW"):
+            raise
+        lazily = replace(policy, bind="lazy", prepared=False)
+        return _load[0](Source.open(path), lazily, caller.tell, caller.asker, surroundings)
+
+
+def _open_host(answer: Resolution, flags: int) -> int:
+    """A handle of ld.so's own library, with what ``flags`` ask for."""
+    flags &= ~os.RTLD_DEEPBIND
+    if answer.handle is None:  # the program
+        return host.global_handle()
+    if flags & (os.RTLD_GLOBAL | os.RTLD_NODELETE):
+        handle = host.open_host(answer.path, load=False, flags=flags)
+        if handle is not None:
+            host.close_host(answer.handle)
+            return handle
+    return answer.handle
+
+
+def library_of(handle: int) -> Loaded | None:
+    """The library of ours that ``handle`` is of, whether dlopen(3) has given it or dladdr1(3) has told it."""
+    if handle in _by_handle:
+        return _by_handle[handle]
+    return unload.find_present(lambda library: stand_ins.handle_of(library.mapped) == handle)
+
+
+def close_library(handle: int, caller: Caller) -> int | None:
+    """One caller less holds the library behind ``handle``; None where it is glibc's to close."""
+    if not stand_ins.is_handle(handle):
+        return None
+    library = library_of(handle)
+    if library is None or not library.handles:
+        name = f"{library.name}: " if library is not None else ""
+        raise LoadError(f"{name}dlclose: is not open", ld_so=f"{name}shared object not open")
+    unload.let_go(library, caller.library)
+    return 0

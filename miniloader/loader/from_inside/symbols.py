@@ -1,0 +1,81 @@
+"""dlsym(3) and dlvsym(3): in a library and what it needs, in the global scope, or after the caller."""
+
+from __future__ import annotations
+
+from typing import Final, NoReturn
+
+from miniloader.errors import SymbolError
+from miniloader.loader import unload
+from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.from_inside.caller import Caller
+from miniloader.loader.from_inside.opening import library_of
+from miniloader.loader.library import find_symbol
+from miniloader.loader.loaded import Loaded
+
+__all__ = ["symbol"]
+
+_DEFAULT: Final = 0  # RTLD_DEFAULT and RTLD_NEXT of <dlfcn.h>
+_NEXT: Final = 0xFFFFFFFFFFFFFFFF
+
+
+def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int | None:
+    """The address of ``name``, in ``version`` if there is one, by ``handle`` or by who the ``caller`` is.
+
+    None where only glibc can tell; :class:`SymbolError` where nobody has it.
+    """
+    if handle == host.global_handle():  # what ld.so has there has been asked for
+        definition = find_symbol(unload.global_scope, name, version)
+        return None if definition is None else _meant(definition[0])
+    if handle not in (_DEFAULT, _NEXT):
+        library = library_of(handle)
+        if library is None:
+            return None
+        # Nearly always it is the library's own, which comes first but for filtees.
+        first = None if library.filtees else find_symbol([library], name, version)
+        definition = first or find_symbol(library.local_scope(), name, version)
+        if definition is None:
+            _refuse(library.name, name, version)
+        return _meant(definition[0])
+    if caller.library is None:
+        return None
+    if handle == _NEXT:
+        definition = find_symbol(_after(caller.library), name, version)
+    else:
+        definition = _find_globally(name, version) or find_symbol(_around(caller.library), name, version)
+    if definition is None:
+        _refuse(caller.name, name, version)
+    address, definer = definition
+    caller.library.hold(definer)
+    return _meant(address)
+
+
+def _find_globally(name: bytes, version: str | None) -> tuple[int, Loaded | HostLibrary] | None:
+    """``name`` in the process's global scope: ld.so's, then those of ours that have been made global."""
+    address = host.symbol_address(host.global_handle(), name, version)
+    if address is not None:
+        return address, host.libraries()[0]
+    return find_symbol(unload.global_scope, name, version)
+
+
+def _around(library: Loaded) -> list[Loaded | HostLibrary]:
+    """Where ``library`` finds what is not global: along with what has been asked for, and needs it."""
+    roots = [root for root in library.roots if root.is_mapped] or [library]
+    return list(dict.fromkeys(member for root in roots for member in root.local_scope()))
+
+
+def _after(library: Loaded) -> list[Loaded | HostLibrary]:
+    """What comes after ``library`` in the scope that it was loaded with."""
+    scope = _around(library)
+    return scope[scope.index(library) + 1 :]
+
+
+def _meant(address: int) -> int:
+    """What a library of ours calls for the function at ``address``."""
+    return stand_ins.stand_ins().get(address, address)
+
+
+def _refuse(where: str, name: bytes, version: str | None) -> NoReturn:
+    text = name.decode("utf-8", "backslashreplace")
+    label = text if version is None else f"{text}, version {version}"
+    raise SymbolError(f"{where}: no symbol {label}", ld_so=f"{where}: undefined symbol: {label}")

@@ -1,0 +1,214 @@
+"""What loading has cost while a program ran: for each library asked for, what came with it, and its time.
+
+The time between two events of a load belongs to the later one's stage; that after the start of a constructor
+belongs to the constructor.  So the parts of a load are its whole.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Final
+
+from miniloader.loader.events import Event, OnEvent, Stage, is_brief
+from miniloader.values import dataclass
+
+__all__ = ["PARTS", "Bill", "BilledLibrary", "Constructor", "Meter", "Opened"]
+
+#: Where time goes, by the stages of a load that end there; what no event ends is ``other``.
+PARTS: Final[Mapping[str, tuple[Stage, ...]]] = {
+    "search": ("search", "need", "parse", "open"),
+    "map": ("reserve", "map", "zero"),
+    "bind": ("bind", "tls"),
+    "relocate": ("relocate", "protect", "register", "prepared"),
+    "constructors": ("initialise",),
+    "other": ("finalise", "unmap", "host"),
+}
+_PART_OF: Final = {stage: part for part, stages in PARTS.items() for stage in stages}
+
+
+@dataclass(frozen=True)
+class Constructor:
+    """One constructor: its ``vaddr``, and how many ``seconds`` it took, with all that it did."""
+
+    vaddr: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BilledLibrary:
+    """One library that was loaded: seconds by :data:`PARTS`, and how many pages relocation copied."""
+
+    path: str
+    parts: Mapping[str, float]
+    constructors: tuple[Constructor, ...]
+    private_pages: int
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One call of dlopen(3): by whom, what for, what it gave, and what came of it.
+
+    ``how`` is ``loaded``, ``present`` (it was there already), ``ld.so`` or ``refused``; ``seconds`` is all of
+    it, ``nested`` calls, which constructors made, too; ``page_faults`` were the calling thread's.
+    """
+
+    name: str
+    how: str
+    seconds: float
+    page_faults: int
+    libraries: tuple[BilledLibrary, ...]
+    nested: tuple[Opened, ...]
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What loading has cost: ``opened`` in order; ``lookups`` by dlsym(3) and their seconds.
+
+    ``program_seconds`` is all else that the program did; ``fell_back`` what ld.so has loaded, and why.
+    """
+
+    opened: tuple[Opened, ...]
+    lookups: int
+    lookup_seconds: float
+    program_seconds: float
+    fell_back: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def seconds(self) -> float:
+        """What was spent in our dlopen(3) and dlsym(3)."""
+        return sum(opened.seconds for opened in self.opened) + self.lookup_seconds
+
+
+class _Library:
+    """A library while it is being loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.bias, self.pages = path, 0, 0
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        self.constructors: list[tuple[int, float]] = []
+
+    def billed(self) -> BilledLibrary:
+        constructors = tuple(Constructor(address - self.bias, taken) for address, taken in self.constructors)
+        return BilledLibrary(self.path, self.parts, constructors, self.pages)
+
+
+class _Call:
+    """A call of dlopen(3) that has not come back."""
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name, self.begin, self.since, self.how = name, now, now, "present"
+        self.faults = _faults()
+        self.root, self.is_known = _Library(name), False  # what was asked for; whether its file is known
+        self.libraries: dict[str, _Library] = {}
+        self.nested: list[Opened] = []
+        self.constructor: _Library | None = None  # whose constructor runs
+        self.address = 0  # its address
+
+    def of(self, event: Event | None) -> _Library:
+        """Whose cost it is: what comes before the file is known is that of what was asked for."""
+        if event is not None and event.stage == "parse" and not self.is_known:
+            self.is_known, self.root.path = True, event.library  # the first that is read
+            self.libraries[event.library] = self.root
+        path = event.library if event is not None else None
+        if path in self.libraries or (event is not None and event.stage == "parse"):
+            assert path is not None
+            return self.libraries.setdefault(path, _Library(path))
+        return self.root
+
+
+def _faults() -> int:
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_minflt + usage.ru_majflt
+
+
+class Meter:
+    """Measures each call as it comes; an ``OnEvent`` for what is loaded, that passes on what it hears."""
+
+    def __init__(self, tell: OnEvent | None = None) -> None:
+        self._tell = tell
+        #: Unless somebody else listens, too: see :func:`miniloader.loader.events.is_brief`.
+        self.brief = tell is None or is_brief(tell)
+        self._start = time.perf_counter()
+        self._calls: list[_Call] = []
+        self._opened: list[Opened] = []
+        self._lookups, self._lookup_seconds = 0, 0.0
+        self.fell_back: list[tuple[str, str]] = []
+
+    def begin(self, name: str | None) -> float:
+        """A call begins: of dlopen(3) with a ``name``, else another; to be given to :meth:`end`."""
+        now = time.perf_counter()
+        if name is not None:
+            self._settle(now, None)
+            self._calls.append(_Call(name, now))
+        return now
+
+    def end(self, name: str | None, begin: float, how: str | None = None) -> None:
+        """The call that began at ``begin`` is answered."""
+        now = time.perf_counter()
+        if name is None:
+            if not self._calls:  # within a load it is the load's, a constructor's mostly
+                self._lookups += 1
+                self._lookup_seconds += now - begin
+            return
+        call = self._calls.pop()
+        self._calls.append(call)
+        self._settle(now, None)
+        self._calls.pop()
+        if how == "glibc":
+            if self._calls:
+                self._calls[-1].since = now
+            return
+        libraries = tuple(library.billed() for library in call.libraries.values() or (call.root,))
+        loaded = how or ("loaded" if any(library.bias for library in call.libraries.values()) else "present")
+        opened = Opened(name, loaded, now - begin, _faults() - call.faults, libraries, tuple(call.nested))
+        if self._calls:
+            self._calls[-1].nested.append(opened)
+            self._calls[-1].since = now
+        else:
+            self._opened.append(opened)
+
+    def __call__(self, event: Event) -> None:
+        """Hear of one event."""
+        now = time.perf_counter()
+        self._settle(now, event)
+        if self._tell is not None:
+            self._tell(event)
+            if self._calls:
+                self._calls[-1].since = time.perf_counter()
+
+    def _settle(self, now: float, event: Event | None) -> None:
+        """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
+        if not self._calls:
+            return
+        call = self._calls[-1]
+        taken, call.since = now - call.since, now
+        if call.constructor is not None:
+            call.constructor.parts["constructors"] += taken
+            call.constructor.constructors.append((call.address, taken))
+        elif event is not None:
+            call.of(event).parts[_PART_OF[event.stage]] += taken
+        else:
+            call.of(None).parts["other"] += taken
+        call.constructor = None
+        if event is None:
+            return
+        library = call.of(event)
+        library.bias = int(event.data.get("bias", library.bias))
+        library.pages += int(event.data.get("pages", 0))
+        if event.stage == "initialise":
+            call.constructor, call.address = library, int(event.data["address"])
+
+    def bill(self) -> Bill:
+        """What it has come to."""
+        spent = sum(opened.seconds for opened in self._opened) + self._lookup_seconds
+        program = time.perf_counter() - self._start - spent
+        opened, fell_back = tuple(self._opened), tuple(self.fell_back)
+        return Bill(opened, self._lookups, self._lookup_seconds, program, fell_back)

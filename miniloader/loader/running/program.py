@@ -1,0 +1,124 @@
+"""A Python program, run as ``python`` itself would: a script, a module (``-m``), or lines of code (``-c``).
+
+What ``__main__``, ``sys.argv`` and ``sys.path[0]`` are is as :mod:`runpy` and Python's own start have it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
+
+from miniloader.errors import LoadError
+from miniloader.values import dataclass
+
+__all__ = ["PythonProgram", "code", "module", "script"]
+
+
+@dataclass(frozen=True)
+class PythonProgram:
+    """What is to run: its ``code``, the first of ``sys.argv``, and the ``names`` that ``__main__`` has."""
+
+    code: CodeType
+    name: str
+    names: Mapping[str, object]
+
+    def run(self, arguments: Sequence[str]) -> None:
+        """Run it as ``__main__`` with these ``arguments``; what it raises is the caller's."""
+        main = ModuleType("__main__")
+        main.__dict__.update(self.names, __builtins__=builtins, __annotations__={})
+        sys.modules["__main__"] = main
+        sys.argv[:] = [self.name, *arguments]
+        exec(self.code, main.__dict__)
+
+    def own_traceback(self, trace: TracebackType | None) -> TracebackType | None:
+        """The part of ``trace`` that is the program's, as Python would show it."""
+        frame = trace
+        while frame is not None and frame.tb_frame.f_code is not self.code:
+            frame = frame.tb_next
+        return frame or trace
+
+
+def _begin_path(directory: str) -> None:
+    """Modules are looked for in ``directory`` first, unless Python was told to look in no such place (-P)."""
+    if not sys.flags.safe_path:
+        sys.path[0] = directory
+
+
+def script(path: str) -> PythonProgram:
+    """The program in the file ``path``, or the ``__main__.py`` of the directory or zip file there."""
+    file = os.path.join(os.getcwd(), path)
+    if os.path.isdir(path) or _is_zip(path):
+        _begin_path(file)
+        return _found(path, path, lambda: PathFinder.find_spec("__main__", [file]))
+    try:
+        with open(path, "rb") as stream:
+            text = stream.read()
+    except OSError as error:
+        raise LoadError(f"{path}: {error.strerror}", hint="give a Python program") from None
+    _begin_path(os.path.dirname(os.path.realpath(path)))
+    loader = SourceFileLoader("__main__", file)
+    names = {
+        "__file__": file,
+        "__loader__": loader,
+        "__package__": None,
+        "__spec__": None,
+        "__cached__": None,
+    }
+    return PythonProgram(compile(text, file, "exec"), path, names)
+
+
+def _is_zip(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\3\4"
+    except OSError:
+        return False
+
+
+def code(text: str) -> PythonProgram:
+    """The program that ``text`` is."""
+    _begin_path("")
+    names = {"__package__": None, "__spec__": None, "__loader__": BuiltinImporter}
+    return PythonProgram(compile(text, "<string>", "exec"), "-c", names)
+
+
+def module(name: str) -> PythonProgram:
+    """The program that the module ``name`` is, or the ``__main__`` of a package."""
+    _begin_path(os.getcwd())
+    return _found(name, None, lambda: _spec_of(name))
+
+
+def _spec_of(name: str) -> importlib.machinery.ModuleSpec | None:
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    return spec
+
+
+def _found(
+    what: str, called: str | None, find: Callable[[], importlib.machinery.ModuleSpec | None]
+) -> PythonProgram:
+    """The program that ``find`` finds, which is ``called`` so, or like its file."""
+    try:
+        spec = find()
+    except (ImportError, ValueError) as error:
+        raise LoadError(f"{what}: no module of that name: {error}") from None
+    if spec is None:
+        raise LoadError(f"{what}: no module of that name", hint="nor a package with a __main__")
+    look = getattr(spec.loader, "get_code", None)
+    compiled = look(spec.name) if look is not None else None
+    if compiled is None:
+        raise LoadError(f"{what}: is not Python code that could be run")
+    names = {
+        "__file__": spec.origin,
+        "__cached__": spec.cached,
+        "__loader__": spec.loader,
+        "__package__": spec.parent,
+        "__spec__": spec,
+    }
+    return PythonProgram(compiled, called or spec.origin or what, names)

@@ -1,0 +1,117 @@
+"""The words through which libraries of ld.so's call dlopen(3) and its like, led elsewhere and put back.
+
+A library that another loader has linked calls by its global offset table.  There the functions of
+:data:`~miniloader.native.INSIDE` are replaced by what libraries of ours are bound to.  The pages are made
+writable for that moment only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from miniloader.elf.dynamic import (
+    DT_JMPREL,
+    DT_PLTRELSZ,
+    DT_RELA,
+    DT_RELASZ,
+    DT_STRSZ,
+    DT_STRTAB,
+    DT_SYMTAB,
+)
+from miniloader.kernel import syscalls as sys
+from miniloader.kernel.maps import read_maps
+from miniloader.loader.beside_glibc import stand_ins
+from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.memory import protection_bits
+from miniloader.loader.policy import comes_from_host
+from miniloader.machine.relocation import KINDS
+from miniloader.native import INSIDE
+from miniloader.values import dataclass
+
+__all__ = ["LedWord", "lead", "put_back", "slots_of"]
+
+_WORDS: Final = 3  # of a row of Elf64_Rela: offset, info, addend
+_SYMBOL: Final = 6  # words of 4 bytes of an Elf64_Sym, the first of which is its name
+_HERE: Final = {"x86_64": "X86_64", "aarch64": "AARCH64"}
+
+
+@dataclass(frozen=True)
+class LedWord:
+    """A word at ``address`` of a library: which function's address it holds."""
+
+    library: HostLibrary
+    name: bytes
+    address: int
+
+
+def slots_of(library: HostLibrary) -> Iterator[LedWord]:
+    """The words of ``library`` that hold addresses of functions of :data:`~miniloader.native.INSIDE`.
+
+    None of glibc's own: what it opens inside itself stays with it.
+    """
+    tags = library.dynamic.tags
+    if comes_from_host(library.soname) or not {DT_STRTAB, DT_STRSZ, DT_SYMTAB} <= tags.keys():
+        return
+    strings = library.read(tags[DT_STRTAB], tags[DT_STRSZ], "DT_STRTAB")
+    names = {place: name for name in INSIDE for place in _places(strings, name + b"\0")}
+    if not names:
+        return
+    tables = [
+        array("Q", library.read(tags[start], tags[size], "relocations"))
+        for start, size in ((DT_JMPREL, DT_PLTRELSZ), (DT_RELA, DT_RELASZ))
+        if start in tags and tags.get(size)
+    ]
+    count = 1 + max((max(table[1::_WORDS]) >> 32 for table in tables), default=0)
+    symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
+    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
+    kinds = KINDS[_HERE[os.uname().machine]]
+    plain = {code for code, kind in kinds.items() if kind.formula in ("S", "S + A")}
+    for table in tables:
+        for row, info in enumerate(table[1::_WORDS]):
+            if info >> 32 in wanted and info & 0xFFFFFFFF in plain:
+                yield LedWord(library, wanted[info >> 32], library.bias + table[row * _WORDS])
+
+
+def _places(strings: bytes, text: bytes) -> Iterator[int]:
+    place = strings.find(text)
+    while place >= 0:
+        yield place
+        place = strings.find(text, place + 1)
+
+
+def lead(libraries: Iterable[HostLibrary]) -> dict[LedWord, int]:
+    """Have what ``libraries`` call of :data:`~miniloader.native.INSIDE` come to us: what each word was."""
+    ours = stand_ins.by_name()
+    imports, address = stand_ins.for_imports()
+    words: list[tuple[LedWord, int]] = []
+    for library in libraries:
+        is_python = any(start <= imports - library.bias < end for start, end in library.ranges)
+        led = ours | {b"dlopen": address} if is_python else ours
+        words += ((slot, led[slot.name]) for slot in slots_of(library) if slot.name in led)
+    return _write(words)
+
+
+def put_back(words: dict[LedWord, int], names: Iterable[bytes]) -> None:
+    """Give the words for functions of these ``names`` their values back."""
+    chosen = set(names)
+    _write((slot, word) for slot, word in words.items() if slot.name in chosen)
+
+
+def _write(words: Iterable[tuple[LedWord, int]]) -> dict[LedWord, int]:
+    """Store the words, on pages that are writable meanwhile: what they were."""
+    mappings, earlier = read_maps(), dict[LedWord, int]()
+    for slot, word in words:
+        page = slot.address & -sys.PAGE_SIZE
+        protection = next(vma.protection for vma in mappings if slot.address in vma)
+        place = ctypes.c_uint64.from_address(slot.address)
+        earlier[slot] = place.value
+        if "w" not in protection:
+            sys.mprotect(page, sys.PAGE_SIZE, sys.PROT_READ | sys.PROT_WRITE)
+        place.value = word
+        if "w" not in protection:
+            sys.mprotect(page, sys.PAGE_SIZE, protection_bits(protection))
+    return earlier

@@ -1,0 +1,189 @@
+/* dlopen(3) and its like, as libraries that glibc does not know call them: Python answers.
+
+   A library of ours is bound to these instead of glibc's.  Who calls is found as glibc finds it, by the return
+   address.  What Python has no part in goes straight on to glibc's own: handles that are glibc's, and everything before
+   Python is asked to answer, and after it has ended.
+
+   Source: <dlfcn.h> and <link.h>; errors are kept as glibc's dlfcn/dlerror.c keeps them, one for each thread. */
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+enum { OPEN, SYMBOL, VERSIONED, CLOSE, INFORMATION, NAMESPACE }; /* what is asked */
+
+typedef struct { /* see __init__.py, which declares the same for Python */
+    uint64_t function, caller, handle, name, version, number, where;
+    uint64_t result, error; /* of malloc(3), or 0 */
+} Question;
+
+typedef struct { /* a function of glibc's, and what libraries of ours call instead; an audit reads them, too */
+    uint64_t ours, theirs;
+} StandIn;
+
+enum { STAND_INS = 16 };
+
+__attribute__((visibility("default"))) StandIn stand_ins[STAND_INS];
+
+static struct { /* glibc's own, in the order of Python's */
+    void *(*open)(const char *, int);
+    void *(*symbol)(void *, const char *);
+    void *(*versioned)(void *, const char *, const char *);
+    int (*close)(void *);
+    int (*information)(void *, int, void *);
+    void *(*namespace)(long, const char *, int);
+    char *(*error)(void);
+} theirs;
+
+static int64_t (*_Atomic answer)(Question *); /* whether it has answered; else glibc does */
+static uint64_t first_handle, last_handle;    /* of ours */
+static uint64_t program;                      /* the handle of the program, by which all that is global is found */
+
+/* Sixteen bytes that glibc has to spare, so that nothing of it is needed to find them. */
+#define EACH_THREADS static __thread __attribute__((tls_model("initial-exec")))
+EACH_THREADS char *message;
+EACH_THREADS bool pending;
+
+static bool is_ours(const void *handle)
+{
+    return (uint64_t)handle >= first_handle && (uint64_t)handle < last_handle;
+}
+
+/* Whatever is called has no error to tell of at first: neither we nor glibc. */
+static bool ask(Question *question)
+{
+    int64_t (*python)(Question *) = answer;
+    free(message);
+    message = NULL;
+    pending = false;
+    if (!python)
+        return false;
+    theirs.error();
+    if (!python(question))
+        return false;
+    message = (char *)question->error;
+    pending = message != NULL;
+    return true;
+}
+
+static void *meant(void *function)
+{
+    for (StandIn *stand_in = stand_ins; stand_in < stand_ins + STAND_INS; stand_in++)
+        if (function && stand_in->theirs == (uint64_t)function)
+            return (void *)stand_in->ours;
+    return function;
+}
+
+#define CALLER (uint64_t)__builtin_return_address(0)
+
+void *inside_open(const char *name, int flags)
+{
+    Question question = {.function = OPEN, .caller = CALLER, .name = (uint64_t)name, .number = (uint64_t)flags};
+    return ask(&question) ? (void *)question.result : theirs.open(name, flags);
+}
+
+/* CPython imports an extension module: it holds its lock, in the interpreter of the importing thread.  Python answers in
+   the main interpreter alone: in another one, where it would wait for a lock that its own thread holds, glibc does. */
+static struct {
+    void *(*thread)(void);              /* the thread state that holds the lock */
+    void *(*interpreter)(const void *); /* its interpreter */
+    const void *main;
+} python;
+
+void *inside_import(const char *name, int flags)
+{
+    Question question = {.function = OPEN, .caller = CALLER, .name = (uint64_t)name, .number = (uint64_t)flags};
+    if (python.main && python.interpreter(python.thread()) != python.main)
+        return theirs.open(name, flags);
+    return ask(&question) ? (void *)question.result : theirs.open(name, flags);
+}
+
+void set_python(void *(*thread)(void), void *(*interpreter)(const void *), const void *main)
+{
+    python.thread = thread;
+    python.interpreter = interpreter;
+    python.main = main;
+}
+
+static void *look_up(Question *question, void *handle)
+{
+    const char *name = (const char *)question->name, *version = (const char *)question->version;
+    bool is_asked = is_ours(handle) || !handle || handle == (void *)-1;
+    if (is_asked && ask(question))
+        return (void *)question->result;
+    if (is_ours(handle))
+        return NULL;
+    free(message);
+    message = NULL;
+    pending = false;
+    if (handle == (void *)-1) /* glibc refuses RTLD_NEXT to a caller that it does not know */
+        handle = NULL;
+    void *found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name);
+    if (!found && (uint64_t)handle == program) { /* a library of ours may have been made global */
+        if (ask(question))
+            return (void *)question->result;
+        found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name); /* for its error */
+    }
+    return meant(found);
+}
+
+void *inside_symbol(void *handle, const char *name)
+{
+    Question question = {
+        .function = SYMBOL, .caller = CALLER, .handle = (uint64_t)handle, .name = (uint64_t)name};
+    return look_up(&question, handle);
+}
+
+void *inside_versioned(void *handle, const char *name, const char *version)
+{
+    Question question = {.function = VERSIONED, .caller = CALLER, .handle = (uint64_t)handle,
+                         .name = (uint64_t)name, .version = (uint64_t)version};
+    return look_up(&question, handle);
+}
+
+int inside_close(void *handle)
+{
+    Question question = {.function = CLOSE, .caller = CALLER, .handle = (uint64_t)handle};
+    if (ask(&question))
+        return (int)question.result;
+    return is_ours(handle) ? 0 : theirs.close(handle); /* at the end of the process nothing is unmapped */
+}
+
+int inside_information(void *handle, int request, void *where)
+{
+    Question question = {.function = INFORMATION, .caller = CALLER, .handle = (uint64_t)handle,
+                         .number = (uint64_t)request, .where = (uint64_t)where};
+    if (is_ours(handle) && ask(&question))
+        return (int)question.result;
+    return is_ours(handle) ? -1 : theirs.information(handle, request, where);
+}
+
+void *inside_namespace(long namespace, const char *name, int flags)
+{
+    Question question = {.function = NAMESPACE, .caller = CALLER, .handle = (uint64_t)namespace,
+                         .name = (uint64_t)name, .number = (uint64_t)flags};
+    return ask(&question) ? (void *)question.result : theirs.namespace(namespace, name, flags);
+}
+
+/* Each error once. */
+char *inside_error(void)
+{
+    bool ours = pending;
+    pending = false;
+    return ours ? message : theirs.error();
+}
+
+/* From now on Python answers (NULL: nobody does).  Functions are glibc's own, as above; the handles of ours are from
+   first on, so many bytes. */
+void set_inside(int64_t (*python)(Question *), const void *functions, uint64_t first, uint64_t length,
+                uint64_t global)
+{
+    if (functions)
+        __builtin_memcpy(&theirs, functions, sizeof theirs);
+    if (first) {
+        first_handle = first;
+        last_handle = first + length;
+        program = global;
+    }
+    answer = python;
+}

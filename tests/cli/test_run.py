@@ -1,0 +1,140 @@
+"""``miniloader run``: a program runs as it does without, but that its libraries are ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from fixtures import build
+from miniloader.report.schemas import SCHEMAS
+
+PLAIN = (sys.executable,)
+RUN = (sys.executable, "-m", "miniloader", "run")
+SHOW = (
+    "import sys\n"
+    "print(__name__, sys.argv, repr(sys.path[0]), __spec__ and __spec__.name, globals().get('__file__'))\n"
+)
+
+
+def run(
+    command: tuple[str, ...], *words: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in ``cwd``, from where this package is found all the same."""
+    path = os.pathsep.join(filter(None, (str(build.ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        timeout=100,
+    )
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A script, a package with a __main__, a directory with one."""
+    (tmp_path / "script.py").write_text(SHOW + "import beside\n")
+    (tmp_path / "beside.py").write_text("import _sqlite3; print(_sqlite3.sqlite_version.count('.'))\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("")
+    (tmp_path / "package/__main__.py").write_text(SHOW)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("script.py", "--bill", "x", "-m"),
+        ("./script.py",),
+        ("-m", "beside"),
+        ("-m", "package", "-c", "y"),
+        ("package",),
+        ("-c", SHOW, "a", "--bill"),
+    ],
+    ids=" ".join,
+)
+def test_a_program_is_what_it_is_without(words: tuple[str, ...], place: Path) -> None:
+    plain = run(PLAIN, *words, cwd=place)
+    ours = run(RUN, "--no-bill", "--strict", *words, cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert plain.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(7)",
+        "import sys; sys.exit('a word')",
+        "raise SystemExit",
+        "def f(): 1 / 0\nf()",
+        "raise KeyboardInterrupt",
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import atexit, threading\natexit.register(print, 1)\nthreading.Timer(0.1, print, [2]).start()",
+    ],
+)
+def test_it_ends_as_the_program_ends(code: str, place: Path) -> None:
+    (place / "ends.py").write_text(code)
+    plain, ours = run(PLAIN, "ends.py", cwd=place), run(RUN, "--no-bill", "ends.py", cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+def test_the_bill(place: Path) -> None:
+    words = ("-c", "import _decimal, _sqlite3; print('out')")
+    summary = run(RUN, *words, cwd=place)
+    assert summary.stdout == "out\n"
+    assert summary.stderr.startswith("miniloader loaded ")
+    assert "lib-dynload/_sqlite3" in summary.stderr or "_sqlite3" in summary.stderr
+    done = run(RUN, "--bill", "bill.txt", *words, cwd=place)
+    assert (done.stdout, done.stderr) == ("out\n", "")
+    shown = (place / "bill.txt").read_text()
+    assert "private pages" in shown
+    assert "the modules' own Python, and the program" in shown
+    done = run(RUN, "--json", "--bill", "bill.json", "-c", "import _decimal, _sqlite3", cwd=place)
+    assert (done.stdout, done.stderr) == ("", "")
+    bill = json.loads((place / "bill.json").read_text())
+    jsonschema.validate(bill, SCHEMAS["run"])
+    names = [Path(opened["name"]).name.partition(".")[0] for opened in bill["opened"]]
+    assert names[:2] == ["_decimal", "_sqlite3"]
+    assert bill["fell_back"] == []
+
+
+def test_interpreters_that_it_starts_follow(place: Path) -> None:
+    (place / "look.py").write_text(
+        "import _lsprof, sys\n"
+        "print('/_lsprof' in open('/proc/self/maps').read(), 'miniloader.loader.loading' in sys.modules)\n"
+    )
+    (place / "starts.py").write_text("import subprocess, sys; subprocess.run([sys.executable, 'look.py'])\n")
+    assert run(RUN, "--no-bill", "starts.py", cwd=place).stdout.split() == ["True", "False"]
+    done = run(RUN, "--no-bill", "--follow", "starts.py", cwd=place)
+    assert (done.stdout.split(), done.stderr) == (["True", "True"], "")
+
+
+def test_a_crash_names_library_function_and_place(place: Path) -> None:
+    library = build.build("misbehaves")
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).misbehave()"
+    done = run(RUN, "--no-bill", "-c", code, cwd=place, MINILOADER_MISBEHAVE="crash")
+    assert done.returncode == -signal.SIGSEGV
+    assert "miniloader: the program was killed by SIGSEGV" in done.stderr
+    assert "of libmisbehaves.so" in done.stderr
+
+
+def test_nothing_to_run(place: Path) -> None:
+    done = run(RUN, cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("miniloader: nothing to run")
+
+
+def test_trace_tells_on_standard_error(place: Path) -> None:
+    done = run(RUN, "--no-bill", "--trace", "-c", "import _lsprof; print('out')", cwd=place)
+    assert done.stdout == "out\n"
+    assert "_lsprof" in done.stderr
+    assert "dlopen " in done.stderr

@@ -1,0 +1,243 @@
+"""``miniloader.importing()``: what CPython, ctypes and libraries open is loaded by us, and works as ever."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import miniloader
+from miniloader.loader.beside_glibc import host
+from miniloader.loader.running import slots
+from tests.loader.conftest import InChild
+
+FixtureLibrary = Callable[[str], Path]
+ROOT = Path(miniloader.__file__).parents[1]
+
+
+def python(program: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=100,
+    )
+
+
+def words() -> dict[tuple[str, bytes, int], int]:
+    """What is in each word through which ld.so's libraries call dlopen and its like."""
+    return {
+        (library.path, slot.name, slot.address): ctypes.c_uint64.from_address(slot.address).value
+        for library in host.libraries()
+        for slot in slots.slots_of(library)
+    }
+
+
+_MODULES = """
+import sys, miniloader
+from miniloader.loader.beside_glibc import host
+with miniloader.importing(strict=True) as imports:
+    import _decimal, _sqlite3, _ssl, _json, pyexpat, numpy, ctypes
+    libz = ctypes.CDLL("libz.so.1")
+import sqlite3, xml.etree.ElementTree as tree
+print(_decimal.Decimal("1.1") * 3, sqlite3.connect(":memory:").execute("select 6 * 7").fetchone(),
+      _ssl.OPENSSL_VERSION[:8], tree.fromstring("<a b='c'/>").attrib,
+      numpy.linalg.det([[1.0, 2], [3, 4]]).round(), libz.crc32(0, b"hello", 5),
+      _sqlite3.__spec__.name, _sqlite3.__file__ == _sqlite3.__spec__.origin)
+theirs = [library.path for library in host.libraries()]
+print([name for name in ("_decimal", "_sqlite3", "_ssl", "pyexpat", "libsqlite3", "libssl", "umath")
+       if any(name in path for path in theirs)], len(imports.bill.opened) >= 7, imports.fell_back)
+"""
+
+
+def test_modules_are_loaded_by_us_and_work() -> None:
+    done = python(_MODULES)
+    assert (done.returncode, done.stderr) == (0, "")
+    works, ours = done.stdout.splitlines()
+    assert works == "3.3 (42,) OpenSSL  {'b': 'c'} -2.0 907060870 _sqlite3 True"
+    assert ours == "[] True []"
+
+
+def test_the_words_are_put_back(in_child: InChild) -> None:
+    def story() -> list[bool]:
+        plain = words()
+        with miniloader.importing():
+            led = words()
+        return [led.keys() == plain.keys(), led != plain, words() == plain]
+
+    assert in_child(story) == [True, True, True]
+
+
+def test_who_has_a_handle_of_ours_may_go_on_asking(
+    in_child: InChild, fixture_library: FixtureLibrary
+) -> None:
+    """``ctypes.CDLL`` looks a function up when it is first used, and that may be later."""
+    fixture_library("opened_dep")
+    path = str(fixture_library("opened"))
+
+    def story() -> list[Any]:
+        with miniloader.importing():
+            library = ctypes.CDLL(path)
+        later = ctypes.CDLL(str(fixture_library("demo")))
+        known = [other.path for other in host.libraries()]
+        return [library.plug(), path in known, later._name in known]
+
+    assert in_child(story) == [42, False, True]
+
+
+def test_what_cannot_be_loaded_falls_back_and_is_named(fixture_library: FixtureLibrary) -> None:
+    program = (
+        "import ctypes, sys, miniloader\n"
+        "with miniloader.importing(strict='strict' in sys.argv) as imports:\n"
+        "    ctypes.CDLL(sys.argv[1])\n"
+        "print(len(imports.fell_back))\n"
+    )
+    path = fixture_library("textrel")
+    done = python(program, path)
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"miniloader: {path}: loaded by ld.so instead: {path}: DT_TEXTREL")
+    strict = python(program, path, "strict")
+    assert strict.returncode == 1
+    assert strict.stderr.splitlines()[-1].startswith(f"OSError: {path}: DT_TEXTREL")
+
+
+def test_what_nobody_has_is_an_error_in_the_words_of_ld_so() -> None:
+    program = (
+        "import ctypes, sys\n"
+        "try:\n"
+        "    ctypes.CDLL('libnonexistent.so.1')\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    led = f"import miniloader\nwith miniloader.importing():\n    exec({program!r})\n"
+    assert python(led).stdout == python(program).stdout != ""
+
+
+def test_only_what_fits_is_ours() -> None:
+    program = (
+        "import miniloader\n"
+        "from miniloader.loader.beside_glibc import host\n"
+        "with miniloader.importing('*_decimal*') as imports:\n"
+        "    import _decimal, _sqlite3\n"
+        "print([opened.name.rpartition('/')[2].partition('.')[0] for opened in imports.bill.opened])\n"
+        "print(any('_sqlite3' in library.path for library in host.libraries()))\n"
+    )
+    assert python(program).stdout == "['_decimal']\nTrue\n"
+
+
+def test_forked_children_and_threads_keep_it() -> None:
+    program = (
+        "import os, threading, miniloader\n"
+        "from miniloader.loader.beside_glibc import host\n"
+        "def ours(name):\n"
+        "    __import__(name)\n"
+        "    theirs = any(name in library.path for library in host.libraries())\n"
+        "    os.write(1, f'{name} {not theirs}\\n'.encode())\n"
+        "with miniloader.importing():\n"
+        "    if os.fork() == 0:\n"
+        "        ours('_decimal')\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+        "    threads = [threading.Thread(target=ours, args=(name,)) for name in ('_sqlite3', '_lsprof')]\n"
+        "    for thread in threads:\n"
+        "        thread.start()\n"
+        "    for thread in threads:\n"
+        "        thread.join()\n"
+    )
+    done = python(program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.split("\n")) == ["", "_decimal True", "_lsprof True", "_sqlite3 True"]
+
+
+def test_in_a_subinterpreter_modules_come_from_ld_so() -> None:
+    """Python answers in the main one alone: to wait for it there would be to wait for ever."""
+    module = "_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters"
+    program = (
+        "import miniloader\n"
+        "with miniloader.importing():\n"
+        f"    import {module} as interpreters\n"
+        "    other = interpreters.create()\n"
+        "    interpreters.run_string(other, 'import _lsprof; print(_lsprof.__name__)')\n"
+        "    interpreters.destroy(other)\n"
+        "    import _decimal\n"
+        "print(_decimal.Decimal(2))\n"
+    )
+    done = python(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "_lsprof\n2\n", "")
+
+
+_COSTS = """
+import ctypes, json, sys, time, miniloader
+from miniloader.report.bill import as_json
+with miniloader.importing() as imports:
+    begin = time.perf_counter()
+    libcrypto = ctypes.CDLL("libcrypto.so.3")
+    spent = time.perf_counter() - begin
+    for name in ("SHA1", "SHA224", "SHA256", "SHA384", "SHA512", "MD5") * 20:
+        begin = time.perf_counter()
+        libcrypto[name]
+        spent += time.perf_counter() - begin
+    inner = ctypes.CDLL(sys.argv[1])
+print(json.dumps([spent, as_json(imports.bill)]))
+"""
+
+
+def test_the_parts_of_the_bill_are_its_whole(fixture_library: FixtureLibrary) -> None:
+    """Within five per cent of what a clock outside shows, which sees ctypes' own work as well."""
+    fixture_library("opened")
+    done = python(_COSTS, fixture_library("opens_more"))
+    assert (done.returncode, done.stderr) == (0, "")
+    spent, bill = json.loads(done.stdout)
+    crypto, inner = bill["opened"]
+    parts = [library["parts_ms"] for library in crypto["libraries"]]
+    total = sum(sum(each.values()) for each in parts)
+    assert total == pytest.approx(crypto["ms"], rel=0.01)
+    assert bill["lookups"] == 120
+    # ctypes makes a function of each address: that is its work, not ours.
+    assert 0.7 * spent * 1e3 < total + bill["lookups_ms"] <= spent * 1e3
+    assert {"search", "map", "bind", "relocate", "constructors"} <= {
+        name for each in parts for name, taken in each.items() if taken > 0
+    }
+    assert sum(library["private_pages"] for library in crypto["libraries"]) > 10
+    assert crypto["page_faults"] > 10
+    (nested,) = inner["nested"]  # its constructor opens another
+    assert nested["name"] == "libopened.so"
+    assert nested["ms"] < inner["ms"]
+    own = sum(sum(library["parts_ms"].values()) for library in inner["libraries"])
+    assert own + nested["ms"] == pytest.approx(inner["ms"], rel=0.02)
+
+
+def test_a_load_takes_no_longer_the_more_there_are(
+    fixture_library: FixtureLibrary, in_child: InChild
+) -> None:
+    """A hundred libraries are there already: twice as long at most, and not for each of them again."""
+    data = fixture_library("demo").read_bytes()
+
+    def story() -> list[float]:
+        def taken() -> float:
+            times = []
+            for _ in range(15):
+                begin = time.process_time()
+                miniloader.load(miniloader.Source.from_bytes(data)).close()
+                times.append(time.process_time() - begin)
+            return sorted(times)[len(times) // 2]
+
+        few = taken()
+        kept = [miniloader.load(miniloader.Source.from_bytes(data)) for _ in range(100)]
+        many = taken()
+        return [few, many, len(kept)]
+
+    few, many, _ = in_child(story)
+    assert many < 2 * few + 0.001
