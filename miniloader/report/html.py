@@ -115,6 +115,7 @@ def _environment() -> Environment:
         "pyrepr": repr,
         "short": short,
         "choices_of": _choices_of,
+        "slug": lambda word: word.lower().replace(" ", "-"),
     }
     return environment
 

@@ -33,6 +33,8 @@ _SAME_AS_BEFORE: Final = -1
 _SAME_AS_PARTNER: Final = -2
 _CELL: Final = 16  # a cell is partner × _CELL + state; partner 0: none, 1: itself, 2 + n: process n
 _MOST_CHARACTERS: Final = 2_000_000  # of the packed data; what exceeds it is left out, least important first
+#: What a reader is shown in place of a state's name.
+_SHOWN: Final = {"sole": "the file's page", "copied-shared": "a copy, mapped twice", "absent": "not there"}
 _MOST_RUNS: Final = 120  # rows of the text table for one step
 
 Table = NDArray[np.int64]
@@ -189,7 +191,7 @@ def _encoded(film: Film, left_out: Sequence[str]) -> dict[str, Any]:
         "at": film.start,
         "groups": [[group.start, group.stop, group.name, group.about] for group in film.groups],
         "legend": sorted(states),
-        "states": [[state.name, state.sign, state.help] for state in STATES],
+        "states": [[_SHOWN.get(state.name, state.name), state.sign, state.help] for state in STATES],
         "level": level,
         "shows": next(row.shows for row in LEVELS if row.name == level),
         "left_out": list(left_out),
@@ -277,5 +279,5 @@ def table_of(film: Film, scene: Scene) -> dict[str, Any]:
 
 
 def _in_words(film: Film, index: int, state: int, partner: int) -> str:
-    name = STATES[state].name
+    name = _SHOWN.get(STATES[state].name, STATES[state].name)
     return f"{name}, with {film.rows[partner]}" if partner not in (-1, index) else name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -11,9 +10,12 @@ import numpy as np
 from miniloader.evidence.verdict import combine
 from miniloader.report.matrix_data import Film, Group, Scene
 from miniloader.values import dataclass
+from miniloader.walkthrough.c_sources import c_source
+from miniloader.walkthrough.chapter import Quiz
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import ChapterStep, CodeLine, CodeListing, Grid, PageBytes
 from miniloader.walkthrough.traced_calls import shortened
+from miniloader.walkthrough.words import WORDS, words_in
 
 __all__ = ["view_of"]
 
@@ -40,48 +42,107 @@ class Move:
     repeated: bool
 
 
+@dataclass(frozen=True, eq=False)
+class StepView:
+    """A step, the questions that are asked before it is shown, and its matrix: before it, and after."""
+
+    step: ChapterStep
+    questions: tuple[Quiz, ...]
+    film: Film | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChapterView:
+    """A chapter that was run; ``films`` are its matrices through all steps, where there are three or more."""
+
+    result: ChapterResult
+    steps: tuple[StepView, ...]
+    films: tuple[Film, ...]
+    c_source: str
+
+    @property
+    def listing(self) -> str:
+        """The calls of all steps."""
+        lines = []
+        for number, step in enumerate(self.result.steps, 1):
+            lines += [f"# {number}. {step.name}"] if step.calls else []
+            for call in shortened(step.calls):
+                who = f"[{call.process}] " if call.process else ""
+                result = f" {'→' if call.access else '='} {call.result}" if call.result else ""
+                lines.append(f"{who}{call.text}{result}")
+        return "\n".join(lines)
+
+
 def view_of(results: Sequence[ChapterResult]) -> dict[str, Any]:
     """Everything that the template asks for."""
     return {
         "results": results,
-        "chapters": [(result, dict(_films(result))) for result in results],
-        "tally": Counter(result.verdict for result in results),
+        "chapters": tuple(map(_chapter, results)),
         "verdict": combine(claim for result in results for claim in result.claims),
         "dump": dump,
         "moves": moves,
         "shortened": shortened,
+        "words": WORDS,
+        "words_in": words_in,
     }
 
 
-# -------------------------------------------------------------------------------------------- films
-def _films(result: ChapterResult) -> Iterator[tuple[int, Film]]:
-    """By the step after which it is shown: steps with a grid of the same rows and pages are one film."""
-    scenes: list[tuple[ChapterStep, Grid]] = []
-    last = 0
+def _chapter(result: ChapterResult) -> ChapterView:
+    steps, seen, asked = list[StepView](), list[tuple[ChapterStep, Grid]](), set[str]()
     for number, step in enumerate(result.steps):
+        quizzes = [
+            *([result.chapter.question] if not number else []),
+            *result.chapter.asked_before(step.name),
+        ]
+        new = tuple(quiz for quiz in quizzes if quiz.text not in asked)
+        asked |= {quiz.text for quiz in new}
+        steps.append(StepView(step, new, _film_of(step, seen)))
+    films = tuple(film for film in _films(result) if len(film.scenes) > 2)
+    return ChapterView(result, tuple(steps), films, c_source(result.chapter.id))
+
+
+# -------------------------------------------------------------------------------------------- films
+def _film_of(step: ChapterStep, seen: list[tuple[ChapterStep, Grid]]) -> Film | None:
+    """The matrix of one step, beginning with that of the step before; which is added to ``seen``."""
+    if step.grid is None or not len(step.grid.sharing.vaddrs):
+        return None
+    before = [seen[-1]] if seen and _alike(seen[-1][1], step.grid) else []
+    seen.append((step, step.grid))
+    return _film("The pages, before and after" if before else "The pages", [*before, seen[-1]], start=0)
+
+
+def _films(result: ChapterResult) -> Iterator[Film]:
+    """Steps with a grid of the same rows and pages, which follow each other, are one film."""
+    scenes: list[tuple[ChapterStep, Grid]] = []
+    for step in result.steps:
         if step.grid is None or not len(step.grid.sharing.vaddrs):
             continue
         if scenes and not _alike(scenes[-1][1], step.grid):
-            yield last, _film(result, scenes)
+            yield _film(_title(result, scenes), scenes, start=0)
             scenes = []
         scenes.append((step, step.grid))
-        last = number
     if scenes:
-        yield last, _film(result, scenes)
+        yield _film(_title(result, scenes), scenes, start=0)
+
+
+def _title(result: ChapterResult, scenes: Sequence[tuple[ChapterStep, Grid]]) -> str:
+    return f"{result.chapter.title}: the pages, {' → '.join(step.name for step, _ in scenes)}"
 
 
 def _alike(first: Grid, second: Grid) -> bool:
-    return first.rows == second.rows and np.array_equal(first.sharing.vaddrs, second.sharing.vaddrs)
+    """Whether two grids show the same pages of the same mappings, and so a before and an after."""
+    bases = [[process.base for process in grid.snapshot.processes] for grid in (first, second)]
+    same_pages = np.array_equal(first.sharing.vaddrs, second.sharing.vaddrs)
+    return first.rows == second.rows and bases[0] == bases[1] and same_pages
 
 
-def _film(result: ChapterResult, scenes: Sequence[tuple[ChapterStep, Grid]]) -> Film:
-    names = [step.name for step, _ in scenes]
+def _film(title: str, scenes: Sequence[tuple[ChapterStep, Grid]], start: int) -> Film:
     return Film(
-        title=f"{result.chapter.title}: the pages, {' → '.join(names)}",
+        title=title,
         rows=scenes[0][1].rows,
         groups=tuple(_groups(scenes[-1][1])),
         scenes=tuple(Scene(step.name, step.did, grid.snapshot) for step, grid in scenes),
-        start=len(scenes) - 1,
+        start=start,
     )
 
 

@@ -186,7 +186,10 @@
       const { data } = this, rows = [...data.rows.keys()];
       const first = (wanted) => data.columns.findIndex((page) => rows.some((row) => wanted(data.state(data.at, row, page))));
       const found = first((state) => state === COPIED || state === COPIED_SHARED);
-      return Math.max(found < 0 ? first((state) => state !== 0) : found, 0);
+      if (found >= 0) return found;
+      const last = data.scenes.length - 1;  // what will be copied, else what is there
+      const later = data.columns.findIndex((page) => rows.some((row) => [COPIED, COPIED_SHARED].includes(data.state(last, row, page))));
+      return Math.max(later < 0 ? first((state) => state !== 0) : later, 0);
     }
     listen() {
       this.slider.addEventListener("input", () => this.go(Number(this.slider.value)));
@@ -209,7 +212,7 @@
       this.known = this.figure.clientWidth;
       const { data } = this, total = data.columns.length;
       this.width = this.stage.clientWidth;
-      this.gutter = this.width < 500 ? 24 : 84;
+      this.gutter = this.width < 300 ? 24 : 84;
       const room = this.width - this.gutter - (data.groups.length - 1) * 7 - 2;
       this.cell = Math.min(34, Math.floor(room / Math.max(total, 1)));
       this.whole = this.cell >= 9;
@@ -588,6 +591,70 @@
   addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
   readPalette();
 
+  // --------------------------------------------------------------------------------------- the course
+  // A chapter at a time, by the address; in it each step keeps what was seen until its question is answered.
+  class Course {
+    constructor(root) {
+      this.root = root;
+      this.chapters = [...root.querySelectorAll(".chapter")];
+      this.contents = $(root, ".contents details");
+      $(root, ".keys").hidden = false;
+      for (const step of root.querySelectorAll(".step")) this.gate(step);
+      $(root, ".reveal-all").addEventListener("click", () => this.revealAll());
+      addEventListener("beforeprint", () => { this.revealAll(); for (const chapter of this.chapters) chapter.hidden = false; });
+      addEventListener("afterprint", () => this.show());
+      addEventListener("hashchange", () => this.show(true));
+      document.addEventListener("keydown", (event) => this.key(event));
+      if (innerWidth < 992) this.contents.open = false;
+      this.show();
+    }
+    gate(step) {
+      const reveal = $(step, ".reveal");
+      if (!reveal) return;
+      reveal.hidden = false;
+      $(step, ".outcome").hidden = true;
+      const slider = $(step, ".film input");
+      if (slider && slider.max === "0") $(step, ".film").hidden = true;  // it has no state before
+      $(reveal, "button").addEventListener("click", () => this.reveal(step));
+      for (const choice of step.querySelectorAll(".choice")) choice.addEventListener("toggle", () => { if (choice.open) this.reveal(step); });
+    }
+    reveal(step) {
+      const reveal = $(step, ".reveal"), figure = $(step, ".film"), film = figure?.film;
+      if (reveal) reveal.hidden = true;
+      if (figure) figure.hidden = false;
+      $(step, ".outcome").hidden = false;
+      if (film) film.go(film.data.scenes.length - 1);
+    }
+    revealAll() { for (const step of this.root.querySelectorAll(".step")) this.reveal(step); }
+    // The chapter that the address names, or that has what it names; the first where it names nothing.
+    show(moved = false) {
+      const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      const chapter = target?.closest(".chapter") ?? this.chapters[0];
+      this.current = this.chapters.indexOf(chapter);
+      for (const other of this.chapters) other.hidden = other !== chapter;
+      $(this.root, ".cover").classList.toggle("later", this.current > 0);
+      for (const item of this.root.querySelectorAll("[data-chapter]")) {
+        const here = item.dataset.chapter === chapter.id;
+        item.classList.toggle("here", here);
+        if (here) $(item, "a").setAttribute("aria-current", "true"); else $(item, "a").removeAttribute("aria-current");
+      }
+      if (!moved) { if (target && target !== chapter) target.scrollIntoView(); return; }
+      if (innerWidth < 992) this.contents.open = false;
+      if (target && target !== chapter) target.scrollIntoView();
+      else { scrollTo(0, 0); $(chapter, "h2").focus({ preventScroll: true }); }
+    }
+    turn(by) {
+      const next = this.chapters[this.current + by];
+      if (next) location.hash = next.id;
+    }
+    key(event) {
+      if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, [role='application']")) return;
+      if (event.key === "n") this.turn(1);
+      else if (event.key === "p") this.turn(-1);
+      else if (event.key === "?") location.hash = "words";
+    }
+  }
+
   // One after the other, so that the first can be used while the others are still unpacked.
   async function start() {
     for (const figure of document.querySelectorAll(".film")) {
@@ -596,9 +663,13 @@
       films.push(film);
       figure.film = film;  // for whoever has a look from the console, and for the tests
       figure.dataset.ready = "true";
+      const step = figure.closest(".step");
+      if (step && !$(step, ".outcome").hidden) film.go(film.data.scenes.length - 1);
       await new Promise((resume) => setTimeout(resume));
     }
     document.documentElement.dataset.ready = "true";
   }
+  const course = $(document, ".course");
+  if (course) new Course(course);
   start();
 })();

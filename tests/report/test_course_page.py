@@ -1,0 +1,121 @@
+"""The course's page as a learner uses it: a chapter at a time, questions before answers, on any screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from miniloader.report.html import write_walkthrough
+from miniloader.walkthrough.chapters import chapter
+from miniloader.walkthrough.run_chapter import run_chapter
+from tests.report.conftest import Opened
+
+Open = Callable[..., Opened]
+CHAPTERS = ("fork", "relocation")
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("course") / "course.html"
+    write_walkthrough([run_chapter(chapter(name)) for name in CHAPTERS], path)
+    return path
+
+
+def shown(opened: Opened) -> list[str]:
+    """The ids of the chapters that are visible."""
+    return [
+        one.get_attribute("id") or "" for one in opened.page.locator(".chapter").all() if one.is_visible()
+    ]
+
+
+def at(opened: Opened, place: str) -> None:
+    opened.page.evaluate("(place) => { location.hash = place }", place)
+    opened.page.wait_for_function("(place) => document.getElementById(place).checkVisibility()", arg=place)
+
+
+def test_a_chapter_at_a_time_by_keys_links_and_address(course: Path, open_page: Open) -> None:
+    opened = open_page(course)
+    assert shown(opened) == ["fork"]
+    opened.page.keyboard.press("n")
+    assert shown(opened) == ["relocation"]
+    current = opened.page.locator(".contents [aria-current]").inner_text()
+    assert current.endswith("Relocation, the GOT and the PLT")
+    opened.page.keyboard.press("p")
+    assert shown(opened) == ["fork"]
+    opened.page.locator("#fork .turn [rel=next]").click()
+    assert shown(opened) == ["relocation"]
+    at(opened, "fork-3")
+    assert shown(opened) == ["fork"]
+    assert opened.page.evaluate("document.getElementById('fork-3').getBoundingClientRect().top") < 900
+    opened.page.keyboard.press("?")
+    assert shown(opened) == ["words"]
+    assert opened.page.locator("h1").count() == 1
+
+
+def test_the_answer_comes_after_the_question(course: Path, open_page: Open) -> None:
+    opened = open_page(course)
+    at(opened, "fork-2")
+    step = opened.page.locator("#fork-2")
+    film = "(figure) => [figure.film.step, figure.film.data.scenes.length]"
+    assert not step.locator(".outcome").is_visible()
+    assert step.locator(".film").evaluate(film) == [0, 2]
+    step.locator(".choice summary").first.click()  # a wrong one: it is told, and what happened is shown
+    assert step.locator(".outcome").is_visible()
+    assert step.locator(".film").evaluate(film) == [1, 2]
+    assert not opened.page.locator("#fork-3 .outcome").is_visible()
+    opened.page.get_by_role("button", name="Show all answers").click()
+    assert opened.page.locator("#fork-3 .outcome").is_visible()
+
+
+def test_loads_are_told_from_calls(course: Path, open_page: Open) -> None:
+    opened = open_page(course)
+    opened.page.get_by_role("button", name="Show all answers").click()
+    lines = opened.page.locator("#fork-1 .calls li, #fork-2 .calls li").all_inner_texts()
+    assert any(line.startswith("fork() = ") for line in lines)
+    assert any(line.endswith('shared[0:5] → "hello"') for line in lines)
+    assert "Listing: the same in C" in opened.page.locator("#fork").inner_text()
+
+
+WIDE = """() => {
+  const outside = (one) => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+  const all = [...document.querySelectorAll(".chapter:not([hidden]) *")];
+  return all.filter((one) => !one.closest(".scroll, pre, svg") && outside(one)).map((one) => one.outerHTML);
+}"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (768, "dark"), (1280, "light")])
+def test_each_chapter_fits_and_is_accessible(width: int, scheme: str, course: Path, open_page: Open) -> None:
+    opened = open_page(course, width=width, height=900, color_scheme=scheme)
+    for name in (*CHAPTERS, "words"):
+        at(opened, name)
+        opened.page.evaluate("document.querySelector('.reveal-all').click()")
+        assert opened.page.evaluate(WIDE) == []
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        if width < 1280:
+            found = Axe().run(opened.page).response["violations"]
+            assert [(one["id"], [node["html"][:200] for node in one["nodes"][:3]]) for one in found] == []
+
+
+def test_reduced_motion_is_respected(course: Path, open_page: Open) -> None:
+    opened = open_page(course, reduced_motion="reduce")
+    at(opened, "fork-2")
+    opened.page.locator("#fork-2 .reveal button").click()
+    assert opened.page.locator("#fork-2 .film").evaluate("(figure) => figure.film.progress") == 1
+
+
+def test_it_is_whole_without_its_script_and_on_paper(course: Path, open_page: Open) -> None:
+    opened = open_page(course, java_script_enabled=False)
+    assert shown(opened) == [*CHAPTERS, "words"]
+    assert all(one.is_visible() for one in opened.page.locator(".outcome").all())
+    printed = open_page(course)
+    printed.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert shown(printed) == [*CHAPTERS, "words"]
+    assert all(one.is_visible() for one in printed.page.locator(".outcome").all())
+
+
+def test_a_chapter_is_small(course: Path) -> None:
+    """Sixteen of them, in one file, are under 3 MB."""
+    assert course.stat().st_size / len(CHAPTERS) < 3_000_000 / 16
