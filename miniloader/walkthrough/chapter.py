@@ -7,10 +7,8 @@ is judged by a pure function of that, so that a test can hand it other observati
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import field
-from types import CodeType, FunctionType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from miniloader.kernel.features import LEVELS, LevelName
@@ -149,8 +147,8 @@ class Chapter(Generic[Seen]):
     """One chapter.  ``claim`` is its one sentence, ``claims`` the statements that are judged.
 
     ``question`` is asked first, those of ``later`` before the step each names.  ``surprise`` is what the
-    experiment shows that few expect.  ``explanation`` are paragraphs; ``sources``
-    say where that is written down.
+    experiment shows that few expect.  ``explanation`` are paragraphs; ``sources`` say where that is written
+    down, and ``source_of`` where each claim is, by its id.
     """
 
     id: str
@@ -163,6 +161,7 @@ class Chapter(Generic[Seen]):
     explanation: tuple[str, ...]
     sources: tuple[str, ...]
     exercise: Exercise
+    source_of: Mapping[str, str] = field(compare=False)
     run: Callable[[Workbench], Generator[ChapterStep, None, Seen]] = field(repr=False)
     later: tuple[Quiz, ...] = ()
 
@@ -174,32 +173,3 @@ class Chapter(Generic[Seen]):
     def asked_before(self, step: str) -> tuple[Quiz, ...]:
         """The questions to ask before the step of that name is shown."""
         return tuple(quiz for quiz in self.later if step.startswith(quiz.step))
-
-    @property
-    def code(self) -> str:
-        """The source of the experiment: ``run``, then each function of its module that it calls."""
-        assert isinstance(self.run, FunctionType)
-        return "\n\n".join(map(inspect.getsource, _with_calls(self.run)))
-
-
-def _with_calls(function: FunctionType) -> list[FunctionType]:
-    """``function`` and the functions of its module that it calls, directly or not, each once."""
-    functions = [function]
-    for caller in functions:  # which grows meanwhile
-        called = (function.__globals__.get(name) for name in _names(caller.__code__))
-        functions += (
-            callee
-            for callee in dict.fromkeys(called)
-            if isinstance(callee, FunctionType)
-            and callee.__module__ == function.__module__
-            and callee not in functions
-        )
-    return functions
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """The global names that ``code`` uses, with the functions defined inside it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)

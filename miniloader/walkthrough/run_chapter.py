@@ -43,7 +43,7 @@ class ChapterResult:
             "verdict": self.verdict,
             "evidence": self.environment.level,
             "facts": self.environment.to_json(),
-            "claims": [claim.to_json() for claim in self.claims],
+            "claims": [{**claim.to_json(), "source": chapter.source_of[claim.id]} for claim in self.claims],
             "question": chapter.question.to_json(),
             "questions": [quiz.to_json() for quiz in chapter.questions],
             "steps": [step.to_json() for step in self.steps],
@@ -57,13 +57,17 @@ class ChapterResult:
         }
 
 
+_CLAIM: Final = CLAIM_SCHEMA | {
+    "properties": CLAIM_SCHEMA["properties"] | {"source": TEXT},
+    "required": [*CLAIM_SCHEMA["required"], "source"],
+}
 _QUIZ: Final = record(
     keys(TEXT, "text step"), {"choices": array(record(keys(TEXT, "text why"))), "answer": COUNT}
 )
 
 CHAPTER_SCHEMA: Final = record(
     keys(TEXT, "id title claim surprise"),
-    {"number": COUNT, "verdict": VERDICT_SCHEMA, "evidence": LEVEL_SCHEMA, "claims": array(CLAIM_SCHEMA)},
+    {"number": COUNT, "verdict": VERDICT_SCHEMA, "evidence": LEVEL_SCHEMA, "claims": array(_CLAIM)},
     {"facts": record(
         keys(TEXT, "kernel machine privilege shows"), {"page_size": COUNT, "file_systems": array(TEXT)}
     )},

@@ -121,6 +121,18 @@ def test_no_internal_word_reaches_the_screen() -> None:
         assert [line for line in shown if INTERNAL.search(line)] == []
 
 
+def test_each_claim_has_its_source() -> None:
+    """A manual page, a document or a file of the kernel, a standard; or it is measured here."""
+    known = re.compile(
+        r"\(\d\)|Documentation/|mm/|net/|gABI|psABI|glibc|Drepper|binutils|android_|measured here|zlib\.h"
+    )
+    for one in chapters():
+        assert {claim.id for claim in one.claims} == {*one.source_of}
+        assert [id for id, source in one.source_of.items() if not known.search(source)] == []
+        for claim in result_here(one.id).to_json()["claims"]:
+            assert claim["source"] == one.source_of[claim["id"]]
+
+
 def test_three_questions_a_chapter_each_before_its_step() -> None:
     for name in CHAPTERS:
         asked = [quiz for step in result_here(name).steps for quiz in chapter(name).asked_before(step.name)]

@@ -290,6 +290,17 @@ CHAPTER: Final[Chapter[BuiltLoader]] = Chapter(
         hints=tuple(f"{step.function}: {step.hint}." for step in STEPS),
         where=loader_check.where,
     ),
+    source_of={
+        "headers": "elf(5), Phdr",
+        "plan": "System V gABI, chapter 5, Program Loading",
+        "mapped": "System V gABI, chapter 5, Program Loading; mmap(2), MAP_FIXED",
+        "zeroed": "elf(5), p_memsz: the extra bytes are defined to hold the value 0",
+        "relocated": "System V psABI, AMD64, 4.4, R_X86_64_RELATIVE: B + A",
+        "bound": "System V gABI, chapter 5, Hash Table; binutils, DT_GNU_HASH",
+        "started": "System V gABI, chapter 5, Initialization and Termination Functions; ld(1), -z relro",
+        "like-ld-so": "ld.so(8): its own copy in this process",
+        "crc32": "zlib.h, crc32()",
+    },
     run=_run,
     later=(
         Quiz(

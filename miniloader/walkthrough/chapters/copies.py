@@ -381,6 +381,18 @@ CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
             "mmap.mmap(file.fileno(), 0) is the file's own pages: no seek, no readinto.",
         ),
     ),
+    source_of={
+        "mapping-is-the-cache": (
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61; "
+            "Documentation/admin-guide/mm/concepts.rst, Page cache"
+        ),
+        "read-copies": "read(2): into the buffer; mm/filemap.c, filemap_read()",
+        "frames-distinct": "Documentation/admin-guide/mm/pagemap.rst, page frame number",
+        "buffer-is-a-snapshot": "read(2)",
+        "mapping-follows": "mmap(2), MAP_SHARED",
+        "read-wins-once": "measured here; mm/filemap.c, filemap_read() beside filemap_fault()",
+        "mmap-wins-random": "measured here; mm/filemap.c, filemap_read() beside filemap_fault()",
+    },
     run=_run,
     later=(
         Quiz(

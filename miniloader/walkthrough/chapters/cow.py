@@ -394,6 +394,23 @@ CHAPTER: Final[Chapter[CowPages]] = Chapter(
             "Look at each page with memory[page * PAGE], and store into one of them only.",
         ),
     ),
+    source_of={
+        "copied": (
+            "mmap(2), MAP_PRIVATE: a private copy-on-write mapping; "
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+        ),
+        "only-that-page": "mm/memory.c, do_wp_page() and wp_page_copy()",
+        "invisible": "mmap(2), MAP_PRIVATE: not visible to other processes mapping the same file",
+        "never-in-file": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
+        "later-change-shows": (
+            "mmap(2), MAP_PRIVATE: unspecified; in Linux the page cache's own page is mapped until it "
+            "is written"
+        ),
+        "same-on-tmpfs": "tmpfs(5); mmap(2), MAP_PRIVATE",
+        "working-copy": "mmap(2), MAP_PRIVATE",
+        "read-only-refused": "mmap(2), SIGSEGV: attempted write into a region mapped as read-only",
+        "past-the-end": "mmap(2), SIGBUS: beyond the end of the mapped file",
+    },
     run=_run,
     later=(
         Quiz(

@@ -293,6 +293,15 @@ CHAPTER: Final[Chapter[ForkedPages]] = Chapter(
             "memory[0] = 2 instead of the loop: one page moves, the others stay.",
         ),
     ),
+    source_of={
+        "all-shared": "fork(2), NOTES: implemented using copy-on-write pages",
+        "own-when-written": "fork(2), NOTES; Documentation/admin-guide/mm/pagemap.rst, bit 56",
+        "first-writer-moves": "mm/memory.c, do_wp_page(): the page is copied for whoever writes",
+        "isolated": "fork(2): memory writes performed by one of the processes do not affect the other",
+        "last-owner-stays": "mm/memory.c, wp_can_reuse_anon_folio()",
+        "owner-again": "Documentation/admin-guide/mm/pagemap.rst, bit 56, exclusively mapped",
+        "shared-stays-shared": "fork(2); mmap(2), MAP_SHARED",
+    },
     run=_run,
     later=(
         Quiz(

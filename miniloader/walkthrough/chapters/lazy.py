@@ -353,6 +353,15 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
             "PAGE] = 1.",
         ),
     ),
+    source_of={
+        "on-demand": "Documentation/admin-guide/mm/concepts.rst, Virtual Memory Primer: demand paging",
+        "one-fault-many": "mm/memory.c, do_fault_around(); mm/filemap.c, filemap_map_pages()",
+        "write-one": "mm/memory.c, do_cow_fault(): one page is allocated and copied",
+        "by-fault": "getrusage(2), ru_minflt",
+        "cold-and-warm": (
+            "getrusage(2), ru_majflt: page faults that required I/O; posix_fadvise(2), POSIX_FADV_DONTNEED"
+        ),
+    },
     run=_run,
     later=(
         Quiz(

@@ -314,6 +314,22 @@ CHAPTER: Final[Chapter[MappedThings]] = Chapter(
             "letter = memory[40 * PAGE] alone is enough: take the line with memory[:] away.",
         ),
     ),
+    source_of={
+        "file-mapped": "mmap(2), DESCRIPTION: it creates a new mapping in the virtual address space",
+        "device-mapped": "zero(4); mmap(2), DESCRIPTION: a file, or other object",
+        "anonymous-mapped": "mmap(2), MAP_ANONYMOUS: not backed by any file, contents initialised to zero",
+        "nothing-loaded": "mmap(2), MAP_POPULATE: only with it are page tables prefaulted",
+        "page-tables": (
+            "Documentation/admin-guide/mm/concepts.rst, Page cache; "
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+        ),
+        "like-an-array": "mmap(2), DESCRIPTION: the contents of a file mapping are those of the file",
+        "zero-then-own": (
+            "Documentation/admin-guide/mm/concepts.rst, Anonymous Memory: a page of zeros when read, a "
+            "regular page when written"
+        ),
+        "in-step": "mmap(2), MAP_SHARED: carried through to the underlying file",
+    },
     run=_run,
     later=(
         Quiz(

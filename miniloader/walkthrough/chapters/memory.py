@@ -328,6 +328,18 @@ CHAPTER: Final[Chapter[PagesAndFrames]] = Chapter(
             "Page 5 begins at byte 5 * PAGE: access that byte, and no loop.",
         ),
     ),
+    source_of={
+        "in-the-map": "proc_pid_maps(5)",
+        "table-empty": (
+            "Documentation/mm/page_tables.rst, Page faults; Documentation/admin-guide/mm/pagemap.rst, bit 63"
+        ),
+        "one-entry": "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults",
+        "first-touch-faults": "getrusage(2), ru_minflt",
+        "cached": "Documentation/admin-guide/mm/concepts.rst, Page cache",
+        "cached-is-not-mapped": "mincore(2); Documentation/admin-guide/mm/pagemap.rst, bit 63",
+        "two-addresses-one-frame": "Documentation/admin-guide/mm/pagemap.rst, bits 0-54, page frame number",
+        "same-bytes": "mmap(2), MAP_SHARED",
+    },
     run=_run,
     later=(
         Quiz(

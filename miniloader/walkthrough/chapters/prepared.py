@@ -214,6 +214,16 @@ CHAPTER: Final[Chapter[PlainAndPrepared]] = Chapter(
             "Write page + BIAS into the file; then no user has to write.",
         ),
     ),
+    source_of={
+        "private-otherwise": "mmap(2), MAP_PRIVATE",
+        "relocated-one-copy": (
+            "android_dlextinfo, ANDROID_DLEXT_USE_RELRO; Documentation/admin-guide/mm/pagemap.rst, page "
+            "frame number"
+        ),
+        "same-address": "mmap(2), MAP_FIXED_NOREPLACE",
+        "saved": "proc_pid_smaps(5), Pss",
+        "isolated": "mmap(2), MAP_PRIVATE: not visible to other processes",
+    },
     run=_run,
     later=(
         Quiz(

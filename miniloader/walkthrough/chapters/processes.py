@@ -179,6 +179,15 @@ CHAPTER: Final[Chapter[LibraryInProcesses]] = Chapter(
             "memory[0] = user: one page each. The other 15 stay the file's.",
         ),
     ),
+    source_of={
+        "code-one-copy": "mmap(2), MAP_PRIVATE; Documentation/admin-guide/mm/pagemap.rst, page frame number",
+        "relocated-own": "mmap(2), MAP_PRIVATE: a private copy-on-write mapping",
+        "adds-what-it-writes": "mmap(2), MAP_PRIVATE; Documentation/admin-guide/mm/pagemap.rst, bit 61",
+        "isolated": "mmap(2), MAP_PRIVATE: not visible to other processes",
+        "file-unchanged": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
+        "pss": "proc_pid_smaps(5), Pss: each page divided by the number of processes sharing it",
+        "saved": "proc_pid_smaps(5), Rss and Pss",
+    },
     run=_run,
     later=(
         Quiz(

@@ -326,6 +326,16 @@ CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
             "slot.value = ctypes.cast(tolower, ctypes.c_void_p).value",
         ),
     ),
+    source_of={
+        "code-unchanged": (
+            "System V psABI, AMD64, 3.5, Position-Independent Objects; "
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+        ),
+        "through-the-slot": "System V psABI, AMD64, 5.2, Procedure Linkage Table",
+        "slot-holds-address": "System V psABI, AMD64, 5.2, R_X86_64_JUMP_SLOT",
+        "bound-when-called": "ld.so(8), LD_BIND_NOW; System V psABI, AMD64, 5.2, lazy binding",
+        "only-written-copied": "System V psABI, AMD64, 5.2, Global Offset Table; mmap(2), MAP_PRIVATE",
+    },
     run=_run,
     later=(
         Quiz(

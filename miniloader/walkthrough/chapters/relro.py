@@ -336,6 +336,14 @@ CHAPTER: Final[Chapter[RelroPages]] = Chapter(
             "protect(0, mmap.PROT_READ), after the table has been filled in.",
         ),
     ),
+    source_of={
+        "writable-at-first": "ld(1), -z relro; elf(5), PT_GNU_RELRO",
+        "frozen": "ld(1), -z relro; mprotect(2)",
+        "still-copied": "mmap(2), MAP_PRIVATE; mprotect(2) changes protections, and no page",
+        "store-refused": "mprotect(2), SIGSEGV; sigaction(2), SEGV_ACCERR",
+        "data-writable": "mprotect(2): protections are those of whole pages",
+        "differ-by-bias": "System V psABI, AMD64, 4.4, R_X86_64_RELATIVE: B + A",
+    },
     run=_run,
     later=(
         Quiz(

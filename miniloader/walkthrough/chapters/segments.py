@@ -314,6 +314,15 @@ CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
             "stays as it is.",
         ),
     ),
+    source_of={
+        "segments-decide": "System V gABI, chapter 5, Program Loading; elf(5), PT_LOAD",
+        "nothing-loaded": "mmap(2), MAP_POPULATE: only with it are page tables prefaulted",
+        "one-page-twice": "System V gABI, chapter 5, Program Loading: page boundaries and impure pages",
+        "tail-was-not-zero": "System V gABI, chapter 5, Program Loading; elf(5), p_filesz",
+        "tail-zeroed": (
+            "elf(5), p_memsz: the extra bytes are defined to hold the value 0; glibc, elf/dl-map-segments.h"
+        ),
+    },
     run=_run,
     later=(
         Quiz(

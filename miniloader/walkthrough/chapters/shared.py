@@ -270,6 +270,15 @@ CHAPTER: Final[Chapter[Talks]] = Chapter(
             "MAP_PRIVATE keeps a store to oneself. MAP_SHARED does not.",
         ),
     ),
+    source_of={
+        "unrelated": "credentials(7), parent process; proc_pid_stat(5)",
+        "visible-at-once": "mmap(2), MAP_SHARED: visible to other processes mapping the same region",
+        "both-ways": "shm_overview(7); mmap(2), MAP_SHARED",
+        "one-frame": "Documentation/admin-guide/mm/pagemap.rst, page frame number",
+        "not-copied": "mmap(2), MAP_SHARED; Documentation/admin-guide/mm/pagemap.rst, bit 61",
+        "in-the-file": "mmap(2), MAP_SHARED: carried through to the underlying file",
+        "persistent": "mmap(2), MAP_SHARED; msync(2), fsync(2)",
+    },
     run=_run,
     later=(
         Quiz(

@@ -264,6 +264,14 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
             "Page 8 is data: put them all there, 8 bytes apart, at CODE * PAGE + 8 * number.",
         ),
     ),
+    source_of={
+        "refused-unasked": "System V gABI, chapter 5, DT_TEXTREL; ld(1), -z text",
+        "addresses-in-code": "System V gABI, chapter 5, DT_TEXTREL: relocations of a non-writable segment",
+        "every-page-differs": "mmap(2), MAP_PRIVATE: memory is copied by the page",
+        "code-private": "mmap(2), MAP_PRIVATE; gcc(1), -fPIC",
+        "pss": "proc_pid_smaps(5), Pss",
+        "file-unchanged": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
+    },
     run=_run,
     later=(
         Quiz(

@@ -323,6 +323,18 @@ CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
             "class Visits(threading.local): then each thread begins with the template's count.",
         ),
     ),
+    source_of={
+        "two-addresses": "Drepper, ELF Handling For Thread-Local Storage, 2 and 3",
+        "from-the-template": (
+            "Drepper, ELF Handling For Thread-Local Storage, 2: the initialization image; elf(5), PT_TLS"
+        ),
+        "own-values": "Drepper, ELF Handling For Thread-Local Storage, 3",
+        "template-stays": "Drepper, ELF Handling For Thread-Local Storage, 2: the initialization image",
+        "not-in-the-library": (
+            "Drepper, ELF Handling For Thread-Local Storage, 3: blocks are allocated for each thread"
+        ),
+        "late-thread": "Drepper, ELF Handling For Thread-Local Storage, 3",
+    },
     run=_run,
     later=(
         Quiz(

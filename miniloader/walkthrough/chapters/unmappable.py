@@ -307,6 +307,14 @@ CHAPTER: Final[Chapter[MmapAnswers]] = Chapter(
             "Make an anonymous mapping of 19 bytes, and put what os.read(reading, 19) gives into it.",
         ),
     ),
+    source_of={
+        "streams-refuse": "mmap(2), ENODEV; pipe(7), unix(7)",
+        "tcp-maps": "net/ipv4/tcp.c, tcp_mmap()",
+        "things-without-pages": "mmap(2), ENODEV; null(4)",
+        "rights-count": "mmap(2), EACCES, EPERM; fcntl(2), F_SEAL_WRITE",
+        "shape-counts": "mmap(2), EBADF, EINVAL",
+        "beyond-the-end": "mmap(2), SIGBUS",
+    },
     run=_run,
     later=(
         Quiz(
