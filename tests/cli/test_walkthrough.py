@@ -221,7 +221,7 @@ def test_a_page(tmp_path: Path) -> None:
     done = run("cow", "--html", tmp_path / "page.html")
     assert (done.returncode, done.stderr) == (0, "")
     assert "✔  3  MAP_PRIVATE: copy on write  9 proven" in done.stdout
-    assert cow.CHAPTER.claim in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cow.CHAPTER.surprise in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert os.listdir(tmp_path) == ["page.html"]
 
 
