@@ -186,8 +186,14 @@ def _json(arguments: argparse.Namespace, result: Audit) -> dict[str, Any]:
     """The object that ``--json`` prints of one look."""
     from dataclasses import asdict
 
+    from miniloader.lab.erosion.advice import advice_json
+
     groups = [asdict(group) for group in _groups(arguments, result)]
-    return {**result.to_json(), **({"groups": groups} if arguments.by is not None else {})}
+    return {
+        **result.to_json(),
+        "advice": advice_json(result),
+        **({"groups": groups} if arguments.by is not None else {}),
+    }
 
 
 def _save(arguments: argparse.Namespace, result: Audit) -> None:

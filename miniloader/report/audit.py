@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
 from miniloader.report.audit_rows import COUNTED, group_rows, library_rows, mapping_rows
-from miniloader.report.erosion import erosion_view
+from miniloader.report.erosion import advice_view, erosion_view
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Line, Part, Table, heading, listed, more
 
@@ -68,6 +68,7 @@ def lines(audit: Audit, *, pages: bool = False, groups: Sequence[MemoryGroup] = 
             yield from _library(library)
     elif audit.explained:
         yield from erosion_view(audit)
+        yield from advice_view(audit)
     if audit.processes:
         yield ()
         yield _processes(audit.processes)

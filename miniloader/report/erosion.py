@@ -11,13 +11,15 @@ from miniloader.report.text import Line, Part, Table, heading, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.result import Audit
+    from miniloader.lab.erosion.advice import Advice
     from miniloader.lab.erosion.result import Erosion
     from miniloader.lab.erosion.since import ErodedSince
 
-__all__ = ["eroded_rows", "erosion_view"]
+__all__ = ["advice_view", "eroded_rows", "erosion_view"]
 
 _MOST: Final = 8
 _MOST_TYPES: Final = 6
+_MOST_NAMES: Final = 4
 
 
 def erosion_view(audit: Audit) -> Iterator[Part]:
@@ -98,6 +100,33 @@ _DIFFERING: Final = {
     "collector": "the collector's words",
     "other-write": "written otherwise",
 }
+
+
+def advice_view(audit: Audit) -> Iterator[Part]:
+    """What would save memory, and how much."""
+    from miniloader.lab.erosion.advice import advise
+
+    pieces = advise(audit) if audit.erosion is not None else ()
+    if not pieces:
+        return
+    yield ()
+    yield heading("what would help", "figures are sums of what is seen here")
+    for piece in pieces:
+        yield (f"  {_told(piece)}",)
+
+
+def _told(piece: Advice) -> str:
+    amount = f"{piece.bound} {size(piece.bytes)}"
+    names = listed([printable(path.rpartition("/")[2]) for path in piece.libraries], _MOST_NAMES)
+    workers = f"{listed([str(pid) for pid in piece.pids], _MOST_NAMES)}"
+    return {
+        "one-more": f"one more process like {workers}: costs {amount}",
+        "ending-one": f"ending one of {workers}: frees {amount}",
+        "freeze": f"gc.freeze() before the fork: {amount} of {workers}, less what is read there as well",
+        "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",
+        "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
+        "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",
+    }[piece.kind]
 
 
 def eroded_rows(rows: Sequence[ErodedSince] | None) -> Iterator[Part]:

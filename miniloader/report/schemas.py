@@ -14,6 +14,7 @@ from miniloader.lab.audit.growth import GROWTH_KEYS
 from miniloader.lab.audit.live_bindings import LIVE_SCHEMA
 from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
+from miniloader.lab.erosion.advice import ADVICE_SCHEMA
 from miniloader.lab.proof.proof import PROOF_SCHEMA
 from miniloader.report import bill, bindings, check, disasm, doctor, inspect, load, prepared, tree
 from miniloader.walkthrough.run_chapter import CHAPTER_SCHEMA
@@ -34,7 +35,12 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "audit": either(
         record(
             AUDIT_KEYS,
-            optional={"since": NUMBER, "changes": array(CHANGE_SCHEMA), "groups": array(GROUP_SCHEMA)},
+            optional={
+                "since": NUMBER,
+                "changes": array(CHANGE_SCHEMA),
+                "groups": array(GROUP_SCHEMA),
+                "advice": ADVICE_SCHEMA,
+            },
         ),
         PAGE_SCHEMA,
         LIVE_SCHEMA,

@@ -1,0 +1,117 @@
+"""What would save memory, and how much: each figure is a sum of what an audit has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from statistics import median_low
+from typing import Any, Final, Literal
+
+from miniloader.json_schema import COUNT, TEXT, array, record, words
+from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
+from miniloader.values import dataclass
+
+__all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise"]
+
+AdviceKind = Literal["one-more", "ending-one", "freeze", "preload", "prepared", "twice"]
+Bound = Literal["about", "at least", "at most"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to do, and what it saves (``one-more``: costs), in bytes.
+
+    - ``one-more``: another worker like those of ``pids`` costs about so much, as their median has it (USS).
+    - ``ending-one``: ending one of them frees at least so much: the least that one has of its own.
+    - ``freeze``: ``gc.freeze()`` before the fork saves at most this over all of ``pids``: what holds the same
+      bytes as its relative has, which references may have touched as well, or differs in the collector's
+      words.
+    - ``preload``: that the parent loads ``libraries`` before it forks saves at least this: copies that are
+      only relocated, in each of ``pids`` but one.  What their initialisation leaves in the heap comes on top.
+    - ``prepared``: pages that are only relocated, of all processes: what prepared pages save at most.
+    - ``twice``: one library that is several files in the page cache: about what the further ones take.
+    """
+
+    kind: AdviceKind
+    bound: Bound
+    bytes: int
+    pids: tuple[int, ...] = ()
+    libraries: tuple[str, ...] = ()
+
+
+def advise(audit: Audit) -> tuple[Advice, ...]:
+    """What would help the processes of ``audit``, for each family; nothing that would save nothing."""
+    families: dict[int, list[int]] = {}
+    for row in audit.erosion or ():
+        families.setdefault(row.relative, []).append(row.pid)
+    found = [piece for parent, workers in families.items() for piece in _of_family(audit, parent, workers)]
+    found += _of_files(audit)
+    return tuple(piece for piece in found if piece.bytes > 0)
+
+
+def advice_json(audit: Audit) -> list[dict[str, Any]]:
+    """The key ``advice`` of ``audit --json``."""
+    return [asdict(piece) for piece in advise(audit)]
+
+
+def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Advice]:
+    """What concerns a parent, or the eldest of siblings, and the others."""
+    pids = tuple(workers)
+    own = {process.pid: process.uss for process in audit.counted}
+    costs = [own[pid] for pid in pids if pid in own]
+    if costs:
+        yield Advice("one-more", "about", median_low(costs), pids)
+        yield Advice("ending-one", "at least", min(costs), pids)
+    touched = {
+        row.pid: (row.same or 0) + row.causes.get("collector", 0)
+        for row in audit.erosion or ()
+        if row.pid in pids and (row.runtime or "").startswith("cpython")
+    }
+    yield Advice("freeze", "at most", sum(touched.values()), tuple(touched))
+    late = [library for library in audit.libraries if _having(library).isdisjoint({parent})]
+    pages = {library.path: _but_one(library, pids) for library in late}
+    names = tuple(path for path, number in pages.items() if number)
+    yield Advice("preload", "at least", sum(pages.values()) * audit.page_size, pids, names)
+
+
+def _of_files(audit: Audit) -> Iterator[Advice]:
+    """What concerns files, whoever has them."""
+    relocated = {library.path: sum(map(_alone, _relocated(library))) for library in audit.libraries}
+    paths = tuple(path for path, number in relocated.items() if number)
+    yield Advice("prepared", "at most", sum(relocated.values()) * audit.page_size, (), paths)
+    for library in audit.libraries:
+        if library.files > 1 and library.takes is not None:
+            further = library.takes * (library.files - 1) // library.files
+            yield Advice("twice", "about", further, tuple(sorted(_having(library))), (library.path,))
+
+
+def _having(library: AuditedLibrary) -> frozenset[int]:
+    return frozenset(process.pid for process in library.processes)
+
+
+def _relocated(library: AuditedLibrary) -> list[PrivatePage]:
+    return [page for page in library.private_pages if page.only_relocated]
+
+
+def _alone(page: PrivatePage) -> int:
+    """How many processes have a copy of the page that nobody else has."""
+    return len(page.pids) - len(page.common)
+
+
+def _but_one(library: AuditedLibrary, pids: Sequence[int]) -> int:
+    """How many pages that are only relocated ``pids`` would share, had their parent loaded the library."""
+    shares: Mapping[int, int] = {
+        page.vaddr: len([pid for pid in page.pids if pid in pids and pid not in page.common])
+        for page in _relocated(library)
+    }
+    return sum(max(number - 1, 0) for number in shares.values())
+
+
+ADVICE_SCHEMA: Final = array(
+    record(
+        {"kind": words("one-more ending-one freeze preload prepared twice")},
+        {"bound": {"enum": ["about", "at least", "at most"]}, "bytes": COUNT},
+        {"pids": array(COUNT), "libraries": array(TEXT)},
+    )
+)
+"""What :func:`advice_json` gives."""

@@ -1,0 +1,94 @@
+"""What an audit promises would save memory, against a second run in which that is done."""
+
+from __future__ import annotations
+
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
+from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion.advice import Advice, advise
+from miniloader.report.audit import lines
+from miniloader.report.text import laid_out, plain
+from tests.lab.audit.told_processes import KB, rollup_of
+from tests.lab.erosion.pools import needs_frames, pool
+
+pytestmark = needs_frames
+
+_DATA = "data = [{'id': number, 'name': f'user{number}'} for number in range(20_000)]; import gc"
+_COLLECT = "gc.collect()"
+
+
+def advice(found: Audit, kind: str) -> Advice:
+    return next(piece for piece in advise(found) if piece.kind == kind)
+
+
+def uss_of(pids: list[int]) -> int:
+    sums = [rollup_of(pid) for pid in pids]
+    return sum(row["Private_Clean"] + row["Private_Dirty"] for row in sums) * KB
+
+
+def pss_of(pids: list[int]) -> int:
+    """What they take in all: of a page that three have in three copies, USS counts the first one as well."""
+    return sum(rollup_of(pid)["Pss"] for pid in pids) * KB
+
+
+def test_freezing_saves_at_most_what_is_said() -> None:
+    """And nearly that, where nothing but the collector has touched it."""
+    grown = {}
+    for freeze in ("", "gc.collect(); gc.freeze()"):
+        with pool(_DATA, freeze) as workers:
+            children = [workers.fork() for _ in range(2)]
+            before = pss_of(workers.pids)
+            for child in children:
+                workers.ask(child, _COLLECT)
+            grown[freeze] = pss_of(workers.pids) - before
+            if not freeze:
+                promised = advice(audit(workers.pids, library="nothing"), "freeze")
+                assert promised.pids == tuple(children)
+    saved = grown[""] - grown["gc.collect(); gc.freeze()"]
+    assert saved > 1 << 20
+    assert promised.bound == "at most"
+    assert saved <= promised.bytes <= 1.6 * saved
+
+
+def test_one_more_worker_costs_what_is_said() -> None:
+    with pool(_DATA, "array = mapped(8 << 20); ctypes.memset(array, 1, 8 << 20)") as workers:
+        for _ in range(3):
+            workers.ask(workers.fork(), "ctypes.memset(array, 1, 8 << 20)")
+        found = audit(workers.pids, library="nothing")
+        promised, freed = advice(found, "one-more"), advice(found, "ending-one")
+        before = uss_of(workers.pids)
+        workers.ask(workers.fork(), "ctypes.memset(array, 1, 8 << 20)")
+        really = uss_of(workers.pids) - before
+    assert promised.bytes > 8 << 20
+    assert abs(promised.bytes - really) < 0.15 * really
+    assert 8 << 20 <= freed.bytes <= promised.bytes
+
+
+def test_preloading_saves_at_least_what_is_said() -> None:
+    """Two workers import the same, late; then their parent has done it before the fork."""
+    late, names = "import ssl, sqlite3", ("libcrypto", "libssl", "libsqlite3")
+    with pool() as workers:
+        children = [workers.fork() for _ in range(3)]
+        for child in children:
+            workers.ask(child, late)
+        found = audit(workers.pids)
+        promised, without = advice(found, "preload"), uss_of(children)
+        text = "\n".join(plain(line) for line in laid_out(lines(found), 100))
+    with pool(late) as workers:
+        children = [workers.fork() for _ in range(3)]
+        for child in children:
+            workers.ask(child, late)
+        preloaded = uss_of(children)
+    assert promised.bound == "at least"
+    assert any(any(name in path for path in promised.libraries) for name in names)
+    assert PAGE_SIZE * 60 < promised.bytes <= without - preloaded
+    assert "loading before the fork: at least" in text
+    assert "what would help" in text
+
+
+def test_nothing_to_say_of_strangers_and_without_frames() -> None:
+    with pool() as workers:
+        workers.fork()
+        kinds = {piece.kind for piece in advise(audit(workers.pids, level="flags"))}
+        alone = {piece.kind for piece in advise(audit([workers.pid]))}
+    assert kinds | alone <= {"prepared", "twice"}
