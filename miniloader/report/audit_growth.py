@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from miniloader.lab.audit.growth import AmountChange, Family, Growth, LibraryGrowth, MappingGrowth
     from miniloader.lab.audit.result import Audit
 
-__all__ = ["changes_view", "growth_view", "tick"]
+__all__ = ["changes_view", "growth_view", "live_view", "said_of_family", "tick"]
 
 _MOST_ROWS: Final = 12
 _MOST_PROCESSES: Final = 6
@@ -71,7 +71,7 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
     pss = "?" if audit.pss is None else size(audit.pss)
     sizes = f"USS {size(audit.uss)}, PSS {pss}, RSS {size(audit.rss)}"
-    changed = [*_said_of_family(family_of(previous, audit))]
+    changed = [*said_of_family(family_of(previous, audit))]
     own = _own_change(since_start)
     if own:
         changed.append(
@@ -95,13 +95,44 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
     return (printable(f"{clock}  {number}: {sizes}; {', '.join(changed) or 'as at the start'}"),)
 
 
+def live_view(audit: Audit, first: Audit, previous: Audit) -> Iterator[Part]:
+    """What stands in a terminal while a family is followed: the look, processes, memory, libraries."""
+    from miniloader.lab.audit.growth import growth
+    from miniloader.report.audit_rows import library_rows
+
+    since_start = growth(first, audit)
+    yield tick(audit, first, previous)
+    yield ()
+    ordered = sorted(audit.processes, key=lambda process: (-process.uss, process.pid))
+    change = {process.pid: process.uss.change for process in since_start.processes if process.uss.change}
+    rows: list[Sequence[Cell]] = [
+        (
+            str(process.pid),
+            printable(process.name),
+            *("?" if number is None else size(number) for number in (process.rss, process.pss, process.uss)),
+            _signed(change[process.pid]) if process.pid in change else "·",
+        )
+        for process in ordered[:_MOST_PROCESSES]
+    ]
+    if len(ordered) > _MOST_PROCESSES:
+        rows.append((f"… {more(len(ordered) - _MOST_PROCESSES)}",))
+    yield Table(("process", "name", ">RSS", ">PSS", ">USS", ">since start"), rows)
+    yield from _table(
+        ("kind", "name"),
+        [((row.kind, printable(row.name)), row) for row in since_start.mappings if row.kind != "file"],
+    )
+    yield ()
+    yield library_rows(audit, first)
+
+
 def _own_change(growth: Growth) -> int:
     """How much more own memory there is: pages of files that are mapped once by chance are left out."""
     copies = sum(library.own.change for library in growth.libraries)
     return copies + sum(mapping.own.change for mapping in growth.mappings if mapping.kind != "file")
 
 
-def _said_of_family(family: Family) -> Iterator[str]:
+def said_of_family(family: Family) -> Iterator[str]:
+    """Who was forked, came, ended, or executed another program: a few words for each."""
     for word, processes in (("forked", family.forked), ("came", family.came), ("ended", family.ended)):
         if processes:
             yield f"{word} {listed([str(process.pid) for process in processes], _MOST_PROCESSES)}"

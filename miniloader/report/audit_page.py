@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from miniloader.lab.audit.library_pages import Sight
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
+from miniloader.lab.audit.timeline import Moment
 from miniloader.report.audit import sentence
 from miniloader.report.audit_rows import mapping_rows
 from miniloader.report.matrix_data import Film, Scene
+from miniloader.report.memory_curve import curve_of
 from miniloader.report.numbers import count
 from miniloader.report.page_notes import bytes_of_pages, ranges
 from miniloader.report.proof_page import groups_of
@@ -36,8 +38,8 @@ class _Drawn:
     film: Film
 
 
-def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
-    """Everything that the template asks for."""
+def view_of(audit: Audit, sights: Sequence[Sight], moments: Iterable[Moment] = ()) -> dict[str, Any]:
+    """Everything that the template asks for; ``moments`` are the looks of an audit over time."""
     drawn = tuple(_drawn(audit, sight) for sight in sights)
     first = sights[0] if sights else None
     pids = [process.pid for process in audit.processes[:_MOST_PIDS]]
@@ -51,6 +53,7 @@ def view_of(audit: Audit, sights: Sequence[Sight]) -> dict[str, Any]:
         "libraries": audit.libraries[:_MOST_LIBRARIES],
         "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
         "drawn": drawn,
+        "curve": curve_of(moments),
         "jumps": first.study.jumps if first else (),
         "several": any(len(sight.snapshots) > 1 for sight in sights),
         "command": " ".join(["miniloader audit", *map(str, pids)]),
@@ -70,8 +73,8 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
         rows=rows,
         groups=groups_of(sight.plan),
         scenes=tuple(
-            Scene(snapshot.step, about, snapshot)
-            for snapshot, about in zip(sight.snapshots, _LOOKS, strict=False)
+            Scene(snapshot.step, _LOOKS[min(number, 1)], snapshot)
+            for number, snapshot in enumerate(sight.snapshots)
         ),
         start=len(sight.snapshots) - 1,
         ranges=(*_causes(audit, sight), *_named(audit, sight)),

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from miniloader.evidence.verdict import Verdict
     from miniloader.lab.audit.library_pages import Sight
     from miniloader.lab.audit.result import Audit
+    from miniloader.lab.audit.timeline import Moment
     from miniloader.lab.proof.proof import Proof
     from miniloader.walkthrough.chapter import Quiz
     from miniloader.walkthrough.run_chapter import ChapterResult
@@ -55,11 +56,14 @@ def write_walkthrough(results: Sequence[ChapterResult], path: Path) -> None:
     write_page("walkthrough.html", view_of(results), path)
 
 
-def write_audit(audit: Audit, sights: Sequence[Sight], path: Path) -> None:
-    """Write ``audit``, with the libraries in ``sights`` drawn, to ``path``; MiniloaderError likewise."""
+def write_audit(audit: Audit, sights: Sequence[Sight], path: Path, moments: Iterable[Moment] = ()) -> None:
+    """Write ``audit``, with the libraries in ``sights`` drawn, to ``path``; MiniloaderError likewise.
+
+    ``moments`` are the looks of an audit over time, for its curve.
+    """
     from miniloader.report.audit_page import view_of
 
-    write_page("audit.html", view_of(audit, sights), path)
+    write_page("audit.html", view_of(audit, sights, moments), path)
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from miniloader.forking import cached_property
-from miniloader.report.text import Line, Part, laid_out, plain
+from miniloader.report.text import Line, Part, laid_out, more, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,14 +70,26 @@ class Output:
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Iterable[Part]], None]]:
-        """A function that shows parts in the place of those before, which are gone at the end."""
+        """A function that shows parts in the place of those before, which are gone at the end.
+
+        They have the terminal's other screen to themselves, as wide and high as it is at the moment: a window
+        that changes its size tears nothing.  What has no room below is said.
+        """
         from rich.console import Group
         from rich.live import Live
 
-        with Live(
-            console=self._console or _console(self._stderr), auto_refresh=False, transient=True
-        ) as live:
-            yield lambda parts: live.update(Group(*map(_text, laid_out(parts, self.width))), refresh=True)
+        console = self._console or _console(self._stderr)
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+
+            def show(parts: Iterable[Part]) -> None:
+                width, height = console.size
+                lines = [*laid_out(parts, width)]
+                if len(lines) > height:
+                    hidden = f"… {more(len(lines) - height + 1)} lines; a higher terminal shows them"
+                    lines = [*lines[: height - 1], ((hidden, "dim"),)]
+                live.update(Group(*map(_text, lines)), refresh=True)
+
+            yield show
 
     @cached_property
     def _console(self) -> Console | None:

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_private_pages as assert_private_pages
     from miniloader.testing.assertions import assert_shared as assert_shared
     from miniloader.testing.budgets import assert_memory as assert_memory
-    from miniloader.testing.limits import PrivateMemory
+    from miniloader.testing.limits import OwnByPath
     from miniloader.testing.loading import assert_loads as assert_loads
     from miniloader.testing.snapshots import MemorySnapshot as MemorySnapshot
     from miniloader.testing.snapshots import snapshot as snapshot
@@ -91,7 +91,7 @@ _HOMES = {
     "snapshot": "miniloader.testing.snapshots",
 }
 
-_BEFORE: pytest.StashKey[tuple[int, PrivateMemory]] = pytest.StashKey()
+_BEFORE: pytest.StashKey[tuple[int, OwnByPath]] = pytest.StashKey()
 _MARKER = (
     "limit_private(limit): fail a test after which its process has more private memory (USS) than before its"
     " fixtures were set up, by more than this: bytes, or a text like '2 MiB'"
@@ -131,11 +131,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Sum the private memory of this process before a test whose marker bounds it."""
     if item.get_closest_marker("limit_private") is None:
         return
-    from miniloader.testing.limits import limit_of, private_memory
+    from miniloader.testing.limits import limit_of, own_by_path
 
     limit = limit_of(item)
-    private_memory()  # what summing itself takes the first time is not the test's
-    item.stash[_BEFORE] = limit, private_memory()
+    own_by_path()  # what summing itself takes the first time is not the test's
+    item.stash[_BEFORE] = limit, own_by_path()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -143,10 +143,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test that has run and left more private memory than its marker allows."""
     result = yield
     if _BEFORE in item.stash:
-        from miniloader.testing.limits import excess, private_memory
+        from miniloader.testing.limits import excess, own_by_path
 
         limit, before = item.stash[_BEFORE]
-        said = excess(before, private_memory(), limit)
+        said = excess(before, own_by_path(), limit)
         if said:
             pytest.fail(said, pytrace=False)
     return result

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from miniloader.report.text import Part
 
-__all__ = ["PrivateMemory", "excess", "limit_of", "number_of_bytes", "private_memory"]
+__all__ = ["OwnByPath", "excess", "limit_of", "number_of_bytes", "own_by_path"]
 
 _UNITS: Final = {"": 0, "B": 0, "BYTES": 0, "K": 10, "M": 20, "G": 30}
 _MOST_ROWS: Final = 12
@@ -32,7 +32,7 @@ class _OfPath(NamedTuple):
     shown: bytes
 
 
-PrivateMemory = Mapping[bytes, _OfPath]
+OwnByPath = Mapping[bytes, _OfPath]
 """The private memory of this process, by what its mappings are called; no name for most of it."""
 
 
@@ -65,7 +65,7 @@ def limit_of(item: pytest.Item) -> int:
     return number_of_bytes(values[0])
 
 
-def private_memory() -> PrivateMemory:
+def own_by_path() -> OwnByPath:
     """What this process alone has mapped now: Private_Clean and Private_Dirty of smaps.
 
     Raises EvidenceError where that may not be read.
@@ -92,7 +92,7 @@ def _add(memory: dict[bytes, _OfPath], shown: bytes, own: int) -> None:
         memory[key] = _OfPath(own + (memory[key].own if key in memory else 0), shown)
 
 
-def excess(before: PrivateMemory, after: PrivateMemory, limit: int) -> str:
+def excess(before: OwnByPath, after: OwnByPath, limit: int) -> str:
     """What to say when there is more than ``limit`` bytes more private memory; "" when there is not.
 
     >>> excess({}, {b"": _OfPath(8192, b"0-2000 rw-p 0 00:00 0")}, 8192)
@@ -110,7 +110,7 @@ def excess(before: PrivateMemory, after: PrivateMemory, limit: int) -> str:
     return "\n".join((f"{said}; at most {size(limit)} allowed", "", *table))
 
 
-def _grown(before: PrivateMemory, after: PrivateMemory) -> Iterator[Part]:
+def _grown(before: OwnByPath, after: OwnByPath) -> Iterator[Part]:
     """A table of what is more or less, by kind and name of mapping, what grew most first."""
     from miniloader.errors import printable
     from miniloader.kernel.maps import parse_vma

@@ -120,6 +120,26 @@ def test_grouped_with_totals(family: tuple[Told, list[int]]) -> None:
     assert (record["name"], record["processes"]) == (value["processes"][0]["name"], "3")
 
 
+def test_metrics_for_a_collector(family: tuple[Told, list[int]], tmp_path: Path) -> None:
+    """On standard output alone, or in a file that each look of --every writes anew."""
+    pytest.importorskip("prometheus_client", reason="this machine lacks prometheus-client")
+    parent, _ = family
+    done = run("audit", parent.pid, "--no-causes", "--openmetrics", "-", "--by", "user")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# HELP ")
+    assert done.stdout.endswith("\n# EOF\n")
+    assert 'miniloader_group_uss_bytes{by="user"' in done.stdout
+    path = tmp_path / "pool.prom"
+    done = run("audit", parent.pid, "--every", "100ms", "--for", "250ms", "--openmetrics", path)
+    assert f"The metrics are {path}" in done.stdout
+    assert path.read_text().endswith("\n# EOF\n")
+    nowhere = run("audit", parent.pid, "--no-causes", "--openmetrics", tmp_path / "none" / "pool.prom")
+    assert (nowhere.returncode, nowhere.stdout) == (1, "")
+    assert "cannot write the metrics: No such file or directory" in nowhere.stderr
+    both = run("audit", parent.pid, "--openmetrics", "-", "--csv")
+    assert (both.returncode, both.stdout) == (2, "")
+
+
 def test_whoever_cannot_be_audited_is_told_once_for_all(family: tuple[Told, list[int]]) -> None:
     parent, _ = family
     done = run("audit", parent.pid, 999_999_998, 999_999_999)
@@ -213,9 +233,9 @@ def test_over_time_on_a_terminal_the_table_is_all_that_is_shown(demo: Path) -> N
                 shown += part
         os.close(ours)
     assert process.returncode == 0
-    tables, rest = shown.split(b"since start")[1:], shown.split(b"\x1b[?25l")[1].split(b"\x1b[?25h")[0]
-    assert len(tables) >= 3
-    assert b"looking at processes" not in rest
+    on_its_screen = shown.split(b"\x1b[?1049h")[1].split(b"\x1b[?1049l")[0]
+    assert len(on_its_screen.split(b"since start")) > 2 * 3  # two tables have such a column
+    assert b"looking at processes" not in on_its_screen
 
 
 @pytest.mark.parametrize("command", [("audit",), ("load", "libz.so.1", "--call", "zlibVersion()->str")])

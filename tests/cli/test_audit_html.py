@@ -6,6 +6,7 @@ import base64
 import ctypes
 import json
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -19,6 +20,7 @@ import miniloader
 from fixtures import build
 from miniloader.evidence.sharing import STATES
 from miniloader.kernel.probe import best_level
+from tests.lab.audit.told_processes import told
 from tests.memory import still_child
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +81,47 @@ def test_two_looks_are_two_steps(pids: tuple[int, int], demo: Path, tmp_path: Pa
     names = [scene["name"] for scene in film["scenes"]]
     assert names[0] == "start"
     assert re.fullmatch(r"\d+ s later", names[1])
+    assert len(names) == 3  # one look between, at 200 ms
+
+
+def test_over_time_there_is_a_curve(demo: Path, tmp_path: Path) -> None:
+    """Each look is a point as high as its memory, also in a table; a fork is marked; steps are bounded."""
+    page, lines = tmp_path / "page.html", list[dict[str, Any]]()
+    fork = "child = os.fork()\nif child == 0:\n    while True: signal.pause()"
+    with told("answer = 0", f"lib = ctypes.CDLL({str(demo)!r})") as parent:
+        command = [sys.executable, "-m", "miniloader", "audit", str(parent.pid), "--every", "50ms", "--json"]
+        with subprocess.Popen(
+            [*command, "--library", demo.name, "--html", str(page)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=build.ROOT,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            for number in range(16):
+                lines.append(json.loads(process.stdout.readline()))
+                if number == 8:
+                    parent(fork)
+            process.send_signal(signal.SIGINT)
+            lines += map(json.loads, process.communicate()[0].splitlines())
+        parent("os.kill(child, 9); os.waitpid(child, 0)")
+    text = page.read_text()
+    points = dict(re.findall(r'class="line-(rss|uss)" points="([^"]+)"', text))
+    for column, drawn in points.items():
+        heights = [220 - float(point.partition(",")[2]) for point in drawn.split()][1:]  # all but the start
+        sums = [
+            sum(process[column] for process in look["processes"] if process["memory_of"] is None)
+            for look in lines
+        ]
+        top = max(sum(process["rss"] for process in look["processes"]) for look in lines)
+        assert heights == pytest.approx([number / top * 220 for number in sums], abs=0.1)
+    marks = re.findall(r"<title>(\d+) s: forked (\d+)</title>", text)
+    assert [int(pid) for _, pid in marks] == _children(lines, parent.pid)
+    assert re.search(rf"<td>forked {marks[0][1]}</td>", text)
+    (film,) = films(page)
+    assert 6 <= len(film["scenes"]) <= 12 < len(lines)
+    assert film["scenes"][0]["name"] == "start"
+
+
+def _children(looks: list[dict[str, Any]], parent: int) -> list[int]:
+    return sorted({process["pid"] for look in looks for process in look["processes"]} - {parent})
 
 
 def test_files_that_are_no_images_are_told_and_not_drawn(pids: tuple[int, int], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ __all__ = ["Sight", "look", "look_again"]
 
 _MOST_LIBRARIES: Final = 6
 _MOST_PROCESSES: Final = 16
+_MOST_LOOKS: Final = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,22 @@ def look(audit: Audit, step: str = "now") -> tuple[Sight, ...]:
 
 
 def look_again(sights: tuple[Sight, ...], audit: Audit, step: str) -> tuple[Sight, ...]:
-    """The pages of ``sights`` once more, after a later ``audit`` of the same processes."""
+    """The pages of ``sights`` once more, after a later ``audit`` of the same processes.
+
+    Of many looks every second one is forgotten: the first, and a dozen at most, are kept.
+    """
     libraries = {(library.path, library.build_id): library for library in audit.libraries}
     found = []
     for sight in sights:
         library = libraries.get((sight.library.path, sight.library.build_id), sight.library)
-        found.append(_looked(replace(sight, library=library), step, audit))
+        found.append(_looked(_thinned(replace(sight, library=library)), step, audit))
     return tuple(found)
+
+
+def _thinned(sight: Sight) -> Sight:
+    if len(sight.snapshots) < _MOST_LOOKS:
+        return sight
+    return replace(sight, snapshots=sight.snapshots[::2], contents=sight.contents[::2])
 
 
 def _sight(library: AuditedLibrary, files: MappedFiles) -> Sight | None:
