@@ -258,13 +258,14 @@ def classify(
     *,
     words: Words = "own",
     layouts: Layouts | None = None,
+    relocated: bool = False,
 ) -> Classified:
     """Why the copied pages at ``vaddrs`` are what they are.
 
     ``live`` are their bytes in the process, shape (pages, PAGE_SIZE); they are changed in place.
     ``file_offsets`` say which page of the file each was.  ``words``: which of them to list: those with a
     cause of their own, every slot, too, or none (the quickest).  ``layouts`` keeps what is the same for the
-    next process that has these pages.
+    next process that has these pages.  ``relocated``: other pages have shown that the image is.
     """
     pages = len(vaddrs)
     causes = np.zeros(pages, np.uint8)
@@ -276,11 +277,11 @@ def classify(
     causes[zeroed < PAGE_SIZE] = _BSS
     layout = (layouts or Layouts()).of(facts, vaddrs, file_offsets, zeroed)
     values = layout.values(live)
-    cause = _judged(facts, layout, space, np.uint64(bias), values)
+    cause = _judged(facts, layout, space, np.uint64(bias), values, relocated)
     # Nearly every slot is as its relocation made it: only the others are looked at one by one.
     rows = np.flatnonzero(cause != _RELOCATION)
-    relocated = layout.on_page > np.bincount(layout.page[rows], minlength=pages)
-    causes[relocated] |= np.uint8(_RELOCATION)
+    as_computed = layout.on_page > np.bincount(layout.page[rows], minlength=pages)
+    causes[as_computed] |= np.uint8(_RELOCATION)
     if len(rows):
         for value in (_OVERWRITTEN, _LOADER, _UNKNOWN):
             causes[layout.page[rows[cause[rows] == value]]] |= np.uint8(value)
@@ -428,14 +429,19 @@ def _changing(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 # ------------------------------------------------------------------------------------------ the slots
 def _judged(
-    facts: FileFacts, layout: Layout, space: Space, bias: np.uint64, values: NDArray[np.uint64]
+    facts: FileFacts,
+    layout: Layout,
+    space: Space,
+    bias: np.uint64,
+    values: NDArray[np.uint64],
+    relocated: bool,
 ) -> NDArray[np.uint8]:
     """The cause of every slot that holds ``values``: 0 where it is still as in the file."""
     cause = np.full(len(values), _RELOCATION, np.uint8)
     changed = _LOADER if facts.is_dynamic_loader else _OVERWRITTEN
     plain, right = layout.relative, layout.relative_addend + bias
     right_there = values[plain] == right
-    relocated = bool((right_there & (right != layout.file[plain])).any())
+    relocated = relocated or bool((right_there & (right != layout.file[plain])).any())
     wrong = plain[~right_there]
     cause[wrong] = changed if relocated else np.where(values[wrong] == layout.file[wrong], 0, changed)
     live, file = values[layout.other], layout.file[layout.other]

@@ -18,6 +18,7 @@ from miniloader.evidence.layout import Layouts
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.explained import Explained
 from miniloader.lab.audit.file_in_process import FileInProcess, image_end
 from miniloader.lab.audit.mapped_files import MappedFiles
 from miniloader.lab.audit.process_pages import Pages
@@ -30,25 +31,30 @@ __all__ = ["CHANGED", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
 CHANGED: Final = "changed while we looked"
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _MOST_CODE: Final = 1 << 16
+_RELOCATION: Final = np.uint8(bit("relocation"))
 
 
 def explain(
     pid: int,
     files: MappedFiles,
     layouts: Layouts,
+    explained: Explained,
     vmas: Sequence[Vma],
     pages: Pages,
     found: list[FileInProcess],
     chosen: list[FileInProcess],
 ) -> None:
-    """Fill in the causes, and take back what may have changed meanwhile."""
+    """Fill in the causes, and take back what may have changed meanwhile.
+
+    ``explained`` has what was found of the copies that relatives have in common, and gets what is found now.
+    """
     for placed in chosen:
         placed.causes = np.zeros(placed.private, np.uint8)
     try:
         space = space_of(pid, vmas, found)
         with ProcessMemory(pid) as memory:
             for placed in chosen:
-                _explain_file(placed, memory, space, layouts)
+                _explain_file(placed, memory, space, layouts, explained)
     except ProcessGone:
         raise
     except EvidenceError as error:
@@ -64,6 +70,7 @@ def explain(
         for vma in moved:
             doubtful |= (addresses >= vma.start) & (addresses < vma.end)
         _unknown(placed, np.flatnonzero(doubtful), CHANGED)
+        explained.keep(placed)
 
 
 def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
@@ -117,31 +124,37 @@ def _in_loops(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
     return {address: function for address, function in pairs.tolist() if address}
 
 
-def _explain_file(placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts) -> None:
-    if not placed.private:
-        return
+def _explain_file(
+    placed: FileInProcess, memory: ProcessMemory, space: Space, layouts: Layouts, explained: Explained
+) -> None:
     if placed.file.facts is None:
         _unknown(placed, np.arange(placed.private), placed.file.trouble)
         return
-    live, read = memory.pages(placed.addresses)
+    rows = explained.recall(placed)
+    if not len(rows):
+        return
+    live, read = memory.pages(placed.addresses[rows])
     try:
         answer: Classified = classify(
             placed.file.facts,
             space,
             placed.base,
-            placed.vaddrs,
-            placed.file_offsets,
+            placed.vaddrs[rows],
+            placed.file_offsets[rows],
             live,
             words="none",
             layouts=layouts,
+            relocated=bool((placed.causes & _RELOCATION).any()),
         )
     except ElfError as error:  # cut short, or not readable any more: a trouble of this file's alone
-        _unknown(placed, np.arange(placed.private), str(error))
+        _unknown(placed, rows, str(error))
         return
-    placed.causes, placed.written = answer.causes, answer.written
+    placed.causes[rows] = answer.causes
+    written = np.column_stack([rows[answer.written[:, 0]], answer.written[:, 1:]])
+    placed.written = np.concatenate([placed.written, written])
     trouble = placed.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
-    placed.reasons |= dict.fromkeys(np.flatnonzero(answer.unreadable).tolist(), trouble)
-    _unknown(placed, np.flatnonzero(~read), CHANGED)
+    placed.reasons |= dict.fromkeys(rows[answer.unreadable].tolist(), trouble)
+    _unknown(placed, rows[~read], CHANGED)
 
 
 def _unknown(placed: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:

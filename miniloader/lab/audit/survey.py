@@ -19,6 +19,7 @@ from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
 from miniloader.lab.audit.explain import explain
+from miniloader.lab.audit.explained import Explained
 from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process, image_end
 from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
@@ -67,14 +68,16 @@ class Survey:
 class Memo:
     """What processes have in common, worked out once for all of them.
 
-    Their ``files`` are opened and read once, how these lie in a process (``arrangements``) and how the slots
-    lie on the pages that were copied (``layouts``) is kept for the next process that has the same.
+    Their ``files`` are opened and read once, how these lie in a process (``arrangements``), how the slots lie
+    on the pages that were copied (``layouts``), and why copies in common are what they are (``explained``)
+    is kept for the next process that has the same.
     """
 
     def __init__(self) -> None:
         self.files = MappedFiles()
         self.arrangements = Arrangements()
         self.layouts = Layouts()
+        self.explained = Explained()
         self.names = MappingNames()
         self.users = Users()
 
@@ -103,7 +106,7 @@ def survey(
         _check_program(pid, vmas, known.stack)
         chosen = [placed for placed in files if wanted(placed.file.identity)]
         if causes:
-            explain(pid, memo.files, memo.layouts, vmas, pages, files, chosen)
+            explain(pid, memo.files, memo.layouts, memo.explained, vmas, pages, files, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
