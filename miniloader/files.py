@@ -1,4 +1,4 @@
-"""Writing files whole: whoever reads a file finds all of it, or what was there before.
+"""Writing files whole: whoever reads a file finds all of it, or what was there before.  Reading only files.
 
 The bytes go to another name in the same directory, to the disk, and only then take the file's name (rename(2)
 is atomic).  A full disk, a limit or an interrupt on the way leaves nothing behind.  Audits, pages and the
@@ -7,18 +7,45 @@ cache of prepared libraries are written with :func:`write_whole`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Final
+from typing import IO, Any, Final
 
-__all__ = ["UNFINISHED", "write_whole"]
+__all__ = ["UNFINISHED", "kind_of", "open_regular", "write_whole"]
 
 UNFINISHED: Final = ".miniloader-"
 """What the names of files begin with that are not whole yet; their writers hold a lock on them (flock(2))."""
 _STREAMS: Final = ("/dev/", "/proc/")
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def kind_of(mode: int) -> str | None:
+    """What a file with the ``st_mode`` is, where it is no regular file.
+
+    >>> kind_of(os.stat("/dev/null").st_mode), kind_of(os.stat(__file__).st_mode)
+    ('a character device', None)
+    """
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def open_regular(path: str | os.PathLike[str], *, errors: str = "strict") -> IO[str]:
+    """The text file ``path`` to be read; OSError, at once, where it is a pipe, a device or a directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait for a writer
+    kind = kind_of(os.fstat(fd).st_mode)
+    if kind is not None:
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"found {kind}, expected a regular file", os.fspath(path))
+    return open(fd, encoding="utf-8", errors=errors)
 
 
 def write_whole(

@@ -10,12 +10,12 @@ import contextlib
 import errno
 import mmap
 import os
-import stat
 import weakref
 from collections.abc import Iterator
 from typing import Final
 
 from miniloader.errors import ElfError, LoadError
+from miniloader.files import kind_of
 
 __all__ = ["LARGE", "Bytes", "Source", "large_room"]
 
@@ -25,13 +25,6 @@ Bytes = bytes | mmap.mmap
 _HEAD: Final = 1 << 12
 LARGE: Final = 1 << 21
 """From so many bytes on :func:`large_room` is worth its call."""
-_KINDS: Final = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
 
 
 class Source:
@@ -45,14 +38,15 @@ class Source:
         """Adopt ``fd``; it is closed here when it is no regular file, or cannot be read."""
         try:
             status = os.fstat(fd)
+            kind = kind_of(status.st_mode)
             # Most tables of most libraries are here: one read instead of fifty.
-            head = os.pread(fd, _HEAD, start) if stat.S_ISREG(status.st_mode) and start >= 0 else b""
+            head = os.pread(fd, _HEAD, start) if kind is None and start >= 0 else b""
         except OSError as error:
             os.close(fd)
             raise _unreadable(name, "file", error) from None
         fault = None
-        if not stat.S_ISREG(status.st_mode):
-            fault = ("file", _KINDS.get(stat.S_IFMT(status.st_mode), "no file"), "a regular file")
+        if kind is not None:
+            fault = ("file", kind, "a regular file")
         elif start < 0 or start > status.st_size:
             fault = ("offset", f"{start}", f"at most the file's size, {status.st_size} bytes")
         elif status.st_size == start or size == 0:

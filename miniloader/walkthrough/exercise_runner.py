@@ -11,6 +11,7 @@ import traceback
 from typing import Any, Final
 
 from miniloader.errors import EvidenceError
+from miniloader.files import open_regular
 from miniloader.lab.workers.child import INTERRUPTS, ForkedProcess, crash_quietly, ending
 from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.walkthrough.chapter import Answer, Chapter
@@ -25,8 +26,7 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
 
     Raises OSError when it cannot be read, EvidenceError when the kernel does not tell enough to judge it.
     """
-    with open(path, "rb"):
-        pass
+    open_regular(path).close()
     verdict = SharedValue()
     with tempfile.TemporaryFile() as output:
 

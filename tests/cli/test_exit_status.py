@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,3 +141,39 @@ def test_ctrl_c_is_130(command: tuple[str, ...], saved: Path) -> None:
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (cli.INTERRUPTED, "miniloader: interrupted\n")
     assert "proven" not in out
+
+
+#: Every way in which a command is given a file to read.
+READING: tuple[tuple[str, ...], ...] = (
+    ("inspect", "{}"),
+    ("tree", "{}"),
+    ("check", "{}"),
+    ("check", "--in", "{}", "libz.so.1"),
+    ("load", "{}"),
+    ("disasm", "{}", "main"),
+    ("prove", "{}"),
+    ("prepare", "{}"),
+    ("diff", "{}", "{}"),
+    ("walkthrough", "cow", "--check", "{}"),
+)
+
+
+@pytest.mark.parametrize("command", READING, ids=" ".join)
+def test_what_is_no_regular_file_is_refused_at_once(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket must not be long
+    os.mkfifo("pipe")
+    os.mkdir("directory")
+    kinds = {"./pipe": "a pipe", "./directory": "irectory", "./socket": "", "/dev/zero": "a character"}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        for path, kind in kinds.items():
+            filled = [word.format(path) for word in command]
+            assert cli.main(filled) == 1
+            out, err = capfd.readouterr()
+            assert kind in out + err
+            assert path.removeprefix(".") in out + err

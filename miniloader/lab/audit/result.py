@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final, Literal, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
-from miniloader.files import write_whole
+from miniloader.files import open_regular, write_whole
 from miniloader.json_schema import (
     BOOL,
     COUNT,
@@ -313,7 +313,7 @@ class Audit(Showing):
         """Read what :meth:`save` wrote; UsageError, or OSError."""
         import json
 
-        with open(path, encoding="utf-8") as file:
+        with open_regular(path) as file:
             try:
                 return cls.from_json(json.load(file))
             except UsageError as error:

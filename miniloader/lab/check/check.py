@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from miniloader.errors import ElfError, EvidenceError, LoadError, UnsupportedError, UsageError
+from miniloader.errors import (
+    ElfError,
+    EvidenceError,
+    LoadError,
+    MiniloaderError,
+    UnsupportedError,
+    UsageError,
+)
 from miniloader.kernel.procfs import read_process_file
 from miniloader.lab.check.closure import Closure, gather
 from miniloader.lab.check.releases import Limit, limit_of
@@ -180,7 +187,11 @@ class Checker:
         return next((path for path in _PYTHONS if os.path.exists(self.root.directory + path)), None)
 
     def _program(self, path: str) -> tuple[Host, Surroundings]:
-        situation = self.situation(path)
+        try:
+            situation = self.situation(path)
+        except ElfError as error:  # of the program's file, not of the one that is judged
+            where = f"--in {path}: {error.field}"
+            raise MiniloaderError(f"{where}: found {error.found}, expected {error.expected}") from None
         if not situation.file.is_program:
             raise UsageError(f"{path}: a library; --in names a program or a process")
         return Host(path, situation.closure.objects), situation.surroundings
