@@ -60,10 +60,10 @@ def demangled(name: str) -> str | None:
         original = demangled("_Z" + name[5:])
         return original and f"transaction clone for {original}"
     try:
-        text: str | None = engine.demangle(name)
+        text: str = (engine.rust_demangle if name.startswith("_R") else engine.itanium_demangle)(name)
     except ValueError:
         return None
-    if text is not None and " (." in text:
+    if " (." in text:
         clone = _CLONE.search(text)
         if clone is not None:
             clones = "".join(f" [clone {part}]" for part in _CLONES.findall(clone[1]))

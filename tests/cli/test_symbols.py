@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,23 @@ def test_llds_retpoline_plt(
     stub = json.loads(said(capsys, "disasm", tmp_path / "r.so", "free@plt", "--json"))
     slot = stub["instructions"][0]["target"]["slot"]
     assert (slot["symbol"], slot["relocation"]) == ("free", "R_X86_64_JUMP_SLOT")
+
+
+def test_a_hundred_thousand_symbols_as_json(tmp_path: Path) -> None:
+    names = [f"_ZN4shop4Cart{len(str(number)) + 8}function{number}Ei" for number in range(100_000)]
+    source = "".join(
+        f".globl {name}\n.type {name},@function\n{name}: ret\n.size {name},1\n" for name in names
+    )
+    output = tmp_path / "many.so"
+    command = ["gcc", "-shared", "-Wl,-z,noexecstack", "-x", "assembler", "-", "-o", output]
+    subprocess.run(command, input=f".text\n{source}", text=True, check=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "miniloader", "inspect", "--symbols", "--json", str(output)]
+    with (tmp_path / "json").open("w") as file:
+        subprocess.Popen(command, stdout=file).wait()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    table = json.loads((tmp_path / "json").read_text())["symbols"]["table"]
+    assert [row["demangled"] for row in table if row["name"] == names[77]] == ["shop::Cart::function77(int)"]
+    assert len(table) >= 100_000
+    # A second of a processor that is not shared: here it may be.
+    assert after.ru_utime - before.ru_utime < 2.5
