@@ -35,6 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.examples(parser, _SYMBOLS)
     options.library(parser)
     parser.add_argument("symbol", metavar="SYMBOL", help="what to show")
+    parser.add_argument(
+        "--no-lines", action="store_false", dest="lines", help="do not look for the lines of the source code"
+    )
     parser.add_argument("--raw", action="store_true", help="show names as in the file, not demangled")
     parser.add_argument(
         "--loaded",
@@ -61,7 +64,8 @@ def _from_file(arguments: argparse.Namespace) -> Disassembly:
     from miniloader.lab.disassembly import disassembly_of
     from miniloader.machine.names_at import Landmarks
 
-    return disassembly_of(Landmarks(miniloader.inspect(arguments.library)), arguments.symbol)
+    landmarks = Landmarks(miniloader.inspect(arguments.library))
+    return disassembly_of(landmarks, arguments.symbol, lines=arguments.lines and not arguments.loaded)
 
 
 def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
@@ -77,7 +81,7 @@ def _loaded(arguments: argparse.Namespace, doing: Doing) -> int:
     _from_file(arguments)  # no reason to load what cannot be shown
     with miniloader.load(arguments.library, on_event=on_event) as library:
         doing(f"{arguments.library}: looking at it")
-        listing = disassembly_of(Landmarks(library.image), arguments.symbol, library)
+        listing = disassembly_of(Landmarks(library.image), arguments.symbol, library, lines=arguments.lines)
         status = _show(listing, arguments)
         doing(f"{arguments.library}: closing it")
     return status

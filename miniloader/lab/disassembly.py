@@ -10,6 +10,7 @@ from miniloader.elf import kind_of
 from miniloader.errors import ElfError
 from miniloader.evidence.owner import Owner, owner_of
 from miniloader.kernel.maps import read_maps
+from miniloader.lab.source_lines import SourceLines, source_lines
 from miniloader.loader import Library
 from miniloader.machine.disassembly import STREAMED, Instruction, processor_of, streamed
 from miniloader.machine.find_code import CodeRange, locate
@@ -41,6 +42,7 @@ class Disassembly:
 
     ``instructions`` are made one by one as they are asked for where they are megabytes, again each time.  Of
     a loaded library ``base`` is the load bias, and ``held`` says by vaddr what the slots referred to hold.
+    ``lines`` says which line of source code an instruction comes from, where that was asked for and is known.
     """
 
     landmarks: Landmarks
@@ -49,6 +51,7 @@ class Disassembly:
     instructions: Iterable[Instruction]
     base: int | None
     held: Mapping[int, SlotContents]
+    lines: SourceLines | None = None
 
     @property
     def path(self) -> str:
@@ -78,8 +81,13 @@ def _slots_of(instructions: Iterable[Instruction]) -> tuple[Slot, ...]:
     return tuple({slot.vaddr: slot for slot in slots if slot is not None}.values())
 
 
-def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = None) -> Disassembly:
-    """Disassemble what ``name`` says: from the file, or from memory when it is loaded as ``library``."""
+def disassembly_of(
+    landmarks: Landmarks, name: str, library: Library | None = None, *, lines: bool = False
+) -> Disassembly:
+    """Disassemble what ``name`` says: from the file, or from memory when it is loaded as ``library``.
+
+    With ``lines``, those of the source code are looked for, too.
+    """
     image = landmarks.image
     kind = kind_of(image)
     if kind.name == "debug-only":
@@ -100,6 +108,7 @@ def disassembly_of(landmarks: Landmarks, name: str, library: Library | None = No
         instructions=instructions,
         base=library.base if library else None,
         held=_held(landmarks, _slots_of(instructions), library) if library else {},
+        lines=source_lines(image, span.vaddr, span.end) if lines else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
@@ -11,12 +13,13 @@ from miniloader.elf.demangling import demangled
 from miniloader.errors import printable
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
+from miniloader.lab.source_lines import SourceLines
 from miniloader.machine.decoding import UNKNOWN
 from miniloader.machine.disassembly import Instruction
 from miniloader.machine.names_at import Landmark, Slot
 from miniloader.report.json import Rows
 from miniloader.report.numbers import count
-from miniloader.report.text import Line, heading, plain
+from miniloader.report.text import Line, heading, plain, wrapped
 
 __all__ = ["SCHEMA", "as_json", "page"]
 
@@ -36,6 +39,8 @@ _ANY: Final = 10_000
 _MOST_STRING: Final = 48
 _LONG: Final = 120  # characters of a name that is shown whole only once
 _SUFFIX: Final = re.compile(r"(.*?)((?:@plt|@got)?(?:\+0x[0-9a-f]+)?)", re.DOTALL)
+_MOST_TEXT: Final = 200  # characters of a line of source code
+_MOST_SOURCE: Final = 1 << 22  # bytes of a source file
 _MEASURED: Final = 4096  # instructions by which columns are measured
 
 
@@ -54,18 +59,21 @@ def as_json(listing: Disassembly) -> dict[str, Any]:
         "machine": listing.machine.lower(),  # as inspect has it
         "ifunc": span.ifunc,
         "base": listing.base,
+        "lines_from": None if listing.lines is None else listing.lines.path,
         "instructions": Rows(lambda: (_row(instruction, listing) for instruction in listing.instructions)),
     }
 
 
 def _row(instruction: Instruction, listing: Disassembly) -> dict[str, Any]:
     target = instruction.target
+    source = None if listing.lines is None else listing.lines.at(instruction.vaddr)
     return {
         "vaddr": instruction.vaddr,
         "bytes": instruction.bytes.hex(),
         "mnemonic": instruction.mnemonic,
         "operands": instruction.operands,
         "known": instruction.known,
+        "source": None if source is None else {"file": source[0], "line": source[1]},
         "target": None if target is None else _target_json(target, listing.held),
     }
 
@@ -107,9 +115,10 @@ _TARGET_SCHEMA: Final = record(
 
 SCHEMA: Final = record(
     keys(TEXT, "path symbol machine"),
-    {"vaddr": COUNT, "size": COUNT, "ifunc": BOOL, "base": nullable(INT)},
+    {"vaddr": COUNT, "size": COUNT, "ifunc": BOOL, "base": nullable(INT), "lines_from": nullable(TEXT)},
     {"instructions": array(record(
         {"vaddr": COUNT, "bytes": HEX, "known": BOOL, "target": nullable(_TARGET_SCHEMA)},
+        {"source": nullable(record({"file": TEXT, "line": COUNT}))},
         keys(TEXT, "mnemonic operands"),
     ))},
 )  # fmt: skip
@@ -129,10 +138,16 @@ def page(listing: Disassembly, width: int | None, *, raw: bool = False) -> Itera
         yield ("  An IFUNC: this resolver chooses the function when the library is loaded.",)
     if listing.base is not None:
         yield (f"  Loaded: address = {listing.base:#x} + vaddr.",)
+    if listing.lines is not None and listing.lines.path != listing.path:
+        yield ((f"  Source lines from {printable(listing.lines.path)}", "dim"),)
+    if listing.lines is not None and listing.lines.fault is not None:
+        yield ((f"  Source lines cannot be read: {printable(listing.lines.fault)}", "red"),)
     yield ()
     slots: dict[int, Slot] = {}
     unknown: list[int] = []
-    yield from _code(_noted(listing.instructions, slots, unknown), f"{span.end:x}", names, width)
+    yield from _code(
+        _noted(listing.instructions, slots, unknown), f"{span.end:x}", names, listing.lines, width
+    )
     if unknown:
         places = count(len(unknown), "place")
         about = f"{places}, {count(sum(unknown), 'byte')} in all, that the disassembler does not know"
@@ -174,7 +189,9 @@ def _noted(
         yield instruction
 
 
-def _code(instructions: Iterator[Instruction], end: str, names: _Names, width: int | None) -> Iterator[Line]:
+def _code(
+    instructions: Iterator[Instruction], end: str, names: _Names, lines: SourceLines | None, width: int | None
+) -> Iterator[Line]:
     """One line an instruction, below ``end``; what does not fit beside it goes on the next."""
     first = [*islice(instructions, _MEASURED)]
     digits = max((len(f"{instruction.vaddr:x}") for instruction in first), default=0)
@@ -185,12 +202,48 @@ def _code(instructions: Iterator[Instruction], end: str, names: _Names, width: i
     most = max((len(instruction.operands) for instruction in annotated), default=0)
     # Notes stand below each other as far to the right as most of them fit.
     notes = operands + min(most, _OPERANDS, (width or _ANY) - operands - 2 - _USUAL_NOTE)
+    texts, last = _Texts(), None
     for instruction in chain(first, instructions):
+        source = None if lines is None else lines.at(instruction.vaddr)
+        if source is not None and source != last:
+            yield from wrapped(texts.line(*source), width, 4)
+        last = source or last
         place = f"  {instruction.vaddr:{digits}x}  {instruction.bytes[:octets].hex(' '):{3 * octets}} "
         code: Line = ((place, "dim"), (f"{instruction.mnemonic:<8}", "bold"), f" {instruction.operands}")
         yield from _beside(code, _note(instruction.target, names), notes, len(place), width)
         for at in range(octets, len(instruction.bytes), octets):
             yield ((f"  {'':{digits}}  {instruction.bytes[at : at + octets].hex(' ')}", "dim"),)
+
+
+class _Texts:
+    """The source files that can be read here."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, list[str]] = {}
+
+    def line(self, path: str, number: int) -> Line:
+        """``FILE:LINE``, and the text of the line where the file is there."""
+        if path not in self._files:
+            self._files[path] = self._read(path)
+        texts = self._files[path]
+        text = texts[number - 1].strip()[:_MOST_TEXT] if number <= len(texts) else ""
+        place = (f"  {printable(os.path.basename(path))}:{number}", "blue")
+        return (place, f"  {printable(text)}") if text else (place,)
+
+    def _read(self, path: str) -> list[str]:
+        """The lines of the file; none where it is not there, is none, or is too large to be source code."""
+        try:
+            with open(path, "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    return []
+                data = file.read(_MOST_SOURCE + 1)
+        except (OSError, ValueError):
+            return []
+        return data.decode(errors="backslashreplace").split("\n") if len(data) <= _MOST_SOURCE else []
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _note(target: Landmark | None, names: _Names) -> Line:

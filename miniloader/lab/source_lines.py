@@ -1,0 +1,258 @@
+"""Which line of source code machine code comes from: DWARF, in the file or in one that was split off it.
+
+The tables are read by pyelftools, in a child with a bound of time and of memory: what a file claims in them
+may take any.  Where another file has them is found as gdb does: by the build-id, or by ``.gnu_debuglink``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+from miniloader.elf import ElfImage, Source
+from miniloader.elf.header import Section
+from miniloader.elf.kinds.opening import open_image
+from miniloader.errors import ElfError
+from miniloader.forking import cached_property
+from miniloader.lab.workers.child import ForkedProcess, crash_quietly
+from miniloader.values import dataclass
+
+__all__ = ["SourceLines", "debug_image", "source_lines"]
+
+_SECONDS: Final = 5  # of a processor
+_MEMORY: Final = 1 << 30  # bytes more than this process has
+_MOST_ROWS: Final = 1 << 20
+_MOST_BYTES: Final = 1 << 26
+_MOST_UNITS: Final = 1 << 16
+_LINES: Final = (".debug_line", ".zdebug_line")
+_DEBUG: Final = "/usr/lib/debug"
+_EXECUTABLE: Final = 4  # SHF_EXECINSTR
+_LINK: Final = 4096  # bytes of .gnu_debuglink
+
+
+@dataclass(frozen=True)
+class SourceLines:
+    """The lines of some code: ``rows`` are vaddr, file and line (0: of no line), by ascending vaddr.
+
+    ``path`` is the file that says so; ``fault`` what kept some of it from being read.
+    """
+
+    path: str
+    rows: tuple[tuple[int, str, int], ...]
+    fault: str | None = None
+
+    def at(self, vaddr: int) -> tuple[str, int] | None:
+        """File and line of the instruction at ``vaddr``; None where that is not known."""
+        place = bisect_right(self._vaddrs, vaddr) - 1
+        if place < 0 or self.rows[place][2] == 0:
+            return None
+        return self.rows[place][1], self.rows[place][2]
+
+    @cached_property
+    def _vaddrs(self) -> list[int]:
+        return [row[0] for row in self.rows]
+
+
+def source_lines(image: ElfImage, start: int, end: int) -> SourceLines | None:
+    """The lines of the code from ``start`` to ``end``, vaddrs; None where no file says them."""
+    described = debug_image(image)
+    if described is None or not _has_vaddrs(image, start):
+        return None
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as pipe:
+        try:
+            process = ForkedProcess(lambda: _tell(described, start, end, writing))
+        finally:
+            os.close(writing)
+        with process:
+            data = pipe.read(_MOST_BYTES)
+            if len(data) == _MOST_BYTES:
+                process.kill()
+            code = process.wait()
+    rows = tuple(_rows_of(data))
+    fault = None
+    if code != 0:
+        last = os.fsdecode(data.rpartition(b"\n")[2])[:200]
+        limits = f"it takes more than {_SECONDS} s, or {_MEMORY >> 20} MiB"
+        fault = last if code == 1 and last else limits
+    return SourceLines(described.path, rows, fault)
+
+
+def _has_vaddrs(image: ElfImage, vaddr: int) -> bool:
+    """Whether DWARF's addresses are the image's: in an object file only those of one section of code are."""
+    if image.header.type != "REL":
+        return True
+    code = [section for section in image.sections if section.flags & _EXECUTABLE and section.size]
+    return len(code) == 1 and code[0].vaddr == 0 and vaddr < code[0].end
+
+
+# ------------------------------------------------------------------------------------ where the tables are
+def debug_image(image: ElfImage) -> ElfImage | None:
+    """The image that has the tables of lines: ``image`` itself, or a file that was split off it."""
+    if any(section.name in _LINES and section.type != "SHT_NOBITS" for section in image.sections):
+        return image
+    for path, check in _candidates(image):
+        with suppress(ElfError):
+            other = open_image(path)
+            if any(section.name in _LINES for section in other.sections) and check(other):
+                return other
+            other.source.close()
+    return None
+
+
+def _candidates(image: ElfImage) -> Iterator[tuple[str, Any]]:
+    """Files that may have been split off ``image``, and how each is told to be its own."""
+    build_id = image.build_id
+    if build_id is not None and len(build_id) > 2:
+        path = f"{_DEBUG}/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
+        yield path, lambda other: other.build_id == build_id
+    link = next((section for section in image.sections if section.name == ".gnu_debuglink"), None)
+    if link is None or link.size > _LINK:
+        return
+    try:
+        name, checksum = _debuglink(image, link)
+    except (ElfError, struct.error, ValueError):
+        return
+    directory = os.path.dirname(os.path.realpath(image.path))
+    for place in (directory, f"{directory}/.debug", f"{_DEBUG}{directory}"):
+        yield f"{place}/{name}", lambda other: _checksum(other.source) == checksum
+
+
+def _debuglink(image: ElfImage, link: Section) -> tuple[str, int]:
+    """The name of the file and the checksum of its bytes, from ``.gnu_debuglink``."""
+    data = bytes(image.source.read(link.file_offset, link.size, ".gnu_debuglink"))
+    name = os.fsdecode(data[: data.index(0)])
+    if "/" in name or not name:
+        raise ValueError("a path")
+    (checksum,) = struct.unpack_from(f"{image.header.order}I", data, (data.index(0) + 4) & ~3)
+    return name, checksum
+
+
+def _checksum(source: Source) -> int:
+    value, at = 0, 0
+    while at < source.size:
+        part = source.read(at, min(1 << 20, source.size - at), "file")
+        value, at = zlib.crc32(part, value), at + len(part)
+    return value
+
+
+# ------------------------------------------------------------------------------------------- in the child
+def _tell(image: ElfImage, start: int, end: int, writing: int) -> int:
+    """In the child: write the rows of ``start`` to ``end``, or a last line that says what is wrong."""
+    crash_quietly()
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
+    with os.fdopen(os.dup(writing), "wb") as pipe:
+        text = io.BytesIO()
+        try:
+            for number, (vaddr, path, line) in enumerate(sorted({*_read(image, start, end)})):
+                if number < _MOST_ROWS and b"\n" not in path:
+                    text.write(b"%d %d %s\n" % (vaddr, line, path))
+        except Exception as error:  # noqa: BLE001 - whatever pyelftools raises for a malformed table
+            said = " ".join(str(error).split()) or type(error).__name__
+            pipe.write(text.getvalue() + said.encode("utf-8", "backslashreplace")[:200])
+            return 1
+        pipe.write(text.getvalue())
+    return 0
+
+
+def _read(image: ElfImage, start: int, end: int) -> Iterator[tuple[int, bytes, int]]:
+    """Vaddr, file and line where lines begin from ``start`` to ``end``, and line 0 where a sequence ends."""
+    dwarf = image.elffile.get_dwarf_info(follow_links=False)
+    for unit in _units(dwarf, start, end):
+        program = dwarf.line_program_for_CU(unit)
+        if program is None:
+            continue
+        sequence: list[tuple[int, int, int]] = []
+        for entry in program.get_entries():
+            state = entry.state
+            if state is None:
+                continue
+            sequence.append((state.address, state.file, 0 if state.end_sequence else state.line))
+            if state.end_sequence:
+                yield from _within(sequence, program, unit, start, end)
+                sequence = []
+
+
+def _within(
+    sequence: list[tuple[int, int, int]], program: Any, unit: Any, start: int, end: int
+) -> Iterator[tuple[int, bytes, int]]:
+    """The rows of a sequence of a line program that are of the code from ``start`` to ``end``."""
+    if not sequence or sequence[0][0] >= end or sequence[-1][0] <= start:
+        return
+    names: dict[int, bytes] = {}
+    for at, (vaddr, file, line) in enumerate(sequence):
+        following = sequence[at + 1][0] if at + 1 < len(sequence) else vaddr
+        if vaddr >= end or (following <= start and line):
+            continue
+        if following == vaddr and line:
+            continue  # the next row says it better
+        if file not in names:
+            names[file] = _file_name(program, unit, file)
+        yield max(vaddr, start), names[file], line
+
+
+def _file_name(program: Any, unit: Any, number: int) -> bytes:
+    """The path of a file of a line program; relative where the compiler was not told more."""
+    header = program.header
+    first = 0 if header.version >= 5 else 1
+    entry = header.file_entry[number - first]
+    name, place = bytes(entry.name), entry.dir_index
+    directories = header.include_directory
+    if header.version >= 5:
+        directory = bytes(directories[place]) if place < len(directories) else b""
+        if place and not directory.startswith(b"/") and directories:
+            directory = os.path.join(bytes(directories[0]), directory)
+    else:
+        made_in = unit.get_top_DIE().attributes.get("DW_AT_comp_dir")
+        base = bytes(made_in.value) if made_in is not None and isinstance(made_in.value, bytes) else b""
+        directory = os.path.join(base, bytes(directories[place - 1])) if place else base
+    return os.path.normpath(os.path.join(directory, name))
+
+
+def _units(dwarf: Any, start: int, end: int) -> Iterator[Any]:
+    """The compilation units that may have code from ``start`` to ``end``."""
+    ranges = dwarf.get_aranges()
+    offsets = (
+        {
+            entry.info_offset
+            for entry in ranges.entries
+            if entry.begin_addr < end and entry.begin_addr + entry.length > start
+        }
+        if ranges is not None
+        else set()
+    )
+    if offsets:
+        yield from (dwarf.get_CU_at(offset) for offset in sorted(offsets))
+        return
+    for number, unit in enumerate(dwarf.iter_CUs()):
+        if number > _MOST_UNITS:
+            return
+        if _covers(dwarf, unit, start, end):
+            yield unit
+
+
+def _covers(dwarf: Any, unit: Any, start: int, end: int) -> bool:
+    attributes = unit.get_top_DIE().attributes
+    if "DW_AT_ranges" in attributes:
+        return True  # its line program says it as well
+    low, high = attributes.get("DW_AT_low_pc"), attributes.get("DW_AT_high_pc")
+    if low is None or high is None:
+        return False
+    last = high.value if high.form == "DW_FORM_addr" else low.value + high.value
+    return bool(low.value < end and last > start)
+
+
+def _rows_of(data: bytes) -> Iterator[tuple[int, str, int]]:
+    for row in data.split(b"\n")[:-1]:
+        vaddr, line, path = row.split(b" ", 2)
+        yield int(vaddr), os.fsdecode(path), int(line)
