@@ -31,7 +31,7 @@ from miniloader.errors import ElfError, MiniloaderError
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.machine.relocation import KINDS, Formula
+from miniloader.machine.relocation import KINDS, RESERVED_SLOTS, Formula, Kind
 
 __all__ = [
     "ARGUMENT",
@@ -377,14 +377,20 @@ def _relocated(image: ElfImage) -> Table:
             fields = {
                 "kind": code,
                 "symbol": chosen["symbol"],
-                # JUMP_SLOT and GLOB_DAT have no addend (psABI), whatever the file says.
-                "addend": 0 if kind is not None and kind.formula == "S" else chosen["addend"],
+                "addend": _addends(kind, chosen["addend"]),
                 "size": _WORD if kind is None else min(kind.size, _WORD),
             }
             slots.append(_slots(chosen["offset"], meaning, **fields))
             if meaning == DESCRIPTOR:
                 slots.append(_slots(chosen["offset"] + np.uint64(_WORD), ARGUMENT, **fields))
     return np.concatenate(slots)
+
+
+def _addends(kind: Kind | None, addends: NDArray[np.int64]) -> NDArray[np.int64] | int:
+    """What is added to the symbol's value: nothing where the psABI says so, whatever the file says."""
+    if kind is None:
+        return addends
+    return 0 if kind.formula == "S" else addends - kind.less
 
 
 def _relr(image: ElfImage) -> Table:
@@ -416,7 +422,7 @@ def _copied(image: ElfImage) -> Table:
 
 
 def _loader(image: ElfImage) -> Table:
-    """The dynamic section, whose addresses ld.so adjusts, and GOT[0] to GOT[2], which are its own (psABI)."""
+    """The dynamic section, whose addresses ld.so adjusts, and what of the GOT is its own (psABI)."""
     dynamic = image.segment("PT_DYNAMIC")
     words: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
     if dynamic is not None:
@@ -424,5 +430,6 @@ def _loader(image: ElfImage) -> Table:
         words.append(np.arange(dynamic.vaddr, end, _WORD, dtype=np.uint64))
     tags: Mapping[int, int] = image.dynamic.tags
     if DT_PLTGOT in tags:
-        words.append(np.uint64(tags[DT_PLTGOT]) + np.arange(3, dtype=np.uint64) * np.uint64(_WORD))
+        reserved = np.arange(RESERVED_SLOTS.get(image.header.machine, 3), dtype=np.uint64)
+        words.append(np.uint64(tags[DT_PLTGOT]) + reserved * np.uint64(_WORD))
     return _slots(np.concatenate(words), LOADER)

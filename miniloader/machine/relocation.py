@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from miniloader.values import dataclass
 
-__all__ = ["BELOW_THREAD_POINTER", "KINDS", "Formula", "Kind", "code_of"]
+__all__ = ["BELOW_THREAD_POINTER", "KINDS", "RESERVED_SLOTS", "Formula", "Kind", "code_of"]
 
 Formula = Literal[
     "none",  # nothing is written
@@ -30,13 +30,17 @@ Formula = Literal[
 
 @dataclass(frozen=True)
 class Kind:
-    """One relocation kind: its psABI name, what is stored, in how many bytes, whether for calls only."""
+    """One relocation kind: its psABI name, what is stored, in how many bytes, whether for calls only.
+
+    ``less`` is what has to be taken from the value that the formula gives.
+    """
 
     name: str
     formula: Formula
     size: int = 8
     signed: bool = False
     call: bool = False
+    less: int = 0
 
 
 KINDS: Final[dict[str, dict[int, Kind]]] = {
@@ -82,12 +86,29 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
         1031: Kind("R_AARCH64_TLSDESC", "descriptor", 16),
         1032: Kind("R_AARCH64_IRELATIVE", "indirect"),
     },
+    # RISC-V psABI, table 3: those that dynamic linkers process.  DTV pointers lead 0x800 into their blocks.
+    "RISCV": {
+        0: Kind("R_RISCV_NONE", "none", 0),
+        1: Kind("R_RISCV_32", "S + A", 4),
+        2: Kind("R_RISCV_64", "S + A"),
+        3: Kind("R_RISCV_RELATIVE", "B + A"),
+        4: Kind("R_RISCV_COPY", "copy"),
+        5: Kind("R_RISCV_JUMP_SLOT", "S", call=True),
+        7: Kind("R_RISCV_TLS_DTPMOD64", "module"),
+        9: Kind("R_RISCV_TLS_DTPREL64", "module offset", less=0x800),
+        11: Kind("R_RISCV_TLS_TPREL64", "thread offset"),
+        12: Kind("R_RISCV_TLSDESC", "descriptor", 16),
+        58: Kind("R_RISCV_IRELATIVE", "indirect"),
+    },
 }
 """By machine (``image.header.machine``) and ``ELF64_R_TYPE``.
 
 Of a 64-bit machine that is here an audit knows what relocation wrote; where libraries are loaded is said in
 :mod:`miniloader.native.gate`.
 """
+
+RESERVED_SLOTS: Final = {"RISCV": 2}
+"""How many words at the beginning of ``DT_PLTGOT`` are the dynamic linker's own, where it is not three."""
 
 BELOW_THREAD_POINTER: Final = frozenset({"X86_64"})
 """The machines whose static thread-local blocks lie below the thread pointer: TLS variant II.

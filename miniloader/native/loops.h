@@ -14,6 +14,24 @@ typedef int64_t __attribute__((aligned(1))) i64;
 
 enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR };
 
+/* What is in memory now, read once: a file that is mapped may change at any time, and what was checked has to be what
+   is used.  Without this a compiler may read it again. */
+#define ONCE(expression)                                                                                               \
+    ({                                                                                                                 \
+        __typeof__(0 ? (expression) : 0) once_ = (expression);                                                         \
+        __asm__("" : "+r"(once_));                                                                                     \
+        once_;                                                                                                         \
+    })
+
+/* The same of a whole record. */
+#define COPY(pointer)                                                                                                  \
+    ({                                                                                                                 \
+        __typeof__(({ *(pointer); })) copy_;                                                                           \
+        __builtin_memcpy(&copy_, (pointer), sizeof copy_);                                                             \
+        __asm__("" : "+m"(copy_));                                                                                     \
+        copy_;                                                                                                         \
+    })
+
 typedef struct {
     uint64_t start, end; /* vaddrs */
 } Span;

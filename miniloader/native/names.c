@@ -29,16 +29,17 @@ static int64_t open_gnu_hash(Table *table)
     const u32 *head = at(table, table->gnu_hash, 16);
     if (!head)
         return NO_TABLE;
-    uint64_t buckets = head[0], first = head[1], words = head[2], vaddr = table->gnu_hash + 16, last = 0;
-    if (buckets == 0 || words == 0 || (words & (words - 1)) || head[3] >= 32)
+    uint64_t buckets = ONCE(head[0]), first = ONCE(head[1]), words = ONCE(head[2]), shift = ONCE(head[3]);
+    uint64_t vaddr = table->gnu_hash + 16, last = 0;
+    if (buckets == 0 || words == 0 || (words & (words - 1)) || shift >= 32)
         return NO_TABLE;
-    table->shift = head[3];
+    table->shift = shift;
     table->bloom = at(table, vaddr, words * 8);
     table->buckets = at(table, vaddr + words * 8, buckets * 4);
     if (!table->bloom || !table->buckets)
         return NO_TABLE;
     for (uint64_t i = 0; i < buckets; i++) {
-        uint64_t bucket = table->buckets[i];
+        uint64_t bucket = ONCE(table->buckets[i]);
         if (bucket && bucket < first)
             return NO_TABLE;
         last = bucket > last ? bucket : last;
@@ -64,9 +65,9 @@ static int64_t open_sysv_hash(Table *table)
     const u32 *head = at(table, table->sysv_hash, 8);
     if (!head)
         return NO_TABLE;
-    table->sysv_bucket_count = head[0];
-    table->sysv_chain_count = head[1];
-    table->sysv_buckets = at(table, table->sysv_hash + 8, ((uint64_t)head[0] + head[1]) * 4);
+    table->sysv_bucket_count = ONCE(head[0]);
+    table->sysv_chain_count = ONCE(head[1]);
+    table->sysv_buckets = at(table, table->sysv_hash + 8, (table->sysv_bucket_count + table->sysv_chain_count) * 4);
     if (!table->sysv_buckets)
         return NO_TABLE;
     table->sysv_chains = table->sysv_buckets + table->sysv_bucket_count;
@@ -93,7 +94,7 @@ static bool too_long(const Table *table)
     if (!table->strsz || table->count <= LONG_NAMES / table->strsz || !has_long(table))
         return false;
     for (uint64_t i = 0; i < table->count && total <= most; i++) {
-        uint64_t at = table->rows[i].name, room = at < table->strsz ? table->strsz - at : 0;
+        uint64_t at = ONCE(table->rows[i].name), room = at < table->strsz ? table->strsz - at : 0;
         const char *text = table->strings + at, *end = room ? memchr(text, 0, room) : NULL;
         total += end ? (uint64_t)(end - text) : room;
     }
@@ -151,20 +152,26 @@ static int64_t list_needed(Table *table)
     uint64_t vaddr = table->verneed, left = table->verneednum, many = VERSION_HIDDEN;
     int64_t result = left > VERSION_HIDDEN ? NO_TABLE : FINE;
     while (left && result == FINE) {
-        const Verneed *need = at(table, vaddr, sizeof *need);
-        if (!need || !ends_soon(table, need->file) || need->count > many || (need->next && need->next < sizeof *need))
+        const Verneed *record = at(table, vaddr, sizeof *record);
+        if (!record)
             return NO_TABLE;
-        uint64_t there = vaddr + need->aux, rest = need->count;
-        many -= need->count;
+        Verneed need = COPY(record);
+        if (!ends_soon(table, need.file) || need.count > many || (need.next && need.next < sizeof need))
+            return NO_TABLE;
+        uint64_t there = vaddr + need.aux, rest = need.count;
+        many -= need.count;
         while (rest && result == FINE) {
-            const Vernaux *one = at(table, there, sizeof *one);
-            if (!one || (one->next && one->next < sizeof *one))
+            const Vernaux *inner = at(table, there, sizeof *inner);
+            if (!inner)
                 return NO_TABLE;
-            result = note(table, one->other & VERSION, one->name, false);
-            if (!onward(&there, one->next, sizeof *one, &rest))
+            Vernaux version = COPY(inner);
+            if (version.next && version.next < sizeof version)
+                return NO_TABLE;
+            result = note(table, version.other & VERSION, version.name, false);
+            if (!onward(&there, version.next, sizeof version, &rest))
                 break;
         }
-        if (!onward(&vaddr, need->next, sizeof *need, &left))
+        if (!onward(&vaddr, need.next, sizeof need, &left))
             break;
     }
     return result;
@@ -175,14 +182,17 @@ static int64_t list_defined(Table *table)
     uint64_t vaddr = table->verdef, left = table->verdefnum;
     int64_t result = left > VERSION_HIDDEN ? NO_TABLE : FINE;
     while (left && result == FINE) {
-        const Verdef *definition = at(table, vaddr, sizeof *definition);
-        if (!definition || (definition->next && definition->next < sizeof *definition))
+        const Verdef *record = at(table, vaddr, sizeof *record);
+        if (!record)
             return NO_TABLE;
-        const Verdaux *one = at(table, vaddr + definition->aux, sizeof *one);
-        if (!one)
+        Verdef definition = COPY(record);
+        if (definition.next && definition.next < sizeof definition)
             return NO_TABLE;
-        result = note(table, definition->index & VERSION, one->name, definition->flags & BASE);
-        if (!onward(&vaddr, definition->next, sizeof *definition, &left))
+        const Verdaux *label = at(table, vaddr + definition.aux, sizeof *label);
+        if (!label)
+            return NO_TABLE;
+        result = note(table, definition.index & VERSION, ONCE(label->name), definition.flags & BASE);
+        if (!onward(&vaddr, definition.next, sizeof definition, &left))
             break;
     }
     return result;
@@ -287,7 +297,7 @@ static int64_t find_missing(const Table *table, const char *file, const Table *o
         const Verneed *record = at(table, vaddr, sizeof *record);
         if (!record)
             return NO_TABLE;
-        Verneed need = *record;
+        Verneed need = COPY(record);
         if (need.file >= table->strsz)
             return NO_TABLE;
         bool asked = strncmp(table->strings + need.file, file, table->strsz - need.file) == 0;
@@ -296,11 +306,12 @@ static int64_t find_missing(const Table *table, const char *file, const Table *o
             const Vernaux *one = at(table, there, sizeof *one);
             if (!one)
                 return NO_TABLE;
-            if (!(one->flags & WEAK) && !defines(other, table, one->hash, one->name) && steps > 0) {
-                *missing = one->name;
+            Vernaux version = COPY(one);
+            if (!(version.flags & WEAK) && !defines(other, table, version.hash, version.name) && steps > 0) {
+                *missing = version.name;
                 return FINE;
             }
-            if (!onward(&there, one->next, sizeof *one, &rest))
+            if (!onward(&there, version.next, sizeof version, &rest))
                 break;
         }
         if (!onward(&vaddr, need.next, sizeof need, &left))
@@ -349,14 +360,14 @@ static uint32_t sysv_hash(const char *text, uint64_t length)
 /* The name of a symbol's version in the table's strings; 0 for the base version and for none. */
 static uint64_t label(const Table *table, uint64_t index)
 {
-    uint64_t version = table->versions ? table->versions[index] & VERSION : 0;
+    uint64_t version = table->versions ? ONCE(table->versions[index]) & VERSION : 0;
     return version < table->labels_count ? table->labels[version] : 0;
 }
 
 static void read_text(Name *name)
 {
     const Table *table = name->table;
-    uint64_t text = table->rows[name->index].name, room = text < table->strsz ? table->strsz - text : 0;
+    uint64_t text = ONCE(table->rows[name->index].name), room = text < table->strsz ? table->strsz - text : 0;
     const char *end = room ? memchr(table->strings + text, 0, room) : NULL;
     name->text = room ? table->strings + text : "";
     name->length = end ? (uint64_t)(end - name->text) : room;
@@ -371,8 +382,8 @@ static bool know_hash(Name *name)
     if (!table->gnu_hash || table->bucket_count < 2 || name->index < table->first ||
         name->index - table->first >= table->chain_count)
         return false;
-    name->hash = table->chains[name->index - table->first] & ~1u;
-    uint64_t here = table->buckets[name->hash % table->bucket_count], most = here + SHORT_CHAIN;
+    name->hash = ONCE(table->chains[name->index - table->first]) & ~1u;
+    uint64_t here = ONCE(table->buckets[name->hash % table->bucket_count]), most = here + SHORT_CHAIN;
     while (here >= table->first && here < name->index && here < most && !(table->chains[here - table->first] & 1))
         here++;
     name->hash |= here != name->index;
@@ -412,9 +423,10 @@ static Match matches(const Table *table, uint64_t index, Name *name, int64_t how
         return OTHER;
     if (!name->text)
         read_text(name);
-    if (symbol->name >= table->strsz || table->strsz - symbol->name <= name->length)
+    uint64_t start = ONCE(symbol->name);
+    if (start >= table->strsz || table->strsz - start <= name->length)
         return OTHER;
-    const char *text = table->strings + symbol->name;
+    const char *text = table->strings + start;
     steps -= (int64_t)name->length;
     if (text[name->length] != 0 || memcmp(text, name->text, name->length) != 0)
         return OTHER;
@@ -450,14 +462,14 @@ static int64_t find(const Table *table, Name *name, int64_t how)
     if (table->gnu_hash) {
         if (!table->bloom || !may_have(table, name->hash))
             return -1;
-        index = table->buckets[name->hash % table->bucket_count];
+        index = ONCE(table->buckets[name->hash % table->bucket_count]);
         last = index < table->first ? 0 : table->first + table->chain_count;
     } else if (table->sysv_hash) {
         if (!table->sysv_bucket_count)
             return -1;
         if (!name->text)
             read_text(name);
-        index = table->sysv_buckets[sysv_hash(name->text, name->length) % table->sysv_bucket_count];
+        index = ONCE(table->sysv_buckets[sysv_hash(name->text, name->length) % table->sysv_bucket_count]);
         last = index ? table->sysv_chain_count : 0;
     }
     while (index < last && steps-- > 0) {
@@ -470,7 +482,7 @@ static int64_t find(const Table *table, Name *name, int64_t how)
             visible = visible < 0 ? (int64_t)index : INT64_MAX;
         if (table->gnu_hash && (hash & 1))
             break;
-        index = table->gnu_hash || !table->sysv_hash ? index + 1 : table->sysv_chains[index];
+        index = table->gnu_hash || !table->sysv_hash ? index + 1 : (uint64_t)ONCE(table->sysv_chains[index]);
         if (!index)
             break;
     }

@@ -15,9 +15,9 @@ static int64_t fault(Job *job, int64_t reason, uint64_t where, uint64_t what)
     return reason;
 }
 
-static const Kind *kind_of(const Job *job, const Row *row)
+static const Kind *kind_of(const Job *job, uint32_t type)
 {
-    return &job->kinds[row->type < KINDS ? row->type : KINDS - 1]; /* the last is UNKNOWN */
+    return &job->kinds[type < KINDS ? type : KINDS - 1]; /* the last is UNKNOWN */
 }
 
 static int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest)
@@ -25,14 +25,16 @@ static int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest)
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
         for (const Row *row = rows; row < rows + part->count; row++) {
-            const Kind *kind = kind_of(job, row);
+            uint64_t vaddr = ONCE(row->offset), symbol = ONCE(row->symbol);
+            uint32_t type = ONCE(row->type);
+            const Kind *kind = kind_of(job, type);
             if (kind->formula == UNKNOWN)
-                return fault(job, NO_KIND, row->offset, row->type);
-            counts[row->type]++;
-            if (kind->formula != NONE && !inside(job->writable, job->writable_count, row->offset, kind->size))
-                return fault(job, OUTSIDE, row->offset, row->type);
-            if (row->symbol > *highest)
-                *highest = row->symbol;
+                return fault(job, NO_KIND, vaddr, type);
+            counts[type]++;
+            if (kind->formula != NONE && !inside(job->writable, job->writable_count, vaddr, kind->size))
+                return fault(job, OUTSIDE, vaddr, type);
+            if (symbol > *highest)
+                *highest = symbol;
         }
     }
     return FINE;
@@ -49,10 +51,10 @@ static int64_t mark(Job *job, uint8_t *used, uint64_t symbols)
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
         for (const Row *row = rows; row < rows + part->count; row++) {
-            unsigned formula = kind_of(job, row)->formula;
+            unsigned formula = kind_of(job, ONCE(row->type))->formula;
             if (formula == NONE || formula == B_A || formula == INDIRECT)
                 continue;
-            uint64_t symbol = row->symbol;
+            uint64_t symbol = ONCE(row->symbol);
             if (symbol >= symbols)
                 return fault(job, NO_SYMBOL, row->offset, symbol);
             used[symbol] = 1;
@@ -74,8 +76,8 @@ static int64_t copy_rows(
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
         for (const Row *at = rows; at < rows + part->count && found < count; at++) {
-            Row row = *at;
-            const Kind *kind = kind_of(job, &row);
+            Row row = COPY(at);
+            const Kind *kind = kind_of(job, row.type);
             if (row.type != type)
                 continue;
             if (kind->formula != INDIRECT && (row.symbol >= symbols || !used[row.symbol]))
@@ -140,7 +142,7 @@ static int64_t add_packed(Job *job, const u64 *entries, uint64_t count)
     uint64_t vaddr = 0, vaddrs[64];
     bool started = false; /* a bitmap before any vaddr is of no words */
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t entry = entries[i], many = 0;
+        uint64_t entry = ONCE(entries[i]), many = 0;
         if (!(entry & 1)) {
             vaddrs[many++] = vaddr = entry;
             vaddr += sizeof entry;
@@ -164,8 +166,8 @@ static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
     uint64_t bias = job->bias, in_page = job->page_size - 1;
     uint64_t low = 1, high = 0, last = UINT64_MAX; /* where the last one was: most are near it */
     for (const Row *row = rows; row < rows + count; row++) {
-        uint64_t vaddr = row->offset, addend = (uint64_t)row->addend, value = bias + addend;
-        if (kind_of(job, row)->formula != B_A)
+        uint64_t vaddr = ONCE(row->offset), addend = (uint64_t)ONCE(row->addend), value = bias + addend;
+        if (kind_of(job, ONCE(row->type))->formula != B_A)
             return fault(job, NOT_RELATIVE, vaddr, row->type);
         if (vaddr < low || vaddr > high) {
             const Span *span = span_of(job, vaddr);
@@ -194,8 +196,8 @@ static int64_t put_symbolic(
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
         for (const Row *at = rows; at < rows + part->count; at++) {
-            Row row = *at;
-            const Kind *kind = kind_of(job, &row);
+            Row row = COPY(at);
+            const Kind *kind = kind_of(job, row.type);
             if (kind->formula < B_A || kind->formula > Z_A)
                 continue;
             uint64_t value = (uint64_t)row.addend;

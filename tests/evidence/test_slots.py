@@ -11,8 +11,9 @@ import pytest
 
 from fixtures import build
 from miniloader.elf import Source, read_image
+from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.elf.relocations import kind_name
-from miniloader.evidence.slots import ARGUMENT, FileFacts, NameNumbers
+from miniloader.evidence.slots import ARGUMENT, LOADER, FileFacts, NameNumbers
 from miniloader.machine.relocation import KINDS
 
 COMMITTED = sorted({*build.ROOT.glob("miniloader/**/*.so"), *build.ROOT.glob("fixtures/prebuilt/*.so")})
@@ -34,3 +35,18 @@ def test_each_relocation_is_a_slot_of_its_kind(path: Path) -> None:
     unknown = {kind_name(machine, code) for code in set(relocated["kind"].tolist()) - KINDS[machine].keys()}
     assert unknown == set()
     assert names == listed
+
+
+def test_blocks_of_riscv_are_counted_from_behind_their_beginning() -> None:
+    """By 0x800, which a word of TLS_DTPREL64 holds less; and two words of the GOT are the loader's own (psABI)."""
+    path = build.REFERENCES["references", "riscv64"]
+    image = read_image(Source.open(path))
+    facts = FileFacts(image.source, image, NameNumbers())
+    (table,) = [table for table in image.relocations.tables if table.name == "DT_RELA"]
+    rows = table.rows[table.rows["type"] == 9]
+    offsets = facts.slots[facts.slots["kind"] == 9]
+    assert len(rows)
+    assert offsets["addend"].tolist() == (rows["addend"] - 0x800).tolist()
+    got = image.dynamic.tags[DT_PLTGOT]
+    by_loader = facts.slots["vaddr"][facts.slots["what"] == LOADER]
+    assert [got + 8 * word in by_loader for word in range(3)] == [True, True, False]
