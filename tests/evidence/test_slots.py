@@ -38,7 +38,7 @@ def test_each_relocation_is_a_slot_of_its_kind(path: Path) -> None:
 
 
 def test_blocks_of_riscv_are_counted_from_behind_their_beginning() -> None:
-    """By 0x800, which a word of TLS_DTPREL64 holds less; and two words of the GOT are the loader's own (psABI)."""
+    """By 0x800: a word of TLS_DTPREL64 holds that less; two words of the GOT are the loader's."""
     path = build.REFERENCES["references", "riscv64"]
     image = read_image(Source.open(path))
     facts = FileFacts(image.source, image, NameNumbers())
