@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -26,7 +26,7 @@ from miniloader.elf.symbols import (
     shown_name,
 )
 from miniloader.elf.symtab import read_symtab
-from miniloader.elf.tables import Table
+from miniloader.elf.tables import Table, decode_relocations
 from miniloader.errors import ElfError, MiniloaderError
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
@@ -90,6 +90,7 @@ _OF_FORMULA: Final[dict[Formula, int]] = {
 }
 _RELR, _NO_KIND = -1, -2
 _WORD: Final = 8
+_RELA: Final = 24  # bytes of an Elf64_Rela
 _NOWHERE: Final = np.uint64(2**64 - 1)
 _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
 _MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
@@ -366,8 +367,7 @@ def _relocated(image: ElfImage) -> Table:
     """The slots of the relocation tables; of a TLS descriptor its two words; without COPY."""
     kinds = KINDS[image.header.machine]
     slots = [np.empty(0, SLOT_DTYPE)]
-    for table in image.relocations.tables:
-        rows = table.rows
+    for rows in (*(table.rows for table in image.relocations.tables), *_static_tables(image)):
         for code in distinct(rows["type"]).tolist():
             kind = kinds.get(code)
             if kind is not None and kind.formula in ("none", "copy"):
@@ -391,6 +391,23 @@ def _addends(kind: Kind | None, addends: NDArray[np.int64]) -> NDArray[np.int64]
     if kind is None:
         return addends
     return 0 if kind.formula == "S" else addends - kind.less
+
+
+def _static_tables(image: ElfImage) -> Iterator[Table]:
+    """The rows of the RELA tables that a program without a dynamic section relocates itself by: IRELATIVE.
+
+    Its start-up code finds them between ``__rela_iplt_start`` and ``__rela_iplt_end``; here they are found by
+    the section, which a stripped program keeps.
+    """
+    header = image.header
+    if image.segment("PT_DYNAMIC") is not None:
+        return
+    for section in image.sections:
+        if section.type == "SHT_RELA" and section.allocated:
+            data = image.source.read(section.file_offset, section.size - section.size % _RELA, section.name)
+            yield decode_relocations(
+                data, header.elf_class, header.order, addends=True, machine=header.machine
+            )
 
 
 def _relr(image: ElfImage) -> Table:

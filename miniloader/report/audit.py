@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
-from miniloader.report.audit_rows import COUNTED, group_rows, library_rows, mapping_rows
+from miniloader.report.audit_rows import COUNTED, group_rows, library_rows, mapping_rows, short_kind
 from miniloader.report.erosion import advice_view, erosion_view
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Line, Part, Table, heading, listed, more
@@ -165,6 +165,7 @@ def sentence(library: AuditedLibrary) -> Line:
 _KINDS = {
     "relocated": "only relocated (sharable with prepared pages or fork)",
     "written": "written by the program",
+    "patched": "written though not writable",
     "bss": "with the start of bss, and not written otherwise",
     "loader": "with the loader's bookkeeping only",
     "identical": "copied, yet as in the file",
@@ -176,6 +177,8 @@ def _kind(page: PrivatePage) -> str:
     causes = set(page.causes)
     if "unknown" in causes:
         return "unknown"
+    if "write" in causes and page.reason:
+        return "patched"
     if causes & {"write", "overwritten"}:
         return "written"
     if "bss" in causes:
@@ -257,7 +260,7 @@ def _library(library: AuditedLibrary) -> Iterator[Part]:
                 printable(page.section),
                 f"{len(page.pids):,}{_family(page)}",
                 printable(", ".join(page.causes) + (f": {page.reason}" if page.reason else "")),
-                ", ".join(f"{n:,} {name.removeprefix('R_X86_64_')}" for name, n in page.kinds.items()),
+                ", ".join(f"{n:,} {short_kind(name)}" for name, n in page.kinds.items()),
                 printable(listed(page.written or page.symbols, _MOST_SYMBOLS)),
             )
             for page in pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from miniloader.lab.audit.mappings import AuditedMapping
     from miniloader.lab.audit.result import Audit
 
-__all__ = ["COUNTED", "group_rows", "library_rows", "mapping_rows"]
+__all__ = ["COUNTED", "group_rows", "library_rows", "mapping_rows", "short_kind"]
 
 #: The columns of a library in a process that are counted in pages.
 COUNTED: Final = ("mapped", "present", "shared", "private", "bss")
@@ -66,6 +67,15 @@ def group_rows(groups: Sequence[MemoryGroup]) -> Table:
     everybody = {pid for group in groups for pid in group.pids}
     rows.append([(text, "bold") for text in ("all", f"{len(everybody):,}", *sizes(groups))])
     return Table((groups[0].by, ">in", ">PSS", ">USS", ">RSS", *swapped), rows)
+
+
+def short_kind(name: str) -> str:
+    """The name of a relocation kind without its processor's.
+
+    >>> short_kind("R_X86_64_RELATIVE"), short_kind("R_AARCH64_GLOB_DAT"), short_kind("RELR")
+    ('RELATIVE', 'GLOB_DAT', 'RELR')
+    """
+    return re.sub(r"^R_(X86_64|[A-Z0-9]+)_", "", name)
 
 
 def _short(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
+from miniloader.report.audit_rows import short_kind
 from miniloader.report.text import Part, Table, heading
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def page_view(view: PageView) -> Iterator[Part]:
                 f"{word.old:#x}",
                 f"{word.new:#x}",
                 printable(word.symbol),
-                word.kind.removeprefix("R_X86_64_"),
+                short_kind(word.kind),
             )
             for word in view.words
         ],

@@ -26,10 +26,14 @@ from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
 from miniloader.native import LOOPS_SONAME, STAND_INS
 
-__all__ = ["CHANGED", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
+__all__ = ["CHANGED", "NOT_WRITABLE", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
 
 CHANGED: Final = "changed while we looked"
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
+NOT_WRITABLE: Final = (
+    "not writable: a debugger's breakpoint, a uprobe, or the program had changed the protection"
+)
+_WRITE: Final = np.uint8(bit("write"))
 _MOST_CODE: Final = 1 << 16
 _RELOCATION: Final = np.uint8(bit("relocation"))
 
@@ -71,6 +75,7 @@ def explain(
             doubtful |= (addresses >= vma.start) & (addresses < vma.end)
         _unknown(placed, np.flatnonzero(doubtful), CHANGED)
         explained.keep(placed)
+        _say_how_written(placed, vmas)
 
 
 def space_of(pid: int, vmas: Sequence[Vma], found: Sequence[FileInProcess]) -> Space:
@@ -155,6 +160,20 @@ def _explain_file(
     trouble = placed.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
     placed.reasons |= dict.fromkeys(rows[answer.unreadable].tolist(), trouble)
     _unknown(placed, rows[~read], CHANGED)
+
+
+def _say_how_written(placed: FileInProcess, vmas: Sequence[Vma]) -> None:
+    """Say of pages that were written, though neither file nor mapping lets anybody, how that can be."""
+    image = placed.file.facts.image if placed.file.facts is not None else None
+    if image is None or image.dynamic.text_relocations:
+        return
+    spans = [(load.vaddr, load.end) for load in image.loads if "w" in load.flags]
+    writable = [vmas[index] for index in placed.mappings if "w" in vmas[index].protection]
+    spans += [(vma.start - placed.base, vma.end - placed.base) for vma in writable]
+    written = np.flatnonzero(placed.causes & _WRITE)
+    for row, vaddr in zip(written.tolist(), placed.vaddrs[written].tolist(), strict=True):
+        if not any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in spans):
+            placed.reasons.setdefault(row, NOT_WRITABLE)
 
 
 def _unknown(placed: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:

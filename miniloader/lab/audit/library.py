@@ -30,6 +30,7 @@ __all__ = ["Occurrence", "libraries_of", "occurrences_of"]
 
 _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
+_OVERWRITTEN: Final = bit("overwritten")
 _UNKNOWN: Final = bit("unknown")
 _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
@@ -161,7 +162,7 @@ def _in_process(occurrence: Occurrence, merged: NDArray[np.uint64] | None) -> Li
     by_ksm = int(np.isin(several, merged).sum()) if merged is not None and len(merged) else 0
     return LibraryProcess(
         pid=occurrence.pid,
-        base=placed.base,
+        base=placed.base % 2**64,
         mapped=placed.mapped,
         present=placed.shared + placed.private,
         shared=placed.shared,
@@ -334,7 +335,7 @@ def _told(facts: FileFacts | None, on_page: _OnPage, key: _Key) -> _Told:
         symbols=_names(facts, symbols),
         written=_names(facts, key.changed),
         causes=key.causes,
-        kinds=on_page.kinds if relocated else (),
+        kinds=on_page.kinds if key.causes & (_RELOCATION | _OVERWRITTEN) else (),
         reason=key.reason,
     )
 

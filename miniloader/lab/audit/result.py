@@ -13,7 +13,6 @@ from miniloader.json_schema import (
     BOOL,
     COUNT,
     HEX,
-    INT,
     NUMBER,
     TEXT,
     array,
@@ -76,7 +75,7 @@ class AuditedProcess:
 
 @dataclass(frozen=True)
 class LibraryProcess:
-    """One library in one process, in pages of the file's mappings; ``base`` is the load bias.
+    """One library in one process, in pages of the file's mappings; ``base`` is the load bias, an address.
 
     ``present`` = ``shared`` (the file's own pages, one frame for all who map them) + ``private`` (copies).
     Of the shared ones ``beforehand`` were relocated beforehand (prepared).  Of the private ones ``inherited``
@@ -105,8 +104,9 @@ class PrivatePage:
     """A page that some processes have a copy of, for the same causes.
 
     ``symbols`` are those on the page that loader or program wrote; ``written`` those of them that were
-    written after relocation.  ``kinds`` counts the relocations on the page,
-    where one of the causes is ``relocation`` (else it is empty).  ``pids`` has a process once for
+    written after relocation.  ``kinds`` counts the relocations on the page, where one of the causes is
+    ``relocation`` or ``overwritten`` (else it is empty).  ``reason`` says why the cause is unknown, or how a
+    page was written that is not writable.  ``pids`` has a process once for
     each time it has the file mapped.  ``groups`` are the pids that still have one frame between them, after
     fork; () where every process has its own, or frames are hidden.  ``common`` are the pids whose copy
     somebody has as well, whether audited or not.
@@ -361,7 +361,7 @@ _LIBRARY: Final = record(
     {"path": TEXT, "build_id": nullable(HEX), "files": COUNT, "frames": COUNT},
     {"processes": array(record(
         keys(COUNT, "pid mapped present shared private inherited bss swapped beforehand"),
-        {"base": INT, "merged": nullable(COUNT), "pss": nullable(COUNT)},
+        {"base": COUNT, "merged": nullable(COUNT), "pss": nullable(COUNT)},
     ))},
     keys(array(_COPY), "private_pages bss_pages swapped_pages"),
 )  # fmt: skip

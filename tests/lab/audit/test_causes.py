@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import miniloader
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.diff import diff
+from miniloader.lab.audit.explain import NOT_WRITABLE
 from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.result import AuditedLibrary, PrivatePage
+from miniloader.report.audit import sentence
+from miniloader.report.text import plain
 from tests.lab.audit.told_processes import AT_SYMBOLS, LOADED_BY, Told, page_of, told, vaddr_of
 
 
@@ -61,6 +65,57 @@ def test_an_overwritten_slot(loaded: Told, demo: Path) -> None:
     (word,) = [one for one in view.words if one.cause == "overwritten"]
     assert (word.vaddr, word.symbol) == (vaddr_of(demo, "demo_current"), "demo_current")
     assert (word.kind, word.old, word.new) == ("R_X86_64_64", right, right + 8)
+    assert page.kinds["R_X86_64_64"] >= 1  # which relocation the program has written over
+
+
+def test_a_breakpoint_is_not_the_programs_doing(loaded: Told, demo: Path) -> None:
+    """Written past the protection, as debuggers and uprobes do; and put back, by a page made writable."""
+    place = vaddr_of(demo, "demo_add")
+    address = loaded("answer = at('demo_add')")
+    try:
+        with open(f"/proc/{loaded.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(address)
+            code = memory.read(1)
+            memory.seek(address)
+            memory.write(b"\xcc")
+    except OSError as error:
+        pytest.skip(f"this kernel lacks writing to /proc/PID/mem for us: {error}")
+    page = by_vaddr(library(loaded, demo))[place & -PAGE_SIZE]
+    assert (page.causes, page.reason) == (("write",), NOT_WRITABLE)
+    said = plain(sentence(library(loaded, demo)))
+    assert "1 written though not writable" in said
+    loaded(
+        f"libc = ctypes.CDLL(None); page = ctypes.c_void_p({address & -PAGE_SIZE})\n"
+        f"assert libc.mprotect(page, {PAGE_SIZE}, 7) == 0\n"
+        f"ctypes.memmove({address}, {code!r}, 1)"
+    )
+    page = by_vaddr(library(loaded, demo))[place & -PAGE_SIZE]
+    assert (page.causes, page.reason) == (("identical",), "")
+
+
+def test_slots_of_a_static_program(tmp_path: Path) -> None:
+    """IRELATIVE, which its start-up code applies: what readelf lists is relocated, nothing written there."""
+    source, program = tmp_path / "static.c", tmp_path / "static"
+    source.write_text(
+        '#include <unistd.h>\nint main(void) { char c; write(1, "x", 1); return read(0, &c, 1); }\n'
+    )
+    compiled = subprocess.run(["gcc", "-static", "-o", program, source], capture_output=True, check=False)
+    if compiled.returncode:
+        pytest.skip("this machine lacks a static libc")
+    lines = subprocess.run(["readelf", "-rW", program], capture_output=True, text=True, check=True).stdout
+    slots = {int(line.split()[0], 16) for line in lines.splitlines() if "R_X86_64_IRELATIV" in line}
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        pages = miniloader.audit([process.pid], library=str(program)).library(str(program)).private_pages
+        views = [
+            view_page(process.pid, vaddr, str(program)) for vaddr in {slot & -PAGE_SIZE for slot in slots}
+        ]
+        process.kill()
+    assert slots
+    assert {word.vaddr for view in views for word in view.words if word.cause == "relocation"} == slots
+    assert not {word.vaddr & -8 for view in views for word in view.words if word.cause == "write"} & slots
+    assert sum(page.kinds.get("R_X86_64_IRELATIVE", 0) for page in pages) == len(slots)
 
 
 @pytest.mark.parametrize("by", LOADED_BY)
