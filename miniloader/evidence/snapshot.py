@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.kernel.features import LevelName
-from miniloader.kernel.frames import KPF, frame_flags, map_counts
+from miniloader.kernel.frames import KPF, distinct, frame_flags, map_counts
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap, PageTable
 from miniloader.kernel.probe import level_for
@@ -31,7 +31,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import doubtful, zeros_by_sums
 from miniloader.values import dataclass
 
-__all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "ProcessRange", "Snapshot", "take"]
+__all__ = ["PAGE_DTYPE", "Backing", "ProcessPages", "ProcessRange", "Snapshot", "on_same_pages", "take"]
 
 PAGE_DTYPE: Final = np.dtype(
     [
@@ -129,19 +129,28 @@ class _Reading:
         return self.target.base + self.target.vaddr_start, self.target.base + self.target.vaddr_end
 
 
-def take(targets: Sequence[ProcessRange], *, step: str = "", level: LevelName | None = None) -> Snapshot:
+def take(
+    targets: Sequence[ProcessRange],
+    *,
+    step: str = "",
+    level: LevelName | None = None,
+    most_empty: int | None = None,
+) -> Snapshot:
     """Look at every page of ``targets`` once, at the best level of evidence that works, or at ``level``.
 
     A lower level than the best asks the kernel for no more than that level does.  A process that has
     ended or may not be read is recorded with its reason.  Raises EvidenceError for a level that does not
     work here, UsageError for a base that is not page-aligned.
+
+    Pages of no file that none of the processes has are left out where more than ``most_empty`` follow one
+    another, if all targets have one range: see :func:`on_same_pages`.
     """
     chosen = level_for(level)
     targets = tuple(map(_whole_pages, targets))
     when = time.time()
     match chosen:
         case "frames" | "flags":
-            processes = _look(targets, with_frames=chosen == "frames")
+            processes = _look(targets, with_frames=chosen == "frames", most_empty=most_empty)
         case "totals":
             processes = tuple(_recorded(target, partial(_totals, target)) for target in targets)
         case "none":
@@ -172,17 +181,17 @@ def _recorded(target: ProcessRange, look: Callable[[], _Found]) -> _Found | Proc
         return _blank(target, reason=str(error))
 
 
-def _blank_pages(target: ProcessRange) -> NDArray[np.void]:
-    """A record for each page of the range that knows nothing but its vaddr."""
-    pages = np.zeros((target.vaddr_end - target.vaddr_start) // PAGE_SIZE, dtype=PAGE_DTYPE)
-    pages["vaddr"] = np.arange(target.vaddr_start, target.vaddr_end, PAGE_SIZE, dtype=np.uint64)
+def _blank_pages(vaddrs: NDArray[np.uint64]) -> NDArray[np.void]:
+    """A record for each page that knows nothing but its vaddr."""
+    pages = np.zeros(len(vaddrs), dtype=PAGE_DTYPE)
+    pages["vaddr"] = vaddrs
     pages["mapping"] = -1
     pages["map_count"] = -1
     return pages
 
 
 def _blank(target: ProcessRange, *, reason: str, gone: bool = False) -> ProcessPages:
-    pages = _blank_pages(target)
+    pages = _blank_pages(np.arange(target.vaddr_start, target.vaddr_end, PAGE_SIZE, dtype=np.uint64))
     pages.flags.writeable = False
     return ProcessPages(target.pid, target.base, (), pages, gone=gone, reason=reason)
 
@@ -206,10 +215,15 @@ def _touched(target: ProcessRange) -> tuple[Vma, ...]:
     return read_maps(target.pid, start=target.base + target.vaddr_start, end=target.base + target.vaddr_end)
 
 
-def _look(targets: Sequence[ProcessRange], *, with_frames: bool) -> tuple[ProcessPages, ...]:
+def _look(
+    targets: Sequence[ProcessRange], *, with_frames: bool, most_empty: int | None
+) -> tuple[ProcessPages, ...]:
     """Read every process's entries, then ask about all frames at once, then read the entries again."""
     with ExitStack() as files:
         found = [_recorded(target, partial(_first, target, files)) for target in targets]
+        places = None if most_empty is None else _had_by_any(found, most_empty)
+        if places is not None:
+            found = [_only(answer, places) for answer in found]
         readings = [answer for answer in found if isinstance(answer, _Reading)]
         facts = iter(_frame_facts(readings, with_frames=with_frames))
         return tuple(
@@ -229,6 +243,61 @@ def _first(target: ProcessRange, files: ExitStack) -> _Reading:
     except EvidenceError:  # PAGEMAP_SCAN is from 6.7 on; flags of the frames, or sums, may still tell
         return _Reading(target, pagemap, vmas, table, None)
     return _Reading(target, pagemap, vmas, table, categories_of(regions, start, end).astype(np.bool_))
+
+
+def _had_by_any(found: Sequence[_Reading | ProcessPages], most_empty: int) -> NDArray[np.int64] | None:
+    """The places of the pages that are not left out; ``None`` where all stay."""
+    readings = [answer for answer in found if isinstance(answer, _Reading)]
+    lengths = {len(answer.table) if isinstance(answer, _Reading) else len(answer.pages) for answer in found}
+    if not readings or len(lengths) > 1 or max(lengths) <= most_empty:
+        return None
+    stays = np.zeros(max(lengths), np.bool_)
+    for reading in readings:
+        stays |= (reading.table.entries & (PRESENT | SWAPPED | GUARD)).astype(np.bool_)
+        start, end = reading.span
+        for vma in reading.vmas:
+            if vma.is_file:
+                first, last = max(vma.start, start) - start, min(vma.end, end) - start
+                stays[first // PAGE_SIZE : last // PAGE_SIZE] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], stays, [True]])))
+    for first, last in edges.reshape(-1, 2).tolist():
+        stays[first:last] = last - first <= most_empty
+    return None if stays.all() else np.flatnonzero(stays)
+
+
+def _only(answer: _Reading | ProcessPages, places: NDArray[np.int64]) -> _Reading | ProcessPages:
+    """What is known of the pages at ``places``."""
+    if isinstance(answer, ProcessPages):
+        return replace(answer, pages=answer.pages[places])
+    zero = answer.zero if answer.zero is None else answer.zero[places]
+    return replace(answer, table=answer.table.only(places), zero=zero)
+
+
+def on_same_pages(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
+    """``snapshots`` that were taken one after the other, each with all the pages that any of them has.
+
+    What one has left out nobody had then: it is added as absent.
+    """
+    every = [process.pages["vaddr"] for snapshot in snapshots for process in snapshot.processes]
+    vaddrs = distinct(np.concatenate(every)) if every else np.empty(0, np.uint64)
+    return tuple(
+        replace(snapshot, processes=tuple(_with_absent(process, vaddrs) for process in snapshot.processes))
+        for snapshot in snapshots
+    )
+
+
+def _with_absent(process: ProcessPages, vaddrs: NDArray[np.uint64]) -> ProcessPages:
+    if len(process.pages) == len(vaddrs):
+        return process
+    pages, vmas = _blank_pages(vaddrs), [backing.vma for backing in process.mappings]
+    if not process.reason:
+        addresses = np.uint64(process.base) + vaddrs
+        pages["mapping"] = mapping = _mapping_of(addresses, vmas)
+        pages["file_offset"] = _file_offsets(addresses, mapping, vmas)
+        pages["zero_known"] = True
+    pages[np.searchsorted(vaddrs, process.pages["vaddr"])] = process.pages
+    pages.flags.writeable = False
+    return replace(process, pages=pages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +328,9 @@ def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> Proc
     """Read the entries again and put everything together."""
     target, before, vmas = reading.target, reading.table, reading.vmas
     addresses, after = before.addresses, reading.pagemap.table(*reading.span)
-    pages = _blank_pages(target)
+    if before.places is not None:
+        after = after.only(before.places)
+    pages = _blank_pages(addresses - np.uint64(target.base))
     pages["mapping"] = mapping = _mapping_of(addresses, vmas)
     pages["file_offset"] = _file_offsets(addresses, mapping, vmas)
     pages["changed"] = ((before.entries ^ after.entries) & _SETTLED).astype(np.bool_)

@@ -60,6 +60,11 @@ class PageTable:
 
     start: int
     entries: NDArray[np.uint64]
+    places: NDArray[np.int64] | None = None  # of the entries that are left, counted from start; None: all
+
+    def only(self, places: NDArray[np.int64]) -> PageTable:
+        """The entries at ``places``, ascending, of a table that has all."""
+        return PageTable(self.start, self.entries[places], places)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -70,7 +75,8 @@ class PageTable:
     @property
     def addresses(self) -> NDArray[np.uint64]:
         """The address of each page."""
-        return np.uint64(self.start) + np.arange(len(self), dtype=np.uint64) * np.uint64(PAGE_SIZE)
+        places = np.arange(len(self), dtype=np.int64) if self.places is None else self.places
+        return np.uint64(self.start) + places.astype(np.uint64) * np.uint64(PAGE_SIZE)
 
     @property
     def present(self) -> NDArray[np.bool_]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
+import numpy as np
+
 from miniloader.elf import LoadPlan
 from miniloader.elf.plan import PlannedMapping
+from miniloader.evidence.sharing import analyse
 from miniloader.lab.library_study import LibraryStudy
 from miniloader.lab.proof.proof import DECISIVE, STEPS, Proof
 from miniloader.report.matrix_data import Film, Group, Scene
@@ -46,16 +50,25 @@ def view_of(proof: Proof) -> dict[str, Any]:
 def _film(proof: Proof, study: LibraryStudy | None) -> Film:
     about = {step.name: step.help for step in STEPS}
     steps = [snapshot.step for snapshot in proof.snapshots]
+    vaddrs, plan = analyse(proof.snapshots[0]).vaddrs, proof.plan
+
+    def shown(page: int) -> int:
+        """Where a page of the plan, or the next one that is shown, is among those shown."""
+        return int(np.searchsorted(vaddrs, np.uint64(plan.start + page * plan.page_size)))
+
+    groups = [replace(group, start=shown(group.start), stop=shown(group.stop)) for group in groups_of(plan)]
+    notes = ranges(study.image, plan, proof.word) if study else ()
+    contents = bytes_of_pages(study.landmarks, plan, study.pages, proof.word) if study else {}
     return Film(
         title=f"The pages of {os.path.basename(proof.path)} in {len(proof.processes)} processes",
         rows=names_of(proof),
-        groups=groups_of(proof.plan),
+        groups=tuple(group for group in groups if group.start < group.stop),
         scenes=tuple(
             Scene(snapshot.step, about.get(snapshot.step, ""), snapshot) for snapshot in proof.snapshots
         ),
         start=steps.index(DECISIVE) if DECISIVE in steps else 0,
-        ranges=ranges(study.image, proof.plan, proof.word) if study else (),
-        pages=bytes_of_pages(study.landmarks, proof.plan, study.pages, proof.word) if study else {},
+        ranges=tuple((shown(first), shown(last), heading, text) for first, last, heading, text in notes),
+        pages={shown(page): facts for page, facts in contents.items()},
     )
 
 

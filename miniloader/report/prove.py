@@ -63,6 +63,8 @@ def _title(proof: Proof) -> Iterator[Line]:
     pages = f"{count(mapped // proof.plan.page_size, 'page')} of {size(proof.plan.page_size)}"
     yield (f"{sign} {proof.verdict}", style), "  ", (printable(proof.path), "bold")
     yield (f"{pages}, loaded by {len(proof.processes)} processes, {_where(proof)}",)
+    if left_out := sum(pages for _, pages in proof.left_out):
+        yield (f"not shown: {count(left_out, 'page')} of bss that no process had at any step",)
 
 
 def _picture(proof: Proof, snapshot: Snapshot, width: int) -> Iterator[Part]:

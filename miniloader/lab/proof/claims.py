@@ -51,7 +51,7 @@ class Evidence:
     ``linked`` was taken when everything was relocated and no constructor had run.  Each process wrote its
     pid to ``word``; ``read`` is what each then read there.  ``after`` is None when the file is gone.
     ``prepared`` has the pages that were relocated beforehand.  A mask
-    has an element for each page of ``plan``, and a row for each process where processes may differ.
+    has an element for each page of :attr:`vaddrs`, and a row for each process where processes may differ.
     """
 
     image: ElfImage
@@ -81,10 +81,19 @@ class Evidence:
         """What is shared when the last process has ended."""
         return analyse(self.exited)
 
+    @property
+    def vaddrs(self) -> NDArray[np.uint64]:
+        """The pages of ``plan`` that were looked at: all but those of bss that nobody had."""
+        return self.decisive.vaddrs
+
+    def _page(self, vaddrs: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The numbers of their pages among all of ``plan``."""
+        return (vaddrs.astype(np.int64) - self.plan.start) // self.plan.page_size
+
     def _mask(self, vaddrs: NDArray[np.uint64]) -> Mask:
         mask = np.zeros(self.plan.length // self.plan.page_size, np.bool_)
-        mask[(vaddrs.astype(np.int64) - self.plan.start) // self.plan.page_size] = True
-        return mask
+        mask[self._page(vaddrs)] = True
+        return np.asarray(mask[self._page(self.vaddrs)])
 
     def _mapped_as(self, wanted: Callable[[PlannedMapping], bool]) -> Mask:
         mask = np.zeros(self.plan.length // self.plan.page_size, np.bool_)
@@ -93,7 +102,7 @@ class Evidence:
                 (vaddr - self.plan.start) // self.plan.page_size for vaddr in (mapping.start, mapping.end)
             )
             mask[first:last] = True
-        return mask
+        return np.asarray(mask[self._page(self.vaddrs)])
 
     @cached_property
     def code(self) -> Mask:
@@ -262,9 +271,9 @@ def _copied_now(evidence: Evidence) -> str:
     word = evidence.word
     if word is None or not word.fresh:
         return ""
-    page = (word.vaddr - evidence.plan.start) // evidence.plan.page_size
+    page_vaddr = word.vaddr & -evidence.plan.page_size
+    page = int(np.searchsorted(evidence.vaddrs, np.uint64(page_vaddr)))
     copies = int((evidence.decisive.states[:, page] == COPIED).sum())
-    page_vaddr = evidence.plan.start + page * evidence.plan.page_size
     return f"; page {page_vaddr:#x} was the file's own until then, now there are {copies} copies"
 
 

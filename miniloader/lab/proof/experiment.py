@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
-from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
+from miniloader.evidence.snapshot import ProcessRange, Snapshot, on_same_pages, take
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import process_file, read_process_file
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["experiment"]
 
+_MOST_BSS: Final = 1 << 17  # bytes of bss that are touched, and of which pages that nobody has are shown
+
 
 def experiment(
     crew: Crew, path: str, level: LevelName | None, on_step: OnStep | None, allow: Mapping[str, Any]
@@ -41,7 +43,11 @@ def experiment(
     level = level or _best_level()
     prepared = _prepared(image) if allow.get("prepared") else None
     before = _state_of(path)
-    readable = [(mapping.start, mapping.end) for mapping in plan.mappings if "r" in mapping.protection]
+    readable = [
+        (m.start, min(m.end, m.start + _MOST_BSS) if m.kind == "zero" else m.end)
+        for m in plan.mappings
+        if "r" in m.protection
+    ]
     led = _LedCrew(crew, plan, level, on_step)
 
     led.begin("mapped")
@@ -62,7 +68,8 @@ def experiment(
     led.begin("written")
     sharing = analyse(loaded)
     fresh = np.logical_and.reduce(np.isin(sharing.states, (SHARED, SOLE)), axis=0)
-    word = choose_word(image, plan, fresh, idle=all(_threads(pid) == 1 for pid in led.pids))
+    fresh_pages = frozenset(sharing.vaddrs[fresh].tolist())
+    word = choose_word(image, plan, fresh_pages, idle=all(_threads(pid) == 1 for pid in led.pids))
     shown = worth_reading(sharing, [*slot_vaddrs(image), *([word.vaddr] if word else [])], PAGE_SIZE)
     contents = [read_contents("relocated", led.processes, shown, PAGE_SIZE)]
     stored, read = [], []
@@ -81,6 +88,8 @@ def experiment(
     crew.dismiss(crew.workers[-1])
     exited = led.look("exited")
 
+    snapshots = on_same_pages([mapped, touched, linked, loaded, written, exited])
+    mapped, touched, linked, loaded, written, exited = snapshots
     evidence = Evidence(
         image=image,
         plan=plan,
@@ -136,7 +145,7 @@ class _LedCrew:
             ProcessRange(pid, base, self._plan.start, self._plan.end)
             for pid, base in zip(self.pids, self.bases, strict=True)
         ]
-        snapshot = take(targets, step=step, level=self._level)
+        snapshot = take(targets, step=step, level=self._level, most_empty=_MOST_BSS // PAGE_SIZE)
         self._crew.check(step)
         return snapshot
 

@@ -150,12 +150,24 @@ class Proof(Showing):
             "claims": [claim.to_json() for claim in self.claims],
             "written": None if self.word is None else {"vaddr": self.word.vaddr, "place": self.word.place},
             "memory": {"used": memory.used, "unshared": memory.unshared, "estimated": memory.estimated},
+            "left_out": [{"vaddr": vaddr, "pages": pages} for vaddr, pages in self.left_out],
             "steps": [_step_json(snapshot) for snapshot in self.snapshots],
         }
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the page of ``miniloader prove --html``; MiniloaderError when it cannot be written."""
         REPORT.write_proof(self, path)
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """The runs of pages that no process had at any step, and that have no rows: first vaddr, pages."""
+        size, start, end = self.plan.page_size, self.plan.start, self.plan.end
+        vaddrs = analyse(self.snapshots[0]).vaddrs.astype(np.int64) if self.snapshots else np.arange(0)
+        edges = np.concatenate([[start - size], vaddrs, [end]])
+        gaps = np.flatnonzero(np.diff(edges) > size)
+        return [
+            (int(edges[gap]) + size, int(edges[gap + 1] - edges[gap]) // size - 1) for gap in gaps.tolist()
+        ]
 
     def to_dataframe(self) -> Any:
         """A row for each page, process and step, as a pandas ``DataFrame``; MiniloaderError without pandas.
@@ -220,6 +232,7 @@ PROOF_SCHEMA: Final = record(
     {"processes": array(record({"pid": COUNT, "base": INT})), "claims": array(CLAIM_SCHEMA)},
     {"written": nullable(record({"vaddr": COUNT, "place": TEXT}))},
     {"memory": record(keys(COUNT, "used unshared"), {"estimated": BOOL})},
+    {"left_out": array(record(keys(COUNT, "vaddr pages")))},
     {"steps": array(record(
         {"name": TEXT, "pages": array(_PAGE_SCHEMA)},
         optional={"totals": array(nullable(by_name(COUNT)))},

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
 from miniloader.elf.plan import Span
@@ -15,6 +12,7 @@ from miniloader.values import dataclass
 __all__ = ["Word", "choose_word"]
 
 _SIZE: Final = 8
+_MOST_BSS: Final = 16  # pages: one is as good as another
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,12 @@ class Word:
         return f"in {self.section}" if self.section else "data"
 
 
-def choose_word(image: ElfImage, plan: LoadPlan, fresh: NDArray[np.bool_], *, idle: bool) -> Word | None:
+def choose_word(image: ElfImage, plan: LoadPlan, fresh: Collection[int], *, idle: bool) -> Word | None:
     """The best word to write once the library is loaded; None where there is none.
 
-    ``fresh`` says of each page of ``plan`` whether it is still the file's own.  A page that is comes first,
-    for there a write shows most; among such pages one with padding.  A word of the library's own is taken
-    only while the library is ``idle``: while no thread can see it changed.
+    ``fresh`` are the vaddrs of pages that are still the file's own.  Such a page comes first, for there a
+    write shows most; among such pages one with padding.  A word of the library's own is taken only while the
+    library is ``idle``: while no thread can see it changed.  Of bss the first pages are gone through.
     """
     words = [word for mapping in plan.mappings for word in _words(image, plan, mapping, fresh)]
     allowed = [word for word in words if word.padding or idle]
@@ -56,21 +54,21 @@ def choose_word(image: ElfImage, plan: LoadPlan, fresh: NDArray[np.bool_], *, id
 
 
 def _words(
-    image: ElfImage, plan: LoadPlan, mapping: PlannedMapping, fresh: NDArray[np.bool_]
+    image: ElfImage, plan: LoadPlan, mapping: PlannedMapping, fresh: Collection[int]
 ) -> Iterator[Word]:
     """One word of each page of ``mapping`` that stays writable; padding where the page has some."""
     if "w" not in mapping.protection or "x" in mapping.protection:
         return
     described = _described(image)
-    for start in range(mapping.start, mapping.end, plan.page_size):
+    pages = _MOST_BSS if mapping.kind == "zero" else mapping.length // plan.page_size
+    for start in range(mapping.start, mapping.end, plan.page_size)[:pages]:
         if plan.relro.start <= start < plan.relro.end:
             continue
         vaddr = _padding(image, described, Span(start, start + plan.page_size))
         padding = vaddr is not None
         chosen = start if vaddr is None else vaddr
         before = [name for span, name in described if span.start <= chosen and span]
-        page = (start - plan.start) // plan.page_size
-        yield Word(chosen, bool(fresh[page]), padding, before[-1] if before else "")
+        yield Word(chosen, start in fresh, padding, before[-1] if before else "")
 
 
 def _described(image: ElfImage) -> Sequence[tuple[Span, str]]:

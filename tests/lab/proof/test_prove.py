@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,34 @@ def row(proof: Proof, step: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ what is proven
+FAR = """
+static char room[1UL << 30];
+char *at(long place) { return room + place; }
+__attribute__((constructor)) static void write_far(void) { room[3UL << 28] = 1; }
+"""
+
+
+def test_pages_that_nobody_has_are_runs_not_rows(tmp_path: Path) -> None:
+    """A gigabyte of bss, in which code of the library writes to one page."""
+    library = tmp_path / "far.so"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(command, input=FAR, text=True, check=True)
+    proof = prove(library, 2)
+    assert proof.verdict == "proven"
+    assert "1 written by the library's own code" in claim(proof, "written-data-private").expected
+    told = proof.to_json()
+    sizes = {len(step["pages"]) for step in told["steps"]}
+    assert len(sizes) == 1
+    assert sizes.pop() + sum(run["pages"] for run in told["left_out"]) == proof.plan.length // PAGE_SIZE
+    assert len(json.dumps(told)) < 1_000_000
+    (far,) = (
+        [page["state"] for page in pages]
+        for pages in zip(*(step["pages"] for step in told["steps"]), strict=True)
+        if pages[0]["vaddr"] > 3 << 28
+    )
+    assert far == [["absent"] * 2, ["absent"] * 2, ["copied"] * 2, ["copied"] * 2, ["copied", "absent"]]
+
+
 def test_the_demonstration_library_page_by_page(demo: Path) -> None:
     """Which pages are what is known from fixtures/demo.c; see the sections that readelf -S lists."""
     proof = prove(demo, 3)

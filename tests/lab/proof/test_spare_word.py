@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import miniloader
@@ -18,9 +17,8 @@ def chosen(path: Path | str, fresh: str = "", *, idle: bool = True) -> Word | No
     """For a library whose pages (numbers separated by spaces) are still the file's own."""
     image = miniloader.inspect(path)
     plan = image.plan(PAGE_SIZE)
-    mask = np.zeros(plan.length // PAGE_SIZE, dtype=np.bool_)
-    mask[[int(page) for page in fresh.split()]] = True
-    return choose_word(image, plan, mask, idle=idle)
+    pages = [plan.start + int(page) * PAGE_SIZE for page in fresh.split()]
+    return choose_word(image, plan, pages, idle=idle)
 
 
 def test_a_fresh_page_comes_first(demo: Path) -> None:
