@@ -79,12 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.library, arguments.symbols = arguments.symbols, ""
     if arguments.library is None:
         return _reference(arguments)
+    # What `load` would find in its process: later there is, too, what numpy has brought.
+    present = _present() if arguments.search else None
     from miniloader.elf import ElfImage
     from miniloader.elf.kinds.opening import open_file
     from miniloader.kernel.syscalls import PAGE_SIZE
 
-    # What `load` would find in its process: later there is, too, what numpy has brought.
-    present = _present() if arguments.search else None
     image = open_file(_path(arguments.library))
     page_size = arguments.page_size or PAGE_SIZE
     if not isinstance(image, ElfImage):

@@ -16,7 +16,7 @@ from miniloader.errors import ElfError
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.values import dataclass
 
-__all__ = ["Copies", "copies_of", "is_file_of", "newest"]
+__all__ = ["Copies", "copies_of", "newest"]
 
 _NUMBERED: Final = re.compile(r"(.*?)(\d+(?:\.\d+)*)")
 
@@ -51,17 +51,12 @@ def copies_of(name: str, library: HostLibrary, path: str | None) -> Copies | Non
         return None
     source = Source.open(path)
     try:
-        if is_file_of(library, source):
+        if library.identity == source.identity:
             return None
         found = _version(lambda: read_image(source).versions, path)
     finally:
         source.close()
     return Copies(name, library.path, _version(lambda: library.versions, library.path), path, found)
-
-
-def is_file_of(library: HostLibrary, source: Source) -> bool:
-    """Whether the file of ``library`` is ``source``."""
-    return library.identity is not None and library.identity == source.identity
 
 
 def newest(versions: Iterable[str]) -> str | None:

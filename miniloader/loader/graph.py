@@ -18,7 +18,7 @@ from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
-from miniloader.loader.copies import Copies, copies_of, is_file_of
+from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.events import Event, OnEvent, Stage, is_brief
 from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
@@ -248,7 +248,7 @@ class Graph:
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
         same = self._present(lambda library: library.key == source.key)
-        return same or next((lib for lib in self.listing.found if is_file_of(lib, source)), None)
+        return same or self.listing.by_identity.get(source.identity)
 
 
 def _soname(source: Source) -> str | None:

@@ -16,7 +16,7 @@ from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import protect_relro
 from miniloader.loader.relocate import Relocation, refuse_unbound
-from miniloader.loader.relocation_groups import TLS, sort_relocations, types_and_symbols
+from miniloader.loader.relocation_groups import TLS, sort_relocations, symbols_of
 from miniloader.loader.relocation_job import resolve
 from miniloader.loader.scope import Definer, bind
 from miniloader.loader.spans import open_names, readable, refuse
@@ -48,8 +48,8 @@ def _storage_of_others(library: Loaded, order: Sequence[Definer]) -> list[Loaded
     """The libraries of ours whose thread-local storage the relocations of ``library`` refer to."""
     image = library.image
     codes = {code for code, kind in KINDS.get(image.header.machine, {}).items() if kind.formula in TLS}
-    rows = (zip(*types_and_symbols(table), strict=True) for table in image.relocations.tables)
-    wanted = array("q", sorted({symbol for code, symbol in chain.from_iterable(rows) if code in codes}))
+    symbols = (symbols_of(table, codes) for table in image.relocations.tables)
+    wanted = array("q", sorted({*chain.from_iterable(symbols)}))
     if not wanted:
         return []
     spans = readable(image, library.plan)

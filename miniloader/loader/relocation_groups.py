@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Final
 
@@ -26,9 +27,11 @@ from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.forking import cached_property
 from miniloader.machine.relocation import KINDS, Kind
+from miniloader.native import KINDS as NUMBER_OF_KINDS
+from miniloader.native import run
 from miniloader.values import dataclass
 
-__all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations", "types_and_symbols"]
+__all__ = ["TLS", "Sorted", "refuse_kind", "sort_relocations", "symbols_of"]
 
 #: Formulas of thread-local storage.
 TLS: Final = ("module", "module offset", "thread offset", "descriptor")
@@ -167,11 +170,13 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     return Sorted(image, kinds, _located(image), later)
 
 
-def types_and_symbols(table: RelocationTable) -> tuple[array[int], array[int]]:
-    """Of each row of Elf64_Rela behind the ``table``'s head the type, and the symbol."""
-    words = array("I")
-    words.frombytes(table.bytes_behind(table.head))
-    return words[2::6], words[3::6]
+def symbols_of(table: RelocationTable, codes: Collection[int]) -> array[int]:
+    """The symbols of the rows of Elf64_Rela behind the ``table``'s head whose kind is among ``codes``."""
+    count, listed = table.count - table.head, ctypes.c_uint64()
+    rows, symbols = bytearray(table.bytes_behind(table.head)), array("q", [0]) * count
+    kinds = bytearray(code in codes for code in range(NUMBER_OF_KINDS))
+    run("list_symbols", rows, count, kinds, symbols, ctypes.addressof(listed))
+    return symbols[: listed.value]
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:

@@ -71,8 +71,16 @@ _AVX512_1: Final = frozenset("avx512cd avx512bw avx512dq avx512vl".split())
 # ------------------------------------------------------------------------------------ this process
 def of_process() -> Surroundings:
     """What ld.so of this process searches in, with ``LD_LIBRARY_PATH`` as it was when the program started."""
-    header, asker, interpreter = _program()
-    return _surroundings(Root("/"), header, interpreter, asker, _library_path(), _own_cache())
+    cache = _own_cache()
+    last = next(iter(_last_surroundings), None)  # read once: another thread may renew it meanwhile
+    if last is None or last.cache is not cache:
+        header, asker, interpreter = _program()
+        last = _surroundings(Root("/"), header, interpreter, asker, _library_path(), cache)
+        _last_surroundings[:] = [last]
+    return last
+
+
+_last_surroundings: list[Surroundings] = []
 
 
 @lru_cache(maxsize=1)

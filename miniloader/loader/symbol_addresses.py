@@ -17,11 +17,11 @@ from miniloader.loader.beside_glibc import gnu_unique, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver, refuse_unbound
-from miniloader.loader.relocation_groups import types_and_symbols
+from miniloader.loader.relocation_groups import symbols_of
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.spans import refuse
 from miniloader.loader.thread_storage import count_for_carrier
-from miniloader.native import UNIQUE, Stopped
+from miniloader.native import KINDS, UNIQUE, Stopped
 
 __all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
 
@@ -55,7 +55,7 @@ def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     owners = list(bindings.owners)
     if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
         owner_of = dict(zip(bindings.wanted, bindings.column("owner"), strict=True))
-        symbols = [types_and_symbols(table)[1] for table in library.image.relocations.tables]
+        symbols = (symbols_of(table, range(KINDS)) for table in library.image.relocations.tables)
         met = dict.fromkeys(owner_of.get(symbol) for symbol in dict.fromkeys(chain.from_iterable(symbols)))
         owners = [owner for owner in met if owner in owners]
     return [bindings.scope[owner] for owner in owners]

@@ -154,7 +154,7 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
-        *(("note", 8), ("list_asked", 6), ("list_set", 4)),
+        *(("note", 8), ("list_asked", 6), ("list_set", 4), ("list_symbols", 5)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
         *(("flush_code", 2), ("set_inside", 5), ("set_python", 3), ("tell_faults", 1)),
     ):

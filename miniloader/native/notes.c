@@ -47,6 +47,16 @@ int64_t list_asked(
     return FINE;
 }
 
+/* The symbols of rows of some kinds, of which one byte each says so: there is room for all; how many there are. */
+int64_t list_symbols(
+    const Row *rows, uint64_t count, const uint8_t *kinds, int64_t *symbols, uint64_t *listed)
+{
+    for (uint64_t i = 0; i < count; i++)
+        if (rows[i].type < KINDS && kinds[rows[i].type])
+            symbols[(*listed)++] = rows[i].symbol;
+    return FINE;
+}
+
 /* The numbers of the bytes that are not 0, ascending: there is room for all; how many there are. */
 int64_t list_set(const uint8_t *bytes, uint64_t count, int64_t *numbers, uint64_t *listed)
 {

@@ -349,18 +349,29 @@ class HostListing:
         pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
         return {name: library for name, library in reversed(pairs) if name}
 
+    @cached_property
+    def by_identity(self) -> dict[tuple[int, int], HostLibrary]:
+        """By device and inode of their files."""
+        pairs = ((library.identity, library) for library in reversed(self.found))
+        return {identity: library for identity, library in pairs if identity is not None}
+
+    @cached_property
+    def _by_call(self) -> dict[str, HostLibrary]:
+        """By soname and by path; the first of each."""
+        pairs = [(name, library) for library in self.found for name in (library.soname, library.path)]
+        return {name: library for name, library in reversed(pairs) if name is not None}
+
     def called(self, name: str) -> HostLibrary | None:
         """The library that is called ``name``: by its SONAME, or as it was opened.
 
         ld.so does not tell by which names it was asked for a library; a file's name is one if ld.so has the
         library by that name, too.
         """
-        candidates = (library for library in self.found if name in (library.soname, library.path))
-        candidate = next(candidates, None) or next((lib for lib in self.found if name == lib.file_name), None)
-        if candidate is None or name in (candidate.soname, candidate.path):
-            return candidate
-        handle = open_host(name, load=False)
-        if handle is None:
+        if name in self._by_call:
+            return self._by_call[name]
+        candidate = self.by_name.get(name)
+        handle = open_host(name, load=False) if candidate is not None else None
+        if candidate is None or handle is None:
             return None
         try:
             return candidate if load_address(handle) == candidate.bias else None
