@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import ElfImage, LoadPlan, Source
+from miniloader.elf.debug_file import read_all_symbols
 from miniloader.elf.dynamic import DT_PLTGOT, MOST_ENTRIES
 from miniloader.elf.relocations import kind_name
+from miniloader.elf.static_relocations import static_tables
 from miniloader.elf.symbols import (
     SHN_ABS,
     SHN_UNDEF,
@@ -25,8 +27,7 @@ from miniloader.elf.symbols import (
     SymbolTable,
     shown_name,
 )
-from miniloader.elf.symtab import read_symtab
-from miniloader.elf.tables import Table, decode_relocations
+from miniloader.elf.tables import Table
 from miniloader.errors import ElfError, MiniloaderError
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
@@ -90,7 +91,6 @@ _OF_FORMULA: Final[dict[Formula, int]] = {
 }
 _RELR, _NO_KIND = -1, -2
 _WORD: Final = 8
-_RELA: Final = 24  # bytes of an Elf64_Rela
 _NOWHERE: Final = np.uint64(2**64 - 1)
 _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
 _MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
@@ -270,8 +270,8 @@ class FileFacts:
 
     @cached_property
     def _tables(self) -> tuple[SymbolTable, ...]:
-        """The symbols that names are looked up in: .symtab, where there is one, before the dynamic ones."""
-        tables = () if self.image is None else (read_symtab(self.image), self.symbols)
+        """Where names are looked up: in .symtab, its own or a debug file's, then in the dynamic symbols."""
+        tables = () if self.image is None else (read_all_symbols(self.image), self.symbols)
         return tuple(table for table in tables if table is not None and len(table))
 
     @cached_property
@@ -367,7 +367,7 @@ def _relocated(image: ElfImage) -> Table:
     """The slots of the relocation tables; of a TLS descriptor its two words; without COPY."""
     kinds = KINDS[image.header.machine]
     slots = [np.empty(0, SLOT_DTYPE)]
-    for rows in (*(table.rows for table in image.relocations.tables), *_static_tables(image)):
+    for rows in (*(table.rows for table in image.relocations.tables), *static_tables(image)):
         for code in distinct(rows["type"]).tolist():
             kind = kinds.get(code)
             if kind is not None and kind.formula in ("none", "copy"):
@@ -391,23 +391,6 @@ def _addends(kind: Kind | None, addends: NDArray[np.int64]) -> NDArray[np.int64]
     if kind is None:
         return addends
     return 0 if kind.formula == "S" else addends - kind.less
-
-
-def _static_tables(image: ElfImage) -> Iterator[Table]:
-    """The rows of the RELA tables that a program without a dynamic section relocates itself by: IRELATIVE.
-
-    Its start-up code finds them between ``__rela_iplt_start`` and ``__rela_iplt_end``; here they are found by
-    the section, which a stripped program keeps.
-    """
-    header = image.header
-    if image.segment("PT_DYNAMIC") is not None:
-        return
-    for section in image.sections:
-        if section.type == "SHT_RELA" and section.allocated:
-            data = image.source.read(section.file_offset, section.size - section.size % _RELA, section.name)
-            yield decode_relocations(
-                data, header.elf_class, header.order, addends=True, machine=header.machine
-            )
 
 
 def _relr(image: ElfImage) -> Table:

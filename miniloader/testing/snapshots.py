@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
+from miniloader.elf.debug_file import read_all_symbols
 from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STT_TLS
-from miniloader.elf.symtab import read_symtab
 from miniloader.elf.tables import Table
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names, classify
@@ -114,7 +114,7 @@ class LibraryMemory:
         Raises UsageError when there is none, as of a library that was stripped.
         """
         image, spans = self.facts.image, set()
-        for table in () if image is None else (read_symtab(image), self.facts.symbols):
+        for table in () if image is None else (read_all_symbols(image), self.facts.symbols):
             if table is None:
                 continue
             real = ~np.isin(table.rows["shndx"], (SHN_UNDEF, SHN_ABS)) & (table.type != STT_TLS)
