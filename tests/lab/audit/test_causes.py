@@ -93,6 +93,24 @@ def test_a_breakpoint_is_not_the_programs_doing(loaded: Told, demo: Path) -> Non
     assert (page.causes, page.reason) == (("identical",), "")
 
 
+def test_a_stripped_library_has_the_names_of_its_debug_file(tmp_path: Path) -> None:
+    source, stripped, debug = (tmp_path / name for name in ("lib.c", "lib.so", "lib.so.debug"))
+    source.write_text("static long secret = 3; void bump(void) { secret++; }\n")
+    commands = (
+        ["gcc", "-g", "-shared", "-fPIC", "-Wl,--build-id", "-o", stripped, source],
+        ["objcopy", "--only-keep-debug", stripped, debug],
+        ["objcopy", "--strip-unneeded", f"--add-gnu-debuglink={debug}", stripped],
+    )
+    for command in commands:
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    with told(f"lib = ctypes.CDLL({str(stripped)!r}); lib.bump()") as one:
+        written = {name for page in library(one, stripped).private_pages for name in page.written}
+        debug.unlink()
+        without = {name for page in library(one, stripped).private_pages for name in page.written}
+    assert "secret" in written
+    assert "secret" not in without
+
+
 def test_slots_of_a_static_program(tmp_path: Path) -> None:
     """IRELATIVE, which its start-up code applies: what readelf lists is relocated, nothing written there."""
     source, program = tmp_path / "static.c", tmp_path / "static"
