@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -177,3 +178,79 @@ def test_rows_over_processes_have_the_most_own_first(family: tuple[Told, int]) -
     assert own == sorted(own, reverse=True)
     pool = next(row for row in rows if row.name == "/memfd:pool")
     assert [process.pid for process in pool.processes] == [parent.pid, child]
+
+
+def test_a_segment_of_system_v_is_shared_memory() -> None:
+    """It is one process's own until a relative touches it: two mappings of one page, as smaps has it, too."""
+    size = _PAGES * PAGE_SIZE
+    attach = f"""
+libc.shmat.restype = ctypes.c_void_p
+number = libc.shmget(0, {size}, 0o1600)
+segment = libc.shmat(number, None, 0)
+libc.shmctl(number, 0, None)  # it goes with the last who has it
+ctypes.memset(segment, 1, {size})
+def child_that_reads():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        ctypes.string_at(segment, {size}); os.write(writing, b"x")
+        while True: signal.pause()
+    os.close(writing); os.read(reading, 1)
+    return child
+"""
+    name = MappingName("shared-memory", "/SYSV00000000")
+    with told(ANONYMOUS, attach) as parent:
+        alone = look(parent.pid, frames=False)[name]
+        assert (alone.resident, alone.own, alone.shared, alone.inherited) == (size, size, 0, 0)
+        child = parent("answer = child_that_reads()")
+        for pid in (parent.pid, child):
+            row = look(pid, frames=False)[name]
+            assert (row.resident, row.own, row.shared, row.inherited) == (size, 0, size, 0)
+            assert row.pss == pytest.approx(size / 2, abs=KB)
+        parent(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+
+
+def test_transparent_huge_pages_are_a_part_of_what_is_own() -> None:
+    huge = 2 << 20
+    with told(ANONYMOUS) as process:
+        process(f"at = -(-mapped(3 * {huge}) // {huge}) * {huge}; libc.madvise(at, 2 * {huge}, 14)")
+        process(f"ctypes.memset(at, 1, {huge}); ctypes.memset(at + {huge}, 1, {huge} + {PAGE_SIZE})")
+        in_huge = rollup_of(process.pid)["AnonHugePages"] * KB
+        if in_huge == 0:
+            pytest.skip("this machine lacks a free huge page")
+        row = look(process.pid, frames=False)[MappingName("anonymous", "")]
+        assert row.huge == in_huge
+        assert row.own >= 2 * huge + PAGE_SIZE
+        child = process("answer = os.fork()\nif answer == 0:\n    while True: signal.pause()")
+        row = look(process.pid, frames=False)[MappingName("anonymous", "")]
+        assert row.inherited >= in_huge
+        assert rollup_of(process.pid)["AnonHugePages"] * KB == row.huge
+        process(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+
+
+def test_pages_of_hugetlbfs_have_a_row_and_are_outside_of_every_sum() -> None:
+    """Anonymous, of a memfd, and of System V: as smaps counts them, in Private_Hugetlb alone."""
+    reserve, huge = Path("/proc/sys/vm/nr_hugepages"), 2 << 20
+    if not reserve.exists() or os.geteuid():
+        pytest.skip("needs root: to have huge pages kept in reserve")
+    before = reserve.read_text()
+    reserve.write_text(str(int(before) + 3))
+    try:
+        if int(reserve.read_text()) < int(before) + 3:
+            pytest.skip("this machine lacks free huge pages")
+        with told(ANONYMOUS, "libc.shmat.restype = ctypes.c_void_p") as process:
+            process(f"at = libc.mmap(None, {huge}, 3, 0x22 | 0x40000, -1, 0); ctypes.memset(at, 1, 1)")
+            process(f"fd = os.memfd_create('pool', 4); os.ftruncate(fd, {huge})")
+            process(f"shared = libc.mmap(None, {huge}, 3, 1, fd, 0); ctypes.memset(shared, 1, 1)")
+            process(
+                f"number = libc.shmget(0, {huge}, 0o1600 | 0o4000); segment = libc.shmat(number, None, 0)"
+            )
+            process("libc.shmctl(number, 0, None); ctypes.memset(segment, 1, 1)")
+            rows, sums = look(process.pid, frames=False), rollup_of(process.pid)
+    finally:
+        reserve.write_text(before)
+    assert sums["Private_Hugetlb"] * KB == 3 * huge
+    for name in ("/anon_hugepage", "/memfd:pool", "/SYSV00000000"):
+        assert rows[MappingName("shared-memory", name)].resident == 0
+    assert sum(row.resident for row in rows.values()) == sums["Rss"] * KB
+    assert sum(row.own for row in rows.values()) == (sums["Private_Clean"] + sums["Private_Dirty"]) * KB
