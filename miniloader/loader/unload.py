@@ -123,6 +123,8 @@ def _unmap(gone: list[Loaded]) -> None:
     waiting = [library for library in gone if not library.blocks.close()]
     _add_what_they_use(waiting)
     _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
+    for library in present:  # who is gone is nobody's root, and its file is open no longer
+        library.roots[:] = [root for root in library.roots if root.is_mapped]
 
 
 def _in_destructor_order(closed: Loaded | None = None) -> list[Loaded]:
