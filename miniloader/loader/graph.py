@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from miniloader.elf import Source, read_image
+from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
@@ -45,13 +45,15 @@ class Resolution:
     """What somebody gets for a name: a library that is there, or the file that has yet to be loaded.
 
     ``how`` says how it was come by.  ``handle`` is ld.so's, of a library of its own but the program, to be
-    closed by whoever gets it.  ``copies`` tell of another file that would be found.
+    closed by whoever gets it.  ``copies`` tell of another file that would be found; ``image`` is what is in
+    the file.
     """
 
     what: Loaded | HostLibrary | Source
     how: str
     handle: int | None = None
     copies: Copies | None = None
+    image: ElfImage | None = None
 
     @property
     def path(self) -> str:
@@ -67,8 +69,9 @@ class Graph:
     linked; one that is relocated from prepared pages has none.
     """
 
-    def __init__(self, policy: Policy, tell: OnEvent | None) -> None:
+    def __init__(self, policy: Policy, tell: OnEvent | None, asked_in: Graph | None = None) -> None:
         self.policy = policy
+        self._asked_in = asked_in  # where the first member was found, a moment ago
         self.tell = tell
         self.brief = is_brief(tell)
         self.new: list[Loaded] = []
@@ -78,18 +81,18 @@ class Graph:
 
     @cached_property
     def surroundings(self) -> Surroundings:
-        """Where ld.so would search."""
-        return of_process()
+        """Where ld.so would search: found out when a name has to be searched for."""
+        return self._asked_in.surroundings if self._asked_in is not None else of_process()
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
         if self.tell is not None:
             self.tell(Event(stage, library, text, data))
 
-    def add(self, source: Source, needed_by: Asker | None = None) -> Loaded:
-        """Open ``source`` as a new member; it is closed when it is refused."""
+    def add(self, source: Source, needed_by: Asker | None = None, image: ElfImage | None = None) -> Loaded:
+        """Open ``source`` as a new member, with its ``image`` if that has been read; closed when refused."""
         try:
-            image = read_image(source)
+            image = image or read_image(source)
             refuse(image, self.policy)
             library = Loaded(image, needed_by, self.policy, self.tell)
             reason = _find_prepared(library) if self.policy.prepared else None
@@ -131,7 +134,7 @@ class Graph:
         if library in self.new:
             for tag, name in library.image.needs:
                 try:
-                    needed = self._need(expand(name, library.asker(), self.surroundings), library)
+                    needed = self._need(self.expanded(name, library.asker()), library)
                 except MiniloaderError as error:
                     if tag != DT_AUXILIARY:
                         raise
@@ -143,13 +146,17 @@ class Graph:
                     library.filtees.append(needed)
         return library.edges
 
+    def expanded(self, name: str, asker: Asker | None) -> str:
+        """``name`` as ``asker`` means it: see :func:`miniloader.loader.search.expand`."""
+        return expand(name, asker, self.surroundings) if "$" in name else name
+
     def _need(self, name: str, library: Loaded) -> Needed:
         """What ``library`` gets for ``name``."""
         answer = self.look(name, library.asker(), library.name)
         if isinstance(answer.what, Source):
             text = f"{name}: {answer.path}"
             self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
-            needed = self.add(answer.what, library.asker())
+            needed = self.add(answer.what, library.asker(), answer.image)
             needed.called.add(name)
             return needed
         if answer.handle is not None:
@@ -180,13 +187,14 @@ class Graph:
                 return Resolution(same_file, f"loaded already as {same_file.name}")
             how = f"loaded already as {same_file.name}"
             return Resolution(same_file, how, host.open_host(same_file.path, load=False))
-        if open_host and (comes_from_host(name) or comes_from_host(_soname(source))):
+        image = _image_of(source)
+        if open_host and (comes_from_host(name) or (image and comes_from_host(image.soname))):
             source.close()
             handle = host.open_host(path, load=True)
             assert handle is not None  # or it had raised
             library = self._behind(handle, path)
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
-        return Resolution(source, "found")
+        return Resolution(source, "found", image=image)
 
     def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
         """A library of ours: of this load, or of an earlier one that initialised as this one will."""
@@ -251,12 +259,14 @@ class Graph:
         return same or self.listing.by_identity.get(source.identity)
 
 
-def _soname(source: Source) -> str | None:
-    """The SONAME of the library in ``source``; None where it cannot be read, as adding it will say."""
+def _image_of(source: Source) -> ElfImage | None:
+    """The library in ``source``; None where its headers or its SONAME are wrong, as adding it will say."""
     try:
-        return read_image(source).soname
+        image = read_image(source)
+        image.soname  # noqa: B018 - which may be outside of the strings
     except ElfError:
         return None
+    return image
 
 
 def _find_prepared(library: Loaded) -> str | None:

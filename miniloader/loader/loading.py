@@ -32,7 +32,7 @@ from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.search import Asker, Surroundings
+from miniloader.loader.search import Asker
 from miniloader.loader.surroundings import find_path
 from miniloader.native import functions
 
@@ -80,26 +80,18 @@ class Loading:
         #: What is to be loaded, as the caller gave it.
         self.path = path
         policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
-        self._begin(policy, on_event, None)
+        self._begin(Graph(policy, on_event), None)
 
     @classmethod
-    def for_caller(
-        cls,
-        source: Source,
-        policy: Policy,
-        on_event: OnEvent | None,
-        asker: Asker | None,
-        surroundings: Surroundings,
-    ) -> Loading:
-        """The load of a file that has been found in ``surroundings`` for ``asker``, who called dlopen(3)."""
+    def for_caller(cls, source: Source, policy: Policy, asker: Asker | None, asked_in: Graph) -> Loading:
+        """The load of a file that has been found for ``asker``, who has called dlopen(3)."""
         steps = cls.__new__(cls)
         steps.path = source
-        steps._begin(policy, on_event, asker)
-        steps._graph.surroundings = surroundings
+        steps._begin(Graph(policy, asked_in.tell, asked_in), asker)
         return steps
 
-    def _begin(self, policy: Policy, on_event: OnEvent | None, asker: Asker | None) -> None:
-        self._graph = Graph(policy, on_event)
+    def _begin(self, graph: Graph, asker: Asker | None) -> None:
+        self._graph = graph
         self._asker = asker
         #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
         #: Empty where this process had it already, which is then shared.
@@ -340,14 +332,8 @@ def _answerer() -> int:
     return answerer(_load_for_caller)
 
 
-def _load_for_caller(
-    source: Source,
-    policy: Policy,
-    on_event: OnEvent | None,
-    asker: Asker | None,
-    surroundings: Surroundings,
-) -> Loaded:
-    with Loading.for_caller(source, policy, on_event, asker, surroundings) as steps:
+def _load_for_caller(source: Source, policy: Policy, asker: Asker | None, asked_in: Graph) -> Loaded:
+    with Loading.for_caller(source, policy, asker, asked_in) as steps:
         steps.map()
         steps.link()
         steps.initialise()

@@ -12,17 +12,16 @@ from miniloader.errors import LoadError, SymbolError
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import host, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
-from miniloader.loader.events import OnEvent
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.graph import Graph, Resolution
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy
-from miniloader.loader.search import Asker, Surroundings, expand
+from miniloader.loader.search import Asker
 
 __all__ = ["Load", "close_library", "library_of", "load_with", "open_library"]
 
-Load = Callable[[Source, Policy, OnEvent | None, Asker | None, Surroundings], Loaded]
-"""Loads a file: with what is allowed, who hears of it, for whom it has been found, in what surroundings."""
+Load = Callable[[Source, Policy, Asker | None, Graph], Loaded]
+"""Loads a file: with what is allowed, for whom it has been found, and in which graph."""
 
 _load: Final[list[Load]] = []
 #: Whether any handle of ours has been given to the program, or to a library of ld.so's: then True is in it.
@@ -45,14 +44,14 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     graph = Graph(caller.policy, caller.tell)
     graph.look_around()
     if "/" in text:
-        text = expand(text, caller.asker, graph.surroundings)
+        text = graph.expanded(text, caller.asker)
     answer = graph.look(text, caller.asker, caller.name, open_host=not flags & os.RTLD_NOLOAD)
     graph.event("open", caller.name, f"dlopen {text}: {answer.how}: {answer.path}", path=answer.path)
     if isinstance(answer.what, Source):
         if flags & os.RTLD_NOLOAD:
             answer.what.close()
             return 0
-        library = _load_new(answer.what, flags, caller, graph.surroundings)
+        library = _load_new(answer.what, flags, caller, graph)
         library.called.add(text)
     elif isinstance(answer.what, HostLibrary):
         return _open_host(answer, flags)
@@ -76,7 +75,7 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
 _by_handle: Final[dict[int, Loaded]] = {}  # those that have been handed out
 
 
-def _load_new(source: Source, flags: int, caller: Caller, surroundings: Surroundings) -> Loaded:
+def _load_new(source: Source, flags: int, caller: Caller, asked_in: Graph) -> Loaded:
     """Load the file for ``caller``: bound at once; lazily where functions are missing, and it may be so."""
     policy = replace(
         caller.policy,
@@ -88,12 +87,12 @@ def _load_new(source: Source, flags: int, caller: Caller, surroundings: Surround
     )
     path = source.name
     try:
-        return _load[0](source, policy, caller.tell, caller.asker, surroundings)
+        return _load[0](source, policy, caller.asker, asked_in)
     except SymbolError:
         if flags & os.RTLD_NOW or os.environ.get("LD_BIND_NOW"):
             raise
         lazily = replace(policy, bind="lazy", prepared=False)
-        return _load[0](Source.open(path), lazily, caller.tell, caller.asker, surroundings)
+        return _load[0](Source.open(path), lazily, caller.asker, asked_in)
 
 
 def _open_host(answer: Resolution, flags: int) -> int:
