@@ -11,6 +11,7 @@ import pytest
 
 from miniloader.walkthrough.c_sources import c_source
 from miniloader.walkthrough.chapters import CHAPTERS
+from miniloader.walkthrough.compiled_races import compiled_races
 
 PROGRAMS = tuple(name for name in CHAPTERS if c_source(name))
 WITHOUT = {"textrel", "prepared", "build"}  # which are about a loader's own work
@@ -44,3 +45,16 @@ def test_a_listing_fits_a_page_and_says_how_it_is_compiled() -> None:
         assert f"{name}.c && ./a.out" in lines[0]
         assert len(lines) <= 70
         assert max(map(len, lines)) <= 132
+
+
+def test_races_are_run_in_c_if_there_is_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("this machine lacks gcc")
+    times = compiled_races(str(tmp_path))
+    assert times is not None
+    assert [*times] == ["20,000 random words", "64 pages, each once"]
+    for by_read, by_mmap in times.values():
+        assert len(by_read) == len(by_mmap) == 5
+        assert min(*by_read, *by_mmap) > 0
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiled_races(str(tmp_path)) is None
