@@ -174,8 +174,8 @@ def _table(table: Any) -> str:
 
 
 def _cell(cell: Cell, number: bool) -> str:
-    align = "right" if number else "left"
-    return f'<td style="text-align:{align}">{_line(tuple(cell) if isinstance(cell, list) else (cell,))}</td>'
+    style = "text-align:right;white-space:nowrap" if number else "text-align:left"
+    return f'<td style="{style}">{_line(tuple(cell) if isinstance(cell, list) else (cell,))}</td>'
 
 
 def _line(line: Line) -> str:

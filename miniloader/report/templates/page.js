@@ -470,7 +470,7 @@
         const y = frameY(one), frame = data.frame(step, one, page), look = data.look(step, one, page), tall = Math.min(24, high - 3);
         const kind = look.state === SHARED || look.state === SOLE ? "the file’s page" : look.state === ZERO ? "zeros" : "a copy";
         parts.push(draw("rect", { x: right - 6, y: y - tall / 2, width: width - right + 4, height: tall, rx: 4, stroke: look.colour, "stroke-dasharray": kind === "a copy" ? "5 2" : "" }));
-        parts.push(draw("text", { x: right + 2, y: y + 4, class: tall < 20 ? "dim" : "" }, (frame ? `${hex(frame)} ` : "") + kind));
+        parts.push(draw("text", { x: right + 2, y: y + 4, class: tall < 20 ? "dim" : "" }, frame && width < 340 ? hex(frame) : (frame ? `${hex(frame)} ` : "") + kind));
       }
       svg.replaceChildren(...parts);
     }
