@@ -311,9 +311,12 @@ def _sheet(chapters: Sequence[Chapter[Any]]) -> int:
 
 def _grade(arguments: argparse.Namespace) -> int:
     """0 where each solution passes, 1 where one does not, 3 where none could be judged."""
-    from miniloader.files import write_whole
+    from miniloader.report.html import refuse_unwritable
     from miniloader.report.progress import progress
-    from miniloader.walkthrough.grading import grade, junit
+    from miniloader.walkthrough.grading import grade, junit, write_marks
+
+    if arguments.grade != "-":
+        refuse_unwritable(arguments.grade, "marks")  # now, not after all have been run
 
     with progress() as say:
         graded = grade(arguments.check, say)
@@ -321,7 +324,7 @@ def _grade(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         sys.stdout.buffer.write(junit(graded))
     else:
-        write_whole(arguments.grade, [junit(graded)])
+        write_marks(graded, arguments.grade)
         if arguments.json:
             from dataclasses import asdict
 

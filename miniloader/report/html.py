@@ -66,14 +66,14 @@ def write_audit(audit: Audit, sights: Sequence[Sight], path: Path, moments: Iter
     write_page("audit.html", view_of(audit, sights, moments), path)
 
 
-def refuse_unwritable(path: Path) -> None:
-    """MiniloaderError when a page could not be written to ``path``, as far as can be told beforehand."""
+def refuse_unwritable(path: Path, what: str = "page") -> None:
+    """MiniloaderError when ``what`` could not be written to ``path``, as far as can be told beforehand."""
     directory = os.path.dirname(os.path.realpath(path))
     why = errno.ENOENT if not os.path.isdir(directory) else errno.EISDIR if os.path.isdir(path) else 0
     if not why and not os.path.exists(path) and not os.access(directory, os.W_OK | os.X_OK):
         why = errno.EACCES
     if why:
-        raise MiniloaderError(f"{os.fspath(path)}: cannot write the page: {os.strerror(why)}")
+        raise MiniloaderError(f"{os.fspath(path)}: cannot write the {what}: {os.strerror(why)}")
 
 
 def write_page(template: str, view: Mapping[str, Any], path: Path) -> None:

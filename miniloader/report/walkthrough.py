@@ -74,6 +74,8 @@ def contents(chapters: Sequence[Chapter[Any]], level: LevelName) -> Iterator[Par
             ("one", _command(f"miniloader walkthrough {first}")),
             ("all", _command("miniloader walkthrough --all --no-pause")),
             ("as a page", _command("miniloader walkthrough --html walkthrough.html")),
+            ("a word", _command("miniloader walkthrough --word frame")),
+            ("build one", _command("miniloader walkthrough build --exercise > mine.py")),
         ]
     )
 

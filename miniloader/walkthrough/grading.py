@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from miniloader.errors import EvidenceError, UsageError, printable
+from miniloader.errors import EvidenceError, MiniloaderError, UsageError, printable
+from miniloader.files import write_whole
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapters import CHAPTERS, chapter
 from miniloader.walkthrough.exercise_runner import check_file
 
-__all__ = ["Graded", "grade", "junit", "submissions"]
+__all__ = ["Graded", "grade", "junit", "submissions", "write_marks"]
 
 #: What ``--exercise`` prints above each snippet.
 _NAMED: Final = re.compile(r"miniloader walkthrough (\w+) --check")
@@ -41,9 +42,12 @@ def submissions(directory: str) -> Iterator[tuple[str, str, str]]:
 
     A file is one when a comment at its top names its chapter, as ``--exercise`` prints it, or when it is
     named after it: ``cow.py``, ``3.py``, ``03-cow.py``.  Whose it is the directory says, or, beside others in
-    ``directory`` itself, the name of the file.  UsageError where there is none.
+    ``directory`` itself, the name of the file.  UsageError where there is none, MiniloaderError where
+    ``directory`` is none.
     """
     root, any_file = Path(directory), False
+    if not root.is_dir():
+        raise MiniloaderError(f"{directory}: found no directory, expected one with solutions")
     for path in sorted(root.rglob("*.py")):
         id = _chapter_of(path)
         if id is not None and path.is_file():
@@ -109,6 +113,14 @@ def junit(graded: tuple[Graded, ...]) -> bytes:
     ElementTree.indent(root)
     text: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return text + b"\n"
+
+
+def write_marks(graded: tuple[Graded, ...], path: str) -> None:
+    """Write :func:`junit` to ``path``, or nothing; MiniloaderError says why not."""
+    try:
+        write_whole(path, [junit(graded)])
+    except OSError as error:
+        raise MiniloaderError(f"{path}: cannot write the marks: {error.strerror}") from error
 
 
 def _counts(solutions: list[Graded]) -> dict[str, str]:

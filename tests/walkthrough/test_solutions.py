@@ -253,6 +253,12 @@ def test_a_class_at_the_command_line(tmp_path: Path) -> None:
         cwd=build.ROOT,
     )
     assert [one["passed"] for one in json.loads(done.stdout)["graded"]] == [True, True, False]
+    for place, words in (("nowhere", ["marks.xml"]), (".", ["nowhere/marks.xml"])):
+        told = subprocess.run(
+            [*command[:-2], str(tmp_path / place), "--grade", str(tmp_path / words[0])],
+            capture_output=True, text=True, check=False, cwd=build.ROOT,
+        )  # fmt: skip
+        assert (told.returncode, len(told.stderr.splitlines())) == (1, 1), told.stderr
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no solution in it"):
         grade(str(tmp_path / "empty"))
