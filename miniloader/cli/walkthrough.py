@@ -196,7 +196,8 @@ def _tell_one(
     from miniloader.walkthrough.run_chapter import run_chapter
     from miniloader.walkthrough.workbench import Workbench
 
-    out.show([*opening(chapter, len(CHAPTERS), Workbench(arguments.level).environment), ()])
+    last = len(CHAPTERS) - 1  # they begin at 0
+    out.show([*opening(chapter, last, Workbench(arguments.level).environment), ()])
     reader.ask(chapter.question, out)
     steps: list[ChapterStep] = []
     asked: list[Quiz] = []
