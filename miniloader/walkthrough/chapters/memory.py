@@ -330,9 +330,7 @@ CHAPTER: Final[Chapter[PagesAndFrames]] = Chapter(
     ),
     source_of={
         "in-the-map": "proc_pid_maps(5)",
-        "table-empty": (
-            "Documentation/mm/page_tables.rst, Page faults; Documentation/admin-guide/mm/pagemap.rst, bit 63"
-        ),
+        "table-empty": ("Documentation/mm/page_tables.rst; Documentation/admin-guide/mm/pagemap.rst, bit 63"),
         "one-entry": "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults",
         "first-touch-faults": "getrusage(2), ru_minflt",
         "cached": "Documentation/admin-guide/mm/concepts.rst, Page cache",

@@ -328,8 +328,7 @@ CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
     ),
     source_of={
         "code-unchanged": (
-            "System V psABI, AMD64, 3.5, Position-Independent Objects; "
-            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+            "System V psABI, AMD64, 3.5, Coding Examples; Documentation/admin-guide/mm/pagemap.rst, bit 61"
         ),
         "through-the-slot": "System V psABI, AMD64, 5.2, Procedure Linkage Table",
         "slot-holds-address": "System V psABI, AMD64, 5.2, R_X86_64_JUMP_SLOT",

@@ -324,16 +324,16 @@ CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
         ),
     ),
     source_of={
-        "two-addresses": "Drepper, ELF Handling For Thread-Local Storage, 2 and 3",
+        "two-addresses": "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling",
         "from-the-template": (
-            "Drepper, ELF Handling For Thread-Local Storage, 2: the initialization image; elf(5), PT_TLS"
+            "Drepper, ELF Handling For Thread-Local Storage, the initialization image; elf(5), PT_TLS"
         ),
-        "own-values": "Drepper, ELF Handling For Thread-Local Storage, 3",
-        "template-stays": "Drepper, ELF Handling For Thread-Local Storage, 2: the initialization image",
+        "own-values": "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling",
+        "template-stays": "Drepper, ELF Handling For Thread-Local Storage, the initialization image",
         "not-in-the-library": (
-            "Drepper, ELF Handling For Thread-Local Storage, 3: blocks are allocated for each thread"
+            "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling: a block for each thread"
         ),
-        "late-thread": "Drepper, ELF Handling For Thread-Local Storage, 3",
+        "late-thread": "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling",
     },
     run=_run,
     later=(
