@@ -557,7 +557,7 @@ def test_a_page_that_cannot_be_written_says_so(proof: Proof, tmp_path: Path) -> 
 
 
 # ------------------------------------------------------------------------------------------ the gallery
-@pytest.mark.parametrize("name", ["grid.svg", "page.webp"])
+@pytest.mark.parametrize("name", ["course.webp", "grid.svg", "page.webp"])
 def test_the_pictures_of_the_gallery_are_small_and_load_nothing(name: str) -> None:
     picture = (build.ROOT / ".gallery" / name).read_bytes()
     assert 10_000 < len(picture) < 150_000
