@@ -7,15 +7,18 @@ takes (IFUNC).  ``initialise`` runs their constructors.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
 
 from miniloader.elf import Source
 from miniloader.elf.dynamic import DF_1_INITFIRST, DT_FLAGS_1
 from miniloader.errors import UsageError
+from miniloader.forking import importing
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import stack, stand_ins
 from miniloader.loader.constructors import (
@@ -38,6 +41,7 @@ from miniloader.native import functions
 
 __all__ = ["Loading", "can_answer", "load"]
 
+_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _NEXT: Final = "{}() comes next"
 _HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
 
@@ -327,9 +331,23 @@ def load(
 
 
 def _answerer() -> int:
-    from miniloader.loader.from_inside import answerer
+    """The address of what answers ``inside.c``."""
+    return ctypes.cast(_callback(), ctypes.c_void_p).value or 0
 
-    return answerer(_load_for_caller)
+
+@lru_cache(maxsize=1)
+def _callback() -> Any:
+    return _CALLBACK(_answer)
+
+
+def _answer(place: int) -> int:
+    """Answer the question at the address ``place``; what that takes is imported for the first one.
+
+    Many libraries are bound to dlopen(3), and few ever call it.
+    """
+    with importing:
+        from miniloader.loader.from_inside import answer
+    return answer(place, _load_for_caller)
 
 
 def _load_for_caller(source: Source, policy: Policy, asker: Asker | None, asked_in: Graph) -> Loaded:

@@ -8,6 +8,6 @@ and for names of users and hosts) does not come here.
 
 from __future__ import annotations
 
-from miniloader.loader.from_inside.answers import answerer
+from miniloader.loader.from_inside.answers import answer
 
-__all__ = ["answerer"]
+__all__ = ["answer"]

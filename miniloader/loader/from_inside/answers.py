@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Final, Protocol
 
 from miniloader.errors import LoadError, MiniloaderError
@@ -18,25 +17,13 @@ from miniloader.loader.from_inside.opening import Load, close_library, open_libr
 from miniloader.loader.from_inside.symbols import symbol
 from miniloader.native import INSIDE, QuestionStructure
 
-__all__ = ["Watch", "answerer", "watches"]
+__all__ = ["Watch", "answer", "watches"]
 
-_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _libc: Final = ctypes.CDLL(None)
 _strdup: Final = _libc.strdup
 _strdup.restype, _strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
 
 _BASE_NAMESPACE: Final = 0  # LM_ID_BASE of <dlfcn.h>
-
-
-def answerer(load: Load) -> int:
-    """The address of what answers ``inside.c``; ``load`` loads a file that has been found."""
-    opening.load_with(load)
-    return ctypes.cast(_callback(), ctypes.c_void_p).value or 0
-
-
-@lru_cache(maxsize=1)
-def _callback() -> Any:
-    return _CALLBACK(_answer)
 
 
 class Watch(Protocol):
@@ -56,8 +43,9 @@ watches: Final[list[Watch]] = []
 _inside: Final[list[Caller]] = []  # who is being answered
 
 
-def _answer(place: int) -> int:
-    """Answer the question at the address ``place``; 0 where glibc shall."""
+def answer(place: int, load: Load) -> int:
+    """Answer the question at the address ``place``; 0 where glibc shall.  ``load`` loads what is found."""
+    opening.load_with(load)
     question = QuestionStructure.from_address(place)
     function, failed = _FUNCTIONS[question.function]
     with unload.lock:
