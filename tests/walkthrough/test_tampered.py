@@ -73,6 +73,12 @@ def not_proven(claim: str) -> Callable[[Any], Any]:
 
 FRAMES = tuple(range(1, 9))
 
+
+def in_worker(field: str, name: str, new: Any) -> Tamper:
+    """One worker has something else: a value, or a function of what it has."""
+    return but(**{field: lambda seen: seen | {name: new(seen[name]) if callable(new) else new}})
+
+
 #: What to see instead, by chapter and claim; several for a claim with several halves.
 TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
     "build": {
@@ -209,6 +215,18 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
         "same-address": (but(shared=but(bases=at(1, 1 << 40))), but(address=1 << 40)),
         "saved": (but(plain=lambda seen: replace(seen, used=0)), but(filled=4)),
         "isolated": (but(shared=but(claims=not_proven("writes-isolated"))),),
+    },
+    "erosion": {
+        "forked-shared": (in_worker("forked", "collects", at(3, "copied")),),
+        "idle-stays": (in_worker("worked", "idle", at(0, "copied")),),
+        "reading-copies": (in_worker("worked", "reads", at(1, "copied-shared")),),
+        "new-frames": (but(frames=lambda frames: (frames[0], frames[0])),),
+        "nothing-changed": (in_worker("equal", "reads", 7),),
+        "collecting-copies": (in_worker("worked", "collects", at(2, "copied-shared")),),
+        "collector-changes-nothing": (in_worker("equal", "collects", 0),),
+        "freeze-stops-the-collector": (in_worker("worked", "frozen, collects", at(5, "copied")),),
+        "freeze-stops-no-reader": (in_worker("worked", "frozen, reads", at(5, "copied-shared")),),
+        "preloading-saves": (but(late=at(0, "copied-shared")),),
     },
     "fork": {
         "all-shared": (but(forked=at(1, at(3, "copied"))), but(forked_frames=at(1, at(3, 5)))),

@@ -31,6 +31,7 @@ CHAPTERS: Final = (
     "tls",
     "prepared",
     "build",
+    "erosion",
 )
 
 
