@@ -43,12 +43,15 @@ class ProcessMemory:
     ) -> None:
         os.close(self._fd)
 
-    def pages(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def pages(
+        self, addresses: NDArray[np.uint64], room: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The bytes of the pages at these ascending addresses, shape (pages, PAGE_SIZE), and which were read.
 
-        Neighbours are read at once.  Raises ProcessGone, or EvidenceError.
+        Neighbours are read at once, into the beginning of ``room`` where that is given.  Raises ProcessGone,
+        or EvidenceError.
         """
-        data = np.empty((len(addresses), PAGE_SIZE), np.uint8)
+        data = np.empty((len(addresses), PAGE_SIZE), np.uint8) if room is None else room[: len(addresses)]
         done = np.zeros(len(addresses), np.bool_)
         view = data.reshape(-1).data
         edges = np.flatnonzero(np.diff(addresses) != PAGE_SIZE) + 1

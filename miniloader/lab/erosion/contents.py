@@ -18,7 +18,7 @@ from miniloader.lab.erosion.pairs import Pair
 __all__ = ["PagePart", "compare"]
 
 _AT_ONCE: Final = 512  # pages
-_NEAR: Final = 64  # to read that many entries of a page table too many costs less than another call
+_NEAR: Final = 512  # to read that many entries of a page table too many costs less than another call
 
 
 class PagePart(NamedTuple):
@@ -36,7 +36,7 @@ class PagePart(NamedTuple):
 
 
 def compare(pair: Pair) -> Iterator[PagePart]:
-    """The pages of ``pair`` that are two frames, a part at a time.
+    """The pages of ``pair`` that are two frames, a part at a time; the next part takes the place of the last.
 
     The page tables are read before and after the bytes: what is not in memory any more is not read, since
     that would map it again, and what lies in another frame is not what was seen.
@@ -46,13 +46,14 @@ def compare(pair: Pair) -> Iterator[PagePart]:
     with ExitStack() as stack:
         maps = [stack.enter_context(PageMap(pid)) for pid in pids]
         memories = [stack.enter_context(ProcessMemory(pid)) for pid in pids]
+        rooms = [np.empty((_AT_ONCE, PAGE_SIZE), np.uint8) for _ in pids]
         for start in range(0, len(pair.apart), _AT_ONCE):
             rows = slice(start, start + _AT_ONCE)
             addresses, seen = pair.apart[rows], [frames[rows] for frames in pair.frames]
             read = _still(maps, addresses, seen)
             words = []
-            for memory in memories:
-                live, done = memory.pages(addresses[read])
+            for memory, room in zip(memories, rooms, strict=True):
+                live, done = memory.pages(addresses[read], room)
                 words.append(_spread(live.view(np.uint64), read))
                 read[np.flatnonzero(read)[~done]] = False
             read &= _still(maps, addresses, seen)

@@ -14,6 +14,7 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.chunks import eroded_chunks
 from miniloader.lab.erosion.contents import PagePart, compare
 from miniloader.lab.erosion.memory import PrivateMemory, private_memory
 from miniloader.lab.erosion.objects import Objects, objects_on
@@ -91,9 +92,9 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
     """Read the pages that are two frames, a part at a time: no more than a part is kept."""
     census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
     with ExitStack() as stack:
+        present = np.union1d(process.copies.addresses, process.originals.addresses)
+        sight = stack.enter_context(Sight(pair.pid, present))
         if process.interpreter is not None and process.interpreter.is_known:
-            present = np.union1d(process.copies.addresses, process.originals.addresses)
-            sight = stack.enter_context(Sight(pair.pid, present))
             pools = pools_in(process.copies.addresses, sight)
             census = _Census(pools, Types(sight, pools, process.interpreter.type_address))
         for part in compare(pair):
@@ -104,8 +105,13 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
             same=np.concatenate([np.empty(0, np.uint64), *same]),
             unread=unread,
             causes=causes,
-            objects=census.objects() if census is not None else (),
+            objects=census.objects() if census is not None else _chunks(sight, pair, process),
         )
+
+
+def _chunks(sight: Sight, pair: Pair, process: Survey) -> tuple[ErodedObjects, ...]:
+    """What malloc has on these pages, of a program that is no interpreter whose objects are not known."""
+    return eroded_chunks(sight, pair.apart) if process.interpreter is None else ()
 
 
 def _causes(part: PagePart, census: _Census | None) -> Mapping[str, int]:

@@ -72,15 +72,15 @@ class Types:
 
     def rows_of(self, pointers: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Which of ``pointers`` lead to a type, and to which: rows of :attr:`addresses`."""
-        self._meet(pointers)
-        chosen = np.flatnonzero(self._maybe[_filtered(pointers)])
+        places = _filtered(pointers)
+        self._meet(pointers[~self._maybe[places]])
+        chosen = np.flatnonzero(self._maybe[places])
         rows = np.minimum(np.searchsorted(self.addresses, pointers[chosen]), len(self.addresses) - 1)
         real = self.addresses[rows] == pointers[chosen]
         return chosen[real], rows[real]
 
-    def _meet(self, pointers: NDArray[np.uint64]) -> None:
-        """Have a look at what has not been met before."""
-        fresh = pointers[~self._maybe[_filtered(pointers)]]
+    def _meet(self, fresh: NDArray[np.uint64]) -> None:
+        """Have a look at those of ``fresh`` pointers that have not been met before."""
         candidates = np.sort(fresh[~self._pools.holds(fresh)])
         at = np.minimum(np.searchsorted(self._decided, candidates), len(self._decided) - 1)
         candidates = candidates[self._decided[at] != candidates]

@@ -154,12 +154,14 @@ def test_what_changes_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         start = workers.parent("answer = array")
         read = contents.ProcessMemory.pages
 
-        def meanwhile(memory: contents.ProcessMemory, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def meanwhile(
+            memory: contents.ProcessMemory, addresses: np.ndarray, room: np.ndarray | None = None
+        ) -> tuple[np.ndarray, np.ndarray]:
             if memory.pid == workers.pid and start in addresses:
                 drop = f"libc.madvise(array, {PAGE_SIZE}, 4)"
                 take = "ctypes.memset(mapped(1 << 20), 1, 1 << 20)"  # or it has the old frame again
                 workers.ask(child, f"{drop}; {take}; ctypes.memset(array, 1, 1)")
-            return read(memory, addresses)
+            return read(memory, addresses, room)
 
         monkeypatch.setattr(contents.ProcessMemory, "pages", meanwhile)
         row = row_of(look(workers), child)
@@ -174,7 +176,7 @@ def test_who_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         child = workers.fork()
         workers.ask(child, "ctypes.memset(array, 1, 1)")
 
-        def gone(memory: object, addresses: object) -> None:
+        def gone(memory: object, addresses: object, room: object) -> None:
             raise ProcessGone(child, "has ended")
 
         monkeypatch.setattr(contents.ProcessMemory, "pages", gone)

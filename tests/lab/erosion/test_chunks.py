@@ -1,0 +1,105 @@
+"""The chunks of malloc in the heap of a C program that says itself what it has allocated and freed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
+from miniloader.lab.erosion.chunks import chunks_between
+from tests.lab.erosion.pools import needs_frames
+from tests.lab.erosion.test_objects import _AT, Bytes, row_of
+
+_SOURCE = r"""
+#include <malloc.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main(void) {
+    enum { N = 4000 };
+    static char *kept[N], *freed[N / 4];
+    mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    for (int i = 0; i < N; i++) {
+        kept[i] = memset(malloc(1200), 1, 1200);              /* beyond what a thread keeps: 1032 bytes */
+        if (i % 4 == 0) freed[i / 4] = memset(malloc(2000), 2, 2000);
+    }
+    for (int i = 0; i < N / 4; i++) free(freed[i]);
+    int ready[2];
+    if (pipe(ready)) return 1;
+    pid_t child = fork();
+    if (child == 0) {
+        for (int i = 0; i < N; i++) kept[i][600] = 3;
+        if (write(ready[1], "x", 1) != 1) return 1;
+        for (;;) pause();
+    }
+    char byte;
+    if (read(ready[0], &byte, 1) != 1) return 1;
+    printf("%d\n", child);
+    fflush(stdout);
+    for (;;) pause();
+}
+"""
+
+
+@contextmanager
+def c_pool(directory: Path) -> Iterator[tuple[int, int]]:
+    source = directory / "pool.c"
+    source.write_text(_SOURCE)
+    subprocess.run(["gcc", "-O1", "-o", directory / "pool", source], check=True)
+    with subprocess.Popen([directory / "pool"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            yield parent.pid, child
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
+
+
+@needs_frames
+def test_chunks_of_a_c_program(tmp_path: Path) -> None:
+    with c_pool(tmp_path) as (parent, child):
+        row = row_of(audit([parent, child], library="nothing"), child)
+    assert row.runtime is None
+    found = {kind.type: kind for kind in row.objects}
+    assert abs(found["malloc chunk in use"].count - 4_000) <= 60
+    assert abs(found["malloc chunk free"].count - 1_000) <= 40
+    assert found["malloc chunk in use"].pages <= row.apart // PAGE_SIZE
+    assert row.causes["other-write"] > 0.95 * row.apart
+
+
+def heap(*sizes: int, left: int = 0) -> Bytes:
+    """A page of chunks, each in use but for the last."""
+    page, at = bytearray(PAGE_SIZE), 0
+    for size in sizes:
+        page[at + 8 : at + 16] = struct.pack("<Q", size | 1)
+        at += size
+    assert at == PAGE_SIZE - left
+    return Bytes({_AT: bytes(page)})
+
+
+def test_what_does_not_come_out_even_is_no_heap_of_glibc_s() -> None:
+    chunks = chunks_between(heap(64, 1024, PAGE_SIZE - 1088), _AT, _AT + PAGE_SIZE)
+    assert chunks is not None
+    assert (chunks[0] - _AT).tolist() == [0, 64, 1088]
+    assert chunks[1].tolist() == [True, True, False]
+    assert chunks_between(heap(64, left=PAGE_SIZE - 64), _AT, _AT + PAGE_SIZE) is None  # then a length of 0
+    assert chunks_between(heap(40, PAGE_SIZE - 40), _AT, _AT + PAGE_SIZE) is None
+    assert chunks_between(Bytes({}), _AT, _AT + PAGE_SIZE) is None
+    assert chunks_between(Bytes({}), _AT, _AT) is None
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**63, 2**64 - 1, 48])
+def test_garbage_is_no_heap(word: int) -> None:
+    page = struct.pack("<Q", word) * (PAGE_SIZE // 8)
+    found = chunks_between(Bytes({_AT: page}), _AT, _AT + PAGE_SIZE)
+    assert found is None or len(found[0]) * 48 == PAGE_SIZE
