@@ -39,7 +39,7 @@ class Objects(NamedTuple):
     before: NDArray[np.intp]
 
     def on(self, pages: NDArray[np.intp]) -> Objects:
-        """Those on these rows of pages, which ascend; their rows are counted anew."""
+        """Only the objects on these rows of pages, which ascend; their rows are counted anew."""
         at = np.searchsorted(pages, self.page)
         chosen = np.flatnonzero(np.append(pages, -1)[at] == self.page)
         return Objects(at[chosen], self.word[chosen], self.kind[chosen], self.before[chosen])

@@ -254,7 +254,7 @@ def _table(pool: _Pool, seen: dict[str, MappingView], late: tuple[str, ...]) -> 
 
 # ---------------------------------------------------------------------------------------- claims
 def _all(states: Sequence[str], wanted: str, expected: str) -> Finding:
-    """That all pages are in one state; nothing where the kernel does not tell of one."""
+    """Whether all pages are in one state; nothing where the kernel does not tell of one."""
     holds = None if "unknown" in states or "swapped" in states else {*states} == {wanted}
     observed = f"{states.count(wanted)} of {len(states)} pages"
     return Finding(holds, expected, observed, "a page is swapped out, or not told")
@@ -278,9 +278,9 @@ def _reading(seen: PoolPages) -> Finding:
 
 @claim("new-frames", "The copies are other frames than the parent's", "frames")
 def _frames(seen: PoolPages) -> Finding:
-    ours, theirs = seen.frames
-    other = sum(first != second and second != 0 for first, second in zip(ours, theirs, strict=True))
-    return Finding(other == _PAGES, f"{_PAGES} pages in other frames", f"{other} of {len(theirs)}")
+    parent, reader = seen.frames
+    moved = sum(first != second and second != 0 for first, second in zip(parent, reader, strict=True))
+    return Finding(moved == _PAGES, f"{_PAGES} pages in other frames", f"{moved} of {len(reader)}")
 
 
 @claim("nothing-changed", "Yet every byte is as it was: the counts have gone up, and down again")
