@@ -37,7 +37,8 @@ def erosion(
 
     ``merged`` are the frames of KSM (None: not known).  ``contents``: whether the bytes are read as well.
     """
-    memories = [private_memory(process) for process in processes]
+    families = Counter(process.known.stack for process in processes)
+    memories = [private_memory(process) for process in processes if families[process.known.stack] > 1]
     if not contents:
         return erosion_of(memories, merged)
     surveys = {process.pid: process for process in processes}
