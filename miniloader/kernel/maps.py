@@ -23,8 +23,7 @@ __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
 _LINE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3})([sp]) ([0-9a-f]+) "
-    rb"([0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$",
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$",
     re.MULTILINE,
 )
 
@@ -75,20 +74,19 @@ def parse_vma(line: bytes) -> Vma:
     return _vma(*match.groups())
 
 
-def _vma(start: bytes, end: bytes, protection: bytes, shared: bytes, offset: bytes, file: bytes) -> Vma:
-    return Vma(
-        int(start, 16), int(end, 16), protection.decode(), shared == b"s", int(offset, 16), *_file(file)
-    )
+def _vma(start: bytes, end: bytes, rest: bytes) -> Vma:
+    return Vma(int(start, 16), int(end, 16), *_rest(rest))
 
 
 @lru_cache(maxsize=4096)
-def _file(text: bytes) -> tuple[tuple[int, int], int, str, bool]:
-    """Device, inode, path and ``deleted`` from the end of a line; of the same few files, most often."""
-    device, inode, *rest = text.split(None, 2)
+def _rest(text: bytes) -> tuple[str, bool, int, tuple[int, int], int, str, bool]:
+    """What a line says behind the addresses: of the same few files in processes of one program."""
+    access, offset, device, inode, *rest = text.split(None, 4)
     major, minor = (int(part, 16) for part in device.split(b":"))
     name = rest[0] if rest else b""
     path = os.fsdecode(name.removesuffix(_DELETED).replace(rb"\012", b"\n"))
-    return (major, minor), int(inode), path, name.endswith(_DELETED)
+    protection, shared = access[:3].decode(), access[3:] == b"s"
+    return protection, shared, int(offset, 16), (major, minor), int(inode), path, name.endswith(_DELETED)
 
 
 def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> tuple[Vma, ...]:

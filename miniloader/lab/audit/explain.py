@@ -156,7 +156,7 @@ def _explain_file(
         return
     placed.causes[rows] = answer.causes
     written = np.column_stack([rows[answer.written[:, 0]], answer.written[:, 1:]])
-    placed.written = np.concatenate([placed.written, written])
+    placed.written = np.concatenate([placed.written, written]).astype(np.int32)
     trouble = placed.file.facts.trouble or "a relocation's value lies in a file that cannot be read"
     placed.reasons |= dict.fromkeys(rows[answer.unreadable].tolist(), trouble)
     _unknown(placed, rows[~read], CHANGED)

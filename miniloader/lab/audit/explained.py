@@ -28,7 +28,7 @@ class _OfFile(NamedTuple):
     frames: NDArray[np.uint64]
     addresses: NDArray[np.uint64]
     causes: NDArray[np.uint8]
-    written: NDArray[np.int64]
+    written: NDArray[np.int32]
 
 
 class Explained:
@@ -52,7 +52,7 @@ class Explained:
         page_of[at[same]] = np.flatnonzero(same)
         placed.causes[same] = known.causes[at[same]]
         written = known.written[page_of[known.written[:, 0]] >= 0]
-        placed.written = np.column_stack([page_of[written[:, 0]], written[:, 1:]])
+        placed.written = np.column_stack([page_of[written[:, 0]], written[:, 1:]]).astype(np.int32)
         return np.flatnonzero(~same)
 
     def keep(self, placed: FileInProcess) -> None:
@@ -70,13 +70,13 @@ class Explained:
         row_of = np.full(len(frames), -1, np.int64)
         row_of[pages] = np.arange(len(pages))
         written = placed.written[row_of[placed.written[:, 0]] >= 0]
-        written = np.column_stack([row_of[written[:, 0]], written[:, 1:]])
+        written = np.column_stack([row_of[written[:, 0]], written[:, 1:]]).astype(np.int32)
         new = _OfFile(frames[pages], placed.addresses[pages], placed.causes[pages], written)
         self._known[key] = _sorted(new if known is None else _joined(known, new))
 
 
 def _joined(first: _OfFile, second: _OfFile) -> _OfFile:
-    moved = second.written + np.array([len(first.frames), 0, 0])
+    moved = second.written + np.array([len(first.frames), 0, 0], np.int32)
     return _OfFile(
         np.concatenate([first.frames, second.frames]),
         np.concatenate([first.addresses, second.addresses]),
@@ -91,5 +91,5 @@ def _sorted(known: _OfFile) -> _OfFile:
     row_of = np.full(len(known.frames), -1, np.int64)
     row_of[order] = np.arange(len(order))
     written = known.written[row_of[known.written[:, 0]] >= 0]
-    written = np.column_stack([row_of[written[:, 0]], written[:, 1:]])
+    written = np.column_stack([row_of[written[:, 0]], written[:, 1:]]).astype(np.int32)
     return _OfFile(frames, known.addresses[order], known.causes[order], written)

@@ -19,7 +19,7 @@ __all__ = ["FileInProcess", "files_in_process", "image_end"]
 
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
-_NOTHING_WRITTEN: Final = np.empty((0, 3), np.int64)
+_NOTHING_WRITTEN: Final = np.empty((0, 3), np.int32)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class FileInProcess:
     own: Rows
     causes: NDArray[np.uint8]
     reasons: dict[int, str]
-    written: NDArray[np.int64]
+    written: NDArray[np.int32]
     beforehand: int = 0
 
     @property
@@ -90,8 +90,8 @@ class FileInProcess:
     @property
     def several_frames(self) -> NDArray[np.uint64]:
         """The frames of the copied pages that are mapped elsewhere, too."""
-        if not len(self.copies.several):
-            return self.copies.several
+        if not self.copies.any_several:
+            return self.copies.frames[:0]
         return self.frames[self.is_common]
 
     @property

@@ -43,6 +43,8 @@ __all__ = [
 
 MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "device", "special"]
 
+_MOST_PARTS: Final = 32  # sets of frames that are kept for the next process
+_MOST_WAITING: Final = 1 << 18  # frames that are gathered before equal ones are left out
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
 _IN_MEMORY: Final = ("tmpfs", "hugetlbfs", "ramfs")
 _DEVICES: Final = ("/dev/", "anon_inode:", "socket:", "/dmabuf:")
@@ -234,13 +236,31 @@ def pss_by_frames(
     ``/proc/kpagecount`` may not be read.
     """
     columns = [column for process in processes for column in process]
-    keys = [column.several.tobytes() for column in columns]  # relatives often have the same
-    arrays = {key: column.several for key, column in zip(keys, columns, strict=True)}
-    frames = distinct(np.concatenate([np.empty(0, np.uint64), *arrays.values()]))
+    frames = _frames_of_all(columns)
     shares = PAGE_SIZE / np.maximum(map_counts(frames), np.uint64(1)).astype(np.float64)
-    part = {key: shares[np.searchsorted(frames, array)] for key, array in arrays.items()}
-    pss = [_proportional(column, part[key]) for key, column in zip(keys, columns, strict=True)]
+    parts: dict[int, NDArray[np.float64]] = {}  # relatives often have the same frames
+    pss = list[NDArray[np.float64]]()
+    for column in columns:
+        several = column.several
+        key = hash(several.tobytes())
+        if key not in parts:
+            if len(parts) == _MOST_PARTS:
+                parts.clear()
+            parts[key] = shares[np.searchsorted(frames, several)]
+        pss.append(_proportional(column, parts[key]))
     return [copies + originals for copies, originals in zip(pss[::2], pss[1::2], strict=True)]
+
+
+def _frames_of_all(columns: Iterable[PageColumns]) -> NDArray[np.uint64]:
+    """The different frames that are mapped more than once, sorted; never all of them at once."""
+    frames, waiting, number = np.empty(0, np.uint64), list[NDArray[np.uint64]](), 0
+    for column in columns:
+        several = column.several
+        waiting.append(several)
+        number += len(several)
+        if number > _MOST_WAITING:
+            frames, waiting, number = distinct(np.concatenate([frames, *waiting])), [], 0
+    return distinct(np.concatenate([frames, *waiting]))
 
 
 def _proportional(columns: PageColumns, shares: NDArray[np.float64]) -> NDArray[np.float64]:

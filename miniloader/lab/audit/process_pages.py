@@ -181,6 +181,11 @@ class PageColumns:
         return np.asarray(np.diff(before[self.starts]), np.int64)
 
     @cached_property
+    def any_several(self) -> bool:
+        """Whether any of the pages is mapped more than once."""
+        return not bool(self.exclusive.all())
+
+    @property
     def several(self) -> NDArray[np.uint64]:
         """The frames of the pages that are mapped more than once."""
         return self.frames[~self.exclusive]
