@@ -52,7 +52,7 @@ _INTERPRETERS: Final = {
     ("RISCV", 64): f"{_LINUX}-riscv64-lp64d.so.1",
     ("S390", 64): "/lib/ld64.so.1",
 }
-_BUILT_IN: Final = re.compile(rb"(?:/[\x21-\x7e]*/\0)+")
+_PRINTABLE: Final = bytes(range(0x21, 0x7F))
 _DIRECTORIES: Final = ("/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/")  # where there is no ld.so to be asked
 _LARGEST: Final = 1 << 24  # bytes of an ld.so; glibc's is 200 kB
 _PSEUDO_HWCAP: Final = b"\0tls\0"  # of the legacy hwcaps, which glibc 2.37 has given up
@@ -217,9 +217,30 @@ def _read_built_in(path: str, _stamp: tuple[int, int]) -> tuple[tuple[str, ...],
         source.close()
     except ElfError:
         return _DIRECTORIES, False
-    longest = max(_BUILT_IN.findall(data), key=len, default=b"")
-    directories = tuple(os.fsdecode(longest).split("\0")[:-1]) or _DIRECTORIES
+    directories = tuple(os.fsdecode(directories_in(data)).split("\0")[:-1]) or _DIRECTORIES
     return directories, _PSEUDO_HWCAP in data
+
+
+def directories_in(data: bytes) -> bytes:
+    """The longest row of directories, each with a NUL behind it.
+
+    Only what is before a slash and a NUL is looked at: one expression for all would take as long as all
+    else that a first load does.
+
+    >>> directories_in(b"no /x/\\0 of /lib64/\\0/usr/lib64/\\0/lib\\0")
+    b'/lib64/\\x00/usr/lib64/\\x00'
+    """
+    first, last, start, end = 0, 0, 0, 0
+    at = data.find(b"/\0")
+    while at >= 0:
+        string = data.rfind(b"\0", 0, at) + 1
+        printable = string + len(data[string:at].rstrip(_PRINTABLE))
+        slash = data.find(b"/", printable, at)
+        if slash >= 0:
+            start, end = start if slash == end else slash, at + 2
+            first, last = (start, end) if end - start > last - first else (first, last)
+        at = data.find(b"/\0", at + 1)
+    return data[first:last]
 
 
 @lru_cache(maxsize=1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import pytest
 
 import miniloader
 from miniloader.loader.search import Asker, Found
+from miniloader.loader.surroundings import directories_in, find_needed, find_path
 from miniloader.loader.surroundings import find_here as find
-from miniloader.loader.surroundings import find_needed, find_path
 
 ROOT = Path(miniloader.__file__).parents[1]
 
@@ -27,6 +29,17 @@ def _output(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine lacks x86-64 libraries")
+def test_default_directories_are_the_longest_row_in_ld_so() -> None:
+    """As an expression for all of it finds them, which takes a hundred times as long."""
+    row, choice = re.compile(rb"(?:/[\x21-\x7e]*/\0)+"), random.Random(1)
+    for _ in range(5000):
+        data = bytes(choice.choices(b"/\0a /\0/", k=choice.randint(0, 40)))
+        assert directories_in(data) == max(row.findall(data), key=len, default=b""), data
+    began = time.process_time()
+    assert directories_in(b"/" * (1 << 22) + b"\1/\0") == b""
+    assert time.process_time() - began < 2
+
+
 def test_the_cache_says_what_ldconfig_says() -> None:
     expected: dict[str, str] = {}
     for line in _output("ldconfig", "-p").splitlines():
