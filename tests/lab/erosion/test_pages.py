@@ -20,6 +20,7 @@ from miniloader.lab.erosion.since import eroded_since, proven_by
 from miniloader.report.audit import lines
 from miniloader.report.audit_growth import growth_view, tick
 from miniloader.report.text import laid_out, plain
+from tests.lab.audit.told_processes import KB, rollup_of
 from tests.lab.erosion.pools import Pool, bytes_at, in_common, in_two_copies, needs_frames, pool
 
 pytestmark = needs_frames
@@ -82,6 +83,47 @@ def test_what_an_earlier_look_proves() -> None:
         assert "no longer shared" in plain(tick(now, first))
         text = "\n".join(plain(line) for line in laid_out(growth_view(growth(first, now)), None))
         assert "one frame at the first look, two copies now" in text
+
+
+_WAYS = {
+    "mutate": "for row in data: row['more'] = 1",
+    "lazy import": "import sqlite3, decimal, asyncio",
+    "cache fill": "cache = {number: str(number) * 3 for number in range(20_000)}",
+    "numpy views": "views = [numbers[at : at + 10] for at in range(0, 50_000, 10)]; numbers[::2] = 5",
+    "arena reuse": "data = None; import gc; gc.collect(); again = [[number] for number in range(40_000)]",
+    "freeze, then collect": "import gc; gc.freeze(); gc.collect()",
+    "threads": """
+import threading
+threads = [threading.Thread(target=lambda: [len(row["name"]) for row in data]) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+""",
+}
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_each_way_to_erode(way: str) -> None:
+    """Right to the page, whatever a worker does; and what grew is what the kernel says, within 5 %."""
+    numbers = "import numpy; numbers = numpy.arange(100_000) * 1.0" if "numpy" in way else ""
+    with pool(_DATA, numbers) as workers:
+        child = workers.fork()
+        first, together = look(workers), in_common(child, workers.pid)
+        before = sum(uss_of(pid) for pid in workers.pids)
+        workers.ask(child, _WAYS[way])
+        really = sum(uss_of(pid) for pid in workers.pids) - before
+        found = proven_by(first, look(workers))
+        row, apart = row_of(found, child), in_two_copies(child, workers.pid)
+        equal = {page for page in apart if bytes_at(child, page) == bytes_at(workers.pid, page)}
+    assert pages(row.pages.proven) == together & apart
+    assert pages(row.pages.possible) == apart - together
+    assert pages(row.pages.same) == equal
+    # Others come and go meanwhile, and with them pages of files that are mapped once by chance.
+    assert abs(growth(first, found).uss.change - really) < 0.05 * really + (256 << 10)
+
+
+def uss_of(pid: int) -> int:
+    rollup = rollup_of(pid)
+    return (rollup["Private_Clean"] + rollup["Private_Dirty"]) * KB
 
 
 def test_two_that_allocate_after_the_fork_prove_nothing() -> None:
