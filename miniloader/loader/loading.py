@@ -212,7 +212,6 @@ class Loading:
         graph = self._graph
         root = graph.add(source, self._asker)
         functions()  # the loader's own library, before it is asked which there are
-        stand_ins.make()
         graph.complete()
         self._took("parse")
         for library in graph.new:

@@ -31,6 +31,7 @@ from miniloader.native import gate
 
 __all__ = [
     "ADDRESS_MASK",
+    "ANSWERS",
     "FORMULAS",
     "IMPORT",
     "INDIRECT_FUNCTION",
@@ -128,6 +129,13 @@ class QuestionStructure(ctypes.Structure):
 #: What the compiled loops are called, and their table of what libraries of ours call instead of glibc's.
 LOOPS_SONAME: Final = "miniloader-loops.so"
 STAND_INS: Final = "stand_ins"
+#: glibc's functions that answers.c answers, and what it has for each; the order is that of its own table.
+ANSWERS: Final = {
+    b"dl_iterate_phdr": "answer_dl_iterate_phdr",
+    b"dladdr1": "answer_dladdr1",
+    b"_dl_find_object": "answer_dl_find_object",
+    b"dladdr": "answer_dladdr",
+}
 #: glibc's functions that libraries of ours do not call themselves, and what inside.c has for each.
 INSIDE: Final = {
     b"dlopen": "inside_open",
@@ -156,7 +164,8 @@ def functions() -> ctypes.PyDLL:
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
         *(("note", 8), ("list_asked", 6), ("list_set", 4), ("list_symbols", 5)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
-        *(("flush_code", 2), ("set_inside", 5), ("set_python", 3), ("tell_faults", 1)),
+        *(("set_answers", 1), ("list_entry", 3), ("withdraw_entry", 1), ("flush_code", 2)),
+        *(("set_inside", 5), ("set_python", 3), ("tell_faults", 1)),
     ):
         function = getattr(library, name, None)
         if function is None:

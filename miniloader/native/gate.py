@@ -11,11 +11,13 @@ import os
 import struct
 import sys
 from functools import lru_cache
+from hashlib import sha256
 from typing import Final
 
 from miniloader.errors import UnsupportedError
 
 __all__ = [
+    "compiled_code",
     "glibc_version",
     "lacks_for_loading",
     "missing_of_glibc",
@@ -91,6 +93,16 @@ def lacks_for_loading() -> str | None:
     if missing := missing_of_glibc():
         return f"the C library of this process is not glibc: it has no {', '.join(missing)}"
     return _lacks_of_python()
+
+
+def compiled_code() -> tuple[str, str | None]:
+    """Where the compiled code for this process's processor is, and its SHA-256; None where it is missing."""
+    path = os.path.join(os.path.dirname(__file__), f"loops-{processor()}.so")
+    try:
+        with open(path, "rb") as file:
+            return path, sha256(file.read()).hexdigest()
+    except OSError:
+        return path, None
 
 
 def _lacks_of_python() -> str | None:

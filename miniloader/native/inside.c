@@ -39,8 +39,8 @@ static int64_t (*_Atomic answer)(Question *); /* whether it has answered; else g
 static uint64_t first_handle, last_handle;    /* of ours */
 static uint64_t program;                      /* the handle of the program, by which all that is global is found */
 
-/* Sixteen bytes that glibc has to spare, so that nothing of it is needed to find them. */
-#define EACH_THREADS static __thread __attribute__((tls_model("initial-exec")))
+/* Sixteen bytes: by descriptors, for which glibc takes what it has to spare of static storage, and musl what it has. */
+#define EACH_THREADS static __thread
 EACH_THREADS char *message;
 EACH_THREADS bool pending;
 

@@ -10,6 +10,7 @@ from miniloader.json_schema import BOOL, COUNT, TEXT, array, keys, nullable, rec
 from miniloader.kernel.features import LEVEL_SCHEMA
 from miniloader.kernel.privileges import CAPABILITIES, Privileges
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.native.gate import compiled_code, lacks_for_loading
 from miniloader.report.text import Cell, Part, Table
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
         "kernel": system.release,
         "architecture": system.machine,
         "page_size": PAGE_SIZE,
+        "loading": {"works": lacks_for_loading() is None, "why": lacks_for_loading() or ""},
+        "compiled_code": dict(zip(("path", "sha256"), compiled_code(), strict=True)),
         "privileges": {
             "uid": rights.uid,
             "capabilities": list(rights.capabilities),
@@ -52,7 +55,8 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
 
 SCHEMA: Final = record(
     keys(TEXT, "kernel architecture shows"),
-    {"page_size": COUNT, "evidence": LEVEL_SCHEMA},
+    {"page_size": COUNT, "evidence": LEVEL_SCHEMA, "loading": record({"works": BOOL, "why": TEXT})},
+    {"compiled_code": record({"path": TEXT, "sha256": nullable(TEXT)})},
     {"privileges": record(
         {"uid": COUNT, "capabilities": array(TEXT), "initial_user_namespace": nullable(BOOL)},
         {"ptrace_scope": nullable(COUNT), "hidepid": nullable(TEXT)},
@@ -81,6 +85,11 @@ def _machine(system: os.uname_result, rights: Privileges) -> Iterator[tuple[str,
     held = "no, but in its own namespace" if rights.initial_user_namespace is False else "yes"
     yield "kernel", f"{system.sysname} {system.release}, {system.machine}"
     yield "page size", f"{PAGE_SIZE} bytes"
+    lack, (path, checksum) = lacks_for_loading(), compiled_code()
+    yield "libraries", "can be loaded" if lack is None else f"cannot be loaded: {lack}"
+    yield "compiled code", path if checksum is not None else f"missing: no file {path}"
+    if checksum is not None:
+        yield "  its SHA-256", checksum
     yield "user", f"uid {rights.uid}, in {_NAMESPACES[rights.initial_user_namespace]}"
     for name, (_, purpose) in CAPABILITIES.items():
         yield name, f"{held if name in rights.capabilities else 'no'}: to {purpose}"

@@ -21,7 +21,8 @@ def test_json_has_the_keys_it_promises(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [
-        "kernel", "architecture", "page_size", "privileges", "features", "evidence", "shows", "next",
+        "kernel", "architecture", "page_size", "loading", "compiled_code", "privileges", "features",
+        "evidence", "shows", "next",
     ]  # fmt: skip
     assert found["kernel"] == os.uname().release
     assert found["page_size"] == os.sysconf("SC_PAGE_SIZE")

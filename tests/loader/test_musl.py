@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import miniloader
+from fixtures.build import LOOPS
 from miniloader.elf import Source, read_image
 from miniloader.loader import musl
 from miniloader.loader.root import Root
@@ -97,3 +98,30 @@ def test_a_tree_is_what_musls_own_linker_lists(
     image = read_image(Source.open(first))
     assert "libc.so" in image.needed
     image.source.close()
+
+
+_OPENS = """
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+int main(int count, char **words) {
+    void *library = dlopen(words[count - 1], RTLD_NOW);
+    if (!library) { puts(dlerror()); return 1; }
+    int64_t (*copy)(void *, const void *, uint64_t, uint64_t *) = dlsym(library, "copy");
+    char to[4] = "";
+    uint64_t where = 0;
+    int64_t good = copy(to, "abc", 4, &where), gone = copy(to, (void *)8, 4, &where);
+    printf("%d %s %d %d\\n", (int)good, to, (int)gone, (int)where);
+    return 0;
+}
+"""
+
+
+def test_the_compiled_loops_work_beside_musl(tmp_path: Path) -> None:
+    """As check does there: what they have of glibc, musl has as well, the signals' handlers among it."""
+    if shutil.which("musl-gcc") is None:
+        pytest.skip("this machine lacks musl-gcc")
+    (tmp_path / "opens.c").write_text(_OPENS)
+    subprocess.run(["musl-gcc", "-o", tmp_path / "opens", tmp_path / "opens.c"], check=True)
+    done = subprocess.run([tmp_path / "opens", LOOPS["x86_64"]], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["0", "abc", "1", "8"])

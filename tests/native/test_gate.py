@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +87,25 @@ def test_what_needs_no_loading_works(
 ) -> None:
     status = cli.main([word.format(demo, pid=os.getpid()) for word in words])
     assert (status, capfd.readouterr().err) == (0, "")
+
+
+def test_doctor_tells_what_is_missing(elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["loading"]["works"] is False
+    assert elsewhere.removeprefix("has ") in told["loading"]["why"]
+    assert (told["compiled_code"]["sha256"] is None) == ("riscv64" in elsewhere)
+
+
+def test_doctor_tells_which_code_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    path, checksum = told["compiled_code"]["path"], told["compiled_code"]["sha256"]
+    said = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout
+    assert said.split()[0] == checksum
+    assert told["loading"] == {"works": True, "why": ""}
+    assert cli.main(["doctor"]) == 0
+    assert checksum in capsys.readouterr().out
 
 
 def test_symbols_are_not_looked_up_without_loops(

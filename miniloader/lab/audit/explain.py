@@ -22,7 +22,6 @@ from miniloader.lab.audit.explained import Explained
 from miniloader.lab.audit.file_in_process import FileInProcess, image_end
 from miniloader.lab.audit.mapped_files import MappedFiles
 from miniloader.lab.audit.process_pages import Pages
-from miniloader.machine.stand_in_code import CODE, HEAD, TABLE, stand_ins
 from miniloader.machine.stub_code import jumps_to
 from miniloader.native import LOOPS_SONAME, STAND_INS
 
@@ -101,10 +100,6 @@ def stand_ins_in(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
             function = jumps_to(page.tobytes())
             if function is not None:
                 addresses[start] = function
-            elif page.tobytes().startswith(CODE):
-                (table,), _ = memory.pages(np.array([start + TABLE], np.uint64))
-                pairs = stand_ins(start, table[: HEAD.size].tobytes())
-                addresses |= {stand_in: function for function, stand_in in pairs.items()}
     return addresses
 
 

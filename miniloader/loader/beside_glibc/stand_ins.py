@@ -3,8 +3,8 @@
 The system's loader does not know what we load, and would say so: then a library linked with
 ``-static-libgcc`` ends the process with its first exception, since its own unwinder asks ``_dl_find_object``,
 and a run-time that looks for its own image gives up.  So what refers to one of these functions is bound to
-code of ours, which asks glibc's first and then looks into a table of our libraries.  The table is there from
-the first time that somebody asks; see :mod:`miniloader.machine.stand_in_code`.
+code of ours (``answers.c`` of :mod:`miniloader.native`), which asks glibc's first and then looks into a table
+of our libraries.  It is filled from the first time on that somebody asks.
 
 dlopen(3), dlsym(3) and their like are C (``inside.c`` of :mod:`miniloader.native`), which asks Python: what a
 library of ours opens comes through us, too (:mod:`miniloader.loader.from_inside`).
@@ -22,13 +22,10 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
-from miniloader.kernel import syscalls as sys
+from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory
-from miniloader.machine import stand_in_code
-from miniloader.machine.stand_in_code import CODE, ENTRY, FUNCTIONS, HEAD, TABLE
-from miniloader.native import IMPORT, INSIDE, STAND_INS, functions
-from miniloader.native.gate import processor
+from miniloader.native import ANSWERS, IMPORT, INSIDE, STAND_INS, address_of, functions, run
 
 __all__ = [
     "add",
@@ -41,19 +38,18 @@ __all__ = [
     "handle_of",
     "headers_of",
     "is_handle",
-    "make",
     "remove",
     "stand_ins",
 ]
 
-_LENGTH: Final = TABLE + (4 << 20)  # a mapping of 27,000 libraries would be refused long before
-_COUNTS: Final = 8 * len(FUNCTIONS)  # where the table has its three counts
+#: A library: its struct dl_phdr_info (whose counts are filled in); its first address, the one behind its last
+#: (0: this entry is free), .eh_frame_hdr; its symbols, their number and names; its struct link_map.
+_ENTRY: Final = struct.Struct("<QQQH6xQQQQ 3Q 3Q 5Q")
+_MOST_LIBRARIES: Final = 27000  # that answers.c has room for
 _INFO: Final = struct.Struct("<QQQH")  # how an entry begins: bias, name, program headers, their count
-_END: Final = 72  # where an entry has the address that makes it valid
 _HANDLE: Final = 112  # where its handle is, a struct link_map
 _MOST: Final = 16  # stand-ins that inside.c has room for
 
-_Counts: Final = ctypes.c_uint64 * 3
 _Listing: Final = ctypes.c_uint64 * (2 * _MOST)
 
 _Listed = tuple[ElfImage, Memory, int, int]
@@ -63,20 +59,10 @@ _waiting: Final[dict[Memory, _Listed]] = {}  # not in the table, since nobody ha
 
 
 class _StandInTable:
-    """The code, and behind it the table; both stay as long as the process."""
+    """The table of answers.c: which libraries are in it, and where each is."""
 
     def __init__(self) -> None:
-        anonymous = sys.MAP_PRIVATE | sys.MAP_ANONYMOUS
-        self.base = sys.mmap(0, _LENGTH, sys.PROT_READ | sys.PROT_WRITE, anonymous)
-        try:
-            ctypes.memmove(self.base, CODE, len(CODE))
-            sys.mprotect(self.base, TABLE, sys.PROT_READ | sys.PROT_EXEC)
-        except OSError:
-            sys.munmap(self.base, _LENGTH)
-            raise
-        self.head = HEAD.pack(*(_of_host().get(name, 0) for name in FUNCTIONS), 0, 0, 0)
-        ctypes.memmove(self.base + TABLE, self.head, HEAD.size)
-        self._counts = _Counts.from_address(self.base + TABLE + _COUNTS)
+        self.base = address_of("entries")
         self._listed: dict[Memory, int] = {}  # its entry's number
         self._free: list[int] = []
         self._texts: dict[int, bytearray] = {}  # what an entry points at
@@ -84,36 +70,31 @@ class _StandInTable:
     def add(self, image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> None:
         """List the library: its entry is valid when all of it is there."""
         number = self._free.pop() if self._free else len(self._listed)
+        if number >= _MOST_LIBRARIES:
+            raise LoadError(f"{image.path}: {number} libraries are loaded already")
         header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
         table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
-        path, soname = os.fsencode(image.path), os.fsencode(image.soname or image.path)
-        text = bytearray(b"\0".join((table, path, soname, b"")))
+        text = bytearray(b"\0".join((table, os.fsencode(image.path), b"")))
         headers = ctypes.addressof(ctypes.c_char.from_buffer(text))
         name = headers + len(table) + 1
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
-        entry = ENTRY.pack(
+        entry = _ENTRY.pack(
             *(memory.bias, name, headers, header.phnum, 0, 0),
             *(tls_module, 0),
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
             *(symbols, symbol_count, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
-            *(0, name + len(path) + 1),
         )
-        at = self._at(number)
-        ctypes.memmove(at, entry, ENTRY.size)
-        ctypes.c_uint64.from_address(at + _END).value = memory.end
+        run("list_entry", number, bytearray(entry), memory.end)
         self._texts[number], self._listed[memory] = text, number
-        self._counts[0] = max(self._counts[0], number + 1)
-        self._counts[1] += 1
 
     def remove(self, memory: Memory) -> None:
         """Withdraw the library at ``memory``, unless it is not listed."""
         number = self._listed.pop(memory, None)
         if number is None:
             return
-        ctypes.c_uint64.from_address(self._at(number) + _END).value = 0
-        self._counts[2] += 1
+        run("withdraw_entry", number)
         host.libraries()  # takes glibc's lock: whoever was being told of it has been told
         self._free.append(number)
         del self._texts[number]
@@ -131,11 +112,10 @@ class _StandInTable:
     @property
     def entries(self) -> tuple[int, int]:
         """Where all entries are that there can be: the first address, and how many bytes."""
-        first = self._at(0)
-        return first, self.base + _LENGTH - first
+        return self.base, _MOST_LIBRARIES * _ENTRY.size
 
     def _at(self, number: int) -> int:
-        return self.base + TABLE + HEAD.size + number * ENTRY.size
+        return self.base + number * _ENTRY.size
 
 
 def add(image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> None:
@@ -143,8 +123,8 @@ def add(image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> 
 
     ``symbol_count`` is the number of its dynamic symbols, ``tls_module`` 0 without thread-local storage.
     """
-    if _table.cache_info().currsize and (table := _table()) is not None:
-        table.add(image, memory, symbol_count, tls_module)
+    if _table.cache_info().currsize:
+        _table().add(image, memory, symbol_count, tls_module)
     else:
         _waiting[memory] = image, memory, symbol_count, tls_module
 
@@ -153,14 +133,13 @@ def remove(memory: Memory) -> None:
     """The library at ``memory`` goes: to be called before it is unmapped."""
     if memory in _waiting:
         del _waiting[memory]
-    elif _table.cache_info().currsize and (table := _table()) is not None:
-        table.remove(memory)
+    elif _table.cache_info().currsize:
+        _table().remove(memory)
 
 
 def handle_of(memory: Memory) -> int | None:
     """What dlopen(3) gives for the library at ``memory``; None where nobody can ask for it."""
-    table = _table()
-    return None if table is None else table.handle_of(memory)
+    return _table().handle_of(memory)
 
 
 def answer(addresses: array[int], places: Iterable[int]) -> None:
@@ -171,18 +150,13 @@ def answer(addresses: array[int], places: Iterable[int]) -> None:
 
 def is_handle(handle: int) -> bool:
     """Whether ``handle`` is, or has been, one of a library of ours."""
-    table = _table()
-    if table is None:
-        return False
-    first, length = table.entries
+    first, length = _table().entries
     return first <= handle < first + length
 
 
 def headers_of(memory: Memory) -> tuple[int, int]:
     """Where the program headers of the library at ``memory`` are kept, which is listed, and how many."""
-    table = _table()
-    assert table is not None  # or it would have no handle
-    return table.headers_of(memory)
+    return _table().headers_of(memory)
 
 
 _answerers: Final[list[Callable[[], int]]] = []
@@ -204,14 +178,12 @@ def fall_silent() -> None:
 
 @lru_cache(maxsize=1)
 def stand_ins() -> dict[int, int]:
-    """What stands for each of glibc's functions, by that one's address; empty where no page may become
-    executable."""
-    table = _table()
-    if table is None:
-        return {}
-    loops, theirs = functions(), _of_host()
-    pairs = stand_in_code.stand_ins(table.base, table.head)
-    pairs |= {theirs[name]: _address(loops[c_name]) for name, c_name in INSIDE.items() if name in theirs}
+    """What stands for each of glibc's functions, by that one's address."""
+    loops, theirs, table = functions(), _of_host(), _table()
+    standing = (ANSWERS | INSIDE).items()
+    pairs = {theirs[name]: address_of(c_name) for name, c_name in standing if name in theirs}
+    asked_first = array("Q", [theirs.get(name, 0) for name in ANSWERS])
+    loops.set_answers(asked_first.buffer_info()[0])
     words = [word for theirs, ours in pairs.items() for word in (ours, theirs)]
     listing = ctypes.addressof(_Listing.in_dll(loops, STAND_INS))
     ctypes.memmove(listing, array("Q", words).tobytes(), 8 * len(words))
@@ -247,23 +219,12 @@ def _address(function: Any) -> int:
 
 
 @lru_cache(maxsize=1)
-def _table() -> _StandInTable | None:
+def _table() -> _StandInTable:
     """The table, in use from now on."""
-    table = make()
-    while _waiting and table is not None:
+    table = _StandInTable()
+    while _waiting:
         table.add(*_waiting.popitem()[1])
     return table
-
-
-@lru_cache(maxsize=1)
-def make() -> _StandInTable | None:
-    """The table, which nobody has asked for yet; ``None`` where no page may become executable."""
-    if processor() != "x86_64":  # what the code is for
-        return None
-    try:
-        return _StandInTable()
-    except OSError:
-        return None
 
 
 @lru_cache(maxsize=1)
@@ -275,6 +236,6 @@ def asked() -> tuple[int, ...]:
 @lru_cache(maxsize=1)
 def _of_host() -> dict[bytes, int]:
     """The addresses of glibc's functions, by name."""
-    names = dict.fromkeys((*FUNCTIONS, *INSIDE))
+    names = dict.fromkeys((*ANSWERS, *INSIDE))
     addresses = {name: host.symbol_address(host.global_handle(), name) for name in names}
     return {name: address for name, address in addresses.items() if address is not None}

@@ -145,7 +145,7 @@ def test_in_several_threads_while_libraries_come_and_go(fixture_library: Fixture
 
 
 def test_where_no_page_may_become_executable(fixture_library: FixtureLibrary) -> None:
-    """As in a service with MemoryDenyWriteExecute: it loads, and asks in vain, as it would without us."""
+    """As in a service with MemoryDenyWriteExecute: it loads, and what it asks is answered all the same."""
     program = (
         "import ctypes, sys, miniloader\n"
         "PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1\n"
@@ -165,7 +165,8 @@ def test_where_no_page_may_become_executable(fixture_library: FixtureLibrary) ->
     )
     if done.returncode == 3:
         pytest.skip("this kernel lacks PR_SET_MDWE (Linux 6.3)")
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["0"], "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 3  # it is listed, behind all of the system's loader
 
 
 def test_the_table_grows_and_is_used_again(demo: Path, fixture_library: FixtureLibrary) -> None:

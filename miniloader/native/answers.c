@@ -1,0 +1,182 @@
+/* What a library asks glibc about itself, answered for libraries that glibc does not know: dladdr(3), dl_iterate_phdr(3),
+   _dl_find_object.
+
+   Each asks glibc's own first, then looks into a table of our libraries.  Nothing here waits for Python: an unwinder
+   may ask in any thread, at any time, even at the end of the process.
+
+   Sources: <link.h>, <dlfcn.h>; glibc's manual, "Dynamic Linker Introspection". */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <link.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct { /* a library of ours as glibc would tell of it; see loader/beside_glibc/stand_ins.py */
+    struct dl_phdr_info info; /* whose counts are filled in */
+    uint64_t start;
+    _Atomic uint64_t end; /* 0: this entry is free */
+    const void *unwind_table;
+    const ElfW(Sym) *symbols;
+    uint64_t symbol_count;
+    const char *strings;
+    struct { /* the public part of struct link_map: its address is the library's handle */
+        uint64_t bias;
+        const char *name;
+        const void *dynamic, *next, *previous;
+    } map;
+} Entry;
+
+typedef struct { /* struct dl_find_object, without what is for later versions */
+    uint64_t flags;
+    const void *start, *end, *map, *unwind_table;
+} Object;
+
+enum { MOST = 27000 }; /* a mapping of so many libraries would be refused long before */
+
+Entry entries[MOST];
+static _Atomic uint64_t used, listed, withdrawn; /* entries; how many libraries there ever were, and went */
+
+typedef int Callback(struct dl_phdr_info *, size_t, void *);
+
+static struct { /* glibc's own, in the order of Python's */
+    int (*iterate)(Callback *, void *);
+    int (*address)(const void *, Dl_info *, void **, int);
+    int (*object)(void *, Object *);
+} theirs;
+
+int64_t set_answers(const void *functions)
+{
+    __builtin_memcpy(&theirs, functions, sizeof theirs);
+    return 0;
+}
+
+/* Put a library into the table: it is there when all of it is. */
+int64_t list_entry(uint64_t number, const Entry *new, uint64_t end)
+{
+    Entry *entry = entries + number;
+    __builtin_memcpy(entry, new, sizeof *entry);
+    atomic_store_explicit(&entry->end, end, memory_order_release);
+    if (number >= used)
+        used = number + 1;
+    listed++;
+    return 0;
+}
+
+int64_t withdraw_entry(uint64_t number)
+{
+    atomic_store_explicit(&entries[number].end, 0, memory_order_release);
+    withdrawn++;
+    return 0;
+}
+
+static uint64_t end_of(const Entry *entry)
+{
+    return atomic_load_explicit(&entry->end, memory_order_acquire);
+}
+
+static const Entry *entry_at(uint64_t address)
+{
+    for (const Entry *entry = entries; entry < entries + used; entry++)
+        if (address < end_of(entry) && address >= entry->start)
+            return entry;
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------ dladdr(3) */
+
+/* The symbol that covers a vaddr, or begins there, and begins last. */
+static const ElfW(Sym) *nearest(const Entry *entry, uint64_t vaddr)
+{
+    const ElfW(Sym) *best = NULL;
+    for (const ElfW(Sym) *symbol = entry->symbols; symbol < entry->symbols + entry->symbol_count; symbol++) {
+        bool is_defined = symbol->st_shndx || symbol->st_value, is_thread_local = (symbol->st_info & 15) == STT_TLS;
+        uint64_t distance = vaddr - symbol->st_value;
+        bool covers = vaddr >= symbol->st_value && (!distance || distance < symbol->st_size);
+        if (is_defined && !is_thread_local && covers && (!best || best->st_value < symbol->st_value))
+            best = symbol;
+    }
+    return best;
+}
+
+int answer_dladdr1(const void *address, Dl_info *info, void **extra, int flags)
+{
+    int known = theirs.address(address, info, extra, flags);
+    const Entry *entry = known ? NULL : entry_at((uint64_t)address);
+    if (!entry)
+        return known;
+    const ElfW(Sym) *symbol = nearest(entry, (uint64_t)address - entry->info.dlpi_addr);
+    info->dli_fname = entry->info.dlpi_name;
+    info->dli_fbase = (void *)entry->start;
+    info->dli_sname = symbol ? entry->strings + symbol->st_name : NULL;
+    info->dli_saddr = symbol ? (void *)(entry->info.dlpi_addr + symbol->st_value) : NULL;
+    if (flags == RTLD_DL_SYMENT)
+        *extra = (void *)symbol;
+    else if (flags == RTLD_DL_LINKMAP)
+        *extra = (void *)&entry->map;
+    return 1;
+}
+
+int answer_dladdr(const void *address, Dl_info *info)
+{
+    return answer_dladdr1(address, info, NULL, 0);
+}
+
+/* ---------------------------------------------------------------------------- dl_iterate_phdr(3), unwinding */
+
+typedef struct {
+    Callback *callback;
+    void *data;
+    int result;
+} Visit;
+
+static int visit_theirs(struct dl_phdr_info *info, size_t size, void *context)
+{
+    const Visit *visit = context;
+    info->dlpi_adds += listed;
+    info->dlpi_subs += withdrawn;
+    return visit->callback(info, size, visit->data);
+}
+
+static int visit_ours(struct dl_phdr_info *first, size_t size, void *context)
+{
+    Visit *visit = context;
+    (void)size;
+    for (const Entry *entry = entries; entry < entries + used && !visit->result; entry++) {
+        if (!end_of(entry))
+            continue;
+        struct dl_phdr_info info = entry->info;
+        info.dlpi_adds = first->dlpi_adds + listed;
+        info.dlpi_subs = first->dlpi_subs + withdrawn;
+        visit->result = visit->callback(&info, sizeof info, visit->data);
+    }
+    return 1; /* called once: what is wanted of glibc are its lock and its counts */
+}
+
+/* glibc's is called twice, for those that it knows and for ours: both are told while it holds its lock. */
+int answer_dl_iterate_phdr(Callback *callback, void *data)
+{
+    Visit visit = {callback, data, 0};
+    int result = theirs.iterate(visit_theirs, &visit);
+    if (result)
+        return result;
+    theirs.iterate(visit_ours, &visit);
+    return visit.result;
+}
+
+int answer_dl_find_object(void *address, Object *result)
+{
+    int unknown = theirs.object(address, result);
+    const Entry *entry = unknown ? entry_at((uint64_t)address) : NULL;
+    if (!entry)
+        return unknown;
+    *result = (Object){
+        .start = (const void *)entry->start,
+        .end = (const void *)end_of(entry),
+        .map = &entry->map,
+        .unwind_table = entry->unwind_table,
+    };
+    return 0;
+}
