@@ -94,8 +94,12 @@ def test_what_is_left_when_the_debugging_information_is_split_off(
         assert (text["type"], text["in_file"]) == ("SHT_NOBITS", False)
         with pytest.raises(ElfError, match="debugging information only"):
             disassembly_of(Landmarks(image), "main")
-    with pytest.raises(ElfError, match="debugging information only"):
-        miniloader.load(tmp_path / "library.debug")
+    for use in (miniloader.load, miniloader.tree):
+        with pytest.raises(ElfError, match="debugging information only"):
+            use(tmp_path / "library.debug")
+    checked = miniloader.check(tmp_path / "pie.debug")
+    assert [problem.kind for problem in checked.problems] == ["malformed"]
+    assert "debugging information only" in str(checked.problems[0].hint)
 
 
 # ------------------------------------------------------------------------------------------- programs

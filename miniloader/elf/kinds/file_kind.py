@@ -10,7 +10,7 @@ from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
-__all__ = ["KINDS_OF_FILE", "FileKind", "is_debug_only", "kind_of"]
+__all__ = ["KINDS_OF_FILE", "FileKind", "is_debug_only", "kind_of", "refuse_unlinked"]
 
 KindName = Literal[
     "library", "program", "pie", "static-program", "static-pie", "object", "core", "debug-only", "other"
@@ -90,6 +90,13 @@ def _name_of(image: ElfImage) -> KindName:
     except ElfError:
         return "library"  # the rules say what is wrong with its dynamic section
     return "pie" if image.segment("PT_INTERP") else "static-pie"
+
+
+def refuse_unlinked(image: ElfImage) -> None:
+    """Raise :class:`ElfError` for what ld.so never links: object files, core dumps, debugging information."""
+    kind = kind_of(image)
+    if kind.name in ("object", "core", "debug-only"):
+        raise ElfError(image.path, "file", kind.words, "a program or a library", hint=kind.instead)
 
 
 def is_debug_only(image: ElfImage) -> bool:

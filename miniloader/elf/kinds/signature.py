@@ -83,6 +83,7 @@ _SIGNATURES: Final[tuple[tuple[bytes, str | Callable[[bytes], str | None], str |
     (b"\xca\xfe\xba\xbf", _fat, None),
     (b"MZ", _dos, "objdump -p shows what it needs"),
     (b"\0asm", "a WebAssembly module", "wasm-objdump -x shows it"),
+    (b"go object ", "an object of Go's own kind", "go tool nm, or go tool objdump, show it"),
     (b"BC\xc0\xde", "LLVM bitcode", "compile it first: llc, or clang -c"),
     (b"\xde\xc0\x17\x0b", "LLVM bitcode in a wrapper", "compile it first: llc, or clang -c"),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK.format("gzip")),

@@ -107,7 +107,8 @@ class Checker:
         try:
             situation = self.situation(name)
         except ElfError as error:
-            hint = f"{error.field}: found {error.found}, expected {error.expected}"
+            found = f"{error.field}: found {error.found}, expected {error.expected}"
+            hint = "; ".join(filter(None, (found, error.hint)))
             return self._unread(name, LoadProblem("malformed", "error", name=name, hint=hint))
         except UnsupportedError:
             raise

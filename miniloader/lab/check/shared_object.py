@@ -31,6 +31,7 @@ from miniloader.elf.dynamic import (
 )
 from miniloader.elf.header import Header
 from miniloader.elf.image import notes_in
+from miniloader.elf.kinds.file_kind import refuse_unlinked
 from miniloader.elf.relocations import Relocations, kind_name
 from miniloader.elf.symbols import GnuHash, SymbolTable, shown_name
 from miniloader.elf.tables import distinct, symbol_dtype
@@ -285,6 +286,7 @@ def _read(path: str, file: str, identity: tuple[int, int]) -> SharedObject | Elf
         return error
     try:
         header = read_image(source)
+        refuse_unlinked(header)
         large = ElfImage(path, source, header.header, header.segments)  # with all tables: it is not kept
         image = ElfImage(path, source, header.header, header.segments)
         # What is asked for later, while the descriptor is open.

@@ -14,6 +14,7 @@ from typing import Final
 from miniloader.elf.dynamic import DF_1_PIE, DT_AUXILIARY, DT_FILTER, DT_FLAGS_1, DT_NEEDED
 from miniloader.elf.header import Header
 from miniloader.elf.image import ElfImage, read_image
+from miniloader.elf.kinds.file_kind import refuse_unlinked
 from miniloader.elf.source import Source
 from miniloader.errors import ElfError, LoadError, UsageError
 from miniloader.forking import cached_property
@@ -342,6 +343,7 @@ def tree(
     name = place.inside(name) if "/" in name else _path_of(name, place, library_path)
     image = files.open(name)
     try:
+        refuse_unlinked(image)
         is_program = image.interpreter is not None or image.header.type == "EXEC" or _is_pie(image)
         real = place.real(name) if is_program else name  # the kernel tells a program where it is
         elements = split_library_path(library_path)
