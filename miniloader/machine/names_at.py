@@ -207,9 +207,11 @@ class Landmarks:
         ends = starts + np.maximum(sizes, 1)
         # Code that does not say how long it is goes on to the next symbol.
         following = np.append(starts, _HIGHEST)[np.searchsorted(starts, starts, side="right")]
-        for load in self._code:
-            endless = (starts >= np.uint64(load.vaddr)) & (starts < np.uint64(load.end)) & (sizes == 0)
-            ends[endless] = np.minimum(following[endless], np.uint64(load.end))
+        bounds = np.array(sorted((load.vaddr, load.end) for load in self._code), np.uint64).reshape(-1, 2)
+        inside = np.searchsorted(bounds[:, 0], starts, side="right") - 1
+        endless = (sizes == 0) & (inside >= 0)
+        endless[endless] = starts[endless] < bounds[inside[endless], 1]
+        ends[endless] = np.minimum(following[endless], bounds[inside[endless], 1])
         return _Symbols(starts, ends, np.maximum.accumulate(ends), which[order], index[order])
 
     def _ranges(self, table: SymbolTable, which: int) -> tuple[NDArray[Any], ...]:

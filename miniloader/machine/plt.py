@@ -188,8 +188,9 @@ def _regions(image: ElfImage) -> Iterator[tuple[int, bytes]]:
             yield load.vaddr, bytes(image.read(load.vaddr, load.filesz, "code"))
         return
     for section in image.sections:
-        inside = any(load.vaddr <= section.vaddr and section.end <= load.file_end for load in code)
-        if section.allocated and section.name.startswith((".plt", ".iplt")) and inside:
+        if not section.allocated or not section.name.startswith((".plt", ".iplt")):
+            continue
+        if any(load.vaddr <= section.vaddr and section.end <= load.file_end for load in code):
             yield section.vaddr, bytes(image.read(section.vaddr, section.size, section.name))
 
 
