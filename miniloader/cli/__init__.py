@@ -159,6 +159,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = INTERRUPTED, "interrupted"
         case OSError(strerror=str(reason)):
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+            if isinstance(error, PermissionError) and error.filename is None:
+                message += ": a system call is forbidden here (seccomp?); --debug shows which"
         case _:
             kind = type(error).__name__
             status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"

@@ -74,6 +74,11 @@ def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status:
         ),
         (SymbolError("no such\nname \x1b[31m"), 1, "no such\\nname \\x1b[31m"),
         (UsageError("a number, please"), 2, "a number, please"),
+        (
+            PermissionError(1, "Operation not permitted"),
+            1,
+            "Operation not permitted: a system call is forbidden here (seccomp?); --debug shows which",
+        ),
         (EvidenceError("/proc is not there"), 3, "/proc is not there"),
         (
             FileNotFoundError(2, "No such file or directory", "x\n\x07.so"),

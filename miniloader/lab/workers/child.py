@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import resource
+import select
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -54,6 +55,20 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+def _await_end(pid: int) -> None:
+    """Wait until a child has ended, and leave it to be reaped; ChildProcessError where it is nobody's."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except PermissionError:  # a filter of system calls (seccomp)
+        descriptor = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+        finally:
+            os.close(descriptor)
+
+
 class ForkedProcess:
     """A forked child that exits with the status which ``body()`` returns, 1 when it raises.
 
@@ -89,7 +104,7 @@ class ForkedProcess:
         """Wait for its end; its exit code, see :func:`ending`."""
         if self._runs:
             with suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # interrupted now, it is still ours
+                _await_end(self.pid)  # interrupted now, it is still ours
             self._reap()
         return self._code
 

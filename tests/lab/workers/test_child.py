@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -117,3 +118,18 @@ def test_how_a_process_ended_in_words(code: int | None, words: str, name: str | 
     assert str(death("the process", code, "libx.so: crash()")) == f"libx.so: crash(): the process {words}"
     if name is not None:
         assert signal_name(code or 0) == name
+
+
+def test_a_child_is_awaited_where_waitid_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a filter of system calls; a leader's group must not be ended before its time."""
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def body() -> int:
+        time.sleep(0.2)
+        return 3
+
+    monkeypatch.setattr(os, "waitid", forbidden)
+    with ForkedProcess(body, leader=True) as child:
+        assert child.wait() == 3
