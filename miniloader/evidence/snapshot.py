@@ -327,9 +327,7 @@ def _frame_facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_Fr
 def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> ProcessPages:
     """Read the entries again and put everything together."""
     target, before, vmas = reading.target, reading.table, reading.vmas
-    addresses, after = before.addresses, reading.pagemap.table(*reading.span)
-    if before.places is not None:
-        after = after.only(before.places)
+    addresses, after = before.addresses, _read_again(reading)
     pages = _blank_pages(addresses - np.uint64(target.base))
     pages["mapping"] = mapping = _mapping_of(addresses, vmas)
     pages["file_offset"] = _file_offsets(addresses, mapping, vmas)
@@ -354,6 +352,19 @@ def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> Proc
         pages["zero_known"] = ~maybe | (answer >= 0)
     pages.flags.writeable = False
     return ProcessPages(target.pid, target.base, _backings(target.pid, vmas), pages)
+
+
+def _read_again(reading: _Reading) -> PageTable:
+    """The entries of the pages that are left, and no others."""
+    (start, end), places = reading.span, reading.table.places
+    if places is None:
+        return reading.pagemap.table(start, end)
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
+    entries = [
+        reading.pagemap.read(start + int(run[0]) * PAGE_SIZE, start + (int(run[-1]) + 1) * PAGE_SIZE)
+        for run in runs
+    ]
+    return PageTable(start, np.concatenate([np.empty(0, np.uint64), *entries]), places)
 
 
 def _remapped(
