@@ -111,8 +111,11 @@ def advice_view(audit: Audit) -> Iterator[Part]:
         return
     yield ()
     yield heading("what would help", "figures are sums of what is seen here")
-    for piece in pieces:
+    largest = sorted(pieces, key=lambda piece: -piece.bytes)
+    for piece in largest[:_MOST]:
         yield (f"  {_told(piece)}",)
+    if len(largest) > _MOST:
+        yield ((f"  … {more(len(largest) - _MOST)}; --json has all", "dim"),)
 
 
 def _told(piece: Advice) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.result import Audit
 from miniloader.lab.erosion.advice import Advice, advise
 from miniloader.report.audit import lines
+from miniloader.report.erosion import advice_view
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import KB, rollup_of
 from tests.lab.erosion.pools import needs_frames, pool
@@ -92,3 +95,16 @@ def test_nothing_to_say_of_strangers_and_without_frames() -> None:
         kinds = {piece.kind for piece in advise(audit(workers.pids, level="flags"))}
         alone = {piece.kind for piece in advise(audit([workers.pid]))}
     assert kinds | alone <= {"prepared", "twice"}
+
+
+def test_of_many_families_the_largest_figures_are_shown() -> None:
+    """An audit of a whole machine has a family for every shell that runs a pipe."""
+    with pool("array = mapped(1 << 20); ctypes.memset(array, 1, 1 << 20)") as workers:
+        workers.ask(workers.fork(), "ctypes.memset(array, 1, 1 << 20)")
+        found = audit(workers.pids, library="nothing")
+    assert found.erosion
+    (row,) = found.erosion
+    rows = tuple(replace(row, relative=10_000 + number) for number in range(20))
+    shown = [plain(line) for line in laid_out(advice_view(replace(found, erosion=rows)), None)]
+    assert sum("costs about" in line or "frees at least" in line for line in shown) <= 8
+    assert "more; --json has all" in shown[-1]
