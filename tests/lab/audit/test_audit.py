@@ -351,9 +351,9 @@ def test_files_of_one_build_id_keep_their_own_symbols(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_ours_in_one_process_is_told_of_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from miniloader.lab.audit import survey
+    from miniloader.lab.audit import known_by
 
-    real = survey.read_stat
+    real = known_by.read_stat
 
     def faulty(pid: int) -> object:
         if pid == bad.pid:
@@ -361,7 +361,7 @@ def test_a_fault_of_ours_in_one_process_is_told_of_that_one(monkeypatch: pytest.
         return real(pid)
 
     with told() as good, told() as bad:
-        monkeypatch.setattr(survey, "read_stat", faulty)
+        monkeypatch.setattr(known_by, "read_stat", faulty)
         found = miniloader.audit([bad.pid, good.pid], library="libc.so*")
     assert [process.pid for process in found.processes] == [good.pid]
     (unreadable,) = found.unreadable
