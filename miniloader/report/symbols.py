@@ -11,7 +11,7 @@ import numpy as np
 
 from miniloader.elf import ElfImage
 from miniloader.elf.demangling import demangled_all
-from miniloader.elf.symbols import SymbolTable
+from miniloader.elf.symbols import SymbolTable, shown_name
 from miniloader.elf.symtab import read_symtab
 from miniloader.elf.versions import VERSION_HIDDEN
 from miniloader.json_schema import BOOL, COUNT, TEXT, keys, nullable, record, words
@@ -77,7 +77,7 @@ def symbol_list(image: ElfImage, *, raw: bool = True) -> Iterator[Symbol]:
     """
     table = image.symbols if len(image.symbols) or image.header.type == "REL" else read_symtab(image)
     rows, versions = table.rows[1:], _versions(table)
-    names = [name.decode("utf-8", "backslashreplace") for name in table.names(np.arange(1, len(table)))]
+    names = [*map(shown_name, table.names(np.arange(1, len(table))))]
     columns = zip(
         names,
         rows["value"].tolist(),
