@@ -89,8 +89,10 @@ def pack(value: object) -> str:
 
 
 def _inert(value: object) -> object:
-    """``value`` with every string in it printable: names come from files and other processes."""
+    """``value`` with every string in it printable, since names come from outside; bytes in base64."""
     match value:
+        case bytes():
+            return base64.b64encode(value).decode()
         case str():
             return printable(value)
         case Mapping():

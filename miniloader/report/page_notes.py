@@ -5,7 +5,6 @@ Everything here is for a person to look at, and bounded: the first few of many, 
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -111,7 +110,7 @@ def bytes_of_pages(
     """By page: its bytes in the file, the words that differ in each process at each step, and their names."""
     return {
         (page.vaddr - plan.start) // plan.page_size: {
-            "before": base64.b64encode(page.in_file).decode(),
+            "before": bytes(page.in_file),
             "after": {
                 step: [words and [(offset, value.hex()) for offset, value in words] for words in processes]
                 for step, processes in page.words.items()
