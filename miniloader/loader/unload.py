@@ -36,6 +36,8 @@ present: Final[list[Loaded]] = []
 unfinished: Final[set[Loaded]] = set()
 #: Those of ours that have been made global, in this order: ld.so's global scope goes on with them.
 global_scope: Final[list[Loaded]] = []
+#: Not empty once libraries of ours are Python's modules, or what those need.
+finalise_late: Final[set[bool]] = set()
 _closed: Final[list[Loaded]] = []  # let go, and not looked at yet
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
 
@@ -144,8 +146,18 @@ def _finalise(library: Loaded) -> None:
 
 @atexit.register
 def _finalise_all() -> None:
-    """At the end of the process all finalisers run; nothing is unmapped."""
+    """At the end of the process all finalisers run; nothing is unmapped.
+
+    Where Python's own modules are among them, they run as with ld.so: when Python has ended, which calls them
+    until then.
+    """
     with lock:
+        if finalise_late:
+            for library in reversed(_in_destructor_order()):
+                for address in reversed(library.destructors if library.initialised else ()):
+                    constructors.run_destructor_at_exit(address)
+            stand_ins.fall_silent()
+            return
         libraries = _in_destructor_order()
         _closed.extend(libraries)  # what their destructors let go has its turn among them
         for library in libraries:

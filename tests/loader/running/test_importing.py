@@ -241,3 +241,23 @@ def test_a_load_takes_no_longer_the_more_there_are(
 
     few, many, _ = in_child(story)
     assert many < 2 * few + 0.001
+
+
+def test_destructors_of_modules_run_when_python_has_ended(fixture_library: FixtureLibrary) -> None:
+    """As with ld.so: until then Python calls into them, and gives back what is theirs."""
+    program = (
+        "import atexit, ctypes, sys, miniloader\n"
+        "imports = miniloader.importing()\n"
+        "imports.__enter__()\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "getenv = ctypes.CDLL(None).getenv\n"
+        "getenv.restype = ctypes.c_char_p\n"
+        "class Last:\n"
+        "    def __del__(self, get=getenv, out=sys.stdout):\n"
+        "        out.write(get(b'OPENED').decode() + '\\n')\n"
+        "        out.flush()\n"
+        "import builtins\n"
+        "builtins.last = Last()\n"
+    )
+    done = python(program, fixture_library("opened_dep"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, " +dep\n", "")
