@@ -1,4 +1,4 @@
-# What tools/arm64 --test runs on an aarch64 kernel: a proof, an audit, loads, and what of the suite needs no compiler.
+# What tools/arm64 --test runs on an aarch64 kernel: a proof, an audit, loads, and the fixtures against dlopen.
 set -u
 library=/usr/lib/aarch64-linux-gnu
 status=0
@@ -30,10 +30,8 @@ kept = [miniloader.load(name) for name in ("libcrypto.so.3", "libz.so.1")]
 time.sleep(600)
 END
 sleep 20
-step audit miniloader audit $! --library lib
+step audit miniloader audit $!
 kill $!
 
-export PYTHONDONTWRITEBYTECODE=1
-step suite python -m pytest -q -p no:cacheprovider --no-header -x --maxfail=20 \
-    tests/loader/test_link.py tests/loader/test_lazy_binding.py
+step fixtures python -m tests.arm64_fixtures
 exit "$status"

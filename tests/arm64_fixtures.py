@@ -1,0 +1,71 @@
+"""Calls functions of the fixtures, loaded by us and by dlopen(3), each in a child: the answers must be alike.
+
+``tools/arm64 --test`` runs it on an aarch64 kernel, where there is no compiler and pytest would take long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import sys
+from collections.abc import Callable
+
+import miniloader
+from fixtures.build import build
+
+#: A fixture, a function of it, its argument, and what it returns.
+CALLS = (
+    ("asks_itself", "ask", None, ctypes.c_char_p),
+    ("cxx", "throw_and_catch", 5, ctypes.c_int),
+    ("cxx_static_unwinder", "throw_and_catch", 5, ctypes.c_int),
+    ("cxx_static", "throw_and_catch", 5, ctypes.c_int),
+    ("tls_general", "tls_next", None, ctypes.c_int),
+    ("tls_local", "tls_next", None, ctypes.c_int),
+    ("tls_descriptors", "tls_next", None, ctypes.c_int),
+    ("lazy", "call_own", 6, ctypes.c_int),
+)
+
+
+def ours(name: str, function: str, argument: int | None, restype: type, bind: str) -> object:
+    library = miniloader.load(build(name), bind=bind)
+    given = [] if argument is None else [argument]
+    return library.function(function, restype, [ctypes.c_int] * len(given))(*given)
+
+
+def theirs(name: str, function: str, argument: int | None, restype: type) -> object:
+    called = ctypes.CDLL(str(build(name)))[function]
+    called.restype = restype
+    return called(*[] if argument is None else [argument])
+
+
+def in_child(function: Callable[..., object], *arguments: object) -> object:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = function(*arguments)
+        except Exception as error:  # noqa: BLE001 - compared, whatever it is
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writing, pickle.dumps(answer))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return pickle.loads(message) if message else f"died, status {status}"
+
+
+def main() -> int:
+    different = 0
+    for call in CALLS:
+        expected = in_child(theirs, *call)
+        for bind in ("now", "lazy"):
+            answer = in_child(ours, *call, bind)
+            different += answer != expected
+            print("alike" if answer == expected else f"{answer!r} instead of {expected!r}", bind, *call[:2])
+    return int(different > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
