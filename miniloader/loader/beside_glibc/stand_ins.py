@@ -25,7 +25,7 @@ from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.memory import Memory
-from miniloader.native import ANSWERS, IMPORT, INSIDE, STAND_INS, address_of, functions, run
+from miniloader.native import ANSWERS, IMPORT, INSIDE, STAND_INS, address_of, buffer_address, functions
 
 __all__ = [
     "add",
@@ -79,14 +79,16 @@ class _StandInTable:
         name = headers + len(table) + 1
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
-        entry = _ENTRY.pack(
+        entry = bytearray(_ENTRY.size)
+        _ENTRY.pack_into(
+            *(entry, 0),
             *(memory.bias, name, headers, header.phnum, 0, 0),
             *(tls_module, 0),
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
             *(symbols, symbol_count, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
         )
-        run("list_entry", number, bytearray(entry), memory.end)
+        functions().list_entry(number, buffer_address(entry), memory.end)
         self._texts[number], self._listed[memory] = text, number
 
     def remove(self, memory: Memory) -> None:
@@ -94,7 +96,7 @@ class _StandInTable:
         number = self._listed.pop(memory, None)
         if number is None:
             return
-        run("withdraw_entry", number)
+        functions().withdraw_entry(number)
         host.libraries()  # takes glibc's lock: whoever was being told of it has been told
         self._free.append(number)
         del self._texts[number]

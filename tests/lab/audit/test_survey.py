@@ -53,7 +53,7 @@ def test_a_child_by_vfork_that_executes_meanwhile(tmp_path: Path, monkeypatch: p
                 patch.setattr(PageMap, "__init__", executes)
                 with pytest.raises(ProcessGone, match="has executed another program"):
                     survey(child, Memo())
-            assert survey(child, Memo()).name == "sleep"
+            assert survey(child, Memo()).known.name == "sleep"
         finally:
             os.kill(child, signal.SIGKILL)
             parent.kill()
