@@ -122,7 +122,6 @@ def test_grouped_with_totals(family: tuple[Told, list[int]]) -> None:
 
 def test_metrics_for_a_collector(family: tuple[Told, list[int]], tmp_path: Path) -> None:
     """On standard output alone, or in a file that each look of --every writes anew."""
-    pytest.importorskip("prometheus_client", reason="this machine lacks prometheus-client")
     parent, _ = family
     done = run("audit", parent.pid, "--no-causes", "--openmetrics", "-", "--by", "user")
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,19 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as read_prometheus
 
 import miniloader
 from miniloader.errors import MiniloaderError
 from miniloader.lab.audit.grouping import grouped
 from miniloader.lab.audit.result import Audit
-from tests.lab.audit.told_processes import told, told_children
-
-pytest.importorskip("prometheus_client", reason="this machine lacks prometheus-client")
-
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as read_prometheus
-
 from miniloader.report.openmetrics import exposition, write_metrics
+from tests.lab.audit.told_processes import told, told_children
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
