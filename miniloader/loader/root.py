@@ -88,14 +88,18 @@ class Root:
         return os.open(self.outside(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def has_directory(self, path: str) -> bool:
-        """Whether ``path`` is a directory ("": the current one)."""
+        """Whether ``path`` is a directory ("": the current one).
+
+        Of absolute paths that is found out once, as ld.so does; where a relative one leads may change.
+        """
         known = self._directories.get(path)
         if known is None:
             try:
                 known = stat.S_ISDIR(os.stat(self.outside(path or ".")).st_mode)
             except (OSError, ValueError):
                 known = False
-            self._directories[path] = known
+            if path.startswith("/"):
+                self._directories[path] = known
         return known
 
     def identity(self, path: str) -> tuple[int, int]:

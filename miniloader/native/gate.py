@@ -11,7 +11,6 @@ import os
 import struct
 import sys
 from functools import lru_cache
-from hashlib import sha256
 from typing import Final
 
 from miniloader.errors import UnsupportedError
@@ -97,6 +96,8 @@ def lacks_for_loading() -> str | None:
 
 def compiled_code() -> tuple[str, str | None]:
     """Where the compiled code for this process's processor is, and its SHA-256; None where it is missing."""
+    from hashlib import sha256  # which brings libcrypto into the process: for who asks
+
     path = os.path.join(os.path.dirname(__file__), f"loops-{processor()}.so")
     try:
         with open(path, "rb") as file:

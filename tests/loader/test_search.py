@@ -107,6 +107,31 @@ def test_library_path_of_the_program_s_start(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "libz.so.1")
 
 
+def test_a_relative_directory_is_looked_at_where_the_process_is_then(tmp_path: Path, demo: Path) -> None:
+    """As ld.so does, which finds out about absolute ones once."""
+    for place, level in (("first", ""), ("second", "glibc-hwcaps/x86-64-v2")):
+        (tmp_path / place / "lib" / level).mkdir(parents=True)
+    (tmp_path / "first" / "lib").rmdir()
+    shutil.copy(demo, tmp_path / "second/lib/glibc-hwcaps/x86-64-v2/libdemo_here.so")
+    program = (
+        "import ctypes, os, sys, miniloader\n"
+        "load = {'dlopen': ctypes.CDLL, 'ours': miniloader.load}[sys.argv[1]]\n"
+        "load('libz.so.1')\n"
+        "os.chdir('../second')\n"
+        "load('libdemo_here.so')\n"
+    )
+    for loader in ("dlopen", "ours"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, loader],
+            cwd=tmp_path / "first",
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "LD_LIBRARY_PATH": "lib", "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stderr) == (0, ""), loader
+
+
 def test_hwcaps_directories_come_first_and_best_first(tmp_path: Path) -> None:
     """Against the places ld.so says it tries (``LD_DEBUG=libs``)."""
     for level in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
