@@ -210,10 +210,10 @@ def test_a_marker_limits_what_a_test_leaves(inner: Callable[..., pytest.RunResul
         done.stdout.fnmatch_lines([f"FAILED test_limited.py::{name} - Failed: *"])
     lines = done.stdout.str().splitlines()
     grown = [line for line in lines if re.match(r"private memory \(USS\) grew by 7(\.\d+)? MiB, from ", line)]
-    assert len(grown) == 3
+    assert len(set(grown)) == 3
     assert all(line.endswith("; at most 4 MiB allowed") for line in grown)
     tables = [line for line in lines if re.match(r"anonymous .* \+7(\.\d+)? MiB", line)]
-    assert len(tables) == 3
+    assert len(set(tables)) == 3  # told twice each where CI is set: pytest's summary has them whole
     done.stdout.fnmatch_lines(["*UsageError: 'a lot': no number of bytes, such as 4096 or '2 MiB'"])
     done.stdout.no_fnmatch_line("*miniloader/testing/*")
 

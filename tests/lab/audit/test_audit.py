@@ -160,11 +160,15 @@ def _audit(pids: Sequence[int]) -> Audit:
 
 
 def test_level_flags_says_the_same_of_one_process(servers: list[int]) -> None:
-    best, flags = miniloader.audit(servers[:1]), miniloader.audit(servers[:1], level="flags")
-    assert flags.level == "flags"
-    assert flags.processes[0].pss is not None
-    assert best.processes[0].pss is not None
-    assert abs(flags.processes[0].pss - best.processes[0].pss) < 64 << 10
+    for _ in range(10):  # what others map meanwhile changes the proportions
+        best, flags = miniloader.audit(servers[:1]), miniloader.audit(servers[:1], level="flags")
+        assert flags.level == "flags"
+        assert flags.processes[0].pss is not None
+        assert best.processes[0].pss is not None
+        if abs(flags.processes[0].pss - best.processes[0].pss) < 64 << 10:
+            break
+    else:
+        pytest.fail("the proportions differ each time")
     assert [(one.path, one.private) for one in flags.libraries] == [
         (one.path, one.private) for one in best.libraries
     ]

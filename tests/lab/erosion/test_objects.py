@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import struct
 import sys
 from collections import Counter
@@ -159,15 +161,16 @@ def test_what_differs_is_told_apart() -> None:
 @needs_frames
 def test_a_program_without_python() -> None:
     with told("import subprocess") as shell:
-        pid = shell(
-            "script = 'x=$(seq 20000); (y=${x//1/2}; read line) & wait'\n"
-            "bash = subprocess.Popen(['bash', '-c', script], stdin=0)\n"
-            "import time; time.sleep(1)\n"
+        bash = shell(
+            "script = 'x=$(seq 20000); (y=${x//1/2}; echo; sleep 60; :) & wait'\n"
+            "bash = subprocess.Popen(['bash', '-c', script], stdout=subprocess.PIPE)\n"
+            "bash.stdout.readline()\n"
             "answer = bash.pid"
         )
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        found = audit([pid, *map(int, children)], library="nothing")
-        shell("bash.kill()")
+        children = [int(pid) for pid in Path(f"/proc/{bash}/task/{bash}/children").read_text().split()]
+        found = audit([bash, *children], library="nothing")
+        for pid in (bash, *children):
+            os.kill(pid, signal.SIGKILL)
     assert found.erosion
     assert {row.runtime for row in found.erosion} == {None}
     assert found.erosion[0].objects == ()
