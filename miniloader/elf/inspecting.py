@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from miniloader.elf.source import Source
+from miniloader.forking import importing
 
 if TYPE_CHECKING:
     from miniloader.elf.image import ElfImage
@@ -24,7 +25,9 @@ def inspect(path: str | os.PathLike[str] | Source) -> ElfImage:
     >>> inspect("/proc/self/exe").header.type in ("EXEC", "DYN")
     True
     """
-    from miniloader.elf.kinds.opening import open_image  # what only loads libraries needs nothing of it
+    # What only loads libraries needs nothing of it; nor may a child be forked while it is being imported.
+    with importing:
+        from miniloader.elf.kinds.opening import open_image
 
     return open_image(path)
 
@@ -35,6 +38,7 @@ def kind_of(image: ElfImage) -> FileKind:
     >>> kind_of(inspect("/proc/self/exe")).is_program
     True
     """
-    from miniloader.elf.kinds import file_kind
+    with importing:
+        from miniloader.elf.kinds import file_kind
 
     return file_kind.kind_of(image)
