@@ -257,10 +257,9 @@ class Landmarks:
         row = table.rows[position]
         kind = kind_name(self.image.header.machine, int(row["type"]))
         addend = int(row["addend"]) if table.addends else self._word(vaddr)
-        index = int(row["symbol"])
-        if index == 0:
+        index, symbols = int(row["symbol"]), self.image.symbols
+        if not 0 < index < len(symbols):  # none, or one that the table does not have
             return Slot(vaddr, kind, None, None, addend)
-        symbols = self.image.symbols
         version, name = symbols.version(index), symbols.name(index)
         if self.image.header.type == "REL":
             place = int(symbols.rows["shndx"][index])
