@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_loading_needs_no_arrays_and_no_threads(library: str, function: str) -> 
     command = [sys.executable, "-c", LOADING, library, function]
     answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout == "\n1\n"
+
+
+def test_nor_does_an_unwind_table_whose_last_function_is_described_first(tmp_path: Path) -> None:
+    """Extension modules of Debian's Python have such tables: their end is far from that entry."""
+    functions = "".join(f"int function_{number}(void) {{ return {number}; }}\n" for number in range(100))
+    last = '__attribute__((section(".text_z"))) int last(void) { return 5; }\n'
+    (tmp_path / "far.c").write_text(last + functions)
+    library = tmp_path / "libfar.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "far.c"], check=True)
+    load = "import sys, miniloader; library = miniloader.load(sys.argv[1])"
+    code = f"{load}; print(library.last(), 'numpy' in sys.modules)"
+    command = [sys.executable, "-c", code, str(library)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "5 False\n"
 
 
 @pytest.mark.parametrize("name", ["demo_relr", "tls_general", "cxx", "ifunc", "versions"])

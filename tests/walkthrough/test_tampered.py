@@ -220,7 +220,7 @@ TAMPERED: dict[str, dict[str, tuple[Tamper, ...]]] = {
         "forked-shared": (in_worker("forked", "collects", at(3, "copied")),),
         "idle-stays": (in_worker("worked", "idle", ("copied",) * 48),),
         "reading-copies": (in_worker("worked", "reads", at(1, "copied-shared")),),
-        "new-frames": (but(frames=lambda frames: (frames[0], frames[0])),),
+        "new-frames": (but(frames=(FRAMES, FRAMES)),),
         "nothing-changed": (in_worker("equal", "reads", 7),),
         "collecting-copies": (in_worker("worked", "collects", at(2, "copied-shared")),),
         "collector-changes-nothing": (in_worker("equal", "collects", 0),),

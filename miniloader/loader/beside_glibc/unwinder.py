@@ -13,7 +13,6 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, Final
 
-from miniloader.arrays import np
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
 from miniloader.loader.beside_glibc import host
@@ -47,7 +46,7 @@ def eh_frame(image: ElfImage) -> int | None:
         _, place = _ROW.unpack(image.read(rows + _ROW.size * (entries - 1), _ROW.size, "PT_GNU_EH_FRAME"))
         if not _ends(image, header.vaddr + place, _NEAR):
             table = image.read(rows, _ROW.size * entries, "PT_GNU_EH_FRAME")
-            _ends(image, header.vaddr + int(np.frombuffer(table, "<i4")[1::2].max()))
+            _ends(image, header.vaddr + max(memoryview(table).cast("i")[1::2]))
     except ElfError:
         return None
     return int(header.vaddr + 4 + distance)
