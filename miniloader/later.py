@@ -17,6 +17,7 @@ class Later:
 
     def __init__(self, name: str) -> None:
         self.__name__ = name
+        self.__spec__ = None  # "import name" asks for it, to see whether the module is still being imported
 
     def __getattr__(self, name: str) -> object:
         with importing:  # the import system's lock would stay locked in a child that is forked meanwhile
