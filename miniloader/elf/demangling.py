@@ -27,9 +27,11 @@ _REFERENCE: Final = re.compile(r"[ST]([0-9A-Z]*)_|B([0-9A-Za-z]*)_")
 _CLONE: Final = re.compile(r" \((\.[^()]+)\)$")
 _CLONES: Final = re.compile(r"\.[^.0-9][^.]*(?:\.[0-9]+)*")
 _LEGACY: Final = re.compile(r"_ZN.*17h[0-9a-f]{16}E", re.DOTALL)
+_OF_OPERATORS: Final = "<>-=()[] "
 _ESCAPES: Final = {
     "SP": "@", "BP": "*", "RF": "&", "LT": "<", "GT": ">", "LP": "(", "RP": ")", "C": ",",
 }  # fmt: skip
+_LENGTH: Final = re.compile(r"[0-9]{1,7}")  # of an identifier
 _ESCAPE: Final = re.compile(r"\$(?:(SP|BP|RF|LT|GT|LP|RP|C)|u([0-9a-f]{1,6}))\$|\.\.")
 
 
@@ -120,13 +122,9 @@ def _number(digits: str, base: int) -> int:
 def _legacy(name: str) -> str | None:
     """A name of Rust's older mangling without its hash: identifiers of C++ with escapes in them."""
     parts, at = [], 3
-    while name[at : at + 1].isdigit():
-        digits = at
-        while name[at : at + 1].isdigit():
-            at += 1
-        length = int(name[digits:at]) if at - digits < 8 else 0
-        parts.append(name[at : at + length])
-        at += length
+    while digits := _LENGTH.match(name, at):
+        at = digits.end() + int(digits[0])
+        parts.append(name[digits.end() : at])
     if len(parts) < 2 or name[at : at + 1] != "E" or not re.fullmatch("h[0-9a-f]{16}", parts[-1]):
         return None
     return "::".join(_ESCAPE.sub(_plain, part[1:] if part.startswith("_$") else part) for part in parts[:-1])
@@ -147,9 +145,10 @@ def plain_name(text: str) -> str:
     >>> plain_name("void shop::Cart::add<int>(int) const"), plain_name("shop::operator<(int, long)")
     ('shop::Cart::add<int>', 'shop::operator<')
     """
-    depth, start = 0, 0
+    depth, start, operator = 0, 0, False
     for at, sign in enumerate(text):
-        operator = text[:at].rstrip("<>-=()[] ").endswith("operator")
+        if not operator or text[at - 1] not in _OF_OPERATORS:  # it goes on through these
+            operator = text.endswith("operator", 0, at)
         if operator and sign in "<>-=()[]":
             if sign == "(" and depth == 0 and not text.startswith("()", at):
                 return text[start:at]

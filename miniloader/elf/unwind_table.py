@@ -32,6 +32,8 @@ def unwind_entries(image: ElfImage) -> NDArray[np.uint64]:
     if version != 1 or counting != 0x03 or table not in _ENCODINGS or size is None:
         return nothing
     start = 4 + size
+    if len(data) < start + 4:
+        return nothing
     count = int.from_bytes(data[start : start + 4], image.header.byte_order)
     count = min(count, (len(data) - start - 4) // 8)
     rows = np.frombuffer(data, f"{image.header.order}{_ENCODINGS[table]}", 2 * count, start + 4)

@@ -17,7 +17,7 @@ from miniloader.values import dataclass
 
 __all__ = ["CodeRange", "locate"]
 
-_ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(0[xX][0-9a-fA-F]+|[0-9]+))?")
+_ADDRESS: Final = re.compile(r"0[xX]([0-9a-fA-F]+)(?::(?:0[xX]([0-9a-fA-F]+)|([0-9]{1,20})))?")
 _MOST_UNSIZED: Final = 1 << 12
 _MOST_LISTED: Final = 20  # functions of one name
 
@@ -51,8 +51,9 @@ def locate(landmarks: Landmarks, text: str) -> CodeRange:
     """
     address = _ADDRESS.fullmatch(text)
     if address is not None:
-        length = int(address[2], 0) if address[2] else None
-        return _at_address(landmarks, int(address[1], 16), length)
+        start, hexadecimal, decimal = address.groups()
+        length = int(hexadecimal, 16) if hexadecimal else int(decimal) if decimal else None
+        return _at_address(landmarks, int(start, 16), length)
     return _stub(landmarks, text) if text.endswith("@plt") else _symbol(landmarks, text)
 
 

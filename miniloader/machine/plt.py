@@ -61,7 +61,7 @@ def _from_here(at: int) -> SlotOf:
 
 def _from_got(at: int) -> SlotOf:
     """i386: relative to the GOT, whose address is in ebx."""
-    return lambda code, vaddrs, got: (got + _of(code, at, "<i4")) & 0xFFFFFFFF
+    return lambda code, vaddrs, got: ((got & 0xFFFFFFFF) + _of(code, at, "<i4")) & 0xFFFFFFFF
 
 
 def _absolute(at: int) -> SlotOf:
