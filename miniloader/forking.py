@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 from _thread import RLock, get_ident
+from time import monotonic, sleep
 
 TYPE_CHECKING = False  # typing is slow to import, and `import miniloader` imports this module
 if TYPE_CHECKING:
     from functools import cached_property as cached_property
     from typing import Any, Final
 
-__all__ = ["ForkLock", "cached_property", "importing", "loading"]
+__all__ = ["ForkLock", "SharedForkLock", "cached_property", "importing", "loading", "making"]
 
 _PATIENCE: Final = 5.0  # seconds: a constructor that waits for the thread that forks must not wait for ever
+_PAUSE: Final = 0.001  # seconds
 
 
 class ForkLock:
@@ -37,7 +39,10 @@ class ForkLock:
         self._lock.release()
 
     def _before(self) -> None:
-        self._taken[get_ident()] = self._lock.acquire(timeout=_PATIENCE)
+        self._taken[get_ident()] = self._take()
+
+    def _take(self) -> bool:
+        return self._lock.acquire(timeout=_PATIENCE)
 
     def _after(self) -> None:
         if self._taken.pop(get_ident(), False):
@@ -50,6 +55,41 @@ class ForkLock:
             self._lock.release()
         else:
             self._lock = RLock()
+
+
+class SharedForkLock(ForkLock):
+    """A lock that any number of threads have at once; os.fork() takes it when no other thread has it.
+
+    For what has locks of its own, such as importing: a second one around it would be taken in another order
+    by whoever comes to it from inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: dict[int, int] = {}  # by thread: how often; whoever changes it has the lock for that
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside[get_ident()] = self._inside.get(get_ident(), 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            times = self._inside.pop(get_ident()) - 1
+            if times:
+                self._inside[get_ident()] = times
+
+    def _take(self) -> bool:
+        end = monotonic() + _PATIENCE
+        while (left := end - monotonic()) > 0 and self._lock.acquire(timeout=left):
+            if self._inside.keys() <= {get_ident()}:
+                return True
+            self._lock.release()
+            sleep(_PAUSE)
+        return False
+
+    def _in_child(self) -> None:
+        super()._in_child()
+        self._inside = {get_ident(): self._inside[get_ident()]} if get_ident() in self._inside else {}
 
 
 class _CachedProperty:
@@ -77,8 +117,10 @@ class _CachedProperty:
 if not TYPE_CHECKING:
     cached_property = _CachedProperty
 
-#: Held while what is public is imported from its home, and while a class of values is made.
-importing: Final = ForkLock()
+#: Held while a class of values is made.
+making: Final = ForkLock()
+#: Held by whoever imports something when it is needed: whoever imports in a function takes it.
+importing: Final = SharedForkLock()
 #: Held by whoever changes which libraries of ours this process has, or looks at them.  Made here, before
 #: any thread is on its way to it: who forks already does not learn of another lock.
 loading: Final = ForkLock()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from miniloader.errors import MiniloaderError
+from miniloader.forking import importing
 from miniloader.later import Later
 
 if TYPE_CHECKING:
@@ -34,10 +36,9 @@ class Showing:
 def dataframe(rows: list[dict[str, Any]]) -> Any:
     """``rows`` as a pandas ``DataFrame``; MiniloaderError where pandas is not installed."""
     try:
-        import pandas
+        with importing:
+            import pandas
     except ImportError as error:
-        from miniloader.errors import MiniloaderError
-
         raise MiniloaderError(
             f"to_dataframe() needs pandas, which cannot be imported: {error}",
             hint="pip install pandas, or use to_json()",

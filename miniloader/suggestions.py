@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from miniloader.forking import importing
+
 TYPE_CHECKING = False  # typing is slow to import, and every error needs this module
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +28,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str | None:
 
 def near(name: str, names: Iterable[str]) -> list[str]:
     """Up to three of ``names`` that look like ``name``, the nearest first."""
-    from difflib import get_close_matches
+    with importing:
+        from difflib import get_close_matches
 
     if len(name) > _LONGEST:
         return []

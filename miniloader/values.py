@@ -13,7 +13,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
-from miniloader.forking import importing
+from miniloader.forking import making
 from miniloader.later import leaving_out
 
 with leaving_out("inspect"):
@@ -57,7 +57,7 @@ class _Unmade:
 
     def make(self) -> None:
         """Make it, once."""
-        with importing:
+        with making:
             if self._made:
                 return
             cls = self.cls

@@ -10,6 +10,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from miniloader.forking import importing
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -39,7 +41,8 @@ _ESCAPE: Final = re.compile(r"\$(?:(SP|BP|RF|LT|GT|LP|RP|C)|u([0-9a-f]{1,6}))\$|
 def _engine() -> Any:
     """LLVM's demanglers; None in an installation without them, where names stay as they are."""
     try:
-        import pycxxfilt
+        with importing:
+            import pycxxfilt
     except ImportError:
         return None
     return pycxxfilt

@@ -12,6 +12,7 @@ from typing import Final, Literal
 from miniloader.elf.layout import record
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
+from miniloader.forking import importing
 from miniloader.values import dataclass
 
 __all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_sections", "read_segments"]
@@ -153,7 +154,8 @@ def read_header(source: Source) -> Header:
     name = source.name
     ident = source.read(0, min(16, source.size), "e_ident")
     if ident[:4] != b"\x7fELF":
-        from miniloader.elf.kinds.signature import not_elf
+        with importing:
+            from miniloader.elf.kinds.signature import not_elf
 
         raise not_elf(source)
     if len(ident) < 16:

@@ -18,6 +18,7 @@ from elftools.elf.structs import ELFStructs
 
 from miniloader.elf.source import Source
 from miniloader.errors import ElfError
+from miniloader.forking import importing
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
@@ -54,7 +55,8 @@ def elffile_of(source: Source) -> ELFFile:
 
     :class:`ElfError` when pyelftools cannot make one.  Its methods raise pyelftools' errors.
     """
-    from elftools.elf.elffile import ELFFile
+    with importing:
+        from elftools.elf.elffile import ELFFile
 
     try:
         return ELFFile(io.BufferedReader(_Stream(source)))

@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import Final
 
+from elftools.elf import enums
+
 from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_ANDROID_REL,
@@ -41,7 +43,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, distinct
 from miniloader.errors import ElfError
-from miniloader.forking import cached_property
+from miniloader.forking import cached_property, importing
 from miniloader.values import dataclass
 
 __all__ = ["RelocationTable", "Relocations", "kind_name", "read_relocations"]
@@ -121,8 +123,6 @@ def _kinds(machine: str) -> Mapping[int, str]:
     amended = dict(_AMENDED.get(machine, {}))
     if machine not in _ENUMS:
         return amended
-    from elftools.elf import enums
-
     table = getattr(enums, _ENUMS[machine])
     return {code: name for name, code in reversed(table.items()) if isinstance(code, int)} | amended
 
@@ -339,7 +339,8 @@ def _packed(
         (DT_ANDROID_RELA, "DT_ANDROID_RELA", DT_ANDROID_RELASZ, True),
     ):
         if tag in tags:
-            from miniloader.elf.packed_relocations import unpack
+            with importing:
+                from miniloader.elf.packed_relocations import unpack
 
             data = read(tags[tag], tags.get(size_tag, 0), label)
             held = sum(end - start for start, end in source.parts(0, source.size))  # without large holes

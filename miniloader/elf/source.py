@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import weakref
@@ -98,8 +99,6 @@ class Source:
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, name: str = "bytes in memory") -> Source:
         """``data`` as a file that has no name: a sealed memfd (memfd_create(2))."""
-        import fcntl
-
         fd = -1
         try:
             fd = os.memfd_create("miniloader", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

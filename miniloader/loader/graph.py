@@ -15,7 +15,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
-from miniloader.forking import cached_property
+from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.copies import Copies, copies_of
@@ -239,7 +239,8 @@ class Graph:
             ld_so = f"{step.path}: {_IN_LD_SO.get(step.outcome, step.outcome)}"
             raise LoadError(f"{who}: needs {name}, and {step.path} is {step.outcome}", ld_so=ld_so)
         if found.path is None:
-            import shlex  # which few need
+            with importing:
+                import shlex  # which few need
 
             places = len(found.steps)
             reason = found.steps[-1].outcome if "/" in name and found.steps else os.strerror(errno.ENOENT)
@@ -271,7 +272,8 @@ def _image_of(source: Source) -> ElfImage | None:
 
 def _find_prepared(library: Loaded) -> str | None:
     """Give the library its relocated pages, if the cache has any; else why it has none."""
-    from miniloader.loader.prepared.pages import find as find_prepared
+    with importing:
+        from miniloader.loader.prepared.pages import find as find_prepared
 
     try:
         library.ready = find_prepared(library.image)

@@ -11,6 +11,7 @@ from miniloader.arrays import np
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError
+from miniloader.forking import importing
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import host, thread_local
 from miniloader.loader.beside_glibc.host import HostLibrary
@@ -132,7 +133,8 @@ class Library(Showing):
         There is none for a library that lies inside a larger file.  After ``load(…, gdb=True)`` gdb needs
         none of them.
         """
-        from miniloader.loader.beside_glibc.debugger import file_of
+        with importing:
+            from miniloader.loader.beside_glibc.debugger import file_of
 
         libraries = [library for library in self.loaded.local_scope() if isinstance(library, Loaded)]
         files = [(file_of(library.image.source), library.bias) for library in libraries]
@@ -192,7 +194,8 @@ def _address_of(library: Loaded, name: bytes, version: str | None) -> int | None
 
 def _similar(library: Loaded, name: str) -> str | None:
     """A hint: the defined names that look like ``name``."""
-    from miniloader.suggestions import did_you_mean
+    with importing:
+        from miniloader.suggestions import did_you_mean
 
     table = library.symbols
     return did_you_mean(name, (table.name(index) for index in np.flatnonzero(table.defined).tolist()))

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Final
 
 from miniloader.elf.dynamic import DT_PLTGOT
+from miniloader.forking import importing
 from miniloader.loader.beside_glibc import unwinder
 from miniloader.loader.constructors import dependents_first
 from miniloader.loader.graph import Graph
@@ -88,7 +89,8 @@ def _link_prepared(graph: Graph, library: Loaded, order: Sequence[Definer]) -> b
     """Link it with its relocated pages from the cache; ``False`` where it has none that fit."""
     if library.ready is None:
         return False
-    from miniloader.loader.link_prepared import link_prepared
+    with importing:
+        from miniloader.loader.link_prepared import link_prepared
 
     return link_prepared(graph, library, library.ready, order)
 

@@ -375,7 +375,8 @@ def _show_to_libraries(library: Loaded) -> None:
 
 
 def _show_to_debugger(libraries: Sequence[Loaded]) -> None:
-    from miniloader.loader.beside_glibc.debugger import register
+    with importing:
+        from miniloader.loader.beside_glibc.debugger import register
 
     for library in libraries:
         if library.debugging is None:

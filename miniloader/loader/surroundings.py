@@ -16,6 +16,7 @@ from miniloader import elf
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.header import Header
 from miniloader.errors import ElfError, LoadError
+from miniloader.forking import importing
 from miniloader.kernel.cpuinfo import features, vendor
 from miniloader.kernel.procfs import read_proc_file, require_proc
 from miniloader.loader import musl
@@ -358,7 +359,8 @@ def find_needed(image: ElfImage, present: HostListing | None = None) -> list[Nee
     Nothing is loaded.  A name is looked for once, for the first that needs it, as ld.so does; what cannot be
     read is not gone into.  Of what a process has ``present`` a load there takes that instead.
     """
-    from miniloader.loader.copies import copies_of
+    with importing:
+        from miniloader.loader.copies import copies_of
 
     answers: dict[str, NeedFound] = {}
     surroundings = of_process()

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Final
 
 from miniloader.errors import UnsupportedError
+from miniloader.forking import importing
 
 __all__ = [
     "compiled_code",
@@ -96,7 +97,8 @@ def lacks_for_loading() -> str | None:
 
 def compiled_code() -> tuple[str, str | None]:
     """Where the compiled code for this process's processor is, and its SHA-256; None where it is missing."""
-    from hashlib import sha256  # which brings libcrypto into the process: for who asks
+    with importing:
+        from hashlib import sha256  # which brings libcrypto into the process: for who asks
 
     path = os.path.join(os.path.dirname(__file__), f"loops-{processor()}.so")
     try:

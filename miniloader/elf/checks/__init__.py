@@ -17,6 +17,7 @@ from miniloader.elf.checks import headers, linking, pointers, protections
 from miniloader.elf.checks.rule import Fault, Problem, Rule
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
+from miniloader.forking import importing
 
 __all__ = [
     "RULES",
@@ -53,7 +54,8 @@ def _broken(rule: Rule, image: ElfImage) -> Iterator[Problem]:
 
 def applying(image: ElfImage) -> tuple[Rule, ...]:
     """The rules that apply to a file of its kind: all to a library, but those of what is linked to others."""
-    from miniloader.elf.kinds.file_kind import kind_of
+    with importing:
+        from miniloader.elf.kinds.file_kind import kind_of
 
     kind = kind_of(image)
     if kind.is_program:
@@ -98,7 +100,8 @@ def _refuse(image: ElfImage, rules: Sequence[Rule]) -> None:
 
 def _refusal(image: ElfImage, problem: Problem) -> ElfError:
     """The error for a problem; of a file that is no library it says what to use instead."""
-    from miniloader.elf.kinds.file_kind import kind_of
+    with importing:
+        from miniloader.elf.kinds.file_kind import kind_of
 
     kind = kind_of(image)
     if kind.name == "debug-only":

@@ -13,6 +13,7 @@ from typing import Final
 
 from miniloader.elf.source import Source
 from miniloader.errors import ElfError
+from miniloader.forking import importing
 from miniloader.values import dataclass
 
 __all__ = ["ARCHIVE", "HEAD", "THIN_ARCHIVE", "Signature", "not_elf", "signature_of"]
@@ -102,7 +103,8 @@ def signature_of(source: Source) -> Signature | None:
         if head.startswith(start):
             told = name if isinstance(name, str) else name(head)
             return Signature(told, hint) if told is not None else None
-    from miniloader.elf.kinds.linker_script import is_linker_script, read_linker_script
+    with importing:
+        from miniloader.elf.kinds.linker_script import is_linker_script, read_linker_script
 
     if is_linker_script(head):
         library = read_linker_script(source).library

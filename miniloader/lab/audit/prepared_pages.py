@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from miniloader.elf import LoadPlan, inspect
 from miniloader.errors import MiniloaderError
+from miniloader.forking import importing
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -84,7 +85,8 @@ class PreparedPages:
 
 def _read(path: str, vma: Vma) -> _CacheFile | None:
     """What ``path`` says, if it is the file mapped at ``vma``: it may be anybody's, and hold anything."""
-    from miniloader.loader.prepared.pages import read_index
+    with importing:
+        from miniloader.loader.prepared.pages import read_index
 
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

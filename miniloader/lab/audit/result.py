@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import open_regular, write_whole
+from miniloader.forking import importing
 from miniloader.json_schema import (
     BOOL,
     COUNT,
@@ -300,7 +301,8 @@ class Audit(Showing):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the audit to a file: all of it, or nothing; MiniloaderError says why not."""
-        import json
+        with importing:
+            import json
 
         text = json.dumps(self.to_json())  # ASCII, whatever the names
         try:
@@ -311,7 +313,8 @@ class Audit(Showing):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what :meth:`save` wrote; UsageError, or OSError."""
-        import json
+        with importing:
+            import json
 
         with open_regular(path) as file:
             try:

@@ -13,6 +13,7 @@ from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, on_same_pages, take
+from miniloader.forking import importing
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.procfs import process_file, read_process_file
@@ -116,7 +117,8 @@ def experiment(
 
 
 def _prepared(image: ElfImage) -> Prepared | None:
-    from miniloader.loader.prepared.pages import find
+    with importing:
+        from miniloader.loader.prepared.pages import find
 
     return find(image)
 

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from miniloader.errors import UsageError
+from miniloader.forking import importing
 from miniloader.lab.workers.crew import Crew
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def prove(
     if processes < 2:
         raise UsageError(f"{processes} processes: expected at least 2, or there is nobody to share with")
     with Crew(processes, timeout=timeout) as crew:
-        from miniloader.lab.proof.experiment import experiment  # takes as long as the workers take to start
+        with importing:
+            from miniloader.lab.proof.experiment import experiment  # as long as the workers take to start
 
         allow = {
             "text_relocations": text_relocations,

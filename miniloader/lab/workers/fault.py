@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from miniloader.forking import importing
 from miniloader.kernel.maps import Vma
 from miniloader.native import functions
 from miniloader.native.gate import lacks_for_loading
@@ -81,7 +82,8 @@ _SI_KERNEL: Final = 0x80  # a general protection fault, which has no address
 
 def _place(address: int, mappings: Sequence[Vma]) -> str:
     """The function and the library of an instruction."""
-    from miniloader.evidence.owner import owner_of  # with numpy, which few that load need
+    with importing:
+        from miniloader.evidence.owner import owner_of  # with numpy, which few that load need
 
     owner = owner_of(address, mappings)
     if owner is None or not owner.path:

@@ -32,7 +32,7 @@ from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
-from miniloader.forking import cached_property
+from miniloader.forking import cached_property, importing
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.prepared import store
@@ -246,7 +246,8 @@ def identities(scope: Sequence[Definer]) -> tuple[str, ...]:
 def _identity(definer: Definer) -> str:
     if definer.build_id is not None:
         return definer.build_id
-    import hashlib  # which takes all of libcrypto to import
+    with importing:
+        import hashlib  # which takes all of libcrypto to import
 
     table = definer.symbols
     digest = hashlib.sha256(np.ascontiguousarray(table.rows).tobytes())

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from miniloader.errors import LoadError
 from miniloader.files import UNFINISHED, write_whole
+from miniloader.forking import importing
 from miniloader.kernel.procfs import read_proc_file
 
 __all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "secret", "sweep", "write_file"]
@@ -120,7 +121,8 @@ def _remove(name: str, place: int) -> None:
     try:
         os.unlink(name, dir_fd=place)
     except IsADirectoryError:
-        import shutil
+        with importing:
+            import shutil
 
         shutil.rmtree(name, dir_fd=place)
 
