@@ -21,7 +21,7 @@ class Later:
 
     def __getattr__(self, name: str) -> object:
         with importing:  # the import system's lock would stay locked in a child that is forked meanwhile
-            if sys.modules.get(self.__name__) is self:  # what is left out is needed now
+            if vars(sys)["modules"].get(self.__name__) is self:  # what is left out is needed now
                 del sys.modules[self.__name__]
             value = getattr(import_module(self.__name__), name)
         setattr(self, name, value)

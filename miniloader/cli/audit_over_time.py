@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from miniloader.cli import choosing
@@ -99,19 +99,33 @@ def _follow(
     first = looks.first
     if not out.is_terminal or arguments.json:
         for audit, previous in looks:
-            out.show([tick(audit, first, previous)])
-            if arguments.json:
-                from miniloader.report.json import dump
+            with _whole():
+                out.show([tick(audit, first, previous)])
+                if arguments.json:
+                    from miniloader.report.json import dump
 
-                dump({**object_of(arguments, audit), "since": first.when}, line=True)
-                sys.stdout.flush()
-            _keep(arguments, audit, previous, timeline, drawn)
+                    dump({**object_of(arguments, audit), "since": first.when}, line=True)
+                    sys.stdout.flush()
+                _keep(arguments, audit, previous, timeline, drawn)
         return
     with out.live() as show_live:
         show_live(live_view(first, first, first))
         for audit, previous in looks:
-            show_live(live_view(audit, first, previous))
-            _keep(arguments, audit, previous, timeline, drawn)
+            with _whole():
+                show_live(live_view(audit, first, previous))
+                _keep(arguments, audit, previous, timeline, drawn)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until a look is told and kept: what was told is then also on the page."""
+    import signal
+
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _keep(

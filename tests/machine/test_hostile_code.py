@@ -1,4 +1,4 @@
-"""Numbers of a file that lead out of its tables, and files that would take hours: what names and finds code."""
+"""Numbers that lead out of a file's tables, and files that would take hours: what names and finds code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_slot_whose_symbol_the_table_does_not_have_has_no_name(demo: bytearray
 def test_an_unwind_table_that_ends_before_its_count_lists_nothing(demo: bytearray, encoding: int) -> None:
     header = segment(demo, "PT_GNU_STACK")
     place = image_of(demo).loads[1].file_offset
-    demo[place : place + 4] = bytes([1, encoding, 0x03, 0x3B])  # of 12 bytes, 8 are the pointer, or none is left
+    demo[place : place + 4] = bytes([1, encoding, 0x03, 0x3B])  # 8 of 12 bytes: the pointer
     struct.pack_into("<IIQQQQQQ", demo, header, _PT_GNU_EH_FRAME, 4, place, place, place, 12, 12, 4)
     assert unwind_entries(image_of(demo)).tolist() == []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import miniloader
-from miniloader.errors import UsageError
+from miniloader.errors import ProcessGone
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -221,7 +221,7 @@ def test_a_crowd_that_does_not_hold_still() -> None:
         while any(one.poll() is None for one in crowd):
             try:
                 pids = [pid for one in crowd if one.poll() is None for pid in choose(tree=one.pid)]
-            except UsageError:  # it has just ended
+            except ProcessGone:  # it has just ended
                 continue
             found = miniloader.audit(pids)
             assert {one.pid for one in found.processes} | {one.pid for one in found.unreadable} == {*pids}
