@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 from miniloader.errors import printable
+from miniloader.forking import importing
 from miniloader.report.audit_rows import COUNTED
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def write_csv(
     audit: Audit, file: IO[str], what: str = "libraries", groups: Sequence[MemoryGroup] = ()
 ) -> None:
     """A row for each process, or for each mapping or library in each process, or for each of ``groups``."""
-    import csv
+    with importing:
+        import csv
 
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows(_group_records(groups) if what == "groups" else records(audit, what))

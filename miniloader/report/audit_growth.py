@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
+from miniloader.forking import importing
 from miniloader.report.erosion import eroded_rows
 from miniloader.report.numbers import count, size
 from miniloader.report.text import Cell, Line, Part, Table, listed, more
@@ -64,7 +65,8 @@ def growth_view(growth: Growth) -> Iterator[Part]:
 
 def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
     """One look of many on a line: processes, memory, growth since the ``first`` look and the ``previous``."""
-    from miniloader.lab.audit.growth import family_of, growth
+    with importing:
+        from miniloader.lab.audit.growth import family_of, growth
 
     previous = previous or first
     since_start, since_last = growth(first, audit), growth(previous, audit)
@@ -97,8 +99,9 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
 
 def live_view(audit: Audit, first: Audit, previous: Audit) -> Iterator[Part]:
     """What stands in a terminal while a family is followed: the look, processes, memory, libraries."""
-    from miniloader.lab.audit.growth import growth
-    from miniloader.report.audit_rows import library_rows
+    with importing:
+        from miniloader.lab.audit.growth import growth
+        from miniloader.report.audit_rows import library_rows
 
     since_start = growth(first, audit)
     yield tick(audit, first, previous)

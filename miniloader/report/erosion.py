@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
+from miniloader.forking import importing
 from miniloader.report.numbers import size
 from miniloader.report.text import Line, Part, Table, heading, listed, more
 
@@ -104,7 +105,8 @@ _DIFFERING: Final = {
 
 def advice_view(audit: Audit) -> Iterator[Part]:
     """What would save memory, and how much."""
-    from miniloader.lab.erosion.advice import advise
+    with importing:
+        from miniloader.lab.erosion.advice import advise
 
     pieces = advise(audit) if audit.erosion is not None else ()
     if not pieces:

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from miniloader import __version__
 from miniloader.errors import MiniloaderError, printable
 from miniloader.files import write_whole
+from miniloader.forking import importing
 from miniloader.report.matrix_data import Film, encode, table_of
 from miniloader.report.numbers import size
 from miniloader.report.page_notes import short
@@ -44,14 +45,16 @@ Path = str | os.PathLike[str]
 
 def write_proof(proof: Proof, path: Path) -> None:
     """Write ``proof`` as a page to ``path``; MiniloaderError when it cannot be written."""
-    from miniloader.report.proof_page import view_of
+    with importing:
+        from miniloader.report.proof_page import view_of
 
     write_page("proof.html", view_of(proof), path)
 
 
 def write_walkthrough(results: Sequence[ChapterResult], path: Path) -> None:
     """Write the chapters that were run as one page to ``path``; MiniloaderError when it cannot be written."""
-    from miniloader.report.walkthrough_page import view_of
+    with importing:
+        from miniloader.report.walkthrough_page import view_of
 
     write_page("walkthrough.html", view_of(results), path)
 
@@ -61,7 +64,8 @@ def write_audit(audit: Audit, sights: Sequence[Sight], path: Path, moments: Iter
 
     ``moments`` are the looks of an audit over time, for its curve.
     """
-    from miniloader.report.audit_page import view_of
+    with importing:
+        from miniloader.report.audit_page import view_of
 
     write_page("audit.html", view_of(audit, sights, moments), path)
 

@@ -14,6 +14,7 @@ from miniloader.elf import ElfImage, PlannedCall, PlannedMapping, kind_of
 from miniloader.elf.kinds.file_kind import KINDS_OF_FILE, FileKind
 from miniloader.elf.kinds.program import kernel_calls, kernel_mappings
 from miniloader.errors import ElfError
+from miniloader.forking import importing
 from miniloader.json_schema import (
     COUNT,
     HEX,
@@ -70,8 +71,9 @@ def to_json(image: ElfImage, page_size: int) -> dict[str, Any]:
     keys ``rule, severity, field, found, expected``.  ``dynamic`` has a row for each entry of the dynamic
     section and each of its flags: see :class:`miniloader.elf.asked.Asked`.
     """
-    from miniloader.elf.asked import asked_for
-    from miniloader.elf.checks import problems_of
+    with importing:
+        from miniloader.elf.asked import asked_for
+        from miniloader.elf.checks import problems_of
 
     kind = kind_of(image)
     mappings, calls = readable(lambda: _planned(image, kind, page_size), ((), ()))
@@ -129,7 +131,8 @@ def symbol_counts(image: ElfImage) -> tuple[int, int]:
 
 def rules_json() -> list[dict[str, str]]:
     """Every rule: ``name, protects, source, severity``."""
-    from miniloader.elf.checks import RULES
+    with importing:
+        from miniloader.elf.checks import RULES
 
     return [_rule(rule) for rule in RULES]
 
@@ -145,7 +148,8 @@ def _rule(rule: Rule) -> dict[str, str]:
 
 def checks_json(image: ElfImage) -> list[dict[str, Any]]:
     """Every rule with its outcome: ``name, protects, source, severity, outcome, problems``."""
-    from miniloader.elf.checks import outcomes
+    with importing:
+        from miniloader.elf.checks import outcomes
 
     return [
         {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
+from miniloader.forking import importing
 from miniloader.report.bindings import paths_of, short_names, symbol_text
 from miniloader.report.numbers import count
 from miniloader.report.text import Cell, Part, Table, more
@@ -23,7 +24,8 @@ _STYLES: Final = {"rebound": "bold red", "stand-in": "bold yellow", "preempted":
 
 def lines(live: LiveBindings, *, everything: bool = False) -> Iterator[Part]:
     """How many bindings show what, then the remarkable ones; or ``everything``, row by row."""
-    from miniloader.lab.audit.live_bindings import STATES
+    with importing:
+        from miniloader.lab.audit.live_bindings import STATES
 
     rows = live.bindings
     slots = sum(row.slots for row in rows)

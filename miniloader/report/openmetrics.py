@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import MiniloaderError, printable
+from miniloader.forking import importing
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -28,8 +29,9 @@ _OF_MAPPING: Final = ("own", "inherited", "shared", "swapped", "huge")
 
 def exposition(audit: Audit, groups: Sequence[MemoryGroup] = ()) -> bytes:
     """What a collector reads, to its ``# EOF``; ``groups`` are those of ``--by``."""
-    from prometheus_client import CollectorRegistry
-    from prometheus_client.openmetrics import exposition as openmetrics
+    with importing:
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.openmetrics import exposition as openmetrics
 
     render: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
     registry = CollectorRegistry()
@@ -39,7 +41,8 @@ def exposition(audit: Audit, groups: Sequence[MemoryGroup] = ()) -> bytes:
 
 def write_metrics(audit: Audit, groups: Sequence[MemoryGroup], path: str | os.PathLike[str]) -> None:
     """Write them to a file, all of them or nothing; MiniloaderError says why not."""
-    from miniloader.files import write_whole
+    with importing:
+        from miniloader.files import write_whole
 
     content = exposition(audit, groups)
     try:
@@ -63,7 +66,8 @@ class _Families:
 
 def _family(name: str, text: str, labels: Sequence[str], samples: Iterable[_Sample]) -> Metric:
     """A gauge; samples of the same labels are one, their sum."""
-    from prometheus_client.core import GaugeMetricFamily
+    with importing:
+        from prometheus_client.core import GaugeMetricFamily
 
     sums: dict[tuple[str, ...], float] = {}
     for values, number in samples:

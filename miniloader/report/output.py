@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from miniloader.forking import cached_property
+from miniloader.forking import cached_property, importing
 from miniloader.report.text import Line, Part, laid_out, more, plain
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ class Output:
         They have the terminal's other screen to themselves, as wide and high as it is at the moment: a window
         that changes its size tears nothing.  What has no room below is said.
         """
-        from rich.console import Group
-        from rich.live import Live
+        with importing:
+            from rich.console import Group
+            from rich.live import Live
 
         console = self._console or _console(self._stderr)
         with Live(console=console, auto_refresh=False, screen=True) as live:
@@ -116,7 +117,8 @@ COLOURS: Final = {
 
 
 def _text(line: Line) -> Text:
-    from rich.text import Text
+    with importing:
+        from rich.text import Text
 
     return Text.assemble(
         *(piece if isinstance(piece, str) else (piece[0], _legible(piece[1])) for piece in line)
@@ -134,7 +136,8 @@ def _legible(style: str) -> str:
 
 def _console(stderr: bool) -> Console:
     """rich's, which shows strings as they are: names such as ``[heap]`` come from outside."""
-    from rich.console import Console
+    with importing:
+        from rich.console import Console
 
     class Drawn(Console):
         def on_broken_pipe(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from miniloader.forking import importing
+
 if TYPE_CHECKING:
     import threading
 
@@ -26,7 +28,8 @@ def progress(*, forks: bool = False) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    import threading  # which nobody needs elsewhere
+    with importing:
+        import threading  # which nobody needs elsewhere
 
     line = _Line(threading.Lock())
     timer = None if forks else threading.Timer(_PATIENCE, line.show)
@@ -71,7 +74,8 @@ class _Line:
                 sys.stderr.flush()
 
     def _write(self) -> None:
-        import shutil  # which few need
+        with importing:
+            import shutil  # which few need
 
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{self._text[:width]}")

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.errors import printable
+from miniloader.forking import importing
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.text import Cell, Line, Part, Piece, Table, laid_out, pairs, plain
 
@@ -63,37 +64,43 @@ def _looks(value: object) -> tuple[Look, Look]:
 
 
 def _proof_short(proof: Any) -> Iterator[Part]:
-    from miniloader.report.prove import verdicts
+    with importing:
+        from miniloader.report.prove import verdicts
 
     return verdicts(proof)
 
 
 def _proof(proof: Any) -> Iterator[Part]:
-    from miniloader.report.prove import lines
+    with importing:
+        from miniloader.report.prove import lines
 
     return lines(proof, _WIDTH)
 
 
 def _audit_short(audit: Any) -> Iterator[Part]:
-    from miniloader.report.audit import summary
+    with importing:
+        from miniloader.report.audit import summary
 
     return summary(audit)
 
 
 def _audit(audit: Any) -> Iterator[Part]:
-    from miniloader.report.audit import lines
+    with importing:
+        from miniloader.report.audit import lines
 
     return lines(audit)
 
 
 def _image_short(image: ElfImage) -> Iterator[Part]:
-    from miniloader.report.inspect_view import overview
+    with importing:
+        from miniloader.report.inspect_view import overview
 
     return overview(image)
 
 
 def _image(image: ElfImage) -> Iterator[Part]:
-    from miniloader.report.inspect_view import page
+    with importing:
+        from miniloader.report.inspect_view import page
 
     return page(image, PAGE_SIZE, _WIDTH, None)
 
@@ -122,21 +129,24 @@ _LOOKS: Final[dict[str, tuple[Look, Look]]] = {
 # ------------------------------------------------------------------- rows, objects and whole pages
 def image_json(image: ElfImage, page_size: int | None) -> dict[str, Any]:
     """What ``inspect --json`` prints."""
-    from miniloader.report.inspect import to_json
+    with importing:
+        from miniloader.report.inspect import to_json
 
     return to_json(image, page_size or PAGE_SIZE)
 
 
 def symbol_rows(image: ElfImage) -> list[dict[str, Any]]:
     """The dynamic symbols, as ``inspect --symbols --json`` has them."""
-    from miniloader.report.symbols import symbol_list
+    with importing:
+        from miniloader.report.symbols import symbol_list
 
     return [asdict(symbol) for symbol in symbol_list(image, raw=False)]
 
 
 def audit_rows(audit: Any, what: str) -> list[dict[str, Any]]:
     """The records of ``audit --csv``, each by the names of its columns."""
-    from miniloader.report.audit_csv import records
+    with importing:
+        from miniloader.report.audit_csv import records
 
     names, *rows = records(audit, what)
     return [dict(zip(map(str, names), row, strict=True)) for row in rows]
@@ -144,15 +154,17 @@ def audit_rows(audit: Any, what: str) -> list[dict[str, Any]]:
 
 def write_proof(proof: Any, path: Path) -> None:
     """Write the page of a proof."""
-    from miniloader.report import html
+    with importing:
+        from miniloader.report import html
 
     html.write_proof(proof, path)
 
 
 def write_audit(audit: Any, path: Path) -> None:
     """Write the page of an audit, with the libraries as they are now in processes that are still there."""
-    from miniloader.lab.audit.library_pages import look
-    from miniloader.report import html
+    with importing:
+        from miniloader.lab.audit.library_pages import look
+        from miniloader.report import html
 
     html.write_audit(audit, look(audit), path)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from miniloader.errors import printable
 from miniloader.evidence.verdict import Claim
+from miniloader.forking import importing
 from miniloader.kernel.features import LevelName
 from miniloader.report.grid import explained, matrix, matrix_legend
 from miniloader.report.levels import evidence
@@ -341,7 +342,8 @@ def hints(chapter: Chapter[Any]) -> Iterator[Part]:
 
 def solution(chapter: Chapter[Any], tried: str) -> Iterator[Part]:
     """How a learner's text becomes ours, as diff(1) shows it; the text as printed is no attempt."""
-    from difflib import unified_diff
+    with importing:
+        from difflib import unified_diff
 
     if _code_of(tried) == _code_of(chapter.exercise.snippet):
         yield ("This is the snippet as it was printed: the solution is shown beside an attempt.",)

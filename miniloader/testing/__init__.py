@@ -65,6 +65,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 
+from miniloader.forking import importing
+
 if TYPE_CHECKING:
     from miniloader.testing.assertions import assert_copied_only as assert_copied_only
     from miniloader.testing.assertions import assert_private as assert_private
@@ -103,9 +105,10 @@ __all__ = ["StartCrew", "crew", *_HOMES]
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    with importing:
+        from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_HOMES[name]), name)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -131,7 +134,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Sum the private memory of this process before a test whose marker bounds it."""
     if item.get_closest_marker("limit_private") is None:
         return
-    from miniloader.testing.limits import limit_of, own_by_path
+    with importing:
+        from miniloader.testing.limits import limit_of, own_by_path
 
     limit = limit_of(item)
     own_by_path()  # what summing itself takes the first time is not the test's
@@ -143,7 +147,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test that has run and left more private memory than its marker allows."""
     result = yield
     if _BEFORE in item.stash:
-        from miniloader.testing.limits import excess, own_by_path
+        with importing:
+            from miniloader.testing.limits import excess, own_by_path
 
         limit, before = item.stash[_BEFORE]
         said = excess(before, own_by_path(), limit)
@@ -153,7 +158,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _is_on_purpose(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
-    from miniloader.errors import MiniloaderError
+    with importing:
+        from miniloader.errors import MiniloaderError
 
     return excinfo.errisinstance((MiniloaderError, AssertionError))
 
@@ -199,7 +205,8 @@ def crew(request: pytest.FixtureRequest) -> Iterator[StartCrew]:
             timeout: float = 60.0,
         ) -> Workers:
             __tracebackhide__ = True
-            from miniloader.testing.workers import start
+            with importing:
+                from miniloader.testing.workers import start
 
             return start(
                 processes,

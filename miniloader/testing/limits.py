@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from miniloader.errors import UsageError
+from miniloader.forking import importing
 
 if TYPE_CHECKING:
     import pytest
@@ -70,7 +71,8 @@ def own_by_path() -> OwnByPath:
 
     Raises EvidenceError where that may not be read.
     """
-    from miniloader.kernel.procfs import open_process_file
+    with importing:
+        from miniloader.kernel.procfs import open_process_file
 
     memory: dict[bytes, _OfPath] = {}
     shown, own = b"", 0
@@ -98,12 +100,14 @@ def excess(before: OwnByPath, after: OwnByPath, limit: int) -> str:
     >>> excess({}, {b"": _OfPath(8192, b"0-2000 rw-p 0 00:00 0")}, 8192)
     ''
     """
-    from miniloader.report.numbers import size
+    with importing:
+        from miniloader.report.numbers import size
 
     first, last = (sum(row.own for row in memory.values()) for memory in (before, after))
     if last - first <= limit:
         return ""
-    from miniloader.report.text import laid_out, plain
+    with importing:
+        from miniloader.report.text import laid_out, plain
 
     said = f"private memory (USS) grew by {size(last - first)}, from {size(first)} to {size(last)}"
     table = map(plain, laid_out([*_grown(before, after)], _WIDTH))
@@ -112,11 +116,12 @@ def excess(before: OwnByPath, after: OwnByPath, limit: int) -> str:
 
 def _grown(before: OwnByPath, after: OwnByPath) -> Iterator[Part]:
     """A table of what is more or less, by kind and name of mapping, what grew most first."""
-    from miniloader.errors import printable
-    from miniloader.kernel.maps import parse_vma
-    from miniloader.lab.audit.mappings import MappingName, name_of
-    from miniloader.report.numbers import size
-    from miniloader.report.text import Table, more
+    with importing:
+        from miniloader.errors import printable
+        from miniloader.kernel.maps import parse_vma
+        from miniloader.lab.audit.mappings import MappingName, name_of
+        from miniloader.report.numbers import size
+        from miniloader.report.text import Table, more
 
     sums: dict[MappingName, list[int]] = {}
     for number, memory in enumerate((before, after)):
@@ -134,6 +139,7 @@ def _grown(before: OwnByPath, after: OwnByPath) -> Iterator[Part]:
 
 
 def _signed(number: int) -> str:
-    from miniloader.report.numbers import size
+    with importing:
+        from miniloader.report.numbers import size
 
     return f"{'+' if number >= 0 else '-'}{size(abs(number))}"

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from miniloader.errors import EvidenceError, WorkerError
 from miniloader.evidence.snapshot import ProcessRange, take
+from miniloader.forking import importing
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.kernel.privileges import privileges
 from miniloader.kernel.probe import best_level
@@ -180,7 +181,8 @@ class Workbench(Calls):
 
 def shipped(name: str) -> Path:
     """A library that ships with miniloader for this machine; EvidenceError where there is none."""
-    from miniloader import lab
+    with importing:
+        from miniloader import lab
 
     machine = os.uname().machine
     path = Path(lab.__file__).parent / "demo" / f"lib{name}-{machine}.so"

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import UsageError
+from miniloader.forking import importing
 from miniloader.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,5 +58,6 @@ def chapter(name: str) -> Chapter[Any]:
 
 
 def _load(name: str) -> Chapter[Any]:
-    declared: Chapter[Any] = import_module(f"{__name__}.{name}").CHAPTER
+    with importing:
+        declared: Chapter[Any] = import_module(f"{__name__}.{name}").CHAPTER
     return declared
