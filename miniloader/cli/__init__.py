@@ -43,6 +43,18 @@ COMMANDS: tuple[str, ...] = (
     "doctor",
 )
 
+#: What pyproject.toml asks for, by the name of its first import: an installation may have lost it.
+_PROJECTS = {
+    "capstone": "capstone",
+    "elftools": "pyelftools",
+    "jinja2": "jinja2",
+    "numpy": "numpy",
+    "prometheus_client": "prometheus-client",
+    "pycxxfilt": "pycxxfilt",
+    "rich": "rich",
+    "shtab": "shtab",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` when ``argv`` is None) and return its exit status.
@@ -161,6 +173,9 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
             if isinstance(error, PermissionError) and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
+        case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
+            install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
+            status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
         case _:
             kind = type(error).__name__
             status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"

@@ -12,7 +12,7 @@ EXIT_STATUSES: tuple[tuple[int, str], ...] = (
     (0, "done, or proven"),
     (1, "failed, or refuted; a file or a process is not there"),
     (2, "wrong usage"),
-    (3, "the kernel or the permissions here cannot tell; no library can be loaded on this machine"),
+    (3, "the kernel or the permissions here cannot tell; this machine or installation lacks what is needed"),
     (INTERRUPTED, "interrupted by Ctrl-C"),
     (CLOSED_PIPE, "who read the output (head, less) has closed it"),
 )

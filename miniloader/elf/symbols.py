@@ -230,6 +230,12 @@ class SymbolTable:
         named = (index for index in candidates if (self.version(index) or _NO_VERSION).name == version)
         return next(named, None)
 
+    def versions_of(self, name: bytes) -> list[str]:
+        """Each version in which ``name`` is defined, such as ``["GLIBC_2.2.5", "GLIBC_2.14"]``."""
+        indices = np.flatnonzero(self.defined).tolist()
+        versions = (self.version(index) for index in indices if self.name_bytes(index) == name)
+        return [version.name for version in versions if version is not None]
+
     def hidden(self, index: int) -> bool:
         """Whether symbol ``index`` is found only by who asks for its version."""
         return bool(len(self.versym)) and bool(int(self.versym[index]) & VERSION_HIDDEN)

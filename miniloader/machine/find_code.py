@@ -151,8 +151,7 @@ def _instead(landmarks: Landmarks, name: str) -> str | None:
     wanted = name.encode("utf-8", "surrogateescape")
     indices = np.flatnonzero(table.rows["name"] != 0).tolist()
     same = [index for index in indices if table.name_bytes(index) == wanted]
-    versions = [version.name for index in same if table.defined[index] and (version := table.version(index))]
-    if versions:
+    if versions := table.versions_of(wanted):
         return "it is " + " or ".join(f"{name}@{version}" for version in versions)
     if any(table.undefined[index] for index in same):
         return f"it is needed from another library; {name}@plt is the stub that leads there, if there is one"

@@ -89,6 +89,17 @@ def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status:
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
+            ModuleNotFoundError("No module named 'elftools'", name="elftools"),
+            3,
+            "this Python lacks pyelftools, which miniloader needs; "
+            f"{sys.executable} -m pip install pyelftools",
+        ),
+        (
+            ModuleNotFoundError("gone", name="miniloader.gone"),
+            1,
+            "a fault of miniloader's own, ModuleNotFoundError: gone; --debug shows where",
+        ),
+        (
             ZeroDivisionError("division by zero"),
             1,
             "a fault of miniloader's own, ZeroDivisionError: division by zero; --debug shows where",
