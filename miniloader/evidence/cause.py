@@ -88,13 +88,19 @@ _RELOCATION, _OVERWRITTEN, _LOADER, _BSS, _WRITE, _IDENTICAL, _UNKNOWN = map(bit
 class Placed:
     """A file in a process: ``bias`` is address - vaddr, [``start``, ``end``) are addresses.
 
-    ``facts`` is None where the file cannot be read.
+    ``facts`` is None where the file cannot be read.  The bias is negative where the end of a file lies at a
+    low address.
     """
 
     bias: int
     start: int
     end: int
     facts: FileFacts | None
+
+    @property
+    def shift(self) -> np.uint64:
+        """The bias as it is added to arrays of vaddrs, modulo 2**64."""
+        return np.uint64(self.bias % 2**64)
 
 
 class Space:
@@ -113,7 +119,7 @@ class Space:
         self._placed = sorted(placed, key=lambda file: file.start)
         self._starts = np.array([file.start for file in self._placed], dtype=np.uint64)
         self._ends = np.array([file.end for file in self._placed], dtype=np.uint64)
-        self._bias = {file.facts: file.bias for file in self._placed if file.facts is not None}
+        self._shifts = {file.facts: file.shift for file in self._placed if file.facts is not None}
         self._code = np.array(sorted(code), dtype=np.uint64).reshape(-1, 2)
         self._vdso = np.array([vdso], dtype=np.uint64)
         self._stand_ins = np.array(sorted(stand_ins.items()), dtype=np.uint64).reshape(-1, 2)
@@ -157,7 +163,7 @@ class Space:
             if facts is None:
                 hidden[rows] = True
                 continue
-            vaddrs = addresses[rows] - np.uint64(self._placed[index].bias)
+            vaddrs = addresses[rows] - self._placed[index].shift
             if len(facts.definitions):
                 good[rows] = _contains(facts.definitions, facts.keys(vaddrs, names[rows]))
             if len(facts.indirect_names):
@@ -179,7 +185,7 @@ class Space:
         The second answer: which of the others cannot be told, since some file cannot be read.
         """
         good = np.zeros(len(names), np.bool_)
-        for facts in self._bias:
+        for facts in self._shifts:
             if len(facts.thread_local):
                 good |= _contains(facts.thread_local, facts.keys(offsets, names))
         return good, ~good & any(file.facts is None for file in self._placed)
@@ -209,15 +215,15 @@ class Space:
             if facts not in slots.targets:
                 slots.targets.append(facts)
             slots.target[rows[found]] = slots.targets.index(facts)
-            vaddrs = addresses[found] - np.uint64(self._placed[index].bias)
+            vaddrs = addresses[found] - self._placed[index].shift
             slots.target_vaddr[rows[found]] = vaddrs + slots.addend[rows[found]]
 
     def as_known(self, slots: Symbolic, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which slots hold the address of a definition that was found before, in whatever process."""
-        biases = [self._bias.get(facts) for facts in slots.targets]
-        bias = np.array([bias or 0 for bias in (*biases, None)], np.uint64)  # the last is for -1
-        mapped = np.array([bias is not None for bias in (*biases, None)])
-        return np.asarray(mapped[slots.target] & (values == bias[slots.target] + slots.target_vaddr))
+        shifts = [*(self._shifts.get(facts) for facts in slots.targets), None]  # the last is for -1
+        shift = np.array([shift or 0 for shift in shifts], np.uint64)
+        mapped = np.array([shift is not None for shift in shifts])
+        return np.asarray(mapped[slots.target] & (values == shift[slots.target] + slots.target_vaddr))
 
 
 def _inside(values: NDArray[np.uint64], spans: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -277,7 +283,7 @@ def classify(
     causes[zeroed < PAGE_SIZE] = _BSS
     layout = (layouts or Layouts()).of(facts, vaddrs, file_offsets, zeroed)
     values = layout.values(live)
-    cause = _judged(facts, layout, space, np.uint64(bias), values, relocated)
+    cause = _judged(facts, layout, space, np.uint64(bias % 2**64), values, relocated)
     # Nearly every slot is as its relocation made it: only the others are looked at one by one.
     rows = np.flatnonzero(cause != _RELOCATION)
     as_computed = layout.on_page > np.bincount(layout.page[rows], minlength=pages)

@@ -93,7 +93,7 @@ _RELR, _NO_KIND = -1, -2
 _WORD: Final = 8
 _NOWHERE: Final = np.uint64(2**64 - 1)
 _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
-_MOST_COPIED: Final = 1 << 20  # bytes of one COPY relocation
+_MOST_COPIED: Final = 1 << 22  # bytes of all COPY relocations; each may claim any number
 
 
 class NameNumbers:
@@ -412,12 +412,15 @@ def _copied(image: ElfImage) -> Table:
     kinds = KINDS[image.header.machine]
     codes = [code for code, kind in kinds.items() if kind.formula == "copy"]
     slots = [np.empty(0, SLOT_DTYPE)]
+    left = _MOST_COPIED
     for table in image.relocations.tables:
         for row in table.rows[np.isin(table.rows["type"], codes)]:
-            start = int(row["offset"])
-            size = min(int(image.symbols.rows["size"][row["symbol"]]), _MOST_COPIED)
-            words = np.arange(start & -_WORD, start + max(size, 1), _WORD, dtype=np.uint64)
-            slots.append(_slots(words, COPY, kind=row["type"], symbol=row["symbol"]))
+            start, symbol, sizes = int(row["offset"]), int(row["symbol"]), image.symbols.rows["size"]
+            size = min(int(sizes[symbol]), left) if symbol < len(sizes) else 0
+            left -= size
+            end = min(start + max(size, 1), int(_NOWHERE))
+            words = np.arange(start & -_WORD, end, _WORD, dtype=np.uint64)
+            slots.append(_slots(words, COPY, kind=row["type"], symbol=symbol))
     return np.concatenate(slots)
 
 

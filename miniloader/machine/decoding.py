@@ -255,9 +255,11 @@ def _next(places: Sequence[int], at: int, end: int) -> int:
 
 def _data(octets: bytes, vaddr: int) -> Iterator[Decoded]:
     """``octets`` as aligned words and what is left of them."""
-    while octets:
-        size = next(size for size in _DATA if vaddr % size == 0 and len(octets) >= size)
-        effect = Effect(vaddr, size, "", (), (), "stop", None, False)
-        number = int.from_bytes(octets[:size], "little")
-        yield Decoded(octets[:size], _DATA[size], f"{number:#0{2 + 2 * size}x}", effect)
-        octets, vaddr = octets[size:], vaddr + size
+    at = 0
+    while at < len(octets):
+        size = next(size for size in _DATA if (vaddr + at) % size == 0 and len(octets) - at >= size)
+        effect = Effect(vaddr + at, size, "", (), (), "stop", None, False)
+        item = octets[at : at + size]
+        number = int.from_bytes(item, "little")
+        yield Decoded(item, _DATA[size], f"{number:#0{2 + 2 * size}x}", effect)
+        at += size

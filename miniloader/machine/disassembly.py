@@ -6,6 +6,7 @@ to, and :class:`~miniloader.machine.names_at.Landmarks` names it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final
@@ -23,6 +24,7 @@ __all__ = ["STREAMED", "Instruction", "disassemble", "processor_of", "streamed"]
 
 STREAMED: Final = 1 << 20
 """Bytes of code above which instructions are made one by one, and registers are not followed."""
+_LONGEST_LITERAL: Final = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -165,18 +167,18 @@ def _literals(instruction: Decoded, span: CodeRange) -> Iterator[tuple[int, int]
 
 
 def _carved(regions: Iterable[Region], literals: Iterable[tuple[int, int]]) -> list[Region]:
-    """``regions`` with ``literals`` cut out of their code, as data."""
-    result = list(regions)
-    for start, end in literals:
-        pieces: list[Region] = []
-        for first, last, kind in result:
-            if kind == "data" or end <= first or last <= start:
-                pieces.append((first, last, kind))
-                continue
-            cut = (max(first, start), min(last, end))
-            parts: list[Region] = [(first, cut[0], kind), (*cut, "data"), (cut[1], last, kind)]
-            pieces += [part for part in parts if part[0] < part[1]]
-        result = pieces
+    """``regions``, ascending, with ``literals`` cut out of their code, as data."""
+    places, result = sorted({*literals}), list[Region]()
+    for first, last, kind in regions:
+        at = first
+        low, high = (bisect_left(places, (vaddr, 0)) for vaddr in (first - _LONGEST_LITERAL, last))
+        for start, end in places[low:high] if kind != "data" else ():
+            start, end = max(start, at), min(end, last)
+            if start < end:
+                result += [(at, start, kind)] if at < start else []
+                result.append((start, end, "data"))
+                at = end
+        result += [(at, last, kind)] if at < last else []
     return result
 
 

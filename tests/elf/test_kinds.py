@@ -102,6 +102,18 @@ def test_what_is_left_when_the_debugging_information_is_split_off(
     assert "debugging information only" in str(checked.problems[0].hint)
 
 
+def test_a_table_of_packed_words_that_ends_within_one(made: Callable[[str], Path], tmp_path: Path) -> None:
+    image = inspect(made("object"))
+    section = next(part for part in image.sections if part.size > 8 and part.size % 8)
+    data = bytearray(made("object").read_bytes())
+    struct.pack_into("<I", data, image.header.shoff + image.header.shentsize * section.index + 4, 19)
+    (tmp_path / "packed.o").write_bytes(data)
+    packed = inspect(tmp_path / "packed.o")
+    assert packed.sections[section.index].type == "SHT_RELR"
+    assert section.name in [row.section for row in section_relocations(packed)]
+    assert [*inspect_kinds.sections(packed)]
+
+
 # ------------------------------------------------------------------------------------------- programs
 def mapped(pid: int, path: Path) -> dict[int, tuple[str, int | None]]:
     """The pages of the program that ``pid`` runs: protection, and file offset (None: anonymous)."""

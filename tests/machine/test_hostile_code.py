@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,10 @@ from miniloader.elf import ElfImage, Source
 from miniloader.elf.kinds.opening import open_image
 from miniloader.elf.unwind_table import unwind_entries
 from miniloader.errors import SymbolError
+from miniloader.machine.decoding import Decoder
 from miniloader.machine.find_code import locate
 from miniloader.machine.names_at import Landmarks
+from miniloader.machine.processors import PROCESSORS
 
 _EM_386 = 3
 _PT_GNU_EH_FRAME = 0x6474E550
@@ -73,3 +76,26 @@ def test_a_length_is_decimal_whatever_it_begins_with(demo: bytearray) -> None:
     assert locate(landmarks, f"{start:#x}:010").size == 10
     with pytest.raises(SymbolError, match="no symbol"):
         locate(landmarks, f"{start:#x}:{'9' * 5000}")
+
+
+class Counted(bytes):
+    """Bytes that count how many of them are copied."""
+
+    copied = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        if isinstance(part, bytes):
+            Counted.copied += len(part)
+            return Counted(part)
+        return part
+
+
+def test_data_among_code_is_copied_once_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the whole of it is not copied again for every word."""
+    monkeypatch.setattr(Counted, "copied", 0)
+    decoder = Decoder(PROCESSORS["AARCH64", 64], Counted(4099), 4096)
+    assert [item.mnemonic for item in decoder.all([(4096, 8195, "data")])] == [".word"] * 1024 + [
+        ".short", ".byte",
+    ]  # fmt: skip
+    assert Counted.copied <= 3 * 4099

@@ -18,7 +18,7 @@ from miniloader.elf.image import ElfImage
 from miniloader.elf.relocations import Relocations, RelocationTable, RelrTable, kind_name
 from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.symtab import read_symtab
-from miniloader.elf.tables import RELOCATION, Table, decode_relocations, decode_relr, distinct, table_dtype
+from miniloader.elf.tables import RELOCATION, Table, decode_relocations, distinct, table_dtype
 from miniloader.errors import ElfError
 from miniloader.forking import cached_property
 from miniloader.values import dataclass
@@ -147,7 +147,9 @@ def section_relocations(image: ElfImage) -> tuple[SectionRelocations, ...]:
         answer.append(SectionRelocations(section.name, target.name, len(rows), kinds))
     for section in image.sections:
         if section.type == "SHT_RELR" and image.header.type == "REL":
-            data = image.source.read(section.file_offset, section.size, section.name)
-            words = decode_relr(data, image.header.elf_class, image.header.order)
-            answer.append(SectionRelocations(section.name, "", len(words), {"RELR": len(words)}))
+            table = RelrTable(
+                0, section.file_offset, section.size // image.header.word,
+                image.header.elf_class, image.header.order, image.source,
+            )  # fmt: skip
+            answer.append(SectionRelocations(section.name, "", table.total, {"RELR": table.total}))
     return tuple(answer)

@@ -34,6 +34,8 @@ NOT_WRITABLE: Final = (
 )
 _WRITE: Final = np.uint8(bit("write"))
 _MOST_CODE: Final = 1 << 16
+_PAIR: Final = 16  # bytes of an address and what it stands for
+_TOP: Final = 1 << 63  # where no process has memory; a file may say that its table lies anywhere
 _RELOCATION: Final = np.uint8(bit("relocation"))
 
 
@@ -110,17 +112,16 @@ def _in_loops(pid: int, vmas: Sequence[Vma]) -> dict[int, int]:
         return {}
     try:
         image = inspect(loops.path)
-    except MiniloaderError:  # of a process that sees other files
+        place = image.symbols.find(STAND_INS) if image.soname == LOOPS_SONAME else None
+    except MiniloaderError:  # of a process that sees other files, or of somebody else's library
         return {}
-    place = image.symbols.find(STAND_INS) if image.soname == LOOPS_SONAME else None
-    if place is None:  # of an older miniloader
+    if place is None or not image.loads:  # of an older miniloader
         return {}
     row = image.symbols.rows[place]
-    start = loops.start - image.loads[0].vaddr + int(row["value"])
-    first = start & -PAGE_SIZE
+    start, size = loops.start - image.loads[0].vaddr + int(row["value"]), int(row["size"])
     with ProcessMemory(pid) as memory:
-        pages, _ = memory.pages(np.array([first, first + PAGE_SIZE], np.uint64))
-    pairs = np.frombuffer(pages.tobytes()[start - first :][: int(row["size"])], np.uint64).reshape(-1, 2)
+        data = memory.read(start, min(size, PAGE_SIZE)) if loops.start <= start < _TOP else b""
+    pairs = np.frombuffer(data[: len(data) // _PAIR * _PAIR], np.uint64).reshape(-1, 2)
     return {address: function for address, function in pairs.tolist() if address}
 
 

@@ -52,8 +52,9 @@ class LinkedImage:
         with suppress(ElfError):  # a string outside of its table
             self.needed, self.soname = image.needed, image.soname
         dynamic = image.segment("PT_DYNAMIC")
-        self.dynamic = bias + dynamic.vaddr if dynamic is not None else -1
-        self.span = (0, 0) if facts.plan is None else (bias + facts.plan.start, bias + facts.plan.end)
+        self.dynamic = (bias + dynamic.vaddr) % 2**64 if dynamic is not None else 0
+        plan = facts.plan  # of which a part may be mapped at a low address, where there is no room for all
+        self.span = (0, 0) if plan is None else (max(bias + plan.start, 0), max(bias + plan.end, 0))
 
     @cached_property
     def visible(self) -> NDArray[np.bool_]:

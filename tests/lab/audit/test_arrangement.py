@@ -8,9 +8,11 @@ from pathlib import Path
 
 import miniloader
 from miniloader.kernel.maps import read_maps
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
+from miniloader.lab.audit.live_bindings import live_bindings
 from miniloader.lab.audit.mapped_files import MappedFiles
-from tests.lab.audit.told_processes import vaddr_of
+from tests.lab.audit.told_processes import ANONYMOUS, told, vaddr_of
 from tests.memory import map_file
 
 
@@ -37,3 +39,21 @@ def test_a_file_that_is_no_image_lies_where_its_first_byte_is(tmp_path: Path) ->
     start = map_file(path, 8)
     found = Arrangements().of_process(os.getpid(), MappedFiles(), read_maps())
     assert [one.bias for one in found if one.file.identity.path == str(path)] == [start]
+
+
+def test_the_end_of_a_file_at_a_low_address_has_a_negative_bias() -> None:
+    """Below it there is no room for what comes before it in the file."""
+    libc = next(v for v in read_maps() if v.is_file and "w" in v.protection and "libc.so" in v.path)
+    with told() as process:
+        process(ANONYMOUS)
+        process(f"fd = os.open({libc.path!r}, os.O_RDONLY)")
+        process(f"at = libc.mmap(0x20000, {PAGE_SIZE}, 3, 0x12, fd, {libc.file_offset})")  # private, fixed
+        process("ctypes.memset(at + 8, 1, 1)")
+        (pages,) = [
+            library.private_pages
+            for library in miniloader.audit([process.pid]).libraries
+            if library.path == libc.path
+        ]
+        assert any("write" in page.causes or "overwritten" in page.causes for page in pages)
+        rows = live_bindings(process.pid, os.path.basename(libc.path)).bindings
+        assert "bound" in {row.state for row in rows}

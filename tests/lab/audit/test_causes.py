@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +11,21 @@ from pathlib import Path
 import pytest
 
 import miniloader
+from fixtures import build
+from miniloader.elf import inspect
+from miniloader.elf.dynamic import DT_SONAME, DT_SYMTAB
+from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.diff import diff
-from miniloader.lab.audit.explain import NOT_WRITABLE
+from miniloader.lab.audit.explain import NOT_WRITABLE, stand_ins_in
 from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.result import AuditedLibrary, PrivatePage
+from miniloader.native import STAND_INS
+from miniloader.native.gate import processor
 from miniloader.report.audit import sentence
 from miniloader.report.text import plain
 from tests.lab.audit.told_processes import AT_SYMBOLS, LOADED_BY, Told, page_of, told, vaddr_of
+from tests.memory import map_file
 
 
 def library(one: Told, path: Path) -> AuditedLibrary:
@@ -223,3 +232,28 @@ def test_a_whole_library_of_the_system() -> None:
     assert all(page.kinds for page in relocated)
     assert not any("unknown" in page.causes for page in crypto.private_pages)
     assert not any(page.written for page in relocated)
+
+
+@pytest.mark.parametrize("fault", ["far away", "longer than memory", "odd", "no names"])
+def test_a_library_that_only_looks_like_ours_stands_for_nothing(tmp_path: Path, fault: str) -> None:
+    """Its table of what stands for what may be said to be anywhere, of any length."""
+    shipped = build.ROOT / "miniloader/native" / f"loops-{processor()}.so"
+    image = inspect(shipped)
+    place, at = image.symbols.find(STAND_INS), image.file_offset(image.dynamic.tags[DT_SYMTAB])
+    assert place is not None
+    assert at is not None
+    data = bytearray(shipped.read_bytes())
+    value, size = struct.unpack_from("<QQ", data, at + 24 * place + 8)
+    if fault == "no names":
+        dynamic = image.segment("PT_DYNAMIC")
+        assert dynamic is not None
+        row = [tag for tag, _ in image.dynamic.entries].index(DT_SONAME)
+        struct.pack_into("<Q", data, dynamic.file_offset + 16 * row + 8, 1 << 40)
+    wrong = {"far away": (2**64 - 16, size), "longer than memory": (value, 2**63), "odd": (value, size - 3)}
+    struct.pack_into("<QQ", data, at + 24 * place + 8, *wrong.get(fault, (value, size)))
+    path = tmp_path / "native" / "loops-like.so"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    start = map_file(path, 4)
+    answer = stand_ins_in(os.getpid(), [vma for vma in read_maps() if vma.start == start])
+    assert len(answer) <= PAGE_SIZE // 16
