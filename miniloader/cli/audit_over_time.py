@@ -46,7 +46,7 @@ def watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     first = look_patiently(arguments, pids)
     measure(arguments, first)
     looks, timeline = _Looks(arguments, first, since), Timeline(first)
-    drawn = _Drawn(arguments, first)
+    drawn = _PagesOverTime(arguments, first)
     try:
         _follow(arguments, looks, out, timeline, drawn)
     except KeyboardInterrupt:
@@ -91,7 +91,7 @@ def _conclude(arguments: argparse.Namespace, first: Audit, last: Audit, out: Out
 
 
 def _follow(
-    arguments: argparse.Namespace, looks: _Looks, out: Output, timeline: Timeline, drawn: _Drawn
+    arguments: argparse.Namespace, looks: _Looks, out: Output, timeline: Timeline, drawn: _PagesOverTime
 ) -> None:
     """A live table in a terminal, else a line for every look; one object a line for ``--json``."""
     from miniloader.report.audit_growth import live_view, tick
@@ -129,7 +129,7 @@ def _whole() -> Iterator[None]:
 
 
 def _keep(
-    arguments: argparse.Namespace, audit: Audit, previous: Audit, timeline: Timeline, drawn: _Drawn
+    arguments: argparse.Namespace, audit: Audit, previous: Audit, timeline: Timeline, drawn: _PagesOverTime
 ) -> None:
     """What a look leaves behind: a point of the curve, a step of the slider, new metrics."""
     timeline.add(audit, previous)
@@ -137,7 +137,7 @@ def _keep(
     measure(arguments, audit)
 
 
-class _Drawn:
+class _PagesOverTime:
     """The pages of files at several looks, where a page is wanted: ``sights`` are what it draws."""
 
     def __init__(self, arguments: argparse.Namespace, first: Audit) -> None:

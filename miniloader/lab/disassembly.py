@@ -65,7 +65,7 @@ class Disassembly:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stream:
+class _StreamedCode:
     """The instructions of ``span``, decoded each time they are asked for."""
 
     landmarks: Landmarks
@@ -98,7 +98,7 @@ def disassembly_of(
         "r" in load.flags and load.vaddr <= span.vaddr and span.end <= load.file_end for load in image.loads
     )
     code = ctypes.string_at(library.base + span.vaddr, span.size) if library and readable else None
-    instructions: Iterable[Instruction] = _Stream(landmarks, span, code)
+    instructions: Iterable[Instruction] = _StreamedCode(landmarks, span, code)
     if span.size <= STREAMED:
         instructions = tuple(instructions)
     return Disassembly(

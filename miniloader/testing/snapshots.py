@@ -36,13 +36,13 @@ from miniloader.lab.erosion.memory import memory_in
 from miniloader.lab.erosion.result import Erosion
 from miniloader.values import dataclass
 
-__all__ = ["Copies", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
+__all__ = ["CopiedPages", "LibraryMemory", "MemorySnapshot", "address_of", "snapshot"]
 
 _BY_PROGRAM: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
 @dataclass(frozen=True, eq=False)
-class Copies:
+class CopiedPages:
     """The copied pages of one library's file in one process, by vaddr.
 
     ``causes`` has each of them, with what :mod:`miniloader.evidence.cause` says; ``reasons`` why some are
@@ -64,7 +64,7 @@ class LibraryMemory:
     plan: LoadPlan
     look: Snapshot
     sharing: Sharing
-    copies: tuple[Copies, ...]
+    copies: tuple[CopiedPages, ...]
 
     @property
     def name(self) -> str:
@@ -299,12 +299,12 @@ def _of_file(look: Snapshot) -> NDArray[np.bool_]:
     return np.stack(rows)
 
 
-def _copies(process: _ProcessFiles, mapped: FileInProcess) -> Copies:
+def _copies(process: _ProcessFiles, mapped: FileInProcess) -> CopiedPages:
     """Why the pages that were copies when the process was located are that."""
     vaddrs, facts = mapped.vaddrs, mapped.file.facts
     nothing = np.empty(0, WORD_DTYPE)
     if facts is None or not len(vaddrs):
-        return Copies(process.pid, {}, {}, nothing)
+        return CopiedPages(process.pid, {}, {}, nothing)
     try:
         with ProcessMemory(process.pid) as memory:
             live, read = memory.pages(mapped.addresses)
@@ -312,7 +312,7 @@ def _copies(process: _ProcessFiles, mapped: FileInProcess) -> Copies:
         raise
     except EvidenceError as error:
         unread = vaddrs.tolist()
-        return Copies(
+        return CopiedPages(
             process.pid, dict.fromkeys(unread, ("unknown",)), dict.fromkeys(unread, str(error)), nothing
         )
     answer = classify(
@@ -320,7 +320,7 @@ def _copies(process: _ProcessFiles, mapped: FileInProcess) -> Copies:
     )
     trouble = facts.trouble or "a relocation's value lies in a file that cannot be read"
     causes = zip(vaddrs.tolist(), map(cause_names, answer.causes.tolist()), strict=True)
-    return Copies(
+    return CopiedPages(
         process.pid,
         {vaddr: names for (vaddr, names), was_read in zip(causes, read.tolist(), strict=True) if was_read},
         dict.fromkeys(vaddrs[answer.unreadable].tolist(), trouble),
@@ -328,7 +328,7 @@ def _copies(process: _ProcessFiles, mapped: FileInProcess) -> Copies:
     )
 
 
-def _settled(copies: Copies, copied: Sequence[int]) -> Copies:
+def _settled(copies: CopiedPages, copied: Sequence[int]) -> CopiedPages:
     """``copies`` of the pages that were copies when they were looked at afterwards, ``copied``."""
     causes = {vaddr: copies.causes.get(vaddr, ("unknown",)) for vaddr in copied}
     changed = dict.fromkeys([vaddr for vaddr in copied if vaddr not in copies.causes], CHANGED)

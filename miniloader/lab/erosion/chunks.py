@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects
-from miniloader.lab.erosion.sight import Sight
 
 __all__ = ["chunks_between", "eroded_chunks"]
 
@@ -30,13 +30,13 @@ Chunks = tuple[NDArray[np.uint64], NDArray[np.bool_]]
 """The address of each chunk, ascending, and whether it is in use."""
 
 
-def eroded_chunks(sight: Sight, apart: NDArray[np.uint64]) -> tuple[ErodedObjects, ...]:
+def eroded_chunks(memory: PresentMemory, apart: NDArray[np.uint64]) -> tuple[ErodedObjects, ...]:
     """The chunks that begin on the pages at these ascending addresses, in use and free; none where it is not
     glibc's heap.
     """
-    heap = next((vma for vma in read_maps(sight.pid) if vma.path == "[heap]"), None)
+    heap = next((vma for vma in read_maps(memory.pid) if vma.path == "[heap]"), None)
     inside = apart[(apart >= heap.start) & (apart < heap.end)] if heap is not None else apart[:0]
-    chunks = chunks_between(sight, heap.start, heap.end) if heap is not None and len(inside) else None
+    chunks = chunks_between(memory, heap.start, heap.end) if heap is not None and len(inside) else None
     if chunks is None:
         return ()
     addresses, in_use = chunks
@@ -50,7 +50,7 @@ def eroded_chunks(sight: Sight, apart: NDArray[np.uint64]) -> tuple[ErodedObject
     )
 
 
-def chunks_between(sight: Sight, start: int, end: int) -> Chunks | None:
+def chunks_between(memory: PresentMemory, start: int, end: int) -> Chunks | None:
     """The chunks from ``start`` to ``end``, the last of which is free; None where they are not chunks."""
     starts, used = list[int](), list[bool]()
     at, words, base = start, list[int](), start
@@ -58,7 +58,7 @@ def chunks_between(sight: Sight, start: int, end: int) -> Chunks | None:
         place = (at - base) // 8 + 1
         if not 0 <= place < len(words):
             base = at & -PAGE_SIZE
-            words, place = _words(sight, base, end), (at - base) // 8 + 1
+            words, place = _words(memory, base, end), (at - base) // 8 + 1
             if place >= len(words):
                 return None
         size = words[place] & ~_FLAGS
@@ -74,10 +74,10 @@ def chunks_between(sight: Sight, start: int, end: int) -> Chunks | None:
     return np.array(starts, np.uint64), np.array(used, np.bool_)
 
 
-def _words(sight: Sight, base: int, end: int) -> list[int]:
+def _words(memory: PresentMemory, base: int, end: int) -> list[int]:
     """The words from ``base`` on, as far as the pages are in memory."""
     addresses = np.arange(base, min(base + _BLOCK * PAGE_SIZE, end), PAGE_SIZE, dtype=np.uint64)
-    data, read = sight.pages(addresses)
+    data, read = memory.pages(addresses)
     known = len(addresses) if read.all() else int(np.argmin(read))
     words: list[int] = data[:known].reshape(-1).view(np.uint64).tolist()
     return words

@@ -20,8 +20,8 @@ from miniloader.lab.erosion.memory import PrivateMemory, private_memory
 from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pairs import Pair, pairs_of
 from miniloader.lab.erosion.pools import Pools, pools_in
+from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects, ErodedPages, Erosion, spans_of
-from miniloader.lab.erosion.sight import Sight
 from miniloader.lab.erosion.types import Types
 from miniloader.values import dataclass
 
@@ -94,10 +94,10 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
     census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
     with ExitStack() as stack:
         present = np.union1d(process.copies.addresses, process.originals.addresses)
-        sight = stack.enter_context(Sight(pair.pid, present))
+        memory = stack.enter_context(PresentMemory(pair.pid, present))
         if process.interpreter is not None and process.interpreter.is_known:
-            pools = pools_in(process.copies.addresses, sight)
-            census = _Census(pools, Types(sight, pools, process.interpreter.type_address))
+            pools = pools_in(process.copies.addresses, memory)
+            census = _Census(pools, Types(memory, pools, process.interpreter.type_address))
         for part in compare(pair):
             same.append(part.addresses[part.same])
             unread += int(np.count_nonzero(~part.read))
@@ -106,13 +106,13 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
             same=np.concatenate([np.empty(0, np.uint64), *same]),
             unread=unread,
             causes=causes,
-            objects=census.objects() if census is not None else _chunks(sight, pair, process),
+            objects=census.objects() if census is not None else _chunks(memory, pair, process),
         )
 
 
-def _chunks(sight: Sight, pair: Pair, process: Survey) -> tuple[ErodedObjects, ...]:
+def _chunks(memory: PresentMemory, pair: Pair, process: Survey) -> tuple[ErodedObjects, ...]:
     """What malloc has on these pages, of a program that is no interpreter whose objects are not known."""
-    return eroded_chunks(sight, pair.apart) if process.interpreter is None else ()
+    return eroded_chunks(memory, pair.apart) if process.interpreter is None else ()
 
 
 def _causes(part: PagePart, census: _Census | None) -> Mapping[str, int]:

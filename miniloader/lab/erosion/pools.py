@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.forking import cached_property
-from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.values import dataclass
 
 __all__ = ["POOL", "Pools", "is_chunk", "pools_in"]
@@ -68,10 +68,10 @@ class Pools:
         return np.asarray(inside & (offsets % sizes == 0) & (needed <= sizes))
 
 
-def pools_in(addresses: NDArray[np.uint64], sight: Sight) -> Pools:
+def pools_in(addresses: NDArray[np.uint64], memory: PresentMemory) -> Pools:
     """The pools that begin on the pages at these ascending ``addresses`` of anonymous memory."""
     starts = addresses[addresses & np.uint64(POOL - 1) == 0]
-    heads = sight.words(starts, _HEAD // 8)
+    heads = memory.words(starts, _HEAD // 8)
     low, high = heads & np.uint64(0xFFFFFFFF), (heads >> np.uint64(32)).astype(np.int64)
     number, last, end = high[:, 4], high[:, 5], low[:, 5].astype(np.int64)
     sizes = _ALIGNED * (np.minimum(number, _CLASSES) + 1)

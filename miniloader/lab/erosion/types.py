@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.pools import Pools
-from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.present_memory import PresentMemory
 
 __all__ = ["COLLECTED", "PRE_HEADER", "Types"]
 
@@ -62,8 +62,8 @@ class Types:
     that stand ``before`` them.
     """
 
-    def __init__(self, sight: Sight, pools: Pools, type_type: int) -> None:
-        self._sight, self._pools, self._type_type = sight, pools, type_type
+    def __init__(self, memory: PresentMemory, pools: Pools, type_type: int) -> None:
+        self._memory, self._pools, self._type_type = memory, pools, type_type
         self._met: dict[int, _Described | None] = {}
         self._decided = np.zeros(1, np.uint64)
         self.addresses = np.zeros(1, np.uint64)
@@ -101,7 +101,7 @@ class Types:
         """Which of these ascending addresses have the flags of a type, as far as these are on the page."""
         pages = candidates & ~np.uint64(PAGE_SIZE - 1)
         first = np.append(True, np.diff(pages) != 0)
-        data, read = self._sight.pages(pages[first])
+        data, read = self._memory.pages(pages[first])
         row = np.cumsum(first) - 1
         place = (candidates - pages + np.uint64(_FLAGS)).astype(np.intp) // 8
         words = data.view(np.uint64)
@@ -117,7 +117,7 @@ class Types:
         return described
 
     def _looked_at(self, address: int, depth: int) -> _Described | None:
-        data = self._sight.read(address, _LENGTH)
+        data = self._memory.read(address, _LENGTH)
         if len(data) < _LENGTH or address % 8 or depth > 3:
             return None
         _, of_type, _, name, size, item = _HEAD.unpack_from(data)
@@ -134,7 +134,7 @@ class Types:
 
     def _text(self, address: int) -> str:
         """The C string there; "" where it is no name."""
-        text, end, _ = self._sight.read(address, _LONGEST_NAME).partition(b"\0")
+        text, end, _ = self._memory.read(address, _LONGEST_NAME).partition(b"\0")
         try:
             name = text.decode() if end else ""
         except UnicodeDecodeError:
@@ -156,21 +156,21 @@ class Types:
         """``__module__`` in the dict of a class; "" where it is not to be read."""
         for key, value in self._entries(self._word(address + _DICT)):
             for at in _TEXT:
-                if self._sight.read(key + at, len(_MODULE) + 1) == _MODULE + b"\0":
+                if self._memory.read(key + at, len(_MODULE) + 1) == _MODULE + b"\0":
                     return self._ascii(value, at)
         return ""
 
     def _entries(self, mapping: int) -> list[tuple[int, int]]:
         """The first keys and values of a dict."""
         keys = self._word(mapping + _KEYS)
-        head = self._sight.read(keys, _KEYS)
+        head = self._memory.read(keys, _KEYS)
         if len(head) < _KEYS:
             return []
         entry, at_key = _ENTRY.get(head[10], (0, 0))
         (number,) = struct.unpack_from("<q", head, 24)
         if not entry or head[9] > 32 or number < 0:
             return []
-        data = self._sight.read(keys + _KEYS + (1 << head[9]), entry * min(number, _MOST_ENTRIES))
+        data = self._memory.read(keys + _KEYS + (1 << head[9]), entry * min(number, _MOST_ENTRIES))
         return [
             struct.unpack_from("<QQ", data, at + at_key) for at in range(0, len(data) // entry * entry, entry)
         ]
@@ -180,9 +180,9 @@ class Types:
         length = self._word(address + 16)
         if not 0 < length <= _LONGEST_NAME:
             return ""
-        text = self._sight.read(address + at, length)
+        text = self._memory.read(address + at, length)
         return text.decode() if len(text) == length and text.isascii() and text.decode().isprintable() else ""
 
     def _word(self, address: int) -> int:
-        data = self._sight.read(address, 8)
+        data = self._memory.read(address, 8)
         return int.from_bytes(data, "little") if len(data) == 8 else 0

@@ -31,7 +31,7 @@ from miniloader.lab.audit.survey import Memo, locate, survey
 from miniloader.lab.erosion.causes import ErosionCause
 from miniloader.lab.erosion.objects import objects_on
 from miniloader.lab.erosion.pools import pools_in
-from miniloader.lab.erosion.sight import Sight
+from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.types import Types
 from miniloader.values import dataclass
 
@@ -157,10 +157,10 @@ def _causes(pid: int, addresses: NDArray[np.uint64]) -> list[ErosionCause]:
         return ["other-write"] * len(addresses)
     pages = addresses & ~np.uint64(PAGE_SIZE - 1)
     marks = np.zeros((len(pages), PAGE_SIZE // 8), np.uint8)
-    with Sight(pid, np.union1d(process.copies.addresses, process.originals.addresses)) as sight:
-        pools = pools_in(process.copies.addresses, sight)
-        words = sight.pages(pages)[0].view(np.uint64)
-        objects = objects_on(pages, words, pools, Types(sight, pools, process.interpreter.type_address))
+    with PresentMemory(pid, np.union1d(process.copies.addresses, process.originals.addresses)) as memory:
+        pools = pools_in(process.copies.addresses, memory)
+        words = memory.pages(pages)[0].view(np.uint64)
+        objects = objects_on(pages, words, pools, Types(memory, pools, process.interpreter.type_address))
     for distance in (1, 2):
         chosen = (objects.before > 0) & (objects.word >= distance)
         marks[objects.page[chosen], objects.word[chosen] - distance] = 2

@@ -26,8 +26,8 @@ from miniloader.lab.erosion.causes import causes_of
 from miniloader.lab.erosion.interpreter import interpreter_in
 from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pools import POOL, Pools, is_chunk, pools_in
+from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import Erosion, pages_in
-from miniloader.lab.erosion.sight import Sight
 from miniloader.lab.erosion.types import Types
 from miniloader.report.audit import lines
 from miniloader.report.text import laid_out, plain
@@ -197,7 +197,7 @@ def test_chunks() -> None:
     assert not is_chunk(lengths[:1], np.array([0x410])).any()
 
 
-class Bytes(Sight):
+class Bytes(PresentMemory):
     """Memory that a test has made up."""
 
     def __init__(self, memory: dict[int, bytes]) -> None:

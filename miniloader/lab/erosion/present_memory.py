@@ -17,12 +17,12 @@ from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 
-__all__ = ["Sight"]
+__all__ = ["PresentMemory"]
 
 _OFFSET: Final = np.uint64(PAGE_SIZE - 1)
 
 
-class Sight:
+class PresentMemory:
     """The memory of process ``pid``, where ``present`` are the ascending addresses of the pages in memory.
 
     Constants of a library are often not in the page table of a child: to read them there would map them.  So
