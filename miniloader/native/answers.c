@@ -47,14 +47,13 @@ static struct { /* glibc's own, in the order of Python's */
     int (*object)(void *, Object *);
 } theirs;
 
-int64_t set_answers(const void *functions)
+void set_answers(const void *functions)
 {
     __builtin_memcpy(&theirs, functions, sizeof theirs);
-    return 0;
 }
 
 /* Put a library into the table: it is there when all of it is. */
-int64_t list_entry(uint64_t number, const Entry *new, uint64_t end)
+void list_entry(uint64_t number, const Entry *new, uint64_t end)
 {
     Entry *entry = entries + number;
     __builtin_memcpy(entry, new, sizeof *entry);
@@ -62,14 +61,12 @@ int64_t list_entry(uint64_t number, const Entry *new, uint64_t end)
     if (number >= used)
         used = number + 1;
     listed++;
-    return 0;
 }
 
-int64_t withdraw_entry(uint64_t number)
+void withdraw_entry(uint64_t number)
 {
     atomic_store_explicit(&entries[number].end, 0, memory_order_release);
     withdrawn++;
-    return 0;
 }
 
 static uint64_t end_of(const Entry *entry)
