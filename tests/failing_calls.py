@@ -32,7 +32,6 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
              _E.EOVERFLOW, _E.EPERM, _E.ETXTBSY),
     "mprotect": (_E.EACCES, _E.EINVAL, _E.ENOMEM),
     "madvise": (_E.EACCES, _E.EAGAIN, _E.EBADF, _E.EFAULT, _E.EINVAL, _E.EIO, _E.ENOMEM, _E.EPERM),
-    "process_vm_readv": (SHORT, _E.EFAULT, _E.EINVAL, _E.ENOMEM, _E.EPERM, _E.ESRCH, _E.ENOSYS),
     "ioctl": (_E.EBADF, _E.EFAULT, _E.EINVAL, _E.ENOTTY, _E.EPERM, _E.ENOMEM, _E.ESRCH, _E.ENOENT, _E.E2BIG,
               _E.EINTR),
     "open": (_E.EACCES, _E.EBUSY, _E.EINTR, _E.EINVAL, _E.EIO, _E.EISDIR, _E.ELOOP, _E.EMFILE,
@@ -78,20 +77,6 @@ class Failing:
         return -1
 
     def _short(self, arguments: tuple[Any, ...]) -> Any:
-        if self.declared:  # process_vm_*: pid, one iovec here, one there
-            pid, local, _, remote, *_ = arguments
-            here, there = local._obj, remote._obj
-            half = here.length // 2
-            return int(
-                self.real(
-                    pid,
-                    ctypes.byref(type(here)(here.base, half)),
-                    1,
-                    ctypes.byref(type(there)(there.base, half)),
-                    1,
-                    0,
-                )
-            )
         first, second, *rest = arguments
         if self.name == "preadv":
             return self.real(first, [second[0][: len(second[0]) // 2]], *rest)

@@ -41,7 +41,6 @@ __all__ = [
     "msync",
     "munmap",
     "prctl",
-    "process_vm_readv",
     "take_descriptor",
     "userfaultfd",
 ]
@@ -69,18 +68,9 @@ PR_SET_DUMPABLE: Final = 4
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _int, _long, _ulong = ctypes.c_int, ctypes.c_long, ctypes.c_ulong
-_size, _ssize, _address = ctypes.c_size_t, ctypes.c_ssize_t, ctypes.c_void_p
+_size, _address = ctypes.c_size_t, ctypes.c_void_p
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Iovec(ctypes.Structure):
-    """``struct iovec`` of readv(2)."""
-
-    _fields_ = (("base", _address), ("length", _size))
-
-
-_iovec_p = ctypes.POINTER(_Iovec)
 
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "mmap": (_address, (_address, _size, _int, _int, _int, ctypes.c_int64)),
@@ -92,7 +82,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "prctl": (_int, (_int, _ulong, _ulong, _ulong, _ulong)),
     "ioctl": (_int, (_int, _ulong, _address)),
     "syscall": (_long, (_long, _long)),
-    "process_vm_readv": (_ssize, (_int, _iovec_p, _ulong, _iovec_p, _ulong, _ulong)),
 }
 
 
@@ -204,18 +193,6 @@ def ioctl(fd: int, request: int, argument: int) -> int:
     if result < 0:
         raise _failed("ioctl")
     return result
-
-
-def process_vm_readv(pid: int, remote: int, local: int, length: int) -> int:
-    """Copy ``length`` bytes at ``remote`` in process ``pid`` to ``local`` here; the bytes copied.
-
-    A page that cannot be read ends the copy (EFAULT when it is the first), it never raises a signal.
-    """
-    destination, source = _Iovec(local, length), _Iovec(remote, length)
-    count = int(_LIBC["process_vm_readv"](pid, ctypes.byref(destination), 1, ctypes.byref(source), 1, 0))
-    if count < 0:
-        raise _failed("process_vm_readv")
-    return count
 
 
 def userfaultfd(flags: int) -> int:

@@ -28,11 +28,12 @@ import ctypes
 import errno
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, Final, Literal, Protocol
 
 from miniloader.errors import LoadError, SymbolError, UsageError
-from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 
 __all__ = ["TYPES", "Argument", "Call", "HasSymbols", "Outcome", "Written", "parse_call", "run_call"]
@@ -378,21 +379,32 @@ def _value(call: Call, returned: Any) -> Value:
 
 
 def _text(call: Call, address: int) -> str:
-    """The NUL-terminated text at ``address``, read so that a wrong address cannot raise a signal."""
-    octets, size = bytearray(), syscalls.PAGE_SIZE
-    while True:
-        room = ctypes.create_string_buffer(size - (address + len(octets)) % size)  # up to the page's end
-        try:
-            count = syscalls.process_vm_readv(
-                os.getpid(), address + len(octets), ctypes.addressof(room), len(room)
-            )
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOSYS):  # forbidden here: read it the plain way
-                return ctypes.string_at(address).decode("utf-8", "backslashreplace")
-            raise LoadError(
-                f"{call.text}: returned {address:#x}, where no text can be read", hint="is its type str?"
-            ) from None
-        data, end, _ = room.raw[:count].partition(b"\0")
-        octets += data
-        if end:
-            return octets.decode("utf-8", "backslashreplace")
+    """The NUL-terminated text at ``address``, read so that a wrong address cannot raise a signal.
+
+    By ``/proc/self/mem``: process_vm_readv(2) pins pages, and so has the kernel copy those that are shared
+    since a fork.
+    """
+    try:
+        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # forbidden here: read it the plain way
+        return ctypes.string_at(address).decode("utf-8", "backslashreplace")
+    try:
+        return b"".join(_pieces(memory, address)).decode("utf-8", "backslashreplace")
+    except (OSError, OverflowError):
+        raise LoadError(
+            f"{call.text}: returned {address:#x}, where no text can be read", hint="is its type str?"
+        ) from None
+    finally:
+        os.close(memory)
+
+
+def _pieces(memory: int, address: int) -> Iterator[bytes]:
+    """The bytes from ``address`` to the first NUL, page by page; OSError or OverflowError where none are."""
+    end = b""
+    while not end:
+        data = os.pread(memory, PAGE_SIZE - address % PAGE_SIZE, address)
+        if not data:
+            raise OSError(errno.EIO, "no memory any more")
+        address += len(data)
+        data, end, _ = data.partition(b"\0")
+        yield data

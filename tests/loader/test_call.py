@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 
 import miniloader
 from miniloader.errors import LoadError, SymbolError, UsageError
+from miniloader.kernel import syscalls
+from miniloader.kernel.pagemap import EXCLUSIVE, PRESENT, read_pagemap
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.call import TYPES, Outcome, parse_call, run_call
 
 
@@ -166,6 +170,28 @@ def test_results(libz: miniloader.Library, text: str, expected: object) -> None:
     found = run(libz, text).value
     assert found == expected
     assert type(found) is type(expected)
+
+
+def test_a_text_is_read_where_it_is_and_its_page_stays_what_it_was(libz: miniloader.Library) -> None:
+    """It is shared with a child: whoever pins it (process_vm_readv) is given a copy."""
+    page = syscalls.mmap(0, PAGE_SIZE, 3, syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS, -1, 0)
+    ctypes.memmove(page, b"text\0", 5)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        assert run(libz, f"labs({page})->str").value == "text"
+        (entry,) = read_pagemap(None, page, page + PAGE_SIZE).tolist()
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+        os.close(reading)
+        syscalls.munmap(page, PAGE_SIZE)
+    assert entry & int(PRESENT)
+    assert not entry & int(EXCLUSIVE)
 
 
 def test_output_buffers_and_variables_are_read_after_the_call(libz: miniloader.Library) -> None:

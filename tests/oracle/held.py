@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 from miniloader.elf import LoadPlan
 from miniloader.errors import MiniloaderError, WorkerError
-from miniloader.kernel import syscalls
 from miniloader.lab.workers.child import ForkedProcess, crash_quietly, ending
 from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.loader import Loading
@@ -218,9 +218,12 @@ class RemoteMemory(Memory):
 
     def read_into(self, vaddr: int, data: NDArray[Any]) -> None:
         """Fill ``data`` (contiguous) from ``vaddr`` on; OSError when the process is gone."""
-        flat = data.view(np.uint8)
+        flat = data.view(np.uint8).reshape(-1).data
         done = 0
-        while done < len(flat):
-            done += syscalls.process_vm_readv(
-                self._pid, self.bias + vaddr + done, flat.ctypes.data + done, len(flat) - done
-            )
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(self.bias + vaddr)
+            while done < len(flat):
+                count = memory.readinto(flat[done:])
+                if not count:
+                    raise ProcessLookupError(errno.ESRCH, "its memory is gone")
+                done += count

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
+from miniloader.kernel.process_memory import ProcessMemory
 
 __all__ = ["Referring", "WordNames"]
 
@@ -114,9 +113,6 @@ class WordNames:
         return number + _THREAD, signed - start
 
     def _pair(self, address: int) -> tuple[int, int]:
-        pair = (ctypes.c_uint64 * 2)()
-        try:
-            syscalls.process_vm_readv(self._pid, address, ctypes.addressof(pair), ctypes.sizeof(pair))
-        except OSError:
-            return 0, 0
-        return pair[0], pair[1]
+        with ProcessMemory(self._pid) as memory:
+            module, offset = memory.words(np.array([address], np.uint64), 2)[0].tolist()
+        return module, offset
