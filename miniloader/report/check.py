@@ -13,7 +13,7 @@ from miniloader.report.text import Line, Part, Piece, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.check.check import Checked
-    from miniloader.lab.check.rules import LoadProblem
+    from miniloader.lab.check.load_rule import LoadProblem
 
 __all__ = ["SCHEMA", "lines", "to_json"]
 

@@ -14,10 +14,11 @@ from miniloader.elf.debug_file import read_all_symbols
 from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STT_TLS
 from miniloader.elf.tables import Table
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
-from miniloader.evidence.cause import WORD_DTYPE, Cause, Space, bit, cause_names, classify
+from miniloader.evidence.cause import WORD_DTYPE, Cause, bit, cause_names, classify
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
 from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
+from miniloader.evidence.space import Space
 from miniloader.forking import cached_property
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import has_merged

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
-from miniloader.evidence.cause import CAUSES, Classified, Placed, Space, bit, cause_names, classify
+from miniloader.evidence.cause import CAUSES, Classified, bit, cause_names, classify
 from miniloader.evidence.slots import FileFacts, NameNumbers
+from miniloader.evidence.space import Placed, Space
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 BIAS = 0x7F00_0000_0000

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from miniloader.elf import inspect
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError, ProcessGone
-from miniloader.evidence.cause import Classified, Placed, Space, bit, classify
+from miniloader.evidence.cause import Classified, bit, classify
 from miniloader.evidence.layout import Layouts
+from miniloader.evidence.space import Placed, Space
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE

@@ -15,8 +15,8 @@ from miniloader.elf import ElfImage
 from miniloader.elf.symbols import SHN_UNDEF, STB_LOCAL, STT_FUNC, SymbolTable
 from miniloader.elf.tables import RELOCATION
 from miniloader.errors import ElfError
-from miniloader.evidence.cause import Placed, Space
 from miniloader.evidence.slots import COPY, INDIRECT, LOADER, RELATIVE, SLOT_DTYPE, FileFacts
+from miniloader.evidence.space import Placed, Space
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.maps import Vma, read_maps

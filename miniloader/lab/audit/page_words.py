@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from miniloader.errors import UsageError
-from miniloader.evidence.cause import Cause, Space, cause_names, classify
+from miniloader.evidence.cause import Cause, cause_names, classify
 from miniloader.evidence.slots import RELATIVE, SYMBOL, FileFacts
+from miniloader.evidence.space import Space
 from miniloader.json_schema import COUNT, HEX, INT, TEXT, array, keys, nullable, record, words
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory

@@ -21,8 +21,9 @@ from miniloader.errors import (
 )
 from miniloader.kernel.procfs import read_process_file
 from miniloader.lab.check.closure import Closure, gather
+from miniloader.lab.check.load_rule import LoadProblem
 from miniloader.lab.check.releases import Limit, limit_of
-from miniloader.lab.check.rules import LoadProblem, problems_of_load, wrong_class, wrong_machine
+from miniloader.lab.check.rules import problems_of_load, wrong_class, wrong_machine
 from miniloader.lab.check.shared_object import SharedObject, Shelf
 from miniloader.lab.check.situation import Host, Served, Situation
 from miniloader.loader.root import Root

@@ -1,17 +1,15 @@
 """What keeps a file from being loaded, or is worth knowing before: one table of rules over a situation.
 
-Each :class:`LoadRule` is a decorated function with the kind of its problems, their severity, and a sentence
-that says what holds where there are none.  That of a rule of severity ``error`` is what glibc asks for as it
-loads with ``RTLD_NOW``; the source is said where it is not plain.
+What a rule of severity ``error`` says is what glibc asks for as it loads with ``RTLD_NOW``; the source is
+said where it is not plain.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Final, Literal
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -20,17 +18,15 @@ from miniloader.elf.image import Tls
 from miniloader.elf.versions import Version
 from miniloader.errors import ElfError
 from miniloader.lab.check.closure import Lack
+from miniloader.lab.check.load_rule import LoadProblem, LoadRule, load_rule
 from miniloader.lab.check.releases import number_of, release_of
 from miniloader.lab.check.shared_object import SharedObject, dlopen_notes
 from miniloader.lab.check.situation import Situation, owners_of
 from miniloader.lab.check.where import defined_on_machine, definers, files_like, similar, uses
 from miniloader.loader.search import Machine
 from miniloader.native import gate
-from miniloader.values import dataclass
 
-__all__ = ["LOAD_RULES", "LoadProblem", "LoadRule", "Severity", "problems_of_load"]
-
-Severity = Literal["error", "warning", "info"]
+__all__ = ["LOAD_RULES", "problems_of_load"]
 
 _SURPLUS: Final = 1664  # bytes: glibc's _dl_tls_static_surplus_init, with its tunables as they are
 _OPTIONAL: Final = 512  # bytes of it that TLS descriptors may have: rtld.optional_static_tls
@@ -40,65 +36,6 @@ _MOST_DUPLICATES: Final = 100  # symbols that are told of for each pair of libra
 _STACK_REFUSED: Final = (2, 41)  # the glibc from which on dlopen makes no stack executable
 #: Machines whose stack is executable where a file does not say (glibc's DEFAULT_STACK_PERMS).
 _STACK_BY_DEFAULT: Final = ("X86_64", "386", "ARM")
-
-
-@dataclass(frozen=True)
-class LoadProblem:
-    """Something that keeps a file from being loaded (``error``), or is worth knowing (``warning``, ``info``).
-
-    ``name`` is a library, ``version`` a version of it, ``symbol`` what is looked for; ``needed_by`` is the
-    path of who needs it, in which ``section`` and ``function``; ``providers`` are paths of who would have it.
-    """
-
-    kind: str = ""
-    severity: Severity = "info"
-    name: str | None = None
-    version: str | None = None
-    symbol: str | None = None
-    needed_by: str | None = None
-    section: str | None = None
-    function: str | None = None
-    providers: tuple[str, ...] = ()
-    hint: str | None = None
-
-
-Finder = Callable[[Situation], Iterator[LoadProblem]]
-
-
-@dataclass(frozen=True)
-class LoadRule:
-    """What holds (``sentence``) where ``find`` finds no problem of this ``kind``."""
-
-    kind: str
-    severity: Severity
-    sentence: str
-    find: Finder
-
-    def problems(self, situation: Situation) -> Iterator[LoadProblem]:
-        """The problems of the rule's kind; a rule may give single ones another severity."""
-        for problem in self.find(situation):
-            severity = problem.severity if problem.severity != "info" else self.severity
-            yield replace(problem, kind=self.kind, severity=severity)
-
-
-LOAD_RULES: Final[list[LoadRule]] = []
-"""Every rule, in the order in which problems are told."""
-
-
-def load_rule(kind: str, severity: Severity, sentence: str) -> Callable[[Finder], LoadRule]:
-    """Make a function that finds problems a rule, and a row of :data:`LOAD_RULES`."""
-
-    def decorate(find: Finder) -> LoadRule:
-        rule = LoadRule(kind, severity, sentence, find)
-        LOAD_RULES.append(rule)
-        return rule
-
-    return decorate
-
-
-def problems_of_load(situation: Situation) -> tuple[LoadProblem, ...]:
-    """Every problem that any rule finds."""
-    return tuple(problem for rule in LOAD_RULES for problem in rule.problems(situation))
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -498,3 +435,12 @@ def dlopen_note(situation: Situation) -> Iterator[LoadProblem]:
                     name=" or ".join(map(str, names)), needed_by=situation.file.path,
                     hint=about or "opened while it runs",
                 )  # fmt: skip
+
+
+LOAD_RULES: Final = tuple(value for value in [*globals().values()] if isinstance(value, LoadRule))
+"""Every rule, in the order in which they are written and problems are told."""
+
+
+def problems_of_load(situation: Situation) -> tuple[LoadProblem, ...]:
+    """Every problem that any rule finds."""
+    return tuple(problem for rule in LOAD_RULES for problem in rule.problems(situation))

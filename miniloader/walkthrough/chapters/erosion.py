@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
-from itertools import groupby
+from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import EXCLUSIVE, PRESENT, read_pagemap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
-from miniloader.walkthrough.child_processes import Child
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
+from miniloader.walkthrough.object_pool import PAGES, Item, ObjectPool, built
 from miniloader.walkthrough.step import ChapterStep, Figures
 from miniloader.walkthrough.traced_calls import Calls
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "PoolPages"]
 
-_ITEMS, _MOST_TIMES, _PAGES, _SHOWN = 12_000, 25, 48, 4
+_SHOWN: Final = 4  # pages
 _UNTOLD: Final = "a page is swapped out, or not told"
 _WORKERS: Final = ("idle", "reads", "collects", "frozen, collects", "frozen, reads")
-
-
-class Item:
-    """A small object, which the collector looks at."""
-
-    __slots__ = ("following",)
-
-    def __init__(self) -> None:
-        self.following = None
 
 
 @dataclass(frozen=True)
@@ -57,68 +45,6 @@ class PoolPages:
     late: tuple[str, ...]
 
 
-class _Pool:
-    """A parent with objects, and workers that it forks, each of which does one thing with them."""
-
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
-        self.items, self.start = _built()
-        self.children: dict[str, Child] = {}
-
-    def fork(self, name: str, work: Callable[[list[Item]], None], told: str) -> None:
-        """Fork a worker that will do ``work``, told as ``told``."""
-
-        def body(calls: Calls) -> Generator[Any, None, None]:
-            yield None
-            work(self.items)
-            calls.note(told, access=True)
-            yield None
-
-        self.children[name] = child = self.bench.child(name, body)
-        self.bench.resume(child)
-        self.bench.note("fork()", str(child.pid))
-
-    def work(self, name: str) -> None:
-        """Have a worker do what it is there for."""
-        self.bench.resume(self.children[name])
-
-    def look(self, names: Sequence[str], title: str) -> dict[str, MappingView]:
-        """The pages of the objects in the parent and in these workers."""
-        pids = {"parent": os.getpid()} | {name: self.children[name].pid for name in names}
-        rows = [(name, pid, self.start) for name, pid in pids.items()]
-        return dict(zip(pids, self.bench.look(rows, _PAGES, title), strict=True))
-
-    def equal(self, name: str) -> int:
-        """How many of these pages hold the same bytes in a worker as here."""
-        here = ctypes.string_at(self.start, _PAGES * PAGE_SIZE)
-        with open(f"/proc/{self.children[name].pid}/mem", "rb", buffering=0) as memory:
-            memory.seek(self.start)
-            there = memory.read(len(here))
-        pages = range(0, len(here), PAGE_SIZE)
-        return sum(here[page : page + PAGE_SIZE] == there[page : page + PAGE_SIZE] for page in pages)
-
-
-def _built() -> tuple[list[Item], int]:
-    """Objects, and where pages begin that hold nothing else, one after another.
-
-    In a process that has run for a while the first ones fill gaps: then more are needed.
-    """
-    items = list[Item]()
-    for _ in range(_MOST_TIMES):
-        items += [Item() for _ in range(_ITEMS)]
-        run = _longest_run({id(item) // PAGE_SIZE for item in items})
-        if len(run) >= _PAGES + 2:
-            return items, run[(len(run) - _PAGES) // 2] * PAGE_SIZE
-    raise EvidenceError(f"{len(items)} objects were not given {_PAGES} pages in a row")
-
-
-def _longest_run(numbers: set[int]) -> list[int]:
-    """The longest run of numbers that follow one another."""
-    ordered = enumerate(sorted(numbers))
-    runs = ([number for _, number in run] for _, run in groupby(ordered, key=lambda pair: pair[1] - pair[0]))
-    return max(runs, key=len)
-
-
 def _read(items: list[Item]) -> None:
     for _ in items:
         pass
@@ -132,7 +58,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, PoolPages]:
     enabled = gc.isenabled()
     gc.disable()  # or the parent would collect as well, when it likes
     try:
-        pool = _Pool(bench)
+        pool = ObjectPool(bench)
         gc.collect()
         return (yield from _told(bench, pool))
     finally:
@@ -141,7 +67,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, PoolPages]:
             gc.enable()
 
 
-def _told(bench: Workbench, pool: _Pool) -> Generator[ChapterStep, None, PoolPages]:
+def _told(bench: Workbench, pool: ObjectPool) -> Generator[ChapterStep, None, PoolPages]:
     pool.fork("idle", lambda items: None, "nothing")
     pool.fork("reads", _read, "for item in items: pass")
     pool.fork("collects", _collect, "gc.collect()")
@@ -149,7 +75,7 @@ def _told(bench: Workbench, pool: _Pool) -> Generator[ChapterStep, None, PoolPag
     forked = pool.look(first, "forked")
     yield ChapterStep(
         "forked",
-        f"A parent has {len(pool.items):,} small objects, and forks three workers. Seen are {_PAGES} of "
+        f"A parent has {len(pool.items):,} small objects, and forks three workers. Seen are {PAGES} of "
         "their pages.",
         bench.taken(),
         (f"In every worker: {in_words(forked['idle'].states)}. A worker more costs none of these pages.",),
@@ -196,7 +122,7 @@ def _told(bench: Workbench, pool: _Pool) -> Generator[ChapterStep, None, PoolPag
 
 def _worked(
     bench: Workbench,
-    pool: _Pool,
+    pool: ObjectPool,
     name: str,
     did: str,
     before: dict[str, MappingView],
@@ -210,7 +136,7 @@ def _worked(
         did,
         bench.taken(),
         (
-            f"It has {len(after[worker].pages('copied'))} of the {_PAGES} pages for itself now, and {equal} "
+            f"It has {len(after[worker].pages('copied'))} of the {PAGES} pages for itself now, and {equal} "
             "of them hold the same bytes as the parent's.",
         ),
         evidence=(
@@ -230,21 +156,21 @@ def _late(bench: Workbench) -> tuple[str, ...]:
     """The states of pages of a worker that builds objects itself."""
 
     def body(calls: Calls) -> Generator[Any, None, None]:
-        items, start = _built()
+        items, start = built()
         calls.note(f"items = [Item() for _ in range({len(items)})]", access=True)
         yield start
 
     child = bench.child("builds its own", body)
     start = bench.resume(child)
-    return bench.look([("builds its own", child.pid, start)], _PAGES, "built late")[0].states
+    return bench.look([("builds its own", child.pid, start)], PAGES, "built late")[0].states
 
 
-def _table(pool: _Pool, seen: dict[str, MappingView], late: tuple[str, ...]) -> Figures:
+def _table(pool: ObjectPool, seen: dict[str, MappingView], late: tuple[str, ...]) -> Figures:
     """What each worker's share of the objects costs."""
     rows = [(name, seen[name].states, str(pool.equal(name))) for name in _WORKERS]
     rows.append(("builds its own", late, "–"))
     return Figures(
-        f"{_PAGES} pages of objects in each worker",
+        f"{PAGES} pages of objects in each worker",
         ("worker", ">its own", ">shared", ">same bytes as the parent's"),
         tuple(
             (name, str(states.count("copied")), str(states.count("copied-shared")), equal)
@@ -263,9 +189,9 @@ def _all(states: Sequence[str], wanted: str, expected: str) -> Finding:
 
 def _still_shared(states: Sequence[str]) -> Finding:
     """Whether nearly all pages are in common: the parent may have put something else on one meanwhile."""
-    holds = None if {*states} & {"unknown", "swapped"} else states.count("copied-shared") >= 0.9 * _PAGES
+    holds = None if {*states} & {"unknown", "swapped"} else states.count("copied-shared") >= 0.9 * PAGES
     observed = f"{states.count('copied-shared')} of {len(states)} pages"
-    return Finding(holds, f"nearly all of {_PAGES} pages in common", observed, _UNTOLD)
+    return Finding(holds, f"nearly all of {PAGES} pages in common", observed, _UNTOLD)
 
 
 @claim("forked-shared", "After fork no worker has a page of the objects for itself", "flags")
@@ -281,14 +207,14 @@ def _idle(seen: PoolPages) -> Finding:
 
 @claim("reading-copies", "To read an object copies its page", "flags")
 def _reading(seen: PoolPages) -> Finding:
-    return _all(seen.worked["reads"], "copied", f"{_PAGES} pages of its own")
+    return _all(seen.worked["reads"], "copied", f"{PAGES} pages of its own")
 
 
 @claim("new-frames", "The copies are other frames than the parent's", "frames")
 def _frames(seen: PoolPages) -> Finding:
     parent, reader = seen.frames
     moved = sum(first != second and second != 0 for first, second in zip(parent, reader, strict=True))
-    return Finding(moved == _PAGES, f"{_PAGES} pages in other frames", f"{moved} of {len(reader)}")
+    return Finding(moved == PAGES, f"{PAGES} pages in other frames", f"{moved} of {len(reader)}")
 
 
 @claim("nothing-changed", "Yet every byte is as it was: the counts have gone up, and down again")
@@ -298,7 +224,7 @@ def _same_read(seen: PoolPages) -> Finding:
 
 @claim("collecting-copies", "A collection copies them, too", "flags")
 def _collecting(seen: PoolPages) -> Finding:
-    return _all(seen.worked["collects"], "copied", f"{_PAGES} pages of its own")
+    return _all(seen.worked["collects"], "copied", f"{PAGES} pages of its own")
 
 
 @claim("collector-changes-nothing", "What the collector writes on each object is gone afterwards")
@@ -308,7 +234,7 @@ def _same_collected(seen: PoolPages) -> Finding:
 
 def _equal(seen: PoolPages, name: str) -> Finding:
     equal = seen.equal[name]
-    return Finding(equal >= 0.9 * _PAGES, f"nearly all of {_PAGES} pages with equal bytes", f"{equal}")
+    return Finding(equal >= 0.9 * PAGES, f"nearly all of {PAGES} pages with equal bytes", f"{equal}")
 
 
 @claim("freeze-stops-the-collector", "After gc.freeze() a collection copies none of them", "flags")
@@ -318,12 +244,12 @@ def _frozen(seen: PoolPages) -> Finding:
 
 @claim("freeze-stops-no-reader", "gc.freeze() does not help against reading", "flags")
 def _frozen_read(seen: PoolPages) -> Finding:
-    return _all(seen.worked["frozen, reads"], "copied", f"{_PAGES} pages of its own")
+    return _all(seen.worked["frozen, reads"], "copied", f"{PAGES} pages of its own")
 
 
 @claim("preloading-saves", "What is built after the fork is each worker's own from the start", "flags")
 def _built_late(seen: PoolPages) -> Finding:
-    return _all(seen.late, "copied", f"{_PAGES} pages of its own, where the idle worker has none")
+    return _all(seen.late, "copied", f"{PAGES} pages of its own, where the idle worker has none")
 
 
 _SNIPPET = """\

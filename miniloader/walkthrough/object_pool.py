@@ -1,0 +1,95 @@
+"""A parent with small objects, and workers that it forks: what the chapter on erosion works with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Generator, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+from miniloader.errors import EvidenceError
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.walkthrough.child_processes import Child
+from miniloader.walkthrough.mapping_views import MappingView
+from miniloader.walkthrough.traced_calls import Calls
+from miniloader.walkthrough.workbench import Workbench
+
+__all__ = ["PAGES", "Item", "ObjectPool", "built"]
+
+PAGES: Final = 48
+"""How many pages of the objects are looked at."""
+_ITEMS: Final = 12_000
+_MOST_TIMES: Final = 25
+
+
+class Item:
+    """A small object, which the collector looks at."""
+
+    __slots__ = ("following",)
+
+    def __init__(self) -> None:
+        self.following = None
+
+
+class ObjectPool:
+    """A parent with objects, and workers that it forks, each of which does one thing with them."""
+
+    def __init__(self, bench: Workbench) -> None:
+        """Build them; raises EvidenceError where they are not given pages in a row."""
+        self.bench = bench
+        self.items, self.start = built()
+        self.children: dict[str, Child] = {}
+
+    def fork(self, name: str, work: Callable[[list[Item]], None], told: str) -> None:
+        """Fork a worker that will do ``work``, told as ``told``."""
+
+        def body(calls: Calls) -> Generator[Any, None, None]:
+            yield None
+            work(self.items)
+            calls.note(told, access=True)
+            yield None
+
+        self.children[name] = child = self.bench.child(name, body)
+        self.bench.resume(child)
+        self.bench.note("fork()", str(child.pid))
+
+    def work(self, name: str) -> None:
+        """Have a worker do what it is there for."""
+        self.bench.resume(self.children[name])
+
+    def look(self, names: Sequence[str], title: str) -> dict[str, MappingView]:
+        """The pages of the objects in the parent and in these workers."""
+        pids = {"parent": os.getpid()} | {name: self.children[name].pid for name in names}
+        rows = [(name, pid, self.start) for name, pid in pids.items()]
+        return dict(zip(pids, self.bench.look(rows, PAGES, title), strict=True))
+
+    def equal(self, name: str) -> int:
+        """How many of these pages hold the same bytes in a worker as here."""
+        here = ctypes.string_at(self.start, PAGES * PAGE_SIZE)
+        with open(f"/proc/{self.children[name].pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(self.start)
+            there = memory.read(len(here))
+        pages = range(0, len(here), PAGE_SIZE)
+        return sum(here[page : page + PAGE_SIZE] == there[page : page + PAGE_SIZE] for page in pages)
+
+
+def built() -> tuple[list[Item], int]:
+    """Objects, and where pages begin that hold nothing else, one after another.
+
+    In a process that has run for a while the first ones fill gaps: then more are needed.
+    """
+    items = list[Item]()
+    for _ in range(_MOST_TIMES):
+        items += [Item() for _ in range(_ITEMS)]
+        run = _longest_run({id(item) // PAGE_SIZE for item in items})
+        if len(run) >= PAGES + 2:
+            return items, run[(len(run) - PAGES) // 2] * PAGE_SIZE
+    raise EvidenceError(f"{len(items)} objects were not given {PAGES} pages in a row")
+
+
+def _longest_run(numbers: set[int]) -> list[int]:
+    """The longest run of numbers that follow one another."""
+    ordered = enumerate(sorted(numbers))
+    runs = ([number for _, number in run] for _, run in groupby(ordered, key=lambda pair: pair[1] - pair[0]))
+    return max(runs, key=len)
