@@ -16,7 +16,7 @@ from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
 from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property, importing
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.events import Event, OnEvent, Stage, is_brief
@@ -160,7 +160,7 @@ class Graph:
             needed.called.add(name)
             return needed
         if answer.handle is not None:
-            library.undo.callback(host.close_host, answer.handle)
+            library.undo.callback(dynamic_linker.close_host, answer.handle)
         told = {"needed": name, "path": answer.path, "copies": answer.copies}
         self.event("need", library.name, f"{name}: {answer.how}", **told)
         return answer.what
@@ -186,11 +186,11 @@ class Graph:
                 same_file.called.add(name)
                 return Resolution(same_file, f"loaded already as {same_file.name}")
             how = f"loaded already as {same_file.name}"
-            return Resolution(same_file, how, host.open_host(same_file.path, load=False))
+            return Resolution(same_file, how, dynamic_linker.open_host(same_file.path, load=False))
         image = _image_of(source)
         if open_host and (comes_from_host(name) or (image and comes_from_host(image.soname))):
             source.close()
-            handle = host.open_host(path, load=True)
+            handle = dynamic_linker.open_host(path, load=True)
             assert handle is not None  # or it had raised
             library = self._behind(handle, path)
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
@@ -207,7 +207,7 @@ class Graph:
         if library is None:
             return None
         if library.path:  # the program stays
-            handle = host.open_host(library.path, load=False)
+            handle = dynamic_linker.open_host(library.path, load=False)
             if handle is None:
                 return None
             library = self._behind(handle, library.path)
@@ -219,11 +219,11 @@ class Graph:
 
     def _behind(self, handle: int, path: str) -> HostLibrary:
         """The library of the system's loader whose ``handle`` it has given for ``path``."""
-        bias = host.load_address(handle)
+        bias = dynamic_linker.load_address(handle)
         if bias not in self.listing.by_bias:
             self.listing = host.listing()
         if bias not in self.listing.by_bias:
-            host.close_host(handle)
+            dynamic_linker.close_host(handle)
             raise LoadError(f"{path}: the system's loader has it, but does not list it")
         return self.listing.by_bias[bias]
 

@@ -13,7 +13,7 @@ from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError
 from miniloader.forking import importing
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import host, thread_local
+from miniloader.loader.beside_glibc import dynamic_linker, thread_local
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
@@ -166,7 +166,7 @@ def find_symbol(
     """
     for library in libraries:
         address = (
-            host.symbol_address(library.handle, name, version)
+            dynamic_linker.symbol_address(library.handle, name, version)
             if isinstance(library, HostLibrary)
             else _address_of(library, name, version)
         )

@@ -9,7 +9,7 @@ from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_other_types, refuse_problems
 from miniloader.elf.dynamic import DF_1_NOOPEN, DT_FLAGS_1
 from miniloader.errors import ElfError, LoadError
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.native import gate
 from miniloader.values import dataclass
 
@@ -111,7 +111,7 @@ def refuse(image: ElfImage, policy: Policy) -> None:
 
 def _is_present(name: str) -> bool:
     """Whether the system's loader has the library ``name``, a soname or a path."""
-    handle = host.open_host(name, load=False)
+    handle = dynamic_linker.open_host(name, load=False)
     if handle is not None:
-        host.close_host(handle)
+        dynamic_linker.close_host(handle)
     return handle is not None

@@ -13,7 +13,7 @@ from typing import Final
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.forking import loading
 from miniloader.loader import constructors
-from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 
@@ -78,9 +78,11 @@ def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
     for library in libraries:
         if isinstance(library, HostLibrary):
             if not library.is_global:
-                handle = host.open_host(library.path, load=False, flags=host.RTLD_NOW | host.RTLD_GLOBAL)
+                handle = dynamic_linker.open_host(
+                    library.path, load=False, flags=dynamic_linker.RTLD_NOW | dynamic_linker.RTLD_GLOBAL
+                )
                 if handle is not None:
-                    host.close_host(handle)
+                    dynamic_linker.close_host(handle)
         elif library not in global_scope:
             global_scope.append(library)
             library.undo.callback(global_scope.remove, library)

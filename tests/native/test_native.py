@@ -28,7 +28,7 @@ from miniloader.elf.symbols import STB_GNU_UNIQUE, STT_GNU_IFUNC, STT_TLS
 from miniloader.elf.tables import RELOCATION, decode_relr
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.memory import Memory, map_plan
 from miniloader.loader.relocation_job import RelocationJob, kinds_table
 from miniloader.loader.scope import Bindings
@@ -62,7 +62,7 @@ def test_every_name_is_found_where_dlsym_finds_it(name: str) -> None:
             continue
         found = look_name_up(text, [library.names], [library.bias])
         # A version's own symbol is absolute, and 0: found, though dlsym(3) cannot say so.
-        assert column(found, "address")[0] == (host.symbol_address(handle, text) or 0), text
+        assert column(found, "address")[0] == (dynamic_linker.symbol_address(handle, text) or 0), text
         compared += 1
     assert compared > 50
 
@@ -81,7 +81,7 @@ def test_a_version_is_found_where_dlvsym_finds_it(name: str) -> None:
     for index, address in zip(wanted.tolist(), column(rows, "address"), strict=True):
         version = table.version(index)
         if version is not None:
-            theirs = host.symbol_address(handle, table.name_bytes(index), version.name)
+            theirs = dynamic_linker.symbol_address(handle, table.name_bytes(index), version.name)
             assert address == theirs, (table.name(index), version)
             compared += 1
     assert compared > 100

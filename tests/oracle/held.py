@@ -19,7 +19,7 @@ from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.lab.workers.child import ForkedProcess, crash_quietly, ending
 from miniloader.lab.workers.shared_value import SharedValue
 from miniloader.loader import Loading
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.thread_local import address_of
 from miniloader.loader.loaded import Loaded
@@ -184,7 +184,7 @@ def _described(library: Loaded) -> Report:
         "start": library.mapped.start,
         "end": library.mapped.end,
         "tls_module": block.module if block is not None else 0,
-        "tls_offset": address_of(block, 0) - host.thread_pointer() if block is not None else None,
+        "tls_offset": address_of(block, 0) - dynamic_linker.thread_pointer() if block is not None else None,
     }
 
 

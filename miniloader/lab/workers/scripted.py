@@ -57,9 +57,9 @@ class _Opened:
 
     def address(self, name: str, version: str | None = None) -> int:
         """The address of a symbol; SymbolError where there is none."""
-        from miniloader.loader.beside_glibc import host
+        from miniloader.loader.beside_glibc import dynamic_linker
 
-        address = host.symbol_address(self.handle, os.fsencode(name), version)
+        address = dynamic_linker.symbol_address(self.handle, os.fsencode(name), version)
         if address is None:
             raise SymbolError(f"{self.path}: no symbol {name}")
         return address

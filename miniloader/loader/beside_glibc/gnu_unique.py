@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from miniloader.elf.symbols import STB_GNU_UNIQUE
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.scope import Bindings, Definer, find_name, find_names
 from miniloader.loader.symbol_lookup import column
 
@@ -45,7 +45,7 @@ def settled(name: bytes, address: int, definer: Definer) -> tuple[int, Definer |
     """The process's one ``name``, where a look-up found ``definer``'s at ``address``; who of ours has it."""
     for library in host.libraries():
         if _unique(find_name(name, [library])):
-            return host.symbol_address(library.handle, name) or 0, None
+            return dynamic_linker.symbol_address(library.handle, name) or 0, None
     return _ours.setdefault(name, (address, definer))
 
 
@@ -63,7 +63,7 @@ def _of_host(library: Definer, symbols: Sequence[int]) -> list[int | None]:
         unique = _unique(find_names(library, [symbols[place] for place in remaining], host_library))
         for place in [remaining[found] for found in unique]:
             name = library.names.name(symbols[place])
-            addresses[place] = host.symbol_address(host_library.handle, name)
+            addresses[place] = dynamic_linker.symbol_address(host_library.handle, name)
             remaining.remove(place)
     return addresses
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from array import array
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
@@ -34,30 +33,20 @@ from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable,
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError, LoadError
 from miniloader.forking import cached_property
+from miniloader.loader.beside_glibc.dynamic_linker import (
+    close_host,
+    declared,
+    global_handle,
+    load_address,
+    open_host,
+    symbol_address,
+)
 from miniloader.loader.symbol_lookup import MappedSymbols
-from miniloader.native import Stopped, address_of, unlocked
-from miniloader.native.gate import require_loading
+from miniloader.native import Stopped, address_of
 from miniloader.values import dataclass
 
-__all__ = [
-    "HostLibrary",
-    "HostListing",
-    "global_handle",
-    "libraries",
-    "listing",
-    "open_host",
-    "thread_pointer",
-]
+__all__ = ["HostLibrary", "HostListing", "libraries", "listing"]
 
-RTLD_LAZY: Final = 1
-RTLD_NOW: Final = 2
-RTLD_NOLOAD: Final = 4
-RTLD_GLOBAL: Final = 0x100
-RTLD_DI_LINKMAP: Final = 2
-RTLD_DI_SERINFO: Final = 4
-RTLD_DI_SERINFOSIZE: Final = 5
-RTLD_DI_TLS_MODID: Final = 9
-RTLD_DI_TLS_DATA: Final = 10
 _PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
 _PROBES: Final = 16
 
@@ -67,103 +56,7 @@ _PHDR: Final = PHDR.packing
 _USED_AND_SIZE: Final = struct.Struct("<QQ")
 _START: Final = _USED_AND_SIZE.size
 _SYM: Final = SYM.packing
-_libc: Final = ctypes.CDLL(None)
-
-
-def _declared(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(_libc, name, None)
-    if function is None:  # another C library: whoever comes to call it has not asked at the gate
-        return lambda *_: require_loading()
-    function.restype, function.argtypes = restype, argtypes
-    return function
-
-
-_iterate: Final = _declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-_dlopen: Final = _declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
-_dlclose: Final = _declared("dlclose", ctypes.c_int, ctypes.c_void_p)
-_dlsym: Final = _declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-_dlvsym: Final = _declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
-_dlerror: Final = _declared("dlerror", ctypes.c_char_p)
-_dlinfo: Final = _declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-
-
-def thread_pointer() -> int:
-    """The calling thread's thread pointer: see the psABIs for where its storage lies from it."""
-    return int(unlocked("thread_pointer", ctypes.c_uint64)())
-
-
-def open_host(name: str, *, load: bool, flags: int = RTLD_NOW) -> int | None:
-    """A dlopen(3) handle of ``name``: only if the process has it already, unless ``load``.
-
-    ``None`` when it has not; :class:`LoadError` when loading fails.
-    """
-    handle = _dlopen(os.fsencode(name), flags if load else flags | RTLD_NOLOAD)
-    if handle is None:
-        message = _dlerror()  # also clears it
-        if load:
-            reason = message.decode("utf-8", "backslashreplace") if message else "unknown reason"
-            raise LoadError(f"{name}: the system's loader refuses it: {reason}", ld_so=reason)
-        return None
-    return int(handle)
-
-
-def close_host(handle: int) -> None:
-    """dlclose(3)."""
-    _dlclose(handle)
-
-
-def symbol_address(handle: int, name: bytes, version: str | None = None) -> int | None:
-    """dlsym(3), or dlvsym(3) with ``version``; resolves IFUNCs and gives the thread's own TLS address."""
-    if version is None:
-        address = _dlsym(handle, name)
-    else:
-        address = _dlvsym(handle, name, version.encode("utf-8", "surrogateescape"))
-    if address is None:
-        _dlerror()
-    return None if address is None else int(address)
-
-
-def information(handle: int, request: int, address: int) -> None:
-    """dlinfo(3): the answer is stored at ``address``."""
-    if _dlinfo(handle, request, address) != 0:
-        message = _dlerror()
-        raise LoadError(f"dlinfo: {message.decode('utf-8', 'backslashreplace') if message else 'failed'}")
-
-
-def load_address(handle: int) -> int:
-    """The load bias of the library behind ``handle``: ``l_addr`` of its link map."""
-    link_map = ctypes.c_uint64()
-    information(handle, RTLD_DI_LINKMAP, ctypes.addressof(link_map))
-    return int(ctypes.c_uint64.from_address(link_map.value).value)
-
-
-def tls_module(handle: int) -> int:
-    """The TLS module id of the library behind ``handle``."""
-    module = ctypes.c_size_t()
-    information(handle, RTLD_DI_TLS_MODID, ctypes.addressof(module))
-    return int(module.value)
-
-
-def tls_data(handle: int) -> int:
-    """Where the calling thread has the thread-local storage of the library behind ``handle``; 0: nowhere."""
-    block = ctypes.c_size_t()
-    information(handle, RTLD_DI_TLS_DATA, ctypes.addressof(block))
-    return int(block.value)
-
-
-def read_words(address: int, count: int) -> array[int]:
-    """``count`` 8-byte words that the system's loader has written at ``address``."""
-    return array("Q", ctypes.string_at(address, 8 * count))
-
-
-_global: list[int] = []
-
-
-def global_handle() -> int:
-    """The handle of the process's global scope, ``dlopen(NULL)``."""
-    if not _global:
-        _global.append(int(_dlopen(None, RTLD_LAZY)))
-    return _global[0]
+_iterate: Final = declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from miniloader.elf.layout import DYN, EHDR, PHDR, SYM
 from miniloader.elf.writer import dynamic_section, elf_header, hash_table, program_header
 from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.beside_glibc.tls_carrier import open_bytes
 
 __all__ = ["make_executable"]
@@ -28,7 +28,7 @@ def make_executable(owner: str) -> None:
         handle, fd = open_bytes("miniloader-stack", _library())
     except (OSError, LoadError) as error:
         raise LoadError(f"{owner}: PT_GNU_STACK: stacks stay as they are: {error}") from None
-    host.close_host(handle)
+    dynamic_linker.close_host(handle)
     os.close(fd)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
 from miniloader.errors import LoadError
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.memory import Memory
 from miniloader.native import ANSWERS, IMPORT, INSIDE, STAND_INS, address_of, buffer_address, functions
 
@@ -191,7 +191,7 @@ def stand_ins() -> dict[int, int]:
     ctypes.memmove(listing, array("Q", words).tobytes(), 8 * len(words))
     glibc = array("Q", [_of_host().get(name, 0) for name in INSIDE])
     answerer = _answerers[0]() if _answerers else 0
-    loops.set_inside(answerer, glibc.buffer_info()[0], *table.entries, host.global_handle())
+    loops.set_inside(answerer, glibc.buffer_info()[0], *table.entries, dynamic_linker.global_handle())
     return pairs
 
 
@@ -239,5 +239,5 @@ def asked() -> tuple[int, ...]:
 def _of_host() -> dict[bytes, int]:
     """The addresses of glibc's functions, by name."""
     names = dict.fromkeys((*ANSWERS, *INSIDE))
-    addresses = {name: host.symbol_address(host.global_handle(), name) for name in names}
+    addresses = {name: dynamic_linker.symbol_address(dynamic_linker.global_handle(), name) for name in names}
     return {name: address for name, address in addresses.items() if address is not None}

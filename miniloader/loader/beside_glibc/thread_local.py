@@ -17,7 +17,7 @@ from typing import Any, Final
 from miniloader.elf import Tls
 from miniloader.elf.symbols import STT_TLS
 from miniloader.errors import LoadError
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.beside_glibc.tls_carrier import Carrier, GlibcQuestion, open_carrier
 from miniloader.loader.relocation_job import Row
@@ -222,7 +222,7 @@ class _Index(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _get_address() -> Any:
-    address = host.symbol_address(host.global_handle(), b"__tls_get_addr")
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), b"__tls_get_addr")
     if address is None:
         raise LoadError("the system's loader has no __tls_get_addr")
     return ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.POINTER(_Index))(address)

@@ -44,7 +44,7 @@ from miniloader.elf.writer import (
 )
 from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.machine.relocation import Formula, code_of
 from miniloader.native.gate import processor
 from miniloader.values import dataclass
@@ -88,13 +88,13 @@ class Carrier:
     def module(self) -> int:
         """The TLS module id that glibc gave it."""
         assert self._handle is not None
-        return host.tls_module(self._handle)
+        return dynamic_linker.tls_module(self._handle)
 
     @property
     def block(self) -> int:
         """Where the calling thread has its storage; 0 while it has none."""
         assert self._handle is not None
-        return host.tls_data(self._handle)
+        return dynamic_linker.tls_data(self._handle)
 
     def close(self) -> bool:
         """Close it; whether it is gone.
@@ -103,14 +103,14 @@ class Carrier:
         this returns ``False`` and may be called again later.
         """
         if self._handle is not None:
-            host.close_host(self._handle)
+            dynamic_linker.close_host(self._handle)
             self._handle = None
-        handle = host.open_host(self.name, load=False)
+        handle = dynamic_linker.open_host(self.name, load=False)
         if handle is not None:
-            host.close_host(handle)  # closing is also what makes glibc look whether it can go now
-            handle = host.open_host(self.name, load=False)
+            dynamic_linker.close_host(handle)  # closing is also what makes glibc look whether it can go now
+            handle = dynamic_linker.open_host(self.name, load=False)
             if handle is not None:
-                host.close_host(handle)
+                dynamic_linker.close_host(handle)
                 return False
         if self._fd >= 0:
             os.close(self._fd)
@@ -142,8 +142,8 @@ def open_carrier(
         if "static TLS" in str(error):
             hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
         raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
-    start = host.load_address(handle)
-    words = host.read_words(start + answers_at, 2 * len(questions))
+    start = dynamic_linker.load_address(handle)
+    words = dynamic_linker.read_words(start + answers_at, 2 * len(questions))
     answers = dict(zip(questions, zip(words[::2], words[1::2], strict=True), strict=True))
     return Carrier(name, handle, fd, answers, start + answers_at)
 
@@ -160,7 +160,7 @@ def open_bytes(name: str, data: bytes) -> tuple[int, int]:
         while view:
             view = view[os.write(fd, view) :]
         # Not by /proc/self: a debugger opens it, too, and would wait for whatever is its own descriptor.
-        handle = host.open_host(f"/proc/{os.readlink('/proc/self')}/fd/{fd}", load=True)
+        handle = dynamic_linker.open_host(f"/proc/{os.readlink('/proc/self')}/fd/{fd}", load=True)
     except (OSError, LoadError):
         os.close(fd)
         raise

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 
 __all__ = ["deregister", "eh_frame", "register"]
 
@@ -74,8 +74,8 @@ def _call(name: bytes, address: int) -> bool:
 @lru_cache(maxsize=2)
 def _function(name: bytes) -> Any:
     """A function of the process's libgcc, which is kept from now on; None if it has none."""
-    handle = host.open_host(_LIBGCC, load=False)
-    address = host.symbol_address(handle, name) if handle is not None else None
+    handle = dynamic_linker.open_host(_LIBGCC, load=False)
+    address = dynamic_linker.symbol_address(handle, name) if handle is not None else None
     return None if address is None else ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from miniloader.errors import LoadError, MiniloaderError
-from miniloader.loader.beside_glibc import host
+from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.events import OnEvent
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.from_inside.opening import open_library
@@ -50,6 +50,6 @@ def open_for_host(name: bytes, flags: int, caller: Caller) -> int | None:
         reason = LoadError(f"{text}: a fault of miniloader's own, {type(error).__name__}: {error}")
     if rules.strict:
         raise reason
-    handle = host.open_host(text, load=True, flags=flags)
+    handle = dynamic_linker.open_host(text, load=True, flags=flags)
     rules.fell_back(text, reason)
     return handle

@@ -10,7 +10,7 @@ from typing import Final
 from miniloader.elf import Source
 from miniloader.errors import LoadError, SymbolError
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.graph import Graph, Resolution
@@ -99,11 +99,11 @@ def _open_host(answer: Resolution, flags: int) -> int:
     """A handle of ld.so's own library, with what ``flags`` ask for."""
     flags &= ~os.RTLD_DEEPBIND
     if answer.handle is None:  # the program
-        return host.global_handle()
+        return dynamic_linker.global_handle()
     if flags & (os.RTLD_GLOBAL | os.RTLD_NODELETE):
-        handle = host.open_host(answer.path, load=False, flags=flags)
+        handle = dynamic_linker.open_host(answer.path, load=False, flags=flags)
         if handle is not None:
-            host.close_host(answer.handle)
+            dynamic_linker.close_host(answer.handle)
             return handle
     return answer.handle
 

@@ -6,7 +6,7 @@ from typing import Final, NoReturn
 
 from miniloader.errors import SymbolError
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import host, stand_ins
+from miniloader.loader.beside_glibc import dynamic_linker, host, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.from_inside.opening import library_of
@@ -24,7 +24,7 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
 
     None where only glibc can tell; :class:`SymbolError` where nobody has it.
     """
-    if handle == host.global_handle():  # what ld.so has there has been asked for
+    if handle == dynamic_linker.global_handle():  # what ld.so has there has been asked for
         definition = find_symbol(unload.global_scope, name, version)
         return None if definition is None else _meant(definition[0])
     if handle not in (_DEFAULT, _NEXT):
@@ -52,7 +52,7 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
 
 def _find_globally(name: bytes, version: str | None) -> tuple[int, Loaded | HostLibrary] | None:
     """``name`` in the process's global scope: ld.so's, then those of ours that have been made global."""
-    address = host.symbol_address(host.global_handle(), name, version)
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), name, version)
     if address is not None:
         return address, host.libraries()[0]
     return find_symbol(unload.global_scope, name, version)
