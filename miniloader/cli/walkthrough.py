@@ -273,6 +273,7 @@ class _Reader:
                 return None
             if len(words) == 1 and words[0] in map(str, range(1, choices + 1)):
                 return int(words[0]) - 1
+            print(f"  {' '.join(words)!r} is none of the answers: type its number")
 
     def _line(self, prompt: str) -> str:
         """A line from standard input; at its end nobody is waited for any more."""

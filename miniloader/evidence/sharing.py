@@ -55,8 +55,8 @@ STATES: Final = tuple(
     for code, row in enumerate(
         (
             ("absent", "·", "not in this process's page table (never touched, or the process has ended)"),
-            ("shared", "█", "the file's own page, and another of these processes has the same"),
-            ("sole", "▒", "the file's own page, and no other of these processes is seen to have it"),
+            ("shared", "█", "the file's own page, and another row has the same"),
+            ("sole", "▒", "the file's own page, and no other row is seen to have it"),
             ("copied", "◆", "a frame of this process alone: copied on write, or anonymous from the start"),
             (
                 "copied-shared",

@@ -1,8 +1,8 @@
 """The page grid: processes down, pages across; the same sign in one column is the same frame.
 
-Neighbouring pages that look the same in every process are one run.  A run of up to four pages has a sign
-for each; a longer one is as wide as the logarithm of its pages, whose number stands above it, so that a page
-on its own can still be seen beside a thousand.
+A grid of few pages has a sign for each.  In a larger one neighbouring pages that look the same in every
+process are one run: of up to four pages it has a sign for each, else it is as wide as the logarithm of its
+pages, whose number stands above it, so that a page on its own can still be seen beside a thousand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from miniloader.values import dataclass
 
 __all__ = ["Mark", "explained", "grid_legend", "matrix", "matrix_legend", "page_grid"]
 
-_DRAWN_SINGLY: Final = 4  # pages
+_FEW: Final = 24  # pages of a grid that has a sign for each
+_DRAWN_SINGLY: Final = 4  # pages of a run, in a larger grid
+_EXACT: Final = 0.0  # the stretch of a grid that has a sign for each page
 _MOST_SIGNS: Final = 8  # of one meaning, in the legend
 _NUMBERED: Final = -1  # stands among states for: what the numbers mean
 _STRETCHES: Final = (4.0, 3.0, 2.5, 2.0, 1.5, 1.0)  # columns by which a run grows when its pages double
@@ -80,22 +82,24 @@ def matrix(
 
 def matrix_legend(snapshot: Snapshot, parts: Sequence[tuple[int, str]], told: Collection[int] = ()) -> Table:
     """What the signs of :func:`matrix` mean, but for the states that are ``told`` already."""
-    return _legend(analyse(snapshot).runs([vaddr for vaddr, _ in parts]), told)
+    runs = analyse(snapshot).runs([vaddr for vaddr, _ in parts])
+    return _legend(runs, _first_number(runs), told)
 
 
 def explained(snapshot: Snapshot, parts: Sequence[tuple[int, str]]) -> frozenset[int]:
     """What :func:`matrix_legend` of this has told: states, and _NUMBERED where there are numbers."""
     runs = analyse(snapshot).runs([vaddr for vaddr, _ in parts])
-    numbered = {_NUMBERED} if any(map(_number, runs)) else set()
+    numbered = {_NUMBERED} if _first_number(runs) else set()
     return frozenset(state for run in runs for state in run.states) | numbered
 
 
 def grid_legend(snapshots: Iterable[Snapshot], plan: LoadPlan) -> Table:
     """What the signs in the grids of ``snapshots`` mean, and how to read the numbers."""
-    return _legend([run for snapshot in snapshots for run in _runs(snapshot, plan)])
+    grids = [_runs(snapshot, plan) for snapshot in snapshots]
+    return _legend([*chain.from_iterable(grids)], next(filter(None, map(_first_number, grids)), ""))
 
 
-def _legend(runs: Sequence[Run], told: Collection[int] = ()) -> Table:
+def _legend(runs: Sequence[Run], number: str, told: Collection[int] = ()) -> Table:
     drawn: dict[int, dict[str, str]] = {}
     for run in runs:
         for process, state in enumerate(run.states):
@@ -108,7 +112,6 @@ def _legend(runs: Sequence[Run], told: Collection[int] = ()) -> Table:
             signs += [" "] * bool(signs) + [(sign, style)]
         signs += [" …"] * (len(drawn[state]) > _MOST_SIGNS)
         rows.append((signs, (STATES[state].help, "dim")))
-    number = next(filter(None, map(_number, runs)), "")
     if number and _NUMBERED not in told:
         text = "pages in the run below the number; where there is none, one sign is one page"
         rows.append(((number, "dim"), (text, "dim")))
@@ -177,14 +180,23 @@ def _sign(run: Run, process: int) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------------- how wide it is
+def _is_exact(runs: Iterable[Run]) -> bool:
+    return sum(run.pages for run in runs) <= _FEW
+
+
+def _first_number(runs: Sequence[Run]) -> str:
+    """The first number of pages that stands above these runs, "" where none does."""
+    stretch = _EXACT if _is_exact(runs) else _STRETCHES[-1]
+    return next(filter(None, (_number(run, stretch) for run in runs)), "")
+
+
 def _width(run: Run, stretch: float) -> int:
-    if run.pages <= _DRAWN_SINGLY:
-        return run.pages
-    return max(2 + ceil(stretch * log2(run.pages)), len(_number(run)) + 2)
+    number = _number(run, stretch)
+    return max(2 + ceil(stretch * log2(run.pages)), len(number) + 2) if number else run.pages
 
 
-def _number(run: Run) -> str:
-    return f"{run.pages:,}" if run.pages > _DRAWN_SINGLY else ""
+def _number(run: Run, stretch: float) -> str:
+    return f"{run.pages:,}" if run.pages > _DRAWN_SINGLY and stretch != _EXACT else ""
 
 
 def _block_width(block: _Block, stretch: float) -> int:
@@ -230,9 +242,11 @@ def _labels(processes: Sequence[ProcessPages]) -> list[str]:
 
 def _drawn(blocks: Sequence[_Block], labels: Sequence[str], width: int, mark: Mark | None) -> list[Line]:
     room = max(width - len(labels[0]), 20)
-    stretch = next(
-        (candidate for candidate in _STRETCHES if _total(blocks, candidate) <= room), _STRETCHES[-1]
-    )
+    if _is_exact(run for block in blocks for run in block.runs):
+        stretch = _EXACT
+    else:
+        fitting = (candidate for candidate in _STRETCHES if _total(blocks, candidate) <= room)
+        stretch = next(fitting, _STRETCHES[-1])
     return [line for band in _bands(blocks, room, stretch) for line in _band(band, labels, stretch, mark)]
 
 
@@ -240,7 +254,7 @@ def _band(band: Sequence[_Block], labels: Sequence[str], stretch: float, mark: M
     blank = " " * len(labels[0])
     yield _headings(blank, band, stretch, "role")
     yield _headings(labels[0], band, stretch, "protection")
-    if any(_number(run) for block in band for run in block.runs):
+    if any(_number(run, stretch) for block in band for run in block.runs):
         yield (((blank + "".join(_numbers(block, stretch) for block in band)).rstrip(), "dim"),)
     for process, label in enumerate(labels[1:]):
         line: list[Piece] = [label]
@@ -267,7 +281,7 @@ def _headings(label: str, band: Sequence[_Block], stretch: float, attribute: str
 
 
 def _numbers(block: _Block, stretch: float) -> str:
-    numbers = "".join(f"{_number(run):^{_width(run, stretch)}}" for run in block.runs)
+    numbers = "".join(f"{_number(run, stretch):^{_width(run, stretch)}}" for run in block.runs)
     return f"{numbers:{_block_width(block, stretch) + 1}}"
 
 

@@ -5,6 +5,7 @@ Everything fits the width it is given; nothing is told by colour alone.
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ __all__ = [
 WIDEST: Final = 110
 """Columns; longer lines are hard to read."""
 _ROOM_FOR_16: Final = 76  # columns that a row of sixteen bytes needs
+_NOTATION: Final = -2  # stands among the states that are told: how accesses are written
 
 
 # ------------------------------------------------------------------------------------------- the contents
@@ -148,6 +150,8 @@ def _blocks(step: ChapterStep, width: int, told: Collection[int]) -> Iterator[It
     """What was done and what was seen, each to be set apart."""
     if step.calls:
         yield [_calls(step.calls)]
+    if _NOTATION in _notation(step) - {*told}:
+        yield [Table((), [(("p[0] = x: a store; p[0] → x: a load, and what it gave", "dim"),)], 3)]
     for sentence in step.saw:
         yield [(printable(sentence),)]
     yield from map(_before_and_after, step.evidence)
@@ -222,8 +226,14 @@ def _listing(listing: CodeListing) -> Iterator[Part]:
 
 
 def told_by(step: ChapterStep) -> frozenset[int]:
-    """What the legend of the grid of ``step`` has explained."""
-    return frozenset() if step.grid is None else explained(step.grid.snapshot, _parts(step.grid))
+    """What the legends of ``step`` have explained: of its accesses, and of its grid."""
+    told = _notation(step)
+    return told if step.grid is None else told | explained(step.grid.snapshot, _parts(step.grid))
+
+
+def _notation(step: ChapterStep) -> frozenset[int]:
+    accessed = any(call.access and "[" in call.text for call in step.calls)
+    return frozenset({_NOTATION} if accessed else ())
 
 
 def _parts(grid: Grid) -> list[tuple[int, str]]:
@@ -350,10 +360,34 @@ def solution(chapter: Chapter[Any], tried: str) -> Iterator[Part]:
         yield from hints(chapter)
         return
     yield _part("Your file, and the lines by which ours differs")
-    ours = chapter.exercise.solution.splitlines()
+    ours = _attempted(chapter.exercise.solution, tried).splitlines()
     for line in [*unified_diff(_code_of(tried), ours, n=2, lineterm="")][2:]:
         style = {"+": "green", "-": "red"}.get(line[:1], "dim")
         yield ((f"  {printable(line)}", style),)
+
+
+def _attempted(solution: str, tried: str) -> str:
+    """The ``solution`` without the functions that a learner has not begun: those are as in the snippet."""
+    lines, begun = solution.splitlines(), _functions(tried)
+    for name, (first, last, _) in sorted(_functions(solution).items(), key=lambda item: -item[1][0]):
+        if begun.get(name, (0, 0, False))[2]:
+            lines[first:last] = ["    raise NotImplementedError"]
+    return "\n".join(lines)
+
+
+def _functions(text: str) -> dict[str, tuple[int, int, bool]]:
+    """Each function of ``text``: the lines below its docstring, and whether it is still to be written."""
+    try:
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    except (SyntaxError, ValueError):  # ValueError: a byte that no source may have
+        return {}
+    found = {}
+    for node in nodes:
+        told = ast.get_docstring(node) is not None and len(node.body) > 1
+        body = node.body[1:] if told else node.body
+        unwritten = len(body) == 1 and ast.unparse(body[0]) == "raise NotImplementedError"
+        found[node.name] = (body[0].lineno - 1, node.end_lineno or 0, unwritten)
+    return found
 
 
 def _code_of(text: str) -> list[str]:

@@ -61,6 +61,11 @@ class ChapterView:
     c_source: str
 
     @property
+    def has_accesses(self) -> bool:
+        """Whether a load or a store of memory is among what was done."""
+        return any(call.access and "[" in call.text for step in self.result.steps for call in step.calls)
+
+    @property
     def listing(self) -> str:
         """The calls of all steps."""
         lines = []

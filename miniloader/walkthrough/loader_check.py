@@ -352,7 +352,8 @@ STEPS: Final = (
     ),
     LoaderStep(
         "plan", "plan the mappings", _plan,
-        "the start rounds down to a page, the file offset with it; ends round up; PF_R is 4, PROT_READ is 1",
+        "the start rounds down to a page, the file offset with it; ends round up; pages behind the file's "
+        "last one are a mapping of zeros, without a file; PF_R is 4, PROT_READ is 1",
     ),
     LoaderStep(
         "map_library", "map them", _map,
@@ -377,6 +378,7 @@ STEPS: Final = (
 )  # fmt: skip
 """The steps, in order."""
 
+_RIGHT: Final = {1: "", 2: "step 1 is right; ", 3: "steps 1 and 2 are right; "}  # before step 1, 2, 3
 _doing: Final = mmap.mmap(-1, PAGE)  # where a learner's process is, for who started it
 
 
@@ -419,7 +421,7 @@ def check_loader(names: Names) -> Answer:
         for library in libraries:
             difference = first_difference(names, library, step)
             if difference is not None:
-                right = {1: "", 2: "step 1 is right; "}.get(number, f"steps 1 to {number - 1} are right; ")
+                right = _RIGHT.get(number, f"steps 1 to {number - 1} are right; ")
                 place = f"step {number} of {len(STEPS)}, {step.function} of {library.name}"
                 return Answer(False, f"{right}{place}: {difference}", step.hint)
     return Answer(True, "all seven steps are right, and crc32 runs in a libz that your loader has loaded")

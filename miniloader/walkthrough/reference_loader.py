@@ -1,7 +1,9 @@
 """A loader in seven steps, for x86-64: what is left of ld.so when only the necessary is kept.
 
-A library is known by ``base``, the address of its vaddr 0, and by its program ``headers``.  The numbers of
-elf.h and functions for memory are given; the seven steps follow, and load() takes them one after the other.
+A library is known by ``base`` and its program ``headers``.  A vaddr is an address as the library was linked;
+in the process that byte is at base + vaddr.  Numbers in the file have their lowest byte first ("<" for
+struct).  The numbers of elf.h and functions for memory are given: help("miniloader.walkthrough.given") lists
+them.  The seven steps follow, and load() takes them one after the other.
 """
 
 # ruff: noqa: I001 - a long import, in lines that one can read

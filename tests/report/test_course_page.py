@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_loads_are_told_from_calls(course: Path, open_page: Open) -> None:
     assert any(line.startswith("fork() = ") for line in lines)
     assert any(line.endswith('shared[0:5] → "hello"') for line in lines)
     assert "Listing: the same in C" in opened.page.locator("#fork").inner_text()
+
+
+def test_words_and_pages_are_named_as_in_the_text(course: Path, open_page: Open) -> None:
+    """No break before a word's comma; a page has its number; the legend has signs of its matrix."""
+    opened = open_page(course)
+    assert opened.page.locator("a.word").first.evaluate("(a) => getComputedStyle(a).display") == "inline"
+    opened.page.get_by_role("button", name="Show all answers").click()
+    assert re.match(r"parent, page \d: ", opened.page.locator("#fork-1 .film .said").inner_text())
+    sample, owners = opened.page.locator("#fork-1 .film").evaluate("""({ film: { data }, film }) => {
+      const cells = data.rows.flatMap((_, row) => data.columns.map((page) => [row, page]));
+      const copies = cells.filter(([row, page]) => data.state(0, row, page) === 4);
+      return [film.ownerOf(4), copies.map(([row, page]) => data.owner(0, row, page))];
+    }""")
+    assert sample in owners or (sample, owners) == (-1, [])
 
 
 WIDE = """() => {

@@ -10,12 +10,12 @@ import pytest
 
 from miniloader.evidence.snapshot import ProcessRange, take
 from miniloader.kernel.probe import best_level
-from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
+from miniloader.kernel.syscalls import MAP_ANONYMOUS, MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE
 from miniloader.report import walkthrough
 from miniloader.report.grid import explained, matrix, matrix_legend
 from miniloader.report.text import Part, laid_out, plain
 from miniloader.walkthrough.chapter import Answer, Choice, Quiz
-from miniloader.walkthrough.chapters import cow, fork, relocation
+from miniloader.walkthrough.chapters import build, cow, fork, relocation
 from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
 from miniloader.walkthrough.step import (
     BeforeAfter,
@@ -75,7 +75,11 @@ def test_calls_and_accesses_are_told_apart_and_by_whom() -> None:
         "  this process open(x) = 3",
         '  child        p[0] → "a"',
         "               close(3) = 0",
+        "",
+        "   p[0] = x: a store; p[0] → x: a load, and what it gave",
     ]
+    told = walkthrough.told_by(ChapterStep("name", "did.", calls))
+    assert step(calls=calls, told=told)[-1] == "               close(3) = 0"  # once a chapter
     alone = (TracedCall("open(x)", "3"), TracedCall("note"))
     assert step(calls=alone) == ["", "   open(x) = 3", "   note"]
 
@@ -160,6 +164,19 @@ def test_the_grid_is_what_the_kernel_says() -> None:
     assert not matrix_legend(snapshot, (), told).rows
 
 
+@pytest.mark.parametrize(("pages", "signs", "numbered"), [(8, 8, False), (24, 24, False), (1024, 0, True)])
+def test_a_grid_of_few_pages_has_a_sign_for_each(pages: int, signs: int, numbered: bool) -> None:
+    with Workbench() as bench:
+        memory = bench.mapped(pages * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS)
+        target = [ProcessRange(os.getpid(), memory.address, 0, memory.length)]
+        snapshot = take(target, level=bench.level)
+    *_, row = lines(matrix(snapshot, ("one",), (), 60))
+    assert len(row.removeprefix("one").strip()) == signs or not signs
+    assert len(row) <= 60
+    legend = lines([matrix_legend(snapshot, ())])
+    assert any("pages in the run below the number" in line for line in legend) is numbered
+
+
 def grids(found: ChapterResult, width: int) -> Sequence[str]:
     told: set[int] = set()
     shown = []
@@ -217,6 +234,15 @@ def test_a_snippet_is_python_with_its_task() -> None:
     assert text.endswith(cow.CHAPTER.exercise.snippet)
     task = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
     assert task.startswith(cow.CHAPTER.exercise.task)
+
+
+def test_the_solution_shows_what_was_attempted_alone() -> None:
+    """Of the loader: the step that a learner has written, and none that is still to come."""
+    attempt = build.CHAPTER.exercise.snippet.replace("    raise NotImplementedError", "    return []", 1)
+    shown = lines(walkthrough.solution(build.CHAPTER, attempt))
+    assert any('struct.unpack_from("<HH", file, 54)' in line for line in shown)
+    assert not any("MAP_FIXED" in line for line in shown if line.strip().startswith("+"))
+    assert lines(walkthrough.solution(build.CHAPTER, "def plan(:"))  # what is no Python has no functions
 
 
 def test_what_a_learner_printed_cannot_act() -> None:

@@ -18,7 +18,7 @@ from miniloader.walkthrough.chapters import CHAPTERS, chapter, chapters
 from miniloader.walkthrough.exercise_runner import check_file
 from miniloader.walkthrough.run_chapter import ChapterResult, run_chapter
 from miniloader.walkthrough.scratch_files import file_system_of
-from miniloader.walkthrough.words import words_in
+from miniloader.walkthrough.words import ALIASES, WORDS, words_in
 from tests.conftest import AsNobody
 
 #: Claims about a clock, which a machine that does much else may disagree with.
@@ -152,3 +152,28 @@ def test_words_are_found_in_the_texts_of_chapters() -> None:
     named = {word for _, word in words_in(texts) if word}
     assert len(named) >= 20
     assert "".join(text for text, _ in words_in(texts)) == texts
+
+
+#: Names in capitals that are told where they are used, or are no subject of the course.
+TOLD_IN_PLACE = {
+    "CPython", "PID", "POSIX", "FIFOs", "TCP", "TCP_ZEROCOPY_RECEIVE", "MAP_POPULATE", "PROT_READ",
+    "PROT_WRITE",
+    "SEGV_ACCERR", "DT_TEXTREL", "R_X86_64_RELATIVE", "PIC", "fPIC", "KiB", "GiB", "MiB",
+}  # fmt: skip
+TERM = re.compile(r"(?<![\w.])[A-Za-z]*[A-Z]{2,}[A-Z_a-z0-9]*\b")
+
+
+def test_each_term_can_be_looked_up() -> None:
+    """What a chapter calls by a name in capitals is a word of the table, one key or hover away."""
+    known = {*WORDS, *ALIASES, *(f"{word}s" for word in WORDS)} | TOLD_IN_PLACE
+    for one in chapters():
+        choices = [choice for quiz in one.questions for choice in quiz.choices]
+        asked = [quiz.text for quiz in one.questions] + [f"{choice.text} {choice.why}" for choice in choices]
+        told = [one.title, one.claim, one.surprise, *one.explanation, one.exercise.task, *asked]
+        assert {*TERM.findall(" ".join(told))} - known == set(), one.id
+
+
+def test_a_verb_is_no_word_of_the_table() -> None:
+    """A fault maps pages: that is not the process's map."""
+    text = "it maps a file; the process's map; they map it"
+    assert [word for _, word in words_in(text) if word] == ["process's map"]

@@ -181,6 +181,11 @@
       this.resize();
     }
     get page() { return this.data.columns[this.column]; }
+    // What a page is called: its number, where a mapping's pages are counted; where it lies, in a library.
+    named(page) {
+      const { data } = this, counted = data.groups.length === 1 && data.groups[0][2] === "pages";
+      return counted ? `page ${page}` : `page ${hex(data.vaddr[page])}`;
+    }
     // What to show first: a copied page, else one that is there.
     firstCopy() {
       const { data } = this, rows = [...data.rows.keys()];
@@ -212,7 +217,7 @@
       this.known = this.figure.clientWidth;
       const { data } = this, total = data.columns.length;
       this.width = this.stage.clientWidth;
-      this.gutter = this.width < 300 ? 24 : 84;
+      this.gutter = this.width < 300 && total * 14 > this.width - 84 ? 24 : 84;  // numbers for names, where room is short
       const room = this.width - this.gutter - (data.groups.length - 1) * 7 - 2;
       this.cell = Math.min(34, Math.floor(room / Math.max(total, 1)));
       this.whole = this.cell >= 9;
@@ -364,7 +369,11 @@
     }
     overview() {
       const scale = $(this.figure, ".scale"), { data } = this;
-      if (this.whole) { scale.textContent = data.groups.length > 1 ? "All pages are shown, one cell each; gaps between mappings are left out." : ""; return; }
+      const numbers = this.gutter < 50 ? ` Rows: ${list(data.rows.map((name, row) => `${row + 1} is ${name}`))}.` : "";
+      if (this.whole) {
+        scale.textContent = ((data.groups.length > 1 ? "All pages are shown, one cell each; gaps between mappings are left out." : "") + numbers).trim();
+        return;
+      }
       const rows = data.rows.length, height = Math.max(2, Math.min(9, Math.floor(110 / rows)));
       const to = prepare(this.over, this.width, rows * height + 24), spans = this.spans();
       const rank = [0, 2, 1, 4, 3, 0.5, 5, 6, 5], cells = data.table(this.step, "cells");  // what is shown where several pages fall on one pixel
@@ -390,8 +399,8 @@
       to.strokeStyle = palette.ink; to.lineWidth = 2;
       const left = this.xAtOverview(this.from), right = this.xAtOverview(Math.min(this.from + this.shown, data.columns.length) - 1);
       to.strokeRect(left - 2, 14, Math.max(right - left + 4, 5), rows * height + 4);
-      scale.textContent = `Above, all ${plural(data.columns.length, "page")}, each group on its own scale (${spans.map((span, group) =>
-        `${data.groups[group][2]}: ${plural(span.pages, "page")}`).join(", ")}); below, ${this.shown} of them, from ${hex(data.vaddr[data.columns[this.from]])}.`;
+      scale.textContent = `Above, all ${plural(data.columns.length, "page")}${spans.length < 2 ? "" : `, each group on its own scale (${
+        spans.map((span, group) => `${data.groups[group][2]}: ${plural(span.pages, "page")}`).join(", ")})`}; below, ${this.shown} of them, from ${this.named(data.columns[this.from])}.${numbers}`;
     }
     // ---- words
     tell() {
@@ -427,7 +436,7 @@
       $(figure, ".facts dl").replaceChildren(...facts.map(([key, value]) => make("div", {}, make("dt", { textContent: key }), make("dd", { textContent: value }))));
       const cause = ranges.find((one) => one[2] === "cause");
       const copied = [COPIED, COPIED_SHARED].includes(data.state(step, row, page));
-      $(figure, ".said").textContent = `${data.rows[row]}, page ${hex(data.vaddr[page])}: ${name}, ${told}` +
+      $(figure, ".said").textContent = `${data.rows[row]}, ${this.named(page)}: ${name}, ${told}` +
         (others.length ? `, shared with ${list(others)}` : "") + (copied && cause ? `; ${cause[3]}` : "");
     }
     mapping(row, page) {
@@ -562,12 +571,23 @@
       const head = make("tr", {}, ...["vaddr", "in the file", "in memory", "what changed it"].map((text) => make("th", { scope: "col", textContent: text })));
       return make("table", {}, make("thead", {}, head), body);
     }
+    // Whose frame a cell of ``state`` has, in this matrix: so the legend has a sign that is in it.
+    ownerOf(state) {
+      const { data } = this;
+      for (const step of [data.at, data.scenes.length - 1]) {
+        for (const row of data.rows.keys()) {
+          const page = data.columns.find((column) => data.state(step, row, column) === state);
+          if (page !== undefined) return data.owner(step, row, page);
+        }
+      }
+      return -1;
+    }
     legend() {
       const { data } = this;
       $(this.figure, ".legend").replaceChildren(...data.legend.map((state) => {
         const canvas = make("canvas", { ariaHidden: "true" });
         const item = make("li", {}, canvas, make("span", { textContent: `${data.states[state][0]}: ${data.states[state][2]}` }));
-        const owner = state === COPIED ? 1 : state === COPIED_SHARED ? 0 : -1;
+        const owner = state === COPIED || state === COPIED_SHARED ? this.ownerOf(state) : -1;
         paintCell(prepare(canvas, 20, 20), { state, owner, colour: owner < 0 ? palette.shared : hue(owner) }, 0, 0, 20, 20);
         return item;
       }));

@@ -25,7 +25,16 @@ __all__ = ["CHAPTER", "BuiltLoader", "skeleton"]
 
 _HELLO: Final = b"hello"
 _MOST_ROWS: Final = 6
-_KINDS: Final = {given.PT_LOAD: "PT_LOAD", given.PT_DYNAMIC: "PT_DYNAMIC", given.PT_GNU_RELRO: "PT_GNU_RELRO"}
+_KINDS: Final = {
+    given.PT_LOAD: "PT_LOAD",
+    given.PT_DYNAMIC: "PT_DYNAMIC",
+    given.PT_GNU_RELRO: "PT_GNU_RELRO",
+    4: "PT_NOTE",
+    7: "PT_TLS",
+    0x6474E550: "PT_GNU_EH_FRAME",
+    0x6474E551: "PT_GNU_STACK",
+    0x6474E553: "PT_GNU_PROPERTY",
+}
 _PROTECTIONS: Final = {"PROT_READ": 1, "PROT_WRITE": 2, "PROT_EXEC": 4}
 _SIGNS: Final = ((4, "r"), (2, "w"), (1, "x"))
 
@@ -104,6 +113,11 @@ def _mapped(
 ) -> Generator[ChapterStep, None, int]:
     fd = bench.opened(library.path)
     base = loader.map_library(fd, mappings)
+    first = min(start for start, *_ in mappings)
+    end = max(start + length for start, length, *_ in mappings)
+    bench.note(
+        f"mmap(NULL, {end - first}, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0)", f"{base + first:#x}"
+    )
     for start, length, protection, offset in mappings:
         source = (
             "MAP_PRIVATE|MAP_FIXED|MAP_ANONYMOUS, -1, 0"
@@ -112,7 +126,7 @@ def _mapped(
         )
         mode = flag_text(protection, _PROTECTIONS, "PROT_NONE")
         bench.note(f"mmap({base + start:#x}, {length}, {mode}, {source})", f"{base + start:#x}")
-    vmas = within(read_maps(), base, base + max(start + length for start, length, *_ in mappings))
+    vmas = within(read_maps(), base, base + end)
     rows = tuple((hex(vma.start - base), hex(vma.end - base), vma.protection) for vma in vmas)
     yield ChapterStep(
         "map",

@@ -64,7 +64,9 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     rows = [("this process", os.getpid(), memory.address), ("other", reader.pid, bench.resume(reader))]
     _touch_all(bench, memory)
     before = bench.look(rows, _PAGES, "touched")[0]
-    bytes_before = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:+32]")
+    bytes_before = bench.load(
+        memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 32}]"
+    )
     yield ChapterStep(
         "touched",
         f"Two processes map the same file of {_PAGES} pages with MAP_PRIVATE, and read every page. "
@@ -78,7 +80,9 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     after = bench.look(rows, _PAGES, "written")[0]
     in_file = bench.pread(fd, 5, _WRITTEN * PAGE_SIZE)
     read_there = bench.resume(reader)
-    bytes_after = bench.load(memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:+32]")
+    bytes_after = bench.load(
+        memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 32}]"
+    )
     store = ChangedWord(0, 5, "the store: in this process's copy only")
     title = f"page {_WRITTEN}, as this process sees it"
     yield ChapterStep(
@@ -129,8 +133,8 @@ def _file_changed(
     writer = bench.opened(path, os.O_RDWR)
     for page in (_WRITTEN, _LATER):
         bench.pwrite(writer, b"later", page * PAGE_SIZE)
-    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN * PAGE_SIZE}:+5]")
-    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER * PAGE_SIZE}:+5]")
+    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 5}]")
+    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER * PAGE_SIZE}:{_LATER * PAGE_SIZE + 5}]")
     yield ChapterStep(
         "file changed",
         f"Now somebody changes the file itself, with pwrite, in page {_WRITTEN} and in page {_LATER}.",
@@ -196,7 +200,7 @@ def _store_into_read_only(bench: Workbench, path: str) -> Generator[ChapterStep,
         calls.store(memory.address, b"x")
 
     child = bench.child("child", store)
-    signal = bench.fatal(child, f"store at {bench.resume(child):#x} = 'x'")
+    signal = bench.fatal(child, f'store at {bench.resume(child):#x} = "x"')
     yield ChapterStep(
         "a store that is refused",
         "A child maps the file with PROT_READ only, and stores all the same. This is what it dies of.",
@@ -215,7 +219,7 @@ def _beyond_the_end(bench: Workbench) -> Generator[ChapterStep, None, str]:
     def read_after_cut(calls: Calls) -> Generator[Any, None, None]:
         fd = calls.open(path, os.O_RDONLY)
         memory = calls.mmap(_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd)
-        calls.store(memory.page(6), b"mine", f"p[6 * {PAGE_SIZE}]")
+        calls.store(memory.page(6), b"mine", f"p[{6 * PAGE_SIZE}]")
         yield memory.page(6)
         calls.load(memory.page(6))
 

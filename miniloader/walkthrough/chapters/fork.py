@@ -60,7 +60,9 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
         calls.store(memory.page(_BY_CHILD), b"child", f"p[{_BY_CHILD * PAGE_SIZE}]")
         calls.store(board.address, b"hello", "shared[0]")
         yield None
-        yield calls.load(memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT * PAGE_SIZE}:+5]")
+        yield calls.load(
+            memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT * PAGE_SIZE}:{_BY_PARENT * PAGE_SIZE + 5}]"
+        )
 
     child = bench.child("child", child_body)
     bench.resume(child)
@@ -69,7 +71,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
     forked = bench.look(rows, _PAGES, "forked")
     yield ChapterStep(
         "forked",
-        f"A process writes {_PAGES} pages of private memory, and forks.",
+        f"A process writes {_PAGES} pages of private memory, maps one page of shared memory, and forks.",
         bench.taken(),
         (
             f"Parent and child have the same {_PAGES} frames: {_frames(forked[0])}. fork copied the page "
@@ -82,7 +84,9 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
     bench.resume(child)
     bench.store(memory.page(_BY_PARENT), b"mine!", f"p[{_BY_PARENT * PAGE_SIZE}]")
     written = bench.look(rows, _PAGES, "written")
-    parent_reads = bench.load(memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD * PAGE_SIZE}:+5]")
+    parent_reads = bench.load(
+        memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD * PAGE_SIZE}:{_BY_CHILD * PAGE_SIZE + 5}]"
+    )
     word = bench.load(board.address, 5, "shared[0:5]")
     child_reads = bench.resume(child)
     pages = (_BY_CHILD, _BY_PARENT)

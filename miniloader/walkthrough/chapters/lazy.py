@@ -91,7 +91,7 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         f"A file of {_PAGES:,} pages, all in the page cache, is mapped; one byte of page {_TOUCHED} is read.",
         bench.taken(),
         (
-            f"One fault brought {len(pages)} pages: {around}. The kernel maps what is at hand around the "
+            f"One fault brought {_pages(len(pages))}: {around}. The kernel maps what is at hand around the "
             "one that was asked for.",
             "So a page that is present need not have been touched.",
         ),
@@ -99,6 +99,10 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         grid=after.grid,
     )
     return before, after
+
+
+def _pages(number: int) -> str:
+    return f"{number:,} page{'s' if number != 1 else ''}"
 
 
 def _folios(bench: Workbench) -> Generator[ChapterStep, None, None]:
@@ -165,7 +169,10 @@ def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, Mappin
         "one write",
         "The same file in a private mapping; this time the first touch is a store.",
         bench.taken(),
-        (f"One fault brought {written.present}: a write needs a copy, and copies are made one at a time.",),
+        (
+            f"One fault brought {_pages(written.present)}: a write needs a copy, and copies are made one "
+            "at a time.",
+        ),
         grid=written.grid,
     )
     return written
@@ -193,8 +200,8 @@ def _cold_and_warm(bench: Workbench) -> Generator[ChapterStep, None, tuple[int, 
         "A file that the page cache has let go of is mapped and read page by page, and then once more.",
         bench.taken(),
         (
-            f"Cold: {cold.major} faults waited for the disk; read-ahead brought the rest in time.",
-            f"Warm: {warm.major} did. And {warm.minor} faults were enough for {_PAGES:,} pages.",
+            f"Cold: {cold.major} of the faults waited for the disk; read-ahead brought the rest in time.",
+            f"Warm: {warm.major} of them did, and {warm.minor} were enough for {_PAGES:,} pages.",
         ),
         tables=(Figures("getrusage(2)", columns, rows),),
     )
@@ -310,7 +317,7 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
     number=2,
     title="Lazy loading",
     claim="A page enters memory when it is first touched, and not before.",
-    surprise=f"One read brings 1, {_AROUND} or {_ENTRIES} pages, as it happens; one write brings exactly 1.",
+    surprise=f"One read may bring 1 page, {_AROUND}, or all of {_ENTRIES}; one write brings exactly 1.",
     claims=(_on_demand, _at_least_one, _write_one, _by_fault, _cold_major),
     question=Quiz(
         f"A file of {_PAGES:,} pages is in the page cache. A program maps it and reads one byte. "

@@ -156,7 +156,7 @@ def _zeros(
 ) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
     """Read and write memory without a file; what the device gave, what memory gave, and its pages."""
     zeros = bench.load(device.address, 8, "device[0:8]")
-    nothing = bench.load(anonymous.page(1), 8, f"memory[{PAGE_SIZE}:+8]")
+    nothing = bench.load(anonymous.page(1), 8, f"memory[{PAGE_SIZE}:{PAGE_SIZE + 8}]")
     bench.store(anonymous.page(2), b"mine", f"memory[{2 * PAGE_SIZE}]")
     memory = bench.look_at(anonymous, title="device and memory")
     yield ChapterStep(

@@ -146,7 +146,10 @@ def _mapped_twice(
     """Read the file page that is mapped twice; the view then, its two pages, and whether they are alike."""
     first, second, offset = _file_page_mapped_twice(_planned(plan))
     length = min(PAGE_SIZE, image.source.size - offset)
-    read = [bench.load(bias + vaddr, length, f"library[{vaddr:#x}:+{length}]") for vaddr in (first, second)]
+    read = [
+        bench.load(bias + vaddr, length, f"library[{vaddr:#x}:{vaddr + length:#x}]")
+        for vaddr in (first, second)
+    ]
     view = look("read")
     pages = ((first - plan.start) // PAGE_SIZE, (second - plan.start) // PAGE_SIZE)
     yield ChapterStep(
@@ -181,7 +184,7 @@ def _zero_the_tail(
     """Zero what follows the data; what is there then, what was there of the file, and the view then."""
     tail = next(call for call in plan.calls() if call.call == "memset")
     page, near = (tail.start - plan.start) // PAGE_SIZE, min(32, tail.length)
-    around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:+{32 + near}]"
+    around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:{tail.start + near:#x}]"
     bytes_before = bench.load(around, 32 + near, name)
     bench.store(bias + tail.start, bytes(tail.length), f"library[{tail.start:#x}:{tail.end:#x}]")
     zeroed = bench.load(bias + tail.start, tail.length, f"library[{tail.start:#x}:{tail.end:#x}]")
