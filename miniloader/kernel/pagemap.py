@@ -7,7 +7,6 @@ once (:class:`PageTable`).  Source: Documentation/admin-guide/mm/pagemap.rst; ``
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -124,9 +123,7 @@ class PageMap:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

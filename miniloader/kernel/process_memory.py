@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from itertools import pairwise
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -38,9 +37,7 @@ class ProcessMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
     def pages(

@@ -13,7 +13,6 @@ import ctypes
 import os
 import struct
 from contextlib import suppress
-from types import TracebackType
 from typing import Final, Self
 
 from numpy import void
@@ -81,9 +80,7 @@ class WriteWatch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from operator import attrgetter
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -41,10 +40,8 @@ class PresentMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._memory.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._memory.__exit__()
         for fd in self._files.values():
             os.close(fd)
 
