@@ -29,10 +29,11 @@ __all__ = ["PreparedPages"]
 
 @dataclass(frozen=True, eq=False)
 class _CacheFile:
-    """A file of the cache, and how the library it is of is mapped."""
+    """A file of the cache, how the library it is of is mapped, and the inode of that."""
 
     ready: Prepared
     plan: LoadPlan
+    inode: int
 
 
 class PreparedPages:
@@ -65,7 +66,7 @@ class PreparedPages:
         # Its device and path as maps has them, which may not be those of stat.
         start = bias + cached.plan.start
         own = next((image for image in vmas if image.is_file and image.start == start), None)
-        if own is None or mapping is None or own.inode != cached.ready.file[2]:
+        if own is None or mapping is None or own.inode != cached.inode:
             return None
         return replace(
             vma,
@@ -97,8 +98,8 @@ def _read(path: str, vma: Vma) -> _CacheFile | None:
         if not stat.S_ISREG(status.st_mode) or status.st_ino != vma.inode:
             return None
         ready = read_index(fd, status.st_size)
-        return _CacheFile(ready, inspect(ready.path).plan(PAGE_SIZE))
-    except (MiniloaderError, ValueError, LookupError, TypeError):
+        return _CacheFile(ready, inspect(ready.path).plan(PAGE_SIZE), ready.file[2])
+    except (MiniloaderError, OSError, ValueError, LookupError, TypeError):
         return None
     finally:
         os.close(fd)

@@ -78,6 +78,8 @@ _FORMAT: Final = 4
 _WORD: Final = 8
 _MOST_INDEX: Final = 1 << 28  # bytes
 _MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
+#: What another's file may raise that has a checksum, and is none of ours all the same.
+_MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
 _HEAD: Final = struct.Struct(
     "<8sIIQ"
@@ -320,6 +322,14 @@ def read_index(fd: int, size: int) -> Prepared:
     index = os.pread(fd, at - _HEAD.size, _HEAD.size)
     if _checksum(length, total, index) != checksum:
         raise LoadError("its index is damaged")
+    try:
+        return _decoded(fd, index, length, at, total)
+    except _MALFORMED:
+        raise LoadError("its index is damaged") from None
+
+
+def _decoded(fd: int, index: bytes, length: int, at: int, total: int) -> Prepared:
+    """What an ``index`` says whose JSON has ``length`` bytes; the pages are from ``at`` to ``total``."""
     facts = json.loads(index[8 : 8 + length])
     _check(facts)
     arrays: dict[str, NDArray[Any]] = {}

@@ -246,13 +246,36 @@ def _of_another(path: Path, kept: Path) -> None:
 def _elsewhere(kept: Path) -> None:
     """The index, whole, says that the last of the cached pages belong behind the library."""
     head, data = pages._HEAD, bytearray(kept.read_bytes())
-    magic, _, length, total = head.unpack_from(data)
-    at = int.from_bytes(data[head.size : head.size + 8], "little")
+    length = head.unpack_from(data)[2]
     runs = head.size + 8 + -(-length // 8) * 8
     count = json.loads(data[head.size + 8 :][:length])["counts"]["runs"]
     last = np.frombuffer(data, pages.RUN, count, runs)[-1:]
     last["vaddr"] += 1 << 30
     del last
+    _checked(kept, data)
+
+
+def _saying(kept: Path, text: bytes) -> None:
+    """The index says in JSON, with its checksum, what no index does."""
+    head, data = pages._HEAD, bytearray(kept.read_bytes())
+    length = head.unpack_from(data)[2]
+    assert len(text) <= length
+    data[head.size + 8 : head.size + 8 + length] = text.ljust(length)
+    _checked(kept, data)
+
+
+def _instead(kept: Path, key: str, value: object) -> bytes:
+    """The JSON of the index with another ``value``, in no more bytes."""
+    head, data = pages._HEAD, kept.read_bytes()
+    facts = json.loads(data[head.size + 8 :][: head.unpack_from(data)[2]])
+    return json.dumps({**facts, key: value}, separators=(",", ":")).encode()
+
+
+def _checked(kept: Path, data: bytearray) -> None:
+    """Write ``data`` in place of a file of the cache, with the checksum that it then has."""
+    head = pages._HEAD
+    magic, _, length, total = head.unpack_from(data)
+    at = int.from_bytes(data[head.size : head.size + 8], "little")
     checksum = zlib.crc32(data[head.size : at], zlib.crc32(struct.pack("<QQ", length, total)))
     head.pack_into(data, 0, magic, checksum, length, total)
     kept.unlink()
@@ -278,6 +301,8 @@ _AMISS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "index": (lambda _, kept: _spoil(kept, 200), "index is damaged"),
     "pages": (lambda _, kept: _spoil(kept, -1), "pages are damaged"),
     "elsewhere": (lambda _, kept: _elsewhere(kept), "its pages are of another library"),
+    "no names": (lambda _, kept: _saying(kept, _instead(kept, "names", [])), "index is damaged"),
+    "no file": (lambda _, kept: _saying(kept, _instead(kept, "file", 1)), "index is damaged"),
     "endless": (lambda _, kept: _endless(kept), "index is damaged"),
     "other kind": (_other_kind, "another kind"),
     "writable": (lambda _, kept: kept.chmod(0o600), "mode 0600.*expected .* mode 0400"),
