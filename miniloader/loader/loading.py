@@ -7,13 +7,11 @@ takes (IFUNC).  ``initialise`` runs their constructors.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from miniloader.elf import Source
 from miniloader.elf.dynamic import DF_1_INITFIRST, DT_FLAGS_1
@@ -41,7 +39,6 @@ from miniloader.native import functions
 
 __all__ = ["Loading", "can_answer", "load"]
 
-_CALLBACK: Final = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _NEXT: Final = "{}() comes next"
 _HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
 
@@ -329,16 +326,6 @@ def load(
     return steps.library
 
 
-def _answerer() -> int:
-    """The address of what answers ``inside.c``."""
-    return ctypes.cast(_callback(), ctypes.c_void_p).value or 0
-
-
-@lru_cache(maxsize=1)
-def _callback() -> Any:
-    return _CALLBACK(_answer)
-
-
 def _answer(place: int) -> int:
     """Answer the question at the address ``place``; what that takes is imported for the first one.
 
@@ -357,7 +344,7 @@ def _load_for_caller(source: Source, policy: Policy, asker: Asker | None, asked_
     return steps.library.loaded
 
 
-stand_ins.answer_with(_answerer)
+stand_ins.answer_with(_answer)
 
 
 def can_answer() -> bool:

@@ -64,7 +64,7 @@ class Relocation:
                 found = f"vaddrs {vaddr:#x} to {end:#x}"
                 raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
-            counts, highest = self._job.survey()
+            counts, highest = self._job.survey(relocations.kinds)
             if relocations.lazy is not None and relocations.left:
                 highest = max(highest, int(relocations.lazy["symbol"].max()))
             self.names = open_names(image, spans, memory.bias, at_least=highest + 1)

@@ -6,7 +6,7 @@ import ctypes
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress
+from itertools import chain
 from typing import Any, Final
 
 from miniloader.loader.symbol_lookup import VaddrRange, spans_array
@@ -80,19 +80,19 @@ class RelocationJob:
         )
         self._place = ctypes.addressof(self._job)
 
-    def survey(self) -> tuple[dict[int, int], int]:
-        """How many rows there are of each kind, and the highest symbol that they have."""
+    def survey(self, codes: Iterable[int]) -> tuple[dict[int, int], int]:
+        """How many rows there are of those kinds among ``codes`` that have any, and the highest symbol."""
         counts, highest = array("Q", bytes(8 * KINDS)), ctypes.c_uint64()
         self._run("survey", counts, ctypes.addressof(highest))
-        return {code: counts[code] for code in compress(range(KINDS), counts)}, highest.value
+        return {code: counts[code] for code in codes if counts[code]}, highest.value
 
     def used(self, symbols: int) -> array[int]:
         """Which of so many symbols have to be bound, ascending."""
         self._used = bytearray(symbols)
         self._run("use", self._used, symbols)
-        wanted, listed = array("q", [0]) * symbols, ctypes.c_uint64()
+        wanted, listed = array("q", [0]) * (symbols - self._used.count(0)), ctypes.c_uint64()
         run("list_set", self._used, symbols, wanted, ctypes.addressof(listed))
-        return wanted[: listed.value]
+        return wanted
 
     def rows(self, code: int, count: int) -> list[Row]:
         """The rows of a kind, of which there are ``count``.  Their symbols are used."""

@@ -13,7 +13,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from miniloader.arrays import NDArray, np
 from miniloader.elf.symbols import SymbolTable
@@ -24,6 +24,8 @@ from miniloader.native import run
 from miniloader.values import dataclass
 
 __all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
+
+_FEW: Final = 64  # symbols of a library that need more than to be bound; others have as many as they have
 
 
 class Definer(Protocol):
@@ -120,9 +122,13 @@ class Bindings:
         functions.
         """
         count, wanted, noted = len(self.wanted), array("Q", sorted(asked)), ctypes.c_uint64()
-        addresses, notes = array("Q", [0]) * count, array("q", [0]) * (2 * count)
-        place = ctypes.addressof(noted)
-        run("note", self.rows, count, ours, wanted, len(wanted), addresses, notes, place)
+        addresses, notes = array("Q", [0]) * count, array("q", [0]) * _FEW
+        while True:
+            room = notes, len(notes), ctypes.addressof(noted)
+            run("note", self.rows, count, ours, wanted, len(wanted), addresses, *room)
+            if noted.value <= len(notes):
+                break
+            notes = array("q", [0]) * noted.value
         kinds: tuple[list[int], ...] = [], [], []
         for note in notes[: noted.value]:
             kinds[note & 3].append(note >> 2)

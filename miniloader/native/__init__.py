@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from _ctypes import dlsym
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Final
@@ -36,6 +37,7 @@ __all__ = [
     "IMPORT",
     "INDIRECT_FUNCTION",
     "INSIDE",
+    "INTERFACE",
     "KINDS",
     "LOOPS_SONAME",
     "NEWEST",
@@ -146,6 +148,16 @@ INSIDE: Final = {
     b"dlmopen": "inside_namespace",
     b"dlerror": "inside_error",
 }
+#: Functions of CPython's C interface by which inside.c asks.
+INTERFACE: Final = (
+    b"PyGILState_Ensure",
+    b"PyGILState_Release",
+    b"PyLong_FromUnsignedLongLong",
+    b"PyObject_CallOneArg",
+    b"PyObject_IsTrue",
+    b"Py_DecRef",
+    b"PyErr_WriteUnraisable",
+)
 #: What stands for dlopen(3) where CPython imports extension modules.
 IMPORT: Final = "inside_import"
 
@@ -162,10 +174,10 @@ def functions() -> ctypes.PyDLL:
     for name, arguments in (
         *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
         *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
-        *(("note", 8), ("list_asked", 6), ("list_set", 4), ("list_symbols", 5)),
+        *(("note", 9), ("list_asked", 6), ("list_set", 4), ("list_symbols", 5)),
         *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
         *(("set_answers", 1), ("list_entry", 3), ("withdraw_entry", 1), ("flush_code", 2)),
-        *(("set_inside", 5), ("set_python", 3), ("tell_faults", 1)),
+        *(("set_inside", 6), ("set_python", 3), ("tell_faults", 1)),
     ):
         function = getattr(library, name, None)
         if function is None:
@@ -189,7 +201,7 @@ def unlocked(name: str, restype: Any, *argtypes: Any) -> Any:
 @lru_cache(maxsize=32)
 def address_of(name: str) -> int:
     """Where a function, or an object, of the compiled code is in this process."""
-    return ctypes.cast(getattr(functions(), name), ctypes.c_void_p).value or 0
+    return dlsym(functions()._handle, name)  # a function of ctypes' own for each would take ten times as long
 
 
 def buffer_address(data: Any) -> int:

@@ -35,7 +35,16 @@ static struct { /* glibc's own, in the order of Python's */
     char *(*error)(void);
 } theirs;
 
-static int64_t (*_Atomic answer)(Question *); /* whether it has answered; else glibc does */
+static struct { /* of CPython's C interface what it takes to ask, in the order of Python's */
+    int (*lock)(void);
+    void (*unlock)(int);
+    void *(*number)(uint64_t);
+    void *(*call)(const void *function, void *argument);
+    int (*truth)(void *);
+    void (*forget)(void *);
+    void (*complain)(const void *function);
+} interface;
+static const void *_Atomic answerer;          /* a function of Python, which gets a question's address */
 static uint64_t first_handle, last_handle;    /* of ours */
 static uint64_t program;                      /* the handle of the program, by which all that is global is found */
 
@@ -49,17 +58,35 @@ static bool is_ours(const void *handle)
     return (uint64_t)handle >= first_handle && (uint64_t)handle < last_handle;
 }
 
+/* Whether Python's function has answered.  Not by a callback of ctypes': libffi asks the kernel whether it is SELinux
+   before it makes its first one, which takes as long as all else that dlopen(3) takes. */
+static bool has_answered(const void *function, Question *question)
+{
+    int state = interface.lock();
+    void *place = interface.number((uint64_t)question);
+    void *result = place ? interface.call(function, place) : NULL;
+    int truth = result ? interface.truth(result) : -1;
+    if (truth < 0)
+        interface.complain(function);
+    if (result)
+        interface.forget(result);
+    if (place)
+        interface.forget(place);
+    interface.unlock(state);
+    return truth > 0;
+}
+
 /* Whatever is called has no error to tell of at first: neither we nor glibc. */
 static bool ask(Question *question)
 {
-    int64_t (*python)(Question *) = answer;
+    const void *python = answerer;
     free(message);
     message = NULL;
     pending = false;
     if (!python)
         return false;
     theirs.error();
-    if (!python(question))
+    if (!has_answered(python, question))
         return false;
     message = (char *)question->error;
     pending = message != NULL;
@@ -173,11 +200,13 @@ char *inside_error(void)
     return ours ? message : theirs.error();
 }
 
-/* From now on Python answers (NULL: nobody does).  Functions are glibc's own, as above; the handles of ours are from
-   first on, so many bytes. */
-void set_inside(int64_t (*python)(Question *), const void *functions, uint64_t first, uint64_t length,
-                uint64_t global)
+/* From now on Python's function answers (NULL: nobody does), which lives as long as Python.  The interface is CPython's
+   and the functions are glibc's own, as above; the handles of ours are from first on, so many bytes. */
+void set_inside(const void *python, const void *its_interface, const void *functions, uint64_t first,
+                uint64_t length, uint64_t global)
 {
+    if (its_interface)
+        __builtin_memcpy(&interface, its_interface, sizeof interface);
     if (functions)
         __builtin_memcpy(&theirs, functions, sizeof theirs);
     if (first) {
@@ -185,5 +214,5 @@ void set_inside(int64_t (*python)(Question *), const void *functions, uint64_t f
         last_handle = first + length;
         program = global;
     }
-    answer = python;
+    answerer = python;
 }

@@ -16,23 +16,30 @@ static bool is_asked(const uint64_t *asked, uint64_t count, uint64_t address)
 }
 
 /* Copy the addresses; note the places of unique symbols, of addresses that are asked for, and of IFUNCs that are not of
-   ours: one byte for each library says which are.  There is room for two notes a place; their number. */
+   ours: one byte for each library says which are.  How many notes there are, of which as many are made as there is
+   room for. */
 int64_t note(
     const Definition *found, uint64_t count, const uint8_t *ours, const uint64_t *asked, uint64_t asked_count,
-    uint64_t *addresses, int64_t *notes, uint64_t *noted)
+    uint64_t *addresses, int64_t *notes, uint64_t room, uint64_t *noted)
 {
+    uint64_t made = 0;
     for (uint64_t i = 0; i < count; i++) {
         const Definition *definition = &found[i];
         addresses[i] = definition->address;
         if (definition->owner < 0)
             continue;
+        int64_t reasons[2], many = 0;
         if (is_unique(definition))
-            notes[(*noted)++] = (int64_t)(4 * i + OF_UNIQUE);
+            reasons[many++] = OF_UNIQUE;
         else if (is_asked(asked, asked_count, definition->address))
-            notes[(*noted)++] = (int64_t)(4 * i + OF_ASKED);
+            reasons[many++] = OF_ASKED;
         if (is_indirect(definition) && !ours[definition->owner])
-            notes[(*noted)++] = (int64_t)(4 * i + OF_RESOLVER);
+            reasons[many++] = OF_RESOLVER;
+        for (int64_t *reason = reasons; reason < reasons + many; reason++, made++)
+            if (made < room)
+                notes[made] = (int64_t)(4 * i) + *reason;
     }
+    *noted = made;
     return FINE;
 }
 

@@ -131,7 +131,7 @@ def test_an_exception_out_of_an_unregistered_library_would_end_the_process(
     program = (
         "import ctypes, miniloader, sys\n"
         "from miniloader.loader.beside_glibc import unwinder\n"
-        "if sys.argv[1] == 'without': unwinder.register = lambda address: False\n"
+        "if sys.argv[1] == 'without': unwinder.register = lambda *_: False\n"
         f"lib = miniloader.load({str(fixture_library('cxx'))!r})\n"
         "print(lib.function('throw_and_catch', ctypes.c_int, [ctypes.c_int])(7))\n"
     )

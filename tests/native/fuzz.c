@@ -37,7 +37,7 @@ int64_t look_up(const Table *, const int64_t *, uint64_t, const Table *const *, 
                 int64_t, Definition *, uint8_t *, uint8_t *, uint64_t *);
 int64_t look_name_up(const char *, const Table *const *, const uint64_t *, uint64_t, int64_t, Definition *);
 int64_t note(const Definition *, uint64_t, const uint8_t *, const uint64_t *, uint64_t, uint64_t *, int64_t *,
-             uint64_t *);
+             uint64_t, uint64_t *);
 int64_t survey(Job *, uint64_t *, uint64_t *);
 int64_t use(Job *, uint8_t *, uint64_t);
 int64_t gather(Job *, uint64_t, Row *, uint64_t, const uint8_t *, uint64_t);
@@ -203,8 +203,9 @@ static void try_names(Laid *laid, Laid *good)
     if (look_up(&laid->table, wanted, count, scope, biases, tables, own, (int64_t)chance(8), found, indirect, owners,
                 &met) == FINE) {
         uint64_t asked[] = {found[0].address, 0}, *addresses = malloc(count * sizeof *addresses), noted = 0;
-        int64_t *notes = malloc(2 * count * sizeof *notes);
-        note(found, count, owners, asked, 2, addresses, notes, &noted);
+        uint64_t space = chance(2 * count + 1);
+        int64_t *notes = malloc(space ? space * sizeof *notes : 1);
+        note(found, count, owners, asked, 2, addresses, notes, space, &noted);
         free(notes);
         free(addresses);
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import shutil
 import signal
@@ -324,6 +325,13 @@ def test_what_symbols_are_bound_to_is_noted_in_one_pass(rows: list[tuple[int, ..
     assert places.tolist() == [place for place, row in enumerate(rows) if row[2] in asked]
 
 
+def test_all_that_is_noted_comes_back_where_there_is_more_than_room_was_made_for() -> None:
+    row = (0, 1, 1, 0, 0, 0xAA, 1)  # unique, and an IFUNC of a library that is not ours
+    definitions = array("q", np.array([row] * 1000, DEFINITION).tobytes())
+    noted = Bindings(array("q", range(1000)), [], definitions).noted(bytearray(1))
+    assert noted.unique == noted.resolvers == list(range(1000))
+
+
 words = st.integers(BASE + PAGE_SIZE, BASE + LENGTH - 8)
 addends = st.integers(-(1 << 20), 1 << 20)
 
@@ -347,7 +355,7 @@ def test_words_are_what_the_psabi_says(
         size = 4 if code in FOUR else 8
         at = vaddr - BASE
         expected[at : at + size] = (value % (1 << 64)).to_bytes(8, "little")[:size]
-    counts, highest = bench.job.survey()
+    counts, highest = bench.job.survey(FORMULAS)
     assert sum(counts.values()) == len(rows)
     assert highest == max((row[2] for row in rows), default=0)
     needed = {symbol for _, code, symbol, _ in rows if code not in (8, 38)}
@@ -404,6 +412,40 @@ def test_what_does_not_fit_is_refused(code: int, value: int, fits: bool) -> None
     assert bench.memory == before
 
 
+@pytest.mark.parametrize("as_head", [False, True])
+def test_the_pages_with_words_are_copied_and_no_others(tmp_path: Path, as_head: bool) -> None:
+    """Pages are copied many at once: as the kernel has them afterwards."""
+    vaddr, written = 0x10000, [1, 2, 3, 6, 9]
+    rows = [(vaddr + page * PAGE_SIZE + 8 * word, 8, 0, word) for page in written for word in (0, 7, 511)]
+    file = tmp_path / "pages"
+    file.write_bytes(np.array(rows, RELOCATION).tobytes().ljust(12 * PAGE_SIZE, b"\1"))
+    with file.open("rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ends = vaddr, vaddr + 12 * PAGE_SIZE
+    job = RelocationJob(
+        address - vaddr,
+        kinds_table(KINDS["X86_64"]),
+        writable=[ends],
+        code=[],
+        pointers=[],
+        parts=[] if as_head else [(vaddr, len(rows))],
+        pages=ends,
+        page_size=PAGE_SIZE,
+    )
+    head, nothing = (vaddr, len(rows)) if as_head else (0, 0), array("Q")
+    places = array("q", [0])
+    job.relocate(
+        nothing, (0, 0), nothing, head, places, places, array("Q", [0]), array("q", [0] * 7), bytearray(1)
+    )
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(address // PAGE_SIZE * 8)
+        entries = struct.unpack("<12Q", pagemap.read(12 * 8))
+    copied = [page for page, entry in enumerate(entries) if entry >> 61 == 4]  # present, and not the file's
+    assert copied == written
+    assert job.pages == len(written)
+
+
 @pytest.mark.parametrize(
     "vaddr", [0, BASE, BASE + PAGE_SIZE - 1, BASE + LENGTH - 7, BASE + LENGTH, (1 << 64) - 4]
 )
@@ -412,7 +454,7 @@ def test_what_lies_outside_is_not_written(vaddr: int, code: int) -> None:
     bench = Bench([(vaddr, code, 0, 0)])
     before = bytes(bench.memory)
     with pytest.raises(Stopped) as stopped:
-        bench.job.survey()
+        bench.job.survey(FORMULAS)
     assert (stopped.value.reason, stopped.value.where) == (Reason.OUTSIDE, vaddr)
     if code in (1, 8):  # the file may have changed since
         with pytest.raises(Stopped) as stopped:
@@ -438,7 +480,7 @@ def test_what_lies_outside_is_not_written(vaddr: int, code: int) -> None:
 def test_a_kind_or_symbol_that_there_is_not(row: tuple[int, int, int, int], reason: Reason) -> None:
     bench = Bench([row])
     with pytest.raises(Stopped) as stopped:
-        bench.job.used(4 + 0 * bench.job.survey()[1])
+        bench.job.used(4 + 0 * bench.job.survey(FORMULAS)[1])
     assert stopped.value.reason is reason
     if reason is Reason.NO_SYMBOL:
         with pytest.raises(Stopped) as stopped:

@@ -25,7 +25,16 @@ from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.memory import Memory
-from miniloader.native import ANSWERS, IMPORT, INSIDE, STAND_INS, address_of, buffer_address, functions
+from miniloader.native import (
+    ANSWERS,
+    IMPORT,
+    INSIDE,
+    INTERFACE,
+    STAND_INS,
+    address_of,
+    buffer_address,
+    functions,
+)
 
 __all__ = [
     "add",
@@ -48,9 +57,6 @@ _ENTRY: Final = struct.Struct("<QQQH6xQQQQ 3Q 3Q 5Q")
 _MOST_LIBRARIES: Final = 27000  # that answers.c has room for
 _INFO: Final = struct.Struct("<QQQH")  # how an entry begins: bias, name, program headers, their count
 _HANDLE: Final = 112  # where its handle is, a struct link_map
-_MOST: Final = 16  # stand-ins that inside.c has room for
-
-_Listing: Final = ctypes.c_uint64 * (2 * _MOST)
 
 _Listed = tuple[ElfImage, Memory, int, int]
 """What is told of a library: its image, its pages, how many symbols and which thread-local module it has."""
@@ -161,21 +167,21 @@ def headers_of(memory: Memory) -> tuple[int, int]:
     return _table().headers_of(memory)
 
 
-_answerers: Final[list[Callable[[], int]]] = []
+_answerers: Final[list[Callable[[int], int]]] = []
 
 
-def answer_with(make: Callable[[], int]) -> None:
-    """What is asked from inside shall be answered by the function at the address that ``make`` gives.
+def answer_with(function: Callable[[int], int]) -> None:
+    """What is asked from inside shall be answered by ``function``, which gets the address of a question.
 
-    It is called when the first library is bound to a function that asks; until then all that costs nothing.
+    It says whether it has answered; else glibc does.
     """
-    _answerers[:] = [make]
+    _answerers[:] = [function]
 
 
 def fall_silent() -> None:
     """Python ends: from now on glibc answers what is asked from inside."""
     if stand_ins.cache_info().currsize:
-        functions().set_inside(0, 0, 0, 0, 0)
+        functions().set_inside(0, 0, 0, 0, 0, 0)
 
 
 @lru_cache(maxsize=1)
@@ -187,12 +193,21 @@ def stand_ins() -> dict[int, int]:
     asked_first = array("Q", [theirs.get(name, 0) for name in ANSWERS])
     loops.set_answers(asked_first.buffer_info()[0])
     words = [word for theirs, ours in pairs.items() for word in (ours, theirs)]
-    listing = ctypes.addressof(_Listing.in_dll(loops, STAND_INS))
-    ctypes.memmove(listing, array("Q", words).tobytes(), 8 * len(words))
-    glibc = array("Q", [_of_host().get(name, 0) for name in INSIDE])
-    answerer = _answerers[0]() if _answerers else 0
-    loops.set_inside(answerer, glibc.buffer_info()[0], *table.entries, dynamic_linker.global_handle())
+    ctypes.memmove(address_of(STAND_INS), array("Q", words).tobytes(), 8 * len(words))
+    glibc = array("Q", [theirs.get(name, 0) for name in INSIDE])
+    python = array("Q", [_of_python(name) for name in INTERFACE])
+    lists = python.buffer_info()[0], glibc.buffer_info()[0]
+    answerer = id(_answerers[0]) if _answerers else 0  # CPython's address of it
+    loops.set_inside(answerer, *lists, *table.entries, dynamic_linker.global_handle())
     return pairs
+
+
+def _of_python(name: bytes) -> int:
+    """The address of a function of CPython, which every process that imports ctypes has."""
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), name)
+    if address is None:
+        raise LoadError(f"this Python does not export {name.decode()}, by which libraries of ours ask it")
+    return address
 
 
 def by_name() -> dict[bytes, int]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from miniloader.elf import ElfImage
 from miniloader.errors import ElfError
 from miniloader.loader.beside_glibc import dynamic_linker
+from miniloader.loader.beside_glibc.host import HostListing
 
 __all__ = ["deregister", "eh_frame", "register"]
 
@@ -79,9 +80,12 @@ def _function(name: bytes) -> Any:
     return None if address is None else ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
-def register(address: int) -> bool:
-    """Register the table at ``address``; ``False`` when the process has no libgcc to throw with."""
-    return _call(b"__register_frame", address)
+def register(address: int, listing: HostListing) -> bool:
+    """Register the table at ``address``; ``False`` when the process has no libgcc to throw with.
+
+    ``listing`` is what the process has: ld.so would search for it anew at each load.
+    """
+    return listing.called(_LIBGCC) is not None and _call(b"__register_frame", address)
 
 
 def deregister(address: int) -> None:

@@ -264,3 +264,22 @@ def test_at_the_end_of_the_process_it_still_closes(way: str, fixture_library: Fi
     root = Path(miniloader.__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+FAILS = """
+import ctypes, os, sys, miniloader
+from miniloader.loader import loading
+from miniloader.loader.beside_glibc import stand_ins
+def fails(place): raise ZeroDivisionError("on purpose")
+stand_ins.answer_with(fails)
+opens = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
+print(bool(opens(miniloader.load(sys.argv[1]).address("opens"))(b"libc.so.6", os.RTLD_NOW)))
+"""
+
+
+def test_where_the_answer_fails_glibc_answers_and_it_is_told(fixture_library: FixtureLibrary) -> None:
+    command = [sys.executable, "-c", FAILS, str(fixture_library("opens"))]
+    root = Path(miniloader.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert done.stderr.count("ZeroDivisionError: on purpose") == 1
