@@ -200,6 +200,14 @@ class FileFacts:
             return False
         return (soname or "").startswith(("ld-linux", "ld-musl", "ld64.so", "ld.so", "ld-"))
 
+    @cached_property
+    def has_text_relocations(self) -> bool:
+        """Whether its code is relocated, too; that may be so where its dynamic section cannot be read."""
+        try:
+            return self.image is not None and self.image.dynamic.text_relocations
+        except ElfError:
+            return True
+
     # -- symbols ----------------------------------------------------------------------------------
 
     @cached_property

@@ -161,8 +161,9 @@ def _explain_file(
 
 def _say_how_written(placed: FileInProcess, vmas: Sequence[Vma]) -> None:
     """Say of pages that were written, though neither file nor mapping lets anybody, how that can be."""
-    image = placed.file.facts.image if placed.file.facts is not None else None
-    if image is None or image.dynamic.text_relocations:
+    facts = placed.file.facts
+    image = facts.image if facts is not None else None
+    if facts is None or image is None or facts.has_text_relocations:
         return
     spans = [(load.vaddr, load.end) for load in image.loads if "w" in load.flags]
     writable = [vmas[index] for index in placed.mappings if "w" in vmas[index].protection]

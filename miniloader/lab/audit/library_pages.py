@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.errors import EvidenceError
+from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.forking import cached_property
@@ -24,6 +24,7 @@ __all__ = ["Sight", "look", "look_again"]
 _MOST_LIBRARIES: Final = 6
 _MOST_PROCESSES: Final = 16
 _MOST_LOOKS: Final = 12
+_MOST_PAGES: Final = 1 << 20  # of one library
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,31 @@ def _sight(library: AuditedLibrary, files: MappedFiles) -> Sight | None:
     processes = tuple(sorted(library.processes, key=lambda process: -process.private)[:_MOST_PROCESSES])
     for process in processes:
         for image in _images(process.pid, library, files):
-            return Sight(library, image, image.plan(PAGE_SIZE), processes, (), ())
+            plan = image.plan(PAGE_SIZE)
+            ends = [_end(plan, library.path, process) for process in processes]
+            return Sight(library, image, _until(plan, max(ends)), processes, (), ())
     return None
+
+
+def _end(plan: LoadPlan, path: str, process: LibraryProcess) -> int:
+    """The vaddr up to which an image is mapped in a process: how much bss there is its file only claims."""
+    end, most = plan.start, min(plan.end, plan.start + _MOST_PAGES * PAGE_SIZE)
+    try:
+        vmas = read_maps(process.pid, start=process.base + plan.start, end=process.base + most)
+    except EvidenceError:  # it has ended: the look will say so
+        return end
+    for vma in vmas:
+        if vma.path != path and (vma.is_file or vma.start > process.base + end):
+            break
+        end = vma.end - process.base
+    return min(end, most)
+
+
+def _until(plan: LoadPlan, end: int) -> LoadPlan:
+    """``plan`` without what lies behind ``end``; its first page stays."""
+    end = max(end, plan.start + PAGE_SIZE)
+    kept = [mapping for mapping in plan.mappings if mapping.start < end]
+    return replace(plan, mappings=(*kept[:-1], replace(kept[-1], end=min(kept[-1].end, end))))
 
 
 def _images(pid: int, library: AuditedLibrary, files: MappedFiles) -> Iterator[ElfImage]:
@@ -97,8 +121,18 @@ def _images(pid: int, library: AuditedLibrary, files: MappedFiles) -> Iterator[E
     for vma in vmas:
         if vma.is_file and not vma.shared and vma.path == library.path:
             file = files.of(pid, vma)
-            if file.facts is not None and file.facts.image is not None and file.build_id == library.build_id:
-                yield file.facts.image
+            image = file.facts.image if file.facts is not None else None
+            if image is not None and file.build_id == library.build_id and _makes_sense(image):
+                yield image
+
+
+def _makes_sense(image: ElfImage) -> bool:
+    """Whether all is in order that is said of pages beside what they hold."""
+    try:
+        _ = image.symbols, image.relocations, image.sections, slot_vaddrs(image)
+    except ElfError:
+        return False
+    return True
 
 
 def _looked(sight: Sight, step: str, audit: Audit) -> Sight:
