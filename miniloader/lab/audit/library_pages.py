@@ -82,12 +82,15 @@ def _thinned(sight: Sight) -> Sight:
 
 
 def _sight(library: AuditedLibrary, files: MappedFiles) -> Sight | None:
-    processes = tuple(sorted(library.processes, key=lambda process: -process.private)[:_MOST_PROCESSES])
-    for process in processes:
+    processes = sorted(library.processes, key=lambda process: -process.private)
+    for process in processes[:_MOST_PROCESSES]:
         for image in _images(process.pid, library, files):
             plan = image.plan(PAGE_SIZE)
-            ends = [_end(plan, library.path, process) for process in processes]
-            return Sight(library, image, _until(plan, max(ends)), processes, (), ())
+            # Of who has the end of it alone, at a low address, the image would begin below 0.
+            whole = [process for process in processes if process.base + plan.end < 1 << 63]
+            chosen = tuple(whole[:_MOST_PROCESSES])
+            until = max((_end(plan, library.path, process) for process in chosen), default=0)
+            return Sight(library, image, _until(plan, until), chosen, (), ()) if chosen else None
     return None
 
 

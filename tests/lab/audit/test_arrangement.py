@@ -10,6 +10,7 @@ import miniloader
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
+from miniloader.lab.audit.library_pages import look
 from miniloader.lab.audit.live_bindings import live_bindings
 from miniloader.lab.audit.mapped_files import MappedFiles
 from tests.lab.audit.told_processes import ANONYMOUS, told, vaddr_of
@@ -49,11 +50,11 @@ def test_the_end_of_a_file_at_a_low_address_has_a_negative_bias() -> None:
         process(f"fd = os.open({libc.path!r}, os.O_RDONLY)")
         process(f"at = libc.mmap(0x20000, {PAGE_SIZE}, 3, 0x12, fd, {libc.file_offset})")  # private, fixed
         process("ctypes.memset(at + 8, 1, 1)")
-        (pages,) = [
-            library.private_pages
-            for library in miniloader.audit([process.pid]).libraries
-            if library.path == libc.path
-        ]
-        assert any("write" in page.causes or "overwritten" in page.causes for page in pages)
+        audit = miniloader.audit([process.pid])
+        (library,) = [library for library in audit.libraries if library.path == libc.path]
+        assert any({"write", "overwritten"} & {*page.causes} for page in library.private_pages)
+        assert len(library.processes) == 2
+        (drawn,) = [sight for sight in look(audit) if sight.library is library]
+        assert len(drawn.processes) == 1  # where all of it is
         rows = live_bindings(process.pid, os.path.basename(libc.path)).bindings
         assert "bound" in {row.state for row in rows}
