@@ -290,9 +290,9 @@ CHAPTER: Final[Chapter[BuiltLoader]] = Chapter(
     ),
     sources=(
         "elf(5)",
-        "System V gABI, chapter 5, Program Loading and Dynamic Linking",
-        "System V psABI, AMD64, 4.4, Relocation",
-        "Documentation of DT_GNU_HASH in binutils",
+        "System V gABI, Program Loading and Dynamic Linking",
+        "System V psABI, AMD64, 4.4, Relocation, and 5.1, Program Loading",
+        "glibc, elf/dl-lookup.c",
         "ld.so(8)",
     ),
     exercise=Exercise(
@@ -305,14 +305,19 @@ CHAPTER: Final[Chapter[BuiltLoader]] = Chapter(
         where=loader_check.where,
     ),
     source_of={
-        "headers": "elf(5), Phdr",
-        "plan": "System V gABI, chapter 5, Program Loading",
-        "mapped": "System V gABI, chapter 5, Program Loading; mmap(2), MAP_FIXED",
-        "zeroed": "elf(5), p_memsz: the extra bytes are defined to hold the value 0",
+        "headers": "elf(5), Program header (Phdr)",
+        "plan": "System V gABI, Program Loading; System V psABI, AMD64, 5.1, Program Loading",
+        "mapped": "System V psABI, AMD64, 5.1, Program Loading; mmap(2), MAP_FIXED",
+        "zeroed": (
+            "elf(5), PT_LOAD: the extra bytes are defined to hold the value 0; System V psABI, AMD64, "
+            "5.1, Program Loading"
+        ),
         "relocated": "System V psABI, AMD64, 4.4, R_X86_64_RELATIVE: B + A",
-        "bound": "System V gABI, chapter 5, Hash Table; binutils, DT_GNU_HASH",
-        "started": "System V gABI, chapter 5, Initialization and Termination Functions; ld(1), -z relro",
-        "like-ld-so": "ld.so(8): its own copy in this process",
+        "bound": (
+            "glibc, elf/dl-lookup.c, do_lookup_x(); binutils, bfd/elf.c, bfd_elf_gnu_hash(): DT_GNU_HASH"
+        ),
+        "started": "System V gABI, Initialization and Termination Functions; ld(1), -z relro",
+        "like-ld-so": "measured here: ld.so's own copy of the library in this process",
         "crc32": "zlib.h, crc32()",
     },
     run=_run,

@@ -404,8 +404,13 @@ CHAPTER: Final[Chapter[ReadAndMapped]] = Chapter(
         ),
         "read-copies": "read(2): into the buffer; mm/filemap.c, filemap_read()",
         "frames-distinct": "Documentation/admin-guide/mm/pagemap.rst, page frame number",
-        "buffer-is-a-snapshot": "read(2)",
-        "mapping-follows": "mmap(2), MAP_SHARED",
+        "buffer-is-a-snapshot": (
+            "read(2): into the buffer starting at buf; mm/filemap.c, filemap_read(): by copying"
+        ),
+        "mapping-follows": (
+            "Documentation/admin-guide/mm/concepts.rst, Page cache: what is written to a file is placed "
+            "there; mm/filemap.c, filemap_fault(): and mapped from there"
+        ),
         "read-wins-once": "measured here; mm/filemap.c, filemap_read() beside filemap_fault()",
         "mmap-wins-random": "measured here; mm/filemap.c, filemap_read() beside filemap_fault()",
     },

@@ -403,17 +403,19 @@ CHAPTER: Final[Chapter[CowPages]] = Chapter(
             "mmap(2), MAP_PRIVATE: a private copy-on-write mapping; "
             "Documentation/admin-guide/mm/pagemap.rst, bit 61"
         ),
-        "only-that-page": "mm/memory.c, do_wp_page() and wp_page_copy()",
+        "only-that-page": "mm/memory.c, do_wp_page() and wp_page_copy(): the page is copied",
         "invisible": "mmap(2), MAP_PRIVATE: not visible to other processes mapping the same file",
         "never-in-file": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
         "later-change-shows": (
-            "mmap(2), MAP_PRIVATE: unspecified; in Linux the page cache's own page is mapped until it "
-            "is written"
+            "mmap(2), MAP_PRIVATE: it is unspecified; mm/memory.c, do_read_fault(): the page cache's own "
+            "page is mapped until it is written"
         ),
-        "same-on-tmpfs": "tmpfs(5); mmap(2), MAP_PRIVATE",
-        "working-copy": "mmap(2), MAP_PRIVATE",
+        "same-on-tmpfs": (
+            "Documentation/filesystems/tmpfs.rst: it lives completely in the page cache; mmap(2), MAP_PRIVATE"
+        ),
+        "working-copy": "mmap(2), MAP_PRIVATE; mm/memory.c, do_cow_fault() and wp_page_copy(): page by page",
         "read-only-refused": "mmap(2), SIGSEGV: attempted write into a region mapped as read-only",
-        "past-the-end": "mmap(2), SIGBUS: beyond the end of the mapped file",
+        "past-the-end": "mmap(2), SIGBUS; mm/truncate.c, truncate_pagecache(): private copies go, too",
     },
     run=_run,
     later=(

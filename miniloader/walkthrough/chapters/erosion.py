@@ -356,13 +356,24 @@ CHAPTER: Final[Chapter[PoolPages]] = Chapter(
     source_of={
         "forked-shared": "fork(2), NOTES: implemented using copy-on-write pages",
         "idle-stays": "Documentation/admin-guide/mm/pagemap.rst, bit 56",
-        "reading-copies": "Include/object.h, Py_INCREF(); mm/memory.c, do_wp_page()",
+        "reading-copies": (
+            "CPython, Include/refcount.h (object.h before 3.14), Py_INCREF(); mm/memory.c, do_wp_page()"
+        ),
         "new-frames": "mm/memory.c, do_wp_page(): the page is copied for whoever writes",
-        "nothing-changed": "Include/object.h, Py_INCREF() and Py_DECREF()",
-        "collecting-copies": "Python/gc.c, update_refs()",
-        "collector-changes-nothing": "Include/internal/pycore_gc.h, _gc_prev",
-        "freeze-stops-the-collector": "Doc/library/gc.rst, gc.freeze()",
-        "freeze-stops-no-reader": "Doc/library/gc.rst, gc.freeze(); Include/object.h, Py_INCREF()",
+        "nothing-changed": "CPython, Include/refcount.h (object.h before 3.14), Py_INCREF() and Py_DECREF()",
+        "collecting-copies": (
+            "CPython, Python/gc.c (Modules/gcmodule.c before 3.13), update_refs(): it writes to each object"
+        ),
+        "collector-changes-nothing": (
+            "CPython, Include/internal/pycore_gc.h, _gc_prev: holds the count during a collection alone"
+        ),
+        "freeze-stops-the-collector": (
+            "CPython, Doc/library/gc.rst, gc.freeze(): ignored in all the future collections"
+        ),
+        "freeze-stops-no-reader": (
+            "CPython, Doc/library/gc.rst, gc.freeze(): of the collector alone; Include/refcount.h, "
+            "Py_INCREF()"
+        ),
         "preloading-saves": "fork(2), NOTES; mm/memory.c, do_anonymous_page()",
     },
     run=_run,

@@ -304,7 +304,7 @@ CHAPTER: Final[Chapter[ForkedPages]] = Chapter(
         "isolated": "fork(2): memory writes performed by one of the processes do not affect the other",
         "last-owner-stays": "mm/memory.c, wp_can_reuse_anon_folio()",
         "owner-again": "Documentation/admin-guide/mm/pagemap.rst, bit 56, exclusively mapped",
-        "shared-stays-shared": "fork(2); mmap(2), MAP_SHARED",
+        "shared-stays-shared": "mmap(2), NOTES: preserved across fork(2), with the same attributes",
     },
     run=_run,
     later=(

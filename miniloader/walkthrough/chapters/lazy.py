@@ -364,7 +364,10 @@ CHAPTER: Final[Chapter[TouchedPages]] = Chapter(
         "on-demand": "Documentation/admin-guide/mm/concepts.rst, Virtual Memory Primer: demand paging",
         "one-fault-many": "mm/memory.c, do_fault_around(); mm/filemap.c, filemap_map_pages()",
         "write-one": "mm/memory.c, do_cow_fault(): one page is allocated and copied",
-        "by-fault": "getrusage(2), ru_minflt",
+        "by-fault": (
+            "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults; getrusage(2), ru_minflt and "
+            "ru_majflt"
+        ),
         "cold-and-warm": (
             "getrusage(2), ru_majflt: page faults that required I/O; posix_fadvise(2), POSIX_FADV_DONTNEED"
         ),

@@ -316,7 +316,7 @@ CHAPTER: Final[Chapter[MappedThings]] = Chapter(
     ),
     source_of={
         "file-mapped": "mmap(2), DESCRIPTION: it creates a new mapping in the virtual address space",
-        "device-mapped": "zero(4); mmap(2), DESCRIPTION: a file, or other object",
+        "device-mapped": "mmap(2), DESCRIPTION: a file (or other object); drivers/char/mem.c, mmap_zero()",
         "anonymous-mapped": "mmap(2), MAP_ANONYMOUS: not backed by any file, contents initialised to zero",
         "nothing-loaded": "mmap(2), MAP_POPULATE: only with it are page tables prefaulted",
         "page-tables": (
@@ -328,7 +328,10 @@ CHAPTER: Final[Chapter[MappedThings]] = Chapter(
             "Documentation/admin-guide/mm/concepts.rst, Anonymous Memory: a page of zeros when read, a "
             "regular page when written"
         ),
-        "in-step": "mmap(2), MAP_SHARED: carried through to the underlying file",
+        "in-step": (
+            "Documentation/admin-guide/mm/concepts.rst, Page cache: what is read and what is written is "
+            "there; mmap(2), MAP_SHARED: carried through to the underlying file"
+        ),
     },
     run=_run,
     later=(

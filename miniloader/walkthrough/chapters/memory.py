@@ -330,13 +330,28 @@ CHAPTER: Final[Chapter[PagesAndFrames]] = Chapter(
     ),
     source_of={
         "in-the-map": "proc_pid_maps(5)",
-        "table-empty": ("Documentation/mm/page_tables.rst; Documentation/admin-guide/mm/pagemap.rst, bit 63"),
-        "one-entry": "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults",
-        "first-touch-faults": "getrusage(2), ru_minflt",
+        "table-empty": (
+            "Documentation/admin-guide/mm/concepts.rst, Anonymous Memory: a mapping only defines an area;"
+            " Documentation/admin-guide/mm/pagemap.rst, bit 63, page present"
+        ),
+        "one-entry": (
+            "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults: handle_mm_fault() finds and "
+            "fills the entry"
+        ),
+        "first-touch-faults": (
+            "Documentation/mm/page_tables.rst, MMU, TLB, and Page Faults: where no translation is found; "
+            "getrusage(2), ru_minflt"
+        ),
         "cached": "Documentation/admin-guide/mm/concepts.rst, Page cache",
         "cached-is-not-mapped": "mincore(2); Documentation/admin-guide/mm/pagemap.rst, bit 63",
-        "two-addresses-one-frame": "Documentation/admin-guide/mm/pagemap.rst, bits 0-54, page frame number",
-        "same-bytes": "mmap(2), MAP_SHARED",
+        "two-addresses-one-frame": (
+            "Documentation/admin-guide/mm/concepts.rst, Virtual Memory Primer: a physical page can be "
+            "mapped as one or more virtual pages"
+        ),
+        "same-bytes": (
+            "mmap(2), DESCRIPTION: the contents of a file mapping are those of the file; "
+            "Documentation/admin-guide/mm/concepts.rst, Virtual Memory Primer"
+        ),
     },
     run=_run,
     later=(

@@ -217,11 +217,11 @@ CHAPTER: Final[Chapter[PlainAndPrepared]] = Chapter(
     source_of={
         "private-otherwise": "mmap(2), MAP_PRIVATE",
         "relocated-one-copy": (
-            "android_dlextinfo, ANDROID_DLEXT_USE_RELRO; Documentation/admin-guide/mm/pagemap.rst, page "
-            "frame number"
+            "android/dlext.h, ANDROID_DLEXT_USE_RELRO: for processes that load a library at the same "
+            "address; Documentation/admin-guide/mm/pagemap.rst, page frame number"
         ),
         "same-address": "mmap(2), MAP_FIXED_NOREPLACE",
-        "saved": "proc_pid_smaps(5), Pss",
+        "saved": "Documentation/filesystems/proc.rst, PSS; proc_pid_smaps(5), Pss",
         "isolated": "mmap(2), MAP_PRIVATE: not visible to other processes",
     },
     run=_run,

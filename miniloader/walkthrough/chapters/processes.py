@@ -182,11 +182,17 @@ CHAPTER: Final[Chapter[LibraryInProcesses]] = Chapter(
     source_of={
         "code-one-copy": "mmap(2), MAP_PRIVATE; Documentation/admin-guide/mm/pagemap.rst, page frame number",
         "relocated-own": "mmap(2), MAP_PRIVATE: a private copy-on-write mapping",
-        "adds-what-it-writes": "mmap(2), MAP_PRIVATE; Documentation/admin-guide/mm/pagemap.rst, bit 61",
+        "adds-what-it-writes": (
+            "mmap(2), MAP_PRIVATE: a private copy-on-write mapping; "
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+        ),
         "isolated": "mmap(2), MAP_PRIVATE: not visible to other processes",
         "file-unchanged": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
-        "pss": "proc_pid_smaps(5), Pss: each page divided by the number of processes sharing it",
-        "saved": "proc_pid_smaps(5), Rss and Pss",
+        "pss": (
+            "Documentation/filesystems/proc.rst, PSS: each page is divided by the number of processes "
+            "sharing it; proc_pid_smaps(5), Pss"
+        ),
+        "saved": "Documentation/filesystems/proc.rst, PSS; proc_pid_smaps(5), Rss and Pss",
     },
     run=_run,
     later=(

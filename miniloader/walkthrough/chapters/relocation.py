@@ -328,12 +328,25 @@ CHAPTER: Final[Chapter[CalledThroughSlot]] = Chapter(
     ),
     source_of={
         "code-unchanged": (
-            "System V psABI, AMD64, 3.5, Coding Examples; Documentation/admin-guide/mm/pagemap.rst, bit 61"
+            "System V psABI, AMD64, 5.2, Global Offset Table: position-independence and shareability of "
+            "the text"
         ),
-        "through-the-slot": "System V psABI, AMD64, 5.2, Procedure Linkage Table",
-        "slot-holds-address": "System V psABI, AMD64, 5.2, R_X86_64_JUMP_SLOT",
-        "bound-when-called": "ld.so(8), LD_BIND_NOW; System V psABI, AMD64, 5.2, lazy binding",
-        "only-written-copied": "System V psABI, AMD64, 5.2, Global Offset Table; mmap(2), MAP_PRIVATE",
+        "through-the-slot": (
+            "System V psABI, AMD64, 5.2, Procedure Linkage Table: it uses addresses in the private global"
+            " offset table"
+        ),
+        "slot-holds-address": (
+            "System V psABI, AMD64, 5.2, Procedure Linkage Table: the dynamic linker stores the real "
+            "address in the entry"
+        ),
+        "bound-when-called": (
+            "System V psABI, AMD64, 5.2, Procedure Linkage Table: lazily, until the first execution of an"
+            " entry; ld.so(8), LD_BIND_NOW"
+        ),
+        "only-written-copied": (
+            "System V psABI, AMD64, 5.2, Global Offset Table: absolute addresses in private data; "
+            "mmap(2), MAP_PRIVATE"
+        ),
     },
     run=_run,
     later=(

@@ -324,7 +324,12 @@ CHAPTER: Final[Chapter[RelroPages]] = Chapter(
         "file plus the load bias; with one bias for all processes they could be relocated once, kept in a "
         "file and shared. That is what prelink did, and what miniloader prepare does.",
     ),
-    sources=("ld(1), -z relro", "mprotect(2)", "sigaction(2), SEGV_ACCERR", "elf(5), PT_GNU_RELRO"),
+    sources=(
+        "ld(1), -z relro",
+        "mprotect(2)",
+        "sigaction(2), SEGV_ACCERR",
+        "Linux Standard Base, Core, PT_GNU_RELRO",
+    ),
     exercise=Exercise(
         "The snippet fills in a table of addresses on page 0, and has a variable on page 1. Freeze the table "
         "when it is filled in; the variable has to stay writable.",
@@ -337,11 +342,14 @@ CHAPTER: Final[Chapter[RelroPages]] = Chapter(
         ),
     ),
     source_of={
-        "writable-at-first": "ld(1), -z relro; elf(5), PT_GNU_RELRO",
-        "frozen": "ld(1), -z relro; mprotect(2)",
-        "still-copied": "mmap(2), MAP_PRIVATE; mprotect(2) changes protections, and no page",
+        "writable-at-first": (
+            "ld(1), -z relro: read-only after relocation; Linux Standard Base, Core, PT_GNU_RELRO: may be"
+            " made read-only after relocations"
+        ),
+        "frozen": "ld(1), -z relro: read-only after relocation; mprotect(2): whole pages",
+        "still-copied": "mmap(2), MAP_PRIVATE; mprotect(2): it changes protections, and no page",
         "store-refused": "mprotect(2), SIGSEGV; sigaction(2), SEGV_ACCERR",
-        "data-writable": "mprotect(2): protections are those of whole pages",
+        "data-writable": "mprotect(2): it changes pages of the range, and no others",
         "differ-by-bias": "System V psABI, AMD64, 4.4, R_X86_64_RELATIVE: B + A",
     },
     run=_run,

@@ -304,7 +304,7 @@ CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
         "bss is memsz minus filesz: the part in the file's last page is zeroed by a store, which copies that "
         "page; the rest is anonymous memory.",
     ),
-    sources=("System V gABI, chapter 5, Program Loading", "glibc, elf/dl-map-segments.h", "elf(5), Phdr"),
+    sources=("System V gABI and psABI, Program Loading", "glibc, elf/dl-map-segments.h", "elf(5), Phdr"),
     exercise=Exercise(
         "Make the segment as a loader would: its first 100 bytes from the file, zeros after that, the file "
         "itself as it is.",
@@ -318,12 +318,21 @@ CHAPTER: Final[Chapter[MappedSegments]] = Chapter(
         ),
     ),
     source_of={
-        "segments-decide": "System V gABI, chapter 5, Program Loading; elf(5), PT_LOAD",
+        "segments-decide": (
+            "System V gABI, Program Loading; elf(5), PT_LOAD: the bytes from the file are mapped"
+        ),
         "nothing-loaded": "mmap(2), MAP_POPULATE: only with it are page tables prefaulted",
-        "one-page-twice": "System V gABI, chapter 5, Program Loading: page boundaries and impure pages",
-        "tail-was-not-zero": "System V gABI, chapter 5, Program Loading; elf(5), p_filesz",
+        "one-page-twice": (
+            "System V psABI, AMD64, 5.1, Program Loading: the end of text and the beginning of data will "
+            "be mapped twice"
+        ),
+        "tail-was-not-zero": (
+            "System V psABI, AMD64, 5.1, Program Loading: the last data page may contain file information"
+            " not relevant"
+        ),
         "tail-zeroed": (
-            "elf(5), p_memsz: the extra bytes are defined to hold the value 0; glibc, elf/dl-map-segments.h"
+            "System V psABI, AMD64, 5.1, Program Loading: the extraneous data must be set to zero; glibc,"
+            " elf/dl-map-segments.h"
         ),
     },
     run=_run,

@@ -275,9 +275,18 @@ CHAPTER: Final[Chapter[Talks]] = Chapter(
         "visible-at-once": "mmap(2), MAP_SHARED: visible to other processes mapping the same region",
         "both-ways": "shm_overview(7); mmap(2), MAP_SHARED",
         "one-frame": "Documentation/admin-guide/mm/pagemap.rst, page frame number",
-        "not-copied": "mmap(2), MAP_SHARED; Documentation/admin-guide/mm/pagemap.rst, bit 61",
-        "in-the-file": "mmap(2), MAP_SHARED: carried through to the underlying file",
-        "persistent": "mmap(2), MAP_SHARED; msync(2), fsync(2)",
+        "not-copied": (
+            "mm/memory.c, do_shared_fault(): the page cache's own page is made writable; "
+            "Documentation/admin-guide/mm/pagemap.rst, bit 61"
+        ),
+        "in-the-file": (
+            "mmap(2), MAP_SHARED: carried through to the underlying file; mm/filemap.c, filemap_read(): "
+            "from the page cache; msync(2): it flushes to the filesystem"
+        ),
+        "persistent": (
+            "Documentation/admin-guide/mm/concepts.rst, Page cache: what is written is dirty, and gets "
+            "into the storage device; fsync(2)"
+        ),
     },
     run=_run,
     later=(

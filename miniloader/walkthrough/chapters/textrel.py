@@ -250,7 +250,7 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
         "Writable code is a risk as well, so many systems forbid it. The cure is -fPIC: the addresses move "
         "to the GOT, a few pages of data (chapter 9).",
     ),
-    sources=("System V gABI, chapter 5, DT_TEXTREL", "gcc(1), -fPIC", "ld(1), -z text"),
+    sources=("System V gABI, Dynamic Section, DT_TEXTREL", "gcc(1), -fPIC", "ld(1), -z text"),
     exercise=Exercise(
         "A loader writes 8 addresses into 8 pages of code. Place them so that no page of code is copied.",
         _SNIPPET,
@@ -265,11 +265,21 @@ CHAPTER: Final[Chapter[RelocatedCode]] = Chapter(
         ),
     ),
     source_of={
-        "refused-unasked": "System V gABI, chapter 5, DT_TEXTREL; ld(1), -z text",
-        "addresses-in-code": "System V gABI, chapter 5, DT_TEXTREL: relocations of a non-writable segment",
-        "every-page-differs": "mmap(2), MAP_PRIVATE: memory is copied by the page",
+        "refused-unasked": (
+            "System V gABI, Dynamic Section, DT_TEXTREL: relocations might modify a non-writable segment;"
+            " ld(1), -z text: an error there"
+        ),
+        "addresses-in-code": (
+            "System V gABI, Dynamic Section, DT_TEXTREL: relocations might modify a non-writable segment"
+        ),
+        "every-page-differs": (
+            "mmap(2), MAP_PRIVATE; mm/memory.c, wp_page_copy(): memory is copied by the page"
+        ),
         "code-private": "mmap(2), MAP_PRIVATE; gcc(1), -fPIC",
-        "pss": "proc_pid_smaps(5), Pss",
+        "pss": (
+            "Documentation/filesystems/proc.rst, PSS: each page is divided by the number of processes "
+            "sharing it; proc_pid_smaps(5), Pss"
+        ),
         "file-unchanged": "mmap(2), MAP_PRIVATE: not carried through to the underlying file",
     },
     run=_run,

@@ -310,7 +310,7 @@ CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
     sources=(
         "Drepper, ELF Handling For Thread-Local Storage",
         "System V psABI, AMD64, Thread-Local Storage",
-        "elf(5), PT_TLS",
+        "System V gABI, Program Header, PT_TLS",
     ),
     exercise=Exercise(
         "Three threads share one counter, which gets to 1003. Make it thread-local, with Visits as the "
@@ -326,10 +326,14 @@ CHAPTER: Final[Chapter[ThreadLocals]] = Chapter(
     source_of={
         "two-addresses": "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling",
         "from-the-template": (
-            "Drepper, ELF Handling For Thread-Local Storage, the initialization image; elf(5), PT_TLS"
+            "System V gABI, Program Header, PT_TLS: the template; Drepper, ELF Handling For Thread-Local "
+            "Storage, the initialization image"
         ),
         "own-values": "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling",
-        "template-stays": "Drepper, ELF Handling For Thread-Local Storage, the initialization image",
+        "template-stays": (
+            "System V gABI, Program Header, PT_TLS: the template; Drepper, ELF Handling For Thread-Local "
+            "Storage, the initialization image"
+        ),
         "not-in-the-library": (
             "Drepper, ELF Handling For Thread-Local Storage, Run-Time Handling: a block for each thread"
         ),

@@ -308,9 +308,13 @@ CHAPTER: Final[Chapter[MmapAnswers]] = Chapter(
         ),
     ),
     source_of={
-        "streams-refuse": "mmap(2), ENODEV; pipe(7), unix(7)",
+        "streams-refuse": (
+            "mmap(2), ENODEV; mm/mmap.c, do_mmap(): no mmap operation; net/core/sock.c, sock_no_mmap()"
+        ),
         "tcp-maps": "net/ipv4/tcp.c, tcp_mmap()",
-        "things-without-pages": "mmap(2), ENODEV; null(4)",
+        "things-without-pages": (
+            "mmap(2), ENODEV; drivers/char/mem.c: null_fops has no mmap operation, zero_fops has mmap_zero()"
+        ),
         "rights-count": "mmap(2), EACCES, EPERM; fcntl(2), F_SEAL_WRITE",
         "shape-counts": "mmap(2), EBADF, EINVAL",
         "beyond-the-end": "mmap(2), SIGBUS",
