@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
@@ -195,6 +196,14 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
     manual = {name.rpartition("/")[2] for name in names if "/share/man/man1/" in name}
     assert manual == {"miniloader.1", *(f"miniloader-{command}.1" for command in COMMANDS)}
     assert not any(name.startswith(("docs", "fixtures", "tests", "tools")) for name in names)
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    described = email.message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
+    assert described["Description-Content-Type"] == "text/markdown"
+    text = described.get_payload()
+    assert isinstance(text, str)
+    assert "a matrix of processes and pages" in text
+    targets = re.findall(r"\]\(([^)]*)\)", text)  # where it is shown, no file is beside it
+    assert [target for target in targets if not target.startswith(("http", "#"))] == []
 
 
 def test_the_source_distribution_has_what_the_repository_has(checkout: Path, open_directory: Path) -> None:
