@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cmp_to_key, partial
 from itertools import pairwise
 from typing import Final
@@ -25,6 +26,7 @@ from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import mappings_over, pss_by_frames
 from miniloader.lab.audit.result import Audit, AuditedProcess, Unreadable
 from miniloader.lab.audit.select import matches
+from miniloader.lab.audit.sparing import sparing
 from miniloader.lab.audit.survey import Memo, Survey, survey
 from miniloader.lab.erosion.erode import erosion
 from miniloader.lab.workers.fork_map import share_out
@@ -88,26 +90,37 @@ def audit(
     tell(len(answers))
     answers += (answer for part in share_out(look_at, processes[1:], shares) for answer in part)
     surveys = [answer for answer in answers if isinstance(answer, Survey)]
-    _settle(surveys, memo.files)
+    unreadable = [answer for answer in answers if isinstance(answer, Unreadable)]
+    assemble = partial(_assembled, files=memo.files, level=chosen, when=when, causes=causes)
+    found, left_out = sparing(surveys, assemble)
+    unreadable += [_fault(process.pid, error) for process, error in left_out]
+    return replace(found, unreadable=tuple(unreadable))
+
+
+def _assembled(
+    surveys: Sequence[Survey], *, files: MappedFiles, level: LevelName, when: float, causes: bool
+) -> Audit:
+    """What the looks at processes come to together."""
+    _settle(surveys, files)
     leaders = _address_spaces(surveys)
     distinct_memory = [process for process in surveys if leaders[process.pid] == process.pid]
-    pss = _pss(distinct_memory, chosen)
-    files = occurrences_of(distinct_memory, [pss[process.pid][1] for process in distinct_memory])
-    merged = _merged(surveys, chosen)
+    pss = _pss(distinct_memory, level)
+    occurrences = occurrences_of(distinct_memory, [pss[process.pid][1] for process in distinct_memory])
+    merged = _merged(surveys, level)
     return Audit(
-        level=chosen,
+        level=level,
         when=when,
         page_size=PAGE_SIZE,
         explained=causes,
         processes=tuple(
             _cost(process, leaders[process.pid], pss[leaders[process.pid]][0], merged) for process in surveys
         ),
-        libraries=libraries_of(files, chosen, merged, causes=causes),
-        unreadable=tuple(answer for answer in answers if isinstance(answer, Unreadable)),
+        libraries=libraries_of(occurrences, level, merged, causes=causes),
+        unreadable=(),
         mappings=mappings_over(
             process.mappings.rows(process.pid, pss[process.pid][1]) for process in distinct_memory
         ),
-        erosion=erosion(distinct_memory, merged, contents=causes) if chosen == "frames" else None,
+        erosion=erosion(distinct_memory, merged, contents=causes) if level == "frames" else None,
     )
 
 
@@ -142,8 +155,12 @@ def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
     except EvidenceError as error:
         return Unreadable(pid, error.message, error.hint or "")
     except Exception as error:  # noqa: BLE001 - whatever one process has, the others are judged
-        said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
-        return Unreadable(pid, said, "please report it, with what this process has mapped")
+        return _fault(pid, error)
+
+
+def _fault(pid: int, error: Exception) -> Unreadable:
+    said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
+    return Unreadable(pid, said, "please report it, with what this process has mapped")
 
 
 def _wanted(library: str | None) -> Callable[[Identity], bool]:

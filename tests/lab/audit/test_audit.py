@@ -21,6 +21,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import jobs_for
 from miniloader.lab.audit.result import Audit
 from miniloader.lab.audit.select import choose
+from miniloader.lab.audit.survey import Survey
 from tests.conftest import AsNobody
 from tests.lab.audit.older_kernels import KERNELS
 from tests.lab.audit.told_processes import (
@@ -352,6 +353,29 @@ def test_files_of_one_build_id_keep_their_own_symbols(tmp_path: Path) -> None:
         assert "visible" in written["stripped.so"]
         assert "secret" not in written["stripped.so"]
         assert found.unreadable == ()
+
+
+@pytest.mark.parametrize("part", ["occurrences_of", "_pss", "_merged"])
+def test_a_fault_of_ours_in_putting_one_process_with_others_is_told_of_that_one(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auditing = sys.modules["miniloader.lab.audit.audit"]
+    real = getattr(auditing, part)
+
+    def faulty(surveys: Sequence[Survey], *more: object, **named: object) -> object:
+        if {bad.pid, others[0].pid} <= {process.pid for process in surveys}:  # not where it is alone
+            raise IndexError("list index out of range")
+        return real(surveys, *more, **named)
+
+    with told() as first, told() as second, told() as bad:
+        others = (first, second)
+        monkeypatch.setattr(auditing, part, faulty)
+        found = miniloader.audit([first.pid, second.pid, bad.pid], library="libc.so*")
+    assert [process.pid for process in found.processes] == [first.pid, second.pid]
+    assert [len(library.processes) for library in found.libraries] == [2]
+    (unreadable,) = found.unreadable
+    assert unreadable.pid == bad.pid
+    assert "a fault of miniloader's own: IndexError: list index out of range" in unreadable.reason
 
 
 def test_a_fault_of_ours_in_one_process_is_told_of_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
