@@ -92,11 +92,7 @@ class MappedFiles:
         return counterpart
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
-        """Open it; only of what cannot be opened is the kernel asked for the build-id.
-
-        The kernel looks through the notes of a mapped file, however long they say they are; nothing ends
-        that.
-        """
+        """Open it; only of what cannot be opened is the kernel asked for the build-id."""
         self._open(file, pid, vma)
         if file.facts is not None:
             return
