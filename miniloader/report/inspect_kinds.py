@@ -32,17 +32,21 @@ __all__ = [
 ]
 
 _MOST_ROWS: Final = 1000  # of a list for people; --json has all
-#: The letters of section flags, as readelf writes them (gABI 4, sh_flags).
-_FLAGS: Final = "WAX_MSILOGTC"
+#: The letters of section flags by their bits, as readelf writes them (gABI 4, sh_flags; GNU: retain, mbind).
+_FLAGS: Final = dict(enumerate("WAX_MSILOGTC")) | {21: "R", 24: "D", 31: "E"}
+_OF_MACHINE: Final = {"X86_64": {28: "l"}, "ARM": {29: "y"}, "PPC": {28: "v"}}  # large, pure code, VLE
 
 
-def section_flags(section: Section) -> str:
-    """``AX``: the letters of its flags, as readelf writes them.
+def section_flags(section: Section, machine: str) -> str:
+    """``AX``: the letters of its flags, as readelf writes them of a file for that machine.
 
-    >>> section_flags(Section(1, ".text", "SHT_PROGBITS", 0, 64, 3, 0, True, 6))
+    >>> section_flags(Section(1, ".text", "SHT_PROGBITS", 0, 64, 3, 0, True, 6), "X86_64")
     'AX'
     """
-    return "".join(letter for bit, letter in enumerate(_FLAGS) if section.flags >> bit & 1 and letter != "_")
+    letters = _FLAGS | _OF_MACHINE.get(machine, {})
+    return "".join(
+        letters[bit] for bit in sorted(letters) if section.flags >> bit & 1 and letters[bit] != "_"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- JSON
@@ -63,7 +67,7 @@ def _sections_json(image: ElfImage) -> list[dict[str, Any]]:
         {
             "name": section.name,
             "type": section.type,
-            "flags": section_flags(section),
+            "flags": section_flags(section, image.header.machine),
             "file_offset": section.file_offset,
             "size": section.size,
             "in_file": section.type != "SHT_NOBITS",
@@ -144,8 +148,9 @@ def sections(image: ElfImage) -> Iterator[Part]:
         kind = section.type.removeprefix("SHT_")
         style = "dim" if kind == "NOBITS" else ""
         place = "not in the file" if kind == "NOBITS" else f"{section.file_offset:#x}"
+        flags = section_flags(section, image.header.machine)
         rows.append((
-            f"{section.index}", printable(section.name), (kind, style), section_flags(section),
+            f"{section.index}", printable(section.name), (kind, style), flags,
             (place, style), f"{section.size:#x}",
         ))  # fmt: skip
     yield Table((">", "section", "type", "flags", "offset", ">size"), rows, 2)

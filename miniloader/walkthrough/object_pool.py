@@ -19,8 +19,8 @@ __all__ = ["PAGES", "Item", "ObjectPool", "built"]
 
 PAGES: Final = 48
 """How many pages of the objects are looked at."""
-_ITEMS: Final = 12_000
-_MOST_TIMES: Final = 25
+_FEWEST: Final = 12_000
+_MOST: Final = 3_000_000  # 140 MiB
 
 
 class Item:
@@ -77,11 +77,12 @@ class ObjectPool:
 def built() -> tuple[list[Item], int]:
     """Objects, and where pages begin that hold nothing else, one after another.
 
-    In a process that has run for a while the first ones fill gaps: then more are needed.
+    In a process that has run for a while the first ones fill gaps: then more are needed, twice as many
+    each time.
     """
     items = list[Item]()
-    for _ in range(_MOST_TIMES):
-        items += [Item() for _ in range(_ITEMS)]
+    while len(items) < _MOST:
+        items += [Item() for _ in range(len(items) or _FEWEST)]
         run = _longest_run({id(item) // PAGE_SIZE for item in items})
         if len(run) >= PAGES + 2:
             return items, run[(len(run) - PAGES) // 2] * PAGE_SIZE

@@ -41,6 +41,8 @@ int main(int argc, char **argv) {
   if (argc > 1) return twice(argc) + bss[argc] + names[argc][0];
   pause(); return written;
 }
+__asm__(".section .left_out,\\"e\\",@progbits\\n .long 1\\n .section .kept,\\"awR\\",@progbits\\n .long 2\\n"
+        ".section .large,\\"awl\\",@progbits\\n .long 3\\n .text\\n");
 """
 LINKED = {
     "program": ("-no-pie",),
@@ -226,7 +228,7 @@ def test_sections_and_relocations_of_object_files_are_readelfs(made: Callable[[s
         ours = [
             (
                 section.name, section.type.removeprefix("SHT_"), section.file_offset, section.size,
-                inspect_kinds.section_flags(section),
+                inspect_kinds.section_flags(section, image.header.machine),
             )
             for section in image.sections[1:]
         ]  # fmt: skip

@@ -117,7 +117,7 @@ def test_lengths_are_capstones_for_what_it_knows() -> None:
         if insn is not None and insn[2].startswith("v") and len(compared) < 20_001:
             assert vector_length(code[at : at + 15], 64) == insn[1], code[at : at + 15].hex()
             compared.add(code[at : at + insn[1]])
-    assert len(compared) > 20_000
+    assert len(compared) > 5_000
 
 
 def functions(landmarks: Landmarks) -> Iterator[CodeRange]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -55,12 +56,16 @@ def swap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     file = tmp_path_factory.mktemp("swap") / "file"
     file.touch(mode=0o600)
     file.write_bytes(bytes(16 << 20))
-    for command in ("mkswap", "swapon"):
+    search = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"  # a user's PATH need not have them
+    mkswap, swapon, swapoff = (shutil.which(name, path=search) for name in ("mkswap", "swapon", "swapoff"))
+    if mkswap is None or swapon is None or swapoff is None:
+        pytest.skip("this machine lacks swap space, and mkswap(8)")
+    for command in (mkswap, swapon):
         done = subprocess.run([command, str(file)], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"this machine lacks swap space, and cannot be given a file: {done.stderr.strip()}")
     yield
-    subprocess.run(["swapoff", str(file)], check=True)
+    subprocess.run([swapoff, str(file)], check=True)
 
 
 def in_swap(pid: int) -> int:
