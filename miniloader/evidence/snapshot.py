@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
+from miniloader.evidence.open_process import OpenProcess, ProcessRange, open_process, places_had_by_any
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import KPF, distinct, frame_flags, map_counts
-from miniloader.kernel.maps import Vma, read_maps
-from miniloader.kernel.pagemap import FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap, PageTable
+from miniloader.kernel.maps import Vma
+from miniloader.kernel.pagemap import FILE, FRAME, GUARD, PRESENT, SWAPPED, PageTable
 from miniloader.kernel.probe import level_for
 from miniloader.kernel.query import query_vma
-from miniloader.kernel.scan import IS_ZERO, categories_of, scan
+from miniloader.kernel.scan import IS_ZERO, lie_in, scan
 from miniloader.kernel.smaps import read_smaps, sum_sizes
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import doubtful, zeros_by_sums
@@ -55,20 +56,6 @@ PAGE_DTYPE: Final = np.dtype(
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 """What must not change between the two readings; bits 55 to 57 may (others map and unmap the page)."""
-
-
-@dataclass(frozen=True)
-class ProcessRange:
-    """What to look at: the pages [``vaddr_start``, ``vaddr_end``) of an image in process ``pid``.
-
-    ``base`` is the load bias, address - vaddr, a multiple of the page size; the range is widened to
-    whole pages.
-    """
-
-    pid: int
-    base: int
-    vaddr_start: int
-    vaddr_end: int
 
 
 @dataclass(frozen=True)
@@ -117,16 +104,9 @@ class Snapshot:
 class _Reading:
     """What was read of one process before its frames were asked about."""
 
-    target: ProcessRange
-    pagemap: PageMap
-    vmas: tuple[Vma, ...]
+    process: OpenProcess
     table: PageTable
     zero: NDArray[np.bool_] | None  # None: the kernel could not be asked
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The addresses looked at."""
-        return self.target.base + self.target.vaddr_start, self.target.base + self.target.vaddr_end
 
 
 def take(
@@ -171,14 +151,16 @@ def _whole_pages(target: ProcessRange) -> ProcessRange:
 _Found = TypeVar("_Found")
 
 
-def _recorded(target: ProcessRange, look: Callable[[], _Found]) -> _Found | ProcessPages:
-    """What ``look`` finds, or the record of why it could not."""
+def _recorded(
+    target: ProcessRange, look: Callable[[], _Found], places: NDArray[np.int64] | None = None
+) -> _Found | ProcessPages:
+    """What ``look`` finds, or the record of why it could not, of the pages at ``places``."""
     try:
         return look()
     except ProcessGone as error:
-        return _blank(target, reason=str(error), gone=True)
+        return _only(_blank(target, reason=str(error), gone=True), places)
     except EvidenceError as error:
-        return _blank(target, reason=str(error))
+        return _only(_blank(target, reason=str(error)), places)
 
 
 def _blank_pages(vaddrs: NDArray[np.uint64]) -> NDArray[np.void]:
@@ -210,67 +192,52 @@ def _totals(target: ProcessRange) -> ProcessPages:
     )
 
 
-def _touched(target: ProcessRange) -> tuple[Vma, ...]:
-    """The mappings that the image touches, by address."""
-    return read_maps(target.pid, start=target.base + target.vaddr_start, end=target.base + target.vaddr_end)
-
-
 def _look(
     targets: Sequence[ProcessRange], *, with_frames: bool, most_empty: int | None
 ) -> tuple[ProcessPages, ...]:
     """Read every process's entries, then ask about all frames at once, then read the entries again."""
     with ExitStack() as files:
-        found = [_recorded(target, partial(_first, target, files)) for target in targets]
-        places = None if most_empty is None else _had_by_any(found, most_empty)
-        if places is not None:
-            found = [_only(answer, places) for answer in found]
+        opened = [_recorded(target, partial(open_process, target, files)) for target in targets]
+        places = None
+        if (
+            most_empty is not None
+            and len({(target.vaddr_start, target.vaddr_end) for target in targets}) == 1
+        ):
+            there = [process for process in opened if isinstance(process, OpenProcess)]
+            places = places_had_by_any(there, most_empty)
+        found = [
+            _only(process, places)
+            if isinstance(process, ProcessPages)
+            else _recorded(process.target, partial(_first, process, places), places)
+            for process in opened
+        ]
         readings = [answer for answer in found if isinstance(answer, _Reading)]
         facts = iter(_frame_facts(readings, with_frames=with_frames))
         return tuple(
             answer
             if isinstance(answer, ProcessPages)
-            else _recorded(answer.target, partial(_second, answer, next(facts), with_frames=with_frames))
+            else _recorded(
+                answer.process.target,
+                partial(_second, answer, next(facts), with_frames=with_frames),
+                places,
+            )
             for answer in found
         )
 
 
-def _first(target: ProcessRange, files: ExitStack) -> _Reading:
-    pagemap = files.enter_context(PageMap(target.pid))
-    start, end = target.base + target.vaddr_start, target.base + target.vaddr_end
-    vmas, table = _touched(target), pagemap.table(start, end)
+def _first(process: OpenProcess, places: NDArray[np.int64] | None) -> _Reading:
+    """The entries at ``places``, and which of them are the page of zeros."""
+    table = process.read(places)
     try:
-        regions = scan(pagemap, start, end, required=IS_ZERO, returned=IS_ZERO)
+        regions = scan(process.pagemap, *process.span, required=IS_ZERO, returned=IS_ZERO)
     except EvidenceError:  # PAGEMAP_SCAN is from 6.7 on; flags of the frames, or sums, may still tell
-        return _Reading(target, pagemap, vmas, table, None)
-    return _Reading(target, pagemap, vmas, table, categories_of(regions, start, end).astype(np.bool_))
+        return _Reading(process, table, None)
+    return _Reading(process, table, lie_in(regions, table.addresses))
 
 
-def _had_by_any(found: Sequence[_Reading | ProcessPages], most_empty: int) -> NDArray[np.int64] | None:
-    """The places of the pages that are not left out; ``None`` where all stay."""
-    readings = [answer for answer in found if isinstance(answer, _Reading)]
-    lengths = {len(answer.table) if isinstance(answer, _Reading) else len(answer.pages) for answer in found}
-    if not readings or len(lengths) > 1 or max(lengths) <= most_empty:
-        return None
-    stays = np.zeros(max(lengths), np.bool_)
-    for reading in readings:
-        stays |= (reading.table.entries & (PRESENT | SWAPPED | GUARD)).astype(np.bool_)
-        start, end = reading.span
-        for vma in reading.vmas:
-            if vma.is_file:
-                first, last = max(vma.start, start) - start, min(vma.end, end) - start
-                stays[first // PAGE_SIZE : last // PAGE_SIZE] = True
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], stays, [True]])))
-    for first, last in edges.reshape(-1, 2).tolist():
-        stays[first:last] = last - first <= most_empty
-    return None if stays.all() else np.flatnonzero(stays)
-
-
-def _only(answer: _Reading | ProcessPages, places: NDArray[np.int64]) -> _Reading | ProcessPages:
-    """What is known of the pages at ``places``."""
-    if isinstance(answer, ProcessPages):
-        return replace(answer, pages=answer.pages[places])
-    zero = answer.zero if answer.zero is None else answer.zero[places]
-    return replace(answer, table=answer.table.only(places), zero=zero)
+def _only(process: ProcessPages, places: NDArray[np.int64] | None) -> ProcessPages:
+    """What is known of the pages at ``places``; ``None``: of all."""
+    return process if places is None else replace(process, pages=process.pages[places])
 
 
 def on_same_pages(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
@@ -326,13 +293,14 @@ def _frame_facts(readings: Sequence[_Reading], *, with_frames: bool) -> list[_Fr
 
 def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> ProcessPages:
     """Read the entries again and put everything together."""
-    target, before, vmas = reading.target, reading.table, reading.vmas
-    addresses, after = before.addresses, _read_again(reading)
+    before, process = reading.table, reading.process
+    target, vmas = process.target, process.vmas
+    addresses, after = before.addresses, process.read(before.places)
     pages = _blank_pages(addresses - np.uint64(target.base))
     pages["mapping"] = mapping = _mapping_of(addresses, vmas)
     pages["file_offset"] = _file_offsets(addresses, mapping, vmas)
     pages["changed"] = ((before.entries ^ after.entries) & _SETTLED).astype(np.bool_)
-    pages["changed"] |= _remapped(addresses, vmas, _touched(target))
+    pages["changed"] |= _remapped(addresses, vmas, process.touched())
     for name in ("present", "swapped", "file", "exclusive", "guard"):
         pages[name] = getattr(after, name)
     if with_frames:
@@ -346,25 +314,12 @@ def _second(reading: _Reading, facts: _FrameFacts, *, with_frames: bool) -> Proc
         pages["zero"] |= reading.zero
     pages["zero_known"] = True
     if reading.zero is None and facts.flags is None:
-        maybe, answers = doubtful(after.entries), zeros_by_sums(reading.pagemap, vmas).all_or_none
+        maybe, answers = doubtful(after.entries), zeros_by_sums(process.pagemap, vmas).all_or_none
         answer = np.append(answers, np.int8(0))[mapping]
         pages["zero"] = maybe & (answer == 1)
         pages["zero_known"] = ~maybe | (answer >= 0)
     pages.flags.writeable = False
     return ProcessPages(target.pid, target.base, _backings(target.pid, vmas), pages)
-
-
-def _read_again(reading: _Reading) -> PageTable:
-    """The entries of the pages that are left, and no others."""
-    (start, end), places = reading.span, reading.table.places
-    if places is None:
-        return reading.pagemap.table(start, end)
-    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
-    entries = [
-        reading.pagemap.read(start + int(run[0]) * PAGE_SIZE, start + (int(run[-1]) + 1) * PAGE_SIZE)
-        for run in runs
-    ]
-    return PageTable(start, np.concatenate([np.empty(0, np.uint64), *entries]), places)
 
 
 def _remapped(

@@ -61,10 +61,6 @@ class PageTable:
     entries: NDArray[np.uint64]
     places: NDArray[np.int64] | None = None  # of the entries that are left, counted from start; None: all
 
-    def only(self, places: NDArray[np.int64]) -> PageTable:
-        """The entries at ``places``, ascending, of a table that has all."""
-        return PageTable(self.start, self.entries[places], places)
-
     def __len__(self) -> int:
         return len(self.entries)
 

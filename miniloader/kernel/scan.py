@@ -32,6 +32,7 @@ __all__ = [
     "IS_ZERO",
     "REGION_DTYPE",
     "categories_of",
+    "lie_in",
     "scan",
 ]
 
@@ -132,3 +133,14 @@ def categories_of(regions: NDArray[np.void], start: int, end: int) -> NDArray[np
     np.add.at(pages, first, regions["categories"])
     np.subtract.at(pages, last, regions["categories"])
     return np.cumsum(pages[:-1], dtype=np.uint64)
+
+
+def lie_in(regions: NDArray[np.void], addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of ``addresses`` lie in one of the regions, which are by address.
+
+    >>> regions = np.array([(0x1000, 0x3000, 1)], REGION_DTYPE)
+    >>> lie_in(regions, np.array([0, 0x1000, 0x2000, 0x3000], np.uint64)).tolist()
+    [False, True, True, False]
+    """
+    before = np.searchsorted(regions["start"], addresses, side="right")
+    return addresses < np.append(np.uint64(0), regions["end"])[before]

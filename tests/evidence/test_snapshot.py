@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miniloader.errors import EvidenceError, UsageError
+from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.evidence import snapshot
 from miniloader.evidence.snapshot import PAGE_DTYPE, ProcessPages, ProcessRange, Snapshot, take
 from miniloader.kernel import syscalls
@@ -308,3 +308,54 @@ def test_whole_files_are_covered(file8: Path) -> None:
     inner = only(take([ProcessRange(os.getpid(), address, 2 * PAGE_SIZE, 4 * PAGE_SIZE)])).pages
     assert inner["file_offset"].tolist() == [2 * PAGE_SIZE, 3 * PAGE_SIZE]
     assert inner["present"].all()
+
+
+@pytest.mark.parametrize("scans", [True, False])
+def test_of_a_gigabyte_that_nobody_has_only_what_is_there_is_read(
+    scans: bool, file8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernel's own scan; without it, once to find out what is there."""
+    length = (1 << 30) // PAGE_SIZE
+    start = map_anonymous(length)
+    with file8.open("rb") as file:
+        flags = syscalls.MAP_PRIVATE | syscalls.MAP_FIXED
+        syscalls.mmap(start + 100 * PAGE_SIZE, 2 * PAGE_SIZE, READ_WRITE, flags, file.fileno(), 0)
+    store(start + 1000 * PAGE_SIZE)
+    store(start + 1004 * PAGE_SIZE)
+    store(start + (length - 1) * PAGE_SIZE)
+    read, of_kernel = list[int](), PageMap.read
+
+    def counted(self: PageMap, start: int, end: int) -> np.ndarray:
+        read.append((end - start) // PAGE_SIZE)
+        return of_kernel(self, start, end)
+
+    monkeypatch.setattr(PageMap, "read", counted)
+    target = ProcessRange(os.getpid(), start, 0, length * PAGE_SIZE)
+    with nullcontext() if scans else syscalls.injected("ioctl", failing(errno.ENOTTY)):
+        process = only(take([target], most_empty=8))
+    syscalls.munmap(start, length * PAGE_SIZE)
+    places = (process.pages["vaddr"] // PAGE_SIZE).tolist()
+    assert places == [100, 101, *range(1000, 1005), length - 1]
+    assert pages(process.pages["present"]) == [2, 6, 7]
+    assert sum(read) - (0 if scans else length) < 100
+
+
+def test_a_process_that_ends_meanwhile_has_the_pages_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = map_anonymous(64)
+    store(start)
+    target = ProcessRange(os.getpid(), start, 0, 64 * PAGE_SIZE)
+    with still_child(int) as (pid, _):
+        other = ProcessRange(pid, start, 0, 64 * PAGE_SIZE)
+        of_kernel, calls = PageMap.read, list[int]()
+
+        def ends(self: PageMap, start: int, end: int) -> np.ndarray:
+            calls.append(self.pid or 0)
+            if calls.count(pid) == 2 and self.pid == pid:
+                raise ProcessGone(pid, "it has ended")
+            return of_kernel(self, start, end)
+
+        monkeypatch.setattr(PageMap, "read", ends)
+        ours, gone = take([target, other], most_empty=8).processes
+    syscalls.munmap(start, 64 * PAGE_SIZE)
+    assert gone.gone
+    assert gone.pages["vaddr"].tolist() == ours.pages["vaddr"].tolist() == [0]
