@@ -123,7 +123,7 @@ def _environment() -> Environment:
         "pyrepr": repr,
         "short": short,
         "choices_of": _choices_of,
-        "slug": lambda word: word.lower().replace(" ", "-"),
+        "slug": lambda word: word.lower().replace(" ", "-").replace("'", ""),
     }
     return environment
 

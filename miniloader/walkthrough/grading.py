@@ -89,21 +89,22 @@ def _graded(student: str, id: str, path: str, on_each: Callable[[str], None]) ->
 
 
 def junit(graded: tuple[Graded, ...]) -> bytes:
-    """``graded`` as JUnit XML, the same for the same answers: a suite a student, a case a chapter."""
+    """``graded`` as JUnit XML, the same for the same answers: a suite a student, a case a chapter.
+
+    Which file a chapter's solution was in is a property of the suite: in the schema that Jenkins reads by, a
+    case has no place for it.
+    """
     root = ElementTree.Element("testsuites", name="miniloader walkthrough")
     for student in dict.fromkeys(solution.student for solution in graded):
         solutions = [solution for solution in graded if solution.student == student]
         suite = ElementTree.SubElement(
             root, "testsuite", attrib={"name": printable(student), **_counts(solutions)}
         )
+        files = ElementTree.SubElement(suite, "properties")
         for solution in solutions:
-            case = ElementTree.SubElement(
-                suite,
-                "testcase",
-                classname=printable(student),
-                name=solution.id,
-                file=printable(solution.path),
-            )
+            ElementTree.SubElement(files, "property", name=printable(solution.path), value=solution.id)
+        for solution in solutions:
+            case = ElementTree.SubElement(suite, "testcase", classname=printable(student), name=solution.id)
             if solution.passed is not True:
                 tag = "skipped" if solution.passed is None else "failure"
                 ElementTree.SubElement(case, tag, message=printable(solution.message))

@@ -219,6 +219,16 @@ def class_of_three(directory: Path) -> None:
         (directory / student / name).write_text(text)
 
 
+#: Attributes that the schema of Jenkins's xUnit plugin (junit-10.xsd) allows, of those that are written.
+JUNIT = {
+    *(("testsuite", name) for name in ("name", "tests", "failures", "errors", "skipped")),
+    *((element, name) for element in ("testsuites", "testcase", "property") for name in ("name",)),
+    *((element, "message") for element in ("failure", "skipped")),
+    ("testcase", "classname"),
+    ("property", "value"),
+}
+
+
 def test_a_class_is_graded_the_same_each_time(tmp_path: Path) -> None:
     class_of_three(tmp_path)
     graded = grade(str(tmp_path))
@@ -233,6 +243,9 @@ def test_a_class_is_graded_the_same_each_time(tmp_path: Path) -> None:
     ]  # fmt: skip
     (failure,) = root.iter("failure")
     assert "ZeroDivisionError" in (failure.get("message") or "")
+    assert {(element.tag, name) for element in root.iter() for name in element.attrib} <= JUNIT
+    files = {part.get("name"): part.get("value") for part in root[0].iter("property")}
+    assert files == {str(tmp_path / "ada" / name): "cow" for name in ("03-late.py", "cow.py")}
     assert b"\x1b" not in text
 
 
