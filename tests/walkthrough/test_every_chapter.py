@@ -177,3 +177,19 @@ def test_a_verb_is_no_word_of_the_table() -> None:
     """A fault maps pages: that is not the process's map."""
     text = "it maps a file; the process's map; they map it"
     assert [word for _, word in words_in(text) if word] == ["process's map"]
+
+
+def test_a_trace_uses_the_descriptors_that_it_was_given() -> None:
+    """Each number that is handed to mmap or pread has come back from a call before, in the same process."""
+    given_back, used = (
+        re.compile(r"\b\d+\b"),
+        re.compile(r"(?:mmap\(.*, (\d+), \d+|p(?:read|write)\((\d+), .*)\)"),
+    )
+    for name in CHAPTERS:
+        known: dict[str, set[str]] = {}
+        for call in (call for step in result_here(name).steps for call in step.calls):
+            match = used.fullmatch(call.text)
+            if match:
+                assert (match[1] or match[2]) in known.get(call.process, set()), (name, call)
+            if not call.access and not call.result.startswith(("-1", "0x")):
+                known.setdefault(call.process, set()).update(given_back.findall(call.result))

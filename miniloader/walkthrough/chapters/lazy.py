@@ -232,7 +232,6 @@ def _touch_all(bench: Workbench, mapping: Mapping) -> Faults:
 
 def _one_at_a_time(bench: Workbench) -> Generator[ChapterStep, None, None]:
     fd = bench.opened(bench.file("random", os.urandom(_LENGTH)))
-    bench.taken()
     bench.drop_cache(fd)
     memory = bench.mapped(_LENGTH, PROT_READ, MAP_SHARED, fd)
     bench.madvise(memory, "MADV_RANDOM")

@@ -13,12 +13,14 @@ from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, Statement
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
 from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "Talk", "Talks"]
 
 _PAGES = 4
 _QUESTION, _ANSWER = "are you there?", "yes, I am"
+
 _AT, _REPLY_AT = 0, 2 * PAGE_SIZE
 
 
@@ -90,8 +92,9 @@ def _talk(bench: Workbench, kind: str) -> Generator[ChapterStep, None, Talk]:
         "A stores a question, B loads it, and answers. Then the file is read, before any msync.",
         bench.taken(),
         (
-            f"B read {heard_by_b!r}, A read {heard_by_a!r}: no pipe, no system call, only loads and stores.",
-            f"pread gave {by_pread!r}: the store was in the file at once. msync is for the disk.",
+            f"B read {_said(heard_by_b)}, A read {_said(heard_by_a)}: no pipe, no system call, only loads "
+            "and stores.",
+            f"pread gave {_said(by_pread)}: the store was in the file at once. msync is for the disk.",
         ),
         evidence=(before_and_after("Pages of A", before, after, range(_PAGES), a.pid),),
         grid=after.grid,
@@ -116,6 +119,11 @@ def _talk(bench: Workbench, kind: str) -> Generator[ChapterStep, None, Talk]:
     )
 
 
+def _said(text: str) -> str:
+    """As the trace shows it."""
+    return quoted(text.encode())
+
+
 def _same_frames(first: MappingView, second: MappingView) -> bool | None:
     """Whether the pages of question and answer have the same frames in both views; None where not told."""
     pages = (_AT // PAGE_SIZE, _REPLY_AT // PAGE_SIZE)
@@ -134,12 +142,12 @@ def _afterwards(bench: Workbench, fd: int, kind: str) -> Generator[ChapterStep, 
         bench.fsync(fd)
         bench.drop_cache(fd)
         from_disk = bench.pread(fd, len(_ANSWER), _REPLY_AT).decode()
-    reread = "" if from_disk is None else f" Synced, and read again from the disk: {from_disk!r}."
+    reread = "" if from_disk is None else f" Synced, and read again from the disk: {_said(from_disk)}."
     yield ChapterStep(
         f"afterwards on {bench.place(kind).file_system}",
         "Both programs are ended. Who still knows what they said?",
         bench.taken(),
-        (f"The file does: {after_both!r}.{reread}",),
+        (f"The file does: {_said(after_both)}.{reread}",),
     )
     return after_both, from_disk
 
@@ -163,7 +171,7 @@ def _on_each(
 
 _NO_ANCESTOR = "neither program is an ancestor of the other"
 _ONE_CACHE = "the page cache's own page, the same in both"
-_ON_DISK = f"{_ANSWER!r} in the file, and on the disk where there is one"
+_ON_DISK = f"{_said(_ANSWER)} in the file, and on the disk where there is one"
 
 
 @_on_each("unrelated", "Two programs that know nothing of each other map one file", _NO_ANCESTOR)
@@ -171,19 +179,19 @@ def _unrelated(talk: Talk) -> tuple[bool, str]:
     return not talk.related, "related" if talk.related else "unrelated"
 
 
-@_on_each("visible-at-once", "What one stores the other loads", f"B reads {_QUESTION!r}")
+@_on_each("visible-at-once", "What one stores the other loads", f"B reads {_said(_QUESTION)}")
 def _visible(talk: Talk) -> tuple[bool, str]:
-    return talk.heard_by_b == _QUESTION, repr(talk.heard_by_b)
+    return talk.heard_by_b == _QUESTION, _said(talk.heard_by_b)
 
 
 @_on_each(
     "both-ways",
     "A message and its answer: inter-process communication",
-    f"{_QUESTION!r} there, {_ANSWER!r} back",
+    f"{_said(_QUESTION)} there, {_said(_ANSWER)} back",
 )
 def _both_ways(talk: Talk) -> tuple[bool, str]:
     heard = (talk.heard_by_b, talk.heard_by_a)
-    return heard == (_QUESTION, _ANSWER), "{!r} there, {!r} back".format(*heard)
+    return heard == (_QUESTION, _ANSWER), "{} there, {} back".format(*map(_said, heard))
 
 
 @_on_each("one-frame", "Both page tables point to the same frames", _ONE_CACHE, "flags")
@@ -198,15 +206,15 @@ def _not_copied(talk: Talk) -> tuple[bool, str]:
     return not copied and not talk.moved, f"{copied} copied"
 
 
-@_on_each("in-the-file", "pread sees the store before msync", f"pread gives {_QUESTION!r} before msync")
+@_on_each("in-the-file", "pread sees the store before msync", f"pread gives {_said(_QUESTION)} before msync")
 def _in_file(talk: Talk) -> tuple[bool, str]:
-    return talk.by_pread == _QUESTION, repr(talk.by_pread)
+    return talk.by_pread == _QUESTION, _said(talk.by_pread)
 
 
 @_on_each("persistent", "It is still there when both programs are gone", _ON_DISK)
 def _persistent(talk: Talk) -> tuple[bool, str]:
     read = [text for text in (talk.after_both, talk.from_disk) if text is not None]
-    return {*read} == {_ANSWER}, ", ".join(map(repr, read))
+    return {*read} == {_ANSWER}, ", ".join(map(_said, read))
 
 
 _SNIPPET = """\

@@ -77,7 +77,7 @@ def _terminal(bench: Workbench, stack: ExitStack) -> int:
 def _epoll(bench: Workbench, stack: ExitStack) -> int:
     epoll = bench.do("epoll_create1(EPOLL_CLOEXEC)", select.epoll, lambda e: str(e.fileno()))
     stack.callback(epoll.close)
-    return os.dup(epoll.fileno())
+    return bench.do(f"dup({epoll.fileno()})", lambda: os.dup(epoll.fileno()))
 
 
 def _path(path: str, flags: int = os.O_RDONLY) -> Callable[[Workbench, ExitStack], int]:
@@ -101,7 +101,7 @@ def _closed(bench: Workbench, stack: ExitStack) -> int:
 def _sealed(bench: Workbench, stack: ExitStack) -> int:
     text = "memfd_create(…, MFD_ALLOW_SEALING)"
     fd = bench.do(text, lambda: os.memfd_create("sealed", os.MFD_ALLOW_SEALING))
-    os.ftruncate(fd, PAGE_SIZE)
+    bench.ftruncate(fd, PAGE_SIZE)
     text = f"fcntl({fd}, F_ADD_SEALS, F_SEAL_WRITE)"
     bench.do(text, lambda: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE))
     return fd
