@@ -2,14 +2,16 @@
 
 The standard library's ``dataclass(frozen=True)`` compiles six methods for every class: half a millisecond
 for each of the sixty that a command defines, and uses a few of.  Here only ``__init__`` is compiled, and not
-until the class is called, compared or asked for its fields.  What is made is a dataclass to
-:mod:`dataclasses` and to type checkers, and behaves as theirs; but a class with an ``__eq__`` of its own has
-no hash, one derived without the decorator is frozen, too, and ``__init__`` is not annotated.
+until the class has been called a few times; what else a class has is made when it is asked for: it is
+described to :mod:`dataclasses` when somebody wants its fields.  It is a dataclass to that and to type
+checkers, and behaves as theirs; but a class with an ``__eq__`` of its own has no hash, one derived without
+the decorator is frozen, too, and ``__init__`` is not annotated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,15 +40,14 @@ else:
 
 
 class _Unmade:
-    """A class to be made: until then :class:`_Later` stands for all that it will have."""
+    """A class to be made: :class:`_Later` stands for each of its methods until that is asked for."""
 
     def __init__(self, cls: type, *, eq: bool) -> None:
-        self.cls, self._made = cls, False
-        self._inherits = any(_DESCRIBING[0] in base.__dict__ for base in cls.__mro__[1:])
-        wanted = (*_DESCRIBING, "__init__", *(_COMPARING if eq else ()))
-        self._later = [name for name in wanted if name not in cls.__dict__]
-        for name in self._later:
-            setattr(cls, name, _Later(self, name))
+        self.cls = cls
+        self._inherits = any(_FIELDS in base.__dict__ for base in cls.__mro__[1:])
+        for name in (*_DESCRIBING, "__init__", *(_COMPARING if eq else ())):
+            if name not in cls.__dict__:
+                setattr(cls, name, _Later(self, name))
         if "__repr__" not in cls.__dict__:
             cls.__repr__ = _repr  # type: ignore[method-assign,assignment]
         self._freeze()
@@ -55,70 +56,130 @@ class _Unmade:
         self.cls.__setattr__ = _refuse_set  # type: ignore[method-assign,assignment]
         self.cls.__delattr__ = _refuse_delete  # type: ignore[method-assign,assignment]
 
-    def make(self) -> None:
-        """Make it, once."""
+    def make(self, name: str) -> None:
+        """Make what is called ``name``, once."""
         with making:
-            if self._made:
-                return
-            cls = self.cls
-            if self._inherits:  # from what is frozen: the standard library insists on freezing it as well
-                del cls.__setattr__, cls.__delattr__
-            cls.__doc__ = (
-                cls.__doc__ or cls.__name__
-            )  # or the standard library asks for the signature, too early
-            make = dataclasses.dataclass(
-                init=False, repr=False, eq=False, match_args=False, frozen=self._inherits
-            )
-            fields = dataclasses.fields(make(cls))
-            self._freeze()
-            cls.__dataclass_params__.frozen = True  # type: ignore[attr-defined]
-            compared = [field.name for field in fields if field.compare]
-            key = attrgetter(*compared) if compared else lambda _: ()
-            made = {
-                "__match_args__": tuple(field.name for field in fields if field.init and not field.kw_only),
-                "__init__": _initialiser(cls, fields),
-                "__eq__": _equality(key),
-                "__hash__": lambda self: hash(key(self)),
-            }
-            for name in self._later:
-                if name in made:
-                    setattr(cls, name, made[name])
-            self._made = True
+            if not isinstance(self.cls.__dict__[name], _Later):
+                return  # by another thread
+            if name in _DESCRIBING:
+                self._describe()
+            elif name == "__init__":
+                setattr(self.cls, name, _initialiser(self.cls, _fields_of(self.cls)))
+            else:
+                compared = [name for name, *_, is_compared in _fields_of(self.cls) if is_compared]
+                key = attrgetter(*compared) if compared else lambda _: ()
+                made = _equality(key) if name == "__eq__" else lambda instance: hash(key(instance))
+                setattr(self.cls, name, made)
+
+    def _describe(self) -> None:
+        """Have :mod:`dataclasses` know its fields."""
+        cls = self.cls
+        if self._inherits:  # from what is frozen: the standard library insists on freezing it as well
+            del cls.__setattr__, cls.__delattr__
+        cls.__doc__ = cls.__doc__ or cls.__name__  # or the standard library asks for the signature, too early
+        make = dataclasses.dataclass(
+            init=False, repr=False, eq=False, match_args=False, frozen=self._inherits
+        )
+        fields = dataclasses.fields(make(cls))
+        self._freeze()
+        cls.__dataclass_params__.frozen = True  # type: ignore[attr-defined]
+        if isinstance(cls.__dict__["__match_args__"], _Later):
+            names = tuple(field.name for field in fields if field.init and not field.kw_only)
+            cls.__match_args__ = names  # type: ignore[misc,attr-defined]
 
 
 class _Later:
-    """Stands for something of a class; to look at it makes the class."""
+    """Stands for something of a class; to look at it makes that."""
 
     def __init__(self, unmade: _Unmade, name: str) -> None:
         self._unmade, self._name = unmade, name
 
     def __get__(self, instance: object, owner: type) -> Any:
-        self._unmade.make()
+        self._unmade.make(self._name)
         made = self._unmade.cls.__dict__[self._name]
         return made.__get__(instance, owner) if callable(made) else made
 
 
-def _initialiser(cls: type, fields: tuple[dataclasses.Field[Any], ...]) -> Callable[..., None]:
-    """``__init__`` of the class: the one method that is compiled, since it takes what the class has."""
+_Known = tuple[str, Any, Any, bool, bool]
+"""Of a field: its name, its default, what makes one, whether it is given by name only, and compared."""
+
+
+def _fields_of(cls: type) -> list[_Known]:
+    """The fields of a class and of those it is derived from, in order: without describing it, if possible."""
+    fields: dict[str, _Known] = {}
+    for base in reversed(cls.__mro__):
+        described = base.__dict__.get(_FIELDS)
+        if isinstance(described, _Later):
+            annotations = base.__annotations__
+            if any(special in str(annotation) for annotation in annotations.values() for special in _SPECIAL):
+                described = getattr(base, _FIELDS)  # those the standard library knows
+            else:
+                for name in annotations:
+                    fields[name] = _known(name, base.__dict__.get(name, MISSING))
+        if isinstance(described, dict):  # with those of its own bases
+            fields |= {field.name: _known(field.name, field) for field in dataclasses.fields(base)}
+    return list(fields.values())
+
+
+def _known(name: str, given: Any) -> _Known:
+    if isinstance(given, dataclasses.Field):
+        return name, given.default, given.default_factory, given.kw_only is True, given.compare
+    return name, given, MISSING, False, True
+
+
+def _initialiser(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+    """``__init__`` of the class, which replaces itself by a compiled one where the class is called often.
+
+    Compiling takes as long as fifty calls of this one; most classes are called less often in a process.
+    """
+    names = [name for name, *_ in fields]
+    positional = [name for name, _, _, by_name, _ in fields if not by_name]
+    makers = {name: factory for name, _, factory, _, _ in fields if factory is not MISSING}
+    defaults = {name: default for name, default, *_ in fields if default is not MISSING}
+    required = set(names) - makers.keys() - defaults.keys()
+    every, calls, has_more = set(names), count(1), hasattr(cls, "__post_init__")
+
+    def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
+        given = dict(zip(positional, arguments, strict=False))
+        right = len(arguments) == len(given) and given.keys().isdisjoint(named)
+        given |= named
+        if not right or not required <= given.keys() <= every or next(calls) > _FEW:
+            cls.__init__ = compiled = _compiled(cls, fields)  # type: ignore[misc]
+            compiled(self, *arguments, **named)  # which says what is wrong with the arguments
+            return
+        for name in names:
+            if name not in given:
+                given[name] = makers[name]() if name in makers else defaults[name]
+        self.__dict__.update(given)
+        if has_more:
+            self.__post_init__()
+
+    initialise.__qualname__ = f"{cls.__qualname__}.__init__"
+    initialise.__name__ = "__init__"
+    return initialise
+
+
+def _compiled(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+    """``__init__`` of the class, compiled for its fields."""
     names: dict[str, Any] = {"_missing": MISSING}
-    positional, by_name, values = ["self"], ["*"], []
-    for field in fields:
-        value, declared = field.name, field.name
-        if field.default is not MISSING:
-            names[f"_default_{field.name}"] = field.default
-            declared += f"=_default_{field.name}"
-        elif field.default_factory is not MISSING:
-            names[f"_make_{field.name}"] = field.default_factory
+    positional, keywords, values = ["self"], ["*"], []
+    for name, default, factory, by_name, _ in fields:
+        value, declared = name, name
+        if default is not MISSING:
+            names[f"_default_{name}"] = default
+            declared += f"=_default_{name}"
+        elif factory is not MISSING:
+            names[f"_make_{name}"] = factory
             declared += "=_missing"
-            value = f"_make_{field.name}() if {field.name} is _missing else {field.name}"
-        (by_name if field.kw_only else positional).append(declared)
-        values.append(f"{field.name}={value}")
+            value = f"_make_{name}() if {name} is _missing else {name}"
+        (keywords if by_name else positional).append(declared)
+        values.append(f"{name}={value}")
     # One call for all fields: setting seven one by one, past the refusal to be set, takes half as long again,
     # sixteen more than twice as long.  The price: an object takes twice the room, with names of its own.
     body = [f" self.__dict__.update({', '.join(values)})"] if values else [" pass"]
     if hasattr(cls, "__post_init__"):
         body.append(" self.__post_init__()")
-    arguments = ", ".join(positional + (by_name if len(by_name) > 1 else []))
+    arguments = ", ".join(positional + (keywords if len(keywords) > 1 else []))
     made: dict[str, Any] = {}
     exec(f"def __init__({arguments}):\n" + "\n".join(body), names, made)
     initialise: Callable[..., None] = made["__init__"]
@@ -148,5 +209,10 @@ def _repr(self: Any) -> str:
     return f"{type(self).__qualname__}({', '.join(shown)})"
 
 
-_DESCRIBING: Final = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
+_FIELDS: Final = "__dataclass_fields__"
+_DESCRIBING: Final = (_FIELDS, "__dataclass_params__", "__match_args__")
 _COMPARING: Final = ("__eq__", "__hash__")
+#: What makes an annotation no field, or another kind of one.
+_SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
+#: Calls of a class until it is compiled.
+_FEW: Final = 16

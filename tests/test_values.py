@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, field
 from threading import Barrier
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -81,6 +81,43 @@ def test_as_the_standard_library_does(number: int) -> None:
             wrong(ours)
         with pytest.raises(TypeError):
             wrong(theirs)
+
+
+def test_it_is_called_as_often_as_one_likes() -> None:
+    """The first calls are made by what is not compiled, the others by what is."""
+    ours, theirs = (_defined(decorate)[1] for decorate in (values.dataclass, dataclasses.dataclass))
+    for number in range(40):
+        for arguments, named in (((number,), {}), ((1, number), {"z": 5, "name": "n"}), ((), {"x": number})):
+            one, other = ours(*arguments, **named), theirs(*arguments, **named)
+            assert dataclasses.asdict(one) == dataclasses.asdict(other)
+    kind = _defined(values.dataclass)[0]
+    assert kind(1).many is not kind(1).many
+
+
+def test_what_is_no_field() -> None:
+    @values.dataclass(frozen=True)
+    class Counted:
+        """Two fields; a number that all have."""
+
+        made: ClassVar[int] = 0
+        x: int
+        _: dataclasses.KW_ONLY
+        y: int = 4
+
+        def __post_init__(self) -> None:
+            type(self).made += 1
+
+    @values.dataclass(frozen=True)
+    class Again(Counted):
+        z: int = 5
+
+    assert (Counted(1).y, Counted(1, y=2).y, Again(1).z, Again(1, 2).z, Counted.made, Again.made) == (
+        *(4, 2, 5, 2),
+        *(2, 4),
+    )
+    with pytest.raises(TypeError):
+        Counted(1, 2)  # type: ignore[misc]
+    assert [field.name for field in dataclasses.fields(Again)] == ["x", "y", "z"]
 
 
 def test_without_equality() -> None:
