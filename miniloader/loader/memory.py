@@ -9,6 +9,7 @@ or a write is an error and no SIGBUS, which ends the process: see :func:`miniloa
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -29,6 +30,8 @@ _FLAGS: Final = {
     "MAP_FIXED_NOREPLACE": sys.MAP_FIXED_NOREPLACE,
     "MAP_ANONYMOUS": sys.MAP_ANONYMOUS,
 }
+
+_NOEXEC: Final = "its file system is mounted noexec: copy it to another, or mount that with exec"
 
 
 @lru_cache(maxsize=16)
@@ -134,7 +137,8 @@ class Memory:
         try:
             _mmap(call, self.bias + call.start, source)
         except OSError as error:
-            raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}") from None
+            hint = _NOEXEC if source is not None and _is_noexec(source, error) else None
+            raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}", hint=hint) from None
 
     def _transfer(self, vaddr: int, data: Any, *, reading: bool) -> None:
         length = memoryview(data).nbytes
@@ -216,6 +220,11 @@ def _refuse_cut(source: Source) -> None:
     if size < source.size:
         expected, hint = f"{source.size:#x} bytes", "it was cut short while it was being mapped"
         raise ElfError(source.name, "file", f"{size:#x} bytes", expected, hint=hint)
+
+
+def _is_noexec(source: Source, error: OSError) -> bool:
+    """Whether that is why the kernel refuses to map the file's code."""
+    return error.errno == errno.EPERM and bool(os.fstatvfs(source.fd).f_flag & os.ST_NOEXEC)
 
 
 def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:

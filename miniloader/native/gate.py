@@ -40,6 +40,8 @@ _MACHINES: Final = {
     (1, 1, 40): "arm",
     (1, 1, 62): "x32",
 }
+_EHDR: Final = struct.Struct("<40xQ10xHHxx")  # e_shoff, e_shentsize, e_shnum of 64 bits
+_AGAIN: Final = "install miniloader again, where code may be run"
 _STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, disasm, audit"
 
 
@@ -123,12 +125,36 @@ def require_loading() -> None:
 
 def require_own_code(path: str) -> None:
     """Raise :class:`UnsupportedError` where the compiled loops, at ``path``, cannot be used."""
-    lack, hint = _lacks_of_python(), _hint()
+    lack, hint, state = _lacks_of_python(), _hint(), "are missing"
     if lack is None and not os.path.exists(path):
         lack = f"there is none for {processor()}: no file {path}"
-        hint = "install miniloader again" if processor() in _SHIPS_FOR else _STILL
+        hint = _AGAIN if processor() in _SHIPS_FOR else _STILL
+    if lack is None:
+        lack, hint, state = _damage(path), _AGAIN, "cannot be used"
     if lack is not None:
-        raise UnsupportedError(f"the loader's own loops are missing: {lack}", hint=hint)
+        raise UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
+
+
+def _damage(path: str) -> str | None:
+    """Why the library at ``path`` cannot be mapped and run here, which its headers tell; None where it can.
+
+    Of one that is cut short only ld.so would map what is there: to touch the rest is SIGBUS.
+    """
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(_EHDR.size), os.fstat(file.fileno()).st_size
+        noexec = bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if len(head) < _EHDR.size or head[:4] != b"\x7fELF":
+        return f"{path} is no library"
+    machine = _MACHINES.get((head[4], head[5], struct.unpack_from("<H", head, 18)[0]))
+    if machine != processor():
+        return f"{path} is {machine or 'another processor'} code, and this process {processor()}"
+    start, length, number = _EHDR.unpack(head)
+    if start + length * number > size:  # the section headers are its end
+        return f"{path} is cut short: it has {size:,} bytes, of {start + length * number:,}"
+    return f"the file system of {path} is mounted noexec" if noexec else None
 
 
 def _hint() -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import miniloader
+from fixtures import build
 from miniloader import cli
 from miniloader.errors import UnsupportedError
 from miniloader.native import functions, gate
@@ -142,3 +145,63 @@ def test_the_processor_is_the_programs_not_the_kernels(
     ):
         program.write_bytes(head)
         assert gate.processor.__wrapped__() == name
+
+
+# ------------------------------------------------------------------------------------- our own code, damaged
+def _cut(data: bytes) -> bytes:
+    return data[:20_000]
+
+
+def _of_another(data: bytes) -> bytes:
+    other = next(machine for machine in build.LOOPS if machine != gate.processor())
+    return build.LOOPS[other].read_bytes()
+
+
+DAMAGED = {
+    "cut short": (_cut, "loops cannot be used: {path} is cut short: it has 20,000 bytes, of "),
+    "empty": (lambda data: b"", "loops cannot be used: {path} is no library"),
+    "another machine's": (_of_another, "loops cannot be used: {path} is "),
+    "missing": (None, "loops are missing: there is none for "),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=list(DAMAGED))
+def test_every_command_says_what_is_wrong_with_our_own_code(
+    damage: Callable[[bytes], bytes] | None, said: str, demo: Path, tmp_path: Path
+) -> None:
+    """In one line, whether the command loads in a child, in workers, or in another program's process."""
+    package = tmp_path / "miniloader"
+    shutil.copytree(build.ROOT / "miniloader", package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "native" / build.LOOPS[gate.processor()].name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    for words in (["load", str(demo)], ["prove", str(demo), "-n", "2"], ["prepare", str(demo)]):
+        command = [sys.executable, "-m", "miniloader", *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 3, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert said.format(path=path) in line
+        assert line.endswith("install miniloader again, where code may be run")
+
+
+@pytest.mark.needs_root("it mounts a file system")
+def test_a_library_where_nothing_may_be_run(demo: Path, tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("this machine lacks unshare(1)")
+    script = (
+        'mount -t tmpfs -o noexec none "$1" && cp -L "$2" "$1/lib.so" && "$3" -m miniloader load "$1/lib.so"'
+    )
+    command = [unshare, "--mount", "sh", "-c", script, "sh", str(tmp_path), str(demo), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=build.ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"miniloader: {tmp_path}/lib.so: mmap(")
+    assert done.stderr.endswith(
+        "; its file system is mounted noexec: copy it to another, or mount that with exec\n"
+    )
+    assert done.stderr.count("\n") == 1

@@ -6,8 +6,10 @@ import ctypes
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
+from miniloader.errors import MiniloaderError
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.fault import FaultRecord
@@ -43,7 +45,8 @@ def in_child(body: Callable[[Doing], int]) -> int:
 
     def guarded() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
-        fault.be_noted()
+        with suppress(MiniloaderError):  # where our own code is missing: the body will meet it, and say so
+            fault.be_noted()
         mappings: tuple[Vma, ...] = ()
 
         def note_it(doing: str, /, *, runs_code: bool = False) -> None:
