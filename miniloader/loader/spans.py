@@ -12,7 +12,7 @@ from miniloader.errors import ElfError
 from miniloader.loader.symbol_lookup import MappedSymbols, VaddrRange
 from miniloader.native import Reason, Stopped
 
-__all__ = ["open_names", "readable", "refuse", "writable"]
+__all__ = ["error_for", "open_names", "readable", "refuse", "writable"]
 
 
 def open_names(
@@ -69,11 +69,16 @@ def refuse(image: ElfImage, stopped: Stopped) -> NoReturn:
     Where no rule says it, the file has changed since it was checked, or the loops know better.
     """
     refuse_problems(image, when_linked=True)
+    raise error_for(image.path, stopped)
+
+
+def error_for(path: str, stopped: Stopped) -> ElfError:
+    """What a loop has stopped at in the file ``path``, as an error."""
     found, expected = _REASONS[stopped.reason]
     found = found.format(what=stopped.what)
     field = f"relocation at vaddr {stopped.where:#x}" if stopped.where else "dynamic tables"
     hint = "the file was changed while it was being loaded" if stopped.reason is Reason.GONE else None
-    raise ElfError(image.path, field, found, expected, hint=hint)
+    return ElfError(path, field, found, expected, hint=hint)
 
 
 #: What is found, where ``{what}`` is the number that the loop gives with its reason, and what is expected.

@@ -106,16 +106,18 @@ class Checker:
         """The verdict on one file; what cannot be read is a problem, too."""
         name = os.fspath(path)
         try:
-            situation = self.situation(name)
+            return self._judged(name, self.situation(name))
         except ElfError as error:
             found = f"{error.field}: found {error.found}, expected {error.expected}"
             hint = "; ".join(filter(None, (found, error.hint)))
-            return self._unread(name, LoadProblem("malformed", "error", name=name, hint=hint))
+            return self._unread(name, LoadProblem("malformed", "error", name=error.path or name, hint=hint))
         except UnsupportedError:
             raise
         except LoadError as error:  # nothing of that name
             hint = str(error)
             return self._unread(name, LoadProblem("missing-library", "error", name=name, hint=hint))
+
+    def _judged(self, name: str, situation: Situation) -> Checked:
         wrong = [*wrong_machine.problems(situation), *wrong_class.problems(situation)]
         itself = tuple(problem for problem in wrong if problem.needed_by is None)
         problems = itself or problems_of_load(situation)

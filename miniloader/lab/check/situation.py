@@ -13,7 +13,9 @@ from miniloader.lab.check.closure import Closure
 from miniloader.lab.check.releases import Limit
 from miniloader.lab.check.shared_object import SharedObject, Shelf
 from miniloader.loader.search import Surroundings
+from miniloader.loader.spans import error_for
 from miniloader.loader.symbol_lookup import DEFINITION, look_up
+from miniloader.native import Stopped
 from miniloader.values import dataclass
 
 __all__ = ["Host", "Served", "Situation", "owners_of", "unresolved"]
@@ -94,11 +96,29 @@ def owners_of(
 ) -> NDArray[np.void]:
     """What ``symbols`` of ``item`` are bound to in ``scope``: rows of
     :data:`~miniloader.loader.symbol_lookup.DEFINITION`.  ``own``, ``versioned`` and
-    ``plt_entries`` are as in :func:`~miniloader.loader.symbol_lookup.look_up`."""
-    tables, wanted = [member.names for member in scope], np.ascontiguousarray(symbols)
-    how = {"versioned": versioned, "plt_entries": plt_entries}
-    rows = look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows
-    return np.frombuffer(rows, DEFINITION)
+    ``plt_entries`` are as in :func:`~miniloader.loader.symbol_lookup.look_up`.  :class:`ElfError` names the
+    file whose tables do not let a name be looked up.
+    """
+    wanted = np.ascontiguousarray(symbols)
+
+    def rows_in(members: Sequence[SharedObject], own: int | None) -> NDArray[np.void]:
+        tables, how = (
+            [member.names for member in members],
+            {"versioned": versioned, "plt_entries": plt_entries},
+        )
+        return np.frombuffer(
+            look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows, DEFINITION
+        )
+
+    try:
+        return rows_in(scope, own)
+    except Stopped as stopped:
+        for member in scope:
+            try:
+                rows_in([member], None)
+            except Stopped as alone:
+                raise error_for(member.path, alone) from None
+        raise error_for(item.path, stopped) from None
 
 
 def unresolved(

@@ -16,8 +16,10 @@ from miniloader.elf.dynamic import DT_STRSZ, DT_STRTAB
 from miniloader.errors import ElfError
 from miniloader.lab.check.shared_object import SharedObject, Shelf
 from miniloader.loader.search import Surroundings
+from miniloader.loader.spans import error_for
 from miniloader.loader.symbol_lookup import look_name_up
 from miniloader.machine.names_at import Landmarks
+from miniloader.native import Stopped
 from miniloader.values import dataclass
 
 __all__ = ["Use", "defined_on_machine", "definers", "files_like", "similar", "uses"]
@@ -89,7 +91,14 @@ def _refers(image: ElfImage, targets: Sequence[int], landmarks: Landmarks) -> in
 def definers(name: str, scope: Sequence[SharedObject]) -> list[str]:
     """The objects of ``scope`` that define ``name``, of whatever version."""
     text = name.encode("utf-8", "surrogateescape")
-    return [item.path for item in scope if look_name_up(text, [item.names], [0])[0] >= 0]
+    return [item.path for item in scope if _defines(item, text)]
+
+
+def _defines(item: SharedObject, name: bytes) -> bool:
+    try:
+        return look_name_up(name, [item.names], [0])[0] >= 0
+    except Stopped as stopped:
+        raise error_for(item.path, stopped) from None
 
 
 def defined_on_machine(name: str, surroundings: Surroundings, shelf: Shelf) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import miniloader
 from miniloader.elf.dynamic import DT_SYMTAB
 from miniloader.elf.symbols import sysv_hash
-from miniloader.errors import UsageError
+from miniloader.errors import ElfError, UsageError
 from miniloader.lab.check.bindings import bindings
 from miniloader.lab.check.check import Checker
 from miniloader.lab.check.releases import limit_of
@@ -367,3 +368,27 @@ def test_programs_of_this_machine_are_judged_as_ldd_does() -> None:
 
 def test_this_interpreter_loads() -> None:
     assert miniloader.check(sys.executable).loads
+
+
+def test_names_that_cannot_be_looked_up_are_the_fault_of_whose_tables_they_are(
+    tmp_path: Path, fixture_library: Callable[[str], Path]
+) -> None:
+    """Each chain of its hash table leads back to itself: whoever looks a name up in it would never end."""
+    circular, user = tmp_path / "libcircular.so", tmp_path / "libuser.so"
+    source = "int no_such_name(void); int use(void) { return no_such_name(); }"
+    linked = ["gcc", "-shared", "-fPIC", "-xc", "-"]
+    subprocess.run([*linked, "-o", circular, f"-Wl,-soname,{circular.name}"], input="", text=True, check=True)
+    needs = ["-o", user, "-Wl,--no-as-needed", f"-Wl,-rpath,{tmp_path}", f"-L{tmp_path}", "-lcircular"]
+    subprocess.run([*linked, *needs], input=source, text=True, check=True)
+    data = bytearray(fixture_library("demo_sysv_hash").read_bytes())
+    sections = miniloader.elf.inspect(fixture_library("demo_sysv_hash")).sections
+    place = next(section.file_offset for section in sections if section.name == ".hash")
+    buckets, symbols = struct.unpack_from("<II", data, place)
+    struct.pack_into(f"<{symbols}I", data, place + 8 + 4 * buckets, *range(symbols))
+    circular.unlink()
+    circular.write_bytes(data)
+    for path in (circular, user):
+        with pytest.raises(ElfError, match=f"^{re.escape(str(circular))}: .*too many with one hash value"):
+            list(bindings(Checker().situation(str(path))))
+        (problem, *_) = miniloader.check(path).problems
+        assert (problem.kind, problem.name or problem.needed_by) == ("malformed", str(circular))
