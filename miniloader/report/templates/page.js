@@ -182,13 +182,17 @@
     }
     get page() { return this.data.columns[this.column]; }
     // What a page is called: its number, where a mapping's pages are counted; where it lies, in a library.
-    named(page) {
-      const { data } = this, counted = data.groups.length === 1 && data.groups[0][2] === "pages";
-      return counted ? `page ${page}` : `page ${hex(data.vaddr[page])}`;
-    }
+    get counted() { const { groups } = this.data; return groups.length === 1 && groups[0][2] === "pages"; }
+    named(page) { return this.counted ? `page ${page}` : `page ${hex(this.data.vaddr[page])}`; }
     // What to show first: a copied page, else one that is there.
     firstCopy() {
       const { data } = this, rows = [...data.rows.keys()];
+      if (this.figure.classList.contains("compact") && data.scenes.length > 1) {  // before and after: what changes between
+        const last = data.scenes.length - 1, differs = (row, page) =>
+          data.state(data.at, row, page) !== data.state(last, row, page) || data.owner(data.at, row, page) !== data.owner(last, row, page);
+        const column = data.columns.findIndex((page) => rows.some((row) => differs(row, page)));
+        if (column >= 0) return column;
+      }
       const first = (wanted) => data.columns.findIndex((page) => rows.some((row) => wanted(data.state(data.at, row, page))));
       const found = first((state) => state === COPIED || state === COPIED_SHARED);
       if (found >= 0) return found;
@@ -344,7 +348,7 @@
       if (fits(name, 12)) to.fillText(name, x, 13);
       else if (fits(short, 12) || fits(short, 10)) to.fillText(short, x, 13);
       to.fillStyle = palette.soft;
-      const address = hex(data.vaddr[data.columns[column]]);
+      const address = this.counted ? String(data.columns[column]) : hex(data.vaddr[data.columns[column]]);
       if (fits(address, 11)) to.fillText(address, x, bottom + 11);
     }
     // The whole of it: every group on its own scale, so that a group of one page is seen beside 20,000.
@@ -465,7 +469,7 @@
       const goal = owner.map((one, row) => one < 0 ? high / 2 + row * high : frameY(one));
       const from = this.progress < 1 && this.linkAt && this.linkAt.page === page ? this.linkAt.goal : goal;
       if (this.progress === 1) this.linkAt = { page, goal };
-      const ease = 1 - (1 - this.progress) ** 3, left = 96, right = Math.max(width - 176, 150), parts = [];
+      const ease = 1 - (1 - this.progress) ** 3, left = 104, right = Math.max(width - 176, 150), parts = [];
       svg.setAttribute("height", count * high + 4);
       data.rows.forEach((name, row) => {
         const y = high / 2 + row * high, look = data.look(step, row, page), to = from[row] + (goal[row] - from[row]) * ease, none = owner[row] < 0;

@@ -335,7 +335,7 @@ CHAPTER: Final[Chapter[PoolPages]] = Chapter(
         "takes all that is there out of its sight: call it before the fork, after gc.collect(). It does "
         "nothing about reference counts; what is immortal since 3.12, such as small numbers, is not counted.",
         "What the parent has loaded before the fork is there once until somebody touches it; what each "
-        "worker loads for itself is there as often as there are workers. `miniloader audit --tree PID` tells "
+        "worker loads for itself is there as often as there are workers. miniloader audit --tree PID tells "
         "how much of a pool's memory has eroded, how much of that holds the same bytes, and which objects "
         "lie there.",
     ),
