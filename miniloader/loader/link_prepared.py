@@ -43,7 +43,7 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
     if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in thread_local_words(library, bindings, rows):
-            ready.store(room, np.array(vaddrs, np.uint64), np.array(words, np.uint64), size)
+            memory.put(vaddrs, words, size)
     resolvers = [of for of in ready.meant("resolver", order) if isinstance(of[1], Loaded)]
     # When all else is there, since the library's own code runs: others' first, which it may call.
     for of_library in (False, True):

@@ -110,7 +110,9 @@ class Loaded:
     def names(self) -> MappedSymbols:
         """Its dynamic symbols where they lie in memory, to be looked up by name."""
         if self._names is None:
-            self._names = open_names(self.image, readable(self.image, self.plan), self.bias)
+            spans = readable(self.image, self.plan)
+            prepared = self.ready is not None  # and looked at then
+            self._names = open_names(self.image, spans, self.bias, check=not prepared)
         return self._names
 
     @names.setter

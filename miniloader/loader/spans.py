@@ -16,14 +16,15 @@ __all__ = ["error_for", "open_names", "readable", "refuse", "writable"]
 
 
 def open_names(
-    image: ElfImage, spans: Sequence[VaddrRange], bias: int, *, at_least: int = 0
+    image: ElfImage, spans: Sequence[VaddrRange], bias: int, *, at_least: int = 0, check: bool = True
 ) -> MappedSymbols:
     """The dynamic symbols of ``image``, mapped with ``bias``; :class:`ElfError` if they cannot be read.
 
-    ``spans`` are the vaddrs that can be read; there have to be ``at_least`` so many symbols.
+    ``spans`` are the vaddrs that can be read; there have to be ``at_least`` so many symbols.  Every name is
+    looked at but where there is no need to ``check`` them.
     """
     try:
-        return MappedSymbols(bias, spans, image.dynamic.tags, at_least=at_least, check=True)
+        return MappedSymbols(bias, spans, image.dynamic.tags, at_least=at_least, check=check)
     except Stopped as stopped:
         refuse(image, stopped)
 

@@ -162,29 +162,62 @@ INTERFACE: Final = (
 IMPORT: Final = "inside_import"
 
 
+#: The loops, and how many numbers each gets.
+_ARGUMENTS: Final = {
+    "copy": 4,
+    "flush_code": 2,
+    "gather": 6,
+    "list_asked": 6,
+    "list_entry": 3,
+    "list_places": 5,
+    "list_set": 4,
+    "list_symbols": 5,
+    "list_versions": 1,
+    "look_name_up": 6,
+    "look_up": 12,
+    "missing_version": 4,
+    "note": 9,
+    "note_faults": 3,
+    "open_table": 2,
+    "relocate": 13,
+    "set_answers": 1,
+    "set_inside": 6,
+    "set_python": 3,
+    "survey": 3,
+    "tell_faults": 1,
+    "text_at": 6,
+    "use": 3,
+    "withdraw_entry": 1,
+}
+
+
+class _Loops(ctypes.PyDLL):
+    """The compiled code: each function is declared when it is first called."""
+
+    def __getitem__(self, name_or_ordinal: Any) -> Any:
+        function = super().__getitem__(name_or_ordinal)
+        if name_or_ordinal in _ARGUMENTS:
+            arguments = [ctypes.c_uint64] * _ARGUMENTS[name_or_ordinal]
+            function.argtypes, function.restype = arguments, ctypes.c_int64
+        return function
+
+
 @lru_cache(maxsize=1)
 def functions() -> ctypes.PyDLL:
     """The loops themselves; they keep Python's lock, as one loop at a time has SIGBUS to itself."""
     path = os.path.join(os.path.dirname(__file__), f"loops-{gate.processor()}.so")
     gate.require_own_code(path)
     try:
-        library = ctypes.PyDLL(path)
+        library = _Loops(path)
     except OSError as error:
         raise LoadError(f"the loader's own loops cannot be used: {error}", hint=_AGAIN) from None
-    for name, arguments in (
-        *(("copy", 4), ("open_table", 2), ("list_versions", 1), ("missing_version", 4), ("text_at", 6)),
-        *(("look_up", 12), ("look_name_up", 6), ("list_places", 5)),
-        *(("note", 9), ("list_asked", 6), ("list_set", 4), ("list_symbols", 5)),
-        *(("survey", 3), ("use", 3), ("gather", 6), ("relocate", 13), ("note_faults", 3)),
-        *(("set_answers", 1), ("list_entry", 3), ("withdraw_entry", 1), ("flush_code", 2)),
-        *(("set_inside", 6), ("set_python", 3), ("tell_faults", 1)),
-    ):
-        function = getattr(library, name, None)
-        if function is None:
+    for name in _ARGUMENTS:
+        try:
+            dlsym(library._handle, name)
+        except OSError:
             raise LoadError(
                 f"{path}: has no function {name}: these are not the loader's own loops", hint=_AGAIN
-            )
-        function.argtypes, function.restype = [ctypes.c_uint64] * arguments, ctypes.c_int64
+            ) from None
     return library
 
 

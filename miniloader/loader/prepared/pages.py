@@ -38,7 +38,6 @@ from miniloader.loader.memory import Memory, protection_bits, put_words
 from miniloader.loader.prepared import store
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.symbol_lookup import DEFINITION
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.native.gate import processor
 from miniloader.values import dataclass
@@ -197,19 +196,13 @@ class Prepared:
         if len(self.arrays["slots"]):
             put_words(room, self.arrays["slots"], words[self.arrays["numbers"]])
 
-    def store(
-        self, room: NDArray[np.uint8], vaddrs: NDArray[np.uint64], words: NDArray[np.uint64], size: int
-    ) -> None:
-        """Store the low ``size`` bytes of ``words`` on cached pages."""
-        put_words(room, (vaddrs - self.arrays["runs"]["vaddr"][0]).view(np.int64), words, size)
-
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, list[Row]]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
-        table = self.arrays["tls_symbols"].reshape(-1, 4)
-        recorded = np.zeros(len(table), DEFINITION)
-        recorded["owner"], recorded["symbol"], recorded["value"] = table[:, 1], table[:, 2], table[:, 3]
-        recorded["info"] = np.where(table[:, 0] > 0, STT_TLS, 0)  # as it was seen to be when it was prepared
-        symbols, definitions = (array("q", column.tobytes()) for column in (table[:, 0], recorded))
+        symbols, definitions = array("q"), array("q")
+        for symbol, owner, number, value in self.arrays["tls_symbols"].reshape(-1, 4).tolist():
+            info = STT_TLS if symbol > 0 else 0  # as it was seen to be when it was prepared
+            symbols.append(symbol)
+            definitions.extend((owner, number, 0, value, 0, info, 0))  # a row of DEFINITION
         bindings = _Recorded(symbols, scope, definitions, self.tls_names)
         rows, found, first = self.arrays["tls_rows"], [], 0
         for code, count in self.tls_kinds:
