@@ -167,8 +167,7 @@ class SymbolTable:
 
     def names(self, indices: NDArray[np.int64]) -> list[bytes]:
         """The names of the symbols ``indices``."""
-        strings, find = self.strings, self.strings.find
-        return [strings[at : find(b"\0", at)] for at in self.rows["name"][indices].tolist()]
+        return [string_at(self.strings, at) for at in self.rows["name"][indices].tolist()]
 
     def name(self, index: int) -> str:
         """The name of symbol ``index`` as it is shown (:func:`shown_name`)."""

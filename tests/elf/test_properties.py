@@ -188,6 +188,16 @@ def test_looking_a_name_up_is_searching_for_it(names: list[bytes], others: list[
             assert symbols.find(name) == (order.index(name) + 1 if name in order else None)
 
 
+@settings
+@given(NAMES, st.integers(0, 12))
+def test_names_are_those_of_each_symbol_also_where_the_strings_were_cut(names: list[bytes], cut: int) -> None:
+    whole = table(names, None)
+    symbols = SymbolTable(whole.rows, whole.strings[: len(whole.strings) - cut], None, whole.versym)
+    assert symbols.names(np.arange(len(symbols))) == [
+        symbols.name_bytes(index) for index in range(len(symbols))
+    ]
+
+
 def test_the_tables_of_linkers_find_what_a_search_finds() -> None:
     compared = 0
     paths = [
