@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from _ctypes import dlsym
 from enum import IntEnum
 from functools import lru_cache
@@ -68,6 +69,10 @@ FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirec
 #: How many relocation kinds the loops can tell apart, by number.
 KINDS: Final = 1088
 _AGAIN: Final = "install miniloader again"
+_UNGUARDED: Final = (
+    "SIGBUS or SIGSEGV is kept by somebody else here (a sanitizer with handle_segv=2 or handle_sigbus=2?): "
+    "a file that is cut short while it is loaded ends this process; with 1 for 2 it is an error"
+)
 #: Addresses are computed in 64 bits, as the processor does.
 ADDRESS_MASK: Final = (1 << 64) - 1
 
@@ -167,6 +172,7 @@ _ARGUMENTS: Final = {
     "copy": 4,
     "flush_code": 2,
     "gather": 6,
+    "guard_is_kept": 0,
     "list_asked": 6,
     "list_entry": 3,
     "list_places": 5,
@@ -218,6 +224,8 @@ def functions() -> ctypes.PyDLL:
             raise LoadError(
                 f"{path}: has no function {name}: these are not the loader's own loops", hint=_AGAIN
             ) from None
+    if not library.guard_is_kept():
+        warnings.warn(_UNGUARDED, RuntimeWarning, stacklevel=2)
     return library
 
 

@@ -78,6 +78,20 @@ void guard_end(void)
     }
 }
 
+/* Whether the handler is ours while a loop runs: a sanitizer may keep these signals, and say that all is well. */
+int64_t guard_is_kept(void)
+{
+    int64_t kept = 1;
+    guard_begin();
+    for (int i = 0; i < SIGNALS; i++) {
+        struct sigaction found;
+        if (sigaction(signals[i], NULL, &found) || found.sa_sigaction != on_fault)
+            kept = 0;
+    }
+    guard_end();
+    return kept;
+}
+
 static int64_t copy_bytes(void *to, const void *from, uint64_t length)
 {
     memcpy(to, from, length);
