@@ -34,7 +34,7 @@ _SAME_AS_PARTNER: Final = -2
 _CELL: Final = 16  # a cell is partner × _CELL + state; partner 0: none, 1: itself, 2 + n: process n
 _MOST_CHARACTERS: Final = 2_000_000  # of the packed data; what exceeds it is left out, least important first
 #: What a reader is shown in place of a state's name.
-_SHOWN: Final = {"sole": "the file's page", "copied-shared": "a copy, mapped twice", "absent": "not there"}
+_SHOWN: Final = {"sole": "the file's page", "copied-shared": "a copy in common", "absent": "not there"}
 _MOST_RUNS: Final = 120  # rows of the text table for one step
 
 Table = NDArray[np.int64]

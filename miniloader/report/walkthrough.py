@@ -24,7 +24,7 @@ from miniloader.report.walkthrough_page import dump, moves
 from miniloader.walkthrough.chapter import Answer, Chapter, Quiz
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, CodeListing, Figures, Grid, PageBytes
-from miniloader.walkthrough.traced_calls import TracedCall, shortened
+from miniloader.walkthrough.traced_calls import TracedCall, is_indexed, shortened
 from miniloader.walkthrough.workbench import Environment
 
 __all__ = [
@@ -232,8 +232,7 @@ def told_by(step: ChapterStep) -> frozenset[int]:
 
 
 def _notation(step: ChapterStep) -> frozenset[int]:
-    accessed = any(call.access and "[" in call.text for call in step.calls)
-    return frozenset({_NOTATION} if accessed else ())
+    return frozenset({_NOTATION} if any(map(is_indexed, step.calls)) else ())
 
 
 def _parts(grid: Grid) -> list[tuple[int, str]]:

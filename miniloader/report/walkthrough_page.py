@@ -14,7 +14,7 @@ from miniloader.walkthrough.c_sources import c_source
 from miniloader.walkthrough.chapter import Quiz
 from miniloader.walkthrough.run_chapter import ChapterResult
 from miniloader.walkthrough.step import ChapterStep, CodeLine, CodeListing, Grid, PageBytes
-from miniloader.walkthrough.traced_calls import shortened
+from miniloader.walkthrough.traced_calls import is_indexed, shortened
 from miniloader.walkthrough.words import WORDS, words_in
 
 __all__ = ["view_of"]
@@ -63,7 +63,7 @@ class ChapterView:
     @property
     def has_accesses(self) -> bool:
         """Whether a load or a store of memory is among what was done."""
-        return any(call.access and "[" in call.text for step in self.result.steps for call in step.calls)
+        return any(is_indexed(call) for step in self.result.steps for call in step.calls)
 
     @property
     def listing(self) -> str:

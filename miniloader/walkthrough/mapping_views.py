@@ -34,7 +34,7 @@ _WORDS: Final = {state.name: state.name for state in STATES} | {
     "shared": "page cache",  # whether others have it, too, is seen in a grid
     "sole": "page cache",
     "copied": "private page",
-    "copied-shared": "private page, mapped twice",
+    "copied-shared": "private page in common",
     "zero": "page of zeros",
 }
 

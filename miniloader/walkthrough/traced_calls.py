@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from miniloader.kernel import syscalls
 
-__all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "quoted", "shortened"]
+__all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "is_indexed", "quoted", "shortened"]
 
 T = TypeVar("T")
 
@@ -90,6 +90,15 @@ def quoted(data: bytes, most: int = 32) -> str:
     return f'"{shown}"'
 
 
+def is_indexed(call: TracedCall) -> bool:
+    """Whether ``call`` is a load or a store that is written with an index.
+
+    >>> is_indexed(TracedCall("p[0]", '"A"', access=True)), is_indexed(TracedCall("items = [1]", access=True))
+    (True, False)
+    """
+    return call.access and _INDEXED.match(call.text) is not None
+
+
 def shortened(calls: Iterable[TracedCall]) -> list[TracedCall]:
     """``calls`` with each run of like accesses, a step apart, as one.
 
@@ -107,6 +116,7 @@ def shortened(calls: Iterable[TracedCall]) -> list[TracedCall]:
 
 
 _ACCESS_AT: Final = re.compile(r"(?P<name>\w+)\[(?P<at>\d+)\](?P<stored>.*)", re.DOTALL)
+_INDEXED: Final = re.compile(r"\w+\[")
 _FEWEST: Final = 3  # accesses that become one
 
 

@@ -129,7 +129,7 @@ def _write_all(bench: Workbench, memory: Mapping, word: bytes) -> None:
 
 def _frames(view: MappingView) -> str:
     if not all(view.frames):
-        return "which frames, only root may know, but each is mapped twice"
+        return "which frames, only root may know, but each is mapped more than once"
     return ", ".join(f"{frame:#x}" for frame in view.frames[:3]) + ", …"
 
 
