@@ -204,7 +204,8 @@ def test_every_program_of_the_machine_is_what_readelf_says(readelf) -> None:
 
 # --------------------------------------------------------------------------------------- object files
 _SECTION = re.compile(
-    r"^ +\[ *(\d+)\] (.*?) +([A-Z][A-Z0-9_]+|\w+: \S+) +[0-9a-f]+ ([0-9a-f]{6,}) ([0-9a-f]{6,}) "
+    r"^ +\[ *(\d+)\] (.*?) +([A-Z][A-Z0-9_]+(?:\+0x[0-9a-f]+)?|\w+: \S+) +"
+    r"[0-9a-f]+ ([0-9a-f]{6,}) ([0-9a-f]{6,}) "
     r"[0-9a-f]{2,} ([A-Za-z ]*?) +\d+ +\d+ +\d+$",
     re.MULTILINE,
 )
