@@ -76,7 +76,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, BuiltLoader]:
     base = yield from _mapped(bench, library, mappings)
     loader.zero(base, headers)
     end = next(vaddr + filesz for kind, _, _, vaddr, filesz, memsz in headers if memsz > filesz and kind == 1)
-    bench.note(f"library[{end:#x}:{given.up(end):#x}]", "0", access=True)
+    bench.note(f"library[{end:#x}:{given.up(end):#x}] = zeros", access=True)
     yield ChapterStep(
         "zero",
         "The last page of the data has bytes of the file behind it; bss begins there, and has to be zero.",
@@ -171,10 +171,15 @@ def _linked(
         "bind",
         f"{len(symbolic)} slots want the address of a name: from this library's hash table, or from dlsym.",
         bench.taken(),
-        (f"ld.so has the same in {bound} of {len(symbolic)}; others it fills in at their first call.",),
+        (f"ld.so has the same in {bound} of {len(symbolic)}{_later(len(symbolic) - bound)}.",),
         tables=(Figures(f"{len(told)} of them", (">slot", "name", "leads to"), tuple(told)),),
     )
     return (len(relative), same), (len(symbolic), bound)
+
+
+def _later(others: int) -> str:
+    """What is to be said of slots that ld.so has not filled in."""
+    return f"; the other {others} it fills in at their first call" if others else ""
 
 
 def _named(library: Studied, base: int, entries: list[tuple[int, int, int]]) -> list[tuple[int, str]]:

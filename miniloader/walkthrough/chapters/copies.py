@@ -56,10 +56,10 @@ class Race:
         """Who was faster, and how much, by the medians.
 
         >>> Race("", (1.0, 2.0, 3.0), (4.0, 5.0, 9.0), "").winner
-        'read, 2.5 times'
+        'read, 2.5×'
         """
         read, mapped = median(self.by_read), median(self.by_mmap)
-        return f"read, {mapped / read:.1f} times" if read < mapped else f"mmap, {read / mapped:.1f} times"
+        return f"read, {mapped / read:.1f}×" if read < mapped else f"mmap, {read / mapped:.1f}×"
 
     @property
     def spread(self) -> tuple[str, str]:
