@@ -13,13 +13,14 @@ import pytest
 
 from fixtures.build import ROOT, build
 from fixtures.sanitized import SOURCES, build_fuzzer, fuzzed
+from miniloader.native.gate import processor
 
 
 def test_loops_read_and_write_where_they_may(tmp_path: Path) -> None:
     fuzzer = build_fuzzer(tmp_path)
     if fuzzer is None:
         pytest.skip("this machine lacks gcc's sanitizers")
-    status, said = fuzzed(fuzzer, build("demo"), seed=1, runs=3000, seconds=20)
+    status, said = fuzzed(fuzzer, seed=1, runs=3000, seconds=20, library=build("demo"))
     assert status == 0, said
     counts = re.fullmatch(r"(\d+) runs, (\d+) edges", said)
     assert counts is not None
@@ -37,9 +38,47 @@ def test_a_loop_that_looks_beyond_what_is_readable_is_found(tmp_path: Path) -> N
     fuzzer = build_fuzzer(tmp_path, sources)
     if fuzzer is None:
         pytest.skip("this machine lacks gcc's sanitizers")
-    status, said = fuzzed(fuzzer, build("demo"), seed=1, runs=3000, seconds=20)
+    status, said = fuzzed(fuzzer, seed=1, runs=3000, seconds=20, library=build("demo"))
     assert status != 0
     assert "AddressSanitizer" in said
+
+
+def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
+    """Answers, dlopen from inside, lazy binding, callbacks, the guard and the notes of faults."""
+    fuzzer = build_fuzzer(tmp_path, harness="rooms.c")
+    if fuzzer is None:
+        pytest.skip("this machine lacks gcc's sanitizers")
+    status, said = fuzzed(fuzzer, seed=1, runs=1000, seconds=20)
+    assert status == 0, said
+    counts = re.search(r"(\d+) runs, (\d+) edges$", said)
+    assert counts is not None
+    assert int(counts[2]) > 150
+
+
+@pytest.mark.parametrize(
+    ("room", "right", "wrong"),
+    [
+        ("answers.c", "address < end_of(entry)", "address <= end_of(entry)"),
+        ("inside.c", "    bool ours = pending;\n    pending = false;", "    bool ours = pending;"),
+        ("calls.c", "room->used <= room->size", "room->used <= room->size + 8"),
+        ("guard.c", "sigaltstack(stack, NULL);", ";"),
+        ("lazy.c", '"mov $0xee, %eax\\n" save', '"mov $0xe0, %eax\\n" save'),
+    ],
+)
+def test_what_is_wrong_beside_them_is_found(room: str, right: str, wrong: str, tmp_path: Path) -> None:
+    if room == "lazy.c" and processor() != "x86_64":
+        pytest.skip("this machine lacks the registers that are spoiled")
+    sources = tmp_path / "native"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / room).read_text()
+    assert text.count(right) >= 1
+    (sources / room).write_text(text.replace(right, wrong))
+    fuzzer = build_fuzzer(tmp_path, sources, "rooms.c")
+    if fuzzer is None:
+        pytest.skip("this machine lacks gcc's sanitizers")
+    status, said = fuzzed(fuzzer, seed=1, runs=3000, seconds=20)
+    assert status != 0
+    assert "Assertion" in said or "AddressSanitizer" in said
 
 
 #: A sanitizer told handle_sigbus=2 and handle_segv=2: who installs a handler is told that it has been done.

@@ -1,0 +1,452 @@
+/* What stands beside the loops, under gcc's sanitizers: rooms SEED RUNS SECONDS.
+
+   Answers about libraries, what libraries call instead of dlopen(3), lazy binding, callbacks, the guard and the notes
+   of faults: each is asked at random, everything that is handed over is exactly as long as it is said to be, and what
+   comes of it is compared with the plainest way to find it.  At the end it says how many runs there were, and edges. */
+
+#define _GNU_SOURCE
+#include <assert.h>
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- edges that were come by (-fsanitize-coverage=trace-pc) */
+enum { EDGES = 1 << 16 };
+static uint8_t edges[EDGES];
+extern char __executable_start;
+
+__attribute__((no_sanitize("address", "undefined"))) void __sanitizer_cov_trace_pc(void)
+{
+    edges[((uintptr_t)__builtin_return_address(0) - (uintptr_t)&__executable_start) % EDGES] = 1;
+}
+
+static uint64_t state;
+
+static uint64_t chance(uint64_t below)
+{
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return below ? state % below : 0;
+}
+
+/* ---- answers.c */
+typedef struct {
+    struct dl_phdr_info info;
+    uint64_t start;
+    _Atomic uint64_t end;
+    const void *unwind_table;
+    const ElfW(Sym) *symbols;
+    uint64_t symbol_count;
+    const char *strings;
+    struct {
+        uint64_t bias;
+        const char *name;
+        const void *dynamic, *next, *previous;
+    } map;
+} Entry;
+typedef struct {
+    uint64_t flags;
+    const void *start, *end, *map, *unwind_table;
+} Object;
+typedef int Callback(struct dl_phdr_info *, size_t, void *);
+extern Entry entries[];
+void set_answers(const void *);
+void list_entry(uint64_t, const Entry *, uint64_t);
+void withdraw_entry(uint64_t);
+int answer_dladdr1(const void *, Dl_info *, void **, int);
+int answer_dladdr(const void *, Dl_info *);
+int answer_dl_iterate_phdr(Callback *, void *);
+int answer_dl_find_object(void *, Object *);
+
+enum { LIBRARIES = 12, SPACE = 1 << 16 };
+static Entry models[LIBRARIES];
+static uint64_t ends[LIBRARIES];
+static const uint64_t theirs_start = 100, theirs_end = 200; /* what glibc knows */
+
+static int iterate(Callback *callback, void *data)
+{
+    struct dl_phdr_info info = {.dlpi_name = "theirs", .dlpi_adds = 1};
+    return callback(&info, sizeof info, data);
+}
+
+static int address_of_theirs(const void *address, Dl_info *info, void **extra, int flags)
+{
+    (void)extra, (void)flags;
+    if ((uint64_t)address < theirs_start || (uint64_t)address >= theirs_end)
+        return 0;
+    *info = (Dl_info){.dli_fname = "theirs"};
+    return 1;
+}
+
+static int object_of_theirs(void *address, Object *object)
+{
+    Dl_info info;
+    (void)object;
+    return address_of_theirs(address, &info, NULL, 0) ? 0 : -1;
+}
+
+static uint64_t visited, most_visits;
+
+static int count_visit(struct dl_phdr_info *info, size_t size, void *data)
+{
+    assert(size == sizeof *info && data == &visited);
+    return ++visited == most_visits ? 7 : 0;
+}
+
+static void relist(uint64_t number)
+{
+    if (ends[number]) {
+        withdraw_entry(number);
+        ends[number] = 0;
+        free((void *)models[number].symbols);
+        free((void *)models[number].strings);
+        return;
+    }
+    uint64_t count = chance(20), bytes = 1 + chance(30), start = 1000 * (number + 1);
+    ElfW(Sym) *symbols = malloc(count * sizeof *symbols + !count);
+    char *strings = calloc(bytes, 1);
+    for (uint64_t i = 0; i < count; i++)
+        symbols[i] = (ElfW(Sym)){.st_name = (uint32_t)chance(bytes), .st_info = (uint8_t)chance(8),
+                                 .st_shndx = (uint16_t)chance(3), .st_value = chance(1200), .st_size = chance(200)};
+    models[number] = (Entry){.info = {.dlpi_addr = start - chance(2) * 500, .dlpi_name = strings}, .start = start,
+                             .symbols = symbols, .symbol_count = count, .strings = strings};
+    ends[number] = start + 1 + chance(999);
+    list_entry(number, &models[number], ends[number]);
+}
+
+static void try_answers(void)
+{
+    relist(chance(LIBRARIES));
+    uint64_t address = chance(15000), owner = LIBRARIES, listed = 0, edge = chance(LIBRARIES);
+    if (ends[edge] && chance(2)) /* at one of its edges */
+        address = (chance(2) ? ends[edge] : models[edge].start) + chance(3) - 1;
+    for (uint64_t i = 0; i < LIBRARIES; i++) {
+        listed += ends[i] != 0;
+        if (ends[i] && address >= models[i].start && address < ends[i])
+            owner = i;
+    }
+    Dl_info info = {0};
+    Object object = {0};
+    void *extra = NULL;
+    int flags = (int)chance(3), known = answer_dladdr1((void *)address, &info, &extra, flags);
+    bool is_theirs = address >= theirs_start && address < theirs_end;
+    assert(known == (is_theirs || owner < LIBRARIES));
+    if (known && !is_theirs) {
+        uint64_t vaddr = address - models[owner].info.dlpi_addr, best = 0;
+        bool any = false;
+        for (uint64_t i = 0; i < models[owner].symbol_count; i++) {
+            const ElfW(Sym) *symbol = models[owner].symbols + i;
+            uint64_t value = symbol->st_value, size = symbol->st_size ? symbol->st_size : 1;
+            if ((symbol->st_shndx || value) && (symbol->st_info & 15) != STT_TLS && vaddr >= value &&
+                vaddr - value < size && (!any || value > best))
+                best = value, any = true;
+        }
+        assert((info.dli_saddr != NULL) == any || models[owner].info.dlpi_addr + best == 0);
+        assert(!any || (uint64_t)info.dli_saddr == models[owner].info.dlpi_addr + best);
+        assert(info.dli_fbase == (void *)models[owner].start && info.dli_fname == models[owner].info.dlpi_name);
+        assert(flags != RTLD_DL_LINKMAP || extra == &entries[owner].map);
+    }
+    assert(answer_dladdr((void *)address, &info) == known);
+    int unknown = answer_dl_find_object((void *)address, &object);
+    assert((unknown == 0) == known);
+    assert(is_theirs || !known || (uint64_t)object.end == ends[owner]);
+    visited = 0;
+    most_visits = chance(LIBRARIES + 2);
+    int result = answer_dl_iterate_phdr(count_visit, &visited);
+    bool stopped = most_visits && most_visits <= listed + 1;
+    assert(result == (stopped ? 7 : 0) && visited == (stopped ? most_visits : listed + 1));
+}
+
+/* ---- inside.c */
+typedef struct {
+    uint64_t function, caller, handle, name, version, number, where, result, error;
+} Question;
+typedef struct {
+    uint64_t ours, theirs;
+} StandIn;
+extern StandIn stand_ins[];
+void *inside_open(const char *, int);
+void *inside_import(const char *, int);
+void *inside_symbol(void *, const char *);
+void *inside_versioned(void *, const char *, const char *);
+int inside_close(void *);
+int inside_information(void *, int, void *);
+void *inside_namespace(long, const char *, int);
+char *inside_error(void);
+void set_inside(const void *, const void *, const void *, uint64_t, uint64_t, uint64_t);
+void set_python(void *(*)(void), void *(*)(const void *), const void *);
+
+enum { THEIRS = 0x111, FIRST = 0x5000, LENGTH = 0x100, PROGRAM = 0x77 };
+static uint64_t answered, asked, locks;
+static bool answers, fails, with_error;
+
+static void *their_open(const char *name, int flags) { return (void)name, (void)flags, (void *)THEIRS; }
+static void *their_symbol(void *handle, const char *name) { return (void)name, handle ? NULL : (void *)THEIRS; }
+static void *their_version(void *handle, const char *name, const char *version)
+{
+    return (void)version, their_symbol(handle, name);
+}
+static int their_close(void *handle) { return (void)handle, 1; }
+static int their_information(void *handle, int request, void *where)
+{
+    return (void)handle, (void)request, (void)where, 1;
+}
+static void *their_namespace(long namespace, const char *name, int flags)
+{
+    return (void)namespace, (void)name, (void)flags, (void *)THEIRS;
+}
+static char *their_error(void) { return NULL; }
+
+static int lock(void) { return (int)++locks; }
+static void unlock(int held) { assert(held == (int)locks--); }
+static void *number(uint64_t value)
+{
+    uint64_t *boxed = malloc(sizeof *boxed);
+    *boxed = value;
+    return boxed;
+}
+static void *call(const void *function, void *argument)
+{
+    assert(function == &answered);
+    asked++;
+    Question *question = (Question *)*(uint64_t *)argument;
+    if (fails)
+        return NULL;
+    question->result = 0x222;
+    if (with_error)
+        question->error = (uint64_t)strdup("an error of ours");
+    return number(answers || with_error);
+}
+static int truth(void *value) { return *(uint64_t *)value != 0; }
+static void complain(const void *function) { assert(function == &answered && fails); }
+
+static void *thread_state(void) { return &state; }
+static void *interpreter_of(const void *thread) { return (void *)thread; }
+
+static void try_inside(void)
+{
+    static const void *const interface[] = {lock, unlock, number, call, truth, free, complain};
+    static const void *const functions[] = {
+        their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
+    set_inside(chance(8) ? &answered : NULL, interface, functions, FIRST, LENGTH, PROGRAM);
+    set_python(thread_state, interpreter_of, chance(2) ? &state : &answered);
+    stand_ins[3] = (StandIn){chance(2) ? 0x333 : 0, THEIRS};
+    answers = chance(2), fails = !chance(6), with_error = !fails && !chance(4);
+    void *const handles[] = {NULL, (void *)-1, (void *)FIRST, (void *)(FIRST + LENGTH), (void *)PROGRAM};
+    void *handle = handles[chance(5)], *found = NULL;
+    char where[8], name[] = "a name";
+    asked = 0;
+    switch (chance(7)) {
+    case 0: found = inside_open(chance(2) ? name : NULL, 1); break;
+    case 1: found = inside_import(name, 1); break;
+    case 2: found = inside_symbol(handle, name); break;
+    case 3: found = inside_versioned(handle, name, "V"); break;
+    case 4: inside_close(handle); break;
+    case 5: inside_information(handle, 1, where); break;
+    case 6: found = inside_namespace(0, name, 1); break;
+    }
+    assert(locks == 0 && asked <= 2);
+    assert(!found || found == (void *)THEIRS || found == (void *)0x222 || found == (void *)0x333);
+    char *said = inside_error();
+    assert(!said || (asked && with_error && !strcmp(said, "an error of ours")));
+    assert(!inside_error()); /* each once */
+}
+
+/* ---- calls.c */
+int collect(struct dl_phdr_info *, size_t, void *);
+void call_each(void (*const *)(int, void *, void *), uint64_t, int, void *, void *);
+void resolve(uint64_t *, const int64_t *, uint64_t);
+static uint64_t called;
+static void constructor(int argc, void *argv, void *envp) { called += (uint64_t)argc, (void)argv, (void)envp; }
+static uint64_t chosen(void) { return 0x444; }
+
+static void try_calls(void)
+{
+    uint64_t size = 16 + 8 * chance(200), count = chance(5), headers = chance(6);
+    uint64_t *room = calloc(1, size), *addresses = malloc((count + 1) * sizeof *addresses);
+    ElfW(Phdr) *table = calloc(headers + !headers, sizeof *table);
+    char *name = malloc(1 + chance(40));
+    strcpy(name, "");
+    room[0] = 16, room[1] = size;
+    for (uint64_t i = 0; i < 8; i++) {
+        struct dl_phdr_info info = {.dlpi_name = name, .dlpi_phdr = table, .dlpi_phnum = (uint16_t)headers};
+        collect(&info, sizeof info, room);
+    }
+    dl_iterate_phdr(collect, room);
+    void (**functions)(int, void *, void *) = malloc((count + 1) * sizeof *functions);
+    int64_t *places = malloc((count + 1) * sizeof *places);
+    for (uint64_t i = 0; i < count; i++) {
+        functions[i] = constructor;
+        addresses[i] = (uint64_t)chosen;
+        places[i] = (int64_t)(count - 1 - i);
+    }
+    called = 0;
+    call_each(functions, count, 3, NULL, NULL);
+    resolve(addresses, places, count);
+    assert(called == 3 * count && (!count || addresses[0] == 0x444));
+    free(places), free(functions), free(name), free(table), free(addresses), free(room);
+}
+
+/* ---- guard.c */
+enum { FINE, GONE };
+int64_t copy(void *, const void *, uint64_t, uint64_t *);
+int64_t guard_is_kept(void);
+static uint8_t *pages; /* one that can be read, one that cannot, one whose file is gone, one that can be read */
+enum { PAGE = 4096, ROOM = 4 * PAGE };
+
+static void lay_pages(void)
+{
+    FILE *file = tmpfile();
+    pages = mmap(NULL, ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert(file && !ftruncate(fileno(file), PAGE));
+    mprotect(pages + PAGE, PAGE, PROT_NONE);
+    mmap(pages + 2 * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, fileno(file), 0);
+    assert(!ftruncate(fileno(file), 0));
+}
+
+static void try_guard(void)
+{
+    uint8_t *buffer = malloc(ROOM);
+    uint64_t length = 1 + chance(chance(2) ? 64 : ROOM / 2), from = chance(ROOM - length), where = 0, end = from + length;
+    bool is_fine = end <= PAGE || from >= 3 * PAGE;
+    bool reading = chance(2);
+    int64_t result = reading ? copy(buffer, pages + from, length, &where) : copy(pages + from, buffer, length, &where);
+    assert((result == FINE) == is_fine);
+    assert(is_fine || (where >= (uint64_t)pages + PAGE && where < (uint64_t)pages + 3 * PAGE));
+    if (!chance(64))
+        assert(guard_is_kept());
+    free(buffer);
+}
+
+static void *guard_on_a_stack(void *unused)
+{
+    stack_t stack = {.ss_sp = malloc(1 << 16), .ss_size = 1 << 16, .ss_flags = (int)(1U << 31)}, old;
+    sigaltstack(&stack, &old); /* SS_AUTODISARM: the signal's handler finds it disarmed */
+    for (int i = 0; i < 4; i++) {
+        uint64_t where;
+        char byte;
+        stack_t now;
+        assert(copy(&byte, pages + PAGE, 1, &where) == GONE && where == (uint64_t)pages + PAGE);
+        sigaltstack(NULL, &now);
+        assert(now.ss_sp == stack.ss_sp && now.ss_size == stack.ss_size); /* and is armed again */
+    }
+    sigaltstack(&old, NULL);
+    free(stack.ss_sp);
+    return unused;
+}
+
+/* ---- fault.c */
+typedef struct {
+    int64_t number, code;
+    uint64_t address, instruction, how, back;
+} Fault;
+void note_faults(Fault *, void *, uint64_t);
+
+static void try_fault(void)
+{
+    static const int numbers[] = {SIGSEGV, SIGSEGV, SIGSEGV, SIGBUS, SIGILL};
+    Fault *fault = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint64_t which = chance(5);
+    volatile uint8_t *const nowhere = (uint8_t *)8;
+    pid_t child = fork();
+    if (child == 0) {
+        note_faults(fault, malloc(1 << 16), 1 << 16);
+        switch (which) {
+        case 0: ((volatile uint8_t *)pages)[PAGE] = 1; break;
+        case 1: (void)((volatile uint8_t *)pages)[PAGE + 8]; break;
+        case 2: ((void (*)(void))(uintptr_t)nowhere)(); break;
+        case 3: (void)((volatile uint8_t *)pages)[2 * PAGE]; break;
+        case 4: __builtin_trap();
+        }
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    assert(WIFSIGNALED(status) && WTERMSIG(status) == numbers[which] && fault->number == numbers[which]);
+    const uint64_t places[] = {(uint64_t)pages + PAGE, (uint64_t)pages + PAGE + 8, 8, (uint64_t)pages + 2 * PAGE};
+    assert(which > 3 || fault->address == places[which]);
+    assert((fault->how & 2) == (which == 0 ? 2 : 0) || which > 3);
+    munmap(fault, PAGE);
+}
+
+/* ---- lazy.c: what PLT0 does, with the index of a relocation and GOT[1] */
+#if defined __x86_64__
+uint64_t bind_with(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, double, double, double, double, uint64_t);
+uint64_t bind_without(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, double, double, double, double, uint64_t);
+#define PLT(name, to)                                                                                                  \
+    __asm__(".globl " name "\n" name ": push 8(%rsp)\n lea answer_binding(%rip), %r11\n push %r11\n jmp " to "\n")
+PLT("bind_with", "bind_lazily");
+PLT("bind_without", "bind_lazily_without_xsave");
+
+static uint64_t bound(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, double g, double h,
+                      double i, double j, uint64_t k)
+{
+    assert(g == (double)a && h == (double)b && i == (double)c && j == (double)d);
+    return a ^ b << 1 ^ c << 2 ^ d << 3 ^ e << 4 ^ f << 5 ^ k << 6;
+}
+
+uint64_t answer_binding(uint64_t index) /* and every register that carries arguments has something else */
+{
+    volatile double spoiled[16];
+    for (int i = 0; i < 16; i++)
+        spoiled[i] = (double)index * i + 0.5;
+    __asm__ volatile("pcmpeqd %%xmm0, %%xmm0\n pcmpeqd %%xmm1, %%xmm1\n pcmpeqd %%xmm2, %%xmm2\n pcmpeqd %%xmm3, %%xmm3"
+                     ::: "xmm0", "xmm1", "xmm2", "xmm3");
+    return spoiled[1] > 0 ? (uint64_t)bound : 0;
+}
+
+static void try_lazy(void)
+{
+    uint64_t a = chance(1 << 20), b = chance(1 << 20), c = chance(9), d = chance(1 << 30), e = state, f = ~state;
+    uint64_t expected = a ^ b << 1 ^ c << 2 ^ d << 3 ^ e << 4 ^ f << 5;
+    uint64_t k = chance(1 << 20);
+    uint64_t found = chance(2) ? bind_with(a, b, c, d, e, f, (double)a, (double)b, (double)c, (double)d, k)
+                               : bind_without(a, b, c, d, e, f, (double)a, (double)b, (double)c, (double)d, k);
+    assert(found == (expected ^ k << 6));
+}
+#else
+static void try_lazy(void) {}
+#endif
+
+int main(int argc, char **words)
+{
+    if (argc != 4)
+        return 2;
+    static const void *const theirs[] = {iterate, address_of_theirs, object_of_theirs};
+    set_answers(theirs);
+    lay_pages();
+    state = strtoull(words[1], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
+    uint64_t runs = strtoull(words[2], NULL, 10), done = 0;
+    time_t end = time(NULL) + atol(words[3]);
+    for (; done < runs && time(NULL) < end; done++) {
+        try_answers();
+        try_inside();
+        try_calls();
+        try_guard();
+        try_lazy();
+        if (done % 256 == 0) {
+            pthread_t thread;
+            pthread_create(&thread, NULL, guard_on_a_stack, NULL);
+            pthread_join(thread, NULL);
+            try_fault();
+        }
+    }
+    for (uint64_t i = 0; i < LIBRARIES; i++)
+        if (ends[i])
+            relist(i);
+    uint64_t met = 0;
+    for (int edge = 0; edge < EDGES; edge++)
+        met += edges[edge];
+    printf("%llu runs, %llu edges\n", (unsigned long long)done, (unsigned long long)met);
+    return 0;
+}
