@@ -58,10 +58,7 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "right", "wrong"),
     [
-        ("answers.c", "address < end_of(entry)", "address <= end_of(entry)"),
-        ("inside.c", "    bool ours = pending;\n    pending = false;", "    bool ours = pending;"),
         ("calls.c", "room->used <= room->size", "room->used <= room->size + 8"),
-        ("guard.c", "sigaltstack(stack, NULL);", ";"),
         ("lazy.c", '"mov $0xee, %eax\\n" save', '"mov $0xe0, %eax\\n" save'),
     ],
 )
