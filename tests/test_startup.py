@@ -133,3 +133,27 @@ def test_to_leave_a_module_out_asks_nothing_of_it(monkeypatch: pytest.MonkeyPatc
     with leaving_out("antigravity"):
         import antigravity  # noqa: F401
     assert asked == []
+
+
+#: What a worker has beyond a process that has loaded the library: to be asked and led, and to die in time.
+FOR_A_WORKER = {
+    *("faulthandler", "gc", "resource", "select", "signal"),
+    *("json", "json.decoder", "json.encoder", "json.scanner", "_json"),
+    *("miniloader.lab", "miniloader.lab.workers", "miniloader.lab.workers.child"),
+    *("miniloader.lab.workers.worker", "miniloader.startup"),
+}
+
+
+def test_a_worker_imports_what_loading_does_and_what_it_is_led_by() -> None:
+    worker = (
+        "import os, sys; from miniloader.lab.workers.worker import _Commands\n"
+        "commands = _Commands(os.open('/dev/null', os.O_RDONLY)); commands.do_map(sys.argv[1])\n"
+        "commands.do_touch([(0, 4096)]); commands.do_link(); commands.do_initialise()"
+    )
+    load = "import sys, miniloader; library = miniloader.load(sys.argv[1])"
+    imported = []
+    for code in (worker, load):
+        command = [sys.executable, "-c", f"{code}\nprint(*sys.modules)", str(build.build("demo"))]
+        answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+        imported.append(set(answer.stdout.split()))
+    assert imported[0] - imported[1] <= FOR_A_WORKER

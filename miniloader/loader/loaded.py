@@ -5,7 +5,7 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
@@ -185,12 +185,10 @@ class Loaded:
 
     def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
         """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has."""
-        by_name = (listing or host.listing()).by_name
+        of_host = (listing or host.listing()).edges
 
         def edges(library: Loaded | HostLibrary) -> Iterable[tuple[Loaded | HostLibrary, bool]]:
-            if isinstance(library, Loaded):
-                return library.edges
-            return [(needed, False) for needed in _needs_of_host(library, by_name)]
+            return library.edges if isinstance(library, Loaded) else of_host(library)
 
         return search_order(self, edges)
 
@@ -221,8 +219,3 @@ def search_order(root: T, edges: Callable[[T], Iterable[tuple[T, bool]]]) -> lis
                 order.remove(needed)
                 order.insert(order.index(library), needed)
     return order
-
-
-def _needs_of_host(library: HostLibrary, by_name: Mapping[str, HostLibrary]) -> list[HostLibrary]:
-    """What ld.so found for the needs of one of its libraries: by soname, or by file name."""
-    return [by_name[name] for name in library.needed if name in by_name]

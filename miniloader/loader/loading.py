@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from miniloader.elf import Source
+from miniloader.elf import ElfImage, Source
 from miniloader.elf.dynamic import DF_1_INITFIRST, DT_FLAGS_1
 from miniloader.errors import UsageError
 from miniloader.forking import importing
@@ -84,16 +84,22 @@ class Loading:
         self._begin(Graph(policy, on_event), None)
 
     @classmethod
-    def for_caller(cls, source: Source, policy: Policy, asker: Asker | None, asked_in: Graph) -> Loading:
-        """The load of a file that has been found for ``asker``, who has called dlopen(3)."""
+    def for_caller(
+        cls, source: Source, image: ElfImage | None, policy: Policy, asker: Asker | None, asked_in: Graph
+    ) -> Loading:
+        """The load of a file that has been found for ``asker``, who has called dlopen(3).
+
+        ``image`` is what is in it, if that has been read.
+        """
         steps = cls.__new__(cls)
         steps.path = source
-        steps._begin(Graph(policy, asked_in.tell, asked_in), asker)
+        steps._begin(Graph(policy, asked_in.tell, asked_in), asker, image)
         return steps
 
-    def _begin(self, graph: Graph, asker: Asker | None) -> None:
+    def _begin(self, graph: Graph, asker: Asker | None, image: ElfImage | None = None) -> None:
         self._graph = graph
         self._asker = asker
+        self._image = image
         #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
         #: Empty where this process had it already, which is then shared.
         self.mapped: tuple[Loaded, ...] = ()
@@ -207,7 +213,7 @@ class Loading:
 
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
-        root = graph.add(source, self._asker)
+        root = graph.add(source, self._asker, self._image)
         functions()  # the loader's own library, before it is asked which there are
         graph.complete()
         self._took("parse")
@@ -336,8 +342,10 @@ def _answer(place: int) -> int:
     return answer(place, _load_for_caller)
 
 
-def _load_for_caller(source: Source, policy: Policy, asker: Asker | None, asked_in: Graph) -> Loaded:
-    with Loading.for_caller(source, policy, asker, asked_in) as steps:
+def _load_for_caller(
+    source: Source, image: ElfImage | None, policy: Policy, asker: Asker | None, asked_in: Graph
+) -> Loaded:
+    with Loading.for_caller(source, image, policy, asker, asked_in) as steps:
         steps.map()
         steps.link()
         steps.initialise()

@@ -174,9 +174,14 @@ def symbols_of(table: RelocationTable, codes: Collection[int]) -> array[int]:
     """The symbols of the rows of Elf64_Rela behind the ``table``'s head whose kind is among ``codes``."""
     count, listed = table.count - table.head, ctypes.c_uint64()
     rows, symbols = bytearray(table.bytes_behind(table.head)), array("q", [0]) * count
-    kinds = bytearray(code in codes for code in range(NUMBER_OF_KINDS))
-    run("list_symbols", rows, count, kinds, symbols, ctypes.addressof(listed))
+    run("list_symbols", rows, count, _marked(frozenset(codes)), symbols, ctypes.addressof(listed))
     return symbols[: listed.value]
+
+
+@lru_cache(maxsize=4)
+def _marked(codes: frozenset[int]) -> bytearray:
+    """A byte for each kind: whether it is among ``codes``."""
+    return bytearray(code in codes for code in range(NUMBER_OF_KINDS))
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:

@@ -242,6 +242,18 @@ class HostListing:
         pairs = [(name, library) for library in self.found for name in (library.soname, library.file_name)]
         return {name: library for name, library in reversed(pairs) if name}
 
+    def edges(self, library: HostLibrary) -> list[tuple[HostLibrary, bool]]:
+        """What ld.so found for the needs of its ``library``, by soname or file name; none is a filtee."""
+        if library not in self._edges:
+            found = [self.by_name[name] for name in library.needed if name in self.by_name]
+            self._edges[library] = [(needed, False) for needed in found]
+        return self._edges[library]
+
+    @cached_property
+    def _edges(self) -> dict[HostLibrary, list[tuple[HostLibrary, bool]]]:
+        """Those that have been asked for."""
+        return {}
+
     @cached_property
     def by_identity(self) -> dict[tuple[int, int], HostLibrary]:
         """By device and inode of their files."""
