@@ -129,9 +129,17 @@ def test_it_is_whole_without_its_script_and_on_paper(course: Path, open_page: Op
     assert shown(opened) == [*CHAPTERS, "words"]
     assert all(one.is_visible() for one in opened.page.locator(".outcome").all())
     printed = open_page(course)
-    printed.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    drawn = printed.page.evaluate("""() => {
+      dispatchEvent(new Event('beforeprint'));  // what is printed is what is drawn when this is over
+      return [...document.querySelectorAll(".matrix")].map((canvas) => {
+        const { width, height } = canvas, context = canvas.getContext("2d");
+        return width * height > 0 && context.getImageData(0, 0, width, height).data.some(Boolean);
+      });
+    }""")
     assert shown(printed) == [*CHAPTERS, "words"]
     assert all(one.is_visible() for one in printed.page.locator(".outcome").all())
+    assert len(drawn) > 2
+    assert all(drawn)
 
 
 def test_a_chapter_is_small(course: Path) -> None:

@@ -612,7 +612,7 @@
   theme.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; label(); repaint(); });
   dark.addEventListener("change", () => { label(); repaint(); });
   matchMedia("print").addEventListener("change", repaint);
-  addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
+  addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details:not(.more)")) one.open = true; });
   readPalette();
 
   // --------------------------------------------------------------------------------------- the course
@@ -625,7 +625,7 @@
       $(root, ".keys").hidden = false;
       for (const step of root.querySelectorAll(".step")) this.gate(step);
       $(root, ".reveal-all").addEventListener("click", () => this.revealAll());
-      addEventListener("beforeprint", () => { this.revealAll(); for (const chapter of this.chapters) chapter.hidden = false; });
+      addEventListener("beforeprint", () => { this.printAll(); });
       addEventListener("afterprint", () => this.show());
       addEventListener("hashchange", () => this.show(true));
       document.addEventListener("keydown", (event) => this.key(event));
@@ -648,6 +648,11 @@
       if (figure) figure.hidden = false;
       $(step, ".outcome").hidden = false;
       if (film) film.go(film.data.scenes.length - 1);
+    }
+    printAll() {  // a matrix that was hidden knows no width yet
+      this.revealAll();
+      for (const chapter of this.chapters) chapter.hidden = false;
+      for (const film of films) film.resize();
     }
     revealAll() { for (const step of this.root.querySelectorAll(".step")) this.reveal(step); }
     // The chapter that the address names, or that has what it names; the first where it names nothing.
