@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from functools import cached_property as cached_property
     from typing import Any, Final
 
-__all__ = ["ForkLock", "SharedForkLock", "cached_property", "importing", "loading", "making"]
+__all__ = ["ForkLock", "SharedForkLock", "cached_property", "importing", "listing", "loading", "making"]
 
 _PATIENCE: Final = 5.0  # seconds: a constructor that waits for the thread that forks must not wait for ever
 _PAUSE: Final = 0.001  # seconds
@@ -121,6 +121,9 @@ if not TYPE_CHECKING:
 making: Final = ForkLock()
 #: Held by whoever imports something when it is needed: whoever imports in a function takes it.
 importing: Final = SharedForkLock()
+#: Held by whoever has glibc list its libraries: what this locks (dl_load_write_lock) stays locked for ever in a
+#: child that another thread forks meanwhile.
+listing: Final = ForkLock()
 #: Held by whoever changes which libraries of ours this process has, or looks at them.  Made here, before
 #: any thread is on its way to it: who forks already does not learn of another lock.
 loading: Final = ForkLock()

@@ -68,6 +68,35 @@ def test_a_child_of_a_program_with_threads_can_load() -> None:
     assert _run(_THREADS, build("demo")) == "[]"
 
 
+def test_a_child_can_ask_what_ld_so_has_loaded() -> None:
+    """Others ask without a pause, and glibc 2.36 leaves its lock for that as it is in a child."""
+    script = """
+        import faulthandler, os, sys, threading
+        import miniloader
+        stop = []
+        with miniloader.load(sys.argv[1]) as library:
+            def work():
+                while not stop:
+                    library.address("demo_add")
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for turn in range(60):
+                child = os.fork()
+                if child == 0:
+                    faulthandler.dump_traceback_later(20, exit=True)
+                    os._exit(0 if library.address("demo_add") else 3)
+                _, status = os.waitpid(child, 0)
+                if status:
+                    break
+            stop.append(1)
+            for thread in threads:
+                thread.join()
+            print(turn, status)
+    """
+    assert _run(script, build("demo")) == "59 0"
+
+
 def test_a_fork_within_a_load_waits_for_nobody() -> None:
     """In the same thread: who listens forks, and both go on."""
     script = """

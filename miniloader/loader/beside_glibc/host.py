@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Final
 
+from miniloader import forking
 from miniloader.elf.dynamic import (
     DT_GNU_HASH,
     DT_HASH,
@@ -334,7 +335,9 @@ def _collect_into(size: int) -> tuple[bytearray, int]:
     """The first records, as many as fit into ``size`` bytes; and where the last one of all would end."""
     room = bytearray(size)
     _USED_AND_SIZE.pack_into(room, 0, _START, size)
-    _iterate(address_of("collect"), ctypes.addressof(ctypes.c_char.from_buffer(room)))
+    callback, place = address_of("collect"), ctypes.addressof(ctypes.c_char.from_buffer(room))
+    with forking.listing:
+        _iterate(callback, place)
     return room, _USED_AND_SIZE.unpack_from(room)[0]
 
 
