@@ -121,8 +121,8 @@ if not TYPE_CHECKING:
 making: Final = ForkLock()
 #: Held by whoever imports something when it is needed: whoever imports in a function takes it.
 importing: Final = SharedForkLock()
-#: Held by whoever has glibc list its libraries: what this locks (dl_load_write_lock) stays locked for ever in a
-#: child that another thread forks meanwhile.
+#: Held by whoever has glibc list its libraries: what that locks (dl_load_write_lock) stays locked in a child
+#: that another thread forks meanwhile.
 listing: Final = ForkLock()
 #: Held by whoever changes which libraries of ours this process has, or looks at them.  Made here, before
 #: any thread is on its way to it: who forks already does not learn of another lock.

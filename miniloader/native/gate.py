@@ -41,7 +41,7 @@ _MACHINES: Final = {
     (1, 1, 62): "x32",
 }
 _EHDR: Final = struct.Struct("<40xQ10xHHxx")  # e_shoff, e_shentsize, e_shnum of 64 bits
-_AGAIN: Final = "install miniloader again, where code may be run"
+_AGAIN: Final = "install miniloader again"
 _STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, disasm, audit"
 
 
@@ -131,6 +131,8 @@ def require_own_code(path: str) -> None:
         hint = _AGAIN if processor() in _SHIPS_FOR else _STILL
     if lack is None:
         lack, hint, state = _damage(path), _AGAIN, "cannot be used"
+    if lack is None and os.statvfs(path).f_flag & os.ST_NOEXEC:
+        lack, hint = f"the file system of {path} is mounted noexec", f"{_AGAIN}, where code may be run"
     if lack is not None:
         raise UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
 
@@ -143,7 +145,6 @@ def _damage(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
             head, size = file.read(_EHDR.size), os.fstat(file.fileno()).st_size
-        noexec = bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
     except OSError as error:
         return f"{path}: {error.strerror}"
     if len(head) < _EHDR.size or head[:4] != b"\x7fELF":
@@ -154,7 +155,7 @@ def _damage(path: str) -> str | None:
     start, length, number = _EHDR.unpack(head)
     if start + length * number > size:  # the section headers are its end
         return f"{path} is cut short: it has {size:,} bytes, of {start + length * number:,}"
-    return f"the file system of {path} is mounted noexec" if noexec else None
+    return None
 
 
 def _hint() -> str:

@@ -186,7 +186,7 @@ def test_every_command_says_what_is_wrong_with_our_own_code(
         assert done.returncode == 3, done.stderr
         (line,) = done.stderr.splitlines()
         assert said.format(path=path) in line
-        assert line.endswith("install miniloader again, where code may be run")
+        assert line.endswith("; install miniloader again")
 
 
 @pytest.mark.needs_root("it mounts a file system")
