@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from miniloader.elf import ElfImage, Source, read_image
@@ -25,7 +25,7 @@ from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import Bindings
 from miniloader.loader.search import Asker, Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
-from miniloader.loader.unload import find_present
+from miniloader.loader.unload import present
 from miniloader.values import dataclass
 
 __all__ = ["Graph", "Needed", "Resolution"]
@@ -64,7 +64,8 @@ class Resolution:
 class Graph:
     """The libraries that one load brings: ``new`` holds them as they were found, what was asked for first.
 
-    ``order`` is their order of search, in which filtees come before their filters, with those present before.
+    ``order`` is that of ld.so's list of all that is loaded: those of ours that are present, then the new ones
+    as they were found, but filtees right before their filters.  What is there by a name is the first one.
     ``listing`` is what ld.so had when it was last asked.  ``bindings`` are those of each library, once it is
     linked; one that is relocated from prepared pages has none.
     """
@@ -75,7 +76,7 @@ class Graph:
         self.tell = tell
         self.brief = is_brief(tell)
         self.new: list[Loaded] = []
-        self.order: list[Loaded] = []
+        self.order: list[Loaded] = list(present)
         self.bindings: dict[Loaded, Bindings] = {}
         self.listing: HostListing
 
@@ -102,6 +103,7 @@ class Graph:
             source.close()
             raise
         self.new.append(library)
+        self.order.append(library)
         count = len(image.segments)
         self.event("parse", image.path, f"{count} program headers", segments=count)
         if reason is not None:
@@ -122,29 +124,36 @@ class Graph:
         """Find what each member needs, and what that needs, in the order of :func:`search_order`."""
         self.look_around()
         root: Needed = self.new[0]
-        order = search_order(root, self._find_needs)
-        self.order = [library for library in order if isinstance(library, Loaded)]
+        search_order(root, self._find_needs, self._move)
         for library in self.new[1:]:
             library.before = library.ours
 
-    def _find_needs(self, library: Needed) -> Iterable[tuple[Needed, bool]]:
+    def _move(self, filtee: Needed, library: Needed) -> None:
+        """The ``filtee`` of ``library`` comes right before it."""
+        if isinstance(filtee, Loaded) and isinstance(library, Loaded):
+            self.order.remove(filtee)
+            self.order.insert(self.order.index(library), filtee)
+
+    def _find_needs(self, library: Needed) -> Iterator[tuple[Needed, bool]]:
         """What ``library`` needs, and whether it is a filtee: of a new one it is found now."""
         if not isinstance(library, Loaded):
-            return ()  # what it needs ld.so has as well
-        if library in self.new:
-            for tag, name in library.image.needs:
-                try:
-                    needed = self._need(self.expanded(name, library.asker()), library)
-                except MiniloaderError as error:
-                    if tag != DT_AUXILIARY:
-                        raise
-                    text = f"{name}: DT_AUXILIARY, which may be missing: {error}"
-                    self.event("need", library.name, text, needed=name, path=None, copies=None)
-                    continue
-                library.needs.append(needed)
-                if tag != DT_NEEDED:
-                    library.filtees.append(needed)
-        return library.edges
+            return  # what it needs ld.so has as well
+        if library not in self.new:
+            yield from library.edges
+            return
+        for tag, name in library.image.needs:
+            try:
+                needed = self._need(self.expanded(name, library.asker()), library)
+            except MiniloaderError as error:
+                if tag != DT_AUXILIARY:
+                    raise
+                text = f"{name}: DT_AUXILIARY, which may be missing: {error}"
+                self.event("need", library.name, text, needed=name, path=None, copies=None)
+                continue
+            library.needs.append(needed)
+            if tag != DT_NEEDED:
+                library.filtees.append(needed)
+            yield needed, tag != DT_NEEDED
 
     def expanded(self, name: str, asker: Asker | None) -> str:
         """``name`` as ``asker`` means it: see :func:`miniloader.loader.search.expand`."""
@@ -176,6 +185,7 @@ class Graph:
             return of_host
         same = self._present(lambda member: member.is_called(name))
         if same is not None:
+            same.called.add(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
         path = self._search(name, asker, who)
         source = Source.open(path)
@@ -198,8 +208,8 @@ class Graph:
 
     def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
         """A library of ours: of this load, or of an earlier one that initialised as this one will."""
-        new = next((library for library in self.new if is_it(library)), None)
-        return new or find_present(lambda library: library.policy.init == self.policy.init and is_it(library))
+        alike = (library for library in self.order if library.policy.init == self.policy.init)
+        return next((library for library in alike if is_it(library)), None)
 
     def _of_host(self, name: str, asker: Asker | None) -> Resolution | None:
         """The process's own, if it has one; who listens hears of another copy that would be found."""

@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.elf.symbols import SymbolTable
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
+from miniloader.loader.constructors import constructor_order
 from miniloader.loader.events import OnEvent
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
@@ -57,6 +59,8 @@ class Loaded:
         self.roots: list[
             Loaded
         ] = []  # what callers asked for and needs it: its symbols are found from these on
+        # Where symbols are looked up from it on, once that is settled (ld.so's l_searchlist).
+        self.scope: list[Loaded | HostLibrary] = []
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
@@ -65,7 +69,8 @@ class Loaded:
         self.ready: Prepared | None = None  # its relocated pages, while they may be of use
         self.not_prepared: str | None = None  # why they were asked for, and are of no use
         self.handles = 0  # how many callers hold it
-        self.stays = False  # whether somebody has asked that it is never unmapped (RTLD_NODELETE)
+        # Whether it is never unmapped, once its load is complete; and whether that is so (NODELETE).
+        self.will_stay, self.stays = image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE), False
         self.shared = False  # whether others may be bound to a unique symbol of it
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
@@ -149,7 +154,7 @@ class Loaded:
             return False
         self.undo.close()
         self._names = self.tell = None  # who has heard of it may have kept what leads to it
-        for libraries in (self.needs, self.filtees, self.before, self.roots, self.holds):
+        for libraries in (self.needs, self.filtees, self.before, self.roots, self.scope, self.holds):
             libraries.clear()  # circles, which would keep the file open
         return True
 
@@ -161,8 +166,12 @@ class Loaded:
         return self.stubs[function]
 
     def hold(self, definer: Definer) -> None:
-        """Note that it is bound to ``definer``, which must not go before it: ld.so's add_dependency."""
-        if isinstance(definer, Loaded) and definer not in (self, *self.before, *self.holds):
+        """Note that it is bound to ``definer``, which must not go before it: ld.so's add_dependency.
+
+        What stays anyway needs no note.
+        """
+        noted = (self, *self.before, *self.holds)
+        if isinstance(definer, Loaded) and not definer.will_stay and definer not in noted:
             self.holds.append(definer)
 
     def share(self, definer: Definer) -> None:
@@ -184,7 +193,13 @@ class Loaded:
             self.ready = None
 
     def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
-        """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has."""
+        """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has.
+
+        What was loaded for others, and outlives them all, has only what it needs itself: glibc's
+        ``elf/dl-close.c``.
+        """
+        if self.scope:
+            return list(self.scope)
         of_host = (listing or host.listing()).edges
 
         def edges(library: Loaded | HostLibrary) -> Iterable[tuple[Loaded | HostLibrary, bool]]:
@@ -192,13 +207,24 @@ class Loaded:
 
         return search_order(self, edges)
 
+    def settle(self, listing: HostListing | None = None) -> None:
+        """Somebody asks for it by itself: its scope is settled now, and what is initialised before it."""
+        if not self.scope:
+            self.scope = self.local_scope(listing)
+            others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
+            self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
 
-def search_order(root: T, edges: Callable[[T], Iterable[tuple[T, bool]]]) -> list[T]:
+
+def search_order(
+    root: T,
+    edges: Callable[[T], Iterable[tuple[T, bool]]],
+    move: Callable[[T, T], None] = lambda filtee, library: None,
+) -> list[T]:
     """``root`` and everything it needs, each once, in the order of ld.so's search list: breadth first.
 
     ``edges`` gives what a library needs, in order, and whether that is a filtee: it comes right before the
-    library, whose filter (``DT_FILTER``, ``DT_AUXILIARY``) the library is, unless it is before already.
-    Source: glibc's ``elf/dl-deps.c``.
+    library, whose filter (``DT_FILTER``, ``DT_AUXILIARY``) the library is, unless it is before already;
+    ``move`` hears of both.  The next edge is asked for when that is done.  Source: glibc's ``elf/dl-deps.c``.
 
     >>> needs = {"app": [("front", False), ("c", False)], "front": [("impl", True)], "impl": [("m", False)]}
     >>> search_order("app", lambda name: needs.get(name, []))
@@ -212,10 +238,13 @@ def search_order(root: T, edges: Callable[[T], Iterable[tuple[T, bool]]]) -> lis
             continue
         done.add(id(library))
         for needed, is_filtee in edges(library):
-            if id(needed) not in seen:
-                seen.add(id(needed))
-                order.insert(order.index(library) if is_filtee else len(order), needed)
-            elif is_filtee and needed in order[order.index(library) + 1 :]:
-                order.remove(needed)
-                order.insert(order.index(library), needed)
+            is_new, here = id(needed) not in seen, order.index(library)
+            seen.add(id(needed))
+            if is_filtee and (is_new or needed in order[here + 1 :]):
+                if not is_new:
+                    order.remove(needed)
+                order.insert(here, needed)
+                move(needed, library)
+            elif is_new:
+                order.append(needed)
     return order

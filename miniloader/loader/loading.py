@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -20,7 +20,6 @@ from miniloader.forking import importing
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import stack, stand_ins
 from miniloader.loader.constructors import (
-    constructor_order,
     read_constructors,
     read_preinitialisers,
     run_constructors,
@@ -29,7 +28,7 @@ from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph, Needed
 from miniloader.loader.library import Library
 from miniloader.loader.link import link_library, linking_order
-from miniloader.loader.loaded import Loaded, search_order
+from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
@@ -144,7 +143,8 @@ class Loading:
     def link(self) -> dict[Loaded, Bindings]:
         """Bind symbols, write the words that are relocated, take away rights: see :attr:`bindings`."""
         with self._step("link", then=_NEXT.format("initialise")):
-            order = _sort(self._asked_for)
+            self._asked_for.settle(self._graph.listing if self.mapped else None)
+            order = self._asked_for.before[::-1]
             self._order = [library for library in order if library in self.mapped]
             if self.mapped:
                 self._link()
@@ -214,6 +214,7 @@ class Loading:
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
         root = graph.add(source, self._asker, self._image)
+        root.will_stay |= graph.policy.stays
         functions()  # the loader's own library, before it is asked which there are
         graph.complete()
         self._took("parse")
@@ -232,7 +233,7 @@ class Loading:
                 self._graph.event("protect", library.name, "stacks are executable from now on")
         listing, policy = self._graph.listing, self._graph.policy
         # ld.so's global scope comes first, then the library and what it needs.
-        local = self._asked_for.local_scope(listing)
+        local = self._asked_for.scope
         process: list[Needed] = [library for library in listing.found if library.is_global]
         process += unload.global_scope
         scope: list[Definer] = list(dict.fromkeys([*local, *process] if policy.deep else [*process, *local]))
@@ -246,7 +247,7 @@ class Loading:
         self._took("relocate")
 
     def _initialise(self) -> None:
-        unload.present.extend(library for library in self._graph.order if library in self.mapped)
+        unload.enter(self._graph.order, self.mapped)
         if self._graph.policy.init:
             for library in self.mapped:
                 _show_to_libraries(library)
@@ -262,7 +263,6 @@ class Loading:
                 self._run_constructors(library, addresses)
         unload.unfinished.difference_update(self.mapped)
         self._asked_for.handles += 1
-        self._asked_for.stays |= self._graph.policy.stays
         self._took("init")
 
     def _initialisation_order(self) -> list[Loaded]:
@@ -337,9 +337,14 @@ def _answer(place: int) -> int:
 
     Many libraries are bound to dlopen(3), and few ever call it.
     """
-    with importing:
-        from miniloader.loader.from_inside import answer
-    return answer(place, _load_for_caller)
+    if not _answering:
+        with importing:
+            from miniloader.loader.from_inside import answer
+        _answering.append(answer)
+    return _answering[0](place, _load_for_caller)
+
+
+_answering: Final[list[Callable[..., int]]] = []
 
 
 def _load_for_caller(
@@ -377,17 +382,3 @@ def _show_to_debugger(libraries: Sequence[Loaded]) -> None:
         if library.debugging is None:
             library.debugging = register(library.image, library.bias)
             library.undo.callback(library.debugging.withdraw)
-
-
-def _edges_of_ours(library: Needed) -> Iterable[tuple[Needed, bool]]:
-    return library.edges if isinstance(library, Loaded) else ()
-
-
-def _sort(root: Loaded) -> list[Loaded]:
-    """``root`` and what of ours it needs, in the order they are initialised, which is noted in it."""
-    start: Needed = root
-    members = [library for library in search_order(start, _edges_of_ours) if isinstance(library, Loaded)]
-    members.remove(root)  # its filtees may be before it
-    order = constructor_order([root, *members], lambda library: library.before)
-    root.before = order[::-1]
-    return order

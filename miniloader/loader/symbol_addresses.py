@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Final
 
@@ -53,7 +53,8 @@ def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Seque
 def used(library: Loaded, bindings: Bindings) -> list[Definer]:
     """Who defines what the library is bound to, in the order in which its relocations come to it."""
     owners = list(bindings.owners)
-    if sum(isinstance(bindings.scope[owner], Loaded) for owner in owners) > 2:
+    others = (bindings.scope[owner] for owner in owners)
+    if sum(isinstance(other, Loaded) and other is not library for other in others) > 1:
         owner_of = dict(zip(bindings.wanted, bindings.column("owner"), strict=True))
         symbols = (symbols_of(table, range(KINDS)) for table in library.image.relocations.tables)
         met = dict.fromkeys(owner_of.get(symbol) for symbol in dict.fromkeys(chain.from_iterable(symbols)))
@@ -78,15 +79,22 @@ def check_versions(library: Loaded) -> None:
     As glibc: a library without any versions passes, and so does a version that is needed weakly.
     """
     for needed in dict.fromkeys(library.needs):
-        soname = needed.soname if isinstance(needed, HostLibrary) else needed.image.soname
-        file = os.fsencode(soname or os.path.basename(needed.name))
-        missing = library.names.missing_version(file, needed.names)
+        files = map(os.fsencode, _names_of(needed))
+        found = (library.names.missing_version(file, needed.names) for file in files)
+        missing = next(filter(None, found), None)
         if missing is not None:
             version = missing.decode("utf-8", "backslashreplace")
             raise SymbolError(
                 f"{library.name}: needs version {version}, which {needed.name} does not define",
                 ld_so=f"{needed.name}: version `{version}' not found (required by {library.name})",
             )
+
+
+def _names_of(library: Loaded | HostLibrary) -> Iterable[str]:
+    """The names by which whoever needs versions of ``library`` may mean it: those that it was asked for."""
+    if isinstance(library, Loaded):
+        return library.called
+    return [library.soname or os.path.basename(library.name)]
 
 
 def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:

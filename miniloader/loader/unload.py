@@ -7,10 +7,9 @@ the order of their needs, and then unmapped: what one of them calls on the way i
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
-from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
 from miniloader.forking import loading
 from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
@@ -18,6 +17,7 @@ from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 
 __all__ = [
+    "enter",
     "find_present",
     "global_scope",
     "let_go",
@@ -30,7 +30,8 @@ __all__ = [
 
 #: Held by whoever changes what this process has, or looks at it, and by whoever forks.
 lock: Final = loading
-#: The libraries that other loads may share, in the order in which they were loaded.
+#: The libraries that other loads may share, in the order of ld.so's list: as they were loaded, but filtees
+#: right before their filters.
 present: Final[list[Loaded]] = []
 #: Those of loads that are not complete; what they need has to stay.
 unfinished: Final[set[Loaded]] = set()
@@ -45,6 +46,17 @@ _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some t
 def find_present(is_it: Callable[[Loaded], bool]) -> Loaded | None:
     """The first library present for which ``is_it`` holds."""
     return next((library for library in present if is_it(library)), None)
+
+
+def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
+    """From now on ``new`` are present as well, in this ``order``, which may have moved others, too.
+
+    Those that will stay do so from now on.
+    """
+    ordered = [library for library in order if library in present or library in new]
+    present[:] = [*ordered, *(library for library in present if library not in ordered)]
+    for library in present:
+        library.stays |= library.will_stay and library.policy.init
 
 
 def let_go(library: Loaded, caller: Loaded | None = None) -> None:
@@ -68,6 +80,9 @@ def _leave(closed: Loaded, caller: Loaded | None) -> None:
     kept = [*unfinished, *filter(_stays, present), *([caller] if caller is not None else [])]
     _add_what_they_use(kept)
     gone = [member for member in _in_destructor_order(closed) if member not in kept]
+    for library in present:
+        if library not in gone and library not in unfinished and not library.scope:
+            library.scope = list(dict.fromkeys([library, *library.needs]))
     for member in gone:
         _finalise(member)
     _unmap(gone)
@@ -90,6 +105,8 @@ def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
 
 def take_back(new: list[Loaded]) -> None:
     """Undo the load that brought ``new``, whatever it has come to."""
+    for library in present:
+        library.will_stay = library.stays
     for library in reversed(new):
         if library in present:
             _finalise(library)  # whoever listens has raised between two constructors
@@ -106,12 +123,7 @@ def _stays(library: Loaded) -> bool:
     As glibc's, one with a unique symbol that others may be bound to is never unloaded; without its code,
     ``init=False``, nothing can refer to it.
     """
-    return bool(
-        library.handles
-        or (library.shared and library.policy.init)
-        or library.stays
-        or (library.initialised and library.image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE))
-    )
+    return bool(library.handles or (library.shared and library.policy.init) or library.stays)
 
 
 def _add_what_they_use(libraries: list[Loaded]) -> None:

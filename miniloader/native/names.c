@@ -439,9 +439,8 @@ static Match matches(const Table *table, uint64_t index, Name *name, int64_t how
             return same(table, version, name->table, name->version) ? EXACT : OTHER;
         return hidden ? OTHER : EXACT;
     }
-    if (how & NEWEST) /* what a version of its own is asked for is not */
-        return hidden ? OTHER : EXACT;
-    if ((table->versions[index] & VERSION) <= OLDEST)
+    /* The base version, and for who is bound without versions the oldest one, even where it is hidden. */
+    if ((table->versions[index] & VERSION) <= (how & NEWEST ? BASE : OLDEST))
         return EXACT;
     return hidden ? OTHER : VISIBLE;
 }

@@ -18,12 +18,12 @@ from typing import Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.oracle.rule_trees import RuleTree, clear
+from tests.oracle.rule_trees import Call, RuleTree, clear
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: What LD_LIBRARY_PATH is in the processes that load: None where it is not set.
 LIBRARY_PATHS: Final = (None, "b:a/c", ":l", "$ORIGIN:d;b//")
-_BYTES: Final = 200
+_BYTES: Final = 400
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Host:
             text=True, cwd="/", env=environment,
         )  # fmt: skip
 
-    def answers(self, directory: Path, path: str) -> list[list[str]]:
-        """What ld.so and what miniloader made of ``path``, loaded from within ``directory``."""
+    def answers(self, directory: Path, calls: Sequence[Call]) -> list[list[str]]:
+        """What ld.so and what miniloader made of ``calls``, from within ``directory``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{directory}\t{path}\n")
+        self._process.stdin.write(json.dumps([str(directory), calls]) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
@@ -103,11 +103,11 @@ def compare(count: int, seed_number: int, pythons: Sequence[str] = (sys.executab
 def _compare(data: bytes, host: Host, tree: Path, differences: Differences) -> None:
     made = RuleTree.of(data)
     clear(tree)
-    path = made.write(tree)
-    theirs, ours = host.answers(tree, path)
+    calls = made.write(tree)
+    theirs, ours = host.answers(tree, calls)
     differences.outcomes[theirs[0]] += 1
     if theirs[:2] != ours[:2] or theirs[0].startswith("died"):
-        differences.found.append((host.name, made, (path, theirs, ours)))
+        differences.found.append((host.name, made, (theirs, ours)))
 
 
 def python_with_rpath(directory: str | os.PathLike[str]) -> list[str]:
@@ -129,7 +129,8 @@ def described(name: str, tree: RuleTree, answers: object) -> str:
     for place, library in tree.libraries:
         values = {key: value for key, value in library.__dict__.items() if value}
         lines.append(f"    {place}: {values}")
-    lines += [f"    links {tree.links}, hard links {tree.hard_links}, odd files {tree.odd}", f"    {answers}"]
+    lines += [f"    links {tree.links}, hard links {tree.hard_links}, odd files {tree.odd}"]
+    lines += [f"    {tree.calls}", f"    {answers}"]
     return "\n".join(lines)
 
 

@@ -58,9 +58,11 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     else:
         library = answer.what
         library.handles += 1
-        library.stays |= bool(flags & os.RTLD_NODELETE)
+        library.settle(graph.listing)
+        if flags & os.RTLD_NODELETE:
+            library.will_stay = library.stays = True
         if flags & os.RTLD_GLOBAL:
-            unload.make_global(library.local_scope(graph.listing))
+            unload.make_global(library.scope)
     handle = stand_ins.handle_of(library.mapped)
     handed_out.add(caller.library is None)
     if handle is None:
@@ -89,7 +91,7 @@ def _load_new(source: Source, image: ElfImage | None, flags: int, caller: Caller
     try:
         return _load[0](source, image, policy, caller.asker, asked_in)
     except SymbolError:
-        if flags & os.RTLD_NOW or os.environ.get("LD_BIND_NOW"):
+        if not flags & os.RTLD_LAZY or os.environ.get("LD_BIND_NOW"):
             raise
         lazily = replace(policy, bind="lazy", prepared=False)
         return _load[0](Source.open(path), None, lazily, caller.asker, asked_in)

@@ -158,20 +158,20 @@ class Meter:
                 self._lookups += 1
                 self._lookup_seconds += now - begin
             return
-        call = self._calls.pop()
-        self._calls.append(call)
         self._settle(now, None)
-        self._calls.pop()
+        call = self._calls.pop()
         if how == "glibc":
             if self._calls:
                 self._calls[-1].since = now
             return
         libraries = tuple(library.billed() for library in call.libraries.values() or (call.root,))
         loaded = how or ("loaded" if any(library.bias for library in call.libraries.values()) else "present")
-        opened = Opened(name, loaded, now - begin, _faults() - call.faults, libraries, tuple(call.nested))
+        faults, nested, end = _faults() - call.faults, tuple(call.nested), time.perf_counter()
+        call.root.parts["other"] += end - now  # making the bill takes time as well
+        opened = Opened(name, loaded, end - begin, faults, libraries, nested)
         if self._calls:
             self._calls[-1].nested.append(opened)
-            self._calls[-1].since = now
+            self._calls[-1].since = time.perf_counter()
         else:
             self._opened.append(opened)
 

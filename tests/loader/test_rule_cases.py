@@ -1,0 +1,102 @@
+"""Trees that differed from ld.so once, each cut down to what it takes: see tests/oracle/rules.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.oracle.rule_library import Definition, NewLibrary, Reference, letters
+from tests.oracle.rule_trees import Call, RuleTree
+from tests.oracle.rules import Host
+
+NOW, LAZY = os.RTLD_NOW, os.RTLD_LAZY
+NODELETE: Final = 0x8
+
+
+def refers(symbols: str) -> tuple[Reference, ...]:
+    return tuple(map(Reference, symbols))
+
+
+def needs(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple(("needed", name) for name in names)
+
+
+def version(symbol: str, number: str, file: str) -> Reference:
+    return Reference(symbol, number, file)
+
+
+CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
+    "a version is needed of a library by the name that it was asked for, not its SONAME": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so"), refers=(version("s", "2", "./b.so"),)),
+            "b.so": NewLibrary("B", soname="libb.so", defines=letters("s", "1"), versions="1"),
+        },
+        [Call("./a.so")],
+    ),
+    "dlsym finds the base version, though it is hidden": (
+        {"a.so": NewLibrary("A", defines=(Definition("s", "", True),), versions="1")},
+        [Call("./a.so"), Call(None)],
+    ),
+    "of two that are called so, the filtee is first, since it comes before its filter": (
+        {
+            "a.so": NewLibrary("A", needs=needs("b/libq.so", "./c.so"), refers=refers("s")),
+            "b/libq.so": NewLibrary(
+                "B", soname="libp.so", needs=(("filter", "./d.so"),), defines=letters("s")
+            ),
+            "c.so": NewLibrary("C", needs=needs("libp.so")),
+            "d.so": NewLibrary("D", soname="libp.so", needs=needs("./c.so"), refers=refers("s")),
+        },
+        [Call("./a.so"), Call(None)],
+    ),
+    "lazy and now together are lazy": (
+        {"a.so": NewLibrary("A", unbound=True)},
+        [Call("./a.so", LAZY | NOW), Call("./a.so", LAZY)],
+    ),
+    "what outlives who loaded it sees only what it needs itself": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so")),
+            "b.so": NewLibrary("B", needs=needs("./c.so"), flags_1=NODELETE),
+            "c.so": NewLibrary("C", needs=needs("./d.so")),
+            "d.so": NewLibrary("D", defines=letters("s")),
+        },
+        [Call("./a.so"), Call(None, number=0), Call("./b.so"), Call(None, number=2)],
+    ),
+    "what two libraries were bound to counts in the order of relocations": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so"), refers=refers("s")),
+            "b.so": NewLibrary("B", defines=letters("u"), refers=refers("s")),
+            "c.so": NewLibrary("C", needs=needs("./d.so"), defines=letters("st")),
+            "d.so": NewLibrary("D", needs=needs("./e.so"), refers=refers("stu")),
+            "e.so": NewLibrary("E", refers=refers("tu")),
+        },
+        [Call("./a.so"), Call(None)],
+    ),
+    "what is never unmapped need not be held": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so")),
+            "b.so": NewLibrary("B", defines=letters("s"), refers=refers("u"), flags_1=NODELETE),
+            "c.so": NewLibrary("C", defines=letters("u"), refers=refers("s")),
+        },
+        [Call("./a.so"), Call(None)],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    started = Host(None)
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(host: Host, tmp_path: Path, name: str) -> None:
+    libraries, calls = CASES[name]
+    made = RuleTree(tuple(libraries.items()), (), (), (), tuple(calls)).write(tmp_path)
+    theirs, ours = host.answers(tmp_path, made)
+    assert theirs[0] in ("loaded", "refused"), theirs
+    assert ours[:2] == theirs[:2], (theirs, ours)
