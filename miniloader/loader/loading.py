@@ -80,22 +80,30 @@ class Loading:
         #: What is to be loaded, as the caller gave it.
         self.path = path
         policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
-        self._begin(Graph(policy, on_event), None)
+        name = path.name if isinstance(path, Source) else os.fspath(path)
+        self._begin(name, Graph(policy, on_event), None)
 
     @classmethod
     def for_caller(
-        cls, source: Source, image: ElfImage | None, policy: Policy, asker: Asker | None, asked_in: Graph
+        cls,
+        source: Source,
+        image: ElfImage | None,
+        name: str,
+        policy: Policy,
+        asker: Asker | None,
+        asked_in: Graph,
     ) -> Loading:
-        """The load of a file that has been found for ``asker``, who has called dlopen(3).
+        """The load of a file that has been found for ``asker``, who has called dlopen(3) for ``name``.
 
         ``image`` is what is in it, if that has been read.
         """
         steps = cls.__new__(cls)
         steps.path = source
-        steps._begin(Graph(policy, asked_in.tell, asked_in), asker, image)
+        steps._begin(name, Graph(policy, asked_in.tell, asked_in), asker, image)
         return steps
 
-    def _begin(self, graph: Graph, asker: Asker | None, image: ElfImage | None = None) -> None:
+    def _begin(self, name: str, graph: Graph, asker: Asker | None, image: ElfImage | None = None) -> None:
+        self._name = name  # that was asked for
         self._graph = graph
         self._asker = asker
         self._image = image
@@ -168,10 +176,6 @@ class Loading:
         assert self._root is not None  # once it is mapped
         return self._root
 
-    @property
-    def _name(self) -> str:
-        return self.path.name if isinstance(self.path, Source) else os.fspath(self.path)
-
     @contextmanager
     def _step(self, name: str, then: str) -> Iterator[None]:
         """One step, with the lock held; when it fails, all is undone."""
@@ -214,6 +218,7 @@ class Loading:
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
         root = graph.add(source, self._asker, self._image)
+        root.called.add(self._name)
         root.will_stay |= graph.policy.stays
         functions()  # the loader's own library, before it is asked which there are
         graph.complete()
@@ -348,9 +353,10 @@ _answering: Final[list[Callable[..., int]]] = []
 
 
 def _load_for_caller(
-    source: Source, image: ElfImage | None, policy: Policy, asker: Asker | None, asked_in: Graph
+def _load_for_caller(
+    source: Source, image: ElfImage | None, name: str, policy: Policy, asker: Asker | None, asked_in: Graph
 ) -> Loaded:
-    with Loading.for_caller(source, image, policy, asker, asked_in) as steps:
+    with Loading.for_caller(source, image, name, policy, asker, asked_in) as steps:
         steps.map()
         steps.link()
         steps.initialise()

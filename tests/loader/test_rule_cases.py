@@ -65,6 +65,13 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./a.so"), Call(None, number=0), Call("./b.so"), Call(None, number=2)],
     ),
+    "a library is called as it was asked for while what it needs is found": (
+        {
+            "a/x.so": NewLibrary("A", defines=letters("s")),
+            "b/x.so": NewLibrary("B", needs=needs("x.so"), rpath="a", refers=refers("s")),
+        },
+        [Call("x.so"), Call(None), Call("a/x.so")],
+    ),
     "what two libraries were bound to counts in the order of relocations": (
         {
             "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so"), refers=refers("s")),
@@ -88,7 +95,7 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    started = Host(None)
+    started = Host(library_path="b")
     yield started
     started.close()
 

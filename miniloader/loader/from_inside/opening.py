@@ -20,8 +20,9 @@ from miniloader.loader.search import Asker
 
 __all__ = ["Load", "close_library", "library_of", "load_with", "open_library"]
 
-Load = Callable[[Source, ElfImage | None, Policy, Asker | None, Graph], Loaded]
-"""Loads a file: what is in it if known, what is allowed, for whom it was found, in which graph."""
+Load = Callable[[Source, ElfImage | None, str, Policy, Asker | None, Graph], Loaded]
+"""Loads a file: what is in it if known, the name it was asked for by, what is allowed, for whom it was found,
+and in which graph."""
 
 _load: Final[list[Load]] = []
 #: Whether any handle of ours has been given to the program, or to a library of ld.so's: then True is in it.
@@ -51,8 +52,7 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
         if flags & os.RTLD_NOLOAD:
             answer.what.close()
             return 0
-        library = _load_new(answer.what, answer.image, flags, caller, graph)
-        library.called.add(text)
+        library = _load_new(answer.what, answer.image, text, flags, caller, graph)
     elif isinstance(answer.what, HostLibrary):
         return _open_host(answer, flags)
     else:
@@ -77,7 +77,9 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
 _by_handle: Final[dict[int, Loaded]] = {}  # those that have been handed out
 
 
-def _load_new(source: Source, image: ElfImage | None, flags: int, caller: Caller, asked_in: Graph) -> Loaded:
+def _load_new(
+    source: Source, image: ElfImage | None, name: str, flags: int, caller: Caller, asked_in: Graph
+) -> Loaded:
     """Load the file for ``caller``: bound at once; lazily where functions are missing, and it may be so."""
     policy = replace(
         caller.policy,
@@ -89,12 +91,12 @@ def _load_new(source: Source, image: ElfImage | None, flags: int, caller: Caller
     )
     path = source.name
     try:
-        return _load[0](source, image, policy, caller.asker, asked_in)
+        return _load[0](source, image, name, policy, caller.asker, asked_in)
     except SymbolError:
         if not flags & os.RTLD_LAZY or os.environ.get("LD_BIND_NOW"):
             raise
         lazily = replace(policy, bind="lazy", prepared=False)
-        return _load[0](Source.open(path), None, lazily, caller.asker, asked_in)
+        return _load[0](Source.open(path), None, name, lazily, caller.asker, asked_in)
 
 
 def _open_host(answer: Resolution, flags: int) -> int:
