@@ -5,6 +5,7 @@ Each library is tried in two new processes: by dlopen and by miniloader.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from miniloader.elf import dynamic as dt
 from miniloader.elf.asked import OUTCOMES, asked_for
 from miniloader.elf.checks import problems_of
 from miniloader.elf.packed_relocations import unpack
-from miniloader.errors import ElfError
+from miniloader.errors import ElfError, LoadError
+from miniloader.loader.beside_glibc import stack
+from miniloader.native import gate
+from tests.loader.conftest import InChild
 
 DLOPEN: Final = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1])"
 LOAD: Final = "import miniloader, sys; library = miniloader.load(sys.argv[1], **{options})"
@@ -104,6 +108,57 @@ def test_an_executable_stack_is_made_where_it_is_allowed(tmp_path: Path) -> None
     assert by_both(path, STACK, executable_stack=True) == ("['rwxp']", "['rwxp']")
     assert "['rw-p']" in by_both(path, STACK, executable_stack=True, init=False)[1]
     assert "found an executable stack" in by_both(path)[1]
+
+
+REFUSED = "cannot enable executable stack as shared object requires"
+
+
+@pytest.mark.parametrize("what", ["executable", "none"])
+def test_a_refusal_of_executable_stacks_is_said_as_dlopen_says_it(
+    tmp_path: Path, in_child: InChild, what: str
+) -> None:
+    """The kernel forbids it here, from now on; glibc refuses with the same words from 2.41 on, always."""
+    path = gcc(tmp_path / "nested.so", NESTED, "-O0")
+    if what == "none":
+        without_stack_header(path)
+
+    def story() -> list[str]:
+        set_mdwe, refuse_exec_gain = 65, ctypes.c_ulong(1)
+        if ctypes.CDLL(None).prctl(set_mdwe, refuse_exec_gain, 0, 0, 0) != 0:
+            return []
+        with pytest.raises(OSError, match=REFUSED) as theirs:
+            ctypes.CDLL(str(path))
+        with pytest.raises(LoadError) as ours:
+            miniloader.load(path, executable_stack=True)
+        assert str(path) not in Path("/proc/self/maps").read_text()
+        return [str(theirs.value), ours.value.ld_so or "", str(ours.value), ours.value.hint or ""]
+
+    said = in_child(story)
+    if not said:
+        pytest.skip("this kernel lacks PR_SET_MDWE")
+    theirs, as_theirs, ours, hint = said
+    assert as_theirs == theirs
+    assert theirs.startswith(f"{path}: {REFUSED}: ")
+    assert f"PT_GNU_STACK: needs an executable stack, which glibc refuses: {REFUSED}: " in ours
+    assert "/fd/" not in ours
+    assert hint
+
+
+def test_from_glibc_2_41_on_stacks_are_made_executable_at_the_start_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a glibc need not be at hand: what it says, from its elf/dl-load.c, is put in its place."""
+    path = gcc(tmp_path / "nested.so", NESTED, "-O0")
+
+    def refusing(name: str, data: bytes) -> tuple[int, int]:
+        raise LoadError("made up", ld_so=f"/proc/1/fd/4: {REFUSED}: Invalid argument")
+
+    monkeypatch.setattr(stack, "open_bytes", refusing)
+    monkeypatch.setattr(gate, "glibc_version", lambda: (2, 41))
+    with pytest.raises(LoadError, match=f"{REFUSED}: Invalid argument") as raised:
+        miniloader.load(path, executable_stack=True)
+    assert raised.value.hint is not None
+    assert "GLIBC_TUNABLES=glibc.rtld.execstack=2" in raised.value.hint
 
 
 def test_no_stack_header_means_an_executable_stack(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ a library without PT_GNU_STACK, or with an executable one, is opened; so one is,
 from __future__ import annotations
 
 import os
+from typing import Final
 
 from miniloader.elf.dynamic import DT_HASH, DT_NULL, DT_STRSZ, DT_STRTAB, DT_SYMENT, DT_SYMTAB
 from miniloader.elf.layout import DYN, EHDR, PHDR, SYM
@@ -15,8 +16,12 @@ from miniloader.errors import LoadError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.beside_glibc.tls_carrier import open_bytes
+from miniloader.native import gate
 
 __all__ = ["make_executable"]
+
+#: From this glibc on dlopen(3) makes no stack executable.
+_NOT_BY_DLOPEN: Final = (2, 41)
 
 
 def make_executable(owner: str) -> None:
@@ -26,10 +31,21 @@ def make_executable(owner: str) -> None:
     """
     try:
         handle, fd = open_bytes("miniloader-stack", _library())
-    except (OSError, LoadError) as error:
+    except OSError as error:
         raise LoadError(f"{owner}: PT_GNU_STACK: stacks stay as they are: {error}") from None
+    except LoadError as error:
+        reason = (error.ld_so or str(error)).partition(": ")[2]
+        text = f"{owner}: PT_GNU_STACK: needs an executable stack, which glibc refuses: {reason}"
+        raise LoadError(text, hint=_hint(), ld_so=f"{owner}: {reason}") from None
     dynamic_linker.close_host(handle)
     os.close(fd)
+
+
+def _hint() -> str:
+    """What may help where glibc refuses.  Source: its NEWS for 2.41, and its manual, glibc.rtld.execstack."""
+    if gate.glibc_version() < _NOT_BY_DLOPEN:
+        return "this process may not make pages executable: the kernel, or whoever started it, forbids it"
+    return "glibc has them so from the start only: GLIBC_TUNABLES=glibc.rtld.execstack=2 in the environment"
 
 
 def _library() -> bytes:
