@@ -175,4 +175,4 @@ def test_loops_that_are_not_ours_are_named_and_refused(
     monkeypatch.setattr(native, "__file__", str(place.with_name("__init__.py")))
     with pytest.raises(LoadError, match=re.escape(str(place))) as refused:
         functions.__wrapped__()
-    assert refused.value.hint == "install miniloader again"
+    assert (refused.value.hint or "").startswith("install miniloader again")
