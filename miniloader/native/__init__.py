@@ -154,7 +154,7 @@ INSIDE: Final = {
     b"dlmopen": "inside_namespace",
     b"dlerror": "inside_error",
 }
-#: Functions of CPython's C interface by which inside.c asks.
+#: Functions of CPython's C interface, and of threads, by which inside.c asks.
 INTERFACE: Final = (
     b"PyGILState_Ensure",
     b"PyGILState_Release",
@@ -163,6 +163,9 @@ INTERFACE: Final = (
     b"PyObject_IsTrue",
     b"Py_DecRef",
     b"PyErr_WriteUnraisable",
+    b"PyGILState_GetThisThreadState",
+    b"pthread_create",
+    b"pthread_detach",
 )
 #: What stands for dlopen(3) where CPython imports extension modules.
 IMPORT: Final = "inside_import"

@@ -6,9 +6,16 @@
 
    Source: <dlfcn.h> and <link.h>; errors are kept as glibc's dlfcn/dlerror.c keeps them, one for each thread. */
 
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 enum { OPEN, SYMBOL, VERSIONED, CLOSE, INFORMATION, NAMESPACE }; /* what is asked */
 
@@ -43,6 +50,9 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     int (*truth)(void *);
     void (*forget)(void *);
     void (*complain)(const void *function);
+    void *(*state)(void); /* the thread's own, of a thread that Python knows */
+    int (*start)(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument); /* pthread_ */
+    int (*detach)(uint64_t thread);
 } interface;
 static const void *_Atomic answerer;          /* a function of Python, which gets a question's address */
 static uint64_t first_handle, last_handle;    /* of ours */
@@ -76,6 +86,51 @@ static bool has_answered(const void *function, Question *question)
     return truth > 0;
 }
 
+/* A thread that Python does not know may be asking for somebody who holds Python's lock and waits for it: who started
+   it, and joins it.  ld.so knows of no such lock.  So another thread waits in its place, and where that one is not given
+   the lock for some time, glibc answers. */
+enum { PATIENCE = 2 }; /* seconds */
+enum { WAITING, GIVEN, LEFT };
+typedef struct {
+    _Atomic uint32_t state;
+} Turn;
+
+static void *wait_for_turn(void *place)
+{
+    Turn *turn = place;
+    interface.unlock(interface.lock());
+    if (atomic_exchange(&turn->state, GIVEN) == LEFT)
+        free(turn);
+    else
+        syscall(SYS_futex, &turn->state, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    return NULL;
+}
+
+/* Whether the thread will get Python's lock. */
+static bool has_turn(void)
+{
+    uint64_t thread;
+    Turn *turn = interface.state() ? NULL : calloc(1, sizeof *turn);
+    if (!turn)
+        return true;
+    if (interface.start(&thread, NULL, wait_for_turn, turn)) {
+        free(turn);
+        return true;
+    }
+    interface.detach(thread);
+    struct timespec end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += PATIENCE;
+    long result = 0;
+    while (turn->state == WAITING && (result == 0 || errno != ETIMEDOUT))
+        result = syscall(SYS_futex, &turn->state, FUTEX_WAIT_BITSET_PRIVATE, WAITING, &end, NULL,
+                         FUTEX_BITSET_MATCH_ANY);
+    if (atomic_exchange(&turn->state, LEFT) == WAITING)
+        return false;
+    free(turn);
+    return true;
+}
+
 /* Whatever is called has no error to tell of at first: neither we nor glibc. */
 static bool ask(Question *question)
 {
@@ -83,7 +138,7 @@ static bool ask(Question *question)
     free(message);
     message = NULL;
     pending = false;
-    if (!python)
+    if (!python || !has_turn())
         return false;
     theirs.error();
     if (!has_answered(python, question))
