@@ -178,6 +178,19 @@ def test_in_a_subinterpreter_modules_come_from_ld_so() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "_lsprof\n2\n", "")
 
 
+def test_numpy_itself_comes_from_us_where_prepared_pages_are_asked_for() -> None:
+    """Which takes numpy to read them: until that is imported, the plain way."""
+    program = """
+import miniloader
+from miniloader.loader.beside_glibc import host
+with miniloader.importing(prepared=True) as imports:
+    import numpy
+print(imports.fell_back, [library.path for library in host.libraries() if "umath" in library.path])
+"""
+    done = python(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] []\n", "")
+
+
 _COSTS = """
 import _ctypes, json, sys, time, types, miniloader
 from miniloader.loader.running import bill
