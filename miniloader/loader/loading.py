@@ -353,7 +353,6 @@ _answering: Final[list[Callable[..., int]]] = []
 
 
 def _load_for_caller(
-def _load_for_caller(
     source: Source, image: ElfImage | None, name: str, policy: Policy, asker: Asker | None, asked_in: Graph
 ) -> Loaded:
     with Loading.for_caller(source, image, name, policy, asker, asked_in) as steps:

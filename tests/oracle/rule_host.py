@@ -25,7 +25,7 @@ import miniloader
 from miniloader.errors import MiniloaderError
 from tests.oracle.rule_library import LOG
 
-_SECONDS: Final = 20
+_SECONDS: Final = 120
 _SYMBOLS: Final = "stuv"
 _NONE: Final = "---"
 Calls = Sequence[tuple[str | None, int, int]]
