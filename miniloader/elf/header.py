@@ -141,6 +141,8 @@ def protection(flags: int) -> str:
 
 # In use, though not in pyelftools' tables: binutils' include/elf/common.h and mips.h.
 _MACHINES: Final = {0x9026: "ALPHA"}
+#: Machines with types of segments of their own in pyelftools' tables: of all others it is asked but once.
+WITH_SEGMENT_TYPES: Final = frozenset(("ARM", "AARCH64", "MIPS", "RISCV"))
 _SEGMENT_TYPES: Final = {0x6474E554: "PT_GNU_SFRAME"}  # binutils 2.40
 _MIPS_SEGMENT_TYPES: Final = {
     0x70000000: "PT_MIPS_REGINFO",
@@ -187,7 +189,8 @@ def read_header(source: Source) -> Header:
 
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     """Read the program headers, in table order."""
-    layout = record(header.elf_class, header.order, "Phdr", header.machine)
+    machine = header.machine if header.machine in WITH_SEGMENT_TYPES else ""
+    layout = record(header.elf_class, header.order, "Phdr", machine)
     size = layout.size
     if header.phnum == 0 and header.type == "REL":
         raise ElfError(source.name, "e_type", header.described_type, "ET_DYN, a shared object", hint=LINK_IT)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from elftools.elf.enums import ENUM_E_MACHINE
 from elftools.elf.structs import ELFStructs
 
 from fixtures.build import HERE, build
 from fixtures.mutate import map_of, mutated
 from miniloader.elf import Source, inspect, read_image
+from miniloader.elf.header import WITH_SEGMENT_TYPES
 from miniloader.elf.layout import record
 from miniloader.elf.parsing import structs
 from miniloader.errors import ElfError
@@ -95,3 +97,12 @@ def test_loading_has_no_use_for_the_rest_of_pyelftools() -> None:
 def test_structs_are_made_once() -> None:
     assert structs(64, "<", "X86_64") is structs(64, "<", "X86_64")
     assert isinstance(structs(32, ">"), ELFStructs)
+
+
+def test_machines_with_segment_types_of_their_own() -> None:
+    machines = [name.removeprefix("EM_") for name in ENUM_E_MACHINE if name.startswith("EM_")]
+    types = {
+        machine: [dict(field.labels) for field in record(64, "<", "Phdr", machine).fields]
+        for machine in ["", *machines]
+    }
+    assert {machine for machine in machines if types[machine] != types[""]} == WITH_SEGMENT_TYPES

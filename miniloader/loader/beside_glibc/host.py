@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from array import array
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, takewhile
+from operator import itemgetter
 from typing import Final
 
 from miniloader import forking
@@ -26,10 +28,9 @@ from miniloader.elf.dynamic import (
     DT_SYMTAB,
     DT_VERSYM,
     Dynamic,
-    parse_dynamic,
 )
 from miniloader.elf.image import notes_in
-from miniloader.elf.layout import PHDR, SYM
+from miniloader.elf.layout import DYN, PHDR, SYM
 from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError, LoadError
@@ -94,13 +95,12 @@ class HostLibrary:
         """Its dynamic section with all pointers as vaddrs (ld.so turns most of them into addresses)."""
         if not self.dynamic_size:
             return Dynamic()
-        raw = parse_dynamic(
-            self.read(self.dynamic_vaddr, self.dynamic_size, "PT_DYNAMIC"), 64, "<", self.name
-        )
-        span = max(end for _, end in self.ranges)
+        size = self.dynamic_size // DYN.size * DYN.size
+        words = iter(array("Q", self.read(self.dynamic_vaddr, size, "PT_DYNAMIC")))
+        low, high = self.bias, self.bias + max(end for _, end in self.ranges)
         entries = tuple(
-            (tag, value - self.bias if self.bias <= value < self.bias + span else value)
-            for tag, value in raw.entries
+            (tag, value - low if low <= value < high else value)
+            for tag, value in takewhile(itemgetter(0), zip(words, words, strict=False))  # up to DT_NULL
         )
         return Dynamic(entries, dict(entries))
 
