@@ -12,7 +12,7 @@ from miniloader.lab.proof.prove import prove
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Finding
 from miniloader.walkthrough.mapping_views import views_of
-from miniloader.walkthrough.step import ChapterStep, Figures, Grid, Part
+from miniloader.walkthrough.step import NOTHING_OF_PAGES, ChapterStep, Figures, Grid, Part
 from miniloader.walkthrough.traced_calls import TracedCall
 from miniloader.walkthrough.workbench import Workbench
 
@@ -174,7 +174,7 @@ def _calls(proof: Proof, step: str) -> tuple[TracedCall, ...]:
 def _counted(grid: Grid) -> str:
     sharing = grid.sharing
     if sharing.level not in ("frames", "flags"):
-        return "Of single pages the kernel says nothing here."
+        return NOTHING_OF_PAGES
     return f"{sharing.present_pages} page table entries, {sharing.distinct_frames} frames behind them."
 
 

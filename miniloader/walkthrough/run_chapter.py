@@ -94,7 +94,7 @@ def run_chapter(
         experiment = chapter.run(bench)
         try:
             while True:
-                step = next(experiment)
+                step = next(experiment).told_at(bench.level)
                 steps.append(step)
                 if on_step is not None:
                     on_step(step)

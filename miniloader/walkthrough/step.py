@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from miniloader.evidence.sharing import STATES, Sharing, analyse
 from miniloader.evidence.snapshot import Snapshot
 from miniloader.forking import cached_property
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
+from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 from miniloader.walkthrough.traced_calls import TracedCall
 
 __all__ = [
+    "NOTHING_OF_PAGES",
     "STEP_SCHEMA",
     "BeforeAfter",
     "ChangedWord",
@@ -21,6 +24,7 @@ __all__ = [
     "CodeListing",
     "Figures",
     "Grid",
+    "OfPages",
     "PageBytes",
     "Part",
     "Row",
@@ -181,6 +185,15 @@ class CodeListing:
         return {"title": self.title, "lines": [line.to_json() for line in self.lines], "slots": slots}
 
 
+class OfPages(str):
+    """A sentence that rests on what the kernel tells of single pages: false where it tells nothing."""
+
+    __slots__ = ()
+
+
+NOTHING_OF_PAGES: Final = "Of single pages the kernel says nothing here."
+
+
 @dataclass(frozen=True)
 class ChapterStep:
     """One step of an experiment: what was done, and what was seen.
@@ -198,6 +211,13 @@ class ChapterStep:
     grid: Grid | None = None
     bytes: tuple[PageBytes, ...] = ()
     listing: CodeListing | None = None
+
+    def told_at(self, level: LevelName) -> ChapterStep:
+        """The step as it may be told with evidence of ``level``: at totals without what rests on pages."""
+        if level in ("frames", "flags"):
+            return self
+        saw = (NOTHING_OF_PAGES if isinstance(sentence, OfPages) else sentence for sentence in self.saw)
+        return replace(self, saw=tuple(dict.fromkeys(saw)))
 
     def to_json(self) -> dict[str, Any]:
         """An element of ``steps`` of a chapter."""

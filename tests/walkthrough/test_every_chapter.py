@@ -193,3 +193,15 @@ def test_a_trace_uses_the_descriptors_that_it_was_given() -> None:
                 assert (match[1] or match[2]) in known.get(call.process, set()), (name, call)
             if not call.access and not call.result.startswith(("-1", "0x")):
                 known.setdefault(call.process, set()).update(given_back.findall(call.result))
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_what_is_not_told_of_pages_is_not_told(name: str) -> None:
+    """With sums alone no sentence says how many pages came, or what they are."""
+    for step in run_chapter(chapter(name), level="totals").steps:
+        told = [sentence for sentence in step.saw if re.search(r"\bunknown\b|\b0 (of|pages)|\(\)", sentence)]
+        assert [sentence for sentence in told if not sentence.startswith(("Kept: ", "Warm: "))] == [], (
+            step.name
+        )
+        cells = [cell for table in step.tables for row in table.rows for cell in row]
+        assert not [cell for cell in cells if "there (" in cell]

@@ -27,7 +27,7 @@ from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.compiled_races import Times, compiled_races
 from miniloader.walkthrough.mapping_views import address_of, before_and_after, in_words, states_of
-from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.step import ChapterStep, Figures, OfPages
 from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench
 
@@ -101,7 +101,11 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ReadAndMapped]:
         "two ways to the bytes",
         "The same file is mapped, and read into a buffer. Both now hold the same bytes.",
         bench.taken(),
-        (f"The mapping: {mapped.words(0)}. The buffer: {filled.words(0)}. Other frames, with a copy.",),
+        (
+            OfPages(
+                f"The mapping: {mapped.words(0)}. The buffer: {filled.words(0)}. Other frames, with a copy."
+            ),
+        ),
         evidence=(before_and_after("Pages of the buffer", empty, filled, range(_PAGES)),),
         grid=mapped.grid,
     )

@@ -11,7 +11,7 @@ from miniloader.kernel.syscalls import MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_W
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, copied_pages, in_words
-from miniloader.walkthrough.step import ChangedWord, ChapterStep, PageBytes
+from miniloader.walkthrough.step import ChangedWord, ChapterStep, OfPages, PageBytes
 from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
@@ -162,7 +162,7 @@ def _on_tmpfs(bench: Workbench) -> Generator[ChapterStep, None, tuple[str, ...] 
         "on tmpfs",
         "The same on tmpfs, a file system without a disk: its page cache is the file.",
         bench.taken(),
-        (f"Copied: page {', '.join(map(str, after.pages('copied'))) or 'none'}. It makes no difference.",),
+        (OfPages(f"Copied: page {', '.join(map(str, after.pages('copied'))) or 'none'}. No difference."),),
         evidence=(before_and_after("Pages of this process", before, after, range(2, 5)),),
     )
     return after.states
@@ -178,14 +178,13 @@ def _working_copy(bench: Workbench) -> Generator[ChapterStep, None, tuple[tuple[
     copied = view.pages("copied", "copied-shared")
     with open(path, "rb") as file:
         same = file.read() == content
-    size = _LARGE * PAGE_SIZE // 1024
+    size, kib = (pages * PAGE_SIZE // 1024 for pages in (_LARGE, len(copied)))
     yield ChapterStep(
         "working copy",
         f"A private mapping is a working copy of a whole file: here {size:,} KiB, edited in four places.",
         bench.taken(),
         (
-            f"Copied: {len(copied)} of {_LARGE} pages ({', '.join(map(str, copied))}), "
-            f"{len(copied) * PAGE_SIZE // 1024} KiB instead of {size:,}.",
+            OfPages(f"Copied: {len(copied)} of {_LARGE} pages, {', '.join(map(str, copied))}: {kib} KiB."),
             f"The file is {'as it was' if same else 'changed'}; munmap throws the edits away.",
         ),
         grid=view.grid,

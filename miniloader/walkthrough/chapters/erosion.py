@@ -18,7 +18,7 @@ from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
 from miniloader.walkthrough.object_pool import PAGES, Item, ObjectPool, built
-from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.step import ChapterStep, Figures, OfPages
 from miniloader.walkthrough.traced_calls import Calls
 from miniloader.walkthrough.workbench import Workbench
 
@@ -79,7 +79,12 @@ def _told(bench: Workbench, pool: ObjectPool) -> Generator[ChapterStep, None, Po
         f"A parent has {len(pool.items):,} small objects, and forks three workers. Seen are {PAGES} of "
         "their pages.",
         bench.taken(),
-        (f"In every worker: {in_words(forked['idle'].states)}. A worker more costs none of these pages.",),
+        (
+            OfPages(
+                f"In every worker: {in_words(forked['idle'].states)}. A worker more costs none of these "
+                "pages."
+            ),
+        ),
         grid=forked["parent"].grid,
     )
     pool.work("reads")
@@ -103,11 +108,15 @@ def _told(bench: Workbench, pool: ObjectPool) -> Generator[ChapterStep, None, Po
         "objects for itself.",
         bench.taken(),
         (
-            f"Who collects after gc.freeze(): {in_words(seen['frozen, collects'].states)}. The collector "
-            "leaves alone what is frozen.",
-            f"Who reads after gc.freeze(): {in_words(seen['frozen, reads'].states)}. It counts "
-            "references all the same.",
-            f"Who builds them after the fork: {in_words(late)}, each page its own from the start.",
+            OfPages(
+                f"Who collects after gc.freeze(): {in_words(seen['frozen, collects'].states)}. The collector "
+                "leaves alone what is frozen."
+            ),
+            OfPages(
+                f"Who reads after gc.freeze(): {in_words(seen['frozen, reads'].states)}. It counts "
+                "references all the same."
+            ),
+            OfPages(f"Who builds them after the fork: {in_words(late)}, each page its own from the start."),
         ),
         grid=seen["parent"].grid,
         tables=(_table(pool, seen, late),),
@@ -137,8 +146,8 @@ def _worked(
         did,
         bench.taken(),
         (
-            f"It has {len(after[worker].pages('copied'))} of the {PAGES} pages for itself now, and {equal} "
-            "of them hold the same bytes as the parent's.",
+            OfPages(f"It has {len(after[worker].pages('copied'))} of the {PAGES} pages for itself now."),
+            f"{equal} of the {PAGES} pages hold the same bytes as the parent's.",
         ),
         evidence=(
             before_and_after(

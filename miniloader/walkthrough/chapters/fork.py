@@ -24,7 +24,7 @@ from miniloader.walkthrough.mapping_views import (
     in_words,
     states_of,
 )
-from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.step import ChapterStep, OfPages
 from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
@@ -74,8 +74,10 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
         f"A process writes {_PAGES} pages of private memory, maps one page of shared memory, and forks.",
         bench.taken(),
         (
-            f"Parent and child have the same {_PAGES} frames: {_frames(forked[0])}. fork copied the page "
-            "table, and no page.",
+            OfPages(
+                f"Parent and child have the same {_PAGES} frames: {_frames(forked[0])}. fork copied the page "
+                "table, and no page."
+            ),
         ),
         evidence=(before_and_after("Pages of the parent", alone, forked[0], range(_PAGES)),),
         grid=forked[0].grid,

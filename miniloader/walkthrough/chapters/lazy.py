@@ -17,7 +17,7 @@ from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, in_words, states_of
-from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, Row
+from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, OfPages, Row
 from miniloader.walkthrough.traced_calls import Mapping
 from miniloader.walkthrough.workbench import Workbench
 
@@ -91,8 +91,10 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         f"A file of {_PAGES:,} pages, all in the page cache, is mapped; one byte of page {_TOUCHED} is read.",
         bench.taken(),
         (
-            f"One fault brought {_pages(len(pages))}: {around}. The kernel maps what is at hand around the "
-            "one that was asked for.",
+            OfPages(
+                f"One fault brought {_pages(len(pages))}: {around}. The kernel maps what is at hand around "
+                "the one that was asked for."
+            ),
             "So a page that is present need not have been touched.",
         ),
         evidence=(BeforeAfter("Pages of the mapping", "/proc/self/pagemap", rows),),
@@ -170,8 +172,10 @@ def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, Mappin
         "The same file in a private mapping; this time the first touch is a store.",
         bench.taken(),
         (
-            f"One fault brought {_pages(written.present)}: a write needs a copy, and copies are made one "
-            "at a time.",
+            OfPages(
+                f"One fault brought {_pages(written.present)}: a write needs a copy, and copies are made one "
+                "at a time."
+            ),
         ),
         grid=written.grid,
     )
@@ -241,7 +245,7 @@ def _one_at_a_time(bench: Workbench) -> Generator[ChapterStep, None, None]:
         "one at a time",
         "A cold file again, and the kernel is told that we read at random: no read-ahead.",
         bench.taken(),
-        (f"One touch brought {view.present} of {_PAGES:,} pages: there was nothing else to bring.",),
+        (OfPages(f"One touch brought {view.present} of {_PAGES:,} pages: there was nothing else to bring."),),
         grid=view.grid,
     )
 

@@ -26,7 +26,7 @@ from miniloader.walkthrough.mapping_views import (
     in_words,
     states_of,
 )
-from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.step import ChapterStep, Figures, OfPages
 from miniloader.walkthrough.traced_calls import Mapping, quoted
 from miniloader.walkthrough.workbench import Workbench
 
@@ -68,8 +68,10 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedThings]:
         "Three things are mapped: a file, a device and memory that nothing is behind.",
         bench.taken(),
         (
-            f"Each is now a line of /proc/self/maps. Of the file's {_PAGES} pages the page table has "
-            f"{at_first.present}: the call made a mapping, and loaded nothing.",
+            OfPages(
+                f"Each is now a line of /proc/self/maps. Of the file's {_PAGES} pages the page table has "
+                f"{at_first.present}: the call made a mapping, and loaded nothing."
+            ),
         ),
         tables=(Figures("/proc/self/maps", ("addresses", "mode", "what is behind"), rows),),
         grid=at_first.grid,
@@ -122,7 +124,11 @@ def _huge(bench: Workbench) -> Generator[ChapterStep, None, int]:
         "a gibibyte",
         "A file of 1 GiB (all hole, it takes no room on the disk) is mapped, and not touched.",
         bench.taken(),
-        (f"The call took {took:.0f} µs and brought in {view.present} pages: its cost is not the size.",),
+        (
+            OfPages(
+                f"The call took {took:.0f} µs and brought in {view.present} pages: its cost is not the size."
+            ),
+        ),
     )
     return view.present
 
@@ -164,8 +170,10 @@ def _zeros(
         "/dev/zero gives zeros for ever; so does anonymous memory. One page of it is read, one written.",
         bench.taken(),
         (
-            f"Only read: {memory.words(1)}. All of the system's untouched memory can be that one page.",
-            f"Written: {memory.words(2)}.",
+            OfPages(
+                f"Only read: {memory.words(1)}. All of the system's untouched memory can be that one page."
+            ),
+            OfPages(f"Written: {memory.words(2)}."),
         ),
         evidence=(before_and_after("Anonymous memory", untouched, memory, range(3)),),
     )

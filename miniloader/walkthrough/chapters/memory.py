@@ -21,7 +21,7 @@ from miniloader.kernel.syscalls import (
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words, states_of
-from miniloader.walkthrough.step import ChapterStep, Figures
+from miniloader.walkthrough.step import ChapterStep, Figures, OfPages
 from miniloader.walkthrough.traced_calls import Mapping
 from miniloader.walkthrough.workbench import Workbench
 
@@ -151,7 +151,9 @@ def _cache(bench: Workbench) -> Generator[ChapterStep, None, tuple[int, Mapping,
         (
             f"{cached} of its {_OF_FILE} pages are in memory: the kernel keeps what was written or read of a "
             "file. That is the page cache.",
-            f"Our page table has {view.present} of them: in memory is not the same as in a page table.",
+            OfPages(
+                f"Our page table has {view.present} of them: in memory is not the same as in a page table."
+            ),
         ),
     )
     return fd, file, cached, view.present
@@ -192,7 +194,9 @@ def _one_frame(
 
 
 def _row(mapping: Mapping, page: int, name: str, view: MappingView, memory: str) -> tuple[str, ...]:
-    """A line of the picture: from an address to what is behind it."""
+    """A line of the picture: from an address to what is behind it, as far as that is told here."""
+    if view.states[page] == "unknown":
+        return f"{mapping.page(page):#x}", name, "→", "not told here", "", ""
     frame = f"frame {view.frames[page]:#x}" if view.frames[page] else "there (its frame only root may know)"
     entry, arrow = (frame, "→") if view.states[page] != "absent" else ("none: a page fault", "")
     return f"{mapping.page(page):#x}", name, "→", entry, arrow, memory

@@ -15,7 +15,7 @@ from miniloader.walkthrough.proof_steps import (
     memory_table,
     told_steps,
 )
-from miniloader.walkthrough.step import ChapterStep
+from miniloader.walkthrough.step import ChapterStep, OfPages
 from miniloader.walkthrough.workbench import Workbench, shipped
 
 __all__ = ["CHAPTER"]
@@ -34,7 +34,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, LibraryInProcesses]:
             "written": (
                 f"Used: {seen.used // 1024} KiB. If each had everything to itself: "
                 f"{seen.unshared // 1024} KiB. Saved: {saved} KiB.",
-                f"A further process costs {' or '.join(map(str, added))} pages of its own.",
+                OfPages(f"A further process costs {' or '.join(map(str, added))} pages of its own."),
             ),
             "exited": ("The frames of those who stay have not changed; its own pages are free again.",),
         },

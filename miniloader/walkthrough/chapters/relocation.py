@@ -23,6 +23,7 @@ from miniloader.walkthrough.step import (
     ChapterStep,
     CodeLine,
     CodeListing,
+    OfPages,
     PageBytes,
     Part,
     Row,
@@ -119,8 +120,10 @@ def _relocated(
         "the loader writes the addresses that depend on that into data pages.",
         bench.taken(),
         (
-            f"Copied by that: {len(copied)} of {len(loaded.states)} pages ({', '.join(map(hex, copied))}). "
-            "No page of code is among them.",
+            OfPages(
+                f"Copied by that: {len(copied)} of {len(loaded.states)} pages "
+                f"({', '.join(map(hex, copied))}). No page of code is among them."
+            ),
         ),
         grid=loaded.grid,
         bytes=(PageBytes("the GOT: in the file, and loaded", got, before, after, words),),

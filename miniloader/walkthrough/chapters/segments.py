@@ -14,7 +14,7 @@ from miniloader.loader.memory import flag_bits, protection_bits
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, in_words
-from miniloader.walkthrough.step import ChangedWord, ChapterStep, Figures, PageBytes, Part
+from miniloader.walkthrough.step import ChangedWord, ChapterStep, Figures, OfPages, PageBytes, Part
 from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench, shipped
 
@@ -60,7 +60,12 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedSegments]:
         "mapped",
         "One call reserves room for the whole library; then each PT_LOAD is mapped over its part of it.",
         bench.taken(),
-        (f"{len(planned)} mappings, and {at_first.present} pages in memory: nothing has been loaded yet.",),
+        (
+            OfPages(
+                f"{len(planned)} mappings, and {at_first.present} pages in memory: nothing has been loaded "
+                "yet."
+            ),
+        ),
         tables=(
             Figures("PT_LOAD in the file", _SEGMENTS, _segment_rows(image)),
             Figures("What a loader does with them", ("call", "from", "to", "why"), _call_rows(plan)),
@@ -158,7 +163,7 @@ def _mapped_twice(
         f"at {second:#x}, writable.",
         bench.taken(),
         (
-            f"At {first:#x}: {view.words(pages[0])}. At {second:#x}: {view.words(pages[1])}.",
+            OfPages(f"At {first:#x}: {view.words(pages[0])}. At {second:#x}: {view.words(pages[1])}."),
             "That saves a page in the file; each mapping uses its own part of it.",
         ),
         grid=view.grid,
@@ -198,7 +203,7 @@ def _zero_the_tail(
         f"The file's part of the data ends at {tail.start:#x}, in the middle of a page. What follows is bss "
         "and has to be zero; what is there is whatever comes next in the file.",
         bench.taken(),
-        (f"So the loader writes zeros, and that copies the page: {after.words(page)}.",),
+        (OfPages(f"So the loader writes zeros, and that copies the page: {after.words(page)}."),),
         evidence=(before_and_after("Pages of the data segment", before, after, pages),),
         bytes=(PageBytes(title, tail.start - 32, bytes_before, bytes_after, (bss,)),),
         grid=after.grid,
