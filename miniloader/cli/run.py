@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the program in this process.  Returns 0 when it comes to its end; else it ends as programs do."""
     import atexit
     import contextlib
+    import gc
 
     from miniloader.errors import MiniloaderError, UsageError
     from miniloader.loader.running.importing import importing
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.follow:
         _have_followed(arguments)
     _tell_of_a_crash()
+    gc.freeze()  # what is ours: the program's collections look at it as little as without us
     return _run(program, words[1:])
 
 

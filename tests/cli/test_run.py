@@ -107,6 +107,17 @@ def test_the_bill(place: Path) -> None:
     assert bill["fell_back"] == []
 
 
+def test_its_collections_do_not_look_at_what_is_ours(place: Path) -> None:
+    code = (
+        "import gc; names = [str(o.get('__name__')) for o in gc.get_objects() if type(o) is dict]\n"
+        "ours = [name for name in names if name.startswith('miniloader.')]\n"
+        "print(len(ours), gc.isenabled(), gc.get_threshold())"
+    )
+    plain, ours = run(PLAIN, "-c", code, cwd=place), run(RUN, "--no-bill", "-c", code, cwd=place)
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    assert plain.stdout.startswith("0 True")
+
+
 def test_interpreters_that_it_starts_follow(place: Path) -> None:
     (place / "look.py").write_text(
         "import _lsprof, sys\n"
