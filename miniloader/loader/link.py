@@ -64,8 +64,12 @@ def _storage_of_others(library: Loaded, order: Sequence[Definer]) -> list[Loaded
 
 
 def _lookup_order(library: Loaded, scope: Sequence[Definer]) -> Sequence[Definer]:
-    """Where the library's symbols are looked up: with DT_SYMBOLIC first of all in itself."""
-    return [library, *scope] if library.image.dynamic.symbolic else scope
+    """Where the library's symbols are looked up: with DT_SYMBOLIC first of all in itself.
+
+    But not where ``RTLD_DEEPBIND`` has put what was asked for first: glibc's ``elf/dl-load.c``.
+    """
+    symbolic = library.image.dynamic.symbolic and not library.policy.deep
+    return [library, *scope] if symbolic else scope
 
 
 def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> None:

@@ -195,7 +195,7 @@ class Loaded:
     def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
         """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has.
 
-        What was loaded for others, and outlives them all, has only what it needs itself: glibc's
+        What was loaded for others, and outlives one of them, has only what it needs itself: glibc's
         ``elf/dl-close.c``.
         """
         if self.scope:
@@ -213,6 +213,8 @@ class Loaded:
             self.scope = self.local_scope(listing)
             others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
             self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
+            for member in (self, *others):
+                member.roots.append(self)
 
 
 def search_order(

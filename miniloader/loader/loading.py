@@ -242,9 +242,6 @@ class Loading:
         process: list[Needed] = [library for library in listing.found if library.is_global]
         process += unload.global_scope
         scope: list[Definer] = list(dict.fromkeys([*local, *process] if policy.deep else [*process, *local]))
-        for member in local:
-            if isinstance(member, Loaded):
-                member.roots.append(self._asked_for)
         for library in linking_order(self._order, scope):
             link_library(self._graph, library, scope)
         if policy.is_global:

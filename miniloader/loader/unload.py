@@ -81,7 +81,7 @@ def _leave(closed: Loaded, caller: Loaded | None) -> None:
     _add_what_they_use(kept)
     gone = [member for member in _in_destructor_order(closed) if member not in kept]
     for library in present:
-        if library not in gone and library not in unfinished and not library.scope:
+        if library not in gone and not library.scope and any(root in gone for root in library.roots):
             library.scope = list(dict.fromkeys([library, *library.needs]))
     for member in gone:
         _finalise(member)

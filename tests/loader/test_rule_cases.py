@@ -56,6 +56,22 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         {"a.so": NewLibrary("A", unbound=True)},
         [Call("./a.so", LAZY | NOW), Call("./a.so", LAZY)],
     ),
+    "what was asked for first comes before DT_SYMBOLIC where it is bound deeply": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so"), defines=letters("s")),
+            "b.so": NewLibrary("B", defines=letters("s"), refers=refers("s"), symbolic=True),
+        },
+        [Call("./a.so", NOW | os.RTLD_DEEPBIND), Call(None)],
+    ),
+    "what loses nobody who has asked for it sees all as before": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so")),
+            "b.so": NewLibrary("B", needs=needs("./c.so")),
+            "c.so": NewLibrary("C", needs=needs("./d.so")),
+            "d.so": NewLibrary("D", defines=letters("s")),
+        },
+        [Call("./a.so"), Call("./d.so"), Call(None, number=1), Call("./b.so")],
+    ),
     "what outlives who loaded it sees only what it needs itself": (
         {
             "a.so": NewLibrary("A", needs=needs("./b.so")),
