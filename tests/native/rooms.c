@@ -233,9 +233,20 @@ static void complain(const void *function) { assert(function == &answered && fai
 static void *thread_state(void) { return &state; }
 static void *interpreter_of(const void *thread) { return (void *)thread; }
 
+/* One thread more, which waits for its turn: here it is over at once. */
+static void *state_of_thread(void) { return chance(2) ? &state : NULL; }
+static int start(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument)
+{
+    assert(!attributes);
+    *thread = 1;
+    return chance(4) ? function(argument) != NULL : 11;
+}
+static int detach(uint64_t thread) { return assert(thread == 1), 0; }
+
 static void try_inside(void)
 {
-    static const void *const interface[] = {lock, unlock, number, call, truth, free, complain};
+    static const void *const interface[] = {
+        lock, unlock, number, call, truth, free, complain, state_of_thread, start, detach};
     static const void *const functions[] = {
         their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
     set_inside(chance(8) ? &answered : NULL, interface, functions, FIRST, LENGTH, PROGRAM);
