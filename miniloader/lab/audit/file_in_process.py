@@ -65,7 +65,7 @@ class FileInProcess:
     @property
     def addresses(self) -> NDArray[np.uint64]:
         """The address of each copied page, ascending."""
-        return self.copies.addresses[self.copied]
+        return self.copies.addresses_in(self.mappings)
 
     @property
     def vaddrs(self) -> NDArray[np.uint64]:
@@ -75,12 +75,12 @@ class FileInProcess:
     @property
     def file_offsets(self) -> NDArray[np.uint64]:
         """The place in the file that each copied page is a copy of."""
-        return self.copies.file_offsets[self.copied]
+        return self.copies.file_offsets_in(self.mappings)
 
     @property
     def frames(self) -> NDArray[np.uint64]:
         """The frame of each copied page; 0 where it is hidden."""
-        return self.copies.frames[self.copied]
+        return self.copies.frames_at(self.copied)
 
     @property
     def is_common(self) -> NDArray[np.bool_]:
@@ -91,18 +91,18 @@ class FileInProcess:
     def several_frames(self) -> NDArray[np.uint64]:
         """The frames of the copied pages that are mapped elsewhere, too."""
         if not self.copies.any_several:
-            return self.copies.frames[:0]
+            return _NO_VADDRS
         return self.frames[self.is_common]
 
     @property
     def file_frames(self) -> NDArray[np.uint64]:
         """The frames of the pages that are the file's own; 0 where they are hidden."""
-        return self.originals.frames[self.own]
+        return self.originals.frames_at(self.own)
 
     @property
     def own_offsets(self) -> NDArray[np.uint64]:
         """The place in the file of each page that is the file's own."""
-        return self.originals.file_offsets[self.own]
+        return self.originals.file_offsets_in(self.mappings)
 
 
 def image_end(placed: FileInProcess) -> int:

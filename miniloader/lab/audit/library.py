@@ -19,6 +19,7 @@ from miniloader.evidence.slots import LOADER, FileFacts
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.lab.audit.explain import SWAPPED_OUT
 from miniloader.lab.audit.file_in_process import FileInProcess
 from miniloader.lab.audit.mapped_files import MappedFile
@@ -58,14 +59,12 @@ def occurrences_of(
     surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]
 ) -> list[list[Occurrence]]:
     """The files of each process; ``pss`` is, for each process, that of each of its mappings in bytes."""
-    arrays: dict[tuple[int, bytes], NDArray[np.uint64]] = {}
-    occurrences = []
+    arrays, occurrences = dict[int, EqualArrays](), []
     for process, pss_of in zip(surveys, pss, strict=True):
         of_process = list[Occurrence]()
         by_mapping = None if pss_of is None else pss_of.tolist()
         for placed in process.files:
-            frames = placed.file_frames
-            frames = arrays.setdefault((placed.file.number, frames.tobytes()), frames)
+            frames = arrays.setdefault(placed.file.number, EqualArrays()).first(placed.file_frames)
             takes = (
                 None if by_mapping is None else round(sum([by_mapping[index] for index in placed.mappings]))
             )
@@ -206,7 +205,10 @@ def _frames(occurrences: Sequence[Occurrence], level: LevelName) -> int:
 
 # ------------------------------------------------------------------------------------------------ pages
 class _Holder(NamedTuple):
-    """A process that has a page: in which frame (0: not told), and whether somebody else has that, too."""
+    """A process that has a page: in which frame, and whether somebody else has that, too.
+
+    0 is a frame that is not told; a number below is one that nobody else has, whichever it is.
+    """
 
     pid: int
     frame: int = 0
@@ -251,8 +253,8 @@ class _Key(NamedTuple):
 def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The private pages, processes with the same page, causes and symbols together."""
     holders: dict[tuple[_Key, int], list[_Holder]] = {}
-    for occurrence in occurrences:
-        for key, holder in _pages_of(occurrence):
+    for number, occurrence in enumerate(occurrences):
+        for key, holder in _pages_of(occurrence, _Holder(occurrence.pid, -1 - number)):
             holders.setdefault((key, occurrence.file.number), []).append(holder)
     facts = {occurrence.file.number: occurrence.file.facts for occurrence in occurrences}
     on_pages = {place: _on_page(facts[place[1]], place[0]) for place in {(k.vaddr, n) for k, n in holders}}
@@ -262,8 +264,8 @@ def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]
     )
 
 
-def _pages_of(occurrence: Occurrence) -> Iterable[tuple[_Key, _Holder]]:
-    """The private pages of a file in a process."""
+def _pages_of(occurrence: Occurrence, alone: _Holder) -> Iterable[tuple[_Key, _Holder]]:
+    """The private pages of a file in a process, and who has each: ``alone``, where nobody else does."""
     placed = occurrence.placed
     written: dict[int, list[tuple[int, int]]] = {}
     for page, symbol, cause in placed.written.tolist():
@@ -275,7 +277,7 @@ def _pages_of(occurrence: Occurrence) -> Iterable[tuple[_Key, _Holder]]:
         changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
         kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
         key = _Key(vaddr, causes, placed.reasons.get(page, ""), changed, kept)
-        yield key, _Holder(occurrence.pid, frame, common)
+        yield key, alone if frame and not common else _Holder(occurrence.pid, frame, common)
 
 
 def _bss_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:

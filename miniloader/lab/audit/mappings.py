@@ -43,6 +43,7 @@ __all__ = [
 
 MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "device", "special"]
 
+_SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "swapped")
 _MOST_PARTS: Final = 32  # sets of frames that are kept for the next process
 _MOST_WAITING: Final = 1 << 18  # frames that are gathered before equal ones are left out
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
@@ -172,35 +173,27 @@ class MappingNames:
 
 @dataclass(frozen=True, eq=False)
 class Mappings:
-    """What each mapping of one process costs.
+    """What the mappings of one process cost.
 
     ``names`` are the different kinds and names, ``row_of`` says for each mapping which of them it has.
-    ``columns`` are in bytes, an element for each mapping: those of :class:`MappingProcess` but for ``pss``.
+    ``sums`` are in bytes, a row for each of the names, with the columns of ``_SUMMED``.
     """
 
     names: tuple[MappingName, ...]
     row_of: NDArray[np.intp]
-    columns: Mapping[str, NDArray[np.int64]]
+    sums: NDArray[np.int64]
 
     def rows(self, pid: int, pss: NDArray[np.float64] | None) -> dict[MappingName, MappingProcess]:
         """The mappings of each kind and name together; ``pss`` (bytes) has an element for each mapping."""
-        number = len(self.names)
-        sums = {name: _summed(values, self.row_of, number) for name, values in self.columns.items()}
-        proportional = None if pss is None else np.bincount(self.row_of, pss, number).round()
+        proportional = None if pss is None else np.bincount(self.row_of, pss, len(self.names)).round()
         return {
             name: MappingProcess(
                 pid=pid,
                 pss=None if proportional is None else int(proportional[row]),
-                **{column: values[row] for column, values in sums.items()},
+                **dict(zip(_SUMMED, sums, strict=True)),
             )
-            for row, name in enumerate(self.names)
+            for row, (name, sums) in enumerate(zip(self.names, self.sums.tolist(), strict=True))
         }
-
-
-def _summed(by_mapping: NDArray[np.int64], row_of: NDArray[np.intp], rows: int) -> list[int]:
-    added = np.zeros(rows, np.int64)
-    np.add.at(added, row_of, by_mapping)
-    return added.tolist()
 
 
 def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
@@ -209,21 +202,23 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
     row_of = np.array([rows.setdefault(name, len(rows)) for name in names], np.intp)
     copies, originals = _counts(pages.copies), _counts(pages.originals)
     alone, alone_of_files = pages.copies.number_alone, pages.originals.number_alone
-    columns = {
-        "resident": copies + originals - pages.zeros_among,
-        "own": alone + alone_of_files,
-        "inherited": copies - alone - pages.zeros_among,
-        "shared": originals - alone_of_files,
-        "zero": np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
-        "huge": pages.huge_in,
-        "swapped": np.array(pages.swapped_in, np.int64),
-    }
-    return Mappings(tuple(rows), row_of, {name: values * PAGE_SIZE for name, values in columns.items()})
+    by_mapping = [
+        copies + originals - pages.zeros_among,
+        alone + alone_of_files,
+        copies - alone - pages.zeros_among,
+        originals - alone_of_files,
+        np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
+        pages.huge_in,
+        np.array(pages.swapped_in, np.int64),
+    ]
+    sums = np.zeros((len(rows), len(_SUMMED)), np.int64)
+    np.add.at(sums, row_of, np.stack(by_mapping, axis=1) * PAGE_SIZE)
+    return Mappings(tuple(rows), row_of, sums)
 
 
 def _counts(columns: PageColumns) -> NDArray[np.int64]:
     """How many pages of each mapping they are."""
-    return np.asarray(np.diff(np.array(columns.starts, np.int64)), np.int64)
+    return np.diff(columns.starts)
 
 
 def pss_by_frames(

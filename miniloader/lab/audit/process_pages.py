@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,16 @@ from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, sca
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
+from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.values import dataclass
 
 __all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set"]
 
 #: Which rows of an array: most often one after another.
 Rows = slice | NDArray[np.intp]
+
+#: Numbers that are not larger than they must be.
+_Narrow = NDArray[np.unsignedinteger[Any]]
 
 #: For each page whether it is the page of zeros; for each mapping how many pages are huge, and zeros besides.
 _Zeros = tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]
@@ -46,8 +50,11 @@ class Pages:
     entries.
     """
 
-    def __init__(self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool) -> None:
-        self._pagemap = pagemap
+    def __init__(
+        self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool, arrays: EqualArrays | None = None
+    ) -> None:
+        """Read them; ``arrays`` has what is kept of other processes, and may be the same here."""
+        self._pagemap, self._arrays = pagemap, arrays or EqualArrays()
         self._ranges = _ranges(pagemap, vmas)
         self.entries = self._read()
         index, start, end = np.array(self._ranges, np.uint64).reshape(-1, 3).T
@@ -58,7 +65,8 @@ class Pages:
         zeroth = start - before
         self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self.addresses += np.repeat(zeroth, lengths)
-        self._mappings = len(vmas)
+        self._begins = np.array([vma.start for vma in vmas], np.uint64)
+        self._offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
         present = (self.entries & PRESENT).astype(np.bool_)
         file = (self.entries & FILE).astype(np.bool_)
         zeros = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
@@ -72,22 +80,23 @@ class Pages:
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
         self.swapped = (self.entries & (SWAPPED | GUARD | FILE)) == SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
-        shift = np.array([(vma.file_offset - vma.start) % 2**64 for vma in vmas], np.uint64)
         frame = FRAME if frames else np.uint64(0)
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
-        self.copies, self.originals = self._columns(copied, shift, frame), self._columns(own, shift, frame)
+        self.copies, self.originals = self._columns(copied, frame), self._columns(own, frame)
         self.writable = self.originals.rows([index for index, vma in enumerate(vmas) if _is_writable(vma)])
         nameless = np.array([not vma.inode for vma in vmas])
         self.anonymous = self.copies.addresses[nameless[self.vma[copied]]]
 
-    def _columns(self, rows: NDArray[np.intp], shift: NDArray[np.uint64], frame: np.uint64) -> PageColumns:
-        entries = self.entries[rows]
+    def _columns(self, rows: NDArray[np.intp], frame: np.uint64) -> PageColumns:
+        entries, vma, once = self.entries[rows], self.vma[rows], self._arrays.first
+        places = (self.addresses[rows] - self._begins[vma]) // np.uint64(PAGE_SIZE)
         return PageColumns(
-            addresses=self.addresses[rows],
-            frames=entries & frame,
-            exclusive=(entries & EXCLUSIVE).astype(np.bool_),
-            starts=np.searchsorted(self.vma[rows], np.arange(self._mappings + 1)).tolist(),
-            shift=shift,
+            places=once(_narrow(places)),
+            numbers=once(_narrow(entries & frame)),
+            exclusive=once((entries & EXCLUSIVE).astype(np.bool_)),
+            starts=once(np.searchsorted(vma, np.arange(len(self._begins) + 1))),
+            begins=self._begins,
+            offsets=self._offsets,
         )
 
     def _read(self) -> NDArray[np.uint64]:
@@ -147,22 +156,54 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class PageColumns:
-    """Pages of one kind of one process, a column for each question; those of mapping ``i`` begin at
+    """Pages of one kind of one process, a column for each question; those of mapping ``i`` begin at row
     ``starts[i]``.
 
-    ``shift`` is for each mapping what is to be added to an address for its place in the file.
+    Every page of every process of an audit has a row, so it is kept in few bytes, and what processes of one
+    program have alike is one array: ``places`` counts pages from the first one of the mapping, which
+    ``begins`` at an address, and at ``offsets`` in its file; ``numbers`` are frames (0: hidden).  What is to
+    be reckoned with is made of that when it is asked for.
     """
 
-    addresses: NDArray[np.uint64]
-    frames: NDArray[np.uint64]
+    places: _Narrow
+    numbers: _Narrow
     exclusive: NDArray[np.bool_]
-    starts: Sequence[int]
-    shift: NDArray[np.uint64]
+    starts: NDArray[np.int64]
+    begins: NDArray[np.uint64]
+    offsets: NDArray[np.uint64]
 
-    @cached_property
-    def file_offsets(self) -> NDArray[np.uint64]:
-        """The place of each page in the file that is mapped there."""
-        return self.addresses + np.repeat(self.shift, np.diff(self.starts))
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:
+        """The address of each page, ascending."""
+        return np.repeat(self.begins, np.diff(self.starts)) + self._distances(slice(None))
+
+    @property
+    def frames(self) -> NDArray[np.uint64]:
+        """The frame of each page; 0 where it is hidden."""
+        return self.frames_at(slice(None))
+
+    def frames_at(self, rows: Rows) -> NDArray[np.uint64]:
+        """The frames of these rows."""
+        return self.numbers[rows].astype(np.uint64)
+
+    def addresses_in(self, indices: Sequence[int]) -> NDArray[np.uint64]:
+        """The addresses of the pages in the mappings ``indices``, which ascend."""
+        return self._counted_from(self.begins, indices)
+
+    def file_offsets_in(self, indices: Sequence[int]) -> NDArray[np.uint64]:
+        """The places of these pages in the file that is mapped there."""
+        return self._counted_from(self.offsets, indices)
+
+    def _counted_from(self, firsts: NDArray[np.uint64], indices: Sequence[int]) -> NDArray[np.uint64]:
+        chosen = np.array(indices, np.intp)
+        numbers = self.starts[chosen + 1] - self.starts[chosen]
+        return np.repeat(firsts[chosen], numbers) + self._distances(self.rows(indices))
+
+    def _distances(self, rows: Rows) -> NDArray[np.uint64]:
+        return self.places[rows].astype(np.uint64) * np.uint64(PAGE_SIZE)
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """The rows of the mappings ``indices``, which ascend and most often follow one another."""
@@ -170,10 +211,10 @@ class PageColumns:
             return slice(0, 0)
         first, last, starts = indices[0], indices[-1], self.starts
         if last - first == len(indices) - 1:
-            return slice(starts[first], starts[last + 1])
+            return slice(int(starts[first]), int(starts[last + 1]))
         return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
 
-    @cached_property
+    @property
     def number_alone(self) -> NDArray[np.int64]:
         """How many pages of each mapping are mapped nowhere else."""
         before = np.zeros(len(self.exclusive) + 1, np.int64)
@@ -188,7 +229,13 @@ class PageColumns:
     @property
     def several(self) -> NDArray[np.uint64]:
         """The frames of the pages that are mapped more than once."""
-        return self.frames[~self.exclusive]
+        return self.frames_at(np.flatnonzero(~self.exclusive))
+
+
+def _narrow(values: NDArray[np.uint64]) -> _Narrow:
+    """The values in four bytes each, where all fit: places below 16 TiB, and frames."""
+    fits = not len(values) or int(values.max()) >> 32 == 0
+    return values.astype(np.uint32) if fits else values
 
 
 def count_rows(rows: Rows) -> int:

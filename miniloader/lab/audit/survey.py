@@ -18,6 +18,7 @@ from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
+from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.lab.audit.explain import explain
 from miniloader.lab.audit.explained import Explained
 from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process, image_end
@@ -70,7 +71,7 @@ class Memo:
 
     Their ``files`` are opened and read once, how these lie in a process (``arrangements``), how the slots lie
     on the pages that were copied (``layouts``), and why copies in common are what they are (``explained``)
-    is kept for the next process that has the same.
+    is kept for the next process that has the same.  ``arrays`` that are equal are kept once.
     """
 
     def __init__(self) -> None:
@@ -79,6 +80,7 @@ class Memo:
         self.layouts = Layouts()
         self.explained = Explained()
         self.names = MappingNames()
+        self.arrays = EqualArrays()
         self.users = Users()
 
 
@@ -107,6 +109,9 @@ def survey(
         chosen = [placed for placed in files if wanted(placed.file.identity)]
         if causes:
             explain(pid, memo.files, memo.layouts, memo.explained, vmas, pages, files, chosen)
+            for placed in chosen:
+                placed.causes = memo.arrays.first(placed.causes)
+                placed.written = memo.arrays.first(placed.written)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
@@ -119,7 +124,7 @@ def locate(
 ) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
     vmas, prepared = memo.files.mappings_of(pid)
-    pages = Pages(pagemap, vmas, frames=frames)
+    pages = Pages(pagemap, vmas, frames=frames, arrays=memo.arrays)
     files = files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
     if prepared:
         for placed in files:

@@ -56,7 +56,7 @@ def _private_memory(
     pid, parent, started, stack = lineage
     addresses = np.concatenate([copies.addresses, originals.addresses[rows]])
     order = np.argsort(addresses, kind="stable")
-    copied = np.arange(len(addresses)) < len(copies.addresses)
+    copied = np.arange(len(addresses)) < len(copies)
     exclusive = np.concatenate([copies.exclusive, originals.exclusive[rows]])
     return PrivateMemory(
         pid=pid,
@@ -64,7 +64,7 @@ def _private_memory(
         started=started,
         stack=stack,
         addresses=addresses[order],
-        frames=np.concatenate([copies.frames, originals.frames[rows]])[order],
+        frames=np.concatenate([copies.frames, originals.frames_at(rows)])[order],
         copied=copied[order],
         several=~exclusive[order],
     )
