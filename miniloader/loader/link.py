@@ -112,7 +112,8 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     if bindings.met & UNBOUND:
         refuse_unbound(image, bindings)
     addresses, resolvers = addresses_of(library, bindings)
-    graph.event("bind", image.path, f"{len(bindings.wanted)} symbols", bindings=bindings)
+    number = len(bindings.wanted)
+    graph.event("bind", image.path, f"{number} symbol{'s' * (number != 1)}", bindings=bindings)
 
     read_only = [m for m in memory.plan.mappings if m.kind == "file" and "w" not in m.protection]
     restore = read_only if image.dynamic.text_relocations else []

@@ -225,7 +225,9 @@ class Audit(Showing):
 
     def __repr__(self) -> str:
         unreadable = f", {len(self.unreadable)} unreadable" if self.unreadable else ""
-        counts = f"{len(self.processes)} processes, {len(self.libraries)} files{unreadable}"
+        processes, files = len(self.processes), len(self.libraries)
+        many = f"{processes} process{'es' * (processes != 1)}"
+        counts = f"{many}, {files} file{'s' * (files != 1)}{unreadable}"
         return f"<Audit of {counts}, by {self.level}>"
 
     @property
