@@ -1,4 +1,4 @@
-"""The curve of a page about an audit over time: RSS, PSS and USS of all processes, drawn, and as a table."""
+"""The curve of a page about an audit over time: RSS, PSS, USS, what eroded; drawn, and as a table."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def curve_of(moments: Iterable[Moment]) -> MemoryCurve | None:
         ("RSS", [look.rss for look in looks]),
         ("PSS", [look.pss for look in looks]),
         ("USS", [look.uss for look in looks]),
+        ("eroded", [look.eroded for look in looks]),
     ]
     lines, lowest = list[CurveLine](), -float(_GAP)
     for name, values in series:
@@ -87,8 +88,9 @@ def _down(value: int, top: int) -> float:
 
 def _row(look: Moment, start: float) -> tuple[str, ...]:
     clock = time.strftime("%H:%M:%S", time.localtime(look.when))
-    pss = "?" if look.pss is None else size(look.pss)
-    sizes = (size(look.rss), pss, size(look.uss))
+    sizes = (
+        "?" if number is None else size(number) for number in (look.rss, look.pss, look.uss, look.eroded)
+    )
     return (clock, f"{look.when - start:.1f}", f"{look.processes:,}", *sizes, _happened(look))
 
 

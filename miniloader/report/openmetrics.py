@@ -120,7 +120,23 @@ def _of_audit(audit: Audit) -> Iterator[Metric]:
             for column in _OF_MAPPING
         ],
     )
+    yield from _of_erosion(audit, names)
     yield from _of_libraries(audit)
+
+
+def _of_erosion(audit: Audit, names: Mapping[int, str]) -> Iterator[Metric]:
+    """No sample where frames are hidden, or where nobody read the bytes."""
+    for column, text in _EROSION.items():
+        yield _family(
+            f"miniloader_process_eroded_{column}_bytes",
+            text,
+            ("pid", "name", "relative"),
+            [
+                ((str(row.pid), names.get(row.pid, ""), str(row.relative)), number)
+                for row in audit.erosion or ()
+                if (number := getattr(row, column)) is not None
+            ],
+        )
 
 
 def _of_libraries(audit: Audit) -> Iterator[Metric]:
@@ -156,6 +172,11 @@ _PROCESS: Final[Mapping[str, str]] = {
     "rss": "Resident memory of a process.",
     "pss": "Resident memory, each page divided by how many have it.",
     "uss": "Memory that a process alone has mapped.",
+}
+_EROSION: Final[Mapping[str, str]] = {
+    "proven": "Pages that were one frame with the nearest relative, and are two now.",
+    "possible": "Pages at one address in two frames that may have been one with that relative.",
+    "same": "Of both the pages that hold the same bytes in both processes.",
 }
 _LIBRARY: Final[Mapping[str, str]] = {
     "present": "Present pages of a file over all processes, each counted for itself.",

@@ -103,11 +103,14 @@ def test_over_time_there_is_a_curve(demo: Path, tmp_path: Path) -> None:
             lines += map(json.loads, process.communicate()[0].splitlines())
         parent("os.kill(child, 9); os.waitpid(child, 0)")
     text = page.read_text()
-    points = dict(re.findall(r'class="line-(rss|uss)" points="([^"]+)"', text))
+    points = dict(re.findall(r'class="line-(rss|uss|eroded)" points="([^"]+)"', text))
+    assert ("eroded" in points) == (lines[0]["level"] == "frames")
     for column, drawn in points.items():
         heights = [220 - float(point.partition(",")[2]) for point in drawn.split()][1:]  # all but the start
         sums = [
-            sum(process[column] for process in look["processes"] if process["memory_of"] is None)
+            sum(row["proven"] for row in look["erosion"])
+            if column == "eroded"
+            else sum(process[column] for process in look["processes"] if process["memory_of"] is None)
             for look in lines
         ]
         top = max(sum(process["rss"] for process in look["processes"]) for look in lines)

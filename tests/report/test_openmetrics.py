@@ -15,6 +15,7 @@ import miniloader
 from miniloader.errors import MiniloaderError
 from miniloader.lab.audit.grouping import grouped
 from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion.result import Erosion
 from miniloader.report.openmetrics import exposition, write_metrics
 from tests.lab.audit.told_processes import told, told_children
 
@@ -67,6 +68,30 @@ def test_every_sum_is_the_audits(audit: Audit, demo: Path) -> None:
         assert told == number * audit.page_size
     assert _labelled(samples, "miniloader_group_uss_bytes", by="name") == audit.uss
     assert _labelled(samples, "miniloader_audit_timestamp_seconds") == pytest.approx(audit.when)
+
+
+def test_erosion_is_the_audits(audit: Audit) -> None:
+    """A row of it is a sample for each figure; where nobody read the bytes none says how many are equal."""
+    rows = (Erosion(41, 40, proven=8192, possible=4096, same=12288), Erosion(42, 40, proven=4096, possible=0))
+    samples = _samples(exposition(replace(audit, erosion=rows)))
+    figures = {
+        (
+            name.removeprefix("miniloader_process_eroded_"),
+            dict(labels)["pid"],
+            dict(labels)["relative"],
+        ): value
+        for (name, labels), value in samples.items()
+        if "_eroded_" in name
+    }
+    assert figures == {
+        ("proven_bytes", "41", "40"): 8192,
+        ("possible_bytes", "41", "40"): 4096,
+        ("same_bytes", "41", "40"): 12288,
+        ("proven_bytes", "42", "40"): 4096,
+        ("possible_bytes", "42", "40"): 0,
+    }
+    hidden = _samples(exposition(replace(audit, erosion=None)))
+    assert not [name for name, _ in hidden if "_eroded_" in name]
 
 
 def test_what_a_process_calls_itself_breaks_nothing(audit: Audit) -> None:

@@ -13,13 +13,17 @@ __all__ = ["Moment", "Timeline"]
 
 @dataclass(frozen=True)
 class Moment:
-    """One look: seconds since the epoch, bytes over all processes, who came and went since the last one."""
+    """One look: seconds since the epoch, bytes over all processes, who came and went since the last one.
+
+    ``eroded`` is proven to have been in common with a relative, and is two copies now; None without frames.
+    """
 
     when: float
     processes: int
     rss: int
     pss: int | None
     uss: int
+    eroded: int | None
     family: Family
 
     @property
@@ -62,5 +66,6 @@ def _moment(audit: Audit, previous: Audit) -> Moment:
         rss=audit.rss,
         pss=audit.pss,
         uss=audit.uss,
+        eroded=None if audit.erosion is None else sum(row.proven for row in audit.erosion),
         family=family_of(previous, audit),
     )
