@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     def body(doing: Doing) -> int:
         return reported(lambda: _loaded(arguments, doing), as_json=arguments.json, debug=arguments.debug)
 
-    return in_child(body)
+    return in_child(body, arguments.library)
 
 
 def _from_file(arguments: argparse.Namespace) -> Disassembly:

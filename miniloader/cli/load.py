@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     def body(doing: Doing) -> int:
         return reported(lambda: _load(arguments, doing), as_json=arguments.json, debug=arguments.debug)
 
-    return in_child(body)
+    return in_child(body, arguments.library)
 
 
 def _load(arguments: argparse.Namespace, doing: Doing) -> int:

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         return reported(work, as_json=arguments.json, debug=arguments.debug)
 
     for library in arguments.libraries:
-        status = in_child(partial(prepared, library))
+        status = in_child(partial(prepared, library), library)
         if status:
             return status
     made = {inspect(library).build_id for library in arguments.libraries}

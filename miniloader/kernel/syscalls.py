@@ -29,6 +29,7 @@ __all__ = [
     "PROT_NONE",
     "PROT_READ",
     "PROT_WRITE",
+    "PR_GET_PDEATHSIG",
     "PR_SET_DUMPABLE",
     "PR_SET_PDEATHSIG",
     "compare_memory",
@@ -64,6 +65,7 @@ MADV_DONTNEED: Final = 4
 MS_SYNC: Final = 4
 
 PR_SET_PDEATHSIG: Final = 1
+PR_GET_PDEATHSIG: Final = 2
 PR_SET_DUMPABLE: Final = 4
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value

@@ -19,7 +19,7 @@ from miniloader.arrays import NDArray, np
 from miniloader.elf import LoadPlan, PlannedCall, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
-from miniloader.native import Stopped, buffer_address, copy
+from miniloader.native import Stopped, buffer_address, copy, gate
 
 __all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits", "put_words"]
 
@@ -32,6 +32,7 @@ _FLAGS: Final = {
 }
 
 _NOEXEC: Final = "its file system is mounted noexec: copy it to another, or mount that with exec"
+_UNMAPPED: Final = "allow munmap(2) in the filter of system calls (seccomp)"
 
 
 @lru_cache(maxsize=16)
@@ -130,14 +131,18 @@ class Memory:
     def unmap(self) -> None:
         """Unmap everything; a second call does nothing."""
         if self.mapped:
-            sys.munmap(self.start, self.plan.length)
+            try:
+                sys.munmap(self.start, self.plan.length)
+            except OSError as error:
+                raise LoadError(f"{self.name}: {error.strerror}", hint=_UNMAPPED) from None
             self.mapped = False
 
     def _map(self, call: PlannedCall, source: Source | None) -> None:
         try:
             _mmap(call, self.bias + call.start, source)
         except OSError as error:
-            hint = _NOEXEC if source is not None and _is_noexec(source, error) else None
+            refused = source is not None and error.errno == errno.EPERM and gate.is_noexec(source.fd)
+            hint = _NOEXEC if refused else None
             raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}", hint=hint) from None
 
     def _transfer(self, vaddr: int, data: Any, *, reading: bool) -> None:
@@ -220,11 +225,6 @@ def _refuse_cut(source: Source) -> None:
     if size < source.size:
         expected, hint = f"{source.size:#x} bytes", "it was cut short while it was being mapped"
         raise ElfError(source.name, "file", f"{size:#x} bytes", expected, hint=hint)
-
-
-def _is_noexec(source: Source, error: OSError) -> bool:
-    """Whether that is why the kernel refuses to map the file's code."""
-    return error.errno == errno.EPERM and bool(os.fstatvfs(source.fd).f_flag & os.ST_NOEXEC)
 
 
 def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:

@@ -19,6 +19,7 @@ from miniloader.forking import importing
 __all__ = [
     "compiled_code",
     "glibc_version",
+    "is_noexec",
     "lacks_for_loading",
     "missing_of_glibc",
     "processor",
@@ -131,10 +132,22 @@ def require_own_code(path: str) -> None:
         hint = _AGAIN if processor() in _SHIPS_FOR else _STILL
     if lack is None:
         lack, hint, state = _damage(path), _AGAIN, "cannot be used"
-    if lack is None and os.statvfs(path).f_flag & os.ST_NOEXEC:
+    if lack is None and is_noexec(path):
         lack, hint = f"the file system of {path} is mounted noexec", f"{_AGAIN}, where code may be run"
     if lack is not None:
         raise UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
+
+
+def is_noexec(file: str | int) -> bool:
+    """Whether no code may be mapped from the file system of a path, or of a descriptor's file.
+
+    >>> is_noexec("/proc")
+    True
+    """
+    try:
+        return bool(os.statvfs(file).f_flag & os.ST_NOEXEC)
+    except OSError:  # a filter of system calls: mmap(2) will tell
+        return False
 
 
 def _damage(path: str) -> str | None:

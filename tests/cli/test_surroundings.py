@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import pytest
 
 from fixtures import build
+from fixtures.surroundings import refuse
 from miniloader import cli
 from tests.conftest import become_nobody
 
@@ -101,6 +103,38 @@ def _hidden(others: int, writing: int) -> int:
     lines = [str(said[0][0]), hidden, f"{said[1][0]} {said[1][2].strip()}", str(said[2][0])]
     os.write(writing, "\n".join(lines).encode())
     return 0
+
+
+# ---------------------------------------------------------------------------- a filter of system calls
+_PRCTL, _WAITID, _MUNMAP, _PIDFD_OPEN, _STATFS, _FSTATFS = 157, 247, 11, 434, 137, 138  # of x86-64
+_NO_CHILD = "{demo}: no process can be started that would end with this one: prctl: Operation not permitted"
+FILTERS = {
+    "waitid": ((_WAITID,), ("load", DEMO), ""),
+    "waitid of workers": ((_WAITID,), ("prove", DEMO, "-n", "2"), ""),
+    "waitid, pidfd_open": ((_WAITID, _PIDFD_OPEN), ("load", DEMO), ""),
+    "statfs": ((_STATFS, _FSTATFS), ("load", DEMO), ""),
+    "prctl": ((_PRCTL,), ("load", DEMO), _NO_CHILD),
+    "prctl of workers": ((_PRCTL,), ("prove", DEMO, "-n", "2"), _NO_CHILD.removeprefix("{demo}: ")),
+    "munmap": ((_MUNMAP,), ("load", DEMO), "{demo}: munmap: Operation not permitted"),
+    "all": ((_PRCTL, _WAITID, _MUNMAP), ("load", DEMO), _NO_CHILD),
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="this machine lacks these numbers")
+@pytest.mark.parametrize(("numbers", "command", "said"), FILTERS.values(), ids=list(FILTERS))
+def test_a_filter_of_system_calls(numbers: tuple[int, ...], command: tuple[str, ...], said: str) -> None:
+    """What can do without the call does; else one line has the library, the call, and what to do."""
+    done = subprocess.run(
+        [*COMMAND, *words(command)], capture_output=True, text=True, check=False, cwd=build.ROOT,
+        preexec_fn=partial(refuse, numbers), timeout=60,
+    )  # fmt: skip
+    assert done.returncode == (1 if said else 0), done.stderr
+    if said:
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("miniloader: " + said.format(demo=build.build("demo")))
+        assert line.endswith("(2) in the filter of system calls (seccomp)")
+    else:
+        assert done.stderr == ""
 
 
 # ------------------------------------------------------------------------------------------- the output

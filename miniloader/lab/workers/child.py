@@ -6,6 +6,7 @@ somebody before an interrupt is heard.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import resource
@@ -26,6 +27,7 @@ __all__ = [
     "die_with",
     "ending",
     "kill",
+    "require_ending",
     "signal_name",
     "uninterrupted",
 ]
@@ -60,7 +62,10 @@ def _await_end(pid: int) -> None:
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     except PermissionError:  # a filter of system calls (seccomp)
-        descriptor = os.pidfd_open(pid)
+        try:
+            descriptor = os.pidfd_open(pid)
+        except PermissionError:  # who reaps it waits as well
+            return
         try:
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
@@ -82,7 +87,8 @@ class ForkedProcess:
     """
 
     def __init__(self, body: Callable[[], int], *, leader: bool = False) -> None:
-        """Fork; OSError where there are too many processes."""
+        """Fork; OSError where there are too many processes, WorkerError as :func:`require_ending`."""
+        require_ending()
         self._leader, self._runs, self.pid = leader, False, 0
         self._code: int | None = None
         parent = os.getpid()
@@ -132,6 +138,16 @@ class ForkedProcess:
             status = body()
         finally:
             os._exit(status)
+
+
+def require_ending() -> None:
+    """Raise WorkerError where the kernel is not to be asked that a child ends with its parent."""
+    answer = ctypes.c_int()
+    try:
+        syscalls.prctl(syscalls.PR_GET_PDEATHSIG, ctypes.addressof(answer))
+    except OSError as error:
+        said = f"no process can be started that would end with this one: {error.strerror}"
+        raise WorkerError(said, hint="allow prctl(2) in the filter of system calls (seccomp)") from error
 
 
 def die_with(parent: int) -> None:

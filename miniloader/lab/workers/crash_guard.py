@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
-from miniloader.errors import MiniloaderError
+from miniloader.errors import MiniloaderError, WorkerError
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.fault import FaultRecord
@@ -33,8 +33,8 @@ def flush_c_output() -> None:
     ctypes.CDLL(None).fflush(None)
 
 
-def in_child(body: Callable[[Doing], int]) -> int:
-    """Run ``body`` in a forked child and return the status it returns.
+def in_child(body: Callable[[Doing], int], library: str = "") -> int:
+    """Run ``body`` in a forked child and return the status it returns; ``library`` is what it is about.
 
     It is given :data:`Doing` and has to report its errors itself.  Ends with the caller.  Raises
     :class:`WorkerError` naming what was being done when the child ends before ``body`` does: by a signal, or
@@ -64,12 +64,17 @@ def in_child(body: Callable[[Doing], int]) -> int:
         note.leave(status)
         return status
 
-    with ForkedProcess(guarded) as child:
+    about = f"{library}: " if library else ""
+    try:
+        child = ForkedProcess(guarded)
+    except WorkerError as error:
+        raise WorkerError(about + error.message, hint=error.hint) from error
+    with child:
         code = child.wait()
     told = note.read()
     if isinstance(told, int):
         return told
-    doing, mappings = told or ("starting", ())
+    doing, mappings = told or (f"{about}starting", ())
     raise death("the process", code, doing, where=fault.told(code, mappings))
 
 

@@ -31,7 +31,7 @@ from typing import Any, Final, Self
 
 from miniloader import errors
 from miniloader.errors import MiniloaderError, UsageError, WorkerError
-from miniloader.lab.workers.child import death, kill, uninterrupted
+from miniloader.lab.workers.child import death, kill, require_ending, uninterrupted
 
 __all__ = ["Crew", "Reply", "Worker"]
 
@@ -50,6 +50,7 @@ class Worker:
     """One process of a crew: its ``pid``, and its number in the crew, from 1."""
 
     def __init__(self, number: int, of: int, program: str) -> None:
+        require_ending()
         with ExitStack() as undo:
             try:
                 self._socket, worker_end = map(undo.enter_context, socket.socketpair())
@@ -129,7 +130,8 @@ class Worker:
 
     def kill(self) -> None:
         """End it, with what the library may have started that stayed in its process group."""
-        kill(self.pid)
+        if self._process.returncode is None:  # else its pid may be another's
+            kill(self.pid)
 
     def reap(self) -> None:
         """Wait for its end, and close everything that belonged to it."""
@@ -139,7 +141,10 @@ class Worker:
 
     def _ended(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs.  Reaping it would free its pid."""
-        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        try:
+            result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except PermissionError:  # a filter of system calls (seccomp): then it is reaped now
+            return self._process.poll()
         if result is None:
             return None
         return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status

@@ -140,6 +140,7 @@ import os, signal, sys, time
 from miniloader.kernel import syscalls
 ask, here = syscalls.prctl, os.getpid()
 def late(*arguments):
+    if os.getpid() == here: return ask(*arguments)
     print(os.getpid(), flush=True)
     while os.getppid() == here: time.sleep(0.01)
     ask(*arguments)
