@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from miniloader.testing.budgets import assert_memory as assert_memory
     from miniloader.testing.limits import OwnByPath
     from miniloader.testing.loading import assert_loads as assert_loads
+    from miniloader.testing.new_objects import OwnPages
     from miniloader.testing.snapshots import MemorySnapshot as MemorySnapshot
     from miniloader.testing.snapshots import snapshot as snapshot
     from miniloader.testing.workers import Workers as Workers
@@ -93,7 +94,7 @@ _HOMES = {
     "snapshot": "miniloader.testing.snapshots",
 }
 
-_BEFORE: pytest.StashKey[tuple[int, OwnByPath]] = pytest.StashKey()
+_BEFORE: pytest.StashKey[tuple[int, OwnPages, OwnByPath]] = pytest.StashKey()
 _MARKER = (
     "limit_private(limit): fail a test after which its process has more private memory (USS) than before its"
     " fixtures were set up, by more than this: bytes, or a text like '2 MiB'"
@@ -136,10 +137,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     with importing:
         from miniloader.testing.limits import limit_of, own_by_path
+        from miniloader.testing.new_objects import own_pages
 
-    limit = limit_of(item)
+    limit, pages = limit_of(item), own_pages()
     own_by_path()  # what summing itself takes the first time is not the test's
-    item.stash[_BEFORE] = limit, own_by_path()
+    item.stash[_BEFORE] = limit, pages, own_by_path()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -149,11 +151,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     if _BEFORE in item.stash:
         with importing:
             from miniloader.testing.limits import excess, own_by_path
+            from miniloader.testing.new_objects import own_pages, said_of_objects
 
-        limit, before = item.stash[_BEFORE]
-        said = excess(before, own_by_path(), limit)
+        limit, pages, before = item.stash[_BEFORE]
+        after, pages_after = own_by_path(), own_pages()
+        said = excess(before, after, limit)
         if said:
-            pytest.fail(said, pytrace=False)
+            pytest.fail("\n".join(filter(None, (said, said_of_objects(pages, pages_after)))), pytrace=False)
     return result
 
 

@@ -218,6 +218,35 @@ def test_a_marker_limits_what_a_test_leaves(inner: Callable[..., pytest.RunResul
     done.stdout.no_fnmatch_line("*miniloader/testing/*")
 
 
+GROWING = """
+import pytest
+KEPT = []
+class Invoice:
+    __slots__ = ("number",)
+
+@pytest.mark.limit_private("1 MiB")
+def test_keeps_invoices():
+    KEPT.extend(Invoice() for _ in range(50_000))
+    KEPT.extend({number} for number in range(10_000))
+
+@pytest.mark.limit_private("1 MiB")
+def test_keeps_no_objects():
+    KEPT.append(bytearray(b"x") * (4 << 20))
+"""
+
+
+def test_a_failing_marker_shows_the_objects(inner: Callable[..., pytest.RunResult]) -> None:
+    """Those on pages that came while the test ran; what was made by another one is not told again."""
+    done = inner({"test_growing.py": GROWING}, "--strict-markers")
+    done.assert_outcomes(failed=2)
+    lines = [line for line in done.stdout.lines if line.startswith("objects on the pages that came: ")]
+    made = re.findall(r"([\d,]+) (test_growing\.Invoice|set)\b", lines[0])
+    numbers = {name: int(number.replace(",", "")) for number, name in made}
+    assert 40_000 <= numbers["test_growing.Invoice"] <= 50_000  # others lie where pages were already
+    assert 8_000 <= numbers["set"] <= 10_100
+    assert len({line for line in lines if "Invoice" in line}) == 1  # once more where CI is set, but not anew
+
+
 ERODING = """
 import gc
 DATA = {number: {"name": "user%d" % number, "tags": ["a%d" % number]} for number in range(50_000)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +13,18 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.census import Census
 from miniloader.lab.erosion.chunks import eroded_chunks
 from miniloader.lab.erosion.contents import PagePart, compare
 from miniloader.lab.erosion.memory import PrivateMemory, private_memory
-from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pairs import Pair, pairs_of
-from miniloader.lab.erosion.pools import Pools, pools_in
+from miniloader.lab.erosion.pools import pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects, ErodedPages, Erosion, spans_of
 from miniloader.lab.erosion.types import Types
 from miniloader.values import dataclass
 
 __all__ = ["erosion", "erosion_of"]
-
-_MOST_TYPES: Final = 100
 
 
 def erosion(
@@ -97,7 +94,7 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
         memory = stack.enter_context(PresentMemory(pair.pid, present))
         if process.interpreter is not None and process.interpreter.is_known:
             pools = pools_in(process.copies.addresses, memory)
-            census = _Census(pools, Types(memory, pools, process.interpreter.type_address))
+            census = Census(pools, Types(memory, pools, process.interpreter.type_address))
         for part in compare(pair):
             same.append(part.addresses[part.same])
             unread += int(np.count_nonzero(~part.read))
@@ -115,7 +112,7 @@ def _chunks(memory: PresentMemory, pair: Pair, process: Survey) -> tuple[ErodedO
     return eroded_chunks(memory, pair.apart) if process.interpreter is None else ()
 
 
-def _causes(part: PagePart, census: _Census | None) -> Mapping[str, int]:
+def _causes(part: PagePart, census: Census | None) -> Mapping[str, int]:
     """How many of the pages that were read there are of each cause; their objects are counted."""
     read = np.flatnonzero(part.read)
     objects = None
@@ -126,40 +123,3 @@ def _causes(part: PagePart, census: _Census | None) -> Mapping[str, int]:
     changed = np.flatnonzero(~part.same[read])
     causes = causes_of(~part.equal[read[changed]], objects.on(changed) if objects is not None else None)
     return {**causes, "unknown": len(read) - len(changed)}
-
-
-class _Census:
-    """Counts the objects of each type, a part of the pages at a time."""
-
-    def __init__(self, pools: Pools, types: Types) -> None:
-        self._pools, self._types = pools, types
-        self._numbers, self._pages = Counter[int](), Counter[int]()
-
-    def count(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> Objects:
-        """Count the objects on these pages, and tell where they are."""
-        objects = objects_on(addresses, words, self._pools, self._types)
-        of_type = self._types.addresses
-        numbers = np.bincount(objects.kind, minlength=len(of_type))
-        met = np.flatnonzero(numbers)
-        row = np.cumsum(numbers > 0) - 1
-        places = np.bincount(
-            row[objects.kind] * len(addresses) + objects.page, minlength=len(met) * len(addresses)
-        )
-        pages = np.count_nonzero(places.reshape(len(met), len(addresses)), axis=1)
-        for address, number, on in zip(
-            of_type[met].tolist(), numbers[met].tolist(), pages.tolist(), strict=True
-        ):
-            self._numbers[address] += number
-            self._pages[address] += on
-        return objects
-
-    def objects(self) -> tuple[ErodedObjects, ...]:
-        """The types with the most objects, the most first."""
-        numbers, pages = Counter[str](), Counter[str]()
-        for address, number in self._numbers.items():
-            name = self._types.name(address)
-            numbers[name] += number
-            pages[name] += self._pages[address]
-        return tuple(
-            ErodedObjects(name, pages[name], number) for name, number in numbers.most_common(_MOST_TYPES)
-        )
