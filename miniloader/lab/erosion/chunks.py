@@ -1,13 +1,19 @@
-"""The chunks of glibc's malloc in the heap of another process: which are in use, and which are free.
+"""The chunks of glibc's malloc in another process: which are in use, and which are free.
 
 In the main arena (``[heap]``) each chunk says in its first words how long it is and whether the one before
 is in use (glibc's malloc/malloc.c, ``struct malloc_chunk``), from the beginning to the last one, which ends
 where the heap does.  Where that does not come out even it is another allocator's, and nothing is said of it.
 A chunk that a thread keeps for its next request counts as in use, as it does for malloc.
+
+Threads have arenas of their own, in heaps of up to 64 MiB, each of which begins at a multiple of that with a
+``heap_info`` (malloc/arena.c): where the arena is, the heap before, how much is in use.  The first heap of an
+arena has the arena itself, and then its chunks.  A heap that is full ends with a mark in place of a last
+chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -18,50 +24,85 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects
 
-__all__ = ["chunks_between", "eroded_chunks"]
+__all__ = ["chunks_between", "chunks_of_arena", "eroded_chunks"]
 
 _BLOCK: Final = 256  # pages that are read at once
 _LEAST, _ALIGNED = 32, 16  # bytes of a chunk
 _IN_USE: Final = 1  # PREV_INUSE: the chunk before
 _FLAGS: Final = 7
 _MOST: Final = 4_000_000  # chunks
+_HEAP: Final = 64 << 20  # bytes: HEAP_MAX_SIZE
+_HEAP_INFOS: Final = (48, 32)  # bytes: from glibc 2.35 on, and before
+_ARENAS: Final = (2200, 2192)  # bytes of a malloc_state: from glibc 2.27 on, and before
+_FENCE: Final = 16  # bytes: the length of a last chunk that is none, before one without a length
 
 Chunks = tuple[NDArray[np.uint64], NDArray[np.bool_]]
 """The address of each chunk, ascending, and whether it is in use."""
 
 
 def eroded_chunks(memory: PresentMemory, apart: NDArray[np.uint64]) -> tuple[ErodedObjects, ...]:
-    """The chunks that begin on the pages at these ascending addresses, in use and free; none where it is not
-    glibc's heap.
+    """The chunks that begin on the pages at these ascending addresses, in use and free, those of threads'
+    arenas apart; none where it is not glibc's heap.
     """
-    heap = next((vma for vma in read_maps(memory.pid) if vma.path == "[heap]"), None)
-    inside = apart[(apart >= heap.start) & (apart < heap.end)] if heap is not None else apart[:0]
-    chunks = chunks_between(memory, heap.start, heap.end) if heap is not None and len(inside) else None
-    if chunks is None:
-        return ()
-    addresses, in_use = chunks
-    pages = addresses & ~np.uint64(PAGE_SIZE - 1)
-    on = np.isin(pages, inside)
-    kinds = (("malloc chunk in use", on & in_use), ("malloc chunk free", on & ~in_use))
-    return tuple(
-        ErodedObjects(name, len(np.unique(pages[chosen])), int(np.count_nonzero(chosen)))
-        for name, chosen in kinds
-        if chosen.any()
+    heap = next(((vma.start, vma.end) for vma in read_maps(memory.pid) if vma.path == "[heap]"), (0, 0))
+    inside = (apart >= heap[0]) & (apart < heap[1])
+    main = [chunks_between(memory, *heap)] if inside.any() else []
+    starts = np.unique(apart[~inside] & ~np.uint64(_HEAP - 1)).tolist()
+    arenas = [chunks_of_arena(memory, start) for start in starts]
+    return (
+        *_on_pages("malloc chunk", main, apart[inside]),
+        *_on_pages("malloc chunk of a thread's arena", arenas, apart[~inside]),
     )
 
 
+def _on_pages(
+    name: str, heaps: Iterable[Chunks | None], apart: NDArray[np.uint64]
+) -> Iterator[ErodedObjects]:
+    """What begins on these pages, of all heaps that are known to be malloc's."""
+    known = [chunks for chunks in heaps if chunks is not None]
+    if not known:
+        return
+    addresses, in_use = (np.concatenate(column) for column in zip(*known, strict=True))
+    pages = addresses & ~np.uint64(PAGE_SIZE - 1)
+    on = np.isin(pages, apart)
+    for state, chosen in (("in use", on & in_use), ("free", on & ~in_use)):
+        if chosen.any():
+            kind = name.replace("chunk", f"chunk {state}", 1)
+            yield ErodedObjects(kind, len(np.unique(pages[chosen])), int(np.count_nonzero(chosen)))
+
+
+def chunks_of_arena(memory: PresentMemory, start: int) -> Chunks | None:
+    """The chunks of a thread's arena in the heap that begins at ``start``; None where none does."""
+    arena, before, size, writable = memory.words(np.array([start], np.uint64), 4)[0].tolist()
+    if not 0 < size <= writable <= _HEAP or size % PAGE_SIZE or writable % PAGE_SIZE or not arena:
+        return None
+    if not before and arena - start not in _HEAP_INFOS:
+        return None
+    for offset in _HEAP_INFOS if before else [arena - start + state for state in _ARENAS]:
+        first = start + -(-offset // _ALIGNED) * _ALIGNED
+        chunks = chunks_between(memory, first, start + size)
+        if chunks is not None:
+            return chunks
+    return None
+
+
 def chunks_between(memory: PresentMemory, start: int, end: int) -> Chunks | None:
-    """The chunks from ``start`` to ``end``, the last of which is free; None where they are not chunks."""
+    """The chunks from ``start`` to ``end``, the last of which is free, or has a mark behind it that says that
+    no more follow; None where they are not chunks.
+    """
     starts, used = list[int](), list[bool]()
     at, words, base = start, list[int](), start
     while at < end and len(starts) < _MOST:
         place = (at - base) // 8 + 1
-        if not 0 <= place < len(words):
+        if not 0 <= place < len(words) - 2:  # a mark is three words
             base = at & -PAGE_SIZE
             words, place = _words(memory, base, end), (at - base) // 8 + 1
             if place >= len(words):
                 return None
         size = words[place] & ~_FLAGS
+        if size == _FENCE and words[place + 2 : place + 3] in ([0], [_IN_USE]) and starts:
+            used.append(bool(words[place] & _IN_USE))
+            return np.array(starts, np.uint64), np.array(used, np.bool_)
         if size < _LEAST or size % _ALIGNED or size > end - at:
             return None
         if starts:
