@@ -65,6 +65,11 @@ class Survey:
         """Which process."""
         return self.known.pid
 
+    @property
+    def present(self) -> NDArray[np.uint64]:
+        """The addresses of all pages that are counted, ascending."""
+        return np.sort(np.concatenate([self.copies.addresses, self.originals.addresses]))
+
 
 class Memo:
     """What processes have in common, worked out once for all of them.

@@ -66,8 +66,7 @@ def objects_at(process: Survey, addresses: NDArray[np.uint64]) -> tuple[ErodedOb
     """
     if process.interpreter is None or not process.interpreter.is_known:
         return ()
-    present = np.union1d(process.copies.addresses, process.originals.addresses)
-    with PresentMemory(process.pid, present) as memory:
+    with PresentMemory(process.pid, process.present) as memory:
         pools = pools_in(process.copies.addresses, memory)
         census = Census(pools, Types(memory, pools, process.interpreter.type_address))
         for start in range(0, len(addresses), _AT_ONCE):

@@ -90,8 +90,7 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
     """Read the pages that are two frames, a part at a time: no more than a part is kept."""
     census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
     with ExitStack() as stack:
-        present = np.union1d(process.copies.addresses, process.originals.addresses)
-        memory = stack.enter_context(PresentMemory(pair.pid, present))
+        memory = stack.enter_context(PresentMemory(pair.pid, process.present))
         if process.interpreter is not None and process.interpreter.is_known:
             pools = pools_in(process.copies.addresses, memory)
             census = Census(pools, Types(memory, pools, process.interpreter.type_address))

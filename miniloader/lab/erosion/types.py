@@ -87,7 +87,7 @@ class Types:
         if not len(candidates) or len(self._decided) > _MOST_CANDIDATES:
             return
         candidates = candidates[np.append(True, np.diff(candidates) != 0)]
-        self._decided = np.union1d(self._decided, candidates)
+        self._decided = np.sort(np.concatenate([self._decided, candidates]))
         for address in candidates[self._may_be_types(candidates)].tolist():
             self._describe(address)
         known = sorted(filter(None, self._met.values()))

@@ -157,7 +157,7 @@ def _causes(pid: int, addresses: NDArray[np.uint64]) -> list[ErosionCause]:
         return ["other-write"] * len(addresses)
     pages = addresses & ~np.uint64(PAGE_SIZE - 1)
     marks = np.zeros((len(pages), PAGE_SIZE // 8), np.uint8)
-    with PresentMemory(pid, np.union1d(process.copies.addresses, process.originals.addresses)) as memory:
+    with PresentMemory(pid, process.present) as memory:
         pools = pools_in(process.copies.addresses, memory)
         words = memory.pages(pages)[0].view(np.uint64)
         objects = objects_on(pages, words, pools, Types(memory, pools, process.interpreter.type_address))
