@@ -198,10 +198,10 @@ def _library(
 ) -> NewLibrary:
     """A library that needs some of ``names``, and may be a filter of some of ``filtees``; of a tree whose
     symbols have versions, or not."""
-    rpath = _path(draw) if draw.chance(2) else None
+    rpath = _path(draw) if not draw.chance(3) else None
     runpath = _path(draw) if draw.chance(4) else None
     soname = SONAMES[draw.number(len(SONAMES) - 1)]
-    needs = [("needed", draw.of(NEEDED if draw.chance(5) else names)) for _ in range(draw.number(3))]
+    needs = [("needed", draw.of(NEEDED if draw.chance(8) else names)) for _ in range(draw.number(3))]
     for _ in range(draw.number(2) if filtees else 0):
         kind = "filter" if draw.chance(3) else "auxiliary"
         name = draw.of(FILTERED).replace("{}", draw.of(filtees))
@@ -309,7 +309,9 @@ def _behind_a_link(draw: _Draw, libraries: dict[str, NewLibrary]) -> str:
 
 
 def _path(draw: _Draw) -> str:
-    return ":".join(draw.of(PATHS) for _ in range(1 + draw.number(3)))
+    """Some directories, and often all in the end, or most trees would lack a library."""
+    last = [f"{{tree}}/{directory}" for directory in DIRECTORIES[:4]] if draw.chance(2) else []
+    return ":".join([*(draw.of(PATHS) for _ in range(1 + draw.number(3))), *last])
 
 
 def _write_odd(path: Path, kind: str) -> None:
