@@ -20,6 +20,7 @@ __all__ = ["UNFINISHED", "kind_of", "open_regular", "write_whole"]
 UNFINISHED: Final = ".miniloader-"
 """What the names of files begin with that are not whole yet; their writers hold a lock on them (flock(2))."""
 _STREAMS: Final = ("/dev/", "/proc/")
+_MOST_LINKS: Final = 40  # MAXSYMLINKS
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -54,8 +55,9 @@ def write_whole(
     """Write ``parts`` (bytes, arrays) as the file ``path``, relative to ``dir_fd`` if that is given.
 
     The permissions are ``mode``; else those of the file that is replaced, or what the umask leaves.  Where a
-    symbolic link leads is replaced, not the link.  What is no regular file (a pipe, ``/dev/stdout``) is
-    written to as it is.  Raises OSError.
+    symbolic link leads is replaced, not the link; one that another user has put into a directory which
+    everybody writes to, such as /tmp, is refused (proc_sys_fs(5), protected_symlinks).  What is no regular
+    file (a pipe, ``/dev/stdout``) is written to as it is.  Raises OSError.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -65,11 +67,12 @@ def write_whole(
     """
     name = os.fspath(path)
     if dir_fd is None:
+        name = _target(name)
         if _is_stream(name):
-            with open(name, "wb") as file:
+            more = 0 if name.startswith(_STREAMS) else os.O_NOFOLLOW
+            with open(name, "wb", opener=lambda path, flags: os.open(path, flags | more)) as file:
                 file.writelines(parts)
             return
-        name = os.path.realpath(name)
     mode = _mode_of(name, dir_fd) if mode is None else mode
     new = os.path.join(os.path.dirname(name), f"{UNFINISHED}{os.urandom(8).hex()}")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
@@ -86,6 +89,27 @@ def write_whole(
         with suppress(OSError):
             os.unlink(new, dir_fd=dir_fd)
         raise
+
+
+def _target(name: str) -> str:
+    """The path that ``name`` leads to, through symbolic links that may be followed; OSError for others."""
+    for _ in range(_MOST_LINKS):
+        if name.startswith(_STREAMS):
+            return name
+        directory = os.path.realpath(os.path.dirname(name))
+        name = os.path.join(directory, os.path.basename(name))
+        try:
+            found = os.lstat(name)
+        except FileNotFoundError:
+            return name
+        if not stat.S_ISLNK(found.st_mode):
+            return name
+        around = os.stat(directory)
+        everybodys = around.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH
+        if everybodys and found.st_uid not in (os.geteuid(), around.st_uid):
+            raise PermissionError(errno.EACCES, "it is another user's link, where everybody may write", name)
+        name = os.path.join(directory, os.readlink(name))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
 
 
 def _is_stream(path: str) -> bool:

@@ -158,6 +158,7 @@ def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
     """Write the bill: a summary unless there is a ``path``, to standard error unless that is of a file."""
     import json
 
+    from miniloader.files import write_whole
     from miniloader.report import bill as shown
     from miniloader.report.output import Output
     from miniloader.report.text import laid_out, plain
@@ -171,8 +172,8 @@ def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
             Output(stderr=True).show(shown.lines(bill) if path else shown.summary(bill))
         return
     assert path is not None
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        if as_json:
-            json.dump(shown.as_json(bill), file)
-        else:
-            file.writelines(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))
+    if as_json:
+        text = json.dumps(shown.as_json(bill))
+    else:
+        text = "".join(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))
+    write_whole(path, [text.encode(errors="surrogateescape")])
