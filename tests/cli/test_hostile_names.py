@@ -142,6 +142,71 @@ def test_an_error_about_it_is_one_inert_line(
     assert re.match("miniloader: .*No such file or directory", err)
 
 
+#: Names inside of a file, by what they replace: of symbols, sections, needs and sources.
+WITHIN: dict[bytes, bytes] = {
+    b"placeholder_a": b"\x1b[31mred\x07abc",
+    b"placeholder_b": b"<script>alert",
+    b"placeholder_c": "a\u202eb\u2028".encode() + b"\r\n\x9bm",
+    b"placeholder_d": b"{{7*7}}[bold]",
+    b"libplaceholder.so": b"<b>lib\x1b[2J\n.so.6",
+    b".placeholder": b".place\x1b[31m",
+    b"placeholder.c": b"<i>\x1b]0;t\x07\n.c",
+}
+_WITHIN_SOURCE = """
+int placeholder_a(int n) { return n + 1; }
+long placeholder_b[600] = {1};
+int served(void);
+int placeholder_c(int n) { return placeholder_a(n) + served(); }
+__attribute__((section(".placeholder"))) int placeholder_d(int n) { return placeholder_c(n); }
+int visible(int n) { placeholder_b[0] = n; return placeholder_d(n); }
+"""
+
+
+@pytest.fixture(scope="module")
+def within(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library, with lines of its source, that has hostile names inside."""
+    directory = tmp_path_factory.mktemp("within")
+    (directory / "placeholder.c").write_text(_WITHIN_SOURCE)
+    path, needed = directory / "lib.so", directory / "libplaceholder.so"
+    common = ["gcc", "-g", "-shared", "-fPIC", "-O1", "-fno-inline", "-Wl,-Bsymbolic"]
+    command = [*common, "-xc", "-", f"-Wl,-soname,{needed.name}", "-o", str(needed)]
+    subprocess.run(command, input=b"int served(void) { return 2; }", check=True)
+    command = [*common, "placeholder.c", needed.name, "-Wl,-rpath,$ORIGIN", "-o", path.name]
+    subprocess.run(command, cwd=directory, check=True)
+    for file in (path, needed):
+        data = file.read_bytes()
+        for old, new in WITHIN.items():
+            data = data.replace(old + b"\0", new.ljust(len(old), b"x") + b"\0")
+        file.write_bytes(data)
+    old = needed.name.encode()
+    needed.rename(directory / os.fsdecode(WITHIN[old].ljust(len(old), b"x")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "{}", "--symbols", "--sizes", "--bindings"),
+        ("tree", "{}"),
+        ("check", "{}", "--all"),
+        ("disasm", "{}", "visible"),
+        ("load", "{}", "--no-init"),
+        ("prove", "{}", "-n", "2", "--html", "{page}"),
+    ],
+    ids=" ".join,
+)
+def test_names_within_a_file_are_inert(
+    within: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main([word.format(within, page=page) for word in words]) == 0
+    assert page.exists() == ("--html" in words)
+    for text in (*capfd.readouterr(), page.read_text() if page.exists() else ""):
+        assert all(line.isprintable() for line in text.split("\n")), text
+        assert "<script>alert" not in text.partition("</head>")[2]
+        assert "a fault of" not in text
+
+
 _LONG = 1_500_000
 
 
