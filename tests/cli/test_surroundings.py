@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,30 @@ def _hidden(others: int, writing: int) -> int:
     lines = [str(said[0][0]), hidden, f"{said[1][0]} {said[1][2].strip()}", str(said[2][0])]
     os.write(writing, "\n".join(lines).encode())
     return 0
+
+
+@pytest.mark.needs_root("it mounts a /proc of its own")
+@pytest.mark.parametrize(("command", "status"), [("load", 0), ("check", 0), ("audit", 0), ("prepare", 3)])
+def test_a_proc_with_processes_alone(command: str, status: int, tmp_path: Path) -> None:
+    """subset=pid: what is in /proc/sys is not there, which prepared pages want."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("this machine lacks unshare(1)")
+    script = 'mount -t proc -o subset=pid proc /proc || exit 77; exec "$@"'
+    words = str(os.getpid()) if command == "audit" else str(build.build("demo"))
+    done = subprocess.run(
+        [unshare, "--mount", "sh", "-c", script, "sh", *COMMAND, command, words],
+        capture_output=True, text=True, check=False, cwd=build.ROOT,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    if done.returncode == 77:
+        pytest.skip("this kernel lacks subset=pid (5.8)")
+    assert done.returncode == status, done.stderr
+    said = (
+        "boot_id: No such file or directory; prepared pages hold until the machine boots again; mount /proc"
+    )
+    assert (said in done.stderr) == bool(status)
+    assert done.stderr.count("\n") == bool(status)
 
 
 # ---------------------------------------------------------------------------- a filter of system calls

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
 
-from miniloader.errors import LoadError
+from miniloader.errors import EvidenceError, LoadError
 from miniloader.files import UNFINISHED, write_whole
 from miniloader.forking import importing
 from miniloader.kernel.procfs import read_proc_file
@@ -37,8 +37,12 @@ def directory() -> str:
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """What tells this run of the kernel from all others (random(4))."""
-    return read_proc_file(_BOOT_ID).decode().strip()
+    """What tells this run of the kernel from all others (random(4)); EvidenceError where it is not told."""
+    try:
+        return read_proc_file(_BOOT_ID).decode().strip()
+    except EvidenceError as error:
+        hint = "prepared pages hold until the machine boots again; mount /proc without subset=pid"
+        raise EvidenceError(error.message, hint=hint) from error
 
 
 def names() -> list[str]:
