@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
 from miniloader.forking import cached_property
-from miniloader.kernel.frames import KPF, distinct, frame_flags
+from miniloader.kernel.frames import KPF, distinct, frame_flags, map_counts
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
@@ -69,7 +69,7 @@ class Pages:
         self._offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
         present = (self.entries & PRESENT).astype(np.bool_)
         file = (self.entries & FILE).astype(np.bool_)
-        zeros = self._scanned(vmas) or self._without_scan(vmas, frames=frames)
+        zeros = self._scanned(vmas, frames=frames) or self._without_scan(vmas, frames=frames)
         self.zero, self.huge_in, self.zeros_among = zeros
         self.counted = present & ~self.zero
         counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
@@ -122,7 +122,7 @@ class Pages:
         huge = {sums.vma for sums in read_smaps(self._pagemap.pid) if "ht" in sums.flags}
         return [index for index in asked if vmas[index] in huge]
 
-    def _scanned(self, vmas: Sequence[Vma]) -> _Zeros | None:
+    def _scanned(self, vmas: Sequence[Vma], *, frames: bool) -> _Zeros | None:
         """Which are the page of zeros, how many are in huge pages; None before PAGEMAP_SCAN (6.7)."""
         zero, huge = np.zeros((2, len(self.addresses)), np.bool_)
         try:
@@ -135,8 +135,30 @@ class Pages:
         for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
             huge[low:high] |= bool(kind & IS_HUGE)
-        huge_in = np.bincount(self.vma[huge & ~zero], minlength=len(vmas))
+        huge &= ~zero
+        if frames:
+            self._correct_exclusive(np.flatnonzero(huge))
+        huge_in = np.bincount(self.vma[huge], minlength=len(vmas))
         return zero, huge_in, np.zeros(len(vmas), np.int64)
+
+    def _correct_exclusive(self, rows: NDArray[np.intp]) -> None:
+        """Have bit 56 of each of these pages in huge pages say of itself whether it is mapped once.
+
+        The kernel (6.18) tests the first page of a huge one for all of them.  A relative that has written to
+        some has these no more, which parts the huge page there, not here.  Where all are mapped equally often
+        the bit is right, also where the count is a folio's average.
+        """
+        with suppress(EvidenceError):  # kpagecount is for root alone
+            counts = map_counts(self.entries[rows] & FRAME)
+            number = self.addresses[rows] // np.uint64(_HUGE)
+            first = np.flatnonzero(np.append(len(rows) > 0, np.diff(number) != 0))
+            if not len(first):
+                return
+            mixed = np.minimum.reduceat(counts, first) != np.maximum.reduceat(counts, first)
+            mixed = np.repeat(mixed, np.diff(np.append(first, len(rows))))
+            once = counts[mixed] == 1
+            self.entries[rows[mixed]] &= ~EXCLUSIVE
+            self.entries[rows[mixed][once]] |= EXCLUSIVE
 
     def _without_scan(self, vmas: Sequence[Vma], *, frames: bool) -> _Zeros:
         """Which are the page of zeros, how many are in huge pages, how many zeros are among the other pages.

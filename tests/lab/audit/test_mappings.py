@@ -12,6 +12,7 @@ import pytest
 from miniloader.kernel.maps import parse_vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.probe import best_level
+from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.mappings import (
@@ -226,6 +227,26 @@ def test_transparent_huge_pages_are_a_part_of_what_is_own() -> None:
         assert row.inherited >= in_huge
         assert rollup_of(process.pid)["AnonHugePages"] * KB == row.huge
         process(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+
+
+@pytest.mark.skipif(best_level() != "frames", reason="needs root: frames")
+def test_a_huge_page_that_a_relative_has_a_part_of_is_own_in_part() -> None:
+    """Who has written to a part has it in small pages; the other one still in a huge one, of which that part
+    is its own: at the beginning or not, as smaps counts it.
+    """
+    huge = 2 << 20
+    with told(ANONYMOUS) as process:
+        process(f"at = -(-mapped(3 * {huge}) // {huge}) * {huge}; libc.madvise(at, 2 * {huge}, 14)")
+        process(f"ctypes.memset(at, 1, 2 * {huge})")
+        with told_children(process, 1) as (child,):
+            process(f"ctypes.memset(at, 2, {100 * PAGE_SIZE}); ctypes.memset(at + {2 * huge} - 4096, 2, 1)")
+            if rollup_of(child)["AnonHugePages"] * KB < 2 * huge:
+                pytest.skip("this machine lacks a free huge page")
+            sums = [one.sizes for one in read_smaps(child) if not one.vma.path and not one.vma.inode]
+            own = sum(sizes["Private_Clean"] + sizes["Private_Dirty"] for sizes in sums)
+            rows = look(child, frames=True).items()
+            assert own > 101 * PAGE_SIZE
+            assert sum(row.own for name, row in rows if name.kind == "anonymous") == own
 
 
 def test_pages_of_hugetlbfs_have_a_row_and_are_outside_of_every_sum() -> None:
