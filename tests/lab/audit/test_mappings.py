@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,7 +25,16 @@ from miniloader.lab.audit.mappings import (
 from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.survey import Memo, locate, mappings_in
 from tests.lab.audit.older_kernels import KERNELS
-from tests.lab.audit.told_processes import ANONYMOUS, KB, Told, page_of, rollup_of, told, told_children
+from tests.lab.audit.told_processes import (
+    ANONYMOUS,
+    KB,
+    Told,
+    huge_pages_in_reserve,
+    page_of,
+    rollup_of,
+    told,
+    told_children,
+)
 
 _PAGES = 8
 _VARIED = f"""
@@ -251,25 +259,14 @@ def test_a_huge_page_that_a_relative_has_a_part_of_is_own_in_part() -> None:
 
 def test_pages_of_hugetlbfs_have_a_row_and_are_outside_of_every_sum() -> None:
     """Anonymous, of a memfd, and of System V: as smaps counts them, in Private_Hugetlb alone."""
-    reserve, huge = Path("/proc/sys/vm/nr_hugepages"), 2 << 20
-    if not reserve.exists() or os.geteuid():
-        pytest.skip("needs root: to have huge pages kept in reserve")
-    before = reserve.read_text()
-    reserve.write_text(str(int(before) + 3))
-    try:
-        if int(reserve.read_text()) < int(before) + 3:
-            pytest.skip("this machine lacks free huge pages")
-        with told(ANONYMOUS, "libc.shmat.restype = ctypes.c_void_p") as process:
-            process(f"at = libc.mmap(None, {huge}, 3, 0x22 | 0x40000, -1, 0); ctypes.memset(at, 1, 1)")
-            process(f"fd = os.memfd_create('pool', 4); os.ftruncate(fd, {huge})")
-            process(f"shared = libc.mmap(None, {huge}, 3, 1, fd, 0); ctypes.memset(shared, 1, 1)")
-            process(
-                f"number = libc.shmget(0, {huge}, 0o1600 | 0o4000); segment = libc.shmat(number, None, 0)"
-            )
-            process("libc.shmctl(number, 0, None); ctypes.memset(segment, 1, 1)")
-            rows, sums = look(process.pid, frames=False), rollup_of(process.pid)
-    finally:
-        reserve.write_text(before)
+    huge = 2 << 20
+    with huge_pages_in_reserve(3), told(ANONYMOUS, "libc.shmat.restype = ctypes.c_void_p") as process:
+        process(f"at = libc.mmap(None, {huge}, 3, 0x22 | 0x40000, -1, 0); ctypes.memset(at, 1, 1)")
+        process(f"fd = os.memfd_create('pool', 4); os.ftruncate(fd, {huge})")
+        process(f"shared = libc.mmap(None, {huge}, 3, 1, fd, 0); ctypes.memset(shared, 1, 1)")
+        process(f"number = libc.shmget(0, {huge}, 0o1600 | 0o4000); segment = libc.shmat(number, None, 0)")
+        process("libc.shmctl(number, 0, None); ctypes.memset(segment, 1, 1)")
+        rows, sums = look(process.pid, frames=False), rollup_of(process.pid)
     assert sums["Private_Hugetlb"] * KB == 3 * huge
     for name in ("/anon_hugepage", "/memfd:pool", "/SYSV00000000"):
         assert rows[MappingName("shared-memory", name)].resident == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.lab.audit.told_processes import (
     ANONYMOUS,
     KB,
     Told,
+    huge_pages_in_reserve,
     rollup_of,
     told,
     told_children,
@@ -104,17 +104,8 @@ def test_huge_pages(kernel: Callable[[], AbstractContextManager[None]]) -> None:
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
     """Two huge pages in reserve, for hugetlbfs."""
-    reserve = Path("/proc/sys/vm/nr_hugepages")
-    if not reserve.exists() or os.geteuid():
-        pytest.skip("needs root: to have huge pages kept in reserve")
-    before = reserve.read_text()
-    reserve.write_text(str(int(before) + 2))
-    try:
-        if int(reserve.read_text()) < int(before) + 2:
-            pytest.skip("this machine lacks free huge pages")
+    with huge_pages_in_reserve(2):
         yield
-    finally:
-        reserve.write_text(before)
 
 
 @KERNELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import miniloader
 from fixtures import build
@@ -192,3 +195,21 @@ def vaddr_of(path: Path, name: str) -> int:
 def page_of(path: Path, name: str) -> int:
     """The vaddr of the page where a library defines a symbol."""
     return vaddr_of(path, name) & -PAGE_SIZE
+
+
+@contextmanager
+def huge_pages_in_reserve(number: int) -> Iterator[None]:
+    """So many more huge pages for hugetlbfs.  Tests that run at once wait: each puts back what it found."""
+    path = Path("/proc/sys/vm/nr_hugepages")
+    if not path.exists() or os.geteuid():
+        pytest.skip("needs root: to have huge pages kept in reserve")
+    with path.open("r+") as reserve:
+        fcntl.flock(reserve, fcntl.LOCK_EX)
+        before = path.read_text()
+        path.write_text(str(int(before) + number))
+        try:
+            if int(path.read_text()) < int(before) + number:
+                pytest.skip("this machine lacks free huge pages")
+            yield
+        finally:
+            path.write_text(before)
