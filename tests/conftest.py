@@ -9,6 +9,7 @@ import ctypes
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,18 @@ ALLOWED_SKIPS = re.compile(
 def fixture_library() -> Callable[[str], Path]:
     """``fixture_library("demo")``: the built library, by its name in ``fixtures.build.FIXTURES``."""
     return build.build
+
+
+@pytest.fixture(scope="session")
+def own_mounts() -> list[str]:
+    """The beginning of a command, before a script for ``sh``, that runs in a mount namespace of its own."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("this machine lacks unshare(1)")
+    tried = subprocess.run([unshare, "--mount", "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:  # as in a chroot whose root is no mount point
+        pytest.skip(f"this machine lacks mount namespaces of its own here: {tried.stderr.strip()}")
+    return [unshare, "--mount", "sh", "-c"]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ Source: Documentation/admin-guide/mm/userfaultfd.rst, ``include/uapi/linux/userf
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from contextlib import suppress
@@ -118,12 +119,22 @@ class WriteTrap:
         """Close the descriptor of this process; the other one's stays."""
         os.close(self._fd)
 
-    def arm(self, start: int, end: int) -> None:
-        """Protect the pages in [``start``, ``end``), private anonymous memory."""
+    def arm(self, start: int, end: int) -> bool:
+        """Protect the pages in [``start``, ``end``), private anonymous memory; whether the kernel does.
+
+        It does not watch memory that it may drop (``VM_DROPPABLE``, 6.11), where glibc 2.41 keeps the state
+        of getrandom(3).
+        """
         length = end - start
-        self._ask("UFFDIO_REGISTER", _request(0x00, 4), start, length, _MODE_WP, 0)
+        try:
+            self._ask("UFFDIO_REGISTER", _request(0x00, 4), start, length, _MODE_WP, 0)
+        except EvidenceError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL:
+                return False
+            raise
         self._armed.append((start, length))
         self._ask("UFFDIO_WRITEPROTECT", _request(0x06, 3), start, length, _PROTECT)
+        return True
 
     def read(self) -> list[tuple[int, int]]:
         """Who waits: the address that is to be written, and the thread; none where nobody does."""

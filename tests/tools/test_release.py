@@ -26,6 +26,8 @@ def git(repository: Path, *words: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
+    if shutil.which("git") is None:
+        pytest.skip("this machine lacks git")
     for name, text in (
         ("miniloader/__init__.py", '__version__ = "0.1.0"\n'),
         ("docs/changelog.md", CHANGELOG),

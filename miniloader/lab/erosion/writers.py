@@ -82,10 +82,13 @@ class FirstWriters:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
-            for vma in read_maps(self.pid):
-                private = not vma.inode and not vma.shared and vma.protection.startswith("rw")
-                if private and not vma.path.startswith("[v"):
-                    self._trap.arm(vma.start, vma.end)
+            private = [
+                vma for vma in read_maps(self.pid)
+                if not vma.inode and not vma.shared and vma.protection.startswith("rw")
+                and not vma.path.startswith("[v")
+            ]  # fmt: skip
+            if not sum(self._trap.arm(vma.start, vma.end) for vma in private):
+                raise EvidenceError(f"process {self.pid}: userfaultfd watches none of its memory")
         except BaseException:
             self._end()
             raise

@@ -42,7 +42,7 @@ Reply = Mapping[str, Any]
 _START: Final = "import sys; sys.path[:] = sys.argv[3:]; from {} import main; main()"
 _HOME: Final = os.path.abspath(f"{__file__}/../../../..")  # the directory that this package is in
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
-_LAST_BREATH: Final = 1.0  # seconds from the end of a worker's connection to its own
+_LAST_BREATH: Final = 5.0  # seconds from the end of a worker's connection to its own
 _MEMORY: Final = 16 << 20  # bytes that a worker needs for itself: 12 MiB were seen, loading nothing yet
 
 
