@@ -20,7 +20,7 @@ from miniloader.errors import ElfError, LoadError
 from miniloader.lab.check.tree import Files, Tree, tree
 from miniloader.loader.root import Root
 from miniloader.loader.surroundings import of_process
-from tests.oracle.rule_trees import NODEFLIB, NewLibrary, library_bytes
+from tests.oracle.rule_trees import FLAGS_1, NewLibrary, library_bytes
 
 _STEP = 5  # of the system's files every fifth, so that it takes seconds
 
@@ -169,7 +169,7 @@ def test_origin_of_a_program_is_where_the_kernel_finds_it(make: Callable[..., Pa
 
 def test_no_default_library_directory(make: Callable[..., Path]) -> None:
     assert not tree(make("with.so", needed=("libc.so.6",))).missing
-    assert tree(make("without.so", needed=("libc.so.6",), flags_1=NODEFLIB)).missing
+    assert tree(make("without.so", needed=("libc.so.6",), flags_1=FLAGS_1["NODEFLIB"])).missing
 
 
 # ------------------------------------------------------------------------------------------ another root
