@@ -8,7 +8,7 @@ import re
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,12 +105,14 @@ def test_a_static_program_needs_nothing(capsys: pytest.CaptureFixture[str]) -> N
 # --------------------------------------------------------------------------------------------- made files
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """``make(path, **fields of NewLibrary)``: a library below ``tmp_path``."""
+    """``make(path, needed=…, **fields of NewLibrary)``: a library below ``tmp_path``."""
 
-    def make(path: str, **fields: object) -> Path:
+    def make(path: str, needed: Sequence[str] = (), **fields: object) -> Path:
         place = tmp_path / path
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(library_bytes(NewLibrary("A", **fields)))  # type: ignore[arg-type]
+        place.write_bytes(
+            library_bytes(NewLibrary("A", needs=tuple(("needed", name) for name in needed), **fields))
+        )  # type: ignore[arg-type]
         return place
 
     return make
