@@ -195,7 +195,7 @@ class Loading:
         with unload.lock:
             self._state = "what was done is undone"
             new, self._graph.new, root, self._root = self._graph.new, [], self._root, None
-            unload.take_back(new)
+            unload.take_back(new, self._graph.order)
             if root is not None and root not in new:
                 unload.let_go(root)
 

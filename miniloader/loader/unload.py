@@ -53,10 +53,15 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
 
     Those that will stay do so from now on.
     """
-    ordered = [library for library in order if library in present or library in new]
-    present[:] = [*ordered, *(library for library in present if library not in ordered)]
+    _put_in_order(order, {*present, *new})
     for library in present:
         library.stays |= library.will_stay and library.policy.init
+
+
+def _put_in_order(order: Sequence[Loaded], libraries: Collection[Loaded]) -> None:
+    """``libraries`` are present, in this ``order``; what is not in it comes last, as it was."""
+    ordered = [library for library in order if library in libraries]
+    present[:] = [*ordered, *(library for library in present if library not in ordered)]
 
 
 def let_go(library: Loaded, caller: Loaded | None = None) -> None:
@@ -103,8 +108,12 @@ def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
             library.undo.callback(global_scope.remove, library)
 
 
-def take_back(new: list[Loaded]) -> None:
-    """Undo the load that brought ``new``, whatever it has come to."""
+def take_back(new: list[Loaded], order: Sequence[Loaded]) -> None:
+    """Undo the load that brought ``new``, whatever it has come to, but for the ``order`` of the others.
+
+    As in ld.so, a filtee that was there stays where the load moved it.
+    """
+    _put_in_order(order, present)
     for library in present:
         library.will_stay = library.stays
     for library in reversed(new):

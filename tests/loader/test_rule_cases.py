@@ -52,6 +52,16 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./a.so"), Call(None)],
     ),
+    "a filtee stays where a load has moved it, though that fails": (
+        {
+            "a.so": NewLibrary("A", needs=(("auxiliary", "./b.so"),)),
+            "b.so": NewLibrary("B", needs=needs("./a.so")),
+            "c.so": NewLibrary("C", needs=needs("./d.so", "./e.so")),
+            "d.so": NewLibrary("D", needs=(("filter", "./b.so"),)),
+            "e.so": NewLibrary("E", needs=(("filter", "./gone.so"),)),
+        },
+        [Call("./a.so"), Call("./c.so")],
+    ),
     "lazy and now together are lazy": (
         {"a.so": NewLibrary("A", unbound=True)},
         [Call("./a.so", LAZY | NOW), Call("./a.so", LAZY)],
