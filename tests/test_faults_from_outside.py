@@ -181,9 +181,12 @@ def test_one_file_that_cannot_be_read_spoils_no_audit(quiet: int) -> None:
 # ----------------------------------------------------------------------------------------- too little
 def limited(limit: Callable[[], None], *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
+    # Python would keep what it compiles, cut short, for all the others.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=build.ROOT, preexec_fn=limit, timeout=60
-    )
+        command, capture_output=True, text=True, check=False, cwd=build.ROOT, preexec_fn=limit, timeout=60,
+        env=environment,
+    )  # fmt: skip
 
 
 def address_space(megabytes: int) -> Callable[[], None]:

@@ -135,6 +135,8 @@ def _head(pid: int | None, vma: Vma) -> bytes:
             device = os.major(status.st_dev), os.minor(status.st_dev)
             if (device, status.st_ino) == (vma.device, vma.inode):
                 return os.pread(fd, PAGE_SIZE, 0)
+        except OSError:  # what is in memory may be read all the same
+            continue
         finally:
             os.close(fd)
     with PageMap(pid) as pagemap, ProcessMemory(pid) as memory:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,13 @@ def fork():
     pid = os.fork()
     if pid == 0:
         here.close()
+        there.send(b"begun")
         while code := there.recv(1 << 16):
             scope["answer"] = None
             exec(code, scope)
             there.send(json.dumps(scope["answer"]).encode())
         os._exit(0)
-    there.close(); workers[pid] = here
+    there.close(); workers[pid] = here; here.recv(5)
     return pid
 def ask(pid, code): workers[pid].send(code.encode()); return json.loads(workers[pid].recv(1 << 20))
 """
@@ -48,6 +51,8 @@ class Pool:
     def fork(self) -> int:
         """Fork a worker: its pid."""
         self.workers.append(self.parent("answer = fork()"))
+        while " S " not in Path(f"/proc/{self.workers[-1]}/stat").read_text():  # at rest, it writes no page
+            time.sleep(0.001)
         return self.workers[-1]
 
     def ask(self, pid: int, code: str) -> Any:

@@ -452,6 +452,7 @@ def test_nothing_is_kept_when_the_disk_is_full(
 
         prepare(build.build("bss"))  # the directory and the secret are there
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.dont_write_bytecode = True  # Python would keep what it has compiled cut short, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
             prepare(demo)
