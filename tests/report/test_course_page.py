@@ -26,11 +26,11 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def shown(opened: Opened) -> list[str]:
-    """The ids of the chapters that are visible."""
-    return [
-        one.get_attribute("id") or "" for one in opened.page.locator(".chapter").all() if one.is_visible()
-    ]
+def wait_for(opened: Opened, *names: str) -> None:
+    """Wait until these chapters are visible, and no other: an address takes a moment to be followed."""
+    visible = "[...document.querySelectorAll('.chapter')].filter((one) => one.checkVisibility())"
+    same = f"(names) => {visible}.map((one) => one.id).join() == names.join()"
+    opened.page.wait_for_function(same, arg=list(names))
 
 
 def at(opened: Opened, place: str) -> None:
@@ -40,20 +40,20 @@ def at(opened: Opened, place: str) -> None:
 
 def test_a_chapter_at_a_time_by_keys_links_and_address(course: Path, open_page: Open) -> None:
     opened = open_page(course)
-    assert shown(opened) == ["fork"]
+    wait_for(opened, "fork")
     opened.page.keyboard.press("n")
-    assert shown(opened) == ["relocation"]
+    wait_for(opened, "relocation")
     current = opened.page.locator(".contents [aria-current]").inner_text()
     assert current.endswith("Relocation, the GOT and the PLT")
     opened.page.keyboard.press("p")
-    assert shown(opened) == ["fork"]
+    wait_for(opened, "fork")
     opened.page.locator("#fork .turn [rel=next]").click()
-    assert shown(opened) == ["relocation"]
+    wait_for(opened, "relocation")
     at(opened, "fork-3")
-    assert shown(opened) == ["fork"]
+    wait_for(opened, "fork")
     assert opened.page.evaluate("document.getElementById('fork-3').getBoundingClientRect().top") < 900
     opened.page.keyboard.press("?")
-    assert shown(opened) == ["words"]
+    wait_for(opened, "words")
     assert opened.page.locator("h1").count() == 1
 
 
@@ -126,7 +126,7 @@ def test_reduced_motion_is_respected(course: Path, open_page: Open) -> None:
 
 def test_it_is_whole_without_its_script_and_on_paper(course: Path, open_page: Open) -> None:
     opened = open_page(course, java_script_enabled=False)
-    assert shown(opened) == [*CHAPTERS, "words"]
+    wait_for(opened, *CHAPTERS, "words")
     assert all(one.is_visible() for one in opened.page.locator(".outcome").all())
     printed = open_page(course)
     drawn = printed.page.evaluate("""() => {
@@ -136,7 +136,7 @@ def test_it_is_whole_without_its_script_and_on_paper(course: Path, open_page: Op
         return width * height > 0 && context.getImageData(0, 0, width, height).data.some(Boolean);
       });
     }""")
-    assert shown(printed) == [*CHAPTERS, "words"]
+    wait_for(printed, *CHAPTERS, "words")
     assert all(one.is_visible() for one in printed.page.locator(".outcome").all())
     assert len(drawn) > 2
     assert all(drawn)
