@@ -65,11 +65,11 @@ def test_the_answer_comes_after_the_question(course: Path, open_page: Open) -> N
     assert not step.locator(".outcome").is_visible()
     assert step.locator(".film").evaluate(film) == [0, 2]
     step.locator(".choice summary").first.click()  # a wrong one: it is told, and what happened is shown
-    assert step.locator(".outcome").is_visible()
+    step.locator(".outcome").wait_for()  # that a part of the page is opened is told a moment later
     assert step.locator(".film").evaluate(film) == [1, 2]
     assert not opened.page.locator("#fork-3 .outcome").is_visible()
     opened.page.get_by_role("button", name="Show all answers").click()
-    assert opened.page.locator("#fork-3 .outcome").is_visible()
+    opened.page.locator("#fork-3 .outcome").wait_for()
 
 
 def test_loads_are_told_from_calls(course: Path, open_page: Open) -> None:
