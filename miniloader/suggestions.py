@@ -8,7 +8,7 @@ TYPE_CHECKING = False  # typing is slow to import, and every error needs this mo
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "near", "offered"]
+__all__ = ["did_you_mean", "in_versions", "near", "offered"]
 
 _MOST = 3
 _DIFFERENCE = 3  # characters
@@ -45,3 +45,12 @@ def offered(names: list[str]) -> str | None:
     """
     *first, last = names[:_MOST] or [""]
     return f"did you mean {', '.join(first)}{' or ' if first else ''}{last}?" if last else None
+
+
+def in_versions(name: str, versions: list[str]) -> str | None:
+    """The hint that tells in which ``versions`` there is a symbol ``name``; None for none.
+
+    >>> in_versions("f", ["V1", "V2"])
+    'it is f@V1 or f@V2'
+    """
+    return "it is " + " or ".join(f"{name}@{version}" for version in versions) if versions else None

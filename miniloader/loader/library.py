@@ -194,10 +194,11 @@ def _address_of(library: Loaded, name: bytes, version: str | None) -> int | None
 
 def _similar(library: Loaded, name: str) -> str | None:
     """A hint: the versions that ``name`` has, else the defined names that look like it."""
-    table = library.symbols
-    if versions := table.versions_of(os.fsencode(name)):
-        return "it is " + " or ".join(f"{name}@{version}" for version in versions)
     with importing:
-        from miniloader.suggestions import did_you_mean
+        from miniloader.suggestions import did_you_mean, in_versions
 
-    return did_you_mean(name, (table.name(index) for index in np.flatnonzero(table.defined).tolist()))
+    table = library.symbols
+    versions = in_versions(name, table.versions_of(os.fsencode(name)))
+    return versions or did_you_mean(
+        name, (table.name(index) for index in np.flatnonzero(table.defined).tolist())
+    )

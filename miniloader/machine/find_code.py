@@ -12,7 +12,7 @@ from miniloader.elf.demangling import base_name, demangled_all, plain_name
 from miniloader.elf.symbols import SHN_UNDEF, STT_FUNC, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError
 from miniloader.machine.names_at import CodeSymbol, Landmarks
-from miniloader.suggestions import did_you_mean
+from miniloader.suggestions import did_you_mean, in_versions
 from miniloader.values import dataclass
 
 __all__ = ["CodeRange", "locate"]
@@ -151,8 +151,8 @@ def _instead(landmarks: Landmarks, name: str) -> str | None:
     wanted = name.encode("utf-8", "surrogateescape")
     indices = np.flatnonzero(table.rows["name"] != 0).tolist()
     same = [index for index in indices if table.name_bytes(index) == wanted]
-    if versions := table.versions_of(wanted):
-        return "it is " + " or ".join(f"{name}@{version}" for version in versions)
+    if hint := in_versions(name, table.versions_of(wanted)):
+        return hint
     if any(table.undefined[index] for index in same):
         return f"it is needed from another library; {name}@plt is the stub that leads there, if there is one"
     static = landmarks.tables[1]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 from miniloader.forking import importing
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from miniloader.lab.erosion.result import ErodedObjects
 
 __all__ = ["OwnPages", "new_objects", "own_pages", "said_of_objects"]
@@ -64,24 +66,15 @@ def new_objects(before: OwnPages, after: OwnPages) -> tuple[ErodedObjects, ...]:
         from miniloader.lab.audit.survey import Memo, survey
         from miniloader.lab.erosion.census import objects_at
 
-    first, last = (
-        np.concatenate(
-            [
-                np.empty(0, np.uint64),
-                *(
-                    np.flatnonzero(np.frombuffer(entries, np.uint8) & (_PRESENT | _FILE) == _PRESENT).astype(
-                        np.uint64
-                    )
-                    * np.uint64(PAGE_SIZE)
-                    + np.uint64(start)
-                    for start, entries in sorted(pages.items())
-                ),
-            ]
-        )
-        for pages in (before, after)
-    )
+    def addresses(pages: OwnPages) -> NDArray[np.uint64]:
+        found = [np.empty(0, np.uint64)]
+        for start, entries in sorted(pages.items()):
+            present = np.frombuffer(entries, np.uint8) & (_PRESENT | _FILE) == _PRESENT
+            found.append(np.flatnonzero(present).astype(np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(start))
+        return np.concatenate(found)
+
     process = survey(os.getpid(), Memo(), frames=False, wanted=lambda _: False)
-    return objects_at(process, np.setdiff1d(last, first, assume_unique=True))
+    return objects_at(process, np.setdiff1d(addresses(after), addresses(before), assume_unique=True))
 
 
 def said_of_objects(before: OwnPages, after: OwnPages) -> str:

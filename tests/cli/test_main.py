@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -456,3 +457,10 @@ def test_prepare_says_where_nothing_is_saved(
     shown = capfd.readouterr().out
     assert ("Nothing is saved" in shown) == ("  shared    0 pages" in shown)
     assert ("miniloader prove" in shown) != ("Nothing is saved" in shown)
+
+
+def test_what_an_installation_may_lack_is_what_it_asks_for() -> None:
+    asked_for = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
+    assert sorted(cli._PROJECTS.values()) == sorted(re.split("[<>=]", project)[0] for project in asked_for)

@@ -111,13 +111,13 @@ def test_lengths_are_capstones_for_what_it_knows() -> None:
     code = bytes(image.read(section.vaddr, section.size))
     engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     compared = set()
-    for match in re.finditer(rb"[\xc4\xc5\x62]", code[: 1 << 22]):
+    for match in re.finditer(rb"[\xc4\xc5\x62]", code):
         at = match.start()
         insn = next(engine.disasm_lite(code[at : at + 15], 0, 1), None)
         if insn is not None and insn[2].startswith("v") and len(compared) < 20_001:
             assert vector_length(code[at : at + 15], 64) == insn[1], code[at : at + 15].hex()
             compared.add(code[at : at + insn[1]])
-    assert len(compared) > 5_000
+    assert len(compared) > 20_000
 
 
 def functions(landmarks: Landmarks) -> Iterator[CodeRange]:

@@ -93,7 +93,7 @@ def audit(
     unreadable = [answer for answer in answers if isinstance(answer, Unreadable)]
     assemble = partial(_assembled, files=memo.files, level=chosen, when=when, causes=causes)
     found, left_out = sparing(surveys, assemble)
-    unreadable += [_fault(process.pid, error) for process, error in left_out]
+    unreadable += [_unreadable(process.pid, error) for process, error in left_out]
     return replace(found, unreadable=tuple(unreadable))
 
 
@@ -150,15 +150,15 @@ def _settle(surveys: Sequence[Survey], files: MappedFiles) -> None:
 def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
     try:
         return look(pid)
-    except ProcessGone as error:
-        return Unreadable(pid, error.message, "", gone=True)
-    except EvidenceError as error:
-        return Unreadable(pid, error.message, error.hint or "")
     except Exception as error:  # noqa: BLE001 - whatever one process has, the others are judged
-        return _fault(pid, error)
+        return _unreadable(pid, error)
 
 
-def _fault(pid: int, error: Exception) -> Unreadable:
+def _unreadable(pid: int, error: Exception) -> Unreadable:
+    """What is said of a process in place of a look at it, which raised ``error``."""
+    if isinstance(error, EvidenceError):
+        gone = isinstance(error, ProcessGone)
+        return Unreadable(pid, error.message, "" if gone else error.hint or "", gone=gone)
     said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
     return Unreadable(pid, said, "please report it, with what this process has mapped")
 

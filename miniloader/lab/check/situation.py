@@ -100,15 +100,12 @@ def owners_of(
     file whose tables do not let a name be looked up.
     """
     wanted = np.ascontiguousarray(symbols)
+    how = {"versioned": versioned, "plt_entries": plt_entries}
 
     def rows_in(members: Sequence[SharedObject], own: int | None) -> NDArray[np.void]:
-        tables, how = (
-            [member.names for member in members],
-            {"versioned": versioned, "plt_entries": plt_entries},
-        )
-        return np.frombuffer(
-            look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows, DEFINITION
-        )
+        tables = [member.names for member in members]
+        rows = look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows
+        return np.frombuffer(rows, DEFINITION)
 
     try:
         return rows_in(scope, own)

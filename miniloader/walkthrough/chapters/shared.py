@@ -20,7 +20,6 @@ __all__ = ["CHAPTER", "Talk", "Talks"]
 
 _PAGES = 4
 _QUESTION, _ANSWER = "are you there?", "yes, I am"
-
 _AT, _REPLY_AT = 0, 2 * PAGE_SIZE
 
 

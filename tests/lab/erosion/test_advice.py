@@ -50,7 +50,7 @@ def test_freezing_saves_at_most_what_is_said() -> None:
     saved = grown[""] - grown["gc.collect(); gc.freeze()"]
     assert saved > 1 << 20
     assert promised.bound == "at most"
-    assert 0.95 * saved <= promised.bytes <= 1.6 * saved  # two runs are never alike to the page
+    assert saved <= promised.bytes <= 1.6 * saved
 
 
 def test_one_more_worker_costs_what_is_said() -> None:
