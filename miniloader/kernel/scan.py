@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from miniloader.errors import EvidenceError
 from miniloader.kernel import syscalls
 from miniloader.kernel.pagemap import PageMap
-from miniloader.kernel.syscalls import PAGE_SIZE
 
 __all__ = [
     "ALL",
@@ -31,7 +30,6 @@ __all__ = [
     "IS_WRITTEN",
     "IS_ZERO",
     "REGION_DTYPE",
-    "categories_of",
     "lie_in",
     "scan",
 ]
@@ -122,17 +120,6 @@ def _refused(error: OSError) -> EvidenceError:
     if error.errno == errno.ENOTTY:
         return EvidenceError("PAGEMAP_SCAN: this kernel does not have it", hint="it came with Linux 6.7")
     return EvidenceError(f"PAGEMAP_SCAN: {error.strerror}")
-
-
-def categories_of(regions: NDArray[np.void], start: int, end: int) -> NDArray[np.uint64]:
-    """The regions spread out: one word of categories for each page of [``start``, ``end``), else 0."""
-    pages = np.zeros((end - start) // PAGE_SIZE + 1, dtype=np.uint64)
-    first = (regions["start"].astype(np.int64) - start) // PAGE_SIZE
-    last = (regions["end"].astype(np.int64) - start) // PAGE_SIZE
-    # Each run adds its categories where it begins and takes them away where it ends (modulo 2**64).
-    np.add.at(pages, first, regions["categories"])
-    np.subtract.at(pages, last, regions["categories"])
-    return np.cumsum(pages[:-1], dtype=np.uint64)
 
 
 def lie_in(regions: NDArray[np.void], addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:

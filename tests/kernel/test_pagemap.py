@@ -37,7 +37,7 @@ def compare_with_smaps(pid: int) -> tuple[int, int]:
                 continue
             entries = pagemap.table(vma.start, vma.end)
             zero = scan.scan(pagemap, vma.start, vma.end, required=scan.IS_ZERO)
-            real = entries.present & (scan.categories_of(zero, vma.start, vma.end) == 0)
+            real = entries.present & ~scan.lie_in(zero, entries.addresses)
             assert np.count_nonzero(real) * PAGE_SIZE == one.sizes["Rss"], vma
             assert np.count_nonzero(real & ~entries.file) * PAGE_SIZE == one.sizes["Anonymous"], vma
             assert np.count_nonzero(entries.swapped) * PAGE_SIZE == one.sizes["Swap"], vma

@@ -11,7 +11,7 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel import scan, syscalls
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import FILE, PRESENT, SOFT_DIRTY, SWAPPED, PageMap
-from miniloader.kernel.scan import REGION_DTYPE, categories_of
+from miniloader.kernel.scan import REGION_DTYPE
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteWatch
 from tests.memory import failing, map_anonymous, map_file, needs_scan, still_child, store, touch
@@ -32,9 +32,11 @@ def compare(pid: int) -> int:
             if vma.path.startswith("[v"):
                 continue
             words = pagemap.read(vma.start, vma.end)
-            categories = categories_of(scan.scan(pagemap, vma.start, vma.end), vma.start, vma.end)
+            regions = scan.scan(pagemap, vma.start, vma.end)
+            addresses = np.arange(vma.start, vma.end, PAGE_SIZE, dtype=np.uint64)
             for category, bit in SAME.items():
-                ours, theirs = words & bit != 0, categories & np.uint64(category) != 0
+                of_category = regions[regions["categories"] & np.uint64(category) != 0]
+                ours, theirs = words & bit != 0, scan.lie_in(of_category, addresses)
                 assert (ours == theirs).all(), (vma, category)
             present += np.count_nonzero(words & PRESENT)
     return present
@@ -96,12 +98,13 @@ def test_more_regions_than_a_buffer_holds(count: int) -> None:
         syscalls.munmap(start, end - start)
 
 
-def test_categories_spread_over_pages() -> None:
+def test_pages_that_lie_in_regions() -> None:
     regions = np.array(
-        [(2 * PAGE_SIZE, 4 * PAGE_SIZE, 8), (4 * PAGE_SIZE, 5 * PAGE_SIZE, 2**63)], dtype=REGION_DTYPE
+        [(2 * PAGE_SIZE, 4 * PAGE_SIZE, 8), (5 * PAGE_SIZE, 6 * PAGE_SIZE, 8)], dtype=REGION_DTYPE
     )
-    assert categories_of(regions, PAGE_SIZE, 6 * PAGE_SIZE).tolist() == [0, 8, 8, 2**63, 0]
-    assert categories_of(regions[:0], 0, PAGE_SIZE).tolist() == [0]
+    addresses = np.arange(PAGE_SIZE, 7 * PAGE_SIZE, PAGE_SIZE, dtype=np.uint64)
+    assert scan.lie_in(regions, addresses).tolist() == [False, True, True, False, True, False]
+    assert not scan.lie_in(regions[:0], addresses).any()
 
 
 def test_a_kernel_without_it() -> None:
