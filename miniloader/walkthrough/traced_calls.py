@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from miniloader.kernel import syscalls
 
-__all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "is_indexed", "quoted", "shortened"]
+__all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "is_indexed", "page_slice", "quoted", "shortened"]
 
 T = TypeVar("T")
 
@@ -88,6 +88,16 @@ def quoted(data: bytes, most: int = 32) -> str:
             return f'"{shown}"...'
         shown += sign
     return f'"{shown}"'
+
+
+def page_slice(number: int, length: int, name: str = "p") -> str:
+    """The first ``length`` bytes of page ``number`` of a mapping, as the trace writes them.
+
+    >>> page_slice(0, 5, "memory")
+    'memory[0:5]'
+    """
+    start = number * syscalls.PAGE_SIZE
+    return f"{name}[{start}:{start + length}]"
 
 
 def is_indexed(call: TracedCall) -> bool:

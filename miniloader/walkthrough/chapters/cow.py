@@ -12,7 +12,7 @@ from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, before_and_after, copied_pages, in_words
 from miniloader.walkthrough.step import ChangedWord, ChapterStep, OfPages, PageBytes
-from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
+from miniloader.walkthrough.traced_calls import Calls, Mapping, page_slice, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "CowPages"]
@@ -64,9 +64,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     rows = [("this process", os.getpid(), memory.address), ("other", reader.pid, bench.resume(reader))]
     _touch_all(bench, memory)
     before = bench.look(rows, _PAGES, "touched")[0]
-    bytes_before = bench.load(
-        memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 32}]"
-    )
+    bytes_before = bench.load(memory.page(_WRITTEN), 32, page_slice(_WRITTEN, 32))
     yield ChapterStep(
         "touched",
         f"Two processes map the same file of {_PAGES} pages with MAP_PRIVATE, and read every page. "
@@ -80,9 +78,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CowPages]:
     after = bench.look(rows, _PAGES, "written")[0]
     in_file = bench.pread(fd, 5, _WRITTEN * PAGE_SIZE)
     read_there = bench.resume(reader)
-    bytes_after = bench.load(
-        memory.page(_WRITTEN), 32, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 32}]"
-    )
+    bytes_after = bench.load(memory.page(_WRITTEN), 32, page_slice(_WRITTEN, 32))
     store = ChangedWord(0, 5, "the store: in this process's copy only")
     title = f"page {_WRITTEN}, as this process sees it"
     yield ChapterStep(
@@ -133,8 +129,8 @@ def _file_changed(
     writer = bench.opened(path, os.O_RDWR)
     for page in (_WRITTEN, _LATER):
         bench.pwrite(writer, b"later", page * PAGE_SIZE)
-    in_copy = bench.load(memory.page(_WRITTEN), 5, f"p[{_WRITTEN * PAGE_SIZE}:{_WRITTEN * PAGE_SIZE + 5}]")
-    elsewhere = bench.load(memory.page(_LATER), 5, f"p[{_LATER * PAGE_SIZE}:{_LATER * PAGE_SIZE + 5}]")
+    in_copy = bench.load(memory.page(_WRITTEN), 5, page_slice(_WRITTEN, 5))
+    elsewhere = bench.load(memory.page(_LATER), 5, page_slice(_LATER, 5))
     yield ChapterStep(
         "file changed",
         f"Now somebody changes the file itself, with pwrite, in page {_WRITTEN} and in page {_LATER}.",

@@ -25,7 +25,7 @@ from miniloader.walkthrough.mapping_views import (
     states_of,
 )
 from miniloader.walkthrough.step import ChapterStep, OfPages
-from miniloader.walkthrough.traced_calls import Calls, Mapping, quoted
+from miniloader.walkthrough.traced_calls import Calls, Mapping, page_slice, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "ForkedPages"]
@@ -60,9 +60,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
         calls.store(memory.page(_BY_CHILD), b"child", f"p[{_BY_CHILD * PAGE_SIZE}]")
         calls.store(board.address, b"hello", "shared[0]")
         yield None
-        yield calls.load(
-            memory.page(_BY_PARENT), 5, f"p[{_BY_PARENT * PAGE_SIZE}:{_BY_PARENT * PAGE_SIZE + 5}]"
-        )
+        yield calls.load(memory.page(_BY_PARENT), 5, page_slice(_BY_PARENT, 5))
 
     child = bench.child("child", child_body)
     bench.resume(child)
@@ -86,9 +84,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, ForkedPages]:
     bench.resume(child)
     bench.store(memory.page(_BY_PARENT), b"mine!", f"p[{_BY_PARENT * PAGE_SIZE}]")
     written = bench.look(rows, _PAGES, "written")
-    parent_reads = bench.load(
-        memory.page(_BY_CHILD), 5, f"p[{_BY_CHILD * PAGE_SIZE}:{_BY_CHILD * PAGE_SIZE + 5}]"
-    )
+    parent_reads = bench.load(memory.page(_BY_CHILD), 5, page_slice(_BY_CHILD, 5))
     word = bench.load(board.address, 5, "shared[0:5]")
     child_reads = bench.resume(child)
     pages = (_BY_CHILD, _BY_PARENT)

@@ -27,7 +27,7 @@ from miniloader.walkthrough.mapping_views import (
     states_of,
 )
 from miniloader.walkthrough.step import ChapterStep, Figures, OfPages
-from miniloader.walkthrough.traced_calls import Mapping, quoted
+from miniloader.walkthrough.traced_calls import Mapping, page_slice, quoted
 from miniloader.walkthrough.workbench import Workbench
 
 __all__ = ["CHAPTER", "MappedThings"]
@@ -162,7 +162,7 @@ def _zeros(
 ) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
     """Read and write memory without a file; what the device gave, what memory gave, and its pages."""
     zeros = bench.load(device.address, 8, "device[0:8]")
-    nothing = bench.load(anonymous.page(1), 8, f"memory[{PAGE_SIZE}:{PAGE_SIZE + 8}]")
+    nothing = bench.load(anonymous.page(1), 8, page_slice(1, 8, "memory"))
     bench.store(anonymous.page(2), b"mine", f"memory[{2 * PAGE_SIZE}]")
     memory = bench.look_at(anonymous, title="device and memory")
     yield ChapterStep(

@@ -19,26 +19,19 @@ from miniloader.lab.erosion.chunks import chunks_between, chunks_of_arena
 from tests.lab.erosion.pools import in_two_copies, needs_frames
 from tests.lab.erosion.test_objects import _AT, Bytes, row_of
 
-_SOURCE = r"""
+#: What each program begins with: how it ends.
+_BEGINNING = r"""
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-int main(void) {
-    enum { N = 4000 };
-    static char *kept[N], *freed[N / 4];
-    mallopt(M_MMAP_THRESHOLD, 1 << 30);
-    for (int i = 0; i < N; i++) {
-        kept[i] = memset(malloc(1200), 1, 1200);              /* beyond what a thread keeps: 1032 bytes */
-        if (i % 4 == 0) freed[i / 4] = memset(malloc(2000), 2, 2000);
-    }
-    for (int i = 0; i < N / 4; i++) free(freed[i]);
+static int with_a_child_that_writes(char **chunks, int count, int place) {
     int ready[2];
     if (pipe(ready)) return 1;
     pid_t child = fork();
     if (child == 0) {
-        for (int i = 0; i < N; i++) kept[i][600] = 3;
+        for (int i = 0; i < count; i++) chunks[i][place] = 3;
         if (write(ready[1], "x", 1) != 1) return 1;
         for (;;) pause();
     }
@@ -50,16 +43,25 @@ int main(void) {
 }
 """
 
+_SOURCE = r"""
+int main(void) {
+    enum { N = 4000 };
+    static char *kept[N], *freed[N / 4];
+    mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    for (int i = 0; i < N; i++) {
+        kept[i] = memset(malloc(1200), 1, 1200);              /* beyond what a thread keeps: 1032 bytes */
+        if (i % 4 == 0) freed[i / 4] = memset(malloc(2000), 2, 2000);
+    }
+    for (int i = 0; i < N / 4; i++) free(freed[i]);
+    return with_a_child_that_writes(kept, N, 600);
+}
+"""
+
 
 #: A thread that allocates more than one heap of its arena holds; argv[1] gets where the chunks are that were
 #: kept, and then where those are that were freed.
 _THREAD = r"""
-#include <malloc.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 enum { N = 14000 };
 static char *kept[N], *freed[N];
 static void *work(void *nothing) {
@@ -74,23 +76,12 @@ int main(int argc, char **argv) {
     mallopt(M_MMAP_THRESHOLD, 1 << 30);
     FILE *told = argc > 1 ? fopen(argv[1], "w") : NULL;
     pthread_t thread;
-    int ready[2];
-    if (!told || pipe(ready)) return 1;
+    if (!told) return 1;
     if (pthread_create(&thread, NULL, work, NULL) || pthread_join(thread, NULL)) return 1;
     fwrite(kept, sizeof kept, 1, told);
     fwrite(freed, sizeof freed, 1, told);
     fclose(told);
-    pid_t child = fork();
-    if (child == 0) {
-        for (int i = 0; i < N; i++) kept[i][2000] = 3;
-        if (write(ready[1], "x", 1) != 1) return 1;
-        for (;;) pause();
-    }
-    char byte;
-    if (read(ready[0], &byte, 1) != 1) return 1;
-    printf("%d\n", child);
-    fflush(stdout);
-    for (;;) pause();
+    return with_a_child_that_writes(kept, N, 2000);
 }
 """
 
@@ -98,7 +89,7 @@ int main(int argc, char **argv) {
 @contextmanager
 def c_pool(directory: Path, program: str = _SOURCE) -> Iterator[tuple[int, int]]:
     source = directory / "pool.c"
-    source.write_text(program)
+    source.write_text(_BEGINNING + program)
     subprocess.run(["gcc", "-O1", "-pthread", "-o", directory / "pool", source], check=True)
     with subprocess.Popen(
         [directory / "pool", directory / "told"], stdout=subprocess.PIPE, text=True
