@@ -10,7 +10,7 @@ import pytest
 import miniloader
 from miniloader.kernel.maps import read_maps
 from miniloader.lab.audit.grouping import GROUPED_BY, Grouping, grouped
-from tests.lab.audit.told_processes import KB, rollup_of, told, told_children
+from tests.lab.audit.told_processes import KB, agreed, rollup_of, told, told_children
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,16 @@ def audited(demo: Path) -> tuple[miniloader.Audit, int]:
     load = f"import ctypes; lib = ctypes.CDLL({str(demo)!r})"
     with told(load) as first, told_children(first, 1) as (child,), told() as second:
         pids = [first.pid, child, second.pid]
-        found = miniloader.audit(pids, causes=False)
-        for process in found.processes:
-            sums = rollup_of(process.pid)
-            assert process.uss == (sums["Private_Clean"] + sums["Private_Dirty"]) * KB
-        return found, sum(len(read_maps(pid)) for pid in pids)
+        audits = list[miniloader.Audit]()
+
+        def own() -> tuple[list[int], list[int]]:
+            audits.append(miniloader.audit(pids, causes=False))
+            sums = map(rollup_of, pids)
+            theirs = [(one["Private_Clean"] + one["Private_Dirty"]) * KB for one in sums]
+            return [process.uss for process in audits[-1].processes], theirs
+
+        agreed(own)
+        return audits[-1], sum(len(read_maps(pid)) for pid in pids)
 
 
 @pytest.fixture

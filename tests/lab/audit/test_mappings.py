@@ -29,11 +29,13 @@ from tests.lab.audit.told_processes import (
     ANONYMOUS,
     KB,
     Told,
+    agreed,
     huge_pages_in_reserve,
     page_of,
     rollup_of,
     told,
     told_children,
+    wait_until_at_rest,
 )
 
 _PAGES = 8
@@ -152,15 +154,21 @@ answer = libc.clone(pause, stack + (1 << 16), 0x100 | 17, None)
 """
     with told(ANONYMOUS) as parent:
         child = parent(clone)
+        wait_until_at_rest(child)
+
+        def own() -> tuple[tuple[int, ...], tuple[int, ...]]:
+            together = audit([parent.pid, child], causes=False)
+            alone = audit([parent.pid], causes=False).uss
+            return (*(process.uss for process in together.processes), together.uss), (alone, alone, alone)
+
         try:
             found = audit([parent.pid, child], causes=False)
-            alone = audit([parent.pid], causes=False)
+            agreed(own)
         finally:
             parent(f"os.kill({child}, 9); os.waitpid({child}, 0)")
     assert [(process.pid, process.memory_of) for process in found.processes] == [
         (parent.pid, None), (child, parent.pid),
     ]  # fmt: skip
-    assert found.processes[0].uss == found.processes[1].uss == found.uss == alone.uss
     assert {process.pid for mapping in found.mappings for process in mapping.processes} == {parent.pid}
     assert {process.pid for library in found.libraries for process in library.processes} == {parent.pid}
 
@@ -213,6 +221,7 @@ def child_that_reads():
         alone = look(parent.pid, frames=False)[name]
         assert (alone.resident, alone.own, alone.shared, alone.inherited) == (size, size, 0, 0)
         child = parent("answer = child_that_reads()")
+        wait_until_at_rest(child)
         for pid in (parent.pid, child):
             row = look(pid, frames=False)[name]
             assert (row.resident, row.own, row.shared, row.inherited) == (size, 0, size, 0)
@@ -232,6 +241,7 @@ def test_transparent_huge_pages_are_a_part_of_what_is_own() -> None:
         assert row.huge == in_huge
         assert row.own >= 2 * huge + PAGE_SIZE
         child = process("answer = os.fork()\nif answer == 0:\n    while True: signal.pause()")
+        wait_until_at_rest(child)
         row = look(process.pid, frames=False)[MappingName("anonymous", "")]
         assert row.inherited >= in_huge
         assert rollup_of(process.pid)["AnonHugePages"] * KB == row.huge

@@ -20,7 +20,7 @@ from miniloader.lab.audit import select
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.select import choose
 from tests.conftest import AsNobody
-from tests.lab.audit.told_processes import KB, rollup_of, smaps_of
+from tests.lab.audit.told_processes import KB, rollup_of, smaps_of, wait_until_at_rest
 
 pytestmark = pytest.mark.needs_root("to become an ordinary user")
 
@@ -37,6 +37,7 @@ def child(first: Callable[[], object] = lambda: None) -> Iterator[int]:
             signal.pause()
     try:
         os.read(reading, 1)
+        wait_until_at_rest(pid)
         yield pid
     finally:
         os.kill(pid, signal.SIGKILL)

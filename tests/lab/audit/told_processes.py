@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -32,6 +32,8 @@ for line in sys.stdin:
     print(json.dumps(scope["answer"]), flush=True)
 """
 
+
+T = TypeVar("T")
 
 KB = 1024  # the unit of smaps
 
@@ -71,6 +73,26 @@ def word(name, offset=0): return int.from_bytes(ctypes.string_at(at(name) + offs
 """
 
 
+def wait_until_at_rest(*pids: int) -> None:
+    """Until each process waits for something (or has ended): until then it may touch pages yet."""
+    for pid in pids:
+        while read_stat(pid)[1][0] not in "SZ":
+            time.sleep(0.0005)
+
+
+def agreed(look: Callable[[], tuple[T, T]], times: int = 30) -> T:
+    """What both halves of a look say, which is made anew until they say the same; the last time they must.
+
+    Who else maps a file meanwhile, in a process of another test, changes what a process alone maps of it.
+    """
+    for _ in range(times):
+        ours, theirs = look()
+        if ours == theirs:
+            break
+    assert ours == theirs
+    return ours
+
+
 class Told:
     """A process; ``told("answer = 1 + 1")`` is 2."""
 
@@ -84,8 +106,7 @@ class Told:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the process has ended"
-        while read_stat(self.pid)[1][0] not in "SZ":  # it has answered, and is not yet waiting for the next
-            time.sleep(0.0005)
+        wait_until_at_rest(self.pid)  # it has answered, and is not yet waiting for the next
         return json.loads(line)
 
 
@@ -124,6 +145,7 @@ def told_children(parent: Told, count: int) -> Iterator[list[int]]:
         "        while True: signal.pause()\n"
         "    os.close(writing); os.read(reading, 1); os.close(reading); answer.append(child)"
     )
+    wait_until_at_rest(*pids)
     try:
         yield pids
     finally:
@@ -175,6 +197,7 @@ def own_child(path: str, *, replace: bool = False) -> tuple[str, set[str], set[s
             signal.pause()
     try:
         os.read(reading, 1)
+        wait_until_at_rest(child)
         found = miniloader.audit([child], library=path)  # another test may have loaded a copy here
         pages = found.library(path).private_pages
         causes = {cause for page in pages for cause in page.causes}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import FILE, FRAME, PRESENT, read_pagemap
 from miniloader.kernel.probe import best_level
 from miniloader.kernel.syscalls import PAGE_SIZE
-from tests.lab.audit.told_processes import ANONYMOUS, Told, told
+from tests.lab.audit.told_processes import ANONYMOUS, Told, told, wait_until_at_rest
 
 needs_frames = pytest.mark.skipif(best_level() != "frames", reason="needs root: frames")
 
@@ -51,13 +49,14 @@ class Pool:
     def fork(self) -> int:
         """Fork a worker: its pid."""
         self.workers.append(self.parent("answer = fork()"))
-        while " S " not in Path(f"/proc/{self.workers[-1]}/stat").read_text():  # at rest, it writes no page
-            time.sleep(0.001)
+        wait_until_at_rest(self.workers[-1])
         return self.workers[-1]
 
     def ask(self, pid: int, code: str) -> Any:
         """Have a worker do it; what it answers."""
-        return self.parent(f"answer = ask({pid}, {json.dumps(code)})")
+        answer = self.parent(f"answer = ask({pid}, {json.dumps(code)})")
+        wait_until_at_rest(pid)
+        return answer
 
     @property
     def pids(self) -> list[int]:
