@@ -44,9 +44,11 @@ def eroded_chunks(memory: PresentMemory, apart: NDArray[np.uint64]) -> tuple[Ero
     """The chunks that begin on the pages at these ascending addresses, in use and free, those of threads'
     arenas apart; none where it is not glibc's heap.
     """
-    heap = next(((vma.start, vma.end) for vma in read_maps(memory.pid) if vma.path == "[heap]"), (0, 0))
-    inside = (apart >= heap[0]) & (apart < heap[1])
-    main = [chunks_between(memory, *heap)] if inside.any() else []
+    # What the heap of a child grows by after the fork is a mapping of its own.
+    heap = [vma for vma in read_maps(memory.pid) if vma.path == "[heap]"]
+    start, end = (heap[0].start, heap[-1].end) if heap else (0, 0)
+    inside = (apart >= start) & (apart < end)
+    main = [chunks_between(memory, start, end)] if inside.any() else []
     starts = np.unique(apart[~inside] & ~np.uint64(_HEAP - 1)).tolist()
     arenas = [chunks_of_arena(memory, start) for start in starts]
     return (

@@ -26,12 +26,13 @@ _BEGINNING = r"""
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-static int with_a_child_that_writes(char **chunks, int count, int place) {
+static int with_a_child_that_writes(char **chunks, int count, int place, int more) {
     int ready[2];
     if (pipe(ready)) return 1;
     pid_t child = fork();
     if (child == 0) {
         for (int i = 0; i < count; i++) chunks[i][place] = 3;
+        for (int i = 0; i < more; i++) chunks[i] = memset(malloc(4000), 1, 4000);
         if (write(ready[1], "x", 1) != 1) return 1;
         for (;;) pause();
     }
@@ -53,7 +54,7 @@ int main(void) {
         if (i % 4 == 0) freed[i / 4] = memset(malloc(2000), 2, 2000);
     }
     for (int i = 0; i < N / 4; i++) free(freed[i]);
-    return with_a_child_that_writes(kept, N, 600);
+    return with_a_child_that_writes(kept, N, 600, MORE);
 }
 """
 
@@ -81,13 +82,13 @@ int main(int argc, char **argv) {
     fwrite(kept, sizeof kept, 1, told);
     fwrite(freed, sizeof freed, 1, told);
     fclose(told);
-    return with_a_child_that_writes(kept, N, 2000);
+    return with_a_child_that_writes(kept, N, 2000, 0);
 }
 """
 
 
 @contextmanager
-def c_pool(directory: Path, program: str = _SOURCE) -> Iterator[tuple[int, int]]:
+def c_pool(directory: Path, program: str) -> Iterator[tuple[int, int]]:
     source = directory / "pool.c"
     source.write_text(_BEGINNING + program)
     subprocess.run(["gcc", "-O1", "-pthread", "-o", directory / "pool", source], check=True)
@@ -104,8 +105,10 @@ def c_pool(directory: Path, program: str = _SOURCE) -> Iterator[tuple[int, int]]
 
 
 @needs_frames
-def test_chunks_of_a_c_program(tmp_path: Path) -> None:
-    with c_pool(tmp_path) as (parent, child):
+@pytest.mark.parametrize("more", [0, 2000])
+def test_chunks_of_a_c_program(tmp_path: Path, more: int) -> None:
+    """Also where the child allocates more: what its heap grows by is a mapping of its own."""
+    with c_pool(tmp_path, f"#define MORE {more}{_SOURCE}") as (parent, child):
         row = row_of(audit([parent, child], library="nothing"), child)
     assert row.runtime is None
     found = {kind.type: kind for kind in row.objects}
