@@ -15,6 +15,7 @@ import pytest
 
 from fixtures import build
 from miniloader import cli
+from tests.lab.conftest import children_of
 
 COMMAND = [sys.executable, "-m", "miniloader"]
 DEMO, HANGS, SAVED, MISSING = "{demo}", "{misbehaves}", "{saved}", "/nonexistent/x"
@@ -136,7 +137,8 @@ def test_ctrl_c_is_130(command: tuple[str, ...], saved: Path) -> None:
         env=os.environ | {"MINILOADER_MISBEHAVE": "hang"},
         start_new_session=True,
     ) as process:
-        time.sleep(1.0)
+        while not children_of(process.pid) and process.poll() is None:  # Python has to start first
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (cli.INTERRUPTED, "miniloader: interrupted\n")

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from miniloader.walkthrough.chapter import Finding
 from miniloader.walkthrough.chapters import CHAPTERS, chapters, cow
 from miniloader.walkthrough.workbench import Workbench
 from tests.conftest import AsNobody
+from tests.lab.audit.told_processes import wait_until_at_rest
 from tests.lab.conftest import children_of, wait_until_gone
 
 COMMAND = [sys.executable, "-m", "miniloader", "walkthrough"]
@@ -81,7 +81,7 @@ def at_terminal(
             end, asked = prompt.end(), asked + 1
             answer = next(waiting, "\n")
             if answer == "\x03":  # Python misses a signal that comes just before it reads
-                time.sleep(0.3)
+                wait_until_at_rest(child)
             os.write(terminal, answer.encode())
     os.close(terminal)
     _, status = os.waitpid(child, 0)

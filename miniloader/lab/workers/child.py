@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LISTEN_EVERY: Final = 200  # milliseconds
 
 
 @contextmanager
@@ -58,20 +59,26 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _await_end(pid: int) -> None:
-    """Wait until a child has ended, and leave it to be reaped; ChildProcessError where it is nobody's."""
+    """Wait until a child has ended, and leave it to be reaped.
+
+    A signal that comes between Python's last look and the system call that waits is not heard before that
+    returns: so it returns every so often.
+    """
     try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    except PermissionError:  # a filter of system calls (seccomp)
-        try:
-            descriptor = os.pidfd_open(pid)
-        except PermissionError:  # who reaps it waits as well
-            return
-        try:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            poll.poll()
-        finally:
-            os.close(descriptor)
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:  # it has ended, and somebody has reaped it
+        return
+    except OSError:  # a filter of system calls (seccomp), too many open files
+        with suppress(PermissionError, ChildProcessError):  # who reaps it waits as well
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not poll.poll(_LISTEN_EVERY):
+            pass
+    finally:
+        os.close(descriptor)
 
 
 class ForkedProcess:
@@ -109,8 +116,7 @@ class ForkedProcess:
     def wait(self) -> int | None:
         """Wait for its end; its exit code, see :func:`ending`."""
         if self._runs:
-            with suppress(ChildProcessError):
-                _await_end(self.pid)  # interrupted now, it is still ours
+            _await_end(self.pid)  # interrupted now, it is still ours
             self._reap()
         return self._code
 

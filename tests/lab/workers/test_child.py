@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -118,6 +119,29 @@ def test_how_a_process_ended_in_words(code: int | None, words: str, name: str | 
     assert str(death("the process", code, "libx.so: crash()")) == f"libx.so: crash(): the process {words}"
     if name is not None:
         assert signal_name(code or 0) == name
+
+
+def test_an_interrupt_that_wakes_nobody_is_heard() -> None:
+    """One that comes just before the system call that waits; here another thread is given it."""
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait()
+
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with ForkedProcess(_sleep) as process:
+        other = threading.Timer(0.1, interrupt)
+        other.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                process.wait()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+            ended.set()
+            other.join()
+    assert not lives(process.pid)
 
 
 def test_a_child_is_awaited_where_waitid_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
