@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from miniloader.arrays import np
 from miniloader.elf import ElfImage, LoadPlan
-from miniloader.elf.symbols import SHN_ABS, STT_GNU_IFUNC, STT_TLS
+from miniloader.elf.symbols import SHN_ABS, STB_GNU_UNIQUE, STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import LoadError, SymbolError
 from miniloader.forking import importing
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import dynamic_linker, thread_local
+from miniloader.loader.beside_glibc import dynamic_linker, gnu_unique, thread_local
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
@@ -189,6 +189,11 @@ def _address_of(library: Loaded, name: bytes, version: str | None) -> int | None
         address = value if shndx == SHN_ABS else library.bias + value
     if info & 0xF == STT_TLS and library.blocks.own is not None:
         return thread_local.address_of(library.blocks.own, value)
+    if info >> 4 == STB_GNU_UNIQUE:
+        address, definer = gnu_unique.settled(name, address, library)
+        if definer is not None:
+            library.share(definer)
+        return address
     return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
 
 

@@ -175,11 +175,16 @@ class Loaded:
             self.holds.append(definer)
 
     def share(self, definer: Definer) -> None:
-        """Note that it is bound to a unique symbol of ``definer``, as whoever comes later will be."""
-        self.hold(definer)
-        if isinstance(definer, Loaded) and not definer.shared:
-            definer.shared = True
-            definer.undo.callback(gnu_unique.forget, definer)
+        """Note that it is bound to a unique symbol of ``definer``, as whoever comes later will be.
+
+        So ``definer`` stays, but for one whose code does not run: nothing can refer to it.
+        """
+        if isinstance(definer, Loaded):
+            definer.will_stay |= definer.policy.init
+            self.hold(definer)
+            if not definer.shared:
+                definer.shared = True
+                definer.undo.callback(gnu_unique.forget, definer)
 
     @property
     def stand_ins(self) -> dict[int, int]:

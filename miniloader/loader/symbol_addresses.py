@@ -13,7 +13,8 @@ from itertools import chain
 from typing import Final
 
 from miniloader.errors import SymbolError
-from miniloader.loader.beside_glibc import gnu_unique, stand_ins
+from miniloader.loader import unload
+from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver, refuse_unbound
@@ -21,7 +22,7 @@ from miniloader.loader.relocation_groups import symbols_of
 from miniloader.loader.scope import Bindings, Definer, bind, find_name
 from miniloader.loader.spans import refuse
 from miniloader.loader.thread_storage import count_for_carrier
-from miniloader.native import KINDS, UNIQUE, Stopped
+from miniloader.native import KINDS, UNBOUND, UNIQUE, Stopped
 
 __all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
 
@@ -97,18 +98,31 @@ def _names_of(library: Loaded | HostLibrary) -> Iterable[str]:
     return [library.soname or os.path.basename(library.name)]
 
 
+def _is_global(definer: Definer) -> bool:
+    return definer.is_global if isinstance(definer, HostLibrary) else definer in unload.global_scope
+
+
 def finder(library: Loaded, order: Sequence[Definer]) -> Callable[[int], int]:
     """Binds one symbol of the library, as binding all of them at once would have.
 
-    Libraries of ``order`` that have been closed since are passed over.
+    Libraries of ``order`` that have been closed since are passed over; those that have been made global since
+    come after those that were global then.
     """
 
-    def find(index: int) -> int:
+    def bound(index: int, process: Iterable[Definer]) -> Bindings:
         scope = [definer for definer in order if not isinstance(definer, Loaded) or definer.is_mapped]
+        place = max((place for place, definer in enumerate(scope, 1) if _is_global(definer)), default=0)
+        scope[place:place] = [definer for definer in process if definer not in scope]
         try:
-            bindings = bind(array("q", [index]), scope, scope.index(library))
+            return bind(array("q", [index]), scope, scope.index(library))
         except Stopped as stopped:
             refuse(library.image, stopped)
+
+    def find(index: int) -> int:
+        bindings = bound(index, unload.global_scope)
+        if bindings.met & UNBOUND:
+            of_host = [theirs for theirs in host.listing().found if theirs.is_global]
+            bindings = bound(index, [*of_host, *unload.global_scope])
         refuse_unbound(library.image, bindings)
         address = addresses_of(library, bindings)[0][0]
         count_for_carrier(library)

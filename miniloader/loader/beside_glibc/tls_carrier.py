@@ -145,7 +145,7 @@ def open_carrier(
     start = dynamic_linker.load_address(handle)
     words = dynamic_linker.read_words(start + answers_at, 2 * len(questions))
     answers = dict(zip(questions, zip(words[::2], words[1::2], strict=True), strict=True))
-    return Carrier(name, handle, fd, answers, start + answers_at)
+    return Carrier(name, handle, fd, answers, start)
 
 
 def open_bytes(name: str, data: bytes) -> tuple[int, int]:

@@ -124,6 +124,8 @@ def close_library(handle: int, caller: Caller) -> int | None:
     if not stand_ins.is_handle(handle):
         return None
     library = library_of(handle)
+    if library is not None and library.stays:
+        return 0  # as in glibc, which does not even count
     if library is None or not library.handles:
         name = f"{library.name}: " if library is not None else ""
         raise LoadError(f"{name}dlclose: is not open", ld_so=f"{name}shared object not open")
