@@ -106,12 +106,16 @@ class GnuHash:
     buckets: NDArray[np.uint32]
     chains: NDArray[np.uint32]
 
+    def may_have(self, hashed: int) -> bool:
+        """Whether the Bloom filter lets a hash pass."""
+        bits = self.bloom.itemsize * 8
+        word = int(self.bloom[(hashed // bits) % len(self.bloom)])
+        return bool((word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1)
+
     def candidates(self, name: bytes) -> list[int]:
         """The symbols that have the hash of ``name``, in chain order."""
         hashed = gnu_hash(name)
-        bits = self.bloom.itemsize * 8
-        word = int(self.bloom[(hashed // bits) % len(self.bloom)])
-        if not (word >> (hashed % bits)) & (word >> ((hashed >> self.shift) % bits)) & 1:
+        if not self.may_have(hashed):
             return []
         symbols: list[int] = []
         at = int(self.buckets[hashed % len(self.buckets)]) - self.first

@@ -21,7 +21,6 @@ composed in :mod:`miniloader.loader.symbol_lookup` and :mod:`miniloader.loader.r
 from __future__ import annotations
 
 import ctypes
-import os
 import warnings
 from _ctypes import dlsym
 from array import array
@@ -215,8 +214,9 @@ class _Loops(ctypes.PyDLL):
 @lru_cache(maxsize=1)
 def functions() -> ctypes.PyDLL:
     """The loops themselves; they keep Python's lock, as one loop at a time has SIGBUS to itself."""
-    path = os.path.join(os.path.dirname(__file__), f"loops-{gate.processor()}.so")
-    gate.require_own_code(path)
+    path = gate.own_code()
+    if (lack := gate.lacks_own_code()) is not None:
+        raise lack
     try:
         library = _Loops(path)
     except OSError as error:

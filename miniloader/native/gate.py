@@ -21,10 +21,11 @@ __all__ = [
     "glibc_version",
     "is_noexec",
     "lacks_for_loading",
+    "lacks_own_code",
     "missing_of_glibc",
+    "own_code",
     "processor",
     "require_loading",
-    "require_own_code",
 ]
 
 #: The processors that libraries are loaded on, by the names of uname(2).
@@ -43,7 +44,7 @@ _MACHINES: Final = {
 }
 _EHDR: Final = struct.Struct("<40xQ10xHHxx")  # e_shoff, e_shentsize, e_shnum of 64 bits
 _AGAIN: Final = "install miniloader again"
-_STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, disasm, audit"
+_STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, check, disasm, audit"
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +104,7 @@ def compiled_code() -> tuple[str, str | None]:
     with importing:
         from hashlib import sha256  # which brings libcrypto into the process: for who asks
 
-    path = os.path.join(os.path.dirname(__file__), f"loops-{processor()}.so")
+    path = own_code()
     try:
         with open(path, "rb") as file:
             return path, sha256(file.read()).hexdigest()
@@ -124,8 +125,21 @@ def require_loading() -> None:
         raise UnsupportedError(f"nothing can be loaded here: {lack}", hint=_hint())
 
 
-def require_own_code(path: str) -> None:
-    """Raise :class:`UnsupportedError` where the compiled loops, at ``path``, cannot be used."""
+def own_code() -> str:
+    """The path of the compiled loops for this process's processor, whether they are there or not.
+
+    >>> os.path.basename(own_code()) == f"loops-{processor()}.so"
+    True
+    """
+    return os.path.join(os.path.dirname(__file__), f"loops-{processor()}.so")
+
+
+def lacks_own_code() -> UnsupportedError | None:
+    """Why the compiled loops cannot be used here; None where they can.
+
+    >>> lacks_own_code()
+    """
+    path = own_code()
     lack, hint, state = _lacks_of_python(), _hint(), "are missing"
     if lack is None and not os.path.exists(path):
         lack = f"there is none for {processor()}: no file {path}"
@@ -134,8 +148,7 @@ def require_own_code(path: str) -> None:
         lack, hint, state = _damage(path), _AGAIN, "cannot be used"
     if lack is None and is_noexec(path):
         lack, hint = f"the file system of {path} is mounted noexec", f"{_AGAIN}, where code may be run"
-    if lack is not None:
-        raise UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
+    return None if lack is None else UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
 
 
 def is_noexec(file: str | int) -> bool:

@@ -75,9 +75,12 @@ def test_what_needs_loading_says_so_in_one_line(
     [
         ("inspect", "{}"),
         ("inspect", "libc.so.6", "--search"),
+        ("inspect", "{}", "--bindings"),
         ("tree", "{}"),
+        ("check", "{}", "{python}"),
         ("disasm", "{}", "demo_add"),
         ("audit", "{pid}"),
+        ("audit", "{pid}", "--bindings"),
         ("doctor",),
         ("cache",),
         ("walkthrough", "mapping"),
@@ -88,7 +91,8 @@ def test_what_needs_loading_says_so_in_one_line(
 def test_what_needs_no_loading_works(
     words: tuple[str, ...], demo: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = cli.main([word.format(demo, pid=os.getpid()) for word in words])
+    given = {"pid": os.getpid(), "python": os.path.realpath(sys.executable)}
+    status = cli.main([word.format(demo, **given) for word in words])
     assert (status, capfd.readouterr().err) == (0, "")
 
 
@@ -111,14 +115,15 @@ def test_doctor_tells_which_code_is_ours(capsys: pytest.CaptureFixture[str]) -> 
     assert checksum in capsys.readouterr().out
 
 
-def test_symbols_are_not_looked_up_without_loops(
-    monkeypatch: pytest.MonkeyPatch, demo: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_loops_check_tells_what_is_wrong_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.build("tls_user_alone")
+    expected = miniloader.check(path)
+    monkeypatch.setattr(gate, "own_code", lambda: "/nowhere/loops.so")
     functions.cache_clear()
-    monkeypatch.setattr(gate, "processor", lambda: "riscv64")
-    assert cli.main(["check", str(demo)]) == 3
-    assert "loops are missing: there is none for riscv64" in capfd.readouterr().err
-    functions.cache_clear()
+    assert miniloader.check(path) == expected
+    assert [problem.kind for problem in expected.problems if problem.severity == "error"]
+    with pytest.raises(UnsupportedError, match=r"loops are missing: .* no file /nowhere/loops.so"):
+        functions()
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -2,7 +2,8 @@
 
 Read once, kept small, its descriptor closed: a run over all programs of a machine has some thousand of them.
 Names are looked up by :mod:`miniloader.native`, whatever class and byte order the file has: its tables are
-laid out once more, as a 64-bit little-endian file has them, by :func:`lookup_tables`.
+laid out once more, as a 64-bit little-endian file has them, by :func:`lookup_tables`; where its code does
+not run, by Python (:mod:`miniloader.lab.check.names`).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from miniloader.elf.symbols import GnuHash, SymbolTable, shown_name
 from miniloader.elf.tables import distinct, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version
 from miniloader.errors import ElfError
+from miniloader.lab.check.names import Names, names_of
 from miniloader.loader.root import Root
-from miniloader.loader.symbol_lookup import MappedSymbols
-from miniloader.native import Stopped, buffer_address
+from miniloader.native import Stopped
 from miniloader.values import dataclass
 
 __all__ = ["SharedObject", "Shelf", "SymbolUses", "lookup_tables", "symbol_uses"]
@@ -187,7 +188,7 @@ class SharedObject:
     uses: SymbolUses
     versions: dict[int, Version]
     versym: NDArray[np.uint16]
-    names: MappedSymbols
+    names: Names
     rows: NDArray[np.void]
     faults: tuple[tuple[str, str, str], ...]
     tables: bytearray
@@ -303,13 +304,12 @@ def _read(path: str, file: str, identity: tuple[int, int]) -> SharedObject | Elf
             )
         )
         tables, tags = lookup_tables(symbols)
-        readable = [(0, len(tables))]
-        names = MappedSymbols(buffer_address(tables), readable, tags, at_least=len(symbols))
         rows = (
             np.frombuffer(tables, _SYMBOL, len(symbols), tags[DT_SYMTAB])
             if len(symbols)
             else np.empty(0, _SYMBOL)
         )
+        names = names_of(symbols, rows, tables, tags)
         uses = symbol_uses(large.relocations)
         return SharedObject(
             path, file, identity, image,

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symbols import STB_WEAK, STT_GNU_IFUNC
 from miniloader.lab.check.closure import Closure
+from miniloader.lab.check.names import definitions_of
 from miniloader.lab.check.releases import Limit
 from miniloader.lab.check.shared_object import SharedObject, Shelf
 from miniloader.loader.search import Surroundings
 from miniloader.loader.spans import error_for
-from miniloader.loader.symbol_lookup import DEFINITION, look_up
 from miniloader.native import Stopped
 from miniloader.values import dataclass
 
@@ -103,9 +103,7 @@ def owners_of(
     how = {"versioned": versioned, "plt_entries": plt_entries}
 
     def rows_in(members: Sequence[SharedObject], own: int | None) -> NDArray[np.void]:
-        tables = [member.names for member in members]
-        rows = look_up(item.names, wanted, tables, [0] * len(tables), own, **how).rows
-        return np.frombuffer(rows, DEFINITION)
+        return definitions_of(item.names, wanted, [member.names for member in members], own, **how)
 
     try:
         return rows_in(scope, own)

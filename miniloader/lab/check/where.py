@@ -14,10 +14,10 @@ import numpy as np
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.dynamic import DT_STRSZ, DT_STRTAB
 from miniloader.errors import ElfError
+from miniloader.lab.check.names import is_defined
 from miniloader.lab.check.shared_object import SharedObject, Shelf
 from miniloader.loader.search import Surroundings
 from miniloader.loader.spans import error_for
-from miniloader.loader.symbol_lookup import look_name_up
 from miniloader.machine.names_at import Landmarks
 from miniloader.native import Stopped
 from miniloader.values import dataclass
@@ -96,7 +96,7 @@ def definers(name: str, scope: Sequence[SharedObject]) -> list[str]:
 
 def _defines(item: SharedObject, name: bytes) -> bool:
     try:
-        return look_name_up(name, [item.names], [0])[0] >= 0
+        return is_defined(item.names, name)
     except Stopped as stopped:
         raise error_for(item.path, stopped) from None
 
