@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import Any, Final
 
 from miniloader.elf import ElfImage, inspect
+from miniloader.elf.dynamic import DT_PLTGOT
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, load
 from miniloader.machine.disassembly import disassemble
@@ -39,7 +40,7 @@ _WORD = 8
 class CalledThroughSlot:
     """What was seen of one stub, its slot and the pages; addresses are less the load bias."""
 
-    stub: tuple[int, int]  # vaddrs: its first, the one after its last byte
+    plt: tuple[int, int]  # vaddrs: its first, the one after its last byte
     slot: int
     named_by_code: int | None  # the slot that the stub's code refers to
     in_file: int
@@ -59,6 +60,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CalledThroughSlot]:
     landmarks = Landmarks(image)
     stub = next(stub for stub in landmarks.stubs() if stub.slot.symbol == "answer")
     slot = stub.slot.vaddr
+    plt = next((each.vaddr, each.vaddr + each.size) for each in image.sections if each.name == ".plt")
 
     def note(event: Event) -> None:
         if event.stage not in ("parse", "search"):
@@ -74,7 +76,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CalledThroughSlot]:
         listing = _listing(landmarks, stub, library.base, unbound, bound)
         after = yield from _called(bench, library, stub, listing, loaded, code_equal)
         return CalledThroughSlot(
-            stub=(stub.vaddr, stub.end),
+            plt=plt,
             slot=slot,
             named_by_code=next((line.slot for line in listing.lines if line.slot == slot), None),
             in_file=int.from_bytes(image.read(slot, _WORD), "little"),
@@ -85,7 +87,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, CalledThroughSlot]:
             code_equal=code_equal,
             code_states=tuple(after.states[page] for page in code_pages(library.plan)),
             copied=_copied(library, loaded),
-            written=_written(image),
+            written=_written(image, lazily=unbound != bound),
         )
 
 
@@ -167,8 +169,8 @@ def _called(
     after = _look(bench, library, "called")
     slot, _, *values = listing.slots[0]
     unbound, bound = (value.removeprefix("bias + ") for value in values)
-    in_stub = stub.vaddr <= int(unbound, 16) < stub.end
-    leads = ", inside the stub: a way to the loader" if in_stub else ""
+    place = "inside the stub" if stub.vaddr <= int(unbound, 16) < stub.end else "the PLT's first entry"
+    leads = f", {place}: a way to the loader" if unbound != bound else ""
     pages = (code_pages(library.plan)[0], (slot // PAGE_SIZE * PAGE_SIZE - library.plan.start) // PAGE_SIZE)
     yield ChapterStep(
         "called",
@@ -197,10 +199,15 @@ def _code_equal(image: ElfImage, bias: int) -> bool:
     )
 
 
-def _written(image: ElfImage) -> tuple[int, ...]:
-    """The vaddrs of the pages that relocating and zeroing write."""
+def _written(image: ElfImage, *, lazily: bool) -> tuple[int, ...]:
+    """The vaddrs of the pages that relocating and zeroing write.
+
+    Binding ``lazily`` takes two words more, at the head of the PLT's slots: on aarch64 not always their page.
+    """
     zeroed = [span.start for span in image.plan(PAGE_SIZE).zeroed]
     vaddrs = [*image.relocations.targets().tolist(), *zeroed]
+    if lazily:
+        vaddrs += [image.dynamic.tags[DT_PLTGOT] + _WORD, image.dynamic.tags[DT_PLTGOT] + 2 * _WORD]
     return tuple(sorted({vaddr // PAGE_SIZE * PAGE_SIZE for vaddr in vaddrs}))
 
 
@@ -244,7 +251,7 @@ def _holds(seen: CalledThroughSlot) -> Finding:
 
 @claim("bound-when-called", "With lazy binding the first call fills it in")
 def _when_called(seen: CalledThroughSlot) -> Finding:
-    start, end = seen.stub
+    start, end = seen.plt
     expected = "first an address inside the library's PLT, then the function's"
     observed = f"bias + {seen.unbound:#x}, then bias + {seen.bound:#x}"
     if seen.unbound == seen.function:
