@@ -15,13 +15,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO, Any, Final
 
-__all__ = ["UNFINISHED", "kind_of", "open_regular", "write_whole"]
+__all__ = ["UNFINISHED", "kind_of", "open_regular", "walked_to", "write_whole"]
 
 UNFINISHED: Final = ".miniloader-"
 """What the names of files begin with that are not whole yet; their writers hold a lock on them (flock(2))."""
-_STREAMS: Final = ("/dev/", "/proc/")
+_PROC: Final = "/proc/"
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_LINKS: Final = 40  # MAXSYMLINKS
 _KINDS: Final = {
+    stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -52,12 +54,12 @@ def open_regular(path: str | os.PathLike[str], *, errors: str = "strict") -> IO[
 def write_whole(
     path: str | os.PathLike[str], parts: Iterable[Any], *, mode: int | None = None, dir_fd: int | None = None
 ) -> None:
-    """Write ``parts`` (bytes, arrays) as the file ``path``, relative to ``dir_fd`` if that is given.
+    """Write ``parts`` (bytes, arrays) as the file ``path``, or as the file of that name in ``dir_fd``.
 
-    The permissions are ``mode``; else those of the file that is replaced, or what the umask leaves.  Where a
-    symbolic link leads is replaced, not the link; one that another user has put into a directory which
-    everybody writes to, such as /tmp, is refused (proc_sys_fs(5), protected_symlinks).  What is no regular
-    file (a pipe, ``/dev/stdout``) is written to as it is.  Raises OSError.
+    The permissions are ``mode``; else those of the file that is replaced, or what the umask leaves; what
+    another user's file has and the umask leaves.  Where a symbolic link leads is replaced, not the link, if
+    :func:`walked_to` follows it.  What is no regular file (a pipe, ``/dev/stdout``) is written to as it is.
+    Raises OSError about ``path``.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -66,16 +68,35 @@ def write_whole(
     ['notes'] 6
     """
     name = os.fspath(path)
-    if dir_fd is None:
-        name = _target(name)
-        if _is_stream(name):
-            more = 0 if name.startswith(_STREAMS) else os.O_NOFOLLOW
-            with open(name, "wb", opener=lambda path, flags: os.open(path, flags | more)) as file:
+    if dir_fd is not None:
+        _replace(name, parts, mode, dir_fd)
+        return
+    try:
+        _write(name, parts, mode)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from error
+
+
+def _write(path: str, parts: Iterable[Any], mode: int | None) -> None:
+    """Write ``parts`` where ``path`` leads."""
+    place, last = walked_to(path)
+    try:
+        if last.startswith(_PROC):  # standard output, which may be a file, is not replaced
+            with open(last, "wb") as file:
                 file.writelines(parts)
-            return
-    mode = _mode_of(name, dir_fd) if mode is None else mode
-    new = os.path.join(os.path.dirname(name), f"{UNFINISHED}{os.urandom(8).hex()}")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+        elif (status := _status(last, place)) is None or stat.S_ISREG(status.st_mode):
+            _replace(last, parts, mode, place)
+        else:
+            _write_stream(last, parts, place)
+    finally:
+        os.close(place)
+
+
+def _replace(name: str, parts: Iterable[Any], mode: int | None, place: int) -> None:
+    """Put a new file in the place of ``name`` in the directory ``place``, whatever that is by then."""
+    mode = _mode_of(name, place) if mode is None else mode
+    new = f"{UNFINISHED}{os.urandom(8).hex()}"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
     try:
         with open(fd, "wb") as file:
             with suppress(OSError):  # a file system without locks
@@ -84,48 +105,104 @@ def write_whole(
             file.flush()
             os.fchmod(fd, mode)
             os.fsync(fd)
-        os.rename(new, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        os.rename(new, name, src_dir_fd=place, dst_dir_fd=place)
     except BaseException:
         with suppress(OSError):
-            os.unlink(new, dir_fd=dir_fd)
+            os.unlink(new, dir_fd=place)
         raise
 
 
-def _target(name: str) -> str:
-    """The path that ``name`` leads to, through symbolic links that may be followed; OSError for others."""
-    for _ in range(_MOST_LINKS):
-        if name.startswith(_STREAMS):
-            return name
-        directory = os.path.realpath(os.path.dirname(name))
-        name = os.path.join(directory, os.path.basename(name))
-        try:
-            found = os.lstat(name)
-        except FileNotFoundError:
-            return name
-        if not stat.S_ISLNK(found.st_mode):
-            return name
-        around = os.stat(directory)
-        everybodys = around.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH
-        if everybodys and found.st_uid not in (os.geteuid(), around.st_uid):
-            raise PermissionError(errno.EACCES, "it is another user's link, where everybody may write", name)
-        name = os.path.join(directory, os.readlink(name))
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+def _write_stream(name: str, parts: Iterable[Any], place: int) -> None:
+    """Write to the pipe or device ``name``; a file that has come in its place meanwhile stays as it is."""
+    fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=place)
+    with open(fd, "wb") as file:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EAGAIN, "a regular file has come in its place")
+        file.writelines(parts)
 
 
-def _is_stream(path: str) -> bool:
-    """Whether there is something that cannot be replaced; standard output is not, even if it is a file."""
+def walked_to(path: str) -> tuple[int, str]:
+    """A descriptor of the directory that ``path`` leads to, to be closed, and the name in it; OSError.
+
+    Each step is taken from the directory before it, so that nothing put behind it leads it astray.  Links of
+    ours and of root are followed.  Another user's is not in a directory that everybody writes to, such as
+    /tmp, whatever fs.protected_symlinks is (proc_sys_fs(5)), nor where it leads into a directory that is not
+    that user's: there we would write, and that user may not.  In ``/proc`` the name is a path from the root
+    on: what looks like a link there (``/dev/stdout`` leads to one) is none.
+    """
+    links, owners, names, at_root = 0, set[int](), _names(path), path.startswith("/")
+    place = os.open("/" if at_root else ".", _DIRECTORY)
     try:
-        return path.startswith(_STREAMS) or not stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return False
+        while not (at_root and names[-1] == "proc"):
+            name = names.pop()
+            status = _status(name, place)
+            if status is not None and stat.S_ISLNK(status.st_mode):
+                _refuse_planted(status, os.fstat(place))
+                owners.add(status.st_uid)
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                target = os.readlink(name, dir_fd=place)
+                names += _names(target)
+                at_root = target.startswith("/")
+                place = _entered("/", place) if at_root else place
+            elif names:
+                place, at_root = _entered(name, place), False
+            else:
+                if status is not None:
+                    _refuse_planted(status, os.fstat(place))
+                names, at_root = [name], False
+                break
+        if owners <= {*_trusted(), os.fstat(place).st_uid}:
+            return place, "/" * at_root + "/".join(reversed(names))
+        raise PermissionError(
+            errno.EACCES, "a link of another user leads into a directory that is not that user's"
+        )
+    except BaseException:
+        os.close(place)
+        raise
 
 
-def _mode_of(name: str, dir_fd: int | None) -> int:
-    """The permissions of the file that is there; of a new one those that open(2) would give it."""
+def _names(path: str) -> list[str]:
+    """The names in a path, the last one first; a dot is the last of one that ends in a slash."""
+    whole = path if path[-1:] not in ("", "/") else f"{path}."
+    return [name for name in reversed(whole.split("/")) if name]
+
+
+def _entered(name: str, place: int) -> int:
+    """A descriptor of the directory ``name`` in ``place``, which is closed."""
+    fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+    os.close(place)
+    return fd
+
+
+def _status(name: str, place: int) -> os.stat_result | None:
+    """The status of what has the name, be it a link; None where nothing has it."""
     try:
-        return stat.S_IMODE(os.stat(name, dir_fd=dir_fd).st_mode)
+        return os.lstat(name, dir_fd=place)
     except FileNotFoundError:
-        return 0o666 & ~_umask()
+        return None
+
+
+def _trusted() -> set[int]:
+    """The users whose links lead where they may: this one and root, which may have another number here."""
+    return {os.geteuid(), os.stat("/").st_uid}
+
+
+def _refuse_planted(status: os.stat_result, around: os.stat_result) -> None:
+    """PermissionError for another user's link, pipe or device in a directory that everybody writes to."""
+    kind = kind_of(status.st_mode)
+    everybodys = around.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH
+    if kind and everybodys and status.st_uid not in {*_trusted(), around.st_uid}:
+        raise PermissionError(errno.EACCES, f"found {kind} of another user, where everybody may write")
+
+
+def _mode_of(name: str, place: int) -> int:
+    """The permissions of a file to be written, where ``name`` may be one already; see :func:`write_whole`."""
+    status, new = _status(name, place), 0o666 & ~_umask()
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return new
+    return status.st_mode & (0o777 if status.st_uid == os.geteuid() else new)
 
 
 def _umask() -> int:

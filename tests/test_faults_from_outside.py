@@ -308,27 +308,6 @@ def test_a_written_file_has_the_permissions_that_are_due(tmp_path: Path) -> None
         os.umask(mask)
 
 
-@pytest.mark.needs_root("another user puts a link there")
-@pytest.mark.parametrize("kind", ["file", "device"])
-def test_another_users_link_is_not_followed_where_everybody_may_write(kind: str, tmp_path: Path) -> None:
-    """As the kernel does it with fs.protected_symlinks; those of oneself, and elsewhere, are followed."""
-    precious, everybodys = tmp_path / "precious", tmp_path / "tmp"
-    precious.write_bytes(b"precious")
-    everybodys.mkdir()
-    everybodys.chmod(0o1777)
-    link = everybodys / "report"
-    link.symlink_to(precious if kind == "file" else "/dev/null")
-    write_whole(link, [b"changed"])
-    os.lchown(link, 65534, 65534)
-    with pytest.raises(PermissionError, match="another user's link"):
-        write_whole(link, [b"spoiled"])
-    assert precious.read_bytes() == (b"changed" if kind == "file" else b"precious")
-    assert everything_in(everybodys).keys() == {"report"}
-    everybodys.chmod(0o777)
-    write_whole(link, [b"again"])
-    assert precious.read_bytes() == (b"again" if kind == "file" else b"precious")
-
-
 def no_room() -> None:
     """As on a full disk, at 4 KiB; SIGXFSZ is ignored by Python."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from miniloader.errors import EvidenceError, LoadError
-from miniloader.files import UNFINISHED, write_whole
+from miniloader.files import UNFINISHED, walked_to, write_whole
 from miniloader.forking import importing
 from miniloader.kernel.procfs import read_proc_file
 
@@ -154,9 +154,18 @@ def _opened(*, create: bool) -> Iterator[int]:
     path = directory()
     if create:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        parent, name = walked_to(path)
+    except PermissionError as error:
+        hint = "choose another directory with XDG_CACHE_HOME"
+        raise LoadError(f"{path}: {error.strerror}", hint=hint) from None
+    try:
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
     try:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid() or status.st_mode & _OTHERS:

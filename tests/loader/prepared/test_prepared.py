@@ -443,6 +443,28 @@ def test_another_user_can_plant_nothing(demo: Path, own_cache: Path, whose: str)
     assert "user 65534" in loading.reasons[0]
 
 
+@pytest.mark.needs_root("another user puts a link there")
+def test_another_users_link_leads_to_no_cache_of_ours(demo: Path, own_cache: Path) -> None:
+    """What is prepared there would be theirs to exchange, and what is cleared there ours."""
+    prepare(demo)
+    kept, link = own_cache.parent.with_name("kept"), own_cache.parent
+    link.rename(kept)
+    link.symlink_to(kept)
+    os.lchown(link, 65534, 65534)
+    loading = Loading(demo)
+    assert not loading.used
+    loading.library.close()
+    assert "a link of another user" in loading.reasons[0]
+    for use in (store.clear, store.names, lambda: prepare(demo)):
+        with pytest.raises(LoadError, match="a link of another user"):
+            use()
+    assert {path.suffix for path in (kept / own_cache.name).iterdir()} == {"", ".prepared"}
+    os.lchown(link, os.geteuid(), -1)
+    loading = Loading(demo)
+    assert loading.used
+    loading.library.close()
+
+
 def test_nothing_is_kept_when_the_disk_is_full(
     demo: Path, own_cache: Path, in_child: Callable[..., object]
 ) -> None:
