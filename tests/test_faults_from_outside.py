@@ -153,11 +153,11 @@ def test_whatever_the_kernel_refuses_is_an_error_and_undone(scenario: str, quiet
      ("memfd_create", errno.EMFILE, 2)],
 )  # fmt: skip
 def test_a_proof_that_the_kernel_refuses_leaves_nobody(call: str, number: int, at: int) -> None:
-    pids: set[int] = set()
+    demo, pids = build.build("demo"), set[int]()
     with uncollected():
         before = Footprint.now()
         with suppress(MiniloaderError), failing(call, number, at):
-            miniloader.prove(build.build("demo"), 2, on_step=lambda _, now: pids.update(now))
+            miniloader.prove(demo, 2, on_step=lambda _, now: pids.update(now))
         before.check()
     assert not any(map(lives, pids))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from miniloader.cli import options
@@ -47,9 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             said["libraries"] = [row for row in said["libraries"] if row["path"] in paths]
         dump(said)
     elif arguments.paths:
-        for library in answer.libraries:
-            if library.path is not None:
-                print(library.path)
+        _print_paths([library.path for library in answer.libraries if library.path is not None])
     else:
         _print(answer, libraries, flat=arguments.flat)
     return 1 if answer.missing else 0
@@ -65,6 +65,15 @@ def _named(found: Tree, name: str) -> Sequence[Dependency]:
         hint = f"did you mean {near[0]}?" if near else None
         raise LoadError(f"{found.path}: needs nothing that is called {printable(name)}", hint=hint)
     return libraries
+
+
+def _print_paths(paths: Sequence[str]) -> None:
+    """A path a line: for a program that reads them byte by byte as they are, for a terminal inert."""
+    if sys.stdout.isatty():
+        print(*map(printable, paths), sep="\n")
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.writelines(os.fsencode(path) + b"\n" for path in paths)
 
 
 def _print(found: Tree, libraries: Sequence[Dependency] | None, *, flat: bool) -> None:

@@ -207,6 +207,20 @@ def test_names_within_a_file_are_inert(
         assert "a fault of" not in text
 
 
+def test_paths_are_as_they_are_for_a_program_and_inert_for_a_terminal(within: Path) -> None:
+    command = [sys.executable, "-m", "miniloader", "tree", "--paths", within]
+    piped = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    needed = next(path for path in within.parent.iterdir() if path.name.startswith("<b>lib"))
+    assert os.fsencode(needed) + b"\n" in piped
+    master, terminal = os.openpty()
+    subprocess.run(command, stdout=terminal, check=True)
+    os.close(terminal)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "<b>lib\\x1b[2J\\n.so.6" in shown
+    assert all(line.isprintable() for line in shown.split("\r\n"))
+
+
 _LONG = 1_500_000
 
 

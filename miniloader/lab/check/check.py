@@ -192,12 +192,12 @@ class Checker:
 
     def _program(self, path: str) -> tuple[Host, Surroundings]:
         try:
+            if not self._shelf.take(self._inside(path)).is_program:  # its situation is inside a program again
+                raise UsageError(f"{path}: a library; --in names a program or a process")
             situation = self.situation(path)
         except ElfError as error:  # of the program's file, not of the one that is judged
             where = f"--in {path}: {error.field}"
             raise MiniloaderError(f"{where}: found {error.found}, expected {error.expected}") from None
-        if not situation.file.is_program:
-            raise UsageError(f"{path}: a library; --in names a program or a process")
         return Host(path, situation.closure.objects), situation.surroundings
 
     def _alone(self, file: SharedObject, surroundings: Surroundings) -> tuple[Host, Surroundings]:

@@ -327,6 +327,18 @@ def test_a_plugin_is_judged_inside_its_program(tmp_path: Path) -> None:
     assert miniloader.check("libz.so.1", within=os.getpid()).host == os.readlink("/proc/self/exe")
 
 
+def test_nothing_is_judged_inside_a_library(demo: Path) -> None:
+    """Also where a process's program is one: ld.so, which was told what to run."""
+    with pytest.raises(UsageError, match="a library; --in names a program or a process"):
+        miniloader.check("libz.so.1", within=str(demo))
+    interpreter = miniloader.inspect(sys.executable).interpreter
+    assert interpreter is not None
+    with subprocess.Popen([interpreter, "/bin/cat"], stdin=subprocess.PIPE) as process:
+        with pytest.raises(UsageError, match="a library; --in names a program or a process"):
+            miniloader.check("libz.so.1", within=process.pid)
+        process.kill()
+
+
 def test_another_root_is_searched_inside_of_it(tmp_path: Path) -> None:
     library = with_dependency(tmp_path)
     root = tmp_path / "root"
