@@ -17,7 +17,9 @@ from miniloader.errors import UnsupportedError
 from miniloader.forking import importing
 
 __all__ = [
+    "CHECKSUMS",
     "compiled_code",
+    "damage",
     "glibc_version",
     "is_noexec",
     "lacks_for_loading",
@@ -42,6 +44,8 @@ _MACHINES: Final = {
     (1, 1, 40): "arm",
     (1, 1, 62): "x32",
 }
+CHECKSUMS: Final = "loops.sha256"
+"""The file beside the compiled code that says which is ours, in the format of sha256sum(1)."""
 _EHDR: Final = struct.Struct("<40xQ10xHHxx")  # e_shoff, e_shentsize, e_shnum of 64 bits
 _AGAIN: Final = "install miniloader again"
 _STILL: Final = "what is not loaded can be looked at all the same: inspect, tree, check, disasm, audit"
@@ -99,17 +103,37 @@ def lacks_for_loading() -> str | None:
     return _lacks_of_python()
 
 
-def compiled_code() -> tuple[str, str | None]:
-    """Where the compiled code for this process's processor is, and its SHA-256; None where it is missing."""
+def compiled_code() -> tuple[str, str | None, str]:
+    """Where the compiled code for this process's processor is, its SHA-256, and whose it is, as a phrase.
+
+    The SHA-256 is None where it is missing.
+
+    >>> compiled_code()[2]
+    'as it ships'
+    """
     with importing:
         from hashlib import sha256  # which brings libcrypto into the process: for who asks
 
     path = own_code()
     try:
         with open(path, "rb") as file:
-            return path, sha256(file.read()).hexdigest()
+            checksum = sha256(file.read()).hexdigest()
     except OSError:
-        return path, None
+        return path, None, "missing"
+    return path, checksum, _origin(path, checksum)
+
+
+def _origin(path: str, checksum: str) -> str:
+    """Whose the code at ``path`` is, by the list of checksums that was installed with it."""
+    listed = os.path.join(os.path.dirname(path), CHECKSUMS)
+    try:
+        with open(listed, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, ValueError):
+        return f"not known whose: no file {listed}"
+    if checksum not in [line.split(" ")[0] for line in lines]:
+        return f"not ours: its SHA-256 is not the one in {listed}; {_AGAIN}"
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "as it ships")
 
 
 def _lacks_of_python() -> str | None:
@@ -145,7 +169,7 @@ def lacks_own_code() -> UnsupportedError | None:
         lack = f"there is none for {processor()}: no file {path}"
         hint = _AGAIN if processor() in _SHIPS_FOR else _STILL
     if lack is None:
-        lack, hint, state = _damage(path), _AGAIN, "cannot be used"
+        lack, hint, state = damage(path), _AGAIN, "cannot be used"
     if lack is None and is_noexec(path):
         lack, hint = f"the file system of {path} is mounted noexec", f"{_AGAIN}, where code may be run"
     return None if lack is None else UnsupportedError(f"the loader's own loops {state}: {lack}", hint=hint)
@@ -163,7 +187,7 @@ def is_noexec(file: str | int) -> bool:
         return False
 
 
-def _damage(path: str) -> str | None:
+def damage(path: str) -> str | None:
     """Why the library at ``path`` cannot be mapped and run here, which its headers tell; None where it can.
 
     Of one that is cut short only ld.so would map what is there: to touch the rest is SIGBUS.

@@ -29,7 +29,7 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
         "architecture": system.machine,
         "page_size": PAGE_SIZE,
         "loading": {"works": lacks_for_loading() is None, "why": lacks_for_loading() or ""},
-        "compiled_code": dict(zip(("path", "sha256"), compiled_code(), strict=True)),
+        "compiled_code": dict(zip(("path", "sha256", "origin"), compiled_code(), strict=True)),
         "privileges": {
             "uid": rights.uid,
             "capabilities": list(rights.capabilities),
@@ -56,7 +56,7 @@ def as_json(system: os.uname_result, capabilities: Capabilities, rights: Privile
 SCHEMA: Final = record(
     keys(TEXT, "kernel architecture shows"),
     {"page_size": COUNT, "evidence": LEVEL_SCHEMA, "loading": record({"works": BOOL, "why": TEXT})},
-    {"compiled_code": record({"path": TEXT, "sha256": nullable(TEXT)})},
+    {"compiled_code": record(keys(TEXT, "path origin"), {"sha256": nullable(TEXT)})},
     {"privileges": record(
         {"uid": COUNT, "capabilities": array(TEXT), "initial_user_namespace": nullable(BOOL)},
         {"ptrace_scope": nullable(COUNT), "hidepid": nullable(TEXT)},
@@ -85,10 +85,11 @@ def _machine(system: os.uname_result, rights: Privileges) -> Iterator[tuple[str,
     held = "no, but in its own namespace" if rights.initial_user_namespace is False else "yes"
     yield "kernel", f"{system.sysname} {system.release}, {system.machine}"
     yield "page size", f"{PAGE_SIZE} bytes"
-    lack, (path, checksum) = lacks_for_loading(), compiled_code()
+    lack, (path, checksum, origin) = lacks_for_loading(), compiled_code()
     yield "libraries", "can be loaded" if lack is None else f"cannot be loaded: {lack}"
     yield "compiled code", path if checksum is not None else f"missing: no file {path}"
     if checksum is not None:
+        yield "  whose", origin
         yield "  its SHA-256", checksum
     yield "user", f"uid {rights.uid}, in {_NAMESPACES[rights.initial_user_namespace]}"
     for name, (_, purpose) in CAPABILITIES.items():

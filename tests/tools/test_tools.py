@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import email
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import tomllib
@@ -185,7 +187,10 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
     done = run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", open_directory, checkout])
     assert done.returncode == 0, done.stderr
     (wheel,) = open_directory.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    entries = zipfile.ZipFile(wheel).namelist()
+    names = set(entries)
+    assert len(names) == len(entries)
+    assert_compiled_here(wheel)
     wanted = {f"miniloader/lab/demo/libdemo-{machine}.so" for machine in ("x86_64", "aarch64")}
     wanted |= {f"miniloader/native/loops-{machine}.so" for machine in ("x86_64", "aarch64")}
     assert names >= wanted | {"miniloader/py.typed", "miniloader/__main__.py"}
@@ -206,6 +211,17 @@ def test_the_wheel_has_all_it_needs(checkout: Path, open_directory: Path) -> Non
     assert [target for target in targets if not target.startswith(("http", "#"))] == []
 
 
+def assert_compiled_here(wheel: Path) -> None:
+    """The C part of ``wheel`` was compiled, with the checksum that it says, and for this machine alone."""
+    platform = sysconfig.get_platform().replace("-", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(wheel) as held:
+        code = held.read(f"miniloader/native/loops-{os.uname().machine}.so")
+        comment, line = held.read("miniloader/native/loops.sha256").decode().splitlines()
+    assert comment.startswith("# compiled when it was installed, by ")
+    assert line.split() == [hashlib.sha256(code).hexdigest(), f"loops-{os.uname().machine}.so"]
+
+
 def test_the_source_distribution_has_what_the_repository_has(checkout: Path, open_directory: Path) -> None:
     for directory in ("docs", "fixtures", "tests"):
         shutil.copytree(ROOT / directory, checkout / directory, ignore=shutil.ignore_patterns("__pycache__"))
@@ -213,10 +229,17 @@ def test_the_source_distribution_has_what_the_repository_has(checkout: Path, ope
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--target", builder]
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert run([*pip, *requires]).returncode == 0
-    build = f"from hatchling.build import build_sdist; build_sdist({str(open_directory)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(builder)}
-    done = run([sys.executable, "-c", build], cwd=checkout, env=environment)
+    build = "import sys; from hatchling.build import *; build_sdist(sys.argv[1]); build_wheel(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(builder), "MINILOADER_NATIVE": "shipped"}
+    done = run([sys.executable, "-c", build, str(open_directory)], cwd=checkout, env=environment)
     assert done.returncode == 0, done.stderr
+    (wheel,) = open_directory.glob("*.whl")  # with the copies that ship, it is for any machine
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as held:
+        for loops in ("loops-x86_64.so", "loops-aarch64.so", "loops.sha256"):
+            assert (
+                held.read(f"miniloader/native/{loops}") == (ROOT / "miniloader/native" / loops).read_bytes()
+            )
     (archive,) = open_directory.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
