@@ -118,6 +118,24 @@ def test_its_collections_do_not_look_at_what_is_ours(place: Path) -> None:
     assert plain.stdout.startswith("0 True")
 
 
+#: Prints the most page faults that a loop of calls meets, by how many calls it is made from.
+DEEPER = """
+import resource
+def turn(a=1, b=2, c=3, d=4, e=5, f=6, g=7, h=8): pass
+def loop(depth):
+    if depth:
+        return loop(depth - 1)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(2000): turn()
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+print(max(loop(depth) for depth in range(300)))
+"""
+
+
+def test_no_call_of_the_program_maps_memory_at_every_turn(place: Path) -> None:
+    assert int(run(RUN, "--no-bill", "-c", DEEPER, cwd=place).stdout) < 1000, "without room: 2000 and more"
+
+
 def test_interpreters_that_it_starts_follow(place: Path) -> None:
     (place / "look.py").write_text(
         "import _lsprof, sys\n"

@@ -8,15 +8,34 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import os
+import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType, TracebackType
+from types import CodeType, FunctionType, ModuleType, TracebackType
+from typing import Final, TypeVar
 
 from miniloader.errors import LoadError
 from miniloader.values import dataclass
 
 __all__ = ["PythonProgram", "code", "module", "script"]
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+_ROOM: Final = 1 << 17  # bytes: a thousand calls
+
+
+def _with_room(function: _Function) -> _Function:
+    """``function``, with room for the calls that it makes.
+
+    CPython's stack of calls consists of pieces of 16 KiB, and a piece is unmapped when the first call in it
+    returns: a loop whose calls begin one maps it at every turn.  A load makes thousands of calls wherever
+    the program is.  What does not fit into a piece gets one of its own, its size the next power of two, and
+    the calls that it makes get what is left.
+    """
+    assert isinstance(function, FunctionType)
+    size = _ROOM // struct.calcsize("P") + 1
+    function.__code__ = function.__code__.replace(co_stacksize=size)
+    return function
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,7 @@ class PythonProgram:
     name: str
     names: Mapping[str, object]
 
+    @_with_room
     def run(self, arguments: Sequence[str]) -> None:
         """Run it as ``__main__`` with these ``arguments``; what it raises is the caller's."""
         main = ModuleType("__main__")
