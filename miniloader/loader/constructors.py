@@ -35,7 +35,6 @@ __all__ = [
     "read_preinitialisers",
     "run_constructors",
     "run_destructor",
-    "run_destructor_at_exit",
 ]
 
 _CONSTRUCTOR: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -132,11 +131,6 @@ def run_constructors(addresses: Sequence[int], tell: Callable[[int], None] | Non
 def run_destructor(address: int) -> None:
     """Call one destructor."""
     _DESTRUCTOR(address)()
-
-
-def run_destructor_at_exit(address: int) -> None:
-    """Have one destructor called by exit(3), before those that it has been told of earlier."""
-    _libc.__cxa_atexit(ctypes.c_void_p(address), None, None)
 
 
 def constructor_order(items: Sequence[T], before: Callable[[T], Sequence[T]]) -> list[T]:

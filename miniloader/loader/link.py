@@ -84,9 +84,10 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
     protect_relro(graph, library)
     if graph.policy.init:  # or none of its code runs, and whoever throws would have to trust its table
         table = library.ready.unwind_table if library.ready is not None else unwinder.eh_frame(image)
-        if table is not None and unwinder.register(memory.bias + table, graph.listing):
+        if table is not None:
             library.undo.callback(unwinder.deregister, memory.bias + table)
-            graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
+            if unwinder.register(memory.bias + table, graph.listing):
+                graph.event("register", image.path, ".eh_frame, for exceptions", vaddr=table)
 
 
 def _link_prepared(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bool:

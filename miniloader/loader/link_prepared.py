@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from miniloader.arrays import NDArray, np
 from miniloader.errors import LoadError
-from miniloader.loader.beside_glibc import gnu_unique, stand_ins
+from miniloader.loader.beside_glibc import gnu_unique, stand_ins, unwinder
 from miniloader.loader.graph import Graph
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import zero_bss
@@ -77,5 +77,7 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArr
         if owner is not None:
             library.share(owner)
     answered = array("Q", values.tobytes())
+    if places_of(unwinder.walkers(), answered):
+        unwinder.bring()
     stand_ins.answer(answered, places_of(stand_ins.asked(), answered))
     return np.asarray(answered)

@@ -14,7 +14,7 @@ from typing import Final
 
 from miniloader.errors import SymbolError
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
+from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins, unwinder
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver, refuse_unbound
@@ -38,7 +38,7 @@ def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Seque
     """
     exits = _thread_exits(bindings) if library.image.tls is not None else []
     ours = bytearray(isinstance(definer, Loaded) for definer in bindings.scope)
-    noted = bindings.noted(ours, (*stand_ins.asked(), *exits))
+    noted = bindings.noted(ours, (*stand_ins.asked(), *unwinder.walkers(), *exits))
     addresses = noted.addresses
     if bindings.met & UNIQUE:
         for definer in gnu_unique.settle(library, bindings, addresses, noted.unique):
@@ -47,6 +47,8 @@ def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Seque
         library.hold(definer)
     for place in [place for place in noted.asked if addresses[place] in exits]:
         addresses[place] = library.stub_for(addresses[place]).address
+    if any(addresses[place] in unwinder.walkers() for place in noted.asked):
+        unwinder.bring()
     stand_ins.answer(addresses, noted.asked)
     return addresses, noted.resolvers
 

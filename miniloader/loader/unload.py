@@ -7,6 +7,7 @@ the order of their needs, and then unmapped: what one of them calls on the way i
 from __future__ import annotations
 
 import atexit
+from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
@@ -15,8 +16,10 @@ from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
+from miniloader.native import buffer_address, functions
 
 __all__ = [
+    "end",
     "enter",
     "find_present",
     "global_scope",
@@ -37,8 +40,7 @@ present: Final[list[Loaded]] = []
 unfinished: Final[set[Loaded]] = set()
 #: Those of ours that have been made global, in this order: ld.so's global scope goes on with them.
 global_scope: Final[list[Loaded]] = []
-#: Not empty once libraries of ours are Python's modules, or what those need.
-finalise_late: Final[set[bool]] = set()
+_ended: Final[set[bool]] = set()  # not empty once exit(3) has what is left to be finalised
 _closed: Final[list[Loaded]] = []  # let go, and not looked at yet
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
 
@@ -56,6 +58,7 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
     _put_in_order(order, {*present, *new})
     for library in present:
         library.stays |= library.will_stay and library.policy.init
+    stand_ins.be_asked_at_exit()
 
 
 def _put_in_order(order: Sequence[Loaded], libraries: Collection[Loaded]) -> None:
@@ -72,7 +75,7 @@ def let_go(library: Loaded, caller: Loaded | None = None) -> None:
     """
     library.handles -= 1
     _closed.append(library)
-    if len(_closed) > 1:
+    if len(_closed) > 1 or _ended:
         return
     try:
         for closed in _closed:  # grows meanwhile
@@ -168,21 +171,15 @@ def _finalise(library: Loaded) -> None:
 
 
 @atexit.register
-def _finalise_all() -> None:
-    """At the end of the process all finalisers run; nothing is unmapped.
+def end() -> None:
+    """Python ends, or the process: exit(3) runs the destructors that are left, and nothing is unmapped.
 
-    Where Python's own modules are among them, they run as with ld.so: when Python has ended, which calls them
-    until then.
+    Until then Python, and what is called at exit, may call into the libraries, as with ld.so.
     """
     with lock:
-        if finalise_late:
-            for library in reversed(_in_destructor_order()):
-                for address in reversed(library.destructors if library.initialised else ()):
-                    constructors.run_destructor_at_exit(address)
-            stand_ins.fall_silent()
-            return
-        libraries = _in_destructor_order()
-        _closed.extend(libraries)  # what their destructors let go has its turn among them
-        for library in libraries:
-            _finalise(library)
+        if present and not _ended:
+            left = [library for library in _in_destructor_order() if library.initialised]
+            addresses = array("Q", [address for library in left for address in library.destructors])
+            functions().set_destructors(buffer_address(addresses), len(addresses))
+        _ended.add(True)
         stand_ins.fall_silent()

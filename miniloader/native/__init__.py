@@ -34,6 +34,7 @@ from miniloader.native import gate
 __all__ = [
     "ADDRESS_MASK",
     "ANSWERS",
+    "FINALISE",
     "FORMULAS",
     "IMPORT",
     "INDIRECT_FUNCTION",
@@ -168,6 +169,8 @@ INTERFACE: Final = (
 )
 #: What stands for dlopen(3) where CPython imports extension modules.
 IMPORT: Final = "inside_import"
+#: What exit(3) calls.
+FINALISE: Final = "finalise"
 
 
 #: The loops, and how many numbers each gets.
@@ -190,6 +193,7 @@ _ARGUMENTS: Final = {
     "open_table": 2,
     "relocate": 13,
     "set_answers": 1,
+    "set_destructors": 2,
     "set_inside": 6,
     "set_python": 3,
     "survey": 3,

@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef struct { /* a library of ours as glibc would tell of it; see loader/beside_glibc/stand_ins.py */
     struct dl_phdr_info info; /* whose counts are filled in */
@@ -121,6 +122,23 @@ int answer_dladdr(const void *address, Dl_info *info)
     return answer_dladdr1(address, info, NULL, 0);
 }
 
+/* What dlsym(3) gives by a library's own handle when Python has ended, and nobody else can tell: what it defines itself.
+   Thread-local symbols are not looked for, nor is what needs a resolver. */
+void *symbol_of(const void *handle, const char *name)
+{
+    uint64_t number = ((uint64_t)handle - (uint64_t)entries) / sizeof *entries;
+    const Entry *entry = entries + number;
+    if ((uint64_t)handle < (uint64_t)entries || number >= used || !end_of(entry))
+        return NULL;
+    for (const ElfW(Sym) *symbol = entry->symbols; symbol < entry->symbols + entry->symbol_count; symbol++) {
+        unsigned type = symbol->st_info & 15, bind = symbol->st_info >> 4;
+        bool is_found = symbol->st_shndx && bind != STB_LOCAL && type != STT_TLS && type != STT_GNU_IFUNC;
+        if (is_found && !strcmp(entry->strings + symbol->st_name, name))
+            return (void *)(entry->info.dlpi_addr + symbol->st_value);
+    }
+    return NULL;
+}
+
 /* ---------------------------------------------------------------------------- dl_iterate_phdr(3), unwinding */
 
 typedef struct {
@@ -137,6 +155,18 @@ static int visit_theirs(struct dl_phdr_info *info, size_t size, void *context)
     return visit->callback(info, size, visit->data);
 }
 
+/* Where the calling thread has the thread-local storage of a module, which for glibc is its carrier's: see
+   tls_carrier.py. */
+static int find_block(struct dl_phdr_info *info, size_t size, void *context)
+{
+    struct dl_phdr_info *ours = context;
+    (void)size;
+    if (info->dlpi_tls_modid != ours->dlpi_tls_modid)
+        return 0;
+    ours->dlpi_tls_data = info->dlpi_tls_data;
+    return 1;
+}
+
 static int visit_ours(struct dl_phdr_info *first, size_t size, void *context)
 {
     Visit *visit = context;
@@ -147,6 +177,8 @@ static int visit_ours(struct dl_phdr_info *first, size_t size, void *context)
         struct dl_phdr_info info = entry->info;
         info.dlpi_adds = first->dlpi_adds + listed;
         info.dlpi_subs = first->dlpi_subs + withdrawn;
+        if (info.dlpi_tls_modid)
+            theirs.iterate(find_block, &info);
         visit->result = visit->callback(&info, sizeof info, visit->data);
     }
     return 1; /* called once: what is wanted of glibc are its lock and its counts */

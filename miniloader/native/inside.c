@@ -2,7 +2,7 @@
 
    A library of ours is bound to these instead of glibc's.  Who calls is found as glibc finds it, by the return
    address.  What Python has no part in goes straight on to glibc's own: handles that are glibc's, and everything before
-   Python is asked to answer, and after it has ended.
+   Python is asked to answer, and after it has ended.  What a library needs then is its end: exit(3) finalises ours.
 
    Source: <dlfcn.h> and <link.h>; errors are kept as glibc's dlfcn/dlerror.c keeps them, one for each thread. */
 
@@ -13,11 +13,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { OPEN, SYMBOL, VERSIONED, CLOSE, INFORMATION, NAMESPACE }; /* what is asked */
+enum { OPEN, SYMBOL, VERSIONED, CLOSE, INFORMATION, NAMESPACE, END }; /* what is asked */
 
 typedef struct { /* see __init__.py, which declares the same for Python */
     uint64_t function, caller, handle, name, version, number, where;
@@ -187,17 +188,25 @@ void set_python(void *(*thread)(void), void *(*interpreter)(const void *), const
     python.main = main;
 }
 
+void *symbol_of(const void *handle, const char *name); /* answers.c */
+
 static void *look_up(Question *question, void *handle)
 {
     const char *name = (const char *)question->name, *version = (const char *)question->version;
     bool is_asked = is_ours(handle) || !handle || handle == (void *)-1;
     if (is_asked && ask(question))
         return (void *)question->result;
-    if (is_ours(handle))
-        return NULL;
     free(message);
     message = NULL;
     pending = false;
+    if (is_ours(handle)) {
+        void *last = symbol_of(handle, name);
+        if (!last) {
+            message = strdup("undefined symbol, in the library itself: miniloader has ended");
+            pending = message != NULL;
+        }
+        return last;
+    }
     if (handle == (void *)-1) /* glibc refuses RTLD_NEXT to a caller that it does not know */
         handle = NULL;
     void *found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name);
@@ -253,6 +262,38 @@ char *inside_error(void)
     bool ours = pending;
     pending = false;
     return ours ? message : theirs.error();
+}
+
+/* The end of the process: exit(3) calls what it has been told of, the last first, and then glibc finalises what it has
+   loaded.  It is told of finalise() when the first library of ours is there, so that what is registered from then on
+   comes before the destructors of ours, as with glibc's own, and they before those of what they need of glibc's. */
+static struct {
+    void (**functions)(void);
+    uint64_t count, called;
+} destructors;
+
+/* These are left, in this order. */
+void set_destructors(const uint64_t *addresses, uint64_t count)
+{
+    free(destructors.functions);
+    destructors.functions = malloc(count * sizeof *destructors.functions + !count);
+    destructors.count = destructors.functions ? count : 0;
+    destructors.called = 0;
+    if (destructors.count)
+        memcpy(destructors.functions, addresses, count * sizeof *addresses);
+}
+
+/* Where Python has not ended, since a library has called exit(3), it is asked which are left. */
+void finalise(void *unused)
+{
+    Question question = {.function = END};
+    const void *python = answerer;
+    (void)unused;
+    if (python && has_turn())
+        has_answered(python, &question);
+    free((char *)question.error);
+    while (destructors.called < destructors.count)
+        destructors.functions[destructors.called++]();
 }
 
 /* From now on Python's function answers (NULL: nobody does), which lives as long as Python.  The interface is CPython's

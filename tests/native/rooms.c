@@ -184,6 +184,8 @@ int inside_information(void *, int, void *);
 void *inside_namespace(long, const char *, int);
 char *inside_error(void);
 void set_inside(const void *, const void *, const void *, uint64_t, uint64_t, uint64_t);
+void set_destructors(const uint64_t *, uint64_t);
+void finalise(void *);
 void set_python(void *(*)(void), void *(*)(const void *), const void *);
 
 enum { THEIRS = 0x111, FIRST = 0x5000, LENGTH = 0x100, PROGRAM = 0x77 };
@@ -243,6 +245,9 @@ static int start(uint64_t *thread, const void *attributes, void *(*function)(voi
 }
 static int detach(uint64_t thread) { return assert(thread == 1), 0; }
 
+static uint64_t ended;
+static void destructor(void) { ended++; }
+
 static void try_inside(void)
 {
     static const void *const interface[] = {
@@ -269,8 +274,19 @@ static void try_inside(void)
     assert(locks == 0 && asked <= 2);
     assert(!found || found == (void *)THEIRS || found == (void *)0x222 || found == (void *)0x333);
     char *said = inside_error();
-    assert(!said || (asked && with_error && !strcmp(said, "an error of ours")));
+    bool is_told = asked && with_error && said && !strcmp(said, "an error of ours");
+    assert(!said || is_told || (handle == (void *)FIRST && strstr(said, "has ended")));
     assert(!inside_error()); /* each once */
+
+    uint64_t count = chance(4), ends[3];
+    for (uint64_t i = 0; i < count; i++)
+        ends[i] = (uint64_t)destructor;
+    ended = 0;
+    set_destructors(ends, count);
+    finalise(NULL);
+    finalise(NULL); /* each once */
+    assert(ended == count && locks == 0);
+    set_destructors(NULL, 0);
 }
 
 /* ---- calls.c */

@@ -27,6 +27,7 @@ from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.memory import Memory
 from miniloader.native import (
     ANSWERS,
+    FINALISE,
     IMPORT,
     INSIDE,
     INTERFACE,
@@ -41,6 +42,7 @@ __all__ = [
     "answer",
     "answer_with",
     "asked",
+    "be_asked_at_exit",
     "by_name",
     "fall_silent",
     "for_imports",
@@ -94,7 +96,8 @@ class _StandInTable:
             *(symbols, symbol_count, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
         )
-        functions().list_entry(number, buffer_address(entry), memory.end)
+        end = max(load.vaddr + load.memsz for load in image.loads)  # nothing behind it is in the library
+        functions().list_entry(number, buffer_address(entry), memory.bias + end)
         self._texts[number], self._listed[memory] = text, number
 
     def remove(self, memory: Memory) -> None:
@@ -180,7 +183,7 @@ def answer_with(function: Callable[[int], int]) -> None:
 
 def fall_silent() -> None:
     """Python ends: from now on glibc answers what is asked from inside."""
-    if stand_ins.cache_info().currsize:
+    if stand_ins.cache_info().currsize or be_asked_at_exit.cache_info().currsize:
         functions().set_inside(0, 0, 0, 0, 0, 0)
 
 
@@ -195,11 +198,29 @@ def stand_ins() -> dict[int, int]:
     words = [word for theirs, ours in pairs.items() for word in (ours, theirs)]
     ctypes.memmove(address_of(STAND_INS), array("Q", words).tobytes(), 8 * len(words))
     glibc = array("Q", [theirs.get(name, 0) for name in INSIDE])
-    python = array("Q", [_of_python(name) for name in INTERFACE])
-    lists = python.buffer_info()[0], glibc.buffer_info()[0]
-    answerer = id(_answerers[0]) if _answerers else 0  # CPython's address of it
-    loops.set_inside(answerer, *lists, *table.entries, dynamic_linker.global_handle())
+    interface = _interface()
+    lists = interface.buffer_info()[0], glibc.buffer_info()[0]
+    loops.set_inside(_answerer(), *lists, *table.entries, dynamic_linker.global_handle())
     return pairs
+
+
+def _answerer() -> int:
+    """CPython's address of the function that answers; 0 without one."""
+    return id(_answerers[0]) if _answerers else 0
+
+
+def _interface() -> array[int]:
+    """The addresses of what inside.c takes to ask Python."""
+    return array("Q", [_of_python(name) for name in INTERFACE])
+
+
+@lru_cache(maxsize=1)
+def be_asked_at_exit() -> None:
+    """From now on exit(3) asks which destructors are left, and calls them: at the first library of ours."""
+    if not stand_ins.cache_info().currsize:
+        interface = _interface()
+        functions().set_inside(_answerer(), interface.buffer_info()[0], 0, 0, 0, 0)
+    ctypes.CDLL(None).__cxa_atexit(ctypes.c_void_p(address_of(FINALISE)), None, None)
 
 
 def _of_python(name: bytes) -> int:

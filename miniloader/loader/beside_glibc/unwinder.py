@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from contextlib import suppress
 from functools import lru_cache
 from itertools import count
 from typing import Any, Final
 
 from miniloader.elf import ElfImage
-from miniloader.errors import ElfError
+from miniloader.errors import ElfError, LoadError
 from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.beside_glibc.host import HostListing
 
-__all__ = ["deregister", "eh_frame", "register"]
+__all__ = ["bring", "deregister", "eh_frame", "register", "walkers"]
 
 _PCREL_SDATA4: Final = 0x1B
 _UDATA4: Final = 0x03
@@ -80,14 +81,45 @@ def _function(name: bytes) -> Any:
     return None if address is None else ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
+#: The tables that are registered once the process has a libgcc, which walks through what was there before it.
+_waiting: Final[dict[int, None]] = {}
+
+
 def register(address: int, listing: HostListing) -> bool:
-    """Register the table at ``address``; ``False`` when the process has no libgcc to throw with.
+    """Register the table at ``address``, and all that wait; ``False`` when it has to wait, since the process
+    has no libgcc to throw with.
 
     ``listing`` is what the process has: ld.so would search for it anew at each load.
     """
-    return listing.called(_LIBGCC) is not None and _call(b"__register_frame", address)
+    _waiting[address] = None
+    return (bool(_function.cache_info().currsize) or listing.called(_LIBGCC) is not None) and _register()
+
+
+def _register() -> bool:
+    """Register all that wait; ``False`` when they have to."""
+    while _waiting and _call(b"__register_frame", next(reversed(_waiting))):
+        _waiting.popitem()
+    return not _waiting
 
 
 def deregister(address: int) -> None:
     """Take the table at ``address`` back, which has to be done before it is unmapped."""
-    _call(b"__deregister_frame", address)
+    if address in _waiting:
+        del _waiting[address]
+    else:
+        _call(b"__deregister_frame", address)
+
+
+@lru_cache(maxsize=1)
+def walkers() -> tuple[int, ...]:
+    """The addresses of glibc's functions that walk through who calls them, by a libgcc that they bring."""
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), b"backtrace")
+    return () if address is None else (address,)
+
+
+def bring() -> None:
+    """Have a libgcc in the process, or be without where ld.so finds none: then glibc finds none either."""
+    with suppress(LoadError):
+        dynamic_linker.open_host(_LIBGCC, load=True)
+        _function(b"__register_frame")  # so it is known, whatever listing a load goes by
+        _register()

@@ -107,6 +107,11 @@ def _open_in_namespace(question: Any, caller: Caller) -> int | None:
     raise LoadError(f"{caller.name}: {text}", ld_so=text)
 
 
+def _end(_: Any, __: Caller) -> int:
+    unload.end()
+    return 1
+
+
 #: What answers each question, and what the function returns when it fails.
 _FUNCTIONS: Final[list[tuple[Callable[[Any, Caller], int | None], int]]] = [
     {
@@ -118,4 +123,4 @@ _FUNCTIONS: Final[list[tuple[Callable[[Any, Caller], int | None], int]]] = [
         b"dlmopen": (_open_in_namespace, 0),
     }[name]
     for name in list(INSIDE)[:6]
-]
+] + [(_end, 0)]

@@ -88,7 +88,6 @@ def importing(
         raise UsageError("no page may become executable in this process: nothing can be led to miniloader")
     meter = Meter(on_event)
     rules = Rules(Policy(prepared=prepared), takes, strict, fell_back, meter)
-    unload.finalise_late.add(True)
     with unload.lock:
         imports = Imports(meter)
         for_host.in_force.append(rules)

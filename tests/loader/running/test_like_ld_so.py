@@ -6,6 +6,7 @@ import _ctypes
 import ctypes
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,44 @@ def global_since() -> Any:
     return call(handle, "ask")
 
 
+# ------------------------------------------------------------- what libraries are told of themselves
+ASKS: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <execinfo.h>
+#include <link.h>
+#include <stdio.h>
+#include <string.h>
+int many[3000];
+__thread int local = 5;
+int use(void) { return local; }
+int is_known(int more) { Dl_info info; return dladdr((char *)(many + 3000) + more, &info); }
+int behind(void) { return is_known(-1) * 10 + is_known(64); }
+static int visit(struct dl_phdr_info *info, size_t size, void *data) {
+    const char *name = strrchr(info->dlpi_name, '/');
+    if (name && !strcmp(name, "/asks.so")) *(int *)data = info->dlpi_tls_data != 0;
+    return 0;
+}
+int has_block(void) { int found = -1; dl_iterate_phdr(visit, &found); return found; }
+__attribute__((noinline)) static int frames(void) {
+    void *found[64];
+    int count = backtrace(found, 64), of_ours = 0;
+    for (int i = 0; i < count; i++) {
+        Dl_info info;
+        of_ours += dladdr(found[i], &info) && strstr(info.dli_fname, "asks.so");
+    }
+    return of_ours * 10 + (count > 4);
+}
+int walk(void) { return frames() + 0 * use(); }
+"""
+
+
+def itself() -> Any:
+    """Where it ends, whether the thread has its thread-local storage, and who has called: by backtrace(3)."""
+    handle = _ctypes.dlopen("./asks.so", NOW)
+    return [call(handle, name) for name in ("behind", "has_block", "use", "has_block", "walk")]
+
+
 STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
     of_threads: [("localxx.so", THREAD_LOCAL, [])],
     held_for_ever: [("stays.so", "static int n; int next(void) { return ++n; }", ["-Wl,-z,nodelete"])],
@@ -104,6 +143,7 @@ STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
         ("needy.so", "int given(void); int ask(void) { return given(); }", ["-Wl,-z,lazy"]),
         ("gives.so", "int given(void) { return 5; }", []),
     ],
+    itself: [("asks.so", ASKS, [])],
 }
 
 
@@ -122,3 +162,98 @@ def test_as_ld_so(story: Story, in_child: InChild, tmp_path: Path) -> None:
     theirs = in_child(_told, story, tmp_path, False)
     assert in_child(_told, story, tmp_path, True) == theirs
     assert theirs
+
+
+# -------------------------------------------------------------------------- processes of their own
+ENDS: Final = """
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+static void say(const char *word) { write(1, word, 2); }
+static void handler(void) { say(NAME "h"); }
+__attribute__((constructor)) static void begin(void) { say(NAME "+"); }
+__attribute__((destructor)) static void end(void) { say(NAME "-"); }
+int registers(void) { return atexit(handler); }
+int says(void) { say(NAME "."); return 0; }
+int leaves(void) { exit(3); }
+static void *leave(void *unused) { exit(4); }
+int thread_leaves(void) {
+    pthread_t thread;
+    pthread_create(&thread, 0, leave, 0);
+    return pthread_join(thread, 0);
+}
+"""
+PRELUDE: Final = """
+import _ctypes, atexit, builtins, ctypes, os, sys
+if len(sys.argv) > 1:
+    import miniloader
+    imports = miniloader.importing(strict=True)
+    imports.__enter__()
+def call(handle, name): return ctypes.CFUNCTYPE(ctypes.c_int)(_ctypes.dlsym(handle, name))()
+"""
+PROGRAM: Final = """
+def opened(): return _ctypes.dlopen("./two.so", os.RTLD_NOW)
+class Last:
+    def __init__(self, handle): self.handle = handle
+    def __del__(self, call=call, close=_ctypes.dlclose):
+        call(self.handle, "says")
+        close(self.handle)
+def returns(): call(opened(), "registers")
+def has_handlers(): atexit.register(os.write, 1, b"py"); call(opened(), "registers")
+def leaves(): handle = opened(); call(handle, "registers"); call(handle, "leaves")
+def thread_leaves(): call(opened(), "thread_leaves")
+def has_last(): builtins.last = Last(opened())
+def asks_nobody():
+    try: _ctypes.dlsym(opened(), "nothing")
+    except OSError: pass
+for story in (returns, has_handlers, leaves, thread_leaves, has_last, asks_nobody):
+    child = os.fork()
+    if not child:
+        story()
+        sys.exit(5)
+    os.write(1, f" {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])} {story.__name__}\\n".encode())
+"""
+
+
+def by_both(program: str, directory: Path) -> tuple[str, str]:
+    """What ``program`` writes with ld.so and with ours."""
+    environment = os.environ | {"PYTHONPATH": str(Path(miniloader.__file__).parents[1])}
+    theirs, ours = (
+        subprocess.run(
+            [sys.executable, "-c", PRELUDE + program, *way],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=directory,
+            env=environment,
+            check=True,
+        ).stdout
+        for way in ([], ["ours"])
+    )
+    return theirs, ours
+
+
+def test_a_process_ends_as_with_ld_so(tmp_path: Path) -> None:
+    """In order: what exit(3) has been told of, then destructors; also where a library has called it."""
+    made(tmp_path / "one.so", ENDS, '-DNAME="1"')
+    made(tmp_path / "two.so", ENDS, '-DNAME="2"', "-Wl,--no-as-needed", "./one.so", "-Wl,-rpath,$ORIGIN")
+    theirs, ours = by_both(PROGRAM, tmp_path)
+    assert ours.splitlines() == theirs.splitlines()
+    assert theirs.splitlines()[2] == "1+2+2h2-1- 3 leaves"
+
+
+THROWS: Final = """
+extern "C" int apply(int (*)());
+static int throwing() { throw 7; }
+extern "C" int go() { try { return apply(throwing); } catch (int number) { return number; } }
+"""
+
+
+def test_an_exception_comes_through_what_was_loaded_without_libgcc(tmp_path: Path) -> None:
+    made(tmp_path / "apply.so", "int apply(int (*f)(void)) { return f() + 1; }")
+    made(tmp_path / "throwxx.so", THROWS, "./apply.so")
+    program = """
+handles = [_ctypes.dlopen(f"./{name}.so", os.RTLD_NOW) for name in ("apply", "throwxx")]
+print(call(handles[1], "go"))
+"""
+    assert by_both(program, tmp_path) == ("7\n", "7\n")
