@@ -172,7 +172,7 @@ def test_loops_that_are_not_ours_are_named_and_refused(
     place.parent.mkdir()
     if name == "another":
         shutil.copy(build("demo"), place)
-    monkeypatch.setattr(native, "__file__", str(place.with_name("__init__.py")))
+    monkeypatch.setattr(native.gate, "__file__", str(place.with_name("__init__.py")))
     with pytest.raises(LoadError, match=re.escape(str(place))) as refused:
         functions.__wrapped__()
     assert (refused.value.hint or "").startswith("install miniloader again")
