@@ -19,7 +19,8 @@ __all__ = ["Caller", "caller_at", "keep"]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: ``library`` is None for a library of ld.so's, for the program, and for code of nobody's.
+    """Who asks: ``library`` is None for a library of ld.so's, for the program, and for code of nobody's;
+    of the first two, ``theirs`` is it.
 
     ``asker`` is whose paths are searched (None: only the program's), ``policy`` what its caller has allowed,
     and ``tell`` who hears of what it opens.
@@ -30,6 +31,7 @@ class Caller:
     asker: Asker | None
     policy: Policy
     tell: OnEvent | None = None
+    theirs: HostLibrary | None = None
 
 
 def caller_at(address: int) -> Caller:
@@ -63,5 +65,5 @@ def _host_at(address: int) -> Caller:
     for theirs in host.libraries():
         if any(start <= address - theirs.bias < end for start, end in theirs.ranges):
             asker = Asker(theirs.path, theirs.rpath, theirs.runpath) if theirs.path else None
-            return Caller(theirs.name, None, asker, Policy())
+            return Caller(theirs.name, None, asker, Policy(), theirs=theirs)
     return Caller("the program", None, None, Policy())

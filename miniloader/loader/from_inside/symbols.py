@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NoReturn
 
+from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
 from miniloader.errors import SymbolError
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import dynamic_linker, host, stand_ins
@@ -12,6 +13,8 @@ from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.from_inside.opening import library_of
 from miniloader.loader.library import find_symbol
 from miniloader.loader.loaded import Loaded
+from miniloader.loader.relocate import call_resolver
+from miniloader.loader.scope import find_name
 
 __all__ = ["symbol"]
 
@@ -38,7 +41,7 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
             _refuse(library.name, name, version)
         return _meant(definition[0])
     if caller.library is None:
-        return None
+        return _for_theirs(handle, name, version, caller.theirs)
     if handle == _NEXT:
         definition = find_symbol(_after(caller.library), name, version)
     else:
@@ -48,6 +51,34 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
     address, definer = definition
     caller.library.hold(definer)
     return _meant(address)
+
+
+def _for_theirs(handle: int, name: bytes, version: str | None, caller: HostLibrary | None) -> int | None:
+    """What ``caller`` finds by default, or after itself: glibc would take us for the caller."""
+    if caller is None:
+        return None
+    if handle == _NEXT:
+        found = host.libraries()
+        place = next((place for place, theirs in enumerate(found, 1) if theirs.bias == caller.bias), 0)
+        address = _first([theirs for theirs in found[place:] if theirs.is_global], name)
+    else:
+        address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), name, version)
+        own = dynamic_linker.open_host(caller.path, load=False) if address is None and caller.path else None
+        if own is not None:
+            address = dynamic_linker.symbol_address(own, name, version)
+            dynamic_linker.close_host(own)
+    return None if address is None else _meant(address)
+
+
+def _first(libraries: list[HostLibrary], name: bytes) -> int | None:
+    """The function or object ``name``, in any version, of the first of ``libraries`` that has it.
+
+    dlopen(3) is not asked for handles: it may be the caller, that stands before glibc's.
+    """
+    owner, _, address, _, _, info, _ = find_name(name, libraries)
+    if owner < 0 or info & 0xF == STT_TLS:
+        return None
+    return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
 
 
 def _find_globally(name: bytes, version: str | None) -> tuple[int, Loaded | HostLibrary] | None:

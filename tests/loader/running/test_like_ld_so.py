@@ -215,9 +215,9 @@ for story in (returns, has_handlers, leaves, thread_leaves, has_last, asks_nobod
 """
 
 
-def by_both(program: str, directory: Path) -> tuple[str, str]:
-    """What ``program`` writes with ld.so and with ours."""
-    environment = os.environ | {"PYTHONPATH": str(Path(miniloader.__file__).parents[1])}
+def by_both(program: str, directory: Path, **variables: str) -> tuple[str, str]:
+    """What ``program`` writes with ld.so and with ours, with these ``variables`` in its environment."""
+    environment = os.environ | {"PYTHONPATH": str(Path(miniloader.__file__).parents[1]), **variables}
     theirs, ours = (
         subprocess.run(
             [sys.executable, "-c", PRELUDE + program, *way],
@@ -257,3 +257,26 @@ handles = [_ctypes.dlopen(f"./{name}.so", os.RTLD_NOW) for name in ("apply", "th
 print(call(handles[1], "go"))
 """
     assert by_both(program, tmp_path) == ("7\n", "7\n")
+
+
+WRAPS: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+void *dlopen(const char *name, int flags) {
+    void *(*after)(const char *, int) = dlsym(RTLD_NEXT, "dlopen");
+    return after(name, flags);
+}
+int atoi(const char *text) {
+    int (*after)(const char *) = dlsym(RTLD_NEXT, "atoi");
+    return after(text) + 1000;
+}
+"""
+
+
+def test_who_stands_before_libc_finds_what_is_after_it(tmp_path: Path) -> None:
+    """A preloaded library that wraps functions, dlopen(3) itself among them."""
+    made(tmp_path / "wraps.so", WRAPS)
+    made(tmp_path / "user.so", 'int atoi(const char *); int go(void) { return atoi("7"); }')
+    program = 'print(call(_ctypes.dlopen("./user.so", os.RTLD_NOW), "go"))'
+    preload = {"LD_PRELOAD": str(tmp_path / "wraps.so")}
+    assert by_both(program, tmp_path, **preload) == ("1007\n", "1007\n")
