@@ -49,22 +49,28 @@ class ProcessMemory:
         or EvidenceError.
         """
         data = np.empty((len(addresses), PAGE_SIZE), np.uint8) if room is None else room[: len(addresses)]
-        done = np.zeros(len(addresses), np.bool_)
+        done = np.ones(len(addresses), np.bool_)
         view = data.reshape(-1).data
         edges = np.flatnonzero(np.diff(addresses) != PAGE_SIZE) + 1
         starts = [0, *edges.tolist(), len(addresses)] if len(addresses) else [0]
         for first, last in pairwise(starts):
             while first < last:
                 count = self._read(view[first * PAGE_SIZE : last * PAGE_SIZE], int(addresses[first]))
-                done[first : first + count // PAGE_SIZE] = True
-                first += max(count // PAGE_SIZE, 1)  # a page that cannot be read is left out
+                done[first] = count >= PAGE_SIZE  # a page that cannot be read is left out
+                first += max(count // PAGE_SIZE, 1)
         data[~done] = 0
         return data, done
 
     def read(self, address: int, length: int) -> bytes:
         """The bytes there, fewer where the rest cannot be read; raises ProcessGone, or EvidenceError."""
-        data = bytearray(length)
-        return bytes(data[: self._read(memoryview(data), address)])
+        try:
+            data = os.pread(self._fd, length, address)
+        except OSError as error:
+            self._check(error)
+            return b""
+        if not data:
+            raise ProcessGone(self.pid, NO_MEMORY)
+        return data
 
     def words(self, addresses: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
         """So many words at each address, shape (addresses, number); zeroes where they cannot be read.
@@ -73,20 +79,21 @@ class ProcessMemory:
         those that are shared since a fork (``FAULT_FLAG_UNSHARE``, 5.19).  Raises ProcessGone, or
         EvidenceError.
         """
-        words = np.zeros((len(addresses), number), np.uint64)
-        buffer = words.reshape(-1).view(np.uint8).data
         length = number * 8
-        for start, address in zip(range(0, len(buffer), length), addresses.tolist(), strict=True):
-            self._read(buffer[start : start + length], address)
-        return words
+        words = [self.read(address, length).ljust(length, b"\0") for address in addresses.tolist()]
+        return np.frombuffer(b"".join(words), np.uint64).reshape(-1, number)
 
     def _read(self, buffer: memoryview, address: int) -> int:
         try:
             count = os.preadv(self._fd, [buffer], address)
         except OSError as error:
-            if error.errno in _UNREADABLE:
-                return 0
-            raise refusal(self.pid, "mem", error) from error
+            self._check(error)
+            return 0
         if count == 0:
             raise ProcessGone(self.pid, NO_MEMORY)
         return count
+
+    def _check(self, error: OSError) -> None:
+        """Raise what it stands for, unless it is only that nothing can be read there."""
+        if error.errno not in _UNREADABLE:
+            raise refusal(self.pid, "mem", error) from error

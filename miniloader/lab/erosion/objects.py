@@ -76,13 +76,13 @@ def _first_of_block(blocks: NDArray[np.intp], fits: NDArray[np.bool_]) -> NDArra
 def _candidates(words: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
     """Where a count may be that an address follows, as numbers of words; and these addresses.
 
-    Of the last word of a page the next one is not at hand.
+    Blocks begin at multiples of 16 bytes, and so do the pairs of words in front of a count, so it does, too.
     """
     flat = words.reshape(-1)
-    possible = (flat[:-1] & _COUNT) - np.uint64(1) < np.uint64(0xFFFFFFFF)
-    possible &= flat[1:] - np.uint64(_LEAST_ADDRESS) < np.uint64(_MOST_ADDRESS - _LEAST_ADDRESS)
+    counts, pointers = flat[::2], flat[1::2]
+    possible = (counts & _COUNT) - np.uint64(1) < np.uint64(0xFFFFFFFF)
+    possible &= pointers - np.uint64(_LEAST_ADDRESS) < np.uint64(_MOST_ADDRESS - _LEAST_ADDRESS)
     places = np.flatnonzero(possible)
-    pointers = flat[places + 1]
-    last = words.shape[1] - 1  # a page has a power of two of them
-    chosen = (pointers & np.uint64(7) == 0) & (places & last != last)
-    return places[chosen], pointers[chosen]
+    pointers = pointers[places]
+    chosen = pointers & np.uint64(7) == 0
+    return 2 * places[chosen], pointers[chosen]

@@ -70,15 +70,11 @@ class PresentMemory:
 
     def read(self, address: int, length: int) -> bytes:
         """``length`` bytes at ``address``; fewer where the rest is not to be had."""
-        parts = list[bytes]()
-        while length > 0:
-            page, offset = address & -PAGE_SIZE, address & (PAGE_SIZE - 1)
-            part = self._page(page)[offset : offset + length]
-            parts.append(part)
-            if len(part) < min(length, PAGE_SIZE - offset):
-                break
-            address, length = address + len(part), length - len(part)
-        return b"".join(parts)
+        offset = address & (PAGE_SIZE - 1)
+        part = self._page(address - offset)[offset : offset + length]
+        if offset + length <= PAGE_SIZE or len(part) < PAGE_SIZE - offset:
+            return part
+        return part + self.read(address + len(part), length - len(part))
 
     def _page(self, address: int) -> bytes:
         page = self._pages.get(address)
