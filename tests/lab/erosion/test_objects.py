@@ -173,7 +173,9 @@ def test_a_program_without_python() -> None:
             os.kill(pid, signal.SIGKILL)
     assert found.erosion
     assert {row.runtime for row in found.erosion} == {None}
-    assert found.erosion[0].objects == ()
+    # Which malloc a bash has differs: what is told of its heap is glibc's chunks, or nothing.
+    kinds = {kind.type for row in found.erosion for kind in row.objects}
+    assert kinds <= {"malloc chunk in use", "malloc chunk free"}
     assert found.erosion[0].same is not None
 
 
