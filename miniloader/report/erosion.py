@@ -122,7 +122,8 @@ def advice_view(audit: Audit) -> Iterator[Part]:
 
 def _told(piece: Advice) -> str:
     amount = f"{piece.bound} {size(piece.bytes)}"
-    names = listed([printable(path.rpartition("/")[2]) for path in piece.libraries], _MOST_NAMES)
+    files = dict.fromkeys(printable(path.rpartition("/")[2]) for path in piece.libraries)
+    names = listed([*files], _MOST_NAMES)
     workers = f"{listed([str(pid) for pid in piece.pids], _MOST_NAMES)}"
     return {
         "one-more": f"one more process like {workers}: costs {amount}",
@@ -131,6 +132,7 @@ def _told(piece: Advice) -> str:
         "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",
         "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
         "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",
+        "other-build": f"one build of {names} instead of several: {amount} of {workers}",
     }[piece.kind]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median_low
 from typing import Any, Final, Literal
@@ -13,7 +13,7 @@ from miniloader.values import dataclass
 
 __all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise"]
 
-AdviceKind = Literal["one-more", "ending-one", "freeze", "preload", "prepared", "twice"]
+AdviceKind = Literal["one-more", "ending-one", "freeze", "preload", "prepared", "twice", "other-build"]
 Bound = Literal["about", "at least", "at most"]
 
 
@@ -30,6 +30,8 @@ class Advice:
       only relocated, in each of ``pids`` but one.  What their initialisation leaves in the heap comes on top.
     - ``prepared``: pages that are only relocated, of all processes: what prepared pages save at most.
     - ``twice``: one library that is several files in the page cache: about what the further ones take.
+    - ``other-build``: several builds of one library, told by its name: all but the largest take so much at
+      most that one build for all would save.
     """
 
     kind: AdviceKind
@@ -83,6 +85,26 @@ def _of_files(audit: Audit) -> Iterator[Advice]:
         if library.files > 1 and library.takes is not None:
             further = library.takes * (library.files - 1) // library.files
             yield Advice("twice", "about", further, tuple(sorted(_having(library))), (library.path,))
+    for builds in _builds(audit.libraries):
+        *smaller, _ = builds
+        pids = tuple(sorted(frozenset[int]().union(*map(_having, smaller))))
+        paths = tuple(dict.fromkeys(library.path for library in builds))
+        yield Advice("other-build", "at most", sum(library.takes or 0 for library in smaller), pids, paths)
+
+
+def _builds(libraries: Iterable[AuditedLibrary]) -> Iterator[Sequence[AuditedLibrary]]:
+    """The builds of each library of which there are several, the largest last.
+
+    Libraries that others need are called ``lib…so…`` and are one by that name; extension modules of different
+    packages may be called alike.
+    """
+    named: dict[str, list[AuditedLibrary]] = {}
+    for library in libraries:
+        if library.build_id is not None and library.name.startswith("lib") and ".so" in library.name:
+            named.setdefault(library.name, []).append(library)
+    for builds in named.values():
+        if len({library.build_id for library in builds}) > 1:
+            yield sorted(builds, key=lambda library: library.takes or 0)
 
 
 def _having(library: AuditedLibrary) -> frozenset[int]:
@@ -109,7 +131,7 @@ def _but_one(library: AuditedLibrary, pids: Sequence[int]) -> int:
 
 ADVICE_SCHEMA: Final = array(
     record(
-        {"kind": words("one-more ending-one freeze preload prepared twice")},
+        {"kind": words("one-more ending-one freeze preload prepared twice other-build")},
         {"bound": {"enum": ["about", "at least", "at most"]}, "bytes": COUNT},
         {"pids": array(COUNT), "libraries": array(TEXT)},
     )

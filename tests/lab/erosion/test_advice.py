@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
@@ -11,7 +13,7 @@ from miniloader.lab.erosion.advice import Advice, advise
 from miniloader.report.audit import lines
 from miniloader.report.erosion import advice_view
 from miniloader.report.text import laid_out, plain
-from tests.lab.audit.told_processes import KB, rollup_of
+from tests.lab.audit.told_processes import KB, rollup_of, told
 from tests.lab.erosion.pools import needs_frames, pool
 
 pytestmark = needs_frames
@@ -89,12 +91,41 @@ def test_preloading_saves_at_least_what_is_said() -> None:
     assert "what would help" in text
 
 
+def build(library: Path, mebibytes: int) -> None:
+    """A library with so much data, in the place of one that may be there."""
+    source = f"const char data[{mebibytes} << 20] = {{1}}; int size = sizeof data;"
+    options = ["-shared", "-fPIC", "-Wl,--build-id", "-x", "c", "-"]
+    subprocess.run(["gcc", *options, "-o", f"{library}.new"], input=source, text=True, check=True)
+    Path(f"{library}.new").rename(library)
+
+
+def test_one_build_saves_at_most_what_is_said(tmp_path: Path) -> None:
+    """A process has a library that has been replaced; then both processes have the new one."""
+    library = tmp_path / "libbuilt.so.1"
+    load = f"lib = ctypes.CDLL({str(library)!r})"
+    read = "at = ctypes.addressof(ctypes.c_char.in_dll(lib, 'data')); len(ctypes.string_at(at, {} << 20))"
+    build(library, 1)
+    with told(load, read.format(1)) as old:
+        build(library, 2)
+        with told(load, read.format(2)) as new:
+            several = audit([old.pid, new.pid], library=library.name)
+            text = "\n".join(plain(line) for line in laid_out(advice_view(several), None))
+        with told(load, read.format(2)) as first, told(load, read.format(2)) as second:
+            alike = audit([first.pid, second.pid], library=library.name)
+        promised = advice(several, "other-build")
+        assert (promised.bound, promised.pids, promised.libraries) == ("at most", (old.pid,), (str(library),))
+    before, after = (sum(row.takes or 0 for row in found.libraries) for found in (several, alike))
+    assert 1 << 20 <= before - after <= promised.bytes
+    assert "one build of libbuilt.so.1 instead of several: at most" in text
+    assert "other-build" not in {piece.kind for piece in advise(alike)}
+
+
 def test_nothing_to_say_of_strangers_and_without_frames() -> None:
     with pool() as workers:
         workers.fork()
         kinds = {piece.kind for piece in advise(audit(workers.pids, level="flags"))}
         alone = {piece.kind for piece in advise(audit([workers.pid]))}
-    assert kinds | alone <= {"prepared", "twice"}
+    assert kinds | alone <= {"prepared", "twice", "other-build"}
 
 
 def test_of_many_families_the_largest_figures_are_shown() -> None:
