@@ -36,7 +36,7 @@ BOOL: Final[Schema] = {"type": "boolean"}
 HEX: Final[Schema] = {"type": "string", "pattern": "^([0-9a-f]{2})*$"}
 
 #: As ``/proc/PID/maps`` writes it: ``r-x``.
-PROTECTION: Final[Schema] = {"type": "string", "pattern": "^[r-][w-][x-]$"}
+PROTECTION: Final[Schema] = {"type": "string", "pattern": "^[r-][w-][x-]b?$"}
 
 
 def keys(schema: Schema, names: str) -> dict[str, Schema]:

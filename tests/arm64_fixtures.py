@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 
@@ -39,6 +40,17 @@ def theirs(name: str, function: str, argument: int | None, restype: type) -> obj
     return called(*[] if argument is None else [argument])
 
 
+def guarded(name: str, load: Callable[[str], object]) -> object:
+    """The kernel's flags of the mappings of code of a fixture: ``bt`` is BTI."""
+    path = str(build(name))
+    kept = load(path)
+    with open("/proc/self/smaps", encoding="ascii") as file:
+        sections = re.split(r"(?m)^(?=[0-9a-f]+-)", file.read())
+    flags = [text.rsplit("VmFlags: ", 1)[1].split() for text in sections if path in text.partition("\n")[0]]
+    del kept
+    return [sorted(words) for words in flags if "ex" in words]
+
+
 def in_child(function: Callable[..., object], *arguments: object) -> object:
     reading, writing = os.pipe()
     child = os.fork()
@@ -64,6 +76,11 @@ def main() -> int:
             answer = in_child(ours, *call, bind)
             different += answer != expected
             print("alike" if answer == expected else f"{answer!r} instead of {expected!r}", bind, *call[:2])
+    for name in ("demo", "demo_guarded"):
+        expected, answer = in_child(guarded, name, ctypes.CDLL), in_child(guarded, name, miniloader.load)
+        different += answer != expected or not answer
+        print("alike" if answer == expected else f"{answer!r} instead of {expected!r}", "flags of code", name)
+        print(" ", expected)
     return int(different > 0)
 
 

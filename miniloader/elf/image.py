@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from mmap import PAGESIZE
@@ -45,6 +46,8 @@ __all__ = ["ElfImage", "Tls", "notes_in", "numbered_notes", "read_image"]
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
 _MOST_NOTE_SEGMENTS: Final = 16
+_AARCH64_FEATURES: Final = 0xC0000000  # GNU_PROPERTY_AARCH64_FEATURE_1_AND
+_FEATURE_BTI: Final = 1
 _PART: Final = 1 << 12  # bytes; a name is rarely longer
 
 
@@ -247,6 +250,21 @@ class ElfImage(Showing):
         segment = self.segment("PT_TLS")
         return None if segment is None else Tls(segment.vaddr, segment.filesz, segment.memsz, segment.align)
 
+    @cached_property
+    def has_landing_pads(self) -> bool:
+        """Whether all of its code is marked as having them (BTI: ``GNU_PROPERTY_AARCH64_FEATURE_1_AND``).
+
+        Source: ELF for the Arm 64-bit architecture, "Program Property".
+        """
+        if self.header.machine != "AARCH64":
+            return False
+        return any(
+            number == _AARCH64_FEATURES and value & _FEATURE_BTI
+            for name, kind, description in islice(self._notes(), _MOST_NOTES)
+            if name == b"GNU\0" and kind == "NT_GNU_PROPERTY_TYPE_0"
+            for number, value in _properties(description, self.header.order)
+        )
+
     @property
     def executable_stack(self) -> bool:
         """Whether it asks for an executable stack: the last ``PT_GNU_STACK`` says, and without any the ABI.
@@ -259,7 +277,9 @@ class ElfImage(Showing):
     def plan(self, page_size: int = PAGESIZE) -> LoadPlan:
         """The mmap calls that load the image with pages of ``page_size`` bytes, by default this kernel's."""
         if page_size not in self._plans:
-            self._plans[page_size] = plan_segments(self.segments, page_size, self.path)
+            self._plans[page_size] = plan_segments(
+                self.segments, page_size, self.path, guarded=self.has_landing_pads
+            )
         return self._plans[page_size]
 
     # -- inside -----------------------------------------------------------------------------------
@@ -360,6 +380,16 @@ def numbered_notes(data: Bytes, order: str, align: int) -> Iterator[tuple[bytes,
         start = -(-name_end // align) * align
         yield data[place + size : name_end], kind, data[start : start + length]
         place = -(-(start + length) // align) * align
+
+
+def _properties(description: bytes, order: str) -> Iterator[tuple[int, int]]:
+    """Number and first word of each property of a note of a 64-bit file (Linux gABI extensions, 2.1.7)."""
+    place = 0
+    while place + 12 <= len(description):
+        number, size, value = struct.unpack_from(f"{order}3I", description, place)
+        if size >= 4:
+            yield number, value
+        place += 8 + -(-size // 8) * 8
 
 
 def read_image(source: Source) -> ElfImage:

@@ -39,7 +39,7 @@ __all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]
 Kind = Literal["file", "zero", "gap"]
 _LAST: Final = 1 << 64
 _RIGHTS: Final = {"r": "be read", "w": "be written", "x": "run"}
-_PROTECTIONS: Final = {"r": "PROT_READ", "w": "PROT_WRITE", "x": "PROT_EXEC"}
+_PROTECTIONS: Final = {"r": "PROT_READ", "w": "PROT_WRITE", "x": "PROT_EXEC", "b": "PROT_BTI"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class PlannedMapping:
 class PlannedCall:
     """A call of mmap, mprotect or memset that a loader makes to carry out a plan, and ``why``.
 
-    ``start`` is a vaddr and ``length`` is in bytes.  ``protection`` is ``""`` for memset; ``flags`` are those
-    of mmap, by name; ``file_offset`` is ``None`` where no file is mapped.  ``step`` is when it is made:
-    ``reserve`` and ``map`` come first, ``zero`` when all is mapped, ``protect`` when all is relocated.
+    ``start`` is a vaddr and ``length`` is in bytes.  ``protection`` is ``""`` for memset, and ``r-xb`` with
+    PROT_BTI; ``flags`` are those of mmap, by name; ``file_offset`` is ``None`` where no file is mapped.
+    ``step`` is when it is made: ``reserve`` and ``map`` come first, then ``guard``, on processors that know
+    landing pads; ``zero`` when all is mapped, ``protect`` when all is relocated.
     """
 
-    step: Literal["reserve", "map", "zero", "protect"]
+    step: Literal["reserve", "map", "guard", "zero", "protect"]
     call: Literal["mmap", "mprotect", "memset"]
     start: int
     length: int
@@ -136,7 +137,7 @@ class LoadPlan(Showing):
 
     ``mappings`` cover ``start`` to ``end`` without overlap, in ascending order.  ``zeroed`` are the parts of
     file pages that are bss.  ``relro`` is made read-only once relocated.  The bias is a multiple of
-    ``alignment``.
+    ``alignment``.  In code that is ``guarded`` indirect jumps lead to landing pads only (BTI, aarch64).
     """
 
     page_size: int
@@ -144,6 +145,7 @@ class LoadPlan(Showing):
     mappings: tuple[PlannedMapping, ...]
     zeroed: tuple[Span, ...]
     relro: Span
+    guarded: bool = False
 
     def __repr__(self) -> str:
         length, page_size = self.length, self.page_size
@@ -200,9 +202,12 @@ class LoadPlan(Showing):
         return tuple(_calls(self))
 
 
-def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None = None) -> LoadPlan:
+def plan_segments(
+    segments: Sequence[Segment], page_size: int, name: str | None = None, *, guarded: bool = False
+) -> LoadPlan:
     """Plan the mappings of ``segments`` for pages of ``page_size`` bytes (a power of two).
 
+    Their code is marked as ``guarded``, or not: see :class:`LoadPlan`.
     Raises :class:`ElfError` where a PT_LOAD cannot be mapped with such pages.
     """
     if page_size < 1 or page_size & (page_size - 1):
@@ -226,6 +231,7 @@ def plan_segments(segments: Sequence[Segment], page_size: int, name: str | None 
         mappings=tuple(_with_gaps(mappings)),
         zeroed=tuple(span for segment in loads if (span := _zeroed(segment, page_size))),
         relro=_relro(segments, page_size),
+        guarded=guarded,
     )
 
 
@@ -348,8 +354,12 @@ def _calls(plan: LoadPlan) -> Iterator[PlannedCall]:
         elif mapping.kind == "zero":
             why = "bss: pages of zeroes, of no file"
             yield PlannedCall("map", "mmap", start, length, protection, (*flags, "MAP_ANONYMOUS"), None, why)
-    for span in plan.zeroed:
-        yield from _zero(plan, span)
+    for mapping in plan.mappings if plan.guarded else ():
+        if mapping.kind == "file" and "x" in mapping.protection:
+            span, why = (mapping.start, mapping.length), "indirect jumps lead to landing pads only"
+            yield PlannedCall("guard", "mprotect", *span, f"{mapping.protection}b", (), None, why)
+    for zeroed in plan.zeroed:
+        yield from _zero(plan, zeroed)
     if plan.relro:
         start, length, why = (
             plan.relro.start,

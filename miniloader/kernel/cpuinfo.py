@@ -26,8 +26,8 @@ def _value(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def features() -> frozenset[str] | None:
-    """The processor's flags (``avx2``, ``xsave``, …); None where ``/proc`` does not tell."""
-    return frozenset(_value("flags").split()) if _lines() else None
+    """The processor's flags (``avx2``, on aarch64 ``bti``, …); None where ``/proc`` does not tell."""
+    return frozenset((_value("flags") or _value("Features")).split()) if _lines() else None
 
 
 def vendor() -> str:

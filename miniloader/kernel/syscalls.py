@@ -25,6 +25,7 @@ __all__ = [
     "MAP_SHARED",
     "MS_SYNC",
     "PAGE_SIZE",
+    "PROT_BTI",
     "PROT_EXEC",
     "PROT_NONE",
     "PROT_READ",
@@ -52,6 +53,7 @@ PROT_NONE: Final = 0
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
+PROT_BTI: Final = 0x10  # aarch64 only
 
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02

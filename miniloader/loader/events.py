@@ -11,8 +11,8 @@ from miniloader.values import dataclass
 __all__ = ["RUN_CODE", "Event", "OnEvent", "Stage", "is_brief"]
 
 Stage = Literal[
-    "search", "parse", "reserve", "map", "zero", "need", "bind", "tls", "relocate", "protect", "register",
-    "prepared", "open", "host", "initialise", "finalise", "unmap",
+    "search", "parse", "reserve", "map", "guard", "zero", "need", "bind", "tls", "relocate", "protect",
+    "register", "prepared", "open", "host", "initialise", "finalise", "unmap",
 ]  # fmt: skip
 
 RUN_CODE: Final[tuple[Stage, ...]] = ("bind", "initialise", "finalise")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miniloader.elf import LoadPlan, PlannedCall
 from miniloader.errors import LoadError
+from miniloader.kernel.cpuinfo import features
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.graph import Graph
 from miniloader.loader.loaded import Loaded
@@ -16,6 +17,8 @@ def map_library(graph: Graph, library: Loaded) -> None:
     """Reserve address space and map the segments: no page is touched."""
     library.memory = _reserve(graph, library, library.image.plan(PAGE_SIZE))
     library.undo.callback(library.memory.unmap)
+    if library.memory.plan.guarded and "bti" in (features() or ()):
+        library.memory.perform_step("guard", _teller(graph, library))
     if graph.brief:
         graph.event("map", library.name, "mapped", bias=library.memory.bias)
 

@@ -23,7 +23,14 @@ from miniloader.native import Stopped, buffer_address, copy, gate
 
 __all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits", "put_words"]
 
-_BITS: Final = {"r": sys.PROT_READ, "w": sys.PROT_WRITE, "x": sys.PROT_EXEC, "-": 0, "p": 0}
+_BITS: Final = {
+    "r": sys.PROT_READ,
+    "w": sys.PROT_WRITE,
+    "x": sys.PROT_EXEC,
+    "b": sys.PROT_BTI,
+    "-": 0,
+    "p": 0,
+}
 _FLAGS: Final = {
     "MAP_PRIVATE": sys.MAP_PRIVATE,
     "MAP_FIXED": sys.MAP_FIXED,
@@ -116,7 +123,7 @@ class Memory:
             if on_call is not None:
                 on_call(self, call)
 
-    def perform_step(self, step: Literal["zero", "protect"], on_call: OnCall | None = None) -> None:
+    def perform_step(self, step: Literal["guard", "zero", "protect"], on_call: OnCall | None = None) -> None:
         """Make the calls of one of the plan's steps that come after the mapping."""
         self.perform((call for call in self.plan.calls() if call.step == step), on_call)
 

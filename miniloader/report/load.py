@@ -51,6 +51,7 @@ _EXPLAINED: Final[dict[Stage, str]] = {
     "need": "A library that it needs.",
     "reserve": "Reserve the whole span at once, inaccessible, so that nothing else can come between.",
     "map": "Put each segment over its part: private, so that what is written there stays in this process.",
+    "guard": "Have the processor refuse indirect jumps to where no landing pad is (BTI).",
     "zero": "Zero what of a file page is bss. This first write gives the page a copy of its own.",
     "bind": "Find who defines each symbol: the process's global scope first, then it and what it needs.",
     "tls": "Ask the system's loader for thread-local storage, a block in every thread.",

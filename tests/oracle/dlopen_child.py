@@ -53,6 +53,8 @@ def libraries() -> list[dict[str, Any]]:
     libc = ctypes.CDLL(None)
     libc.pthread_self.restype = libc.__tls_get_addr.restype = ctypes.c_size_t
     thread_pointer: int = libc.pthread_self()
+    if os.uname().machine == "aarch64":  # the pointer is behind the thread's structure there (its psABI)
+        thread_pointer += ctypes.c_uint32.in_dll(libc, "_thread_db_sizeof_pthread").value
 
     def block(module: int) -> int:
         """Its offset; glibc makes a thread's block when it is first asked for."""

@@ -15,6 +15,7 @@ __all__ = ["Referring", "WordNames"]
 
 _NOBODY: Final = -1
 _THREAD: Final = 1 << 32  # added to a file's number: its thread-local block
+_LARGEST_OFFSET: Final = 1 << 32  # from the thread pointer; what is more is an address
 
 
 class Referring(Protocol):
@@ -100,13 +101,14 @@ class WordNames:
             number = self._modules.get(value)
             return (_NOBODY, value) if number is None else (number + _THREAD, 0)
         signed = value - (1 << 64) if value >> 63 else value
-        if formula == "descriptor" and signed > 0:
+        if formula == "descriptor" and signed > _LARGEST_OFFSET:
             # Its argument points to a module and an offset (glibc's tls_index).
             module, offset = self._pair(value)
             if module in self._modules:
                 return self._modules[module] + _THREAD, offset
             return _NOBODY, value
-        below = [block for block in self._blocks if block[0] <= signed < 0]
+        # Offsets are negative on x86-64, positive on aarch64; other blocks are of one thread, far away.
+        below = [block for block in self._blocks if block[0] <= signed and (block[0] < 0) == (signed < 0)]
         if not below:
             return _NOBODY, value
         start, number = max(below)

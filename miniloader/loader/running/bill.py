@@ -20,7 +20,7 @@ __all__ = ["PARTS", "Bill", "BilledLibrary", "Constructor", "Meter", "Opened"]
 #: Where time goes, by the stages of a load that end there; what no event ends is ``other``.
 PARTS: Final[Mapping[str, tuple[Stage, ...]]] = {
     "search": ("search", "need", "parse", "open"),
-    "map": ("reserve", "map", "zero"),
+    "map": ("reserve", "map", "guard", "zero"),
     "bind": ("bind", "tls"),
     "relocate": ("relocate", "protect", "register", "prepared"),
     "constructors": ("initialise",),
