@@ -21,6 +21,11 @@ done
 step call miniloader load "$library/libz.so.1" --lazy --call 'crc32(0, "hello", 5)->ulong'
 step prepare miniloader prepare "$library/libz.so.1"
 step prepared miniloader load "$library/libz.so.1" --prepared
+step run miniloader run --strict -c 'import sqlite3, ssl; print(ssl.OPENSSL_VERSION)'
+step chapter miniloader walkthrough relocation
+user="setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/home/user"
+chown 65534 /home/user
+step "as a user" $user miniloader prove "$library/libz.so.1" -n 2
 step disasm miniloader disasm "$library/libz.so.1" crc32 --loaded
 
 python - <<'END' &

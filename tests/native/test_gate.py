@@ -53,6 +53,7 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         ("load", "{}", "--no-init"),
         ("prove", "{}"),
         ("prepare", "{}"),
+        ("run", "-c", "print('it ran')"),
         ("disasm", "{}", "demo_add", "--loaded"),
         ("walkthrough", "relocation"),
     ],
@@ -67,7 +68,7 @@ def test_what_needs_loading_says_so_in_one_line(
         assert "nothing can be loaded here" in shown.out
         return
     assert elsewhere in shown.err
-    assert shown.err.count("\n") == 1
+    assert (shown.err.count("\n"), shown.out) == (1, "")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ __all__ = ["Referring", "WordNames"]
 
 _NOBODY: Final = -1
 _THREAD: Final = 1 << 32  # added to a file's number: its thread-local block
-_LARGEST_OFFSET: Final = 1 << 32  # from the thread pointer; what is more is an address
+_LARGEST_OFFSET: Final = 1 << 22  # from the thread pointer; what is more is an address
 
 
 class Referring(Protocol):
@@ -91,10 +91,12 @@ class WordNames:
         """Each as an address: its library (-1: none; its very end counts, too) and the offset in it."""
         if not len(values):
             return np.empty(0, np.int64), values
-        at = np.maximum(np.searchsorted(self._starts, values, "right") - 1, 0)
-        inside = (self._starts[at] <= values) & (values <= self._ends[at])
-        owner = np.where(inside, self._numbers[at], _NOBODY)
-        return owner, np.where(inside, values - self._biases[at], values)
+        owner, offset = np.full(len(values), _NOBODY, np.int64), values.copy()
+        # The longest first: between the segments of one (ld.so, aarch64) there may be another (the vDSO).
+        for row in np.argsort(self._starts - self._ends, kind="stable").tolist():
+            inside = (self._starts[row] <= values) & (values <= self._ends[row])
+            owner[inside], offset[inside] = self._numbers[row], values[inside] - self._biases[row]
+        return owner, offset
 
     def _thread_local(self, formula: str, value: int) -> tuple[int, int]:
         if formula == "module":

@@ -24,7 +24,7 @@ from miniloader.loader.loading import can_answer
 from miniloader.loader.policy import Policy
 from miniloader.loader.running import slots
 from miniloader.loader.running.bill import Bill, Meter
-from miniloader.native import INSIDE
+from miniloader.native import INSIDE, gate
 
 __all__ = ["Imports", "importing"]
 
@@ -84,6 +84,7 @@ def importing(
             print(f"miniloader: {name}: loaded by ld.so instead: {error}", file=sys.stderr)
         _lead_new()
 
+    gate.require_loading()
     if not can_answer():
         raise UsageError("no page may become executable in this process: nothing can be led to miniloader")
     meter = Meter(on_event)

@@ -149,7 +149,7 @@ def _mapped_twice(
     bench: Workbench, image: ElfImage, plan: LoadPlan, bias: int, look: _Look
 ) -> Generator[ChapterStep, None, tuple[MappingView, tuple[int, int], bool]]:
     """Read the file page that is mapped twice; the view then, its two pages, and whether they are alike."""
-    first, second, offset = _file_page_mapped_twice(_planned(plan))
+    first, second, offset = _file_page_mapped_twice(plan)
     length = min(PAGE_SIZE, image.source.size - offset)
     read = [
         bench.load(bias + vaddr, length, f"library[{vaddr:#x}:{vaddr + length:#x}]")
@@ -171,16 +171,18 @@ def _mapped_twice(
     return view, pages, read[0] == read[1]
 
 
-def _file_page_mapped_twice(ranges: tuple[MappedRange, ...]) -> tuple[int, int, int]:
+def _file_page_mapped_twice(plan: LoadPlan) -> tuple[int, int, int]:
     """Two vaddrs that show the same page of the file, and its offset; EvidenceError where there is none."""
     vaddrs: dict[int, int] = {}
-    for start, end, _, offset in ranges:
+    for start, end, _, offset in _planned(plan):
         if offset is not None:
-            for vaddr in range(start, end, PAGE_SIZE):
+            for vaddr in range(start, end, plan.page_size):
                 first = vaddrs.setdefault(offset + vaddr - start, vaddr)
                 if first != vaddr:
                     return first, vaddr, offset + vaddr - start
-    raise EvidenceError(f"with pages of {PAGE_SIZE} bytes no page of this library's file is mapped twice")
+    raise EvidenceError(
+        f"with pages of {plan.page_size} bytes no page of this library's file is mapped twice"
+    )
 
 
 def _zero_the_tail(
