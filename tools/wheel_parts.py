@@ -42,7 +42,7 @@ class WheelParts(BuildHookInterface):
         made, why = compile_here(directory, os.environ)
         for path in made:
             build_data["force_include"][str(path)] = f"miniloader/native/{path.name}"
-        if made:
+        if not why:
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"], build_data["tag"] = False, f"py3-none-{platform}"
         else:

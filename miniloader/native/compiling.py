@@ -9,12 +9,13 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from miniloader.native import gate
 
-__all__ = ["PAGES", "checksum_line", "command", "compile_here"]
+__all__ = ["PAGES", "command", "compile_here"]
 
 _DIRECTORY: Final = Path(__file__).parent
 PAGES: Final = {"x86_64": 0x1000, "aarch64": 0x10000}
@@ -45,26 +46,20 @@ def command(compiler: Sequence[str], machine: str, *options: str) -> list[str]:
     return [*compiler, *_OPTIONS, *_HARDENED[machine], layout, *options, *sources]
 
 
-def checksum_line(path: Path) -> str:
-    """What sha256sum(1) says of the file ``path``, by its name alone."""
-    from hashlib import sha256
-
-    return f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-
-
 def compile_here(directory: Path, environ: Mapping[str, str]) -> tuple[list[Path], str]:
     """Compile the code for this process's processor into ``directory``, with ``CC``, ``CFLAGS``, ``LDFLAGS``.
 
-    What was made: the library, and the list with its checksum (:data:`gate.CHECKSUMS`); nothing where the
-    copies that ship are to be taken, and why: no compiler, one that fails, ``MINILOADER_NATIVE=shipped``.
+    What a wheel takes: the library and the list with its checksum (:data:`gate.CHECKSUMS`); or a list alone,
+    of the copies that ship, and why these are taken: no compiler that works, ``MINILOADER_NATIVE=shipped``.
     """
+    shipped = [_listed(directory, "", sorted(_DIRECTORY.glob("loops-*.so")))]
     if environ.get("MINILOADER_NATIVE") == "shipped":
-        return [], "MINILOADER_NATIVE=shipped"
+        return shipped, "MINILOADER_NATIVE=shipped"
     machine = gate.processor()
     programs = (shutil.which(name, path=environ.get("PATH")) for name in ("cc", "gcc", "clang"))
     compiler = shlex.split(environ.get("CC", "")) or [name for name in programs if name][:1]
     if machine not in PAGES or not compiler:
-        return [], "no compiler" if machine in PAGES else f"nothing to compile for {machine}"
+        return shipped, "no compiler" if machine in PAGES else f"nothing to compile for {machine}"
     library = directory / Path(gate.own_code()).name
     flags = shlex.split(f"{environ.get('CFLAGS', '')} {environ.get('LDFLAGS', '')}")
     try:
@@ -72,12 +67,18 @@ def compile_here(directory: Path, environ: Mapping[str, str]) -> tuple[list[Path
         version = _run([*compiler, "--version"], environ).partition("\n")[0] if library.exists() else made
     except (OSError, subprocess.CalledProcessError) as error:
         told = getattr(error, "stderr", None) or str(error)
-        return [], f"{compiler[0]} failed: {told.strip().splitlines()[-1]}"
+        return shipped, f"{compiler[0]} failed: {told.strip().splitlines()[-1]}"
     if (damage := gate.damage(str(library))) is not None:
-        return [], f"{compiler[0]} made something else: {damage}"
+        return shipped, f"{compiler[0]} made something else: {damage}"
+    return [library, _listed(directory, f"# compiled when it was installed, by {version}\n", [library])], ""
+
+
+def _listed(directory: Path, comment: str, libraries: Sequence[Path]) -> Path:
+    """The list of ``libraries`` by their names, written to ``directory``."""
+    lines = [f"{sha256(library.read_bytes()).hexdigest()}  {library.name}\n" for library in libraries]
     checksums = directory / gate.CHECKSUMS
-    checksums.write_text(f"# compiled when it was installed, by {version}\n{checksum_line(library)}")
-    return [library, checksums], ""
+    checksums.write_text(comment + "".join(lines))
+    return checksums
 
 
 def _run(words: Sequence[str], environ: Mapping[str, str]) -> str:

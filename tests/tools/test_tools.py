@@ -236,10 +236,12 @@ def test_the_source_distribution_has_what_the_repository_has(checkout: Path, ope
     (wheel,) = open_directory.glob("*.whl")  # with the copies that ship, it is for any machine
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as held:
-        for loops in ("loops-x86_64.so", "loops-aarch64.so", "loops.sha256"):
-            assert (
-                held.read(f"miniloader/native/{loops}") == (ROOT / "miniloader/native" / loops).read_bytes()
-            )
+        lines = held.read("miniloader/native/loops.sha256").decode().splitlines()
+        assert [line.split()[1] for line in lines] == ["loops-aarch64.so", "loops-x86_64.so"]
+        for checksum, name in map(str.split, lines):
+            path = f"miniloader/native/{name}"
+            assert hashlib.sha256(held.read(path)).hexdigest() == checksum
+            assert held.read(path) == (ROOT / path).read_bytes()
     (archive,) = open_directory.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
