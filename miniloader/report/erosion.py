@@ -129,6 +129,7 @@ def _told(piece: Advice) -> str:
         "one-more": f"one more process like {workers}: costs {amount}",
         "ending-one": f"ending one of {workers}: frees {amount}",
         "freeze": f"gc.freeze() before the fork: {amount} of {workers}, less what is read there as well",
+        "huge-pages": f"no huge pages (PR_SET_THP_DISABLE) after the fork: {amount} of {workers}",
         "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",
         "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
         "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",

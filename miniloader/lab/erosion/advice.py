@@ -13,7 +13,9 @@ from miniloader.values import dataclass
 
 __all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise"]
 
-AdviceKind = Literal["one-more", "ending-one", "freeze", "preload", "prepared", "twice", "other-build"]
+AdviceKind = Literal[
+    "one-more", "ending-one", "freeze", "huge-pages", "preload", "prepared", "twice", "other-build"
+]
 Bound = Literal["about", "at least", "at most"]
 
 
@@ -26,6 +28,8 @@ class Advice:
     - ``freeze``: ``gc.freeze()`` before the fork saves at most this over all of ``pids``: what holds the same
       bytes as its relative has, which references may have touched as well, or differs in the collector's
       words.
+    - ``huge-pages``: what was collapsed into huge pages since the fork, and holds the same bytes as before,
+      is saved at most where these workers may have no transparent huge pages (``PR_SET_THP_DISABLE``).
     - ``preload``: that the parent loads ``libraries`` before it forks saves at least this: copies that are
       only relocated, in each of ``pids`` but one.  What their initialisation leaves in the heap comes on top.
     - ``prepared``: pages that are only relocated, of all processes: what prepared pages save at most.
@@ -70,6 +74,8 @@ def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Ad
         if row.pid in pids and (row.runtime or "").startswith("cpython")
     }
     yield Advice("freeze", "at most", sum(touched.values()), tuple(touched))
+    huge = {row.pid: row.huge for row in audit.erosion or () if row.pid in pids and row.huge}
+    yield Advice("huge-pages", "at most", sum(huge.values()), tuple(huge))
     late = [library for library in audit.libraries if _having(library).isdisjoint({parent})]
     pages = {library.path: _but_one(library, pids) for library in late}
     names = tuple(path for path, number in pages.items() if number)
@@ -131,7 +137,7 @@ def _but_one(library: AuditedLibrary, pids: Sequence[int]) -> int:
 
 ADVICE_SCHEMA: Final = array(
     record(
-        {"kind": words("one-more ending-one freeze preload prepared twice other-build")},
+        {"kind": words("one-more ending-one freeze huge-pages preload prepared twice other-build")},
         {"bound": {"enum": ["about", "at least", "at most"]}, "bytes": COUNT},
         {"pids": array(COUNT), "libraries": array(TEXT)},
     )

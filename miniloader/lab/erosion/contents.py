@@ -10,14 +10,17 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
+from miniloader.kernel.scan import IS_HUGE, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.pairs import Pair
 
-__all__ = ["PagePart", "compare"]
+__all__ = ["PagePart", "compare", "in_huge_copies"]
 
 _AT_ONCE: Final = 512  # pages
+_HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
 _NEAR: Final = 512  # to read that many entries of a page table too many costs less than another call
 
 
@@ -90,3 +93,26 @@ def _frames(pagemap: PageMap, addresses: NDArray[np.uint64]) -> NDArray[np.uint6
         entries = entries[(addresses[first:last] - np.uint64(start)) // np.uint64(PAGE_SIZE)]
         frames[first:last] = np.where(entries & PRESENT, entries & FRAME, np.uint64(0))
     return frames
+
+
+def in_huge_copies(pid: int, apart: NDArray[np.uint64], same: NDArray[np.uint64]) -> int | None:
+    """How many of the pages ``same`` lie in huge pages of process ``pid`` that are ``apart`` as a whole.
+
+    Both are ascending addresses.  A relative that writes has copies of single pages, and the rest of the huge
+    page in common; to collapse pages into a huge one is to copy them all.  None where the kernel does not
+    tell (before 6.7).  Raises ProcessGone.
+    """
+    if not len(same):
+        return 0
+    try:
+        with PageMap(pid) as pagemap:
+            huge = scan(pagemap, int(same[0]), int(same[-1]) + PAGE_SIZE, any_of=IS_HUGE, returned=IS_HUGE)
+    except ProcessGone:
+        raise
+    except EvidenceError:
+        return None
+    numbers, pages = np.unique(apart // np.uint64(_HUGE * PAGE_SIZE), return_counts=True)
+    whole = np.isin(same // np.uint64(_HUGE * PAGE_SIZE), numbers[pages == _HUGE])
+    before = np.append(0, np.cumsum(whole))
+    first, last = (np.searchsorted(same, huge[edge]) for edge in ("start", "end"))
+    return int((before[last] - before[first]).sum())

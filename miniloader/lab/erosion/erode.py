@@ -15,7 +15,7 @@ from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.causes import causes_of
 from miniloader.lab.erosion.census import Census
 from miniloader.lab.erosion.chunks import eroded_chunks
-from miniloader.lab.erosion.contents import PagePart, compare
+from miniloader.lab.erosion.contents import PagePart, compare, in_huge_copies
 from miniloader.lab.erosion.memory import PrivateMemory, private_memory
 from miniloader.lab.erosion.pairs import Pair, pairs_of
 from miniloader.lab.erosion.pools import pools_in
@@ -49,9 +49,12 @@ def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | N
 
 @dataclass(frozen=True, eq=False)
 class _Contents:
-    """What is on the pages that are two frames: which hold the same bytes, how many could not be read."""
+    """What is on the pages that are two frames: which hold the same bytes (and how many of them are in huge
+    copies, None: not known), how many could not be read.
+    """
 
     same: NDArray[np.uint64]
+    huge: int | None
     unread: int
     causes: Mapping[str, int]
     objects: tuple[ErodedObjects, ...]
@@ -79,6 +82,7 @@ def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
         possible=len(possible) * PAGE_SIZE,
         same=None if found is None else len(found.same) * PAGE_SIZE,
         changed=0 if found is None else found.unread * PAGE_SIZE,
+        huge=None if found is None or found.huge is None else found.huge * PAGE_SIZE,
         causes={} if found is None else {name: pages * PAGE_SIZE for name, pages in found.causes.items()},
         objects=() if found is None else found.objects,
         runtime=runtime,
@@ -98,8 +102,10 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
             same.append(part.addresses[part.same])
             unread += int(np.count_nonzero(~part.read))
             causes.update(_causes(part, census))
+        equal = np.concatenate([np.empty(0, np.uint64), *same])
         return _Contents(
-            same=np.concatenate([np.empty(0, np.uint64), *same]),
+            same=equal,
+            huge=in_huge_copies(pair.pid, pair.apart, equal),
             unread=unread,
             causes=causes,
             objects=census.objects() if census is not None else _chunks(memory, pair, process),

@@ -49,7 +49,9 @@ class Erosion:
     Both have a page at one address, in different frames now.  ``proven``: it was one frame; ``possible``:
     perhaps, for two that built the same thing after the fork look alike.  ``same``: of both, the pages whose
     bytes are all equal; None where nobody read them.  ``changed``: what changed while it was read, or could
-    not be read; nothing is said of its bytes.  ``causes`` sums up by cause, ``objects`` are the objects on
+    not be read; nothing is said of its bytes.  ``huge``: the part of ``same`` in huge pages of the process of
+    which no page is one frame with the relative's, as a collapse leaves them; None where nobody knows.
+    ``causes`` sums up by cause, ``objects`` are the objects on
     these pages, where ``runtime`` (such as ``cpython-3.12``, None: none that is known) tells them.
     """
 
@@ -59,6 +61,7 @@ class Erosion:
     possible: int
     same: int | None = None
     changed: int = 0
+    huge: int | None = None
     causes: Mapping[str, int] = field(default_factory=dict)
     objects: tuple[ErodedObjects, ...] = ()
     runtime: str | None = None
@@ -114,6 +117,7 @@ EROSION_SCHEMA: Final = record(
     keys(COUNT, "pid relative proven possible changed"),
     {
         "same": nullable(COUNT),
+        "huge": nullable(COUNT),
         "causes": {"type": "object", "additionalProperties": COUNT},
         "objects": array(record({"type": TEXT}, keys(COUNT, "pages count"))),
         "runtime": nullable(TEXT),

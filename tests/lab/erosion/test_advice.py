@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.result import Audit
@@ -34,6 +36,11 @@ def uss_of(pids: list[int]) -> int:
 def pss_of(pids: list[int]) -> int:
     """What they take in all: of a page that three have in three copies, USS counts the first one as well."""
     return sum(rollup_of(pid)["Pss"] for pid in pids) * KB
+
+
+def anonymous_pss_of(pids: list[int]) -> int:
+    """Of this nothing depends on who else maps the same files."""
+    return sum(rollup_of(pid)["Pss_Anon"] for pid in pids) * KB
 
 
 def test_freezing_saves_at_most_what_is_said() -> None:
@@ -89,6 +96,41 @@ def test_preloading_saves_at_least_what_is_said() -> None:
     assert PAGE_SIZE * 60 < promised.bytes <= without - preloaded
     assert "loading before the fork: at least" in text
     assert "what would help" in text
+
+
+_ARRAY = """
+huge = 2 << 20
+array = -(-mapped(5 * huge) // huge) * huge
+libc.madvise(array, 4 * huge, 15)  # MADV_NOHUGEPAGE
+ctypes.memset(array, 1, 4 * huge)
+"""
+_COLLAPSE_SOME = "libc.madvise(array, 2 * huge, 14); answer = libc.madvise(array, 2 * huge, 25)"
+
+
+def test_no_huge_pages_save_what_is_said() -> None:
+    """A worker writes to a page of each of four huge ones; two of these it has had collapsed."""
+    write = "for number in range(4): ctypes.memset(array + number * huge, 7, 1)"
+    taken = list[int]()
+    for collapse in (_COLLAPSE_SOME, "answer = 0"):
+        with pool(_ARRAY) as workers:
+            child = workers.fork()
+            before = anonymous_pss_of(workers.pids)
+            if workers.ask(child, collapse) != 0:
+                pytest.skip("this kernel lacks MADV_COLLAPSE, or this machine free huge pages")
+            workers.ask(child, write)
+            taken.append(anonymous_pss_of(workers.pids) - before)
+            pieces = [
+                piece
+                for piece in advise(audit(workers.pids, library="nothing"))
+                if piece.kind == "huge-pages"
+            ]
+            if collapse == _COLLAPSE_SOME:
+                (promised,) = pieces
+                assert (promised.bound, promised.pids) == ("at most", (child,))
+            else:
+                assert not pieces
+    assert promised.bytes == 2 * (2 << 20) - 2 * PAGE_SIZE
+    assert abs(taken[0] - taken[1] - promised.bytes) < 0.01 * promised.bytes
 
 
 def build(library: Path, mebibytes: int) -> None:
