@@ -143,6 +143,8 @@ ANSWERS: Final = {
     b"dladdr1": "answer_dladdr1",
     b"_dl_find_object": "answer_dl_find_object",
     b"dladdr": "answer_dladdr",
+    b"backtrace_symbols": "answer_backtrace_symbols",
+    b"backtrace_symbols_fd": "answer_backtrace_symbols_fd",
 }
 #: glibc's functions that libraries of ours do not call themselves, and what inside.c has for each.
 INSIDE: Final = {

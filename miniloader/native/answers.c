@@ -1,5 +1,5 @@
 /* What a library asks glibc about itself, answered for libraries that glibc does not know: dladdr(3), dl_iterate_phdr(3),
-   _dl_find_object.
+   _dl_find_object, backtrace_symbols(3).
 
    Each asks glibc's own first, then looks into a table of our libraries.  Nothing here waits for Python: an unwinder
    may ask in any thread, at any time, even at the end of the process.
@@ -13,6 +13,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct { /* a library of ours as glibc would tell of it; see loader/beside_glibc/stand_ins.py */
@@ -46,6 +48,9 @@ static struct { /* glibc's own, in the order of Python's */
     int (*iterate)(Callback *, void *);
     int (*address)(const void *, Dl_info *, void **, int);
     int (*object)(void *, Object *);
+    int (*plain_address)(const void *, Dl_info *); /* not asked: its stand-in asks the first one */
+    char **(*symbols)(void *const *, int);
+    void (*write_symbols)(void *const *, int, int);
 } theirs;
 
 void set_answers(const void *functions)
@@ -121,6 +126,67 @@ int answer_dladdr(const void *address, Dl_info *info)
 {
     return answer_dladdr1(address, info, NULL, 0);
 }
+
+/* ------------------------------------------------------------------------------------ backtrace_symbols(3) */
+
+typedef struct {
+    const char *file, *symbol;
+    uint64_t offset; /* from the symbol, or from the load bias */
+} Place;
+
+static bool is_placed(const void *address, Place *place)
+{
+    const Entry *entry = entry_at((uint64_t)address);
+    if (!entry)
+        return false;
+    uint64_t vaddr = (uint64_t)address - entry->info.dlpi_addr;
+    const ElfW(Sym) *symbol = nearest(entry, vaddr);
+    *place = (Place){entry->info.dlpi_name, "", vaddr};
+    if (symbol) {
+        place->symbol = entry->strings + symbol->st_name;
+        place->offset = vaddr - symbol->st_value;
+    }
+    return true;
+}
+
+static int put(char *to, size_t size, const void *address, const Place *place)
+{
+    return snprintf(to, size, "%s(%s+%#lx) [%p]", place->file, place->symbol, (unsigned long)place->offset, address);
+}
+
+/* glibc's own lines, and ours where it knows nothing: in one piece of memory, that the caller frees. */
+char **answer_backtrace_symbols(void *const *addresses, int count)
+{
+    char **lines = theirs.symbols(addresses, count);
+    size_t size = 0;
+    Place place;
+    for (int i = 0; lines && i < count; i++)
+        size += (is_placed(addresses[i], &place) ? (size_t)put(NULL, 0, addresses[i], &place) : strlen(lines[i])) + 1;
+    char **answer = lines ? malloc((size_t)count * sizeof *answer + size) : NULL;
+    char *text = (char *)(answer + (answer ? count : 0)), *end = text + size;
+    for (int i = 0; answer && i < count; i++) {
+        answer[i] = text;
+        if (is_placed(addresses[i], &place))
+            put(text, (size_t)(end - text), addresses[i], &place);
+        else
+            strcpy(text, lines[i]);
+        text += strlen(text) + 1;
+    }
+    free(lines);
+    return answer;
+}
+
+void answer_backtrace_symbols_fd(void *const *addresses, int count, int fd)
+{
+    Place place;
+    for (int i = 0; i < count; i++)
+        if (is_placed(addresses[i], &place))
+            dprintf(fd, "%s(%s+0x%lx)[%p]\n", place.file, place.symbol, (unsigned long)place.offset, addresses[i]);
+        else
+            theirs.write_symbols(addresses + i, 1, fd);
+}
+
+/* ---------------------------------------------------------------------------------------- when Python has ended */
 
 /* What dlsym(3) gives by a library's own handle when Python has ended, and nobody else can tell: what it defines itself.
    Thread-local symbols are not looked for, nor is what needs a resolver. */

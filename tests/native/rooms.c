@@ -67,6 +67,8 @@ int answer_dladdr1(const void *, Dl_info *, void **, int);
 int answer_dladdr(const void *, Dl_info *);
 int answer_dl_iterate_phdr(Callback *, void *);
 int answer_dl_find_object(void *, Object *);
+char **answer_backtrace_symbols(void *const *, int);
+void answer_backtrace_symbols_fd(void *const *, int, int);
 
 enum { LIBRARIES = 12, SPACE = 1 << 16 };
 static Entry models[LIBRARIES];
@@ -94,6 +96,17 @@ static int object_of_theirs(void *address, Object *object)
     (void)object;
     return address_of_theirs(address, &info, NULL, 0) ? 0 : -1;
 }
+
+static char **symbols_of_theirs(void *const *addresses, int count)
+{
+    char **lines = malloc((size_t)count * sizeof *lines + 7);
+    for (int i = 0; i < count; i++)
+        lines[i] = memcpy((char *)(lines + count), "theirs", 7);
+    return (void)addresses, lines;
+}
+
+static int written;
+static void write_of_theirs(void *const *addresses, int count, int fd) { (void)addresses, written += count + fd; }
 
 static uint64_t visited, most_visits;
 
@@ -160,6 +173,16 @@ static void try_answers(void)
     int unknown = answer_dl_find_object((void *)address, &object);
     assert((unknown == 0) == known);
     assert(is_theirs || !known || (uint64_t)object.end == ends[owner]);
+    void *addresses[] = {(void *)address, (void *)theirs_start};
+    char **lines = answer_backtrace_symbols(addresses, 2), line[64];
+    snprintf(line, sizeof line, "[%p]", (void *)address);
+    bool is_ours = owner < LIBRARIES;
+    assert(!strcmp(is_ours ? strstr(lines[0], "[") : lines[0], is_ours ? line : "theirs"));
+    assert(!strcmp(lines[1], "theirs"));
+    free(lines);
+    written = 0;
+    answer_backtrace_symbols_fd(addresses + is_ours, 2 - is_ours, 0);
+    assert(written == 2 - is_ours);
     visited = 0;
     most_visits = chance(LIBRARIES + 2);
     int result = answer_dl_iterate_phdr(count_visit, &visited);
@@ -449,7 +472,8 @@ int main(int argc, char **words)
 {
     if (argc != 4)
         return 2;
-    static const void *const theirs[] = {iterate, address_of_theirs, object_of_theirs};
+    static const void *const theirs[] = {
+        iterate, address_of_theirs, object_of_theirs, NULL, symbols_of_theirs, write_of_theirs};
     set_answers(theirs);
     lay_pages();
     state = strtoull(words[1], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
