@@ -19,7 +19,7 @@ from miniloader.lab.erosion.pairs import Pair
 
 __all__ = ["PagePart", "compare", "in_huge_copies"]
 
-_AT_ONCE: Final = 512  # pages
+_AT_ONCE: Final = 1024  # pages
 _HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
 _NEAR: Final = 512  # to read that many entries of a page table too many costs less than another call
 
