@@ -23,9 +23,11 @@ covers stay inaccessible (``gap``).  Source: gABI chapter 5, "Program Loading"; 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Final, Literal
 
 from miniloader.elf.header import Segment
@@ -176,7 +178,9 @@ class LoadPlan(Showing):
 
     def at(self, vaddr: int) -> PlannedMapping | None:
         """The mapping that holds ``vaddr``."""
-        return next((m for m in self.mappings if m.start <= vaddr < m.end), None)
+        place = bisect_right(self.mappings, vaddr, key=attrgetter("start")) - 1
+        mapping = self.mappings[place] if place >= 0 else None
+        return mapping if mapping is not None and vaddr < mapping.end else None
 
     def calls(self, *, placed: bool = False) -> tuple[PlannedCall, ...]:
         """The mmap, mprotect and memset calls that carry the plan out, in order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from miniloader.elf import LoadPlan
 from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma
 from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
@@ -12,6 +13,7 @@ from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
 __all__ = ["Arrangement", "Arrangements"]
 
 _LOW: Final = 1 << 40  # below, there may be no room for a load bias
+_NEAR: Final = 16  # images of one file that lie within each other
 
 #: Start and end of each mapping from the first one's start on, and its file offset.
 _Shape = tuple[tuple[int, int, int], ...]
@@ -32,7 +34,7 @@ class Arrangements:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[FileFacts | None, _Shape], tuple[int, list[int]]] = {}
+        self._known: dict[tuple[FileFacts | None, _Shape], list[tuple[int, list[int]]]] = {}
 
     def of_process(self, pid: int, files: MappedFiles, vmas: Sequence[Vma]) -> Iterable[Arrangement]:
         """Every file that process ``pid`` has mapped privately, as often as it has it.
@@ -41,23 +43,48 @@ class Arrangements:
         """
         for indices in _by_file(vmas):
             file = files.of(pid, vmas[indices[0]])
-            while indices:
-                bias, places = self._first(file, [vmas[index] for index in indices])
-                belonging = [indices[place] for place in places]
-                yield Arrangement(file, bias, belonging)
-                indices = [index for index in indices if index not in belonging]
+            start = vmas[indices[0]].start
+            for distance, places in self._images(file, [vmas[index] for index in indices]):
+                yield Arrangement(file, start + distance, [indices[place] for place in places])
 
-    def _first(self, file: MappedFile, vmas: Sequence[Vma]) -> tuple[int, list[int]]:
-        """The load bias of the first mapping, and which ones (by place) belong to the same image."""
+    def _images(self, file: MappedFile, vmas: Sequence[Vma]) -> list[tuple[int, list[int]]]:
+        """Each image's load bias, from the start of the first mapping on, and its mappings (by place)."""
         start = vmas[0].start
         shape = tuple([(vma.start - start, vma.end - start, vma.file_offset) for vma in vmas])
         key = file.facts, shape
         if key not in self._known or start < _LOW:
-            bias, span = _bias(file, vmas[0])
-            places = [at for at, vma in enumerate(vmas) if at == 0 or _belongs(file, vma, bias, span)]
-            self._known[key] = bias - start, places
-        distance, places = self._known[key]
-        return start + distance, places
+            plan = file.facts.plan if file.facts is not None else None
+            images = _of_data(vmas) if plan is None else _of_images(plan, vmas)
+            self._known[key] = [(bias - start, places) for bias, places in images]
+        return self._known[key]
+
+
+def _of_data(vmas: Sequence[Vma]) -> Iterable[tuple[int, list[int]]]:
+    """The load biases of a file that is no image, and which mappings (by place) have each."""
+    images: dict[int, list[int]] = {}
+    for place, vma in enumerate(vmas):
+        images.setdefault(vma.start - vma.file_offset, []).append(place)
+    return images.items()
+
+
+def _of_images(plan: LoadPlan, vmas: Sequence[Vma]) -> Iterable[tuple[int, list[int]]]:
+    """The load biases of the images of a file, and which mappings (by place) are part of each.
+
+    A mapping is looked for in the last few images that reach so far: it takes time in proportion to how often
+    the file is mapped.
+    """
+    images, near = list[tuple[int, list[int]]](), list[tuple[tuple[int, int], int, list[int]]]()
+    for place, vma in enumerate(vmas):
+        near = [image for image in near if image[0][1] > vma.start][-_NEAR:]
+        for span, bias, places in near:
+            if _belongs(plan, vma, bias, span):
+                places.append(place)
+                break
+        else:
+            bias, span = _bias(plan, vma)
+            images.append((bias, [place]))
+            near.append((span, *images[-1]))
+    return images
 
 
 def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
@@ -69,23 +96,19 @@ def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
     return files.values()
 
 
-def _bias(file: MappedFile, vma: Vma) -> tuple[int, tuple[int, int]]:
-    """The load bias that puts the file's image where its first mapping is, and its addresses."""
-    plan = file.facts.plan if file.facts is not None else None
-    for mapping in plan.mappings if plan is not None else ():
+def _bias(plan: LoadPlan, vma: Vma) -> tuple[int, tuple[int, int]]:
+    """The load bias that puts a file's image where its first mapping is, and its addresses."""
+    for mapping in plan.mappings:
         distance = vma.file_offset - mapping.file_offset
-        if plan is not None and mapping.kind == "file" and 0 <= distance < mapping.length:
+        if mapping.kind == "file" and 0 <= distance < mapping.length:
             bias = vma.start - mapping.start - distance
             if bias >= 0:
                 return bias, (bias + plan.start, bias + plan.end)
     return vma.start - vma.file_offset, (vma.start, vma.end)
 
 
-def _belongs(file: MappedFile, vma: Vma, bias: int, span: tuple[int, int]) -> bool:
+def _belongs(plan: LoadPlan, vma: Vma, bias: int, span: tuple[int, int]) -> bool:
     """Whether a mapping is part of the image at ``bias``: where it should be, with what should be there."""
-    plan = file.facts.plan if file.facts is not None else None
-    if plan is None:
-        return vma.start - vma.file_offset == bias
     if not (span[0] <= vma.start and vma.end <= span[1]):
         return False
     mapping = plan.at(vma.start - bias)

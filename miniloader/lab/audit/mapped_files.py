@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -21,6 +22,7 @@ __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
 _TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
+_RAISE_LIMIT: Final = "raise the limit (ulimit -n)"
 _KERNEL: Final = -1  # its name leads to the mapped file itself
 
 
@@ -61,6 +63,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._files: dict[Identity, MappedFile] = {}
+        self._openable: dict[int, int] = {}  # how many files more may be opened that a process has
         self._names = NameNumbers()
         self.prepared = PreparedPages()
 
@@ -106,6 +109,9 @@ class MappedFiles:
 
     def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open the very file that is mapped, not one that has taken its name since."""
+        if not self._may_open(pid):
+            file.trouble = f"more files are mapped than may be open here; {_RAISE_LIMIT}"
+            return
         by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
         in_root = process_file(pid, "root") + vma.path
         for path, viewer in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
@@ -116,10 +122,21 @@ class MappedFiles:
             facts = _facts(source, self._names)
             if facts is not None and (viewer == _KERNEL or _is(source, facts, file, viewer)):
                 file.facts, file.trouble = facts, ""
+                self._openable[pid] -= 1
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return
         file.trouble = _trouble(file.identity, vma.path, in_root)
+
+    def _may_open(self, pid: int) -> bool:
+        """Whether a process has not had its share: half of what was left when its first file was met.
+
+        However many files it has mapped, those of the others can be opened.
+        """
+        if pid not in self._openable:
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self._openable[pid] = (most - len(os.listdir("/proc/self/fd"))) // 2
+        return self._openable[pid] > 0
 
 
 def _trouble(mapped: Identity, *paths: str) -> str:
