@@ -15,12 +15,21 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO, Any, Final
 
-__all__ = ["UNFINISHED", "kind_of", "open_regular", "walked_to", "write_whole"]
+__all__ = [
+    "UNFINISHED",
+    "NotRegularError",
+    "kind_of",
+    "open_regular",
+    "open_text",
+    "walked_to",
+    "write_whole",
+]
 
 UNFINISHED: Final = ".miniloader-"
 """What the names of files begin with that are not whole yet; their writers hold a lock on them (flock(2))."""
 _PROC: Final = "/proc/"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_READING: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _MOST_LINKS: Final = 40  # MAXSYMLINKS
 _KINDS: Final = {
     stat.S_IFLNK: "a link",
@@ -41,14 +50,38 @@ def kind_of(mode: int) -> str | None:
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
-def open_regular(path: str | os.PathLike[str], *, errors: str = "strict") -> IO[str]:
-    """The text file ``path`` to be read; OSError, at once, where it is a pipe, a device or a directory."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait for a writer
-    kind = kind_of(os.fstat(fd).st_mode)
-    if kind is not None:
-        os.close(fd)
-        raise OSError(errno.EINVAL, f"found {kind}, expected a regular file", os.fspath(path))
-    return open(fd, encoding="utf-8", errors=errors)
+class NotRegularError(OSError):
+    """What was to be read is no regular file but ``kind``, such as a pipe."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"found {kind}, expected a regular file", path)
+        self.kind = kind
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor of the regular file ``path``, to be read; NotRegularError, or another OSError.
+
+    Nothing else is opened at all: a pipe would wait for a writer, and there are devices that do something (a
+    watchdog, a tape), where whoever may put a link there could choose which.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        kind = kind_of(os.fstat(found).st_mode)
+        if kind is not None:
+            raise NotRegularError(os.fspath(path), kind)
+        with suppress(FileNotFoundError):  # where /proc is not mounted
+            return os.open(f"/proc/self/fd/{found}", _READING)
+        return os.open(path, _READING)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    finally:
+        os.close(found)
+
+
+def open_text(path: str | os.PathLike[str], *, errors: str = "strict") -> IO[str]:
+    """The regular file ``path`` as text; raises as :func:`open_regular` does."""
+    return open(open_regular(path), encoding="utf-8", errors=errors)
 
 
 def write_whole(

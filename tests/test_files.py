@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniloader.files import write_whole
+from miniloader.files import NotRegularError, open_regular, write_whole
 
 NOBODY = 65534
 
@@ -43,6 +43,40 @@ def directory_of(whose: str, path: Path) -> Path:
     else:
         os.chown(path, NOBODY, NOBODY)
     return path
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/ptmx", "/dev"])
+def test_what_is_no_regular_file_is_not_opened_to_be_read(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watchdog that was opened once restarts the machine, and anybody may put a link to it."""
+    link, opened, opening = tmp_path / "link", list[int](), os.open
+    link.symlink_to(target)
+
+    def noted(path: str | os.PathLike[str], flags: int, *more: int, dir_fd: int | None = None) -> int:
+        opened.append(flags)
+        return opening(path, flags, *more, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", noted)
+    with pytest.raises(NotRegularError, match="expected a regular file"):
+        open_regular(link)
+    assert opened
+    assert all(flags & os.O_PATH for flags in opened)
+
+
+def test_a_regular_file_is_read_also_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    opening = os.open
+
+    def without_proc(path: str | os.PathLike[str], flags: int) -> int:
+        if os.fspath(path).startswith("/proc/"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return opening(path, flags)
+
+    for patched in (opening, without_proc):
+        monkeypatch.setattr(os, "open", patched)
+        with open(open_regular(tmp_path / "file"), "rb") as file:
+            assert file.read() == b"text"
 
 
 @pytest.mark.needs_root("another user puts a link there")

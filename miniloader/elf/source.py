@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from miniloader.errors import ElfError, LoadError
-from miniloader.files import kind_of
+from miniloader.files import NotRegularError, kind_of, open_regular
 
 __all__ = ["LARGE", "Bytes", "Source", "large_room"]
 
@@ -78,8 +78,9 @@ class Source:
         """Open the file ``path``; :class:`ElfError` when there is none or it is not a regular file."""
         name = os.fspath(path)
         try:
-            # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(name)
+        except NotRegularError as error:
+            raise ElfError(name, "file", error.kind, "a regular file") from None
         except (OSError, ValueError) as error:
             raise _unreadable(name, "file", error) from None
         return cls(fd, name)

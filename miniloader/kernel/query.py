@@ -13,6 +13,7 @@ import struct
 from typing import Final
 
 from miniloader.errors import EvidenceError, ProcessGone
+from miniloader.files import open_regular
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import Vma, as_named
 from miniloader.kernel.pagemap import FILE, PRESENT, PageMap
@@ -127,7 +128,7 @@ def _head(pid: int | None, vma: Vma) -> bytes:
     """
     for path in (process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}"), vma.path):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_regular(path)
         except OSError:
             continue
         try:

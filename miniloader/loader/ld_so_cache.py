@@ -10,6 +10,8 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from miniloader.files import open_regular
+
 __all__ = ["CACHE", "Cache", "read_cache"]
 
 CACHE: Final = "/etc/ld.so.cache"
@@ -21,6 +23,7 @@ _HWCAP_EXTENSION: Final = 1 << 62
 _HEADER: Final = 48
 _ENTRY: Final = "iIIIQ"  # flags, key, value, os version, hwcap
 _HWCAPS_TAG: Final = 1
+_LARGEST: Final = 1 << 26  # bytes; one of 10,000 libraries has a fiftieth of that
 
 
 class Cache:
@@ -103,9 +106,10 @@ class Cache:
 
 
 def read_cache(path: str, machine: int, order: str = "<") -> Cache | None:
-    """The cache in the file ``path`` (as seen from here); None where there is none."""
+    """The cache in the file ``path`` (as seen from here); None where there is none, or what cannot be one."""
     try:
-        with open(path, "rb") as file:
-            return Cache(file.read(), machine, order)
+        with open(open_regular(path), "rb") as file:
+            data = file.read(_LARGEST + 1)
+            return Cache(data, machine, order) if len(data) <= _LARGEST else None
     except OSError:
         return None

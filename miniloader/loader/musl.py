@@ -68,7 +68,7 @@ def default_directories(root: Root, interpreter: str) -> tuple[str, ...]:
     assert match is not None
     above = os.path.dirname(os.path.dirname(interpreter)).rstrip("/")
     try:
-        with open(root.outside(f"{above}/etc/ld-musl-{match['arch']}.path"), "rb") as file:
+        with open(root.open(f"{above}/etc/ld-musl-{match['arch']}.path"), "rb") as file:
             text = os.fsdecode(file.read(_LARGEST))
     except FileNotFoundError:
         return tuple(f"{directory}/" for directory in _DIRECTORIES)

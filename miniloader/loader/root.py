@@ -7,6 +7,8 @@ import os
 import stat
 from typing import Final
 
+from miniloader.files import open_regular
+
 __all__ = ["Root"]
 
 _MOST_LINKS: Final = 40  # MAXSYMLINKS of the kernel's include/linux/namei.h
@@ -84,8 +86,8 @@ class Root:
         return "/" + "/".join(parts)
 
     def open(self, path: str) -> int:
-        """A descriptor of the file, to be read; open(2)'s :class:`OSError` where there is none."""
-        return os.open(self.outside(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        """A descriptor of the file, to be read; :class:`OSError` where there is none, or no regular one."""
+        return open_regular(self.outside(path))
 
     def has_directory(self, path: str) -> bool:
         """Whether ``path`` is a directory ("": the current one).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
 from miniloader.elf.demangling import demangled
 from miniloader.errors import printable
+from miniloader.files import open_regular
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
 from miniloader.lab.source_lines import SourceLines
@@ -233,17 +233,11 @@ class _Texts:
     def _read(self, path: str) -> list[str]:
         """The lines of the file; none where it is not there, is none, or is too large to be source code."""
         try:
-            with open(path, "rb", opener=_without_waiting) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    return []
+            with open(open_regular(path), "rb") as file:
                 data = file.read(_MOST_SOURCE + 1)
         except (OSError, ValueError):
             return []
         return data.decode(errors="backslashreplace").split("\n") if len(data) <= _MOST_SOURCE else []
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _note(target: Landmark | None, names: _Names) -> Line:

@@ -26,7 +26,7 @@ def check_file(chapter: Chapter[Any], path: str) -> tuple[Answer, str]:
 
     Raises OSError when it cannot be read, EvidenceError when the kernel does not tell enough to judge it.
     """
-    open_regular(path).close()
+    os.close(open_regular(path))
     verdict = SharedValue()
     with tempfile.TemporaryFile() as output:
 

@@ -7,13 +7,13 @@ of the cache's file where the library's own would be.  An audit counts them as t
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from miniloader.elf import LoadPlan, inspect
 from miniloader.errors import MiniloaderError
+from miniloader.files import open_regular
 from miniloader.forking import importing
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.procfs import process_file
@@ -90,12 +90,12 @@ def _read(path: str, vma: Vma) -> _CacheFile | None:
         from miniloader.loader.prepared.pages import read_index
 
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_regular(path)
     except OSError:
         return None
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_ino != vma.inode:
+        if status.st_ino != vma.inode:
             return None
         ready = read_index(fd, status.st_size)
         return _CacheFile(ready, inspect(ready.path).plan(PAGE_SIZE), ready.file[2])

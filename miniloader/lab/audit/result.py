@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final, Literal, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
-from miniloader.files import open_regular, write_whole
+from miniloader.files import open_text, write_whole
 from miniloader.forking import importing
 from miniloader.json_schema import (
     BOOL,
@@ -318,7 +318,7 @@ class Audit(Showing):
         with importing:
             import json
 
-        with open_regular(path) as file:
+        with open_text(path) as file:
             try:
                 return cls.from_json(json.load(file))
             except UsageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import struct
 import subprocess
 import time
@@ -175,6 +176,30 @@ def test_no_default_library_directory(make: Callable[..., Path]) -> None:
 
 
 # ------------------------------------------------------------------------------------------ another root
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+@pytest.mark.parametrize("name", ["etc/ld.so.cache", "etc/ld-musl-x86_64.path"])
+def test_what_another_root_has_for_a_cache_is_neither_waited_for_nor_read_for_ever(
+    name: str, kind: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    needed = "libc.musl-x86_64.so.1" if "musl" in name else "libp.so"
+    make("root/top.so", needed=(needed,))
+    root, path = tmp_path / "root", tmp_path / "root" / name
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        (root / "dev").mkdir()
+        path.symlink_to("/dev/zero")
+        try:
+            os.mknod(root / "dev/zero", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+        except PermissionError:
+            os.mkfifo(root / "dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 36)
+    assert [library.path for library in tree("/top.so", root=root).libraries] == [None]
+
+
 def _cache(entries: dict[str, str]) -> bytes:
     """An ``/etc/ld.so.cache`` (glibc's dl-cache.h)."""
     header = struct.pack("<17s3s2I20x", b"glibc-ld.so.cache", b"1.1", len(entries), 0)
