@@ -18,6 +18,7 @@ import miniloader
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.probe import best_level
 from miniloader.lab.audit.mapped_files import MappedFiles
+from miniloader.lab.workers.fork_map import share_out
 from tests.conftest import NOBODY, AsNobody
 from tests.lab.audit.older_kernels import KERNELS, before_6_7
 from tests.lab.audit.told_processes import (
@@ -146,11 +147,10 @@ def test_what_only_a_helper_could_read(demo: Path, tmp_path: Path, monkeypatch: 
     """The process has ended since, and its file is gone: the causes are known, the names are not."""
     path = copy(demo, tmp_path / "gone.so")
     load = f"lib = ctypes.CDLL({str(path)!r}); ctypes.c_long.in_dll(lib, 'demo_spare').value = 7"
-    original = miniloader.lab.audit.audit.share_out
     with told() as parent, told_children(parent, 29) as children, told(load) as last:
 
         def gone_meanwhile(*arguments: Any) -> Any:
-            answers = original(*arguments)
+            answers = share_out(*arguments)
             last.process.kill()
             last.process.wait()
             path.unlink()
