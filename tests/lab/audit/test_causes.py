@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 from collections.abc import Callable
@@ -24,7 +25,15 @@ from miniloader.native import STAND_INS
 from miniloader.native.gate import processor
 from miniloader.report.audit import sentence
 from miniloader.report.text import plain
-from tests.lab.audit.told_processes import AT_SYMBOLS, LOADED_BY, Told, page_of, told, vaddr_of
+from tests.lab.audit.told_processes import (
+    AT_SYMBOLS,
+    LOADED_BY,
+    Told,
+    page_of,
+    told,
+    vaddr_of,
+    wait_until_at_rest,
+)
 from tests.memory import map_file
 
 
@@ -143,6 +152,51 @@ def test_slots_of_a_static_program(tmp_path: Path) -> None:
     assert {word.vaddr for view in views for word in view.words if word.cause == "relocation"} == slots
     assert not {word.vaddr & -8 for view in views for word in view.words if word.cause == "write"} & slots
     assert sum(page.kinds.get("R_X86_64_IRELATIVE", 0) for page in pages) == len(slots)
+
+
+_I386 = """
+char written[8192] __attribute__((aligned(4096), visibility("hidden"))) = {1};
+static int call(int number, int first, const void *second, int third) {
+    int result;
+    __asm__ volatile("int $0x80"
+        : "=a"(result) : "a"(number), "b"(first), "c"(second), "d"(third) : "memory");
+    return result;
+}
+void _start(void) {
+    char c = written[5] = 7;
+    call(2, 0, 0, 0);                                   /* fork */
+    call(4, 1, &c, 1);                                  /* write */
+    for (;;) call(29, 0, 0, 0);                         /* pause */
+}
+"""
+
+
+def test_a_program_of_32_bits_does_not_stop_an_audit(loaded: Told, demo: Path, tmp_path: Path) -> None:
+    """Its pages are counted as the kernel does, why they were copied is not known; of others all is told."""
+    source, program = tmp_path / "small.c", tmp_path / "small"
+    source.write_text(_I386)
+    options = ["-m32", "-O1", "-static", "-nostdlib", "-fno-stack-protector", "-fno-pie", "-no-pie"]
+    compiled = subprocess.run(["gcc", *options, "-o", program, source], capture_output=True, check=False)
+    if compiled.returncode or processor() != "x86_64":
+        pytest.skip("this machine lacks a compiler for i386")
+    try:
+        process = subprocess.Popen([program], stdout=subprocess.PIPE, start_new_session=True)
+    except OSError:
+        pytest.skip("this kernel lacks programs of 32 bits")
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(2) == b"\7\7"
+        child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+        wait_until_at_rest(process.pid, child)
+        found = miniloader.audit([process.pid, child, loaded.pid])
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not found.unreadable
+    small = found.library(str(program))
+    assert {row.pid for row in small.processes} == {process.pid, child}
+    (page,) = small.private_pages
+    assert page.causes == ("unknown",)
+    assert "386, 32 bits" in page.reason
+    assert by_vaddr(found.library(str(demo)))[page_of(demo, "demo_operations")].only_relocated
 
 
 @pytest.mark.parametrize("by", LOADED_BY)
