@@ -59,40 +59,56 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the program in this process.  Returns 0 when it comes to its end; else it ends as programs do."""
-    import atexit
-    import contextlib
     import gc
 
-    from miniloader.errors import MiniloaderError, UsageError
-    from miniloader.loader.running.importing import importing
+    from miniloader.errors import UsageError
 
     words = next(filter(None, (arguments.module, arguments.code, arguments.program)), None)
     if not words:
         raise UsageError(
             "nothing to run: give a program, -m MODULE or -c CODE", hint="see miniloader run --help"
         )
+    collects = gc.isenabled()
+    gc.disable()  # what is imported until then is no garbage
+    try:
+        program = _set_out(arguments, words[0])
+        gc.freeze()  # what is ours: the program's collections look at it as little as without us
+    finally:
+        if collects:
+            gc.enable()
+    return _run(program, words[1:])
+
+
+def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
+    """The program; from now on what it opens comes through us."""
+    import atexit
+    from contextlib import ExitStack
+
+    from miniloader.errors import MiniloaderError
+    from miniloader.loader.running.importing import importing
+
     tell = None
     if arguments.trace:
         from miniloader.report.load import Narrator
 
         tell = Narrator(stderr=True)
-    loading = contextlib.ExitStack()
+    loading = ExitStack()
     imports = loading.enter_context(
         importing(arguments.only, strict=arguments.strict, prepared=arguments.prepared, on_event=tell)
     )
     try:
-        program = _program(arguments, words[0])
+        program = _program(arguments, word)
     except MiniloaderError:
         loading.close()
         raise
-    # It is not left: what the program's threads and what is called at the end import comes through us, too.
+    # Left at the very end: what the program's threads and exit handlers import comes through us, too.
+    atexit.register(loading.close)
     if not arguments.no_bill:
         atexit.register(lambda: _write(imports.bill, arguments.bill, as_json=arguments.json))
     if arguments.follow:
         _have_followed(arguments)
     _tell_of_a_crash()
-    gc.freeze()  # what is ours: the program's collections look at it as little as without us
-    return _run(program, words[1:])
+    return program
 
 
 def _program(arguments: argparse.Namespace, word: str) -> PythonProgram:

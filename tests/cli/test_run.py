@@ -107,6 +107,18 @@ def test_the_bill(place: Path) -> None:
     assert bill["fell_back"] == []
 
 
+def test_what_its_threads_and_exit_handlers_import_comes_through_us(place: Path) -> None:
+    code = (
+        "import atexit, threading, time\n"
+        "atexit.register(__import__, '_decimal')\n"
+        "def wait(): threading.main_thread().join(); import _sqlite3\n"
+        "threading.Thread(target=wait).start()"
+    )
+    bill = json.loads(run(RUN, "--json", "-c", code, cwd=place).stderr)
+    names = [Path(opened["name"]).name.partition(".")[0] for opened in bill["opened"]]
+    assert names == ["_sqlite3", "_decimal"]
+
+
 def test_its_collections_do_not_look_at_what_is_ours(place: Path) -> None:
     code = (
         "import gc; names = [str(o.get('__name__')) for o in gc.get_objects() if type(o) is dict]\n"
