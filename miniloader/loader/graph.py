@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 from miniloader.elf import ElfImage, Source, read_image
@@ -184,7 +184,7 @@ class Graph:
         of_host = self._of_host(name, asker)
         if of_host is not None:
             return of_host
-        same = self._present(lambda member: member.is_called(name))
+        same = next((library for library in self._alike() if library.is_called(name)), None)
         if same is not None:
             same.called.add(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
@@ -207,10 +207,10 @@ class Graph:
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
         return Resolution(source, "found", image=image)
 
-    def _present(self, is_it: Callable[[Loaded], bool]) -> Loaded | None:
-        """A library of ours: of this load, or of an earlier one that initialised as this one will."""
-        alike = (library for library in self.order if library.policy.init == self.policy.init)
-        return next((library for library in alike if is_it(library)), None)
+    def _alike(self) -> list[Loaded]:
+        """The libraries of ours: of this load, or of an earlier one that initialised as this one will."""
+        init = self.policy.init
+        return [library for library in self.order if library.policy.init == init]
 
     def _of_host(self, name: str, asker: Asker | None) -> Resolution | None:
         """The process's own, if it has one; who listens hears of another copy that would be found."""
@@ -267,7 +267,8 @@ class Graph:
 
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
-        same = self._present(lambda library: library.key == source.key)
+        key = source.key
+        same = next((library for library in self._alike() if library.key == key), None)
         return same or self.listing.by_identity.get(source.identity)
 
 

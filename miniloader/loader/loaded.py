@@ -245,12 +245,12 @@ def search_order(
             continue
         done.add(id(library))
         for needed, is_filtee in edges(library):
-            is_new, here = id(needed) not in seen, order.index(library)
+            is_new = id(needed) not in seen
             seen.add(id(needed))
-            if is_filtee and (is_new or needed in order[here + 1 :]):
+            if is_filtee and (is_new or needed in order[order.index(library) + 1 :]):
                 if not is_new:
                     order.remove(needed)
-                order.insert(here, needed)
+                order.insert(order.index(library), needed)
                 move(needed, library)
             elif is_new:
                 order.append(needed)

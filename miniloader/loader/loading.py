@@ -207,9 +207,9 @@ class Loading:
     def _share(self, source: Source) -> Loaded | None:
         """One more handle of what this process has of the file, initialised as this one is to be."""
         policy = self._graph.policy
-        library = unload.find_present(
-            lambda library: library.key == source.key and library.policy.init == policy.init
-        )
+        key, init = source.key, policy.init
+        alike = (library for library in unload.present if library.key == key and library.policy.init == init)
+        library = next(alike, None)
         if library is None or policy.address not in (None, library.mapped.start):
             return None
         library.handles += 1

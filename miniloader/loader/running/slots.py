@@ -17,6 +17,7 @@ from miniloader.elf.dynamic import (
     DT_JMPREL,
     DT_PLTRELSZ,
     DT_RELA,
+    DT_RELACOUNT,
     DT_RELASZ,
     DT_STRSZ,
     DT_STRTAB,
@@ -60,20 +61,28 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
     names = {place: name for name in INSIDE for place in _places(strings, name + b"\0")}
     if not names:
         return
+    head = tags.get(DT_RELACOUNT, 0) * _WORDS * 8  # bytes of rows that are of no symbol, as ld.so believes
+    parts = ((DT_JMPREL, DT_PLTRELSZ, 0), (DT_RELA, DT_RELASZ, head))
     tables = [
-        array("Q", library.read(tags[start], tags[size], "relocations"))
-        for start, size in ((DT_JMPREL, DT_PLTRELSZ), (DT_RELA, DT_RELASZ))
-        if start in tags and tags.get(size)
+        array("Q", library.read(tags[start] + skipped, tags[size] - skipped, "relocations"))
+        for start, size, skipped in parts
+        if start in tags and tags.get(size, 0) > skipped
     ]
     count = 1 + max((max(table[1::_WORDS]) >> 32 for table in tables), default=0)
     symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
-    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
     kinds = KINDS[_HERE[os.uname().machine]]
-    plain = {code for code, kind in kinds.items() if kind.formula in ("S", "S + A")}
+    plain = [code for code, kind in kinds.items() if kind.formula in ("S", "S + A")]
+    wanted = {
+        symbol << 32 | code: names[name]
+        for symbol, name in enumerate(symbols)
+        if name in names
+        for code in plain
+    }
     for table in tables:
-        for row, info in enumerate(table[1::_WORDS]):
-            if info >> 32 in wanted and info & 0xFFFFFFFF in plain:
-                yield LedWord(library, wanted[info >> 32], library.bias + table[row * _WORDS])
+        rows = [row for row, info in enumerate(table[1::_WORDS]) if info in wanted]  # few of many
+        for row in rows:
+            offset, info, _ = table[row * _WORDS : (row + 1) * _WORDS]
+            yield LedWord(library, wanted[info], library.bias + offset)
 
 
 def _places(strings: bytes, text: bytes) -> Iterator[int]:
