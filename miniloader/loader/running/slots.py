@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -35,7 +36,8 @@ from miniloader.values import dataclass
 
 __all__ = ["LedWord", "lead", "put_back", "slots_of"]
 
-_WORDS: Final = 3  # of a row of Elf64_Rela: offset, info, addend
+_ROW: Final = struct.Struct("<QIIq")  # Elf64_Rela: offset, kind, symbol, addend
+_NUMBERS, _REFERRED = 6, 3  # of 4 bytes in a row, and which of them is the symbol
 _SYMBOL: Final = 6  # words of 4 bytes of an Elf64_Sym, the first of which is its name
 _HERE: Final = {"x86_64": "X86_64", "aarch64": "AARCH64"}
 
@@ -61,28 +63,25 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
     names = {place: name for name in INSIDE for place in _places(strings, name + b"\0")}
     if not names:
         return
-    head = tags.get(DT_RELACOUNT, 0) * _WORDS * 8  # bytes of rows that are of no symbol, as ld.so believes
+    head = tags.get(DT_RELACOUNT, 0) * _ROW.size  # bytes of rows that are of no symbol, as ld.so believes
     parts = ((DT_JMPREL, DT_PLTRELSZ, 0), (DT_RELA, DT_RELASZ, head))
     tables = [
-        array("Q", library.read(tags[start] + skipped, tags[size] - skipped, "relocations"))
+        library.read(tags[start] + skipped, tags[size] - skipped, "relocations")
         for start, size, skipped in parts
         if start in tags and tags.get(size, 0) > skipped
     ]
-    count = 1 + max((max(table[1::_WORDS]) >> 32 for table in tables), default=0)
+    referred = [array("I", table)[_REFERRED::_NUMBERS] for table in tables]  # to which symbol each row
+    count = 1 + max(map(max, referred), default=0)
     symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
+    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
     kinds = KINDS[_HERE[os.uname().machine]]
-    plain = [code for code, kind in kinds.items() if kind.formula in ("S", "S + A")]
-    wanted = {
-        symbol << 32 | code: names[name]
-        for symbol, name in enumerate(symbols)
-        if name in names
-        for code in plain
-    }
-    for table in tables:
-        rows = [row for row, info in enumerate(table[1::_WORDS]) if info in wanted]  # few of many
-        for row in rows:
-            offset, info, _ = table[row * _WORDS : (row + 1) * _WORDS]
-            yield LedWord(library, wanted[info], library.bias + offset)
+    for table, numbers in zip(tables, referred, strict=True):
+        if wanted.keys().isdisjoint(numbers):  # mostly, and of ten thousands
+            continue
+        for row in [row for row, symbol in enumerate(numbers) if symbol in wanted]:
+            offset, kind, symbol, _ = _ROW.unpack_from(table, row * _ROW.size)
+            if kind in kinds and kinds[kind].formula in ("S", "S + A"):
+                yield LedWord(library, wanted[symbol], library.bias + offset)
 
 
 def _places(strings: bytes, text: bytes) -> Iterator[int]:
