@@ -118,8 +118,8 @@ class Graph:
         self.event("prepared", library.name, library.not_prepared, reason=reason)
 
     def look_around(self) -> None:
-        """See what ld.so has."""
-        self.listing = host.listing()
+        """See what ld.so has, unless that has been seen a moment ago."""
+        self.listing = self._asked_in.listing if self._asked_in is not None else host.listing()
 
     def complete(self) -> None:
         """Find what each member needs, and what that needs, in the order of :func:`search_order`."""

@@ -75,6 +75,7 @@ class Loaded:
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
         self._names: MappedSymbols | None = None
+        self._asker: Asker | None = None
 
     def __repr__(self) -> str:
         return f"<Loaded {self.name!r} {f'at {self.bias:#x}' if self.is_mapped else 'not mapped'}>"
@@ -146,7 +147,9 @@ class Loaded:
 
     def asker(self) -> Asker:
         """The library as one that needs others, to search for them."""
-        return Asker.of(self.image, self.needed_by)
+        if self._asker is None:
+            self._asker = Asker.of(self.image, self.needed_by)
+        return self._asker
 
     def discard(self) -> bool:
         """Unmap it and give everything back; ``False`` if a thread has destructors of it yet to run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 from miniloader.errors import LoadError, MiniloaderError
@@ -43,7 +42,8 @@ def open_for_host(name: bytes, flags: int, caller: Caller) -> int | None:
         return None
     rules = in_force[-1]
     try:
-        return open_library(name, flags, replace(caller, policy=rules.policy, tell=rules.tell))
+        asking = Caller(caller.name, caller.library, caller.asker, rules.policy, rules.tell)
+        return open_library(name, flags, asking)
     except MiniloaderError as error:
         reason: MiniloaderError = error
     except Exception as error:  # noqa: BLE001 - told; the program can go on with ld.so

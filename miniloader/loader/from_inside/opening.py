@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Final
 
 from miniloader.elf import ElfImage, Source
@@ -81,15 +82,7 @@ def _load_new(
     source: Source, image: ElfImage | None, name: str, flags: int, caller: Caller, asked_in: Graph
 ) -> Loaded:
     """Load the file for ``caller``: bound at once; lazily where functions are missing, and it may be so."""
-    policy = replace(
-        caller.policy,
-        bind="now",
-        address=None,
-        deep=bool(flags & os.RTLD_DEEPBIND),
-        is_global=bool(flags & os.RTLD_GLOBAL),
-        stays=bool(flags & os.RTLD_NODELETE),
-    )
-    path = source.name
+    policy, path = _policy_for(caller.policy, flags), source.name
     try:
         return _load[0](source, image, name, policy, caller.asker, asked_in)
     except SymbolError:
@@ -97,6 +90,19 @@ def _load_new(
             raise
         lazily = replace(policy, bind="lazy", prepared=False)
         return _load[0](Source.open(path), None, name, lazily, caller.asker, asked_in)
+
+
+@lru_cache(maxsize=16)
+def _policy_for(policy: Policy, flags: int) -> Policy:
+    """What is allowed where ``policy`` is the caller's, with these ``flags``."""
+    return replace(
+        policy,
+        bind="now",
+        address=None,
+        deep=bool(flags & os.RTLD_DEEPBIND),
+        is_global=bool(flags & os.RTLD_GLOBAL),
+        stays=bool(flags & os.RTLD_NODELETE),
+    )
 
 
 def _open_host(answer: Resolution, flags: int) -> int:

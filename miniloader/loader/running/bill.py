@@ -189,18 +189,15 @@ class Meter:
         if not self._calls:
             return
         call = self._calls[-1]
-        taken, call.since = now - call.since, now
+        taken, call.since, library = now - call.since, now, call.of(event)
         if call.constructor is not None:
             call.constructor.parts["constructors"] += taken
             call.constructor.constructors.append((call.address, taken))
-        elif event is not None:
-            call.of(event).parts[_PART_OF[event.stage]] += taken
         else:
-            call.of(None).parts["other"] += taken
+            library.parts[_PART_OF[event.stage] if event is not None else "other"] += taken
         call.constructor = None
         if event is None:
             return
-        library = call.of(event)
         library.bias = int(event.data.get("bias", library.bias))
         library.pages += int(event.data.get("pages", 0))
         if event.stage == "initialise":
