@@ -20,9 +20,9 @@ from miniloader.later import leaving_out
 
 with leaving_out("inspect"):
     import dataclasses
-    from dataclasses import MISSING, FrozenInstanceError
+    from dataclasses import MISSING, FrozenInstanceError, replace
 
-__all__ = ["dataclass"]
+__all__ = ["dataclass", "replace"]
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
-from miniloader.values import dataclass
+from miniloader.values import dataclass, replace
 
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 

@@ -339,6 +339,13 @@ def imported_by(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
+def test_loading_does_not_import_what_looks_into_sources() -> None:
+    load = "from miniloader import cli; import sys; cli.main(['load', 'libz.so.1'])"
+    code = f"{load}; print('inspect' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "False\n", "it takes as long as Python's start"
+
+
 @pytest.mark.parametrize(
     "words", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join
 )
