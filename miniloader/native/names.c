@@ -48,7 +48,9 @@ static int64_t open_gnu_hash(Table *table)
     table->bucket_count = buckets;
     table->first = first;
     vaddr += words * 8 + buckets * 4;
-    table->chains = (const u32 *)(table->bias + vaddr);
+    table->chains = at(table, vaddr, last ? (last - first) * 4 : 0);
+    if (last && !table->chains) /* a gap before the last chain */
+        return NO_TABLE;
     for (uint64_t end = last; last; end++) { /* the last chain goes on until its end mark */
         const u32 *hash = at(table, vaddr + (end - first) * 4, 4);
         if (!hash)

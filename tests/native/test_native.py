@@ -146,6 +146,21 @@ def test_a_table_that_is_elsewhere_is_not_read(
     assert stopped.value.reason is Reason.NO_TABLE
 
 
+def test_a_hash_table_with_a_gap_within_is_not_read(opened: Callable[[str], tuple[Path, Opened]]) -> None:
+    """Wherever the gap is: also among the chains before the last one."""
+    _, (memory, image) = opened(host.listing().by_name["libz.so.1"].path)
+    vaddr = image.dynamic.tags[dt.DT_GNU_HASH]
+    buckets, first, words, _ = struct.unpack("<4I", bytes(memory.read(vaddr, 16)))
+    chains = vaddr + 16 + 8 * words + 4 * buckets
+    end = chains + 4 * (len(names_of((memory, image))) - first)
+    ((start, past),) = (span for span in readable(image, memory.plan) if span[0] <= vaddr < span[1])
+    for gap in range(vaddr, end, 8):
+        spans = [(start, gap), (gap + 8, past)]
+        with pytest.raises(Stopped) as stopped:
+            MappedSymbols(memory.bias, spans, image.dynamic.tags, check=True)
+        assert stopped.value.reason is Reason.NO_TABLE, hex(gap)
+
+
 def bus_error_handler() -> bytes:
     """What sigaction(2) says of SIGBUS."""
     before = ctypes.create_string_buffer(152)  # struct sigaction of glibc on x86-64
