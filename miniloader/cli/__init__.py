@@ -173,6 +173,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
             if isinstance(error, PermissionError) and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
+        case MemoryError():
+            status, message = 1, "too little memory (ulimit -v, a control group, vm.overcommit_memory)"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"

@@ -89,6 +89,7 @@ def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status:
         (IsADirectoryError(21, "Is a directory", b"/tmp/\xff"), 1, "/tmp/\\udcff: Is a directory"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "too little memory (ulimit -v, a control group, vm.overcommit_memory)"),
         (
             ModuleNotFoundError("No module named 'elftools'", name="elftools"),
             3,
