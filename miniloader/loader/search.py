@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from elftools.elf.enums import ENUM_E_MACHINE
 
 from miniloader.elf.dynamic import DF_1_NODEFLIB, DT_FLAGS_1
+from miniloader.files import NotRegularError
 from miniloader.loader.ld_so_cache import CACHE, Cache
 from miniloader.loader.musl import is_itself
 from miniloader.loader.root import Root
@@ -305,13 +306,15 @@ def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
     """What the file is to ld.so: ``found``, passed over, or refused; and why it cannot be opened (errno)."""
     try:
         fd = root.open(path)
+    except NotRegularError as error:  # ld.so opens it, unless it is a socket, and cannot read it
+        return (os.strerror(errno.ENXIO), errno.ENXIO) if error.kind == "a socket" else (_NO_FILE, 0)
     except OSError as error:
         return str(error.strerror), error.errno or errno.EINVAL
     except ValueError:  # a NUL in it
         return str(os.strerror(errno.ENOENT)), errno.ENOENT
     try:
         head = os.read(fd, 64)
-    except OSError:  # a directory
+    except OSError:  # of the medium
         return _NO_FILE, 0
     finally:
         os.close(fd)
