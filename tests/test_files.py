@@ -149,7 +149,10 @@ def umask() -> int:
 
 
 def swapped(path: Path, precious: Path, times: int) -> int:
-    """Start a process of another user that puts one thing after the other at ``path``; its process ID."""
+    """Start a process of another user that puts one thing after the other at ``path``; its process ID.
+
+    It ends with 0 when it has done so.
+    """
     child = os.fork()
     if child:
         return child
@@ -169,8 +172,9 @@ def swapped(path: Path, precious: Path, times: int) -> int:
             with suppress(OSError):
                 kinds[turn % len(kinds)]()
                 new.replace(path)
-    finally:
         os._exit(0)
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.needs_root("another user swaps links")
@@ -180,15 +184,16 @@ def test_links_that_are_swapped_meanwhile_lead_to_nothing_of_ours(
 ) -> None:
     path = directory_of(whose, around / "place") / "report"
     child = swapped(path, precious, 5_000)
-    written = refused = 0
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
+    ended, status, refused = 0, 0, 0
+    while not ended:
+        ended, status = os.waitpid(child, os.WNOHANG)
         for tried in (path, path / "report"):
             try:
                 write_whole(tried, [b"spoiled"])
-                written += 1
             except OSError:
                 refused += 1
         with suppress(OSError):
             path.unlink()  # of ours, in the place of theirs
         assert everything_in(precious.parent) == {"report": b"precious"}
+    assert status == 0
     assert refused

@@ -17,6 +17,7 @@ from miniloader.report.erosion import advice_view
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import KB, rollup_of, told
 from tests.lab.erosion.pools import needs_frames, pool
+from tests.memory import needs_scan
 
 pytestmark = needs_frames
 
@@ -107,6 +108,7 @@ ctypes.memset(array, 1, 4 * huge)
 _COLLAPSE_SOME = "libc.madvise(array, 2 * huge, 14); answer = libc.madvise(array, 2 * huge, 25)"
 
 
+@needs_scan
 def test_no_huge_pages_save_what_is_said() -> None:
     """A worker writes to a page of each of four huge ones; two of these it has had collapsed."""
     write = "for number in range(4): ctypes.memset(array + number * huge, 7, 1)"

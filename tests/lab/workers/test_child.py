@@ -129,14 +129,17 @@ def test_an_interrupt_that_wakes_nobody_is_heard() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         ended.wait()
 
+    def wait(process: ForkedProcess) -> None:
+        other.start()  # it may come before the wait, on a busy machine
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        process.wait()
+
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with ForkedProcess(_sleep) as process:
         other = threading.Timer(0.1, interrupt)
-        other.start()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with pytest.raises(KeyboardInterrupt):
-                process.wait()
+                wait(process)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
             ended.set()
