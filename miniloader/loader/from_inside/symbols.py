@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final, NoReturn
 
 from miniloader.elf.symbols import STT_GNU_IFUNC, STT_TLS
@@ -60,7 +62,7 @@ def _for_theirs(handle: int, name: bytes, version: str | None, caller: HostLibra
     if handle == _NEXT:
         found = host.libraries()
         place = next((place for place, theirs in enumerate(found, 1) if theirs.bias == caller.bias), 0)
-        address = _first([theirs for theirs in found[place:] if theirs.is_global], name)
+        address = _first([theirs for theirs in found[place:] if theirs.is_global], name, version)
     else:
         address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), name, version)
         own = dynamic_linker.open_host(caller.path, load=False) if address is None and caller.path else None
@@ -70,15 +72,29 @@ def _for_theirs(handle: int, name: bytes, version: str | None, caller: HostLibra
     return None if address is None else _meant(address)
 
 
-def _first(libraries: list[HostLibrary], name: bytes) -> int | None:
-    """The function or object ``name``, in any version, of the first of ``libraries`` that has it.
+def _first(libraries: list[HostLibrary], name: bytes, version: str | None) -> int | None:
+    """The function or object ``name`` of the first of ``libraries`` that has it, in ``version`` or the newest.
 
     dlopen(3) is not asked for handles: it may be the caller, that stands before glibc's.
     """
-    owner, _, address, _, _, info, _ = find_name(name, libraries)
-    if owner < 0 or info & 0xF == STT_TLS:
+    if version is None:
+        owner, _, address, _, _, info, _ = find_name(name, libraries, newest=True)
+        kind = info & 0xF if owner >= 0 else STT_TLS
+    else:
+        kind, address = next(_versioned(libraries, name, version), (STT_TLS, 0))
+    if kind == STT_TLS:
         return None
-    return call_resolver(address) if info & 0xF == STT_GNU_IFUNC else address
+    return call_resolver(address) if kind == STT_GNU_IFUNC else address
+
+
+def _versioned(libraries: list[HostLibrary], name: bytes, version: str) -> Iterator[tuple[int, int]]:
+    """Type and address of ``name`` in ``version``, in each of ``libraries`` that has it."""
+    for theirs in libraries:
+        symbols = replace(theirs.symbols, versions=theirs.versions)
+        index = symbols.find(name, version)
+        if index is not None:
+            row = symbols.rows[index]
+            yield int(row["info"]) & 0xF, theirs.bias + int(row["value"])
 
 
 def _find_globally(name: bytes, version: str | None) -> tuple[int, Loaded | HostLibrary] | None:

@@ -283,13 +283,31 @@ int atoi(const char *text) {
     int (*after)(const char *) = dlsym(RTLD_NEXT, "atoi");
     return after(text) + 1000;
 }
+static int place_of(const char *version) {
+    char *place = version ? dlvsym(RTLD_NEXT, "realpath", version) : dlsym(RTLD_NEXT, "realpath");
+    return place ? place - (char *)dlsym(RTLD_NEXT, "free") : 0;
+}
+int oldest(void) { return place_of("GLIBC_2.2.5"); }
+int newer(void) { return place_of("GLIBC_2.3"); }
+int newest(void) {
+    char *(*after)(const char *, char *) = dlsym(RTLD_NEXT, "realpath");
+    char *made = after("/", 0);  /* the oldest refuses this */
+    return made && *made == '/';
+}
 """
 
 
 def test_who_stands_before_libc_finds_what_is_after_it(tmp_path: Path) -> None:
-    """A preloaded library that wraps functions, dlopen(3) itself among them."""
+    """A preloaded library that wraps functions, dlopen(3) itself among them; in the version that it wants."""
     made(tmp_path / "wraps.so", WRAPS)
-    made(tmp_path / "user.so", 'int atoi(const char *); int go(void) { return atoi("7"); }')
-    program = 'print(call(_ctypes.dlopen("./user.so", os.RTLD_NOW), "go"))'
+    names = ("oldest", "newer", "newest")
+    asking = "".join(f"int {name}(void); int ask_{name}(void) {{ return {name}(); }}" for name in names)
+    made(tmp_path / "user.so", f'int atoi(const char *); int go(void) {{ return atoi("7"); }} {asking}')
+    program = """
+handle = _ctypes.dlopen("./user.so", os.RTLD_NOW)
+for name in ("go", "ask_oldest", "ask_newer", "ask_newest"): print(call(handle, name))
+"""
     preload = {"LD_PRELOAD": str(tmp_path / "wraps.so")}
-    assert by_both(program, tmp_path, **preload) == ("1007\n", "1007\n")
+    theirs, ours = (told.splitlines() for told in by_both(program, tmp_path, **preload))
+    assert ours[:3] == theirs[:3]
+    assert (ours[0], ours[3]) == ("1007", "1")  # before glibc 2.36 ld.so gives the oldest for the newest
