@@ -73,7 +73,7 @@ def _for_theirs(handle: int, name: bytes, version: str | None, caller: HostLibra
 
 
 def _first(libraries: list[HostLibrary], name: bytes, version: str | None) -> int | None:
-    """The function or object ``name`` of the first of ``libraries`` that has it, in ``version`` or the newest.
+    """Function or object ``name`` of the first of ``libraries`` that has it, in ``version`` or the newest.
 
     dlopen(3) is not asked for handles: it may be the caller, that stands before glibc's.
     """
