@@ -66,8 +66,8 @@ def compile_here(directory: Path, environ: Mapping[str, str]) -> tuple[list[Path
         made = _run([*command(compiler, machine, *flags), "-o", str(library)], environ)
         version = _run([*compiler, "--version"], environ).partition("\n")[0] if library.exists() else made
     except (OSError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        return shipped, f"{compiler[0]} failed: {told.strip().splitlines()[-1]}"
+        told = (getattr(error, "stderr", None) or "").strip() or str(error)
+        return shipped, f"{compiler[0]} failed: {told.splitlines()[-1]}"
     if (damage := gate.damage(str(library))) is not None:
         return shipped, f"{compiler[0]} made something else: {damage}"
     return [library, _listed(directory, f"# compiled when it was installed, by {version}\n", [library])], ""
@@ -77,7 +77,7 @@ def _listed(directory: Path, comment: str, libraries: Sequence[Path]) -> Path:
     """The list of ``libraries`` by their names, written to ``directory``."""
     lines = [f"{sha256(library.read_bytes()).hexdigest()}  {library.name}\n" for library in libraries]
     checksums = directory / gate.CHECKSUMS
-    checksums.write_text(comment + "".join(lines))
+    checksums.write_text(comment + "".join(lines), encoding="utf-8")
     return checksums
 
 

@@ -55,6 +55,7 @@ def test_what_was_compiled_here_is_what_loads(tmp_path: Path) -> None:
         ({"CC": "/nowhere/cc"}, "/nowhere/cc failed: "),
         ({"MINILOADER_NATIVE": "shipped"}, "MINILOADER_NATIVE=shipped"),
         ({"CFLAGS": "-c"}, " failed: "),
+        ({"CC": "false"}, "false failed: "),
     ],
 )
 def test_without_a_compiler_the_copies_that_ship_are_taken(
