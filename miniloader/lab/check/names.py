@@ -45,7 +45,7 @@ _MOST_SHARED: Final = 16  # chains that a symbol is in: linkers make it one
 _MOST_STEPS: Final = 1 << 22  # symbols that are looked at: seconds, a hundred times the usual
 
 
-class _Candidate(NamedTuple):
+class _ListedSymbol(NamedTuple):
     """A symbol that its file's hash table leads to; ``version`` is its entry of ``DT_VERSYM``, if any."""
 
     symbol: int
@@ -78,7 +78,7 @@ class NamesInPython:
         version = self._symbols.version(symbol)
         return None if version is None else version.name
 
-    def candidates(self, name: bytes) -> Sequence[_Candidate]:
+    def candidates(self, name: bytes) -> Sequence[_ListedSymbol]:
         """What can be bound to of that ``name``, and undefined symbols that have a value, in chain order."""
         return self._by_name.get(name, ())
 
@@ -100,13 +100,13 @@ class NamesInPython:
         return default[0] if len(default) == 1 else None
 
     @cached_property
-    def _by_name(self) -> Mapping[bytes, Sequence[_Candidate]]:
-        by_name: dict[bytes, list[_Candidate]] = defaultdict(list)
+    def _by_name(self) -> Mapping[bytes, Sequence[_ListedSymbol]]:
+        by_name: dict[bytes, list[_ListedSymbol]] = defaultdict(list)
         versym = self._symbols.versym
         for symbol, name in self._reached():
             defined = bool(self.rows["shndx"][symbol] != SHN_UNDEF)
             number = int(versym[symbol]) if len(versym) else None
-            by_name[name].append(_Candidate(symbol, defined, number))
+            by_name[name].append(_ListedSymbol(symbol, defined, number))
         return dict(by_name)
 
     def _reached(self) -> Iterator[tuple[int, bytes]]:

@@ -252,7 +252,7 @@ class HostListing:
 
     @cached_property
     def _edges(self) -> dict[HostLibrary, list[tuple[HostLibrary, bool]]]:
-        """Those that have been asked for."""
+        """The libraries that each needs, of those whose needs were asked for."""
         return {}
 
     @cached_property

@@ -34,7 +34,7 @@ class Watch(Protocol):
         ...
 
     def end(self, name: str | None, begin: float, how: str | None, /) -> None:
-        """It ends: ``how`` is ``glibc`` where that answers, ``refused`` where nobody does."""
+        """A call ends: ``how`` is ``glibc`` where that answers, ``refused`` where nobody does."""
         ...
 
 

@@ -48,7 +48,7 @@ class BilledLibrary:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """How long all parts took together."""
         return sum(self.parts.values())
 
 
