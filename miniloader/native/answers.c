@@ -149,9 +149,15 @@ static bool is_placed(const void *address, Place *place)
     return true;
 }
 
-static int put(char *to, size_t size, const void *address, const Place *place)
+/* The line of an address, ours or the one that glibc has, as snprintf(3) puts it. */
+static size_t put(char *to, size_t size, const void *address, const char *known)
 {
-    return snprintf(to, size, "%s(%s+%#lx) [%p]", place->file, place->symbol, (unsigned long)place->offset, address);
+    Place place;
+    bool ours = is_placed(address, &place);
+    unsigned long offset = ours ? (unsigned long)place.offset : 0;
+    int length = ours ? snprintf(to, size, "%s(%s+%#lx) [%p]", place.file, place.symbol, offset, address)
+                      : snprintf(to, size, "%s", known);
+    return length > 0 ? (size_t)length : 0;
 }
 
 /* glibc's own lines, and ours where it knows nothing: in one piece of memory, that the caller frees. */
@@ -159,18 +165,16 @@ char **answer_backtrace_symbols(void *const *addresses, int count)
 {
     char **lines = theirs.symbols(addresses, count);
     size_t size = 0;
-    Place place;
     for (int i = 0; lines && i < count; i++)
-        size += (is_placed(addresses[i], &place) ? (size_t)put(NULL, 0, addresses[i], &place) : strlen(lines[i])) + 1;
+        size += put(NULL, 0, addresses[i], lines[i]) + 1;
     char **answer = lines ? malloc((size_t)count * sizeof *answer + size) : NULL;
     char *text = (char *)(answer + (answer ? count : 0)), *end = text + size;
     for (int i = 0; answer && i < count; i++) {
+        /* What is there may have changed since it was measured: a byte stays for each line to come. */
+        size_t room = (size_t)(end - text) - (size_t)(count - 1 - i);
+        size_t length = put(text, room, addresses[i], lines[i]);
         answer[i] = text;
-        if (is_placed(addresses[i], &place))
-            put(text, (size_t)(end - text), addresses[i], &place);
-        else
-            strcpy(text, lines[i]);
-        text += strlen(text) + 1;
+        text += (length < room ? length : room - 1) + 1;
     }
     free(lines);
     return answer;
