@@ -111,7 +111,7 @@ def _relocated(
             for vaddr in range(mapping.start, mapping.end, PAGE_SIZE):
                 ctypes.string_at(library.base + vaddr, 1)
     loaded = _look(bench, library, "loaded")
-    got = slot // PAGE_SIZE * PAGE_SIZE
+    got = max(slot // PAGE_SIZE * PAGE_SIZE, image.dynamic.tags[DT_PLTGOT])  # what is before is no table
     before = bytes(image.read(got, min(64, _in_page(image, got)), "GOT"))
     after = ctypes.string_at(library.base + got, len(before))
     words = _words(image, landmarks, got, len(before))
@@ -139,20 +139,20 @@ def _copied(library: Library, view: MappingView) -> tuple[int, ...]:
 
 
 def _in_page(image: ElfImage, vaddr: int) -> int:
-    """How many bytes of the file are in the page at ``vaddr``."""
+    """How many bytes of the file are at ``vaddr``, of a page at most."""
     segment = next(load for load in image.loads if load.vaddr < vaddr + PAGE_SIZE and vaddr < load.file_end)
     return min(segment.file_end, vaddr + PAGE_SIZE) - vaddr
 
 
-def _words(image: ElfImage, landmarks: Landmarks, page: int, length: int) -> tuple[ChangedWord, ...]:
-    """The relocated words among the first bytes of a page, named by what fills them."""
+def _words(image: ElfImage, landmarks: Landmarks, start: int, length: int) -> tuple[ChangedWord, ...]:
+    """The relocated words among so many bytes from ``start`` on, named by what fills them."""
     slots = {
         vaddr: landmarks.slot_at(vaddr)
         for vaddr in sorted({int(target) for target in image.relocations.targets()})
-        if page <= vaddr and vaddr + _WORD <= page + length
+        if start <= vaddr and vaddr + _WORD <= start + length
     }
     return tuple(
-        ChangedWord(vaddr - page, _WORD, landmarks.meaning(slot) if slot else "relocated")
+        ChangedWord(vaddr - start, _WORD, landmarks.meaning(slot) if slot else "relocated")
         for vaddr, slot in slots.items()
     )
 
