@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from itertools import groupby
 from typing import Any, Final
@@ -21,6 +23,7 @@ PAGES: Final = 48
 """How many pages of the objects are looked at."""
 _FEWEST: Final = 12_000
 _MOST: Final = 3_000_000  # 140 MiB
+_ALIGNMENT: Final = 16  # bytes, of CPython's blocks
 
 
 class Item:
@@ -77,13 +80,16 @@ class ObjectPool:
 def built() -> tuple[list[Item], int]:
     """Objects, and where pages begin that hold nothing else, one after another.
 
-    In a process that has run for a while the first ones fill gaps: then more are needed, twice as many
-    each time.
+    In a process that has run for a while the first ones fill gaps among other objects, which somebody may
+    write to: then more are needed, twice as many each time.
     """
     items = list[Item]()
+    size = -(-sys.getsizeof(Item()) // _ALIGNMENT) * _ALIGNMENT
+    full = PAGE_SIZE // size - 1  # one less where the head of a pool is
     while len(items) < _MOST:
         items += [Item() for _ in range(len(items) or _FEWEST)]
-        run = _longest_run({id(item) // PAGE_SIZE for item in items})
+        counts = Counter(id(item) // PAGE_SIZE for item in items)
+        run = _longest_run({page for page, number in counts.items() if number >= full})
         if len(run) >= PAGES + 2:
             return items, run[(len(run) - PAGES) // 2] * PAGE_SIZE
     raise EvidenceError(f"{len(items)} objects were not given {PAGES} pages in a row")
@@ -93,4 +99,4 @@ def _longest_run(numbers: set[int]) -> list[int]:
     """The longest run of numbers that follow one another."""
     ordered = enumerate(sorted(numbers))
     runs = ([number for _, number in run] for _, run in groupby(ordered, key=lambda pair: pair[1] - pair[0]))
-    return max(runs, key=len)
+    return max(runs, key=len, default=[])
