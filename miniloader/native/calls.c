@@ -1,9 +1,7 @@
-/* What would take Python too long, or must not wait for it: calling many functions, resolvers, a callback of glibc's. */
+/* What would take Python too long: calling many functions, resolvers. */
 
 #define _GNU_SOURCE
-#include <link.h>
 #include <stdint.h>
-#include <string.h>
 #include <sys/auxv.h>
 
 /* Call constructors, which all get the same arguments. */
@@ -60,26 +58,4 @@ void flush_code(uint64_t start, uint64_t end)
 #else
     (void)start, (void)end;
 #endif
-}
-
-typedef struct {
-    uint64_t used, size;
-} Room;
-
-/* A callback for dl_iterate_phdr(3), which copies what it is shown to the room that data points at.
-
-   The room begins with how much of it is used, and its size.  Each record is the struct dl_phdr_info, its program
-   headers and its name, up to a multiple of 8 bytes.  What does not fit is only counted.  glibc's lock is held
-   meanwhile: a callback in Python would wait for the interpreter, which a thread that imports a module may have. */
-int collect(struct dl_phdr_info *info, size_t size, void *data)
-{
-    Room *room = data;
-    size_t table = info->dlpi_phnum * sizeof *info->dlpi_phdr, name = strlen(info->dlpi_name) + 1, used = room->used;
-    (void)size;
-    room->used = used + (sizeof *info + table + name + 7) / 8 * 8;
-    if (room->used <= room->size) {
-        char *to = mempcpy((char *)room + used, info, sizeof *info);
-        memcpy(mempcpy(to, info->dlpi_phdr, table), info->dlpi_name, name);
-    }
-    return 0;
 }

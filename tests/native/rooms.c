@@ -312,8 +312,41 @@ static void try_inside(void)
     set_destructors(NULL, 0);
 }
 
-/* ---- calls.c */
+/* ---- host.c */
 int collect(struct dl_phdr_info *, size_t, void *);
+int is_global(void *(*)(void *, const char *), void *, uint64_t, const ElfW(Phdr) *, uint64_t);
+
+static void *looked_up(void *scope, const char *name)
+{
+    assert(strlen(name) < 4096);
+    return chance(3) ? scope : NULL;
+}
+
+/* A library whose dynamic section leads anywhere, in memory that is exactly as long as its segments say. */
+static void try_host(void)
+{
+    const int64_t tags[] = {DT_STRTAB, DT_STRSZ, DT_SYMTAB, DT_VERSYM, DT_GNU_HASH, DT_HASH, DT_SONAME, DT_NULL};
+    uint64_t size = 128 + 8 * chance(64), entries = 1 + chance(8), half = 64 + 8 * chance(size / 8 - 8);
+    uint64_t *memory = malloc(size), bias = (uint64_t)memory;
+    for (uint64_t i = 0; i < size / 8; i++)
+        memory[i] = chance(4) ? chance(4) : chance(UINT64_MAX);
+    for (uint64_t i = 0; i < entries && 16 * i + 16 <= size; i++) {
+        memory[2 * i] = (uint64_t)tags[chance(8)];
+        memory[2 * i + 1] = chance(4) ? chance(size + 8) + (chance(2) ? bias : 0) : chance(UINT64_MAX);
+    }
+    ((char *)memory)[size - 1] = 0;
+    const ElfW(Phdr) headers[] = {{.p_type = PT_LOAD, .p_flags = PF_R, .p_memsz = half},
+                                  {.p_type = PT_LOAD, .p_flags = PF_R, .p_vaddr = half, .p_memsz = size - half},
+                                  {.p_type = PT_DYNAMIC, .p_memsz = 16 * entries}};
+    struct dl_phdr_info info = {.dlpi_addr = bias, .dlpi_name = "made up", .dlpi_phdr = headers, .dlpi_phnum = 3};
+    uint64_t room[256] = {16, sizeof room};
+    collect(&info, sizeof info, room);
+    assert(room[0] >= 16 + sizeof info + sizeof headers + 8);
+    is_global(looked_up, chance(2) ? memory : &room, bias, headers, 3);
+    free(memory);
+}
+
+/* ---- calls.c */
 void call_each(void (*const *)(int, void *, void *), uint64_t, int, void *, void *);
 void resolve(uint64_t *, const int64_t *, uint64_t);
 static uint64_t called;
@@ -482,6 +515,7 @@ int main(int argc, char **words)
     for (; done < runs && time(NULL) < end; done++) {
         try_answers();
         try_inside();
+        try_host();
         try_calls();
         try_guard();
         try_lazy();

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
+from functools import lru_cache
 from typing import Any, Final
 
+from miniloader.elf.layout import PHDR
 from miniloader.errors import LoadError
 from miniloader.native import unlocked
 from miniloader.native.gate import require_loading
@@ -15,6 +17,7 @@ __all__ = [
     "close_host",
     "declared",
     "global_handle",
+    "in_global_scope",
     "information",
     "load_address",
     "open_host",
@@ -123,6 +126,7 @@ def read_words(address: int, count: int) -> array[int]:
 
 
 _global: list[int] = []
+_TYPES: Final = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_uint64)
 
 
 def global_handle() -> int:
@@ -130,3 +134,21 @@ def global_handle() -> int:
     if not _global:
         _global.append(int(_dlopen(None, RTLD_LAZY)))
     return _global[0]
+
+
+@lru_cache(maxsize=1)
+def _is_global() -> Any:
+    return unlocked("is_global", ctypes.c_int, *_TYPES)
+
+
+@lru_cache(maxsize=1)
+def _look_up() -> int:
+    return ctypes.cast(_dlsym, ctypes.c_void_p).value or 0
+
+
+def in_global_scope(bias: int, headers: bytes) -> bool:
+    """Whether the symbols of the library at ``bias`` with these program headers are in the global scope."""
+    answer = bool(_is_global()(_look_up(), global_handle(), bias, headers, len(headers) // PHDR.size))
+    if not answer:
+        _dlerror()  # clears what dlsym(3) has left
+    return answer

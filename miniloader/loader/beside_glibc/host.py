@@ -11,27 +11,22 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Mapping
-from itertools import islice, takewhile
+from itertools import takewhile
 from operator import itemgetter
 from typing import Final
 
 from miniloader import forking
 from miniloader.elf.dynamic import (
-    DT_GNU_HASH,
-    DT_HASH,
     DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
-    DT_SONAME,
     DT_STRSZ,
     DT_STRTAB,
-    DT_SYMTAB,
-    DT_VERSYM,
     Dynamic,
 )
 from miniloader.elf.image import notes_in
-from miniloader.elf.layout import DYN, PHDR, SYM
-from miniloader.elf.symbols import STB_LOCAL, STT_FUNC, STT_OBJECT, SymbolTable, read_symbols
+from miniloader.elf.layout import DYN, PHDR
+from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError, LoadError
 from miniloader.forking import cached_property
@@ -39,9 +34,9 @@ from miniloader.loader.beside_glibc.dynamic_linker import (
     close_host,
     declared,
     global_handle,
+    in_global_scope,
     load_address,
     open_host,
-    symbol_address,
 )
 from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.native import Stopped, address_of
@@ -49,29 +44,57 @@ from miniloader.values import dataclass
 
 __all__ = ["HostLibrary", "HostListing", "libraries", "listing"]
 
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE, _PT_TLS = 1, 2, 4, 7
-_PROBES: Final = 16
+_PT_LOAD, _PT_DYNAMIC, _PT_NOTE = 1, 2, 4
 
 
 _INFO: Final = struct.Struct("<QQQH6xQQQQ")  # struct dl_phdr_info
 _PHDR: Final = PHDR.packing
 _USED_AND_SIZE: Final = struct.Struct("<QQ")
 _START: Final = _USED_AND_SIZE.size
-_SYM: Final = SYM.packing
 _iterate: Final = declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @dataclass(frozen=True, eq=False)
 class HostLibrary:
-    """A library that ld.so loaded.  ``path`` is ld.so's name for it: empty for the main program."""
+    """A library that ld.so loaded.  ``path`` is ld.so's name for it: empty for the main program.
+
+    ``headers`` are its program headers, ``soname`` is its ``DT_SONAME``.
+    """
 
     path: str
     bias: int
-    ranges: tuple[tuple[int, int], ...]  # vaddrs of its readable segments; those that touch are one
-    dynamic_vaddr: int
-    dynamic_size: int
+    headers: bytes
     tls_module: int
-    notes: tuple[tuple[int, int], ...] = ()  # vaddr and size of each PT_NOTE
+    soname: str | None
+
+    @cached_property
+    def _segments(self) -> list[tuple[int, int, int, int]]:
+        """Kind, flags, vaddr and size in memory of each segment."""
+        rows = _PHDR.iter_unpack(self.headers)
+        return [(kind, flags, vaddr, memsz) for kind, flags, _, vaddr, _, _, memsz, _ in rows]
+
+    @cached_property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The vaddrs of its readable segments.
+
+        Those that touch are one: patchelf leaves tables that go on in the next one.
+        """
+        ranges: list[tuple[int, int]] = []
+        for kind, flags, vaddr, memsz in self._segments:
+            if kind == _PT_LOAD and flags & 4:
+                start = ranges.pop()[0] if ranges and ranges[-1][1] == vaddr else vaddr
+                ranges.append((start, vaddr + memsz))
+        return tuple(ranges)
+
+    @property
+    def dynamic_place(self) -> tuple[int, int]:
+        """The vaddr and the size of its dynamic section; zeros without one."""
+        return next((row[2:] for row in self._segments if row[0] == _PT_DYNAMIC), (0, 0))
+
+    @property
+    def notes(self) -> tuple[tuple[int, int], ...]:
+        """The vaddr and the size of each ``PT_NOTE``."""
+        return tuple(row[2:] for row in self._segments if row[0] == _PT_NOTE)
 
     @property
     def name(self) -> str:
@@ -93,10 +116,10 @@ class HostLibrary:
     @cached_property
     def dynamic(self) -> Dynamic:
         """Its dynamic section with all pointers as vaddrs (ld.so turns most of them into addresses)."""
-        if not self.dynamic_size:
+        vaddr, size = self.dynamic_place
+        if not size:
             return Dynamic()
-        size = self.dynamic_size // DYN.size * DYN.size
-        words = iter(array("Q", self.read(self.dynamic_vaddr, size, "PT_DYNAMIC")))
+        words = iter(array("Q", self.read(vaddr, size // DYN.size * DYN.size, "PT_DYNAMIC")))
         low, high = self.bias, self.bias + max(end for _, end in self.ranges)
         entries = tuple(
             (tag, value - low if low <= value < high else value)
@@ -130,11 +153,6 @@ class HostLibrary:
         """``DT_NEEDED``, in order."""
         strings = self.bias + self.dynamic.tags.get(DT_STRTAB, 0)
         return tuple([os.fsdecode(ctypes.string_at(strings + at)) for at in self.dynamic.all(DT_NEEDED)])
-
-    @cached_property
-    def soname(self) -> str | None:
-        """``DT_SONAME``."""
-        return self._string(self.dynamic.tags[DT_SONAME]) if DT_SONAME in self.dynamic.tags else None
 
     @cached_property
     def rpath(self) -> tuple[str, ...]:
@@ -176,39 +194,7 @@ class HostLibrary:
         There is no call that tells; so some of its symbols are looked up there.  When all of them are
         found in other libraries, being in the scope would make no difference.
         """
-        if not self.path:
-            return True
-        for name in self._first_names():
-            address = symbol_address(global_handle(), name)
-            if address is None:
-                return False
-            if any(self.bias + start <= address < self.bias + end for start, end in self.ranges):
-                return True
-        return False
-
-    def _first_names(self) -> Iterator[bytes]:
-        """Some functions and objects that it defines, without reading its whole symbol table."""
-        tags = self.dynamic.tags
-        if DT_SYMTAB not in tags:
-            return
-        for index in islice(self._symbols_to_try(), _PROBES):
-            name, info, _, shndx, _, _ = _SYM.unpack(
-                self.read(tags[DT_SYMTAB] + _SYM.size * index, _SYM.size)
-            )
-            hidden = DT_VERSYM in tags and self.read(tags[DT_VERSYM] + 2 * index, 2)[1] & 0x80
-            if shndx and not hidden and info >> 4 != STB_LOCAL and info & 0xF in (STT_FUNC, STT_OBJECT):
-                yield ctypes.string_at(self.bias + tags[DT_STRTAB] + name)
-
-    def _symbols_to_try(self) -> range:
-        """The indices among which its definitions are."""
-        tags = self.dynamic.tags
-        if DT_GNU_HASH in tags:
-            count, first, bloom, _ = struct.unpack("<4I", self.read(tags[DT_GNU_HASH], 16))
-            buckets = self.read(tags[DT_GNU_HASH] + 16 + 8 * bloom, 4 * count)
-            return range(first, max(struct.unpack(f"<{count}I", buckets)) + 1)
-        if DT_HASH in tags:
-            return range(1, struct.unpack("<2I", self.read(tags[DT_HASH], 8))[1])
-        return range(0)
+        return not self.path or in_global_scope(self.bias, self.headers)
 
     @cached_property
     def build_id(self) -> str | None:
@@ -305,25 +291,38 @@ def listing() -> HostListing:
     earlier = {} if last is None else {(old.path, old.bias): old for old in last.found}
     all_stay = last is not None and last.subs == subs
     present: list[HostLibrary] = []
-    at = _START
-    while at < used:
-        bias, _, _, count, _, _, module, _ = _INFO.unpack_from(room, at)
-        headers, at = at + _INFO.size, at + _INFO.size + count * _PHDR.size
-        end = room.index(b"\0", at)
-        path, at = os.fsdecode(bytes(room[at:end])), -(-(end + 1) // 8) * 8
+    for path, bias, module, headers, soname in _records(room, used):
         old = earlier.get((path, bias))
-        if old is not None and all_stay:
+        if old is not None and (all_stay or old.headers == headers):
             present.append(old)
         elif not path.startswith("linux-vdso"):
-            new = _described(path, bias, module, room[headers : headers + count * _PHDR.size])
-            present.append(old if old is not None and old.dynamic_vaddr == new.dynamic_vaddr else new)
+            present.append(HostLibrary(path, bias, headers, module, soname or None))
     last = HostListing(adds, subs, tuple(present))
     _last[:] = [last]
     return last
 
 
+def _records(room: bytearray, used: int) -> Iterator[tuple[str, int, int, bytes, str]]:
+    """Of each library its path, bias, thread-local module, program headers and SONAME."""
+    at, data = _START, bytes(memoryview(room)[:used])
+    while at < used:
+        bias, _, _, count, _, _, module, _ = _INFO.unpack_from(data, at)
+        headers = at + _INFO.size
+        path = headers + count * _PHDR.size
+        soname = data.index(b"\0", path) + 1
+        end = data.index(b"\0", soname)
+        at = -(-(end + 1) // 8) * 8
+        yield (
+            os.fsdecode(data[path : soname - 1]),
+            bias,
+            module,
+            data[headers:path],
+            os.fsdecode(data[soname:end]),
+        )
+
+
 def _collected() -> tuple[bytearray, int]:
-    """A buffer of records (see ``collect`` in native/calls.c), and where the last one ends."""
+    """A buffer of records (see ``collect`` in native/host.c), and where the last one ends."""
     while True:
         room, used = _collect_into(_room[0])
         if used <= len(room):
@@ -345,21 +344,3 @@ def _counts(room: bytearray) -> tuple[int, int]:
     """How many libraries have been loaded, and unloaded; zeros if not even the first record fits."""
     _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
     return adds, subs
-
-
-def _described(path: str, bias: int, module: int, table: bytearray) -> HostLibrary:
-    rows = _PHDR.iter_unpack(table)
-    headers = [(kind, flags, vaddr, memsz) for kind, flags, _, vaddr, _, _, memsz, _ in rows]
-    vaddr, size = next((row[2:] for row in headers if row[0] == _PT_DYNAMIC), (0, 0))
-    notes = tuple(row[2:] for row in headers if row[0] == _PT_NOTE)
-    return HostLibrary(path, bias, tuple(_ranges(headers)), vaddr, size, module, notes)
-
-
-def _ranges(headers: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
-    """The vaddrs of the readable segments: patchelf leaves tables that go on in the next one."""
-    ranges: list[tuple[int, int]] = []
-    for kind, flags, vaddr, memsz in headers:
-        if kind == _PT_LOAD and flags & 4:
-            start = ranges.pop()[0] if ranges and ranges[-1][1] == vaddr else vaddr
-            ranges.append((start, vaddr + memsz))
-    return ranges

@@ -193,12 +193,42 @@ def test_every_function_has_a_stand_in() -> None:
 def test_room_that_is_too_small_is_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> list[tuple[object, ...]]:
         monkeypatch.setattr(host, "_last", [])
-        return [(one.path, one.bias, one.ranges, one.dynamic_vaddr, one.notes) for one in host.libraries()]
+        return [
+            (one.path, one.bias, one.ranges, one.dynamic_place, one.notes, one.soname)
+            for one in host.libraries()
+        ]
 
     known = looked()
     assert len(known) > 3
     monkeypatch.setattr(host, "_room", [100])
     assert looked() == known
+
+
+def test_what_it_has_is_called_as_its_files_say() -> None:
+    of_files = {
+        library.path: miniloader.inspect(library.path) for library in host.libraries() if library.path
+    }
+    assert len(of_files) > 3
+    assert [(image.soname, image.needed) for image in of_files.values()] == [
+        (library.soname, library.needed) for library in host.libraries() if library.path
+    ]
+
+
+@pytest.mark.parametrize(("flags", "is_global"), [("RTLD_LOCAL", False), ("RTLD_GLOBAL", True)])
+def test_what_is_in_the_global_scope(flags: str, is_global: bool, demo: Path) -> None:
+    program = (
+        "import ctypes, sys\n"
+        "from miniloader.loader.beside_glibc import host\n"
+        "library = ctypes.CDLL(sys.argv[1], mode=getattr(ctypes, sys.argv[2]))\n"
+        "dlerror = ctypes.CDLL(None).dlerror\n"
+        "dlerror.restype = ctypes.c_char_p\n"
+        "print([library.is_global for library in host.libraries() if library.path == sys.argv[1]])\n"
+        "print(dlerror())\n"
+    )
+    command = [sys.executable, "-c", program, str(demo), flags]
+    root = Path(miniloader.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout == f"[{is_global}]\nNone\n"
 
 
 def test_while_another_thread_loads_with_the_interpreter_in_hand(demo: Path, tmp_path: Path) -> None:
