@@ -176,7 +176,13 @@ def readable_python(run_as_nobody: RunAsNobody) -> str:
     return sys.executable
 
 
-# -------------------------------------------------------------------------------------- which may skip
+# ------------------------------------------------------------------------------- which come first, and may skip
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what takes longest first: beside it another process runs the others."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("needs_root")
     if marker is not None and os.geteuid() != 0:
