@@ -176,7 +176,7 @@ def readable_python(run_as_nobody: RunAsNobody) -> str:
     return sys.executable
 
 
-# ------------------------------------------------------------------------------- which come first, and may skip
+# -------------------------------------------------------------------- which come first, and may skip
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start what takes longest first: beside it another process runs the others."""
