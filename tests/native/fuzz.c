@@ -3,7 +3,8 @@
    Each run lays a library out as it lies in memory, spoils its tables, and calls every loop that reads them; what is
    not said to be readable is poisoned, and all that is handed over is exactly as long as it is said to be.  So a byte
    read or written elsewhere ends this program.  Rows are changed between looking through them and using them, as
-   somebody may change the file.  At the end it says how many runs there were, and edges of the loops' code. */
+   somebody may change the file.  At the end it says how many runs there were, how
+   many edges of the loops' code, and in which run the last of these was met first. */
 
 #include "loops.h"
 
@@ -21,11 +22,14 @@ void guard_end(void) {}
 /* ---- edges that were come by (-fsanitize-coverage=trace-pc) */
 enum { EDGES = 1 << 16 };
 static uint8_t edges[EDGES];
+static uint64_t done, newest; /* runs until now, and the one that met an edge for the first time most lately */
 extern char __executable_start;
 
 __attribute__((no_sanitize("address", "undefined"))) void __sanitizer_cov_trace_pc(void)
 {
-    edges[((uintptr_t)__builtin_return_address(0) - (uintptr_t)&__executable_start) % EDGES] = 1;
+    uint8_t *edge = &edges[((uintptr_t)__builtin_return_address(0) - (uintptr_t)&__executable_start) % EDGES];
+    if (!*edge)
+        *edge = 1, newest = done;
 }
 
 /* ---- what is called */
@@ -319,7 +323,7 @@ int main(int argc, char **words)
     take_in(words[1]);
     know_kinds();
     state = strtoull(words[2], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
-    uint64_t runs = strtoull(words[3], NULL, 10), done = 0;
+    uint64_t runs = strtoull(words[3], NULL, 10);
     time_t end = time(NULL) + atol(words[4]);
     Laid good;
     lay(&good, true);
@@ -339,6 +343,7 @@ int main(int argc, char **words)
         met += edges[edge];
     clear_away(&good);
     free(pristine);
-    printf("%llu runs, %llu edges\n", (unsigned long long)done, (unsigned long long)met);
+    printf("%llu runs, %llu edges, the last of them first in run %llu\n", (unsigned long long)done, (unsigned long long)met,
+           (unsigned long long)newest);
     return 0;
 }

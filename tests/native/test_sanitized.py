@@ -15,6 +15,8 @@ from fixtures.build import ROOT, build
 from fixtures.sanitized import SOURCES, build_fuzzer, fuzzed
 from miniloader.native.gate import processor
 
+_SAID = r"(\d+) runs, (\d+) edges, the last of them first in run (\d+)"
+
 
 def test_loops_read_and_write_where_they_may(tmp_path: Path) -> None:
     fuzzer = build_fuzzer(tmp_path)
@@ -22,7 +24,7 @@ def test_loops_read_and_write_where_they_may(tmp_path: Path) -> None:
         pytest.skip("this machine lacks gcc's sanitizers")
     status, said = fuzzed(fuzzer, seed=1, runs=3000, seconds=20, library=build("demo"))
     assert status == 0, said
-    counts = re.fullmatch(r"(\d+) runs, (\d+) edges", said)
+    counts = re.fullmatch(_SAID, said)
     assert counts is not None
     assert int(counts[2]) > 400
 
@@ -50,7 +52,7 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
         pytest.skip("this machine lacks gcc's sanitizers")
     status, said = fuzzed(fuzzer, seed=1, runs=1000, seconds=20)
     assert status == 0, said
-    counts = re.search(r"(\d+) runs, (\d+) edges$", said)
+    counts = re.search(_SAID + "$", said)
     assert counts is not None
     assert int(counts[2]) > 150
 
