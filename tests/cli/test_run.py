@@ -168,6 +168,16 @@ def test_a_crash_names_library_function_and_place(place: Path) -> None:
     assert "of libmisbehaves.so" in done.stderr
 
 
+def test_a_crash_in_a_destructor_after_python_has_ended_is_named(place: Path) -> None:
+    library = place / "ends_badly.so"
+    code = b"__attribute__((destructor)) void ends_badly(void) { *(volatile int *)8 = 0; }"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library], input=code, check=True)
+    done = run(RUN, "--no-bill", "-c", f"import ctypes; ctypes.CDLL({str(library)!r})", cwd=place)
+    assert done.returncode == -signal.SIGSEGV
+    assert "SIGSEGV writing address 0x8, in ends_badly" in done.stderr
+    assert "of ends_badly.so" in done.stderr
+
+
 def test_nothing_to_run(place: Path) -> None:
     done = run(RUN, cwd=place)
     assert (done.returncode, done.stdout) == (2, "")

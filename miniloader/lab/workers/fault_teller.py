@@ -7,13 +7,16 @@ runs, while the process that has crashed waits for it.
 from __future__ import annotations
 
 import ctypes
-import mmap
+import os
 import signal
 import sys
+from array import array
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import accumulate, islice
+from typing import Final
 
 from miniloader.errors import MiniloaderError, printable
+from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
 from miniloader.lab.workers.fault import Fault
 from miniloader.native import functions
@@ -21,20 +24,30 @@ from miniloader.native import functions
 __all__ = ["main", "tell_faults"]
 
 
+_STACK: Final = 1 << 16  # bytes for the handler
+
+
 def tell_faults() -> None:
-    """From now on a fault that ends this process is told on standard error, with its place."""
-    command, stack = _command()
-    functions().note_faults(0, ctypes.addressof(ctypes.c_char.from_buffer(stack)), len(stack))
-    functions().tell_faults(ctypes.addressof(command))
+    """From now on a fault that ends this process is told on standard error, with its place.
 
-
-@lru_cache(maxsize=1)
-def _command() -> tuple[ctypes.Array[ctypes.c_char_p], mmap.mmap]:
-    """The command, and the stack that the handler runs on: both for as long as the process lives."""
-    words = [sys.executable, "-P", "-m", "miniloader.lab.workers.fault_teller"]
-    array = (ctypes.c_char_p * (len(words) + 1))(*(word.encode() for word in words), None)
-    # Private: the process that tells is forked on it, and must not share what its parent goes on with.
-    return array, mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    Also one in destructors, which exit(3) runs after Python has ended and its objects are gone.
+    """
+    command = [sys.executable, "-P", "-m", "miniloader.lab.workers.fault_teller"]
+    words = [os.fsencode(word) + b"\0" for word in command]
+    pointers = ctypes.sizeof(ctypes.c_void_p) * (len(words) + 1)
+    # No object of Python's, and private: the process that tells is forked on this stack, and must not share
+    # what its parent goes on with.
+    place = syscalls.mmap(
+        0,
+        _STACK + pointers + sum(map(len, words)),
+        syscalls.PROT_READ | syscalls.PROT_WRITE,
+        syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS,
+    )
+    starts = accumulate(map(len, words), initial=place + _STACK + pointers)
+    addresses = array("Q", [*islice(starts, len(words)), 0])
+    ctypes.memmove(place + _STACK, addresses.tobytes() + b"".join(words), pointers + sum(map(len, words)))
+    functions().note_faults(0, place, _STACK)
+    functions().tell_faults(place + _STACK)
 
 
 def main(words: Sequence[str]) -> int:
