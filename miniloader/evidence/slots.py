@@ -29,6 +29,8 @@ from miniloader.elf.symbols import (
 )
 from miniloader.elf.tables import Table
 from miniloader.errors import ElfError, MiniloaderError
+from miniloader.evidence.address_ranges import AddressRanges
+from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -48,7 +50,6 @@ __all__ = [
     "SYMBOL",
     "THREAD_OFFSET",
     "FileFacts",
-    "NameNumbers",
 ]
 
 SLOT_DTYPE: Final = np.dtype(
@@ -96,19 +97,6 @@ _NAME_BITS: Final = 24  # of a key; the rest is the vaddr
 _MOST_COPIED: Final = 1 << 22  # bytes of all COPY relocations; each may claim any number
 
 
-class NameNumbers:
-    """Gives every symbol name a number, the same in all files that share this object."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
-
-    def numbers(self, table: SymbolTable) -> NDArray[np.uint64]:
-        """The number of the name of each symbol of ``table``."""
-        numbers = self._numbers
-        names = table.names(np.arange(len(table)))
-        return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.uint64, len(names))
-
-
 class FileFacts:
     """One file: its bytes, and, when it is an ELF image, its slots and its symbols.
 
@@ -132,10 +120,16 @@ class FileFacts:
             self.trouble = f"the relocation kinds of {machine} are not known"
 
     @cached_property
-    def zeros(self) -> tuple[tuple[int, int], ...]:
-        """The vaddrs [start, end) of its anonymous pages: bss, but for what the file's last page holds."""
+    def zeros(self) -> AddressRanges:
+        """The vaddrs of its anonymous pages: bss, but for what the file's last page holds."""
         mappings = self.plan.mappings if self.plan is not None else ()
-        return tuple((mapping.start, mapping.end) for mapping in mappings if mapping.kind == "zero")
+        return AddressRanges((mapping.start, mapping.end) for mapping in mappings if mapping.kind == "zero")
+
+    @cached_property
+    def writable(self) -> AddressRanges:
+        """The vaddrs of the segments that may be written to."""
+        loads = self.image.loads if self.image is not None else ()
+        return AddressRanges((load.vaddr, load.end) for load in loads if "w" in load.flags)
 
     # -- bytes ------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from fixtures import build
 from miniloader.elf import Source, read_image
 from miniloader.elf.dynamic import DT_PLTGOT, DT_SYMTAB
 from miniloader.elf.relocations import kind_name
-from miniloader.evidence.slots import ARGUMENT, COPY, LOADER, FileFacts, NameNumbers
+from miniloader.evidence.name_numbers import NameNumbers
+from miniloader.evidence.slots import ARGUMENT, COPY, LOADER, FileFacts
 from miniloader.machine.relocation import KINDS
 
 COMMITTED = sorted({*build.ROOT.glob("miniloader/**/*.so"), *build.ROOT.glob("fixtures/prebuilt/*.so")})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from miniloader.elf import LoadPlan
 from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma
@@ -73,6 +75,7 @@ def _of_images(plan: LoadPlan, vmas: Sequence[Vma]) -> Iterable[tuple[int, list[
     A mapping is looked for in the last few images that reach so far: it takes time in proportion to how often
     the file is mapped.
     """
+    parts = _FileParts(plan)
     images, near = list[tuple[int, list[int]]](), list[tuple[tuple[int, int], int, list[int]]]()
     for place, vma in enumerate(vmas):
         near = [image for image in near if image[0][1] > vma.start][-_NEAR:]
@@ -81,7 +84,7 @@ def _of_images(plan: LoadPlan, vmas: Sequence[Vma]) -> Iterable[tuple[int, list[
                 places.append(place)
                 break
         else:
-            bias, span = _bias(plan, vma)
+            bias, span = parts.bias(vma)
             images.append((bias, [place]))
             near.append((span, *images[-1]))
     return images
@@ -96,15 +99,25 @@ def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
     return files.values()
 
 
-def _bias(plan: LoadPlan, vma: Vma) -> tuple[int, tuple[int, int]]:
-    """The load bias that puts a file's image where its first mapping is, and its addresses."""
-    for mapping in plan.mappings:
-        distance = vma.file_offset - mapping.file_offset
-        if mapping.kind == "file" and 0 <= distance < mapping.length:
-            bias = vma.start - mapping.start - distance
-            if bias >= 0:
-                return bias, (bias + plan.start, bias + plan.end)
-    return vma.start - vma.file_offset, (vma.start, vma.end)
+class _FileParts:
+    """Which part of a plan has a place of its file: asked for each image, and there may be many of both."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        parts = [mapping for mapping in plan.mappings if mapping.kind == "file"]
+        self._span = plan.start, plan.end
+        self._start = np.array([part.start for part in parts], np.int64)
+        self._offset = np.array([part.file_offset for part in parts], np.int64)
+        self._length = np.array([part.length for part in parts], np.int64)
+
+    def bias(self, vma: Vma) -> tuple[int, tuple[int, int]]:
+        """The load bias that puts the file's image where its first mapping is, and its addresses."""
+        distance = vma.file_offset - self._offset
+        biases = vma.start - self._start - distance
+        fits = np.flatnonzero((distance >= 0) & (distance < self._length) & (biases >= 0))
+        if not len(fits):
+            return vma.start - vma.file_offset, (vma.start, vma.end)
+        bias = int(biases[fits[0]])
+        return bias, (bias + self._span[0], bias + self._span[1])
 
 
 def _belongs(plan: LoadPlan, vma: Vma, bias: int, span: tuple[int, int]) -> bool:

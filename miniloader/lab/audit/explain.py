@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf import inspect
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError, ProcessGone
+from miniloader.evidence.address_ranges import AddressRanges
 from miniloader.evidence.cause import Classified, bit, classify
 from miniloader.evidence.layout import Layouts
 from miniloader.evidence.space import Placed, Space
@@ -165,13 +166,15 @@ def _say_how_written(placed: FileInProcess, vmas: Sequence[Vma]) -> None:
     image = facts.image if facts is not None else None
     if facts is None or image is None or facts.has_text_relocations:
         return
-    spans = [(load.vaddr, load.end) for load in image.loads if "w" in load.flags]
-    writable = [vmas[index] for index in placed.mappings if "w" in vmas[index].protection]
-    spans += [(vma.start - placed.base, vma.end - placed.base) for vma in writable]
     written = np.flatnonzero(placed.causes & _WRITE)
-    for row, vaddr in zip(written.tolist(), placed.vaddrs[written].tolist(), strict=True):
-        if not any(start < vaddr + PAGE_SIZE and vaddr < end for start, end in spans):
-            placed.reasons.setdefault(row, NOT_WRITABLE)
+    if not len(written):
+        return
+    writable = [vmas[index] for index in placed.mappings if "w" in vmas[index].protection]
+    mapped = AddressRanges((vma.start, vma.end) for vma in writable)
+    allowed = facts.writable.meet(placed.vaddrs[written], PAGE_SIZE)
+    allowed |= mapped.meet(placed.addresses[written], PAGE_SIZE)
+    for row in written[~allowed].tolist():
+        placed.reasons.setdefault(row, NOT_WRITABLE)
 
 
 def _unknown(placed: FileInProcess, pages: NDArray[np.intp], reason: str) -> None:

@@ -13,13 +13,14 @@ from miniloader.kernel.maps import Vma
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangement
 from miniloader.lab.audit.mapped_files import MappedFile
-from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows
+from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, rows_of
 
 __all__ = ["FileInProcess", "files_in_process", "image_end"]
 
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
 _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int32)
+_MOST_OWNERS: Final = 16  # images that claim a page for their bss: images in the place of each other
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -115,7 +116,9 @@ def files_in_process(
     arrangements: Sequence[Arrangement], vmas: Sequence[Vma], pages: Pages
 ) -> list[FileInProcess]:
     """Every file as it lies in a process whose mappings are ``vmas``; without causes yet."""
-    copies, originals, swapping = pages.copies, pages.originals, any(pages.swapped_in)
+    copies, originals = pages.copies, pages.originals
+    swapped = np.flatnonzero(pages.swapped)
+    swapped_from = np.searchsorted(pages.vma[swapped], np.arange(len(vmas) + 1))
     found = [
         FileInProcess(
             file=file,
@@ -124,7 +127,10 @@ def files_in_process(
             end=vmas[indices[-1]].end,
             mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
             mappings=indices,
-            swapped_vaddrs=_swapped_vaddrs(pages, indices, bias) if swapping else _NO_VADDRS,
+            # Copies, as pages that are the file's own would not be swapped out.
+            swapped_vaddrs=pages.addresses[swapped[rows_of(indices, swapped_from)]] - np.uint64(bias % 2**64)
+            if len(swapped)
+            else _NO_VADDRS,
             bss_vaddrs=_NO_VADDRS,
             copies=copies,
             copied=copies.rows(indices),
@@ -140,22 +146,19 @@ def files_in_process(
     return found
 
 
-def _swapped_vaddrs(pages: Pages, indices: list[int], bias: int) -> NDArray[np.uint64]:
-    """Where the pages of these mappings are that are swapped out: copies, as the file's own would not be."""
-    rows = np.flatnonzero(pages.swapped & np.isin(pages.vma, indices))
-    return np.asarray(pages.addresses[rows] - np.uint64(bias % 2**64))
-
-
 def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
-    """Set the vaddrs of the present anonymous pages of each image's bss: all are looked up at once."""
-    owners, ends = list[FileInProcess](), list[int]()
-    for placed in found:
-        for start, end in placed.file.facts.zeros if placed.file.facts is not None else ():
-            owners.append(placed)
-            ends += ((placed.base + start) % 2**64, (placed.base + end) % 2**64)
+    """Set the vaddrs of the present anonymous pages of each image's bss.
+
+    All images are asked at once whether there are any between the first and the last of its bss; which of
+    these are in it takes time in proportion to them, and no page is in the bss of many images.
+    """
+    placed_zeros = [(placed, placed.file.facts.zeros) for placed in found if placed.file.facts is not None]
+    owners = [(placed, zeros) for placed, zeros in placed_zeros if len(zeros)]
+    ends = [(placed.base + end) % 2**64 for placed, zeros in owners for end in zeros.span]
     at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
-    for placed, low, high in zip(owners, at[::2], at[1::2], strict=True):
-        if low < high:
+    most = _MOST_OWNERS * len(anonymous)
+    for (placed, zeros), low, high in zip(owners, at[::2], at[1::2], strict=True):
+        most -= max(high - low, 0)
+        if low < high and most >= 0:
             vaddrs = anonymous[low:high] - np.uint64(placed.base % 2**64)
-            bss = placed.bss_vaddrs
-            placed.bss_vaddrs = np.concatenate([bss, vaddrs]) if len(bss) else vaddrs
+            placed.bss_vaddrs = vaddrs[zeros.meet(vaddrs, 1)]

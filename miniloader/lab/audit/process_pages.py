@@ -21,7 +21,7 @@ from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
 from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.values import dataclass
 
-__all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set"]
+__all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set", "rows_of"]
 
 #: Which rows of an array: most often one after another.
 Rows = slice | NDArray[np.intp]
@@ -229,12 +229,7 @@ class PageColumns:
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """The rows of the mappings ``indices``, which ascend and most often follow one another."""
-        if not indices:
-            return slice(0, 0)
-        first, last, starts = indices[0], indices[-1], self.starts
-        if last - first == len(indices) - 1:
-            return slice(int(starts[first]), int(starts[last + 1]))
-        return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
+        return rows_of(indices, self.starts)
 
     @property
     def number_alone(self) -> NDArray[np.int64]:
@@ -258,6 +253,20 @@ def _narrow(values: NDArray[np.uint64]) -> _Narrow:
     """The values in four bytes each, where all fit: places below 16 TiB, and frames."""
     fits = not len(values) or int(values.max()) >> 32 == 0
     return values.astype(np.uint32) if fits else values
+
+
+def rows_of(indices: Sequence[int], starts: NDArray[np.int64]) -> Rows:
+    """The rows of the mappings ``indices``, ascending; those of mapping ``i`` begin at ``starts[i]``.
+
+    >>> rows_of([1, 2], np.array([0, 3, 4, 9]))
+    slice(3, 9, None)
+    """
+    if not indices:
+        return slice(0, 0)
+    first, last = indices[0], indices[-1]
+    if last - first == len(indices) - 1:
+        return slice(int(starts[first]), int(starts[last + 1]))
+    return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
 
 
 def count_rows(rows: Rows) -> int:

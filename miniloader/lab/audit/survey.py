@@ -132,10 +132,11 @@ def locate(
     pages = Pages(pagemap, vmas, frames=frames, arrays=memo.arrays)
     files = files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
     if prepared:
-        for placed in files:
-            inside = (pages.addresses >= placed.start) & (pages.addresses < placed.end)
-            own = inside & pages.own
-            placed.beforehand = count_set(np.isin(pages.vma[own], list(prepared)))
+        of_copies = np.append(0, np.cumsum(pages.own & np.isin(pages.vma, list(prepared))))
+        ends = [(placed.start, placed.end) for placed in files]
+        before = of_copies[np.searchsorted(pages.addresses, np.array(ends, np.uint64))]
+        for placed, (first, last) in zip(files, before.tolist(), strict=True):
+            placed.beforehand = last - first
     return vmas, pages, files
 
 

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
+import miniloader
+from fixtures import hostile
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
-from miniloader.evidence.slots import FileFacts, NameNumbers
+from miniloader.elf.layout import PHDR
+from miniloader.elf.writer import elf_header
+from miniloader.evidence.name_numbers import NameNumbers
+from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit import arrangement
 from miniloader.lab.audit.arrangement import Arrangements
 from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
@@ -34,6 +40,19 @@ for copy in range(number):
     kept[0] = 1
     globals()[name] = kept
     os.close(fd)
+print(flush=True)
+sys.stdin.read()
+"""
+#: Maps a page of a file as often as it is told to, far from each other, and writes to each.
+SCATTER = """
+import ctypes, os, sys
+path, offset, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+mmap = ctypes.CDLL(None).mmap
+mmap.restype = ctypes.c_void_p
+mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+fd = os.open(path, os.O_RDONLY)
+for place in range(number):
+    ctypes.memset(mmap((1 << 44) + (place << 26), 4096, 3, 0x100002, fd, offset), 1, 1)
 print(flush=True)
 sys.stdin.read()
 """
@@ -69,6 +88,33 @@ def test_who_has_more_files_than_may_be_open_leaves_some_for_the_others(
     assert not any("unknown" in page["causes"] for page in pages)
     hoards = (lib["private_pages"] for lib in answer["libraries"] if lib["path"].startswith(str(hoarded)))
     assert any("ulimit -n" in page["reason"] for pages in hoards for page in pages)
+
+
+def segments(path: Path, number: int) -> int:
+    """Write a file with so many segments, each with bss, all of one page; where that is in the file."""
+    end = 64 + PHDR.size * number
+    offset = end + PAGE_SIZE - 1 & -PAGE_SIZE
+    rows = (
+        (1, 6, offset, vaddr, vaddr, PAGE_SIZE, 2 * PAGE_SIZE, PAGE_SIZE)
+        for vaddr in range(0, 3 * PAGE_SIZE * number, 3 * PAGE_SIZE)
+    )
+    header = elf_header(segments=number, phoff=64, sections=0, shoff=0, names=0)
+    path.write_bytes((header + b"".join(PHDR.packing.pack(*row) for row in rows)).ljust(offset + PAGE_SIZE))
+    return offset
+
+
+def test_many_segments_that_are_mapped_often_are_not_gone_through_for_each_mapping(tmp_path: Path) -> None:
+    """Bounded as every step of a hostile file is: had each image its list of them, it were a gigabyte."""
+    file = tmp_path / "segments.so"
+    offset = segments(file, 1100)
+    with running(SCATTER, file, offset, 4000) as pid:
+
+        def look(_: object) -> None:
+            (library,) = miniloader.audit([pid], library=file.name).libraries
+            assert library.private == 4000
+
+        (outcome,) = hostile.run(1, lambda _: None, {"audit": look})
+    assert outcome.kind == "result", outcome
 
 
 @pytest.mark.parametrize("apart", [1, 3])
