@@ -116,15 +116,23 @@ class Record:
         >>> SYM.pack(name=1, info=0x12, shndx="SHN_ABS").hex()
         '010000001200f1ff00000000000000000000000000000000'
         """
-        unknown = values.keys() - set(self.names)
-        if unknown:
-            raise TypeError(f"no such field: {', '.join(sorted(unknown))}; there are {', '.join(self.names)}")
-        return self.packing.pack(*(
-            field.codes[value] if isinstance(value, str) else value
-            for field in self.fields
-            if field.name
-            for value in [values.get(field.name, b"" if field.format.endswith("s") else 0)]
-        ))  # fmt: skip
+        given = self._zeros | values
+        if len(given) > len(self._zeros):
+            unknown = ", ".join(sorted(values.keys() - self._zeros.keys()))
+            raise TypeError(f"no such field: {unknown}; there are {', '.join(self.names)}")
+        for name, value in values.items():
+            if isinstance(value, str):
+                given[name] = self._codes[name][value]
+        return self.packing.pack(*given.values())
+
+    @cached_property
+    def _zeros(self) -> dict[str, int | str | bytes]:
+        """Of each field that has a name what it is without a value."""
+        return {field.name: b"" if field.format.endswith("s") else 0 for field in self.fields if field.name}
+
+    @cached_property
+    def _codes(self) -> Mapping[str, Mapping[str, int]]:
+        return {field.name: field.codes for field in self.fields}
 
 
 @lru_cache(maxsize=64)

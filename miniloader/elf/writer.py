@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Final, NamedTuple
 
 from miniloader.elf.header import PF_R, PF_W, PF_X
-from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, record
+from miniloader.elf.layout import EHDR, PHDR, SHDR, record
 from miniloader.native.gate import processor
 
 __all__ = [
@@ -84,7 +85,7 @@ def hash_table(symbols: int, defined: int) -> bytes:
 
 def dynamic_section(entries: Sequence[tuple[int, int]]) -> bytes:
     """The dynamic section of these tags and values; its last entry has to be ``DT_NULL``."""
-    return b"".join(DYN.pack(tag=tag, val=value) for tag, value in entries)
+    return struct.pack(f"<{2 * len(entries)}Q", *chain.from_iterable(entries))
 
 
 def build_id_note(digits: str) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -282,15 +281,8 @@ def _image_of(source: Source) -> ElfImage | None:
     return image
 
 
-def _is_being_imported(name: str) -> bool:
-    """Whether the module ``name`` is there, but not complete: what we load may be what it waits for."""
-    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
-
-
 def _find_prepared(library: Loaded) -> str | None:
     """Give the library its relocated pages, if the cache has any; else why it has none."""
-    if _is_being_imported("numpy"):
-        return "reading it takes numpy, which is being imported"
     with importing:
         from miniloader.loader.prepared.pages import find as find_prepared
 

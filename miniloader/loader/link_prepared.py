@@ -7,13 +7,12 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from miniloader.arrays import NDArray, np
 from miniloader.errors import LoadError
 from miniloader.loader.beside_glibc import gnu_unique, stand_ins, unwinder
 from miniloader.loader.graph import Graph
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import zero_bss
-from miniloader.loader.relocate import call_resolver
+from miniloader.loader.relocation_job import resolve
 from miniloader.loader.scope import Definer
 from miniloader.loader.symbol_lookup import places_of
 from miniloader.loader.thread_storage import thread_local_words
@@ -38,9 +37,9 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
         graph.go_plain(library, reason)
         zero_bss(graph, library)
         return False
-    values, room = _values(library, ready, order), ready.room(memory)
-    ready.fill(room, values)
-    if len(ready.arrays["tls_rows"]) or library.image.tls is not None:
+    values = _values(library, ready, order)
+    ready.fill(memory, values)
+    if ready.tables["tls_rows"] or library.image.tls is not None:
         bindings, rows = ready.thread_local(order)
         for vaddrs, words, size in thread_local_words(library, bindings, rows):
             memory.put(vaddrs, words, size)
@@ -48,10 +47,12 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
     # When all else is there, since the library's own code runs: others' first, which it may call.
     for of_library in (False, True):
         places = [place for place, definer in resolvers if (definer is library) == of_library]
-        for place in places:
-            values[place] = call_resolver(int(values[place])) if graph.policy.init else 0
+        if places and graph.policy.init:
+            resolve(values, array("q", places))
+        for place in places if not graph.policy.init else ():
+            values[place] = 0
         if places:
-            ready.fill(room, values)
+            ready.fill(memory, values)
     for position in ready.held:
         library.hold(order[position])
     text = f"{ready.count} pages from the cache, {ready.filled} of them copied for what differs here"
@@ -60,24 +61,20 @@ def link_prepared(graph: Graph, library: Loaded, ready: Prepared, order: Sequenc
     return True
 
 
-def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> NDArray[np.uint64]:
+def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> array[int]:
     """What the words that differ are in this process; of an IFUNC of ours, its resolver's address."""
-    table = ready.arrays["values"]
-    biases = np.array([definer.bias % (1 << 64) for definer in order], np.uint64)
-    with np.errstate(over="ignore"):
-        values = np.asarray(biases[table["definer"]] + table["offset"], np.uint64)
-    for place, definer in ready.meant("resolver", order):
-        if not isinstance(definer, Loaded):
-            values[place] = call_resolver(int(values[place]))
+    values = ready.values(order)
+    of_host = [place for place, of in ready.meant("resolver", order) if not isinstance(of, Loaded)]
+    if of_host:
+        resolve(values, array("q", of_host))
     for place, _ in ready.meant("thread exit", order):
-        values[place] = library.stub_for(int(values[place])).address
+        values[place] = library.stub_for(values[place]).address
     for place, definer in ready.meant("unique", order):
         name = os.fsencode(ready.names[place])
-        values[place], owner = gnu_unique.settled(name, int(values[place]), definer)
+        values[place], owner = gnu_unique.settled(name, values[place], definer)
         if owner is not None:
             library.share(owner)
-    answered = array("Q", values.tobytes())
-    if places_of(unwinder.walkers(), answered):
+    if places_of(unwinder.walkers(), values):
         unwinder.bring()
-    stand_ins.answer(answered, places_of(stand_ins.asked(), answered))
-    return np.asarray(answered)
+    stand_ins.answer(values, places_of(stand_ins.asked(), values))
+    return values

@@ -126,6 +126,11 @@ class Loaded:
         self._names = names
 
     @property
+    def symbol_count(self) -> int:
+        """How many dynamic symbols it has."""
+        return self.ready.symbols if self.ready is not None else len(self.names)
+
+    @property
     def build_id(self) -> str | None:
         """Its build-id, in hexadecimal."""
         return self.image.build_id

@@ -372,7 +372,7 @@ def _show_to_libraries(library: Loaded) -> None:
     """Have dladdr(3) and its like, which libraries of ours call, know the library."""
     memory, carrier = library.mapped, library.blocks.own
     module = carrier.module if carrier is not None else 0
-    stand_ins.add(library.image, memory, len(library.names), module)
+    stand_ins.add(library.image, memory, library.symbol_count, module)
     library.undo.callback(stand_ins.remove, memory)
 
 

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-from miniloader.arrays import NDArray, np
 from miniloader.elf import LoadPlan, PlannedCall, Source
 from miniloader.errors import ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.native import Stopped, buffer_address, copy, gate
 
-__all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits", "put_words"]
+__all__ = ["Memory", "OnCall", "flag_bits", "map_plan", "protection_bits"]
 
 _BITS: Final = {
     "r": sys.PROT_READ,
@@ -173,20 +172,6 @@ class Memory:
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )
-
-
-def put_words(
-    buffer: NDArray[np.uint8],
-    offsets: NDArray[np.int64] | NDArray[np.uint32],
-    values: NDArray[np.uint64],
-    size: int = 8,
-) -> None:
-    """Store the low ``size`` bytes of each value at its offset in ``buffer``, which need not be aligned."""
-    if size == 8 and not (offsets & 7).any():
-        buffer.view(np.uint64)[offsets >> 3] = values
-    else:
-        octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8)[:, :size]
-        buffer[offsets[:, None] + np.arange(size)] = octets
 
 
 def map_plan(

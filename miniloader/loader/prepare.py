@@ -195,6 +195,7 @@ def _keep(library: Loaded, bindings: Bindings) -> Entry:
             bindings.label(place) for place in bindings.place(np.unique(tls_rows["symbol"])).tolist()
         ],
         "held": [bindings.scope.index(definer) for definer in used(library, bindings)],
+        "symbols": library.symbol_count,
         "words": len(image.relocations),
         "filled": int(differing(pages, index["slots"], tls_rows).sum()),
         "unwind_table": unwinder.eh_frame(image),

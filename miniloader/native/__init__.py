@@ -1,6 +1,6 @@
 """The inner loops of linking, in C: looking up names, noting what they are bound to, writing words.
 
-They are in ``names.c``, ``notes.c`` and ``words.c``.
+They are in ``names.c``, ``notes.c`` and ``words.c``; ``prepared.c`` has those of prepared pages.
 
 Beside them stands what libraries of ours call instead of dlopen(3) and its like (``inside.c``).
 
@@ -10,7 +10,7 @@ So these loops are C, and nothing else is: which libraries there are, in which o
 Python's to say.  They work where the library lies in memory, as ld.so does: nothing is copied.
 
 Beside them is what must not wait for Python, or what Python cannot do: ``lazy.c``, ``fault.c``, ``calls.c``,
-``debugger.c``.
+``host.c``, ``debugger.c``.
 
 All of it is compiled once, for x86-64 and aarch64, and lies beside this file (``python -m fixtures.build
 --loops`` makes it anew, and a test compares).  ``loops.h`` has the structures; they are declared here again,
@@ -90,6 +90,7 @@ class Reason(IntEnum):
     NOT_RELATIVE = 7
     NO_CODE = 8
     TOO_FAR = 9
+    DAMAGED = 10
 
 
 class Stopped(Exception):
@@ -177,7 +178,10 @@ FINALISE: Final = "finalise"
 
 #: The loops, and how many numbers each gets.
 _ARGUMENTS: Final = {
+    "compare_sums": 5,
+    "compute_values": 5,
     "copy": 4,
+    "fill_slots": 8,
     "flush_code": 2,
     "gather": 6,
     "guard_is_kept": 0,

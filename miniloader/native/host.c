@@ -23,6 +23,8 @@ typedef struct {
 typedef struct { /* of its dynamic section: vaddrs, sizes, an offset in the strings */
     uint64_t strings, strings_size, symbols, versions, gnu_hash, sysv_hash, name;
     bool has_name;
+    const i64 *entries; /* tag and value of each */
+    uint64_t count;
 } Tags;
 
 /* Whether the bytes are in readable segments, which may follow one another. */
@@ -58,8 +60,8 @@ static Tags tags_of(const Host *host)
         const ElfW(Phdr) *dynamic = &host->headers[i];
         if (dynamic->p_type != PT_DYNAMIC || !readable(host, dynamic->p_vaddr, dynamic->p_memsz))
             continue;
-        const i64 *entry = (const i64 *)(host->bias + dynamic->p_vaddr); /* tag and value */
-        for (uint64_t left = dynamic->p_memsz / 16; left && entry[0] != DT_NULL; left--, entry += 2)
+        const i64 *entry = tags.entries = (const i64 *)(host->bias + dynamic->p_vaddr);
+        for (uint64_t left = dynamic->p_memsz / 16; left && entry[0] != DT_NULL; left--, entry += 2, tags.count++)
             switch (entry[0]) {
             case DT_STRTAB: tags.strings = vaddr_of(host, (uint64_t)entry[1]); break;
             case DT_STRSZ: tags.strings_size = (uint64_t)entry[1]; break;
@@ -74,42 +76,82 @@ static Tags tags_of(const Host *host)
     return tags;
 }
 
-/* Its SONAME, and how long that is; 0 without one. */
-static const char *name_of(const Host *host, uint64_t *length)
-{
-    Tags tags = tags_of(host);
-    *length = 0;
-    if (!tags.has_name || tags.name >= tags.strings_size || !readable(host, tags.strings, tags.strings_size))
-        return "";
-    const char *name = (const char *)(host->bias + tags.strings + tags.name);
-    *length = strnlen(name, tags.strings_size - tags.name);
-    return name;
-}
-
 typedef struct {
     uint64_t used, size;
 } Room;
 
+/* Append bytes, as many as there is room for: all are counted. */
+static void append(Room *room, const void *from, uint64_t length)
+{
+    if (room->used + length <= room->size)
+        memcpy((char *)room + room->used, from, length);
+    room->used += length;
+}
+
+/* Append a string of the library with its NUL; where it is not in its strings an empty one. */
+static void append_text(Room *room, const Host *host, const Tags *tags, uint64_t offset)
+{
+    if (offset < tags->strings_size && readable(host, tags->strings, tags->strings_size)) {
+        const char *text = (const char *)(host->bias + tags->strings + offset);
+        append(room, text, strnlen(text, tags->strings_size - offset));
+    }
+    append(room, "", 1);
+}
+
+/* Append its build-id: the first note that is one. */
+static void append_build_id(Room *room, const Host *host)
+{
+    enum { BUILD_ID = 3, HEAD = 12 };
+    for (uint64_t i = 0; i < host->count; i++) {
+        const ElfW(Phdr) *notes = &host->headers[i];
+        if (notes->p_type != PT_NOTE || !readable(host, notes->p_vaddr, notes->p_memsz))
+            continue;
+        const char *at = (const char *)(host->bias + notes->p_vaddr);
+        for (uint64_t left = notes->p_memsz; left >= HEAD;) {
+            const u32 *head = (const u32 *)at; /* lengths of name and content, type */
+            uint64_t name = (head[0] + UINT64_C(3)) / 4 * 4, content = head[1], length = HEAD + name + (content + 3) / 4 * 4;
+            if (HEAD + name + content > left)
+                break;
+            if (head[2] == BUILD_ID && head[0] == 4 && !memcmp(at + HEAD, "GNU", 4)) {
+                append(room, at + HEAD + name, content);
+                return;
+            }
+            if (length > left)
+                break;
+            at += length, left -= length;
+        }
+    }
+}
+
 /* A callback for dl_iterate_phdr(3), which copies what it is shown to the room that data points at.
 
-   The room begins with how much of it is used, and its size.  Each record is the struct dl_phdr_info, its program
-   headers, its path and its SONAME, up to a multiple of 8 bytes.  What does not fit is only counted.  glibc's lock is
-   held meanwhile: a callback in Python would wait for the interpreter, which a thread that imports a module may have. */
+   The room begins with how much of it is used, and its size.  Each record begins with how long it is, with the build-id
+   and without; then come the struct dl_phdr_info, the program headers, and texts: the path, the SONAME (empty without
+   one), what it needs; at last the build-id.  It ends at a multiple of 8 bytes.  What does not fit is counted, and ends
+   it.  glibc's lock is held meanwhile: a callback in Python would wait for the interpreter, which a thread that imports
+   a module may have. */
 int collect(struct dl_phdr_info *info, size_t size, void *data)
 {
     Room *room = data;
     Host host = {info->dlpi_addr, info->dlpi_phdr, info->dlpi_phnum};
-    size_t table = info->dlpi_phnum * sizeof *info->dlpi_phdr, path = strlen(info->dlpi_name) + 1, used = room->used;
-    uint64_t length;
-    const char *name = name_of(&host, &length);
+    Tags tags = tags_of(&host);
+    uint64_t lengths[2] = {0}, start = room->used;
     (void)size;
-    room->used = used + (sizeof *info + table + path + length + 1 + 7) / 8 * 8;
-    if (room->used <= room->size) {
-        char *to = mempcpy((char *)room + used, info, sizeof *info);
-        to = mempcpy(mempcpy(to, info->dlpi_phdr, table), info->dlpi_name, path);
-        *(char *)mempcpy(to, name, length) = '\0';
-    }
-    return 0;
+    append(room, lengths, sizeof lengths);
+    append(room, info, sizeof *info);
+    append(room, info->dlpi_phdr, info->dlpi_phnum * sizeof *info->dlpi_phdr);
+    append(room, info->dlpi_name, strlen(info->dlpi_name) + 1);
+    append_text(room, &host, &tags, tags.has_name ? tags.name : UINT64_MAX);
+    for (uint64_t i = 0; i < tags.count; i++)
+        if (tags.entries[2 * i] == DT_NEEDED)
+            append_text(room, &host, &tags, (uint64_t)tags.entries[2 * i + 1]);
+    lengths[1] = room->used - start;
+    append_build_id(room, &host);
+    lengths[0] = room->used - start;
+    if (room->used <= room->size)
+        memcpy((char *)room + start, lengths, sizeof lengths);
+    room->used = (room->used + 7) / 8 * 8;
+    return room->used > room->size;
 }
 
 /* The first symbol that is defined, and the one behind the last; none without a hash table. */

@@ -1,4 +1,4 @@
-/* What names.c, notes.c and words.c share.  See __init__.py, which declares the same for Python, field by field. */
+/* What names.c, notes.c, words.c and prepared.c share.  See __init__.py, which declares the same for Python, field by field. */
 
 #include <setjmp.h>
 #include <stdbool.h>
@@ -12,7 +12,7 @@ typedef uint32_t __attribute__((aligned(1))) u32;
 typedef uint64_t __attribute__((aligned(1))) u64;
 typedef int64_t __attribute__((aligned(1))) i64;
 
-enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR };
+enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR, DAMAGED };
 
 /* What is in memory now, read once: a file that is mapped may change at any time, and what was checked has to be what
    is used.  Without this a compiler may read it again. */

@@ -60,7 +60,7 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "right", "wrong"),
     [
-        ("host.c", "room->used <= room->size", "room->used <= room->size + 8"),
+        ("host.c", "room->used + length <= room->size", "room->used + length <= room->size + 8"),
         ("host.c", "if (length <= left)", "if (length <= left + 8)"),
         ("lazy.c", '"mov $0xee, %eax\\n" save', '"mov $0xe0, %eax\\n" save'),
     ],

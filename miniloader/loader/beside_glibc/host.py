@@ -10,21 +10,19 @@ import ctypes
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import takewhile
 from operator import itemgetter
 from typing import Final
 
 from miniloader import forking
 from miniloader.elf.dynamic import (
-    DT_NEEDED,
     DT_RPATH,
     DT_RUNPATH,
     DT_STRSZ,
     DT_STRTAB,
     Dynamic,
 )
-from miniloader.elf.image import notes_in
 from miniloader.elf.layout import DYN, PHDR
 from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
@@ -44,10 +42,10 @@ from miniloader.values import dataclass
 
 __all__ = ["HostLibrary", "HostListing", "libraries", "listing"]
 
-_PT_LOAD, _PT_DYNAMIC, _PT_NOTE = 1, 2, 4
+_PT_LOAD, _PT_DYNAMIC = 1, 2
 
 
-_INFO: Final = struct.Struct("<QQQH6xQQQQ")  # struct dl_phdr_info
+_RECORD: Final = struct.Struct("<QQ QQQH6xQQQQ")  # lengths, and struct dl_phdr_info
 _PHDR: Final = PHDR.packing
 _USED_AND_SIZE: Final = struct.Struct("<QQ")
 _START: Final = _USED_AND_SIZE.size
@@ -58,7 +56,8 @@ _iterate: Final = declared("dl_iterate_phdr", ctypes.c_int, ctypes.c_void_p, cty
 class HostLibrary:
     """A library that ld.so loaded.  ``path`` is ld.so's name for it: empty for the main program.
 
-    ``headers`` are its program headers, ``soname`` is its ``DT_SONAME``.
+    ``headers`` are its program headers, ``soname`` is its ``DT_SONAME``, ``needed`` its ``DT_NEEDED`` in
+    order.  ``build_id`` is the note in hexadecimal, as it is in memory: the file may be another by now.
     """
 
     path: str
@@ -66,6 +65,8 @@ class HostLibrary:
     headers: bytes
     tls_module: int
     soname: str | None
+    needed: tuple[str, ...]
+    build_id: str | None
 
     @cached_property
     def _segments(self) -> list[tuple[int, int, int, int]]:
@@ -90,11 +91,6 @@ class HostLibrary:
     def dynamic_place(self) -> tuple[int, int]:
         """The vaddr and the size of its dynamic section; zeros without one."""
         return next((row[2:] for row in self._segments if row[0] == _PT_DYNAMIC), (0, 0))
-
-    @property
-    def notes(self) -> tuple[tuple[int, int], ...]:
-        """The vaddr and the size of each ``PT_NOTE``."""
-        return tuple(row[2:] for row in self._segments if row[0] == _PT_NOTE)
 
     @property
     def name(self) -> str:
@@ -149,12 +145,6 @@ class HostLibrary:
         return read_versions(self.read, tags, strings, order="<", name=self.name)
 
     @cached_property
-    def needed(self) -> tuple[str, ...]:
-        """``DT_NEEDED``, in order."""
-        strings = self.bias + self.dynamic.tags.get(DT_STRTAB, 0)
-        return tuple([os.fsdecode(ctypes.string_at(strings + at)) for at in self.dynamic.all(DT_NEEDED)])
-
-    @cached_property
     def rpath(self) -> tuple[str, ...]:
         """``DT_RPATH``, as written; it does not count beside a ``DT_RUNPATH``."""
         tags = self.dynamic.tags
@@ -195,15 +185,6 @@ class HostLibrary:
         found in other libraries, being in the scope would make no difference.
         """
         return not self.path or in_global_scope(self.bias, self.headers)
-
-    @cached_property
-    def build_id(self) -> str | None:
-        """The ``NT_GNU_BUILD_ID`` note in hexadecimal, as it is in memory: the file may be another by now."""
-        for vaddr, size in self.notes:
-            for name, kind, description in notes_in(self.read(vaddr, size, "PT_NOTE"), "<", 4):
-                if name == b"GNU\0" and kind == "NT_GNU_BUILD_ID":
-                    return description.hex()
-        return None
 
     def _string(self, offset: int) -> str:
         vaddr = self.dynamic.tags[DT_STRTAB] + offset  # of a library that ld.so has read already
@@ -272,7 +253,7 @@ class HostListing:
 
 
 _last: list[HostListing] = []
-_room: list[int] = [1 << 15]  # bytes that all records took, and some more
+_room: list[int] = [1 << 16]  # bytes that all records take, and some more
 _FIRST: Final = 1 << 11  # that the first of them takes, the main program's
 
 
@@ -291,34 +272,23 @@ def listing() -> HostListing:
     earlier = {} if last is None else {(old.path, old.bias): old for old in last.found}
     all_stay = last is not None and last.subs == subs
     present: list[HostLibrary] = []
-    for path, bias, module, headers, soname in _records(room, used):
+    data, at = bytes(memoryview(room)[:used]), _START
+    while at < used:
+        length, texts_end, bias, _, _, count, _, _, module, _ = _RECORD.unpack_from(data, at)
+        headers = at + _RECORD.size
+        texts = headers + count * _PHDR.size
+        path, soname, *needed, _ = os.fsdecode(data[texts : at + texts_end]).split("\0")
         old = earlier.get((path, bias))
-        if old is not None and (all_stay or old.headers == headers):
+        if old is not None and (all_stay or old.headers == data[headers:texts]):
             present.append(old)
         elif not path.startswith("linux-vdso"):
-            present.append(HostLibrary(path, bias, headers, module, soname or None))
+            build_id = data[at + texts_end : at + length].hex()
+            texts_of_it = soname or None, tuple(needed), build_id or None
+            present.append(HostLibrary(path, bias, data[headers:texts], module, *texts_of_it))
+        at += -(-length // 8) * 8
     last = HostListing(adds, subs, tuple(present))
     _last[:] = [last]
     return last
-
-
-def _records(room: bytearray, used: int) -> Iterator[tuple[str, int, int, bytes, str]]:
-    """Of each library its path, bias, thread-local module, program headers and SONAME."""
-    at, data = _START, bytes(memoryview(room)[:used])
-    while at < used:
-        bias, _, _, count, _, _, module, _ = _INFO.unpack_from(data, at)
-        headers = at + _INFO.size
-        path = headers + count * _PHDR.size
-        soname = data.index(b"\0", path) + 1
-        end = data.index(b"\0", soname)
-        at = -(-(end + 1) // 8) * 8
-        yield (
-            os.fsdecode(data[path : soname - 1]),
-            bias,
-            module,
-            data[headers:path],
-            os.fsdecode(data[soname:end]),
-        )
 
 
 def _collected() -> tuple[bytearray, int]:
@@ -327,11 +297,11 @@ def _collected() -> tuple[bytearray, int]:
         room, used = _collect_into(_room[0])
         if used <= len(room):
             return room, used
-        _room[0] = used + used // 2
+        _room[0] = 4 * used
 
 
 def _collect_into(size: int) -> tuple[bytearray, int]:
-    """The first records, as many as fit into ``size`` bytes; and where the last one of all would end."""
+    """The first records, as many as fit into ``size`` bytes; and where the last one ends, or would."""
     room = bytearray(size)
     _USED_AND_SIZE.pack_into(room, 0, _START, size)
     callback, place = address_of("collect"), ctypes.addressof(ctypes.c_char.from_buffer(room))
@@ -342,5 +312,5 @@ def _collect_into(size: int) -> tuple[bytearray, int]:
 
 def _counts(room: bytearray) -> tuple[int, int]:
     """How many libraries have been loaded, and unloaded; zeros if not even the first record fits."""
-    _, _, _, _, adds, subs, _, _ = _INFO.unpack_from(room, _START)
+    _, _, _, _, _, _, adds, subs, _, _ = _RECORD.unpack_from(room, _START)
     return adds, subs

@@ -14,9 +14,7 @@ that it starts, ``ANDROID_DLEXT_WRITE_RELRO``, and finds them by comparing.)
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import struct
 import zlib
@@ -25,20 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from miniloader.arrays import NDArray, np
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.forking import cached_property, importing
 from miniloader.kernel import syscalls as sys
-from miniloader.loader.memory import Memory, protection_bits, put_words
+from miniloader.loader.memory import Memory, protection_bits
 from miniloader.loader.prepared import store
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import KINDS, Kind
+from miniloader.native import ADDRESS_MASK, Stopped, buffer_address, run
 from miniloader.native.gate import processor
 from miniloader.values import dataclass
 
@@ -64,16 +61,16 @@ __all__ = [
 
 #: A word that differs: ``offset`` from the bias of the library at position ``definer`` of the scope, and what
 #: is added to what it means.  Many slots have the same; how a few are meant is kept apart.
-VALUE: Final = np.dtype([("offset", "<u8"), ("addend", "<u8"), ("definer", "<u8")])
+VALUE: Final = [("offset", "<u8"), ("addend", "<u8"), ("definer", "<u8")]
 #: Pages that are mapped by one call: where the first one belongs, which of the cached ones it is, how many.
-RUN: Final = np.dtype([("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")])
+RUN: Final = [("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")]
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
 _HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}
 
 _AGAIN: Final = "miniloader prepare LIB"
 _CHANGED: Final = "its file has changed since it was prepared"
 _MAGIC: Final = b"miniprep"
-_FORMAT: Final = 4
+_FORMAT: Final = 5
 _WORD: Final = 8
 _MOST_INDEX: Final = 1 << 28  # bytes
 _MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
@@ -83,14 +80,15 @@ _SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
 _HEAD: Final = struct.Struct(
     "<8sIIQ"
 )  # magic, checksum of what follows up to the pages, length of JSON, of all
-_ARRAYS: Final[Mapping[str, np.dtype[Any]]] = {
-    "runs": RUN,
-    "sums": np.dtype("<u8"),  # see sums()
-    "slots": np.dtype("<u4"),  # of each word that differs: how far it is from the first cached page
-    "numbers": np.dtype("<u4"),  # of its value
-    "values": VALUE,
-    "tls_rows": np.dtype(RELOCATION),
-    "tls_symbols": np.dtype("<i8"),  # rows of four: symbol, owner, the owner's symbol, its value
+#: The tables of the index: how numpy is told of a row, and how :mod:`struct`.
+_TABLES: Final[Mapping[str, tuple[Any, struct.Struct]]] = {
+    "runs": (RUN, struct.Struct("<QII")),
+    "sums": ("<u8", struct.Struct("<Q")),  # see sums()
+    "slots": ("<u4", struct.Struct("<I")),  # of each word that differs: how far from the first cached page
+    "numbers": ("<u4", struct.Struct("<I")),  # of its value
+    "values": (VALUE, struct.Struct("<QQQ")),
+    "tls_rows": (RELOCATION, struct.Struct("<QIIq")),
+    "tls_symbols": ("<i8", struct.Struct("<q")),  # rows of four: symbol, owner, the owner's symbol, its value
 }
 
 
@@ -110,30 +108,50 @@ class Prepared:
     tls_kinds: tuple[tuple[int, int], ...]  # of thread-local relocations, in order: code, how many
     tls_names: tuple[str, ...]  # of the symbols of thread-local relocations
     held: tuple[int, ...]  # positions in the scope: who defines what it is bound to
+    symbols: int  # how many dynamic ones it has
     words: int  # relocated in all
     filled: int  # how many pages hold words that each process writes itself
     unwind_table: int | None
     at: int  # of the pages in the file
-    arrays: Mapping[str, NDArray[Any]]
+    tables: Mapping[str, memoryview]  # as they lie in the file
+
+    def rows(self, key: str) -> list[Any]:
+        """The rows of a table: numbers, or tuples of them."""
+        rows = list(_TABLES[key][1].iter_unpack(self.tables[key]))
+        return rows if isinstance(_TABLES[key][0], list) else [row[0] for row in rows]
+
+    def table(self, key: str) -> NDArray[Any]:
+        """A table as numpy has it."""
+        return np.frombuffer(self.tables[key], _TABLES[key][0])
+
+    def _place(self, key: str) -> tuple[int, int]:
+        """Where a table is in memory, and how many rows it has."""
+        table = self.tables[key]
+        return buffer_address(table), table.nbytes // _TABLES[key][1].size
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """The runs of cached pages, see :data:`RUN`."""
+        return self.rows("runs")
 
     @cached_property
     def pages(self) -> NDArray[np.uint64]:
         """The vaddr of each cached page, ascending."""
         parts = [np.empty(0, np.uint64)]
-        for vaddr, _, count in self.arrays["runs"].tolist():
+        for vaddr, _, count in self.runs:
             parts.append(np.uint64(vaddr) + np.arange(count, dtype=np.uint64) * np.uint64(sys.PAGE_SIZE))
         return np.concatenate(parts)
 
     @cached_property
     def count(self) -> int:
         """How many pages are cached."""
-        return int(self.arrays["runs"]["count"].sum())
+        return sum(count for _, _, count in self.runs)
 
     @property
     def differing(self) -> NDArray[np.bool_]:
         """Which of them hold words that each process writes itself."""
-        slots = self.arrays["slots"] + self.pages[:1]
-        return differing(self.pages, slots, self.arrays["tls_rows"])
+        slots = self.table("slots") + self.pages[:1]
+        return differing(self.pages, slots, self.table("tls_rows"))
 
     def meant(
         self, how: Literal["resolver", "unique", "thread exit"], scope: Sequence[Definer]
@@ -157,9 +175,15 @@ class Prepared:
         They are looked at where they are, in the page cache: nobody else can write or shorten the file.
         """
         length = self.count * sys.PAGE_SIZE
-        room = mmap.mmap(self.fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self.at) if length else b""
-        if not np.array_equal(sums(np.frombuffer(room, np.uint8)), self.arrays["sums"]):
-            raise LoadError("its pages are damaged")
+        if not length:
+            return
+        start = sys.mmap(0, length, sys.PROT_READ, sys.MAP_PRIVATE, self.fd, self.at)
+        try:
+            run("compare_sums", start, length // _WORD, _SUMMED, *self._place("sums"))
+        except Stopped:
+            raise LoadError("its pages are damaged") from None
+        finally:
+            sys.munmap(start, length)
 
     def lay(self, memory: Memory) -> None:
         """Map the cached pages over those of the file.
@@ -167,7 +191,7 @@ class Prepared:
         Raises :class:`LoadError`, and maps nothing, where one would lie elsewhere.
         """
         flags, calls = sys.MAP_PRIVATE | sys.MAP_FIXED, []
-        for vaddr, first, count in self.arrays["runs"].tolist():
+        for vaddr, first, count in self.runs:
             mapping, length = memory.plan.at(vaddr), count * sys.PAGE_SIZE
             if mapping is None or vaddr + length > mapping.end:
                 raise LoadError("its pages are of another library")
@@ -175,40 +199,37 @@ class Prepared:
         for vaddr, length, bits, offset in calls:
             sys.mmap(memory.bias + vaddr, length, bits, flags, self.fd, self.at + offset)
 
-    def room(self, memory: Memory) -> NDArray[np.uint8]:
-        """From the first cached page to the last, as they lie in memory.
+    def values(self, scope: Sequence[Definer]) -> array[int]:
+        """What each value of the index is in this process, without its addend: an address."""
+        biases = array("Q", [definer.bias & ADDRESS_MASK for definer in scope])
+        place, count = self._place("values")
+        values = array("Q", bytes(_WORD * count))
+        run("compute_values", place, count, biases, len(biases), values)
+        return values
 
-        For plain stores: these pages are the cache's, and cannot be gone as those of the library can.
-        """
-        runs = self.arrays["runs"].tolist()
-        if not runs:
-            return np.empty(0, np.uint8)
-        first, (last, _, count) = runs[0][0], runs[-1]
-        length = last + count * sys.PAGE_SIZE - first
-        return np.frombuffer(
-            memoryview((ctypes.c_uint8 * length).from_address(memory.bias + first)), np.uint8
-        )
-
-    def fill(self, room: NDArray[np.uint8], values: NDArray[np.uint64]) -> None:
-        """Store the words that differ, ``values`` being those of the index."""
-        with np.errstate(over="ignore"):
-            words = values + self.arrays["values"]["addend"]
-        if len(self.arrays["slots"]):
-            put_words(room, self.arrays["slots"], words[self.arrays["numbers"]])
+    def fill(self, memory: Memory, values: array[int]) -> None:
+        """Store the words that differ, ``values`` being those of the index, in the pages that are laid."""
+        if self.tables["slots"]:
+            first, (last, _, count) = self.runs[0][0], self.runs[-1]
+            room = memory.bias + first, last + count * sys.PAGE_SIZE - first
+            numbers, _ = self._place("numbers")
+            slots, number = self._place("slots")
+            run("fill_slots", *room, slots, numbers, number, self._place("values")[0], values, len(values))
 
     def thread_local(self, scope: Sequence[Definer]) -> tuple[Bindings, list[tuple[Kind, list[Row]]]]:
         """The thread-local relocations, by kind, and what their symbols are bound to."""
         symbols, definitions = array("q"), array("q")
-        for symbol, owner, number, value in self.arrays["tls_symbols"].reshape(-1, 4).tolist():
+        numbers = iter(self.rows("tls_symbols"))
+        for symbol, owner, number, value in zip(numbers, numbers, numbers, numbers, strict=False):
             info = STT_TLS if symbol > 0 else 0  # as it was seen to be when it was prepared
             symbols.append(symbol)
             definitions.extend((owner, number, 0, value, 0, info, 0))  # a row of DEFINITION
         bindings = _Recorded(symbols, scope, definitions, self.tls_names)
-        rows, found, first = self.arrays["tls_rows"], [], 0
+        rows, of_kinds, first = self.rows("tls_rows"), [], 0
         for code, count in self.tls_kinds:
-            found.append((KINDS[processor().upper()][code], rows[first : first + count].tolist()))
+            of_kinds.append((KINDS[processor().upper()][code], rows[first : first + count]))
             first += count
-        return bindings, found
+        return bindings, of_kinds
 
     def close(self) -> None:
         """Close the file; what is mapped stays."""
@@ -312,8 +333,8 @@ def read_index(fd: int, size: int) -> Prepared:
     at = int.from_bytes(os.pread(fd, 8, _HEAD.size), "little")
     if not _HEAD.size < at <= min(total, _MOST_INDEX) or total - at > _MOST_PAGES:
         raise LoadError("its index is damaged")
-    index = os.pread(fd, at - _HEAD.size, _HEAD.size)
-    if _checksum(length, total, index) != checksum:
+    index = bytearray(at - _HEAD.size)
+    if os.preadv(fd, [index], _HEAD.size) < len(index) or _checksum(length, total, index) != checksum:
         raise LoadError("its index is damaged")
     try:
         return _decoded(fd, index, length, at, total)
@@ -321,18 +342,19 @@ def read_index(fd: int, size: int) -> Prepared:
         raise LoadError("its index is damaged") from None
 
 
-def _decoded(fd: int, index: bytes, length: int, at: int, total: int) -> Prepared:
+def _decoded(fd: int, index: bytearray, length: int, at: int, total: int) -> Prepared:
     """What an ``index`` says whose JSON has ``length`` bytes; the pages are from ``at`` to ``total``."""
     facts = json.loads(index[8 : 8 + length])
     _check(facts)
-    arrays: dict[str, NDArray[Any]] = {}
+    tables, whole = {}, memoryview(index)
     offset = 8 + -(-length // 8) * 8
-    for key, dtype in _ARRAYS.items():
-        arrays[key] = np.frombuffer(index, dtype, facts["counts"][key], offset)
-        offset += -(-arrays[key].nbytes // 8) * 8
-    if int(arrays["runs"]["count"].sum()) * sys.PAGE_SIZE != total - at:
-        raise LoadError("its index is damaged")
-    return Prepared(
+    for key, (_, row) in _TABLES.items():
+        size = row.size * facts["counts"][key]
+        tables[key] = whole[offset : offset + size]
+        if not 0 <= size == len(tables[key]):
+            raise LoadError("its index is damaged")
+        offset += -(-size // 8) * 8
+    ready = Prepared(
         fd=fd,
         path=facts["path"],
         build_id=facts["build_id"],
@@ -345,15 +367,20 @@ def _decoded(fd: int, index: bytes, length: int, at: int, total: int) -> Prepare
         tls_kinds=tuple(map(tuple, facts["tls_kinds"])),
         tls_names=tuple(facts["tls_names"]),
         held=tuple(facts["held"]),
+        symbols=facts["symbols"],
         words=facts["words"],
         filled=facts["filled"],
         unwind_table=facts["unwind_table"],
         at=at,
-        arrays=arrays,
+        tables=tables,
     )
+    slots, numbers = (ready.tables[key].nbytes for key in ("slots", "numbers"))
+    if slots != numbers or ready.count * sys.PAGE_SIZE != total - at:
+        raise LoadError("its index is damaged")
+    return ready
 
 
-def _checksum(length: int, total: int, index: bytes) -> int:
+def _checksum(length: int, total: int, index: bytes | bytearray) -> int:
     """The checksum of all but the pages, which have their own: of the numbers in the head, and the index."""
     return zlib.crc32(index, zlib.crc32(struct.pack("<QQ", length, total)))
 
@@ -369,11 +396,11 @@ def pack(
     facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], data: NDArray[np.uint8]
 ) -> Iterator[Any]:
     """The file: a head, JSON, the arrays, and from a page boundary on the cached pages."""
-    counts = {key: len(arrays[key]) for key in _ARRAYS}
+    counts = {key: len(arrays[key]) for key in _TABLES}
     common = {"format": _FORMAT, "page_size": sys.PAGE_SIZE, "boot": store.boot_id(), "counts": counts}
     text = json.dumps({**facts, **common}).encode()
     parts = [text.ljust(-(-len(text) // 8) * 8)]
-    for key, dtype in _ARRAYS.items():
+    for key, (dtype, _) in _TABLES.items():
         octets = np.ascontiguousarray(arrays[key], dtype).tobytes()
         parts.append(octets.ljust(-(-len(octets) // 8) * 8, b"\0"))
     index = b"".join(parts)

@@ -193,10 +193,8 @@ def test_every_function_has_a_stand_in() -> None:
 def test_room_that_is_too_small_is_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> list[tuple[object, ...]]:
         monkeypatch.setattr(host, "_last", [])
-        return [
-            (one.path, one.bias, one.ranges, one.dynamic_place, one.notes, one.soname)
-            for one in host.libraries()
-        ]
+        fields = ("path", "bias", "headers", "tls_module", "soname", "needed", "build_id")
+        return [tuple(getattr(library, name) for name in fields) for library in host.libraries()]
 
     known = looked()
     assert len(known) > 3
@@ -209,8 +207,8 @@ def test_what_it_has_is_called_as_its_files_say() -> None:
         library.path: miniloader.inspect(library.path) for library in host.libraries() if library.path
     }
     assert len(of_files) > 3
-    assert [(image.soname, image.needed) for image in of_files.values()] == [
-        (library.soname, library.needed) for library in host.libraries() if library.path
+    assert [(image.soname, image.needed, image.build_id) for image in of_files.values()] == [
+        (library.soname, library.needed, library.build_id) for library in host.libraries() if library.path
     ]
 
 
