@@ -10,7 +10,7 @@ the decorator is frozen, too, and ``__init__`` is not annotated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
@@ -45,9 +45,11 @@ class _Unmade:
     def __init__(self, cls: type, *, eq: bool) -> None:
         self.cls = cls
         self._inherits = any(_FIELDS in base.__dict__ for base in cls.__mro__[1:])
-        for name in (*_DESCRIBING, "__init__", *(_COMPARING if eq else ())):
+        for name in (*_DESCRIBING, *(_COMPARING if eq else ())):
             if name not in cls.__dict__:
                 setattr(cls, name, _Later(self, name))
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = _initialiser(cls)  # type: ignore[misc]
         if "__repr__" not in cls.__dict__:
             cls.__repr__ = _repr  # type: ignore[method-assign,assignment]
         self._freeze()
@@ -63,8 +65,6 @@ class _Unmade:
                 return  # by another thread
             if name in _DESCRIBING:
                 self._describe()
-            elif name == "__init__":
-                setattr(self.cls, name, _initialiser(self.cls, _fields_of(self.cls)))
             else:
                 compared = [name for name, *_, is_compared in _fields_of(self.cls) if is_compared]
                 key = attrgetter(*compared) if compared else lambda _: ()
@@ -110,12 +110,13 @@ def _fields_of(cls: type) -> list[_Known]:
     for base in reversed(cls.__mro__):
         described = base.__dict__.get(_FIELDS)
         if isinstance(described, _Later):
-            annotations = base.__annotations__
-            if any(special in str(annotation) for annotation in annotations.values() for special in _SPECIAL):
+            annotations, space = base.__annotations__, base.__dict__
+            written = " ".join(map(str, annotations.values()))
+            if any(map(written.__contains__, _SPECIAL)):
                 described = getattr(base, _FIELDS)  # those the standard library knows
             else:
                 for name in annotations:
-                    fields[name] = _known(name, base.__dict__.get(name, MISSING))
+                    fields[name] = _known(name, space[name]) if name in space else (name, *_REQUIRED)
         if isinstance(described, dict):  # with those of its own bases
             fields |= {field.name: _known(field.name, field) for field in dataclasses.fields(base)}
     return list(fields.values())
@@ -127,36 +128,55 @@ def _known(name: str, given: Any) -> _Known:
     return name, given, MISSING, False, True
 
 
-def _initialiser(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+def _initialiser(cls: type) -> Callable[..., None]:
     """``__init__`` of the class, which replaces itself by a compiled one where the class is called often.
 
     Compiling takes as long as fifty calls of this one; most classes are called less often in a process.
     """
-    names = [name for name, *_ in fields]
-    positional = [name for name, _, _, by_name, _ in fields if not by_name]
-    makers = {name: factory for name, _, factory, _, _ in fields if factory is not MISSING}
-    defaults = {name: default for name, default, *_ in fields if default is not MISSING}
-    required = set(names) - makers.keys() - defaults.keys()
-    every, calls, has_more = set(names), count(1), hasattr(cls, "__post_init__")
+    fields: list[_Known] = []
+    names: list[str] = []  # where all may be given in order
+    calls = count(1)
 
     def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
-        given = dict(zip(positional, arguments, strict=False))
-        right = len(arguments) == len(given) and given.keys().isdisjoint(named)
-        given |= named
-        if not right or not required <= given.keys() <= every or next(calls) > _FEW:
-            cls.__init__ = compiled = _compiled(cls, fields)  # type: ignore[misc]
-            compiled(self, *arguments, **named)  # which says what is wrong with the arguments
-            return
-        for name in names:
-            if name not in given:
-                given[name] = makers[name]() if name in makers else defaults[name]
-        self.__dict__.update(given)
-        if has_more:
+        if not fields:
+            fields[:] = known = _fields_of(cls)
+            names[:] = [] if any(field[3] for field in known) else [field[0] for field in known]
+        if names and len(arguments) == len(names) and not named:
+            self.__dict__.update(zip(names, arguments, strict=True))
+        else:
+            given = _given(fields, arguments, named)
+            if given is None or next(calls) > _FEW:
+                cls.__init__ = compiled = _compiled(cls, fields)  # type: ignore[misc]
+                compiled(self, *arguments, **named)  # which says what is wrong with the arguments
+                return
+            self.__dict__.update(given)
+        if hasattr(cls, "__post_init__"):
             self.__post_init__()
 
     initialise.__qualname__ = f"{cls.__qualname__}.__init__"
     initialise.__name__ = "__init__"
     return initialise
+
+
+def _given(
+    fields: Sequence[_Known], arguments: Sequence[Any], named: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What each field is given, in order; None where the arguments are not those of the class."""
+    values, left, taken = dict[str, Any](), iter(arguments), 0
+    for name, default, factory, by_name, _ in fields:
+        if not by_name and taken < len(arguments):
+            values[name], taken = next(left), taken + 1
+            if name in named:
+                return None
+        elif name in named:
+            values[name] = named[name]
+        elif factory is not MISSING:
+            values[name] = factory()
+        elif default is not MISSING:
+            values[name] = default
+        else:
+            return None
+    return values if taken == len(arguments) and named.keys() <= values.keys() else None
 
 
 def _compiled(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
@@ -212,6 +232,8 @@ def _repr(self: Any) -> str:
 _FIELDS: Final = "__dataclass_fields__"
 _DESCRIBING: Final = (_FIELDS, "__dataclass_params__", "__match_args__")
 _COMPARING: Final = ("__eq__", "__hash__")
+#: Of a field without a default.
+_REQUIRED: Final = (MISSING, MISSING, False, True)
 #: What makes an annotation no field, or another kind of one.
 _SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
 #: Calls of a class until it is compiled.

@@ -350,6 +350,47 @@ static void try_host(void)
     free(memory);
 }
 
+/* ---- prepared.c */
+typedef struct { uint64_t offset, addend, definer; } Value;
+int64_t compare_sums(const uint64_t *, uint64_t, uint64_t, const uint64_t *, uint64_t);
+int64_t compute_values(const Value *, uint64_t, const uint64_t *, uint64_t, uint64_t *);
+int64_t fill_slots(char *, uint64_t, const uint32_t *, const uint32_t *, uint64_t, const Value *, const uint64_t *,
+                   uint64_t);
+
+static void try_prepared(void)
+{
+    uint64_t count = chance(40), length = 1 + chance(9), parts = count / length + 1;
+    uint64_t *words = malloc(8 * count + 8), *sums = calloc(parts, 8);
+    for (uint64_t i = 0; i < count; i++)
+        sums[i / length] += words[i] = chance(UINT64_MAX);
+    assert(compare_sums(words, count, length, sums, parts) == 0);
+    assert(compare_sums(words, count, length, sums, parts + 1) && compare_sums(words, count, 0, sums, parts));
+    if (count) {
+        words[chance(count)] ^= UINT64_C(1) << chance(64);
+        assert(compare_sums(words, count, length, sums, parts));
+    }
+
+    uint64_t values = chance(6), definers = chance(4), slots = chance(8), size = chance(64);
+    Value *table = malloc((values + !values) * sizeof *table);
+    uint64_t *biases = calloc(definers + !definers, 8), *results = calloc(values + !values, 8);
+    uint32_t *places = malloc(4 * slots + 4), *numbers = malloc(4 * slots + 4);
+    char *room = malloc(size + !size);
+    bool fits = true;
+    for (uint64_t i = 0; i < values; i++) {
+        table[i] = (Value){chance(UINT64_MAX), chance(UINT64_MAX), chance(definers + !chance(8))};
+        fits &= table[i].definer < definers;
+    }
+    assert((compute_values(table, values, biases, definers, results) == 0) == fits);
+    fits = true;
+    for (uint64_t i = 0; i < slots; i++) {
+        places[i] = (uint32_t)(chance(8) ? chance(size + 1) : chance(UINT64_MAX));
+        numbers[i] = (uint32_t)(chance(8) ? chance(values) : chance(UINT64_MAX));
+        fits &= numbers[i] < values && places[i] + UINT64_C(8) <= size;
+    }
+    assert((fill_slots(room, size, places, numbers, slots, table, results, values) == 0) == fits);
+    free(room), free(numbers), free(places), free(results), free(biases), free(table), free(sums), free(words);
+}
+
 /* ---- calls.c */
 void call_each(void (*const *)(int, void *, void *), uint64_t, int, void *, void *);
 void resolve(uint64_t *, const int64_t *, uint64_t);
@@ -520,6 +561,7 @@ int main(int argc, char **words)
         try_answers();
         try_inside();
         try_host();
+        try_prepared();
         try_calls();
         try_guard();
         try_lazy();

@@ -220,7 +220,9 @@ def be_asked_at_exit() -> None:
     if not stand_ins.cache_info().currsize:
         interface = _interface()
         functions().set_inside(_answerer(), interface.buffer_info()[0], 0, 0, 0, 0)
-    ctypes.CDLL(None).__cxa_atexit(ctypes.c_void_p(address_of(FINALISE)), None, None)
+    dynamic_linker.declared("__cxa_atexit", ctypes.c_int, *[ctypes.c_void_p] * 3)(
+        address_of(FINALISE), None, None
+    )
 
 
 def _of_python(name: bytes) -> int:

@@ -127,6 +127,18 @@ def test_a_wrong_word_would_be_seen(in_child: Callable[..., object], demo: Path)
     assert in_child(spoiled) == (False, 1)
 
 
+def test_it_takes_no_numpy(demo: Path) -> None:
+    prepare(demo)
+    code = (
+        "import sys, miniloader\n"
+        "library = miniloader.load(sys.argv[1], prepared=True)\n"
+        "print(library.loaded.ready is not None, 'numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(demo)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=build.ROOT)
+    assert done.stdout == "True False\n"
+
+
 @pytest.mark.parametrize("model", _THREAD_LOCAL)
 def test_thread_local_storage(model: str, in_child: Callable[..., object]) -> None:
     def look() -> list[object]:
