@@ -11,6 +11,8 @@
     audit = miniloader.audit([pid, other])  # Audit: which pages running processes copied, and why
 
 Importing this package is nearly free: each public name is imported from its home when first used.
+
+PYTEST_DONT_REWRITE: pytest need not warn that ``miniloader run -m pytest`` has imported us before it did.
 """
 
 from __future__ import annotations

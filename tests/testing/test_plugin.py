@@ -363,6 +363,15 @@ def test_nothing(crew):
     assert modules == ["miniloader", "miniloader.forking", "miniloader.testing"]
 
 
+def test_pytest_under_run_does_not_mind_that_we_are_imported(tmp_path: Path) -> None:
+    """It warns of a package that has a plugin and is there already, which is an error for many suites."""
+    (tmp_path / "conftest.py").write_text("import pytest\npytest.register_assert_rewrite('miniloader')\n")
+    (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    command = [sys.executable, "-m", "miniloader", "run", "-m", "pytest", *WITH_PLUGIN[2:], str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 def test_pytest_finds_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ((name, value),) = project["entry-points"]["pytest11"].items()

@@ -1,4 +1,4 @@
-"""Programs' engines that open most of themselves: a Java VM, OpenSSL's providers, Perl's modules, iconv."""
+"""Engines that open most of themselves: a Java VM, OpenSSL's providers, Perl, Qt, iconv."""
 
 from __future__ import annotations
 
@@ -135,6 +135,70 @@ def test_perl_takes_modules_that_find_it_in_the_global_scope(
         return [parsed, ran, text, _of_host("/perl/", "libperl")]
 
     assert in_child(story) == [0, 0, b"3 55", []]
+
+
+_BUTTON = """
+from PySide6.QtCore import Qt, QTimer
+from PySide6.QtTest import QTest
+from PySide6.QtWidgets import QApplication, QPushButton
+application = QApplication([])
+button = QPushButton("press")
+button.clicked.connect(lambda: (print("clicked", flush=True), application.quit()))
+button.show()
+QTimer.singleShot(0, lambda: QTest.mouseClick(button, Qt.MouseButton.LeftButton))
+application.exec()
+print(application.platformName(), button.grab().toImage().size().toTuple())
+"""
+
+
+def test_qt_shows_a_window_and_an_event(tmp_path: Path) -> None:
+    """Each of its libraries and modules, and the plugin of its platform, comes through us: --strict."""
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "--only-binary=:all:",
+    ]
+    packages = tmp_path / "packages"
+    try:
+        brought = subprocess.run(
+            [*install, "--target", packages, "PySide6-Essentials"],
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("this machine lacks Qt (PySide6), and pip took too long to bring it")
+    if brought.returncode:
+        pytest.skip("this machine lacks Qt (PySide6), and pip could not bring it")
+    (tmp_path / "button.py").write_text(_BUTTON)
+    root = Path(miniloader.__file__).parents[1]
+    surroundings = os.environ | {
+        "QT_QPA_PLATFORM": "offscreen",
+        "PYTHONPATH": os.pathsep.join((str(packages), str(root))),
+    }
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command, "button.py"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=surroundings,
+            timeout=120,
+        )
+
+    plain = run()
+    if plain.returncode:
+        pytest.skip(f"this machine lacks what Qt needs: {plain.stderr.strip().splitlines()[-1]}")
+    ours = run("-m", "miniloader", "run", "--strict", "--bill", "bill.txt")
+    assert (ours.stdout, ours.returncode) == (plain.stdout, 0), ours.stderr
+    assert "clicked" in plain.stdout
+    assert "libqoffscreen.so" in (tmp_path / "bill.txt").read_text()
 
 
 def test_what_glibc_opens_itself_is_told(fixture_library: FixtureLibrary) -> None:
