@@ -38,6 +38,26 @@ def test_numpy_without_its_docstrings_and_threads() -> None:
     assert answer.stdout.split() == ["True", "1"]
 
 
+BARE = """
+import sys
+from miniloader.startup import import_numpy
+import_numpy()
+print(*[name for name in ("inspect", "pickle", "platform") if name in sys.modules])
+import numpy, inspect, pickle, platform
+assert pickle.loads(numpy.arange(3).dumps()).sum() == 3
+assert inspect.signature(len) and inspect.cleandoc("  a") == "a"
+numpy.fft, numpy.polynomial, numpy.ma, numpy.random, numpy.testing
+numpy.show_runtime()
+"""
+
+
+def test_numpy_without_what_describes_it() -> None:
+    pytest.importorskip("numpy", "2")
+    command = [sys.executable, "-c", BARE]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("\n")
+
+
 LOADING = """
 import ctypes, os, sys
 import miniloader

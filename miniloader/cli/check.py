@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from miniloader.cli import options
+from miniloader.startup import import_numpy
 
 if TYPE_CHECKING:
     from miniloader.lab.check.check import Checker
@@ -46,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge each file; 1 when one of them does not load."""
+    import_numpy()
     from miniloader.lab.check.check import Checker
     from miniloader.lab.check.releases import limit_of
     from miniloader.report.output import Output

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniloader.cli import options
 from miniloader.errors import UsageError
+from miniloader.startup import import_numpy
 
 if TYPE_CHECKING:
     from miniloader.elf import ElfImage
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _reference(arguments)
     # What `load` would find in its process: later there is, too, what numpy has brought.
     present = _present() if arguments.search else None
+    import_numpy()
     from miniloader.elf import ElfImage
     from miniloader.elf.kinds.opening import open_file
     from miniloader.kernel.syscalls import PAGE_SIZE

@@ -16,7 +16,7 @@ from miniloader.elf.kinds.file_kind import FileKind
 from miniloader.elf.kinds.program import kernel_calls
 from miniloader.elf.symbols import GnuHash
 from miniloader.errors import ElfError, printable
-from miniloader.machine.names_at import Landmarks
+from miniloader.forking import importing
 from miniloader.report import inspect as say
 from miniloader.report import inspect_kinds as kinds
 from miniloader.report import ribbons
@@ -122,6 +122,9 @@ def _symbol_counts(image: ElfImage) -> str:
 
 
 def _entry(image: ElfImage) -> str:
+    with importing:
+        from miniloader.machine.names_at import Landmarks  # for programs: libraries have no entry
+
     place = Landmarks(image).at(image.header.entry)
     return f"{image.header.entry:#x}" + (f", {place.name}" if place is not None else ", outside the image")
 
