@@ -42,6 +42,7 @@ __all__ = [
     "mprotect",
     "msync",
     "munmap",
+    "open_process",
     "prctl",
     "take_descriptor",
     "userfaultfd",
@@ -107,7 +108,8 @@ _USERFAULTFD: Final = {
     "s390x": 355,
 }
 
-_PIDFD_GETFD: Final = 438  # on every machine
+_PIDFD_OPEN: Final = 434  # on every machine
+_PIDFD_GETFD: Final = 438
 
 # Likewise, and by the same tables.
 _KCMP: Final = {
@@ -210,9 +212,22 @@ def userfaultfd(flags: int) -> int:
     return result
 
 
+def open_process(pid: int) -> int:
+    """pidfd_open(2): a descriptor of a process, readable once that has ended.
+
+    Python has it only where it was built with headers that do, which those of musl may not.
+
+    >>> os.close(open_process(os.getpid()))
+    """
+    result = int(_LIBC["syscall"](_PIDFD_OPEN, pid, _long(0)))
+    if result < 0:
+        raise _failed("pidfd_open")
+    return result
+
+
 def take_descriptor(pid: int, descriptor: int) -> int:
     """pidfd_getfd(2): a descriptor of our own for what ``descriptor`` of process ``pid`` refers to."""
-    process = os.pidfd_open(pid)
+    process = open_process(pid)
     try:
         result = int(_LIBC["syscall"](_PIDFD_GETFD, process, _long(descriptor), _long(0)))
         if result < 0:

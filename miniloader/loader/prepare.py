@@ -47,6 +47,7 @@ from miniloader.loader.relocation_groups import TLS, Sorted, sort_relocations
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.loader.surroundings import find_path, inspect
 from miniloader.loader.symbol_addresses import thread_exits, used
+from miniloader.native import gate
 from miniloader.values import dataclass
 
 __all__ = ["Entry", "entries", "prepare", "verify"]
@@ -89,6 +90,7 @@ def prepare(
     None of its code runs.  The address stays the same until the machine boots again, and is another for every
     user.  Raises what :func:`miniloader.load` raises, and :class:`LoadError` for what cannot be prepared.
     """
+    gate.require_loading()
     store.sweep()
     name = find_path(path)
     image = inspect(name)

@@ -30,6 +30,7 @@ _MAPS: Final = {
 }
 _ADVICE: Final = {name: getattr(_mmap, name) for name in ("MADV_NORMAL", "MADV_RANDOM", "MADV_DONTNEED")}
 _OPENS: Final = {name: getattr(os, name) for name in ("O_CREAT", "O_TRUNC", "O_PATH", "O_DIRECTORY")}
+_ACCMODE: Final = 3  # os.O_ACCMODE has O_PATH in it where the C library is musl
 _ACCESS: Final = {os.O_RDONLY: "O_RDONLY", os.O_WRONLY: "O_WRONLY", os.O_RDWR: "O_RDWR"}
 
 
@@ -192,8 +193,8 @@ class Calls:
     # -- files
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         """open(2); a fresh file is shown by its last name, a device and what is in /proc by its path."""
-        text = _ACCESS[flags & os.O_ACCMODE]
-        more = flag_text(flags & ~os.O_ACCMODE, _OPENS, "")
+        text = _ACCESS[flags & _ACCMODE]
+        more = flag_text(flags & ~_ACCMODE, _OPENS, "")
         name = path if os.path.dirname(path) in _NOT_FRESH else os.path.basename(path) or path
         shown = f'open("{name}", {text}{"|" + more if more else ""})'
         return self.do(shown, lambda: os.open(path, flags | os.O_CLOEXEC, mode))

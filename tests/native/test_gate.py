@@ -53,9 +53,13 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         ("load", "{}", "--no-init"),
         ("prove", "{}"),
         ("prepare", "{}"),
+        ("prepare", "/proc/self/exe"),  # which is refused for another reason elsewhere
         ("run", "-c", "print('it ran')"),
         ("disasm", "{}", "demo_add", "--loaded"),
-        ("walkthrough", "relocation"),
+        *(
+            ("walkthrough", chapter)
+            for chapter in ("relocation", "processes", "textrel", "relro", "tls", "prepared")
+        ),
     ],
     ids=" ".join,
 )
@@ -85,6 +89,7 @@ def test_what_needs_loading_says_so_in_one_line(
         ("doctor",),
         ("cache",),
         ("walkthrough", "mapping"),
+        ("walkthrough", "build"),
     ],
     ids=" ".join,
 )
@@ -95,6 +100,21 @@ def test_what_needs_no_loading_works(
     given = {"pid": os.getpid(), "python": os.path.realpath(sys.executable)}
     status = cli.main([word.format(demo, **given) for word in words])
     assert (status, capfd.readouterr().err) == (0, "")
+
+
+def test_chapters_that_load_nothing_are_told(elsewhere: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert elsewhere
+    assert cli.main(["walkthrough", "lazy", "cow", "shared", "unmappable", "segments", "--no-pause"]) == 0
+    shown = capfd.readouterr()
+    assert ("nothing can be loaded here" in shown.out, shown.err) == (False, "")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_audits_are_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    looks = [str(tmp_path / name) for name in ("first", "second")]
+    for look in looks:
+        assert cli.main(["audit", str(os.getpid()), "--save", look]) == 0
+    assert (cli.main(["diff", *looks]), capfd.readouterr().err) == (0, "")
 
 
 def test_doctor_tells_what_is_missing(elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,16 @@ def test_a_file_in_a_directory_of_dev_is_no_device() -> None:
     assert calls.taken()[0].text == f'open("{os.path.basename(path)}", O_RDWR|O_CREAT)'
 
 
+def test_flags_are_told_where_the_mask_of_the_c_library_has_more_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As musl's, whose O_ACCMODE has O_PATH."""
+    monkeypatch.setattr(os, "O_ACCMODE", os.O_ACCMODE | os.O_PATH)
+    calls = Calls()
+    os.close(calls.open(str(tmp_path), os.O_RDONLY | os.O_PATH))
+    assert f'open("{tmp_path.name}", O_RDONLY|O_PATH)' in calls.taken()[0].text
+
+
 def test_a_refused_call_is_traced_with_its_errno() -> None:
     calls = Calls()
     with pytest.raises(OSError, match="No such"):

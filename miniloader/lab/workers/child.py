@@ -65,7 +65,7 @@ def _await_end(pid: int) -> None:
     returns: so it returns every so often.
     """
     try:
-        descriptor = os.pidfd_open(pid)
+        descriptor = syscalls.open_process(pid)
     except ProcessLookupError:  # it has ended, and somebody has reaped it
         return
     except OSError:  # a filter of system calls (seccomp), too many open files

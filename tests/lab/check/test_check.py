@@ -234,6 +234,15 @@ def test_weak_references_are_no_fault(tmp_path: Path, open_each: OpenEach) -> No
     assert open_each([library])[str(library)] == "loads"
 
 
+def test_a_variable_of_the_general_model_needs_no_surplus(tmp_path: Path, open_each: OpenEach) -> None:
+    """Not even one with a symbol, whose relocations are DTPMOD and DTPOFF (DTPREL)."""
+    library = compile_library(
+        tmp_path / "libtls.so", "__thread char large[4096]; char *f(void) { return large; }"
+    )
+    assert miniloader.check(library).loads
+    assert open_each([library])[str(library)] == "loads"
+
+
 @pytest.mark.parametrize("option", ["-f", "-F"])
 @pytest.mark.parametrize("filtee", ["libimpl.so", "libnone.so"])
 def test_a_filtee_comes_before_its_filter(
@@ -267,6 +276,7 @@ OF_MUSL: dict[str, str] = {  # what musl's dynamic linker is given to open
     "ifunc": _IFUNC + 'int f(void) __attribute__((ifunc("pick"))); int g(void) { return f(); }',
     "resolver": _IFUNC + 'static int f(void) __attribute__((ifunc("pick"))); int g(void) { return f(); }',
     "tls": '__attribute__((tls_model("initial-exec"))) static __thread int t = 3; int g() { return t++; }',
+    "variable": "__thread int t = 3; int g() { return t++; }",
     "version": "",
 }
 
@@ -283,7 +293,7 @@ def test_the_verdict_inside_a_program_of_musl_is_musls(kind: str, tmp_path: Path
         library = compile_library(tmp_path / "libof.so", OF_MUSL[kind], "-nostdlib")
     said = subprocess.run([program, library], capture_output=True, text=True, check=True).stdout.strip()
     assert Checker(within=str(program)).check(library).loads == (said == "loads"), said
-    assert (said == "loads") == (kind in ("plain", "version"))
+    assert (said == "loads") == (kind in ("plain", "variable", "version"))
 
 
 def test_interposition_says_who_wins(tmp_path: Path) -> None:
