@@ -12,8 +12,8 @@ Python's to say.  They work where the library lies in memory, as ld.so does: not
 Beside them is what must not wait for Python, or what Python cannot do: ``lazy.c``, ``fault.c``, ``calls.c``,
 ``host.c``, ``debugger.c``.
 
-All of it is compiled once, for x86-64 and aarch64, and lies beside this file (``python -m fixtures.build
---loops`` makes it anew, and a test compares).  ``loops.h`` has the structures; they are declared here again,
+All of it is compiled once, for x86-64 and aarch64, and lies beside this file (``tools/native`` makes it
+anew, and a test compares).  ``loops.h`` has the structures; they are declared here again,
 field by field.  This module opens the compiled code and knows of nothing above it: the tables it works on are
 composed in :mod:`miniloader.loader.symbol_lookup` and :mod:`miniloader.loader.relocation_job`.
 """

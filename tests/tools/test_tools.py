@@ -22,7 +22,7 @@ import pytest
 from miniloader.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("environment", "demo", "test")
+SCRIPTS = ("environment", "demo", "native", "test")
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -70,7 +70,7 @@ def test_scripts_are_plain_shell(script: str) -> None:
     assert run(["sh", "-n", path]).returncode == 0
 
 
-@pytest.mark.parametrize("script", ["demo", "test"])
+@pytest.mark.parametrize("script", ["demo", "native", "test"])
 def test_help_makes_no_environment(script: str, tmp_path: Path) -> None:
     done = run([ROOT / "tools" / script, "--help"], env={"PATH": os.defpath}, cwd=tmp_path)
     assert done.returncode == 0

@@ -24,6 +24,7 @@ from miniloader.lab.check.bindings import bindings
 from miniloader.lab.check.check import Checker
 from miniloader.lab.check.releases import limit_of
 from miniloader.lab.check.rules import LOAD_RULES
+from tests.lab.audit.told_processes import wait_until_at_rest
 from tests.lab.check.conftest import OpenEach, ldd_complains, open_each_in_python
 
 Make = Callable[[Path], Path]
@@ -344,6 +345,7 @@ def test_nothing_is_judged_inside_a_library(demo: Path) -> None:
     interpreter = miniloader.inspect(sys.executable).interpreter
     assert interpreter is not None
     with subprocess.Popen([interpreter, "/bin/cat"], stdin=subprocess.PIPE) as process:
+        wait_until_at_rest(process.pid)  # execve(2) closes descriptors before it has changed the memory
         with pytest.raises(UsageError, match="a library; --in names a program or a process"):
             miniloader.check("libz.so.1", within=process.pid)
         process.kill()
