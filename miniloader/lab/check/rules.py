@@ -30,7 +30,7 @@ __all__ = ["LOAD_RULES", "problems_of_load"]
 
 _SURPLUS: Final = 1664  # bytes: glibc's _dl_tls_static_surplus_init, with its tunables as they are
 _OPTIONAL: Final = 512  # bytes of it that TLS descriptors may have: rtld.optional_static_tls
-_TCB_ALIGN: Final = 64
+_TCB_ALIGN: Final = {"X86_64": 64}  # glibc's TCB_ALIGNMENT; for restartable sequences it is 32 at least
 _MOST_EXPLAINED: Final = 20  # symbols whose uses and providers are looked for
 _MOST_DUPLICATES: Final = 100  # symbols that are told of for each pair of libraries
 _STACK_REFUSED: Final = (2, 41)  # the glibc from which on dlopen makes no stack executable
@@ -334,7 +334,8 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
     if situation.host is None:
         return  # a program's are laid out before any thread starts
     start = list(filter(None, (item.image.tls for item in situation.host.objects)))
-    align = max([_TCB_ALIGN, *(tls.align for tls in start)])
+    tcb_align = _TCB_ALIGN.get(situation.file.header.machine, 32)
+    align = max([tcb_align, *(tls.align for tls in start)])
     used = _laid_out(start)
     free, optional = -(-(used + _SURPLUS) // align) * align - used, _OPTIONAL
     placed = set(situation.host.objects)
