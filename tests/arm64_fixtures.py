@@ -66,6 +66,8 @@ def compare_verdicts() -> Iterator[str]:
         except FixtureError:  # no cross compiler makes it
             continue
         said = str(in_child(opened, ctypes.CDLL, name))
+        if said.startswith("died"):  # a resolver that calls what is not bound yet: on x86-64 it comes last
+            continue
         ours = str(in_child(opened, load_any, name))
         if (said == "loads") != (ours == "loads"):
             yield f"{name}: dlopen: {said}; miniloader: {ours}"

@@ -81,10 +81,9 @@ def test_symbols_sorted(shop: Path, capsys: pytest.CaptureFixture[str], order: s
 
 def test_sizes_are_nms(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = json.loads(said(capsys, "inspect", shop, "--sizes", "--json"))["sizes"]
-    listed = subprocess.run(
-        ["nm", "-S", "--size-sort", "-r", shop], capture_output=True, text=True, check=True
-    )
-    theirs = [int(line.split()[1], 16) for line in listed.stdout.splitlines()]
+    listed = subprocess.run(["nm", "-S", shop], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    theirs = sorted((int(row[1], 16) for row in rows if len(row) == 4), reverse=True)
     assert [row["size"] for row in sizes["symbols"]] == theirs
     assert sizes["symbols"][0]["name"] == "much"
     assert sizes["symbols"][0]["section"] == ".data"
@@ -107,7 +106,8 @@ def test_functions_by_the_name_that_people_write(shop: Path, capsys: pytest.Capt
         ("shop::(anonymous namespace)::hidden", "_ZN4shop12_GLOBAL__N_16hiddenEi"),
         ("odd@@name", "odd@@name"),
     ):
-        assert json.loads(said(capsys, "disasm", shop, name, "--json"))["symbol"] == symbol
+        shown = json.loads(said(capsys, "disasm", shop, name, "--json"))["symbol"]
+        assert shown.replace("_1L6hidden", "_16hidden") == symbol  # gcc 16 says that it is local, too
     assert said(capsys, "disasm", shop, "shop::use").startswith("shop::use(int)  ")
     assert "shop::(anonymous namespace)::hidden(int)" in said(capsys, "disasm", shop, "shop::use")
     assert "_ZN4shop12_GLOBAL__N_16hiddenEi" in said(capsys, "disasm", shop, "shop::use", "--raw")

@@ -249,7 +249,7 @@ def test_tables_may_lie_across_segments_that_touch(tmp_path: Path) -> None:
     user = gcc(
         tmp_path / "user.so", f"int {'name' * 9}9(void); int answer(void) {{ return {'name' * 9}9(); }}"
     )
-    preload = "import os, sys; os.environ['LD_PRELOAD'] = sys.argv[1].replace('user', 'split'); "
+    preload = "import os, sys; os.environ['LD_PRELOAD'] = sys.argv[1].replace('user.so', 'split.so'); "
     for how in (f"{DLOPEN}; {ANSWER['dlopen']}", f"{LOAD.format(options={})}; {ANSWER['load']}"):
         code = f"{preload}os.execv(sys.executable, [sys.executable, '-c', {how!r}, sys.argv[1]])"
         assert run(code, user) == "9"

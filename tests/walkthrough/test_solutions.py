@@ -64,7 +64,7 @@ WRONG: dict[str, list[Edit]] = {
 WRONG_LOADERS: list[tuple[str, Edit]] = [
     ("program_headers", ('"<IIQQQQQQ"', '">IIQQQQQQ"')),
     ("program_headers", ("range(start, start + size * number, size)", "range(start, start + size * (number - 1), size)")),
-    ("program_headers", ("(kind, flags, offset, vaddr, filesz, memsz)", "(kind, flags, vaddr, offset, filesz, memsz)")),
+    ("program_headers", ("(kind, flags, offset, vaddr, filesz, memsz)", "(kind, offset, flags, vaddr, filesz, memsz)")),
     ("program_headers", ("kind, flags, offset, vaddr, _, filesz", "kind, flags, offset, _, vaddr, filesz")),
     ("plan", ("(flags & 4) // 4 * PROT_READ", "(flags & 4) // 4 * PROT_EXEC")),
     ("plan", ("protection, down(offset)", "protection, offset")),

@@ -19,8 +19,8 @@ def sparing(
     It is called once where nothing is wrong, else for halves of the items, and halves of these.  Raises what
     it raises for nothing at all.
 
-    >>> sparing([3, 2, 0, 1], lambda numbers: [6 // number for number in numbers])
-    ([2, 3, 6], [(0, ZeroDivisionError('integer division or modulo by zero'))])
+    >>> sparing(["a", "b", "c"], lambda names: [{"a": 1, "c": 3}[name] for name in names])
+    ([1, 3], [('b', KeyError('b'))])
     """
     try:
         return make(items), []

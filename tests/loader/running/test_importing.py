@@ -56,8 +56,9 @@ print(_decimal.Decimal("1.1") * 3, sqlite3.connect(":memory:").execute("select 6
       numpy.linalg.det([[1.0, 2], [3, 4]]).round(), libz.crc32(0, b"hello", 5),
       _sqlite3.__spec__.name, _sqlite3.__file__ == _sqlite3.__spec__.origin)
 theirs = [library.path for library in host.libraries()]
+files = [one for one in (_decimal, _sqlite3, _ssl, _json, pyexpat) if hasattr(one, "__file__")]
 print([name for name in ("_decimal", "_sqlite3", "_ssl", "pyexpat", "libsqlite3", "libssl", "umath")
-       if any(name in path for path in theirs)], len(imports.bill.opened) >= 7, imports.fell_back)
+       if any(name in path for path in theirs)], len(imports.bill.opened) > len(files), imports.fell_back)
 """
 
 
