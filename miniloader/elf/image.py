@@ -22,7 +22,6 @@ from miniloader.elf.dynamic import (
     Dynamic,
     parse_dynamic,
     string_at,
-    tag_name,
 )
 from miniloader.elf.header import Header, Section, Segment, read_header, read_sections, read_segments
 from miniloader.elf.layout import record
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ElfImage", "Tls", "notes_in", "numbered_notes", "read_image"]
 
+_NEEDS: Final = {DT_NEEDED: "DT_NEEDED", DT_FILTER: "DT_FILTER", DT_AUXILIARY: "DT_AUXILIARY"}
 _PATH: Final = 4096  # PATH_MAX of limits.h
 _MOST_NOTES: Final = 4096
 _MOST_NOTE_SEGMENTS: Final = 16
@@ -97,7 +97,7 @@ class ElfImage(Showing):
 
     def segment(self, kind: str) -> Segment | None:
         """The first segment of type ``kind`` (``PT_DYNAMIC``, …)."""
-        return next((segment for segment in self.segments if segment.type == kind), None)
+        return self._first_of.get(kind)
 
     def file_offset(self, vaddr: int) -> int | None:
         """Where in the file the byte at ``vaddr`` is, ``None`` when it does not come from the file."""
@@ -197,8 +197,8 @@ class ElfImage(Showing):
         """The tag and the name of each ``DT_NEEDED``, ``DT_FILTER`` and ``DT_AUXILIARY``, in order."""
         needs = []
         for tag, value in self.dynamic.entries:
-            if tag in (DT_NEEDED, DT_FILTER, DT_AUXILIARY):
-                field = tag_name(tag)
+            if tag in _NEEDS:
+                field = _NEEDS[tag]
                 name = self.text(value, field)
                 if len(name) >= _PATH:
                     raise ElfError(self.path, field, f"a name of {len(name)} bytes", f"less than {_PATH}")
@@ -283,6 +283,11 @@ class ElfImage(Showing):
         return self._plans[page_size]
 
     # -- inside -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _first_of(self) -> dict[str, Segment]:
+        """The first segment of each type."""
+        return {segment.type: segment for segment in reversed(self.segments)}
 
     @cached_property
     def _extents(self) -> tuple[tuple[int, int, int], ...]:

@@ -39,6 +39,7 @@ from miniloader.values import dataclass
 __all__ = ["LoadPlan", "PlannedCall", "PlannedMapping", "Span", "plan_segments"]
 
 Kind = Literal["file", "zero", "gap"]
+Step = Literal["reserve", "map", "guard", "zero", "protect"]
 _LAST: Final = 1 << 64
 _RIGHTS: Final = {"r": "be read", "w": "be written", "x": "run"}
 _PROTECTIONS: Final = {"r": "PROT_READ", "w": "PROT_WRITE", "x": "PROT_EXEC", "b": "PROT_BTI"}
@@ -85,7 +86,7 @@ class PlannedCall:
     landing pads; ``zero`` when all is mapped, ``protect`` when all is relocated.
     """
 
-    step: Literal["reserve", "map", "guard", "zero", "protect"]
+    step: Step
     call: Literal["mmap", "mprotect", "memset"]
     start: int
     length: int
@@ -200,9 +201,13 @@ class LoadPlan(Showing):
         """
         return *_reserve(self, placed), *self._behind_reserve
 
+    def calls_of(self, step: Step) -> Iterator[PlannedCall]:
+        """Those of :meth:`calls` that are of one ``step`` behind reserving room."""
+        return (call for call in self._behind_reserve if call.step == step)
+
     @cached_property
     def _behind_reserve(self) -> tuple[PlannedCall, ...]:
-        """The calls of :meth:`calls` but those that reserve room; a load asks for them step by step."""
+        """The calls of :meth:`calls` but those that reserve room."""
         return tuple(_calls(self))
 
 

@@ -12,8 +12,6 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import Final
 
-from elftools.elf import enums
-
 from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_ANDROID_REL,
@@ -40,6 +38,7 @@ from miniloader.elf.dynamic import (
     Reader,
     tag_name,
 )
+from miniloader.elf.parsing import pyelftools
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, distinct
 from miniloader.errors import ElfError
@@ -123,7 +122,7 @@ def _kinds(machine: str) -> Mapping[int, str]:
     amended = dict(_AMENDED.get(machine, {}))
     if machine not in _ENUMS:
         return amended
-    table = getattr(enums, _ENUMS[machine])
+    table = getattr(pyelftools("elf.enums"), _ENUMS[machine])
     return {code: name for name, code in reversed(table.items()) if isinstance(code, int)} | amended
 
 
@@ -283,7 +282,7 @@ def read_relocations(
         length = tags.get(DT_RELRSZ, 0)
         if length % word:
             raise ElfError(name, tag_name(DT_RELRSZ), f"{length} bytes", f"a multiple of {word}")
-        file_offset = locate(tags[DT_RELR], length, tag_name(DT_RELR)) if length else 0
+        file_offset = locate(tags[DT_RELR], length, "DT_RELR") if length else 0
         relr_table = RelrTable(tags[DT_RELR], file_offset, length // word, elf_class, order, source)
     sizes = {False: 2 * word, True: 3 * word}
     plt_addends = tags.get(DT_PLTREL, DT_RELA) == DT_RELA

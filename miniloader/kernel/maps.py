@@ -21,10 +21,7 @@ from miniloader.values import dataclass, replace
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
-_LINE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$",
-    re.MULTILINE,
-)
+_LINE = rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$"
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,15 @@ def parse_vma(line: bytes) -> Vma:
 
     Raises EvidenceError for a line that is not one.
     """
-    match = _LINE.fullmatch(line)
+    match = _line().fullmatch(line)
     if match is None:
         raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
     return _vma(*match.groups())
+
+
+@lru_cache(maxsize=1)
+def _line() -> re.Pattern[bytes]:
+    return re.compile(_LINE, re.MULTILINE)  # when it is needed: it takes as long as importing this module
 
 
 def _vma(start: bytes, end: bytes, rest: bytes) -> Vma:
@@ -96,7 +98,7 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     EvidenceError where it may not be read.
     """
     text = read_process_file(pid, "maps")
-    rows = _LINE.findall(text)
+    rows = _line().findall(text)
     if len(rows) != text.count(b"\n"):
         for line in text.split(b"\n"):
             parse_vma(line)  # raises at the one that is none

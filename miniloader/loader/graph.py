@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from miniloader.elf import ElfImage, Source, read_image
@@ -183,7 +183,7 @@ class Graph:
         of_host = self._of_host(name, asker)
         if of_host is not None:
             return of_host
-        same = next((library for library in self._alike() if library.is_called(name)), None)
+        same = self._alike(library for library in self.order if library.is_called(name))
         if same is not None:
             same.called.add(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
@@ -206,10 +206,10 @@ class Graph:
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
         return Resolution(source, "found", image=image)
 
-    def _alike(self) -> list[Loaded]:
-        """The libraries of ours: of this load, or of an earlier one that initialised as this one will."""
+    def _alike(self, libraries: Iterable[Loaded]) -> Loaded | None:
+        """The first of ``libraries`` that is of this load, or of one that initialised as this one will."""
         init = self.policy.init
-        return [library for library in self.order if library.policy.init == init]
+        return next((library for library in libraries if library.policy.init == init), None)
 
     def _of_host(self, name: str, asker: Asker | None) -> Resolution | None:
         """The process's own, if it has one; who listens hears of another copy that would be found."""
@@ -267,7 +267,7 @@ class Graph:
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
         key = source.key
-        same = next((library for library in self._alike() if library.key == key), None)
+        same = self._alike(library for library in self.order if library.key == key)
         return same or self.listing.by_identity.get(source.identity)
 
 

@@ -124,7 +124,7 @@ class Memory:
 
     def perform_step(self, step: Literal["guard", "zero", "protect"], on_call: OnCall | None = None) -> None:
         """Make the calls of one of the plan's steps that come after the mapping."""
-        self.perform((call for call in self.plan.calls() if call.step == step), on_call)
+        self.perform(self.plan.calls_of(step), on_call)
 
     def protect(self, start: int, end: int, protection: str) -> None:
         """mprotect(2) the whole pages from vaddr ``start`` to ``end``."""

@@ -25,9 +25,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from elftools.elf.enums import ENUM_E_MACHINE
-
 from miniloader.elf.dynamic import DF_1_NODEFLIB, DT_FLAGS_1
+from miniloader.elf.layout import EHDR
 from miniloader.files import NotRegularError
 from miniloader.loader.ld_so_cache import CACHE, Cache
 from miniloader.loader.musl import is_itself
@@ -52,7 +51,7 @@ class Machine:
     @classmethod
     def of(cls, header: Header) -> Machine:
         """The machine that a file with this ``header`` is for."""
-        number = ENUM_E_MACHINE.get(f"EM_{header.machine}")
+        number = EHDR.code("machine", f"EM_{header.machine}")
         return cls(header.elf_class, header.order, int(header.machine, 16) if number is None else number)
 
 
@@ -209,7 +208,7 @@ def _places_of_musl(
     yield Place("default directory", None, surroundings.directories)
 
 
-_TOKEN: Final = re.compile(r"\$(?:(ORIGIN|LIB|PLATFORM)(?![A-Za-z0-9_])|\{(ORIGIN|LIB|PLATFORM)\})")
+_TOKEN: Final = r"\$(?:(ORIGIN|LIB|PLATFORM)(?![A-Za-z0-9_])|\{(ORIGIN|LIB|PLATFORM)\})"
 
 
 def expand(text: str, asker: Asker | None, surroundings: Surroundings) -> str:
@@ -222,11 +221,11 @@ def expand(text: str, asker: Asker | None, surroundings: Surroundings) -> str:
     """
     if "$" not in text:
         return text
-    tokens = {token or braced for token, braced in _TOKEN.findall(text)}
+    tokens = {token or braced for token, braced in re.findall(_TOKEN, text)}
     values = {token: _value(token, asker, surroundings) for token in tokens}
     if None in values.values():
         return ""
-    return _TOKEN.sub(lambda match: values[match[1] or match[2]] or "", text)
+    return re.sub(_TOKEN, lambda match: values[match[1] or match[2]] or "", text)
 
 
 def _value(token: str, asker: Asker | None, surroundings: Surroundings) -> str | None:

@@ -64,7 +64,7 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
 def _put_in_order(order: Sequence[Loaded], libraries: Collection[Loaded]) -> None:
     """``libraries`` are present, in this ``order``; what is not in it comes last, as it was."""
     ordered = [library for library in order if library in libraries]
-    present[:] = [*ordered, *(library for library in present if library not in ordered)]
+    present[:] = dict.fromkeys([*ordered, *present])
 
 
 def let_go(library: Loaded, caller: Loaded | None = None) -> None:

@@ -112,16 +112,38 @@ class _Call:
         self.constructor: _Library | None = None  # whose constructor runs
         self.address = 0  # its address
 
-    def of(self, event: Event | None) -> _Library:
+    def of(self, event: Event) -> _Library:
         """Whose cost it is: what comes before the file is known is that of what was asked for."""
-        if event is not None and event.stage == "parse" and not self.is_known:
-            self.is_known, self.root.path = True, event.library  # the first that is read
-            self.libraries[event.library] = self.root
-        path = event.library if event is not None else None
-        if path in self.libraries or (event is not None and event.stage == "parse"):
-            assert path is not None
-            return self.libraries.setdefault(path, _Library(path))
-        return self.root
+        path = event.library
+        if path in self.libraries:
+            return self.libraries[path]
+        if event.stage != "parse":
+            return self.root
+        if not self.is_known:
+            self.is_known, self.root.path = True, path  # the first that is read
+        library = self.libraries[path] = _Library(path) if self.libraries else self.root
+        return library
+
+    def hear(self, event: Event, now: float) -> None:
+        """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
+        library, data = self.of(event), event.data
+        self.spend(now, library, _PART_OF[event.stage])
+        if "bias" in data:
+            library.bias = int(data["bias"])
+        if "pages" in data:
+            library.pages += int(data["pages"])
+        if event.stage == "initialise":
+            self.constructor, self.address = library, int(data["address"])
+
+    def spend(self, now: float, library: _Library, part: str) -> None:
+        """The time until ``now`` is that of the constructor that ran, or this ``part`` of ``library``."""
+        taken, self.since, running = now - self.since, now, self.constructor
+        if running is None:
+            library.parts[part] += taken
+        else:
+            running.parts["constructors"] += taken
+            running.constructors.append((self.address, taken))
+            self.constructor = None
 
 
 def _faults() -> int:
@@ -146,7 +168,7 @@ class Meter:
         """A call begins: of dlopen(3) with a ``name``, else another; to be given to :meth:`end`."""
         now = time.perf_counter()
         if name is not None:
-            self._settle(now, None)
+            self._interrupt(now)
             self._calls.append(_Call(name, now))
         return now
 
@@ -158,7 +180,7 @@ class Meter:
                 self._lookups += 1
                 self._lookup_seconds += now - begin
             return
-        self._settle(now, None)
+        self._interrupt(now)
         call = self._calls.pop()
         if how == "glibc":
             if self._calls:
@@ -177,31 +199,18 @@ class Meter:
 
     def __call__(self, event: Event) -> None:
         """Hear of one event."""
-        now = time.perf_counter()
-        self._settle(now, event)
+        if self._calls:
+            self._calls[-1].hear(event, time.perf_counter())
         if self._tell is not None:
             self._tell(event)
             if self._calls:
                 self._calls[-1].since = time.perf_counter()
 
-    def _settle(self, now: float, event: Event | None) -> None:
-        """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
-        if not self._calls:
-            return
-        call = self._calls[-1]
-        taken, call.since, library = now - call.since, now, call.of(event)
-        if call.constructor is not None:
-            call.constructor.parts["constructors"] += taken
-            call.constructor.constructors.append((call.address, taken))
-        else:
-            library.parts[_PART_OF[event.stage] if event is not None else "other"] += taken
-        call.constructor = None
-        if event is None:
-            return
-        library.bias = int(event.data.get("bias", library.bias))
-        library.pages += int(event.data.get("pages", 0))
-        if event.stage == "initialise":
-            call.constructor, call.address = library, int(event.data["address"])
+    def _interrupt(self, now: float) -> None:
+        """Another call begins within the last one, or that ends."""
+        if self._calls:
+            call = self._calls[-1]
+            call.spend(now, call.root, "other")
 
     def bill(self) -> Bill:
         """What it has come to."""

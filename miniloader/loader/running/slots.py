@@ -73,7 +73,7 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
     referred = [array("I", table)[_REFERRED::_NUMBERS] for table in tables]  # to which symbol each row
     count = 1 + max(map(max, referred), default=0)
     symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
-    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
+    wanted = {symbols.index(name): function for name, function in names.items() if name in symbols}
     kinds = KINDS[_HERE[os.uname().machine]]
     for table, numbers in zip(tables, referred, strict=True):
         if wanted.keys().isdisjoint(numbers):  # mostly, and of ten thousands
@@ -111,7 +111,9 @@ def put_back(words: dict[LedWord, int], names: Iterable[bytes]) -> None:
 
 def _write(words: Iterable[tuple[LedWord, int]]) -> dict[LedWord, int]:
     """Store the words, on pages that are writable meanwhile: what they were."""
-    mappings, earlier = read_maps(), dict[LedWord, int]()
+    words, earlier = list(words), dict[LedWord, int]()
+    addresses = [slot.address for slot, _ in words]
+    mappings = read_maps(start=min(addresses), end=max(addresses) + 1) if words else ()
     for slot, word in words:
         page = slot.address & -sys.PAGE_SIZE
         protection = next(vma.protection for vma in mappings if slot.address in vma)
