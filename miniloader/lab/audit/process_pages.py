@@ -34,12 +34,14 @@ _Zeros = tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
 _HUGE: Final = 2 << 20  # bytes; the pages of hugetlbfs are no smaller
-_LARGE: Final = 64 << 20  # bytes; of a larger mapping only what is populated is read
+_LARGE: Final = 4 << 20  # bytes; of a larger mapping only what is populated is read
+_GAP: Final = 1 << 20  # bytes without pages that are read all the same
+_STEP: Final = 64 << 20  # bytes; so much at once is looked at without PAGEMAP_SCAN
 _MOST: Final = 1 << 44  # bytes; to find what is populated takes a second a TiB without PAGEMAP_SCAN
 
 
 class Pages:
-    """Every page of a process that is worth a word: flat arrays over all mappings.
+    """Every page of a process that is in memory or swapped out: flat arrays over all mappings.
 
     ``copied`` and ``own`` (pages of files, and of shared memory) are the two kinds that are counted; of them
     ``copies`` and ``originals`` keep what an audit asks for; rows ``writable`` of the latter lie in private
@@ -56,19 +58,21 @@ class Pages:
         """Read them; ``arrays`` has what is kept of other processes, and may be the same here."""
         self._pagemap, self._arrays = pagemap, arrays or EqualArrays()
         self._ranges = _ranges(pagemap, vmas)
-        self.entries = self._read()
         index, start, end = np.array(self._ranges, np.uint64).reshape(-1, 3).T
-        lengths = ((end - start) // np.uint64(PAGE_SIZE)).astype(np.int64)
-        self.vma = np.repeat(index.astype(np.int64), lengths)
-        # Of each range the address of a page 0, were it that long: one sum gives all addresses.
-        before = (np.cumsum(lengths) - lengths).astype(np.uint64) * np.uint64(PAGE_SIZE)
-        zeroth = start - before
-        self.addresses = np.arange(len(self.vma), dtype=np.uint64) * np.uint64(PAGE_SIZE)
-        self.addresses += np.repeat(zeroth, lengths)
+        entries = self._read()
+        # What is neither in memory nor swapped out has no more to tell: most of what is mapped.
+        self._places = np.flatnonzero(entries >= SWAPPED)
+        self.entries = entries[self._places]
+        ends = np.cumsum((end - start) // np.uint64(PAGE_SIZE)).astype(np.int64)
+        populated = np.diff(np.searchsorted(self._places, ends), prepend=0)
+        self.vma = np.repeat(index.astype(np.int64), populated)
+        # Of each range the address of a place 0, were it that long: one sum gives all addresses.
+        zeroth = end - ends.astype(np.uint64) * np.uint64(PAGE_SIZE)
+        self.addresses = self._places.astype(np.uint64) * np.uint64(PAGE_SIZE)
+        self.addresses += np.repeat(zeroth, populated)
         self._begins = np.array([vma.start for vma in vmas], np.uint64)
         self._offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
-        present = (self.entries & PRESENT).astype(np.bool_)
-        file = (self.entries & FILE).astype(np.bool_)
+        present, file = self.entries >= PRESENT, (self.entries & FILE).astype(np.bool_)
         zeros = self._scanned(vmas, frames=frames) or self._without_scan(vmas, frames=frames)
         self.zero, self.huge_in, self.zeros_among = zeros
         self.counted = present & ~self.zero
@@ -112,7 +116,7 @@ class Pages:
 
     def changed(self) -> NDArray[np.bool_]:
         """Which page table entries are not what they were when the pages were read."""
-        return ((self.entries ^ self._read()) & _SETTLED).astype(np.bool_)
+        return ((self.entries ^ self._read()[self._places]) & _SETTLED).astype(np.bool_)
 
     def _huge_files(self, vmas: Sequence[Vma], aligned: NDArray[np.uint64]) -> list[int]:
         """The mappings of hugetlbfs, which the kernel counts apart (Private_Hugetlb), and in no RSS."""
@@ -148,12 +152,12 @@ class Pages:
         some has these no more, which parts the huge page there, not here.  Where all are mapped equally often
         the bit is right, also where the count is a folio's average.
         """
+        if not len(rows):
+            return
         with suppress(EvidenceError):  # kpagecount is for root alone
             counts = map_counts(self.entries[rows] & FRAME)
             number = self.addresses[rows] // np.uint64(_HUGE)
-            first = np.flatnonzero(np.append(len(rows) > 0, np.diff(number) != 0))
-            if not len(first):
-                return
+            first = np.flatnonzero(np.append(True, np.diff(number) != 0))
             mixed = np.minimum.reduceat(counts, first) != np.maximum.reduceat(counts, first)
             mixed = np.repeat(mixed, np.diff(np.append(first, len(rows))))
             once = counts[mixed] == 1
@@ -311,9 +315,13 @@ def _populated(pagemap: PageMap, vma: Vma) -> Iterable[tuple[int, int]]:
         if vma.size > _MOST:
             found = f"a mapping of {vma.size >> 30:,} GiB, which this kernel only shows page by page"
             raise EvidenceError(f"process {pagemap.pid}: {found}", hint="Linux 6.7") from None
-        for start in range(vma.start, vma.end, _LARGE):
-            end = min(start + _LARGE, vma.end)
-            if pagemap.read(start, end).any():
+        for start in range(vma.start, vma.end, _STEP):
+            end = min(start + _STEP, vma.end)
+            if vma.size <= _STEP or pagemap.read(start, end).any():
                 yield start, end
     else:
-        yield from ((start, end) for start, end, _ in regions.tolist())
+        # To read over a small gap costs less than another read.
+        wide = regions["start"][1:] - regions["end"][:-1] > np.uint64(_GAP)
+        starts = regions["start"][np.append(True, wide)[: len(regions)]]
+        ends = regions["end"][np.append(wide, True)[: len(regions)]]
+        yield from zip(starts.tolist(), ends.tolist(), strict=True)

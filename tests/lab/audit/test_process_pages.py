@@ -26,6 +26,7 @@ from tests.lab.audit.told_processes import (
     rollup_of,
     told,
     told_children,
+    wait_until_at_rest,
 )
 
 
@@ -122,6 +123,31 @@ def test_hugetlbfs_is_counted_apart(
         sums = rollup_of(one.pid)
         assert sums["Private_Hugetlb"] == 4096
         assert (found.rss, found.anonymous * PAGE_SIZE) == (sums["Rss"] * KB, sums["Anonymous"] * KB)
+
+
+@KERNELS
+def test_of_a_mapping_that_is_mostly_empty_little_is_read(
+    kernel: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As malloc reserves room for each thread; nothing that is there is left out, wherever it is."""
+    lengths, read = list[int](), PageMap.read
+
+    def noting(pagemap: PageMap, start: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        lengths.append(end - start)
+        return read(pagemap, start, end)
+
+    monkeypatch.setattr(PageMap, "read", noting)
+    with told(
+        ANONYMOUS,
+        "at = mapped(48 << 20); libc.madvise(at, 48 << 20, 15)",  # MADV_NOHUGEPAGE
+        *[f"ctypes.memset(at + ({place} << 12), 1, {PAGE_SIZE})" for place in (0, 1, 3, 3000, 12_287)],
+    ) as one:
+        wait_until_at_rest(one.pid)
+        with kernel():
+            anonymous = counted(one).anonymous
+        assert anonymous * PAGE_SIZE == rollup_of(one.pid)["Anonymous"] * KB
+    if kernel is nullcontext and probe().works("pagemap-scan"):
+        assert sum(lengths) < 48 << 20  # with all that Python has mapped
 
 
 def test_a_mapping_too_large_to_be_read_page_by_page() -> None:
