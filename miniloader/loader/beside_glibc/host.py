@@ -193,10 +193,14 @@ class HostLibrary:
 
 @dataclass(frozen=True)
 class HostListing:
-    """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``."""
+    """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``.
+
+    ``places`` are the addresses of the program headers of those ``found``.
+    """
 
     adds: int
     subs: int
+    places: tuple[int, ...]
     found: tuple[HostLibrary, ...]
 
     @cached_property
@@ -269,26 +273,39 @@ def listing() -> HostListing:
         return last
     room, used = _collected()
     adds, subs = _counts(room)
-    earlier = {} if last is None else {(old.path, old.bias): old for old in last.found}
+    earlier = {} if last is None else dict(zip(last.places, last.found, strict=True))
     all_stay = last is not None and last.subs == subs
-    present: list[HostLibrary] = []
+    present: dict[int, HostLibrary] = {}
     data, at = bytes(memoryview(room)[:used]), _START
     while at < used:
-        length, texts_end, bias, _, _, count, _, _, module, _ = _RECORD.unpack_from(data, at)
-        headers = at + _RECORD.size
-        texts = headers + count * _PHDR.size
-        path, soname, *needed, _ = os.fsdecode(data[texts : at + texts_end]).split("\0")
-        old = earlier.get((path, bias))
-        if old is not None and (all_stay or old.headers == data[headers:texts]):
-            present.append(old)
-        elif not path.startswith("linux-vdso"):
-            build_id = data[at + texts_end : at + length].hex()
-            texts_of_it = soname or None, tuple(needed), build_id or None
-            present.append(HostLibrary(path, bias, data[headers:texts], module, *texts_of_it))
+        length, texts_end, bias, _, place, count, _, _, module, _ = _RECORD.unpack_from(data, at)
+        old = earlier.get(place)
+        if old is None or not all_stay:  # of what stays nothing is looked at
+            headers = at + _RECORD.size, at + _RECORD.size + count * _PHDR.size
+            parts = (
+                data[slice(*headers)],
+                data[headers[1] : at + texts_end],
+                data[at + texts_end : at + length],
+            )
+            old = _described(bias, module, *parts, old)
+        if old is not None:
+            present[place] = old
         at += -(-length // 8) * 8
-    last = HostListing(adds, subs, tuple(present))
+    last = HostListing(adds, subs, tuple(present), tuple(present.values()))
     _last[:] = [last]
     return last
+
+
+def _described(
+    bias: int, module: int, headers: bytes, texts: bytes, build_id: bytes, old: HostLibrary | None
+) -> HostLibrary | None:
+    """The library that these parts of its record describe: ``old`` if it is that one; None for the vDSO."""
+    path, soname, *needed, _ = os.fsdecode(texts).split("\0")
+    if old is not None and (old.path, old.bias, old.headers) == (path, bias, headers):
+        return old
+    if path.startswith("linux-vdso"):
+        return None
+    return HostLibrary(path, bias, headers, module, soname or None, tuple(needed), build_id.hex() or None)
 
 
 def _collected() -> tuple[bytearray, int]:
