@@ -100,6 +100,7 @@ END
 plugin="python -m pytest -q -p no:cacheprovider -p miniloader.testing --rootdir /tmp/shop /tmp/shop"
 step "pytest plugin" told 1 '1 failed, 1 passed' $plugin
 step "pytest, the suite's audits" python -m pytest -q -p no:cacheprovider tests/lab/audit/test_audit.py -k smaps
+step "pytest, what libraries open" python -m pytest -q -p no:cacheprovider tests/loader/from_inside/test_like_dlopen_inside.py
 
 # --------------------------------------------------------------------------------------------- as an ordinary user
 chown 65534 /home/user
