@@ -141,7 +141,7 @@ def _initialiser(cls: type) -> Callable[..., None]:
         if not fields:
             fields[:] = known = _fields_of(cls)
             names[:] = [] if any(field[3] for field in known) else [field[0] for field in known]
-        if names and len(arguments) == len(names) and not named:
+        if names and len(arguments) == len(names) and not named and next(calls) <= _MANY:
             self.__dict__.update(zip(names, arguments, strict=True))
         else:
             given = _given(fields, arguments, named)
@@ -236,5 +236,5 @@ _COMPARING: Final = ("__eq__", "__hash__")
 _REQUIRED: Final = (MISSING, MISSING, False, True)
 #: What makes an annotation no field, or another kind of one.
 _SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
-#: Calls of a class until it is compiled.
-_FEW: Final = 16
+#: Calls of a class until it is compiled: with defaults or arguments by name; with all in order.
+_FEW, _MANY = 16, 64
