@@ -156,7 +156,8 @@ def test_a_crash_is_one_line(fixture_library: Callable[[str], Path]) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
         r"miniloader: step relocated: worker [12] of 2 \(pid \d+\) was killed by SIGSEGV"
-        r" \(Segmentation fault\)\n",
+        r" \(Segmentation fault\) writing address 0x0, in misbehave\+0x\w+"
+        r" of libmisbehaves.so \(vaddr 0x\w+\)\n",
         done.stderr,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from fixtures.build import ROOT, build
 from fixtures.campaign import Campaign, minimised
 from fixtures.hostile import FILE_STEPS, STEPS, Outcome, outcomes_of
 from fixtures.malformed import MALFORMED, dlopened, malformed
+from fixtures.running import RUNNING_STEPS
 from fixtures.sparse import GIB, SPARSE, sparse
 
 
@@ -71,6 +73,17 @@ def test_what_a_table_claims_over_a_hole_costs_nothing(
     assert len(found) == len(files) * len(FILE_STEPS)
 
 
+def test_code_that_is_cut_short_crashes_by_name() -> None:
+    """``_fini`` lacks its last byte, its return: each command that runs it says where that crashed."""
+    data = bytearray(build("relocations").read_bytes())
+    code = next(at for at in range(64, 64 + 56 * 8, 56) if struct.unpack_from("<II", data, at) == (1, 5))
+    size = struct.unpack_from("<Q", data, code + 32)[0]
+    struct.pack_into("<Q", data, code + 32, size - 1)
+    found = list(hostile.run(1, lambda _: bytes(data), RUNNING_STEPS))
+    assert [outcome for outcome in found if not outcome.allowed] == []
+    assert len(found) == len(RUNNING_STEPS)
+
+
 def test_what_dlopen_makes_of_the_crash_list() -> None:
     """The notes are true where they were taken; elsewhere they are only notes."""
     assert dlopened(build("demo").read_bytes()) == "loads"
@@ -86,6 +99,7 @@ def test_what_dlopen_makes_of_the_crash_list() -> None:
 _OUTCOMES = """
 import json
 from fixtures.malformed import MALFORMED, dlopened, malformed
+from fixtures.running import RUNNING_STEPS
 print(json.dumps({name: dlopened(malformed(name)) for name in MALFORMED}))
 """
 

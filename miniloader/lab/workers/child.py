@@ -12,7 +12,7 @@ import os
 import resource
 import select
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn, Self
 
@@ -21,6 +21,7 @@ from miniloader.kernel import syscalls
 
 __all__ = [
     "INTERRUPTS",
+    "TOLD",
     "ForkedProcess",
     "crash_quietly",
     "death",
@@ -203,11 +204,24 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def death(process: str, code: int | None, doing: str, last_line: str = "", where: str = "") -> WorkerError:
-    """The error that tells of a process's end: what it was ``doing``, ``where``, the last line it printed.
+TOLD: Final = "miniloader: the program was killed by "
+"""How the line begins that :mod:`miniloader.lab.workers.fault_teller` prints of a crash."""
+
+
+def death(
+    process: str, code: int | None, doing: str, printed: Sequence[str] = (), where: str = ""
+) -> WorkerError:
+    """The error that tells of a process's end: what it was ``doing``, ``where``, what it ``printed`` last.
+
+    ``where`` may be what was told of the crash itself, in the last of the lines.
 
     >>> print(death("worker 2 of 4 (pid 77)", -9, "step written"))
     step written: worker 2 of 4 (pid 77) was killed by SIGKILL (Killed)
+    >>> print(death("it", -11, "closing", ["bye", TOLD + "SIGSEGV, in f of libx.so"]))
+    closing: it was killed by SIGSEGV (Segmentation fault), in f of libx.so; the last line it printed: bye
     """
-    printed = f"; the last line it printed: {last_line}" if last_line else ""
-    return WorkerError(f"{doing}: {process} {ending(code)}{where}{printed}")
+    lines, crash = ["", *printed], TOLD + signal_name(code or 0)
+    if code is not None and code < 0 and lines[-1].startswith(crash):
+        where = lines.pop().removeprefix(crash)
+    last = f"; the last line it printed: {lines[-1]}" if lines[-1] else ""
+    return WorkerError(f"{doing}: {process} {ending(code)}{where}{last}")

@@ -43,6 +43,7 @@ _START: Final = "import sys; sys.path[:] = sys.argv[3:]; from {} import main; ma
 _HOME: Final = os.path.abspath(f"{__file__}/../../../..")  # the directory that this package is in
 _LOOK_EVERY: Final = 0.1  # seconds between looks whether a silent worker is still there
 _LAST_BREATH: Final = 5.0  # seconds from the end of a worker's connection to its own
+_LAST_OCTETS: Final = 8000  # of what a worker has printed
 _MEMORY: Final = 16 << 20  # bytes that a worker needs for itself: 12 MiB were seen, loading nothing yet
 
 
@@ -122,7 +123,7 @@ class Worker:
             if time.monotonic() > end:
                 return WorkerError(f"step {step}: {self._name} has closed its connection, and goes on")
             time.sleep(0.001)
-        return death(self._name, status, f"step {step}", self._last_line())
+        return death(self._name, status, f"step {step}", self._last_lines())
 
     def silence(self, step: str, seconds: float) -> WorkerError:
         """The error that says that the worker has not answered within ``seconds``."""
@@ -149,11 +150,11 @@ class Worker:
             return None
         return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
-    def _last_line(self) -> str:
-        """The last line that the worker printed, "" for none."""
+    def _last_lines(self) -> list[str]:
+        """The last lines that the worker printed, without those that are blank."""
         size = os.fstat(self._output).st_size
-        lines = os.pread(self._output, 1000, max(0, size - 1000)).decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        octets = os.pread(self._output, _LAST_OCTETS, max(0, size - _LAST_OCTETS))
+        return [line.strip() for line in octets.decode(errors="replace").split("\n") if line.strip()]
 
 
 class Crew:

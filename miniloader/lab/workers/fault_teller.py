@@ -18,6 +18,7 @@ from typing import Final
 from miniloader.errors import MiniloaderError, printable
 from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
+from miniloader.lab.workers.child import TOLD
 from miniloader.lab.workers.fault import Fault
 from miniloader.native import functions
 
@@ -60,7 +61,7 @@ def main(words: Sequence[str]) -> int:
     except MiniloaderError as error:
         where = f" ({error})"
     name = signal.Signals(fault.number).name
-    print(printable(f"miniloader: the program was killed by {name}{where}"), file=sys.stderr, flush=True)
+    print(printable(f"{TOLD}{name}{where}"), file=sys.stderr, flush=True)
     return 0
 
 

@@ -110,6 +110,9 @@ class _Commands(Commands):
 
     def do_link(self) -> dict[str, Any]:
         """Link what is mapped: everything is relocated, and no constructor has run."""
+        from miniloader.lab.workers.fault_teller import tell_faults
+
+        tell_faults()  # from now on code of the library may run
         self._started.link()
         self._refuse_plain()
         return {}

@@ -91,7 +91,11 @@ def test_the_loader_s_own_error_arrives_as_it_was_raised(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("crash", r"was killed by SIGSEGV \(Segmentation fault\)$"),
+        (
+            "crash",
+            r"was killed by SIGSEGV \(Segmentation fault\) writing address 0x0, in misbehave\+0x\w+"
+            r" of libmisbehaves.so \(vaddr 0x\w+\)$",
+        ),
         ("abort", r"was killed by SIGABRT \(Aborted\); the last line it printed: I cannot go on$"),
         ("exit", "ended with exit status 7$"),
         ("close", "ended with exit status (1|120)$"),  # 120: Python could not flush what is closed
