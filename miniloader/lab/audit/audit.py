@@ -30,9 +30,11 @@ from miniloader.lab.audit.sparing import sparing
 from miniloader.lab.audit.survey import Memo, Survey, survey
 from miniloader.lab.erosion.erode import erosion
 from miniloader.lab.workers.fork_map import share_out
+from miniloader.lab.workers.patient import Blocked, PatientCalls
 
 __all__ = ["audit", "jobs_for"]
 
+_WHO_ANSWERS: Final = "see who fills its pages (userfaultfd) or serves its files (FUSE, NFS)"
 _WORTH_A_JOB: Final = 12  # processes; to look at fewer takes no longer than to ask for help
 
 
@@ -77,22 +79,23 @@ def audit(
         if on_progress is not None and os.getpid() == auditor:  # and not in a helper
             on_progress(done, len(processes))
 
-    def look_at(part: Sequence[int]) -> list[Survey | Unreadable]:
+    def look_at(part: Sequence[int], step: int = shares) -> list[Survey | Unreadable]:
         answers = list[Survey | Unreadable]()
-        for pid in part:
-            answers.append(_look(pid, look))
-            tell(shares)
+        with PatientCalls() as calls:
+            for pid in part:
+                answers.append(_look(pid, look, calls))
+                tell(step)
         return answers
 
     tell(0)
     # The first is looked at before anybody helps: most of the files are known then.
-    answers = [_look(pid, look) for pid in processes[:1]]
-    tell(len(answers))
+    answers = look_at(processes[:1], 1)
     answers += (answer for part in share_out(look_at, processes[1:], shares) for answer in part)
     surveys = [answer for answer in answers if isinstance(answer, Survey)]
     unreadable = [answer for answer in answers if isinstance(answer, Unreadable)]
     assemble = partial(_assembled, files=memo.files, level=chosen, when=when, causes=causes)
-    found, left_out = sparing(surveys, assemble)
+    with PatientCalls() as calls:
+        found, left_out = sparing(surveys, lambda part: calls.call(partial(assemble, part)))
     unreadable += [_unreadable(process.pid, error) for process, error in left_out]
     return replace(found, unreadable=tuple(unreadable))
 
@@ -147,9 +150,10 @@ def _settle(surveys: Sequence[Survey], files: MappedFiles) -> None:
                 placed.reasons = dict.fromkeys(range(len(placed.causes)), file.trouble) | placed.reasons
 
 
-def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
+def _look(pid: int, look: Callable[[int], Survey], calls: PatientCalls) -> Survey | Unreadable:
     try:
-        return look(pid)
+        # In this process a thread more would be seen, and nobody else fills its pages.
+        return look(pid) if pid == os.getpid() else calls.call(partial(look, pid))
     except Exception as error:  # noqa: BLE001 - whatever one process has, the others are judged
         return _unreadable(pid, error)
 
@@ -159,6 +163,9 @@ def _unreadable(pid: int, error: Exception) -> Unreadable:
     if isinstance(error, EvidenceError):
         gone = isinstance(error, ProcessGone)
         return Unreadable(pid, error.message, "" if gone else error.hint or "", gone=gone)
+    if isinstance(error, Blocked):
+        said = f"process {pid}: its memory, or a file that it has mapped, cannot be read: {error}"
+        return Unreadable(pid, said, _WHO_ANSWERS)
     said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
     return Unreadable(pid, said, "please report it, with what this process has mapped")
 

@@ -6,6 +6,8 @@ import os
 import resource
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Final, NamedTuple
 
 from miniloader.elf import Source
@@ -14,16 +16,18 @@ from miniloader.errors import ElfError, EvidenceError, MiniloaderError
 from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma, read_maps
-from miniloader.kernel.mounts import mount_of
+from miniloader.kernel.mounts import ServedMounts, mount_of
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
 from miniloader.lab.audit.prepared_pages import PreparedPages
+from miniloader.lab.workers.patient import comes_to_an_end
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
 _TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
 _RAISE_LIMIT: Final = "raise the limit (ulimit -n)"
+_UNANSWERED: Final = "whoever serves the file does not answer"
 _KERNEL: Final = -1  # its name leads to the mapped file itself
 
 
@@ -65,6 +69,7 @@ class MappedFiles:
     def __init__(self) -> None:
         self._files: dict[Identity, MappedFile] = {}
         self._openable: dict[int, int] = {}  # how many files more may be opened that a process has
+        self._served: dict[int | None, ServedMounts] = {}
         self._names = NameNumbers()
         self.prepared = PreparedPages()
 
@@ -96,9 +101,9 @@ class MappedFiles:
         return counterpart
 
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
-        """Open it; only of what cannot be opened is the kernel asked for the build-id."""
+        """Open it; only of what cannot be opened is the kernel asked for the build-id: it reads, too."""
         self._open(file, pid, vma)
-        if file.facts is not None:
+        if file.facts is not None or file.trouble == _UNANSWERED:
             return
         try:
             answer = query_vma(pid, vma.start)
@@ -110,12 +115,21 @@ class MappedFiles:
 
     def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open the very file that is mapped, not one that has taken its name since."""
+        if file.trouble == _UNANSWERED:
+            return
         if not self._may_open(pid):
             file.trouble = f"more files are mapped than may be open here; {_RAISE_LIMIT}"
             return
+        file.trouble = _UNANSWERED  # as it stays where this call never comes back
         by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
         in_root = process_file(pid, "root") + vma.path
+        for viewer in (None, pid):
+            if viewer not in self._served:
+                self._served[viewer] = ServedMounts(viewer)
+        served = any(self._served[viewer].have(vma.path, vma.device) for viewer in (None, pid))
         for path, viewer in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
+            if served and not comes_to_an_end(partial(_read_through, path)):
+                return
             try:
                 source = Source.open(path)
             except MiniloaderError:
@@ -138,6 +152,16 @@ class MappedFiles:
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             self._openable[pid] = (most - len(os.listdir("/proc/self/fd"))) // 2
         return self._openable[pid] > 0
+
+
+def _read_through(path: str) -> None:
+    """Read a file that is one, once: then most of it is in the page cache."""
+    with suppress(OSError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
 
 
 def _trouble(mapped: Identity, *paths: str) -> str:

@@ -12,6 +12,7 @@ import os
 import resource
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn, Self
@@ -59,8 +60,8 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def _await_end(pid: int) -> None:
-    """Wait until a child has ended, and leave it to be reaped.
+def _await_end(pid: int, seconds: float | None = None) -> bool:
+    """Wait until a child has ended, and leave it to be reaped; False after so many ``seconds``.
 
     A signal that comes between Python's last look and the system call that waits is not heard before that
     returns: so it returns every so often.
@@ -68,16 +69,19 @@ def _await_end(pid: int) -> None:
     try:
         descriptor = syscalls.open_process(pid)
     except ProcessLookupError:  # it has ended, and somebody has reaped it
-        return
+        return True
     except OSError:  # a filter of system calls (seccomp), too many open files
         with suppress(PermissionError, ChildProcessError):  # who reaps it waits as well
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return
+        return True
+    end = None if seconds is None else time.monotonic() + seconds
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         while not poll.poll(_LISTEN_EVERY):
-            pass
+            if end is not None and time.monotonic() > end:
+                return False
+        return True
     finally:
         os.close(descriptor)
 
@@ -114,12 +118,17 @@ class ForkedProcess:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def wait(self) -> int | None:
-        """Wait for its end; its exit code, see :func:`ending`."""
-        if self._runs:
-            _await_end(self.pid)  # interrupted now, it is still ours
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Wait for its end; its exit code, see :func:`ending`; None after so many ``seconds``."""
+        if self._runs and _await_end(self.pid, seconds):  # interrupted now, it is still ours
             self._reap()
         return self._code
+
+    def abandon(self) -> None:
+        """End it, without waiting until it has: it may be where nothing can be ended."""
+        if self._runs:
+            kill(self.pid)
+            self._runs = False
 
     def kill(self) -> None:
         """End and reap it, if that is to be done."""

@@ -1,0 +1,117 @@
+"""What nobody gives the contents of: who reads it waits for ever, and an audit of all does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import miniloader
+from miniloader.lab.audit import survey
+from miniloader.lab.workers import patient
+from miniloader.lab.workers.patient import Blocked, PatientCalls
+from tests.lab.audit import unanswered_files
+
+
+@contextmanager
+def unanswered(directory: Path, unmounted: Callable[[Path], None]) -> Iterator[int]:
+    command = [sys.executable, unanswered_files.__file__, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if said == b"refused\n":
+                pytest.skip("this kernel lacks FUSE")
+            assert said == b"ready\n"
+            yield process.pid
+        finally:
+            unmounted(directory)  # first: else the server waits for itself at its end
+            process.kill()
+
+
+def unmounted(directory: Path) -> None:
+    """Have whoever waits go on, with an error."""
+    subprocess.run(["umount", "-f", directory], check=False, stderr=subprocess.DEVNULL)
+    subprocess.run(["umount", "-l", directory], check=False, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[int]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.needs_root("mounting needs CAP_SYS_ADMIN")
+def test_a_file_that_nobody_serves_is_left_out(tmp_path: Path, sleeper: int) -> None:
+    """All of its process but the file is told; the command ends, too."""
+    with unanswered(tmp_path, unmounted) as pid:
+        command = [sys.executable, "-m", "miniloader", "audit", str(pid), str(sleeper), "--json"]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=100)
+    answer = json.loads(done.stdout)
+    assert answer["unreadable"] == []
+    assert [process["pid"] for process in answer["processes"]] == [pid, sleeper]
+    (file,) = (library for library in answer["libraries"] if library["path"].startswith(str(tmp_path)))
+    assert file["build_id"] is None
+
+
+def test_what_blocks_makes_one_process_unreadable(sleeper: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is that does not come back."""
+    never, known_by = threading.Event(), survey.known_by
+
+    def wait(pid: int, users: survey.Users) -> survey.KnownBy:
+        if pid == 1:
+            never.wait()
+        return known_by(pid, users)
+
+    monkeypatch.setattr(patient, "_SECONDS", 1.0)
+    monkeypatch.setattr(survey, "known_by", wait)
+    found = miniloader.audit([1, sleeper], causes=False)
+    never.set()
+    assert [process.pid for process in found.processes] == [sleeper]
+    (unreadable,) = found.unreadable
+    assert unreadable.pid == 1
+    assert "nobody has answered for" in unreadable.reason
+    assert "FUSE" in unreadable.needed
+
+
+def test_calls_that_do_not_come_back_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient, "_SECONDS", 0.3)
+    monkeypatch.setattr(patient, "_LATER", 0.2)
+    never = threading.Event()
+    with PatientCalls() as calls:
+        assert calls.call(lambda: 1) == 1
+        with pytest.raises(Blocked):
+            calls.call(never.wait)
+        with pytest.raises(ZeroDivisionError):
+            calls.call(lambda: 1 // 0)
+        with pytest.raises(Blocked):
+            calls.call(never.wait)
+        assert calls.call(lambda: 2) == 2
+    never.set()
+
+
+def test_calls_that_go_on_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes, and one that sleeps again and again, both longer than anybody is waited for."""
+    monkeypatch.setattr(patient, "_SECONDS", 0.3)
+
+    def compute() -> str:
+        end = time.thread_time() + 0.5
+        while time.thread_time() < end:
+            pass
+        return "computed"
+
+    def sleep_often() -> str:
+        for _ in range(50):
+            time.sleep(0.01)
+        return "slept"
+
+    with PatientCalls() as calls:
+        assert (calls.call(compute), calls.call(sleep_often)) == ("computed", "slept")
