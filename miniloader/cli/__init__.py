@@ -174,7 +174,9 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             if isinstance(error, PermissionError) and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
         case MemoryError():
-            status, message = 1, "too little memory (ulimit -v, a control group, vm.overcommit_memory)"
+            status, message = 1, f"too little memory ({_MEMORY_LIMITS})"
+        case ImportError() | OSError() if library := _without_room(str(error)):
+            status, message = 1, f"{library}: too little memory, or too few mappings ({_MEMORY_LIMITS})"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
@@ -191,6 +193,22 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         _drop_output()
     print(f"miniloader: {printable(message)}", file=sys.stderr)
     return status
+
+
+_MEMORY_LIMITS = "ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count"
+
+
+def _without_room(said: str) -> str:
+    """The library that ld.so says it could not map for lack of memory, or of mappings; "" where it says else.
+
+    >>> _without_room("Original error was: libz.so.1: failed to map segment from shared object")
+    'libz.so.1'
+    """
+    import re
+
+    failures = "failed to map segment from|cannot (?:map zero-fill|change memory|create|allocate)"
+    found = re.search(rf"(\S+): (?:{failures})(?!.*(?:not permitted|denied))", said)
+    return found[1] if found is not None else ""
 
 
 def _escape_what_cannot_be_printed() -> None:

@@ -89,7 +89,22 @@ def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status:
         (IsADirectoryError(21, "Is a directory", b"/tmp/\xff"), 1, "/tmp/\\udcff: Is a directory"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (MemoryError(), 1, "too little memory (ulimit -v, a control group, vm.overcommit_memory)"),
+        (
+            MemoryError(),
+            1,
+            "too little memory (ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count)",
+        ),
+        (
+            ImportError("READ THIS\nfor: libx.so.3: failed to map segment from shared object\n"),
+            1,
+            "libx.so.3: too little memory, or too few mappings"
+            " (ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count)",
+        ),
+        (
+            ImportError("libx.so.3: undefined symbol: f"),
+            1,
+            "a fault of miniloader's own, ImportError: libx.so.3: undefined symbol: f; --debug shows where",
+        ),
         (
             ModuleNotFoundError("No module named 'elftools'", name="elftools"),
             3,

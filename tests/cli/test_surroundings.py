@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -211,3 +212,24 @@ def test_a_locale_that_knows_ascii_only(command: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
     assert done.stdout
+
+
+@pytest.mark.parametrize("megabytes", [30, 120])
+@pytest.mark.parametrize(
+    "command", [("audit", "1"), ("prove", DEMO, "-n", "2"), ("load", DEMO)], ids=" ".join
+)
+def test_an_address_space_that_is_too_small_is_no_fault_of_ours(
+    command: tuple[str, ...], megabytes: int
+) -> None:
+    """It is said on one line (by OpenBLAS in its own words), wherever it is met."""
+
+    def be_small() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+    done = subprocess.run(
+        [*COMMAND, *words(command)], capture_output=True, text=True, preexec_fn=be_small, check=False
+    )
+    assert done.returncode in (0, 1, 3)
+    assert "a fault of miniloader's own" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+    assert done.stderr or done.stdout
