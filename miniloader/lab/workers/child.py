@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn, Self
 
 from miniloader.errors import WorkerError
+from miniloader.forking import importing
 from miniloader.kernel import syscalls
 
 __all__ = [
@@ -224,8 +225,8 @@ def death(
 
     ``where`` may be what was told of the crash itself, in the last of the lines.
 
-    >>> print(death("worker 2 of 4 (pid 77)", -9, "step written"))
-    step written: worker 2 of 4 (pid 77) was killed by SIGKILL (Killed)
+    >>> print(death("worker 2 of 4 (pid 77)", -4, "step written"))
+    step written: worker 2 of 4 (pid 77) was killed by SIGILL (Illegal instruction)
     >>> print(death("it", -11, "closing", ["bye", TOLD + "SIGSEGV, in f of libx.so"]))
     closing: it was killed by SIGSEGV (Segmentation fault), in f of libx.so; the last line it printed: bye
     """
@@ -233,4 +234,17 @@ def death(
     if code is not None and code < 0 and lines[-1].startswith(crash):
         where = lines.pop().removeprefix(crash)
     last = f"; the last line it printed: {lines[-1]}" if lines[-1] else ""
-    return WorkerError(f"{doing}: {process} {ending(code)}{where}{last}")
+    return WorkerError(f"{doing}: {process} {ending(code)}{where}{last}", hint=_memory_hint(code))
+
+
+def _memory_hint(code: int | None) -> str | None:
+    """What may have killed a process by SIGKILL, where the kernel has killed for that before."""
+    if code != -signal.SIGKILL:
+        return None
+    with importing:
+        from miniloader.kernel.memory_kills import memory_kills
+
+    kills = memory_kills()
+    if not kills:
+        return None
+    return f"the kernel has ended processes of this control group for lack of memory (oom_kill {kills})"
