@@ -2,8 +2,10 @@
 
 from miniloader.later import leaving_out
 
-with leaving_out("inspect"):  # by which dataclasses look into themselves
+with leaving_out("inspect", "pdb", "traceback"):  # by which dataclasses and pyelftools look into themselves
     import dataclasses as _dataclasses  # noqa: F401
+
+    import elftools.construct as _construct  # noqa: F401
 
 from miniloader.elf.checks import Problem, problems_of
 from miniloader.elf.image import ElfImage, Tls, read_image

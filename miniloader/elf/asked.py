@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Literal
 
+from elftools.elf.enums import ENUM_DT_FLAGS, ENUM_DT_FLAGS_1
+
 from miniloader.elf.dynamic import (
     DT_AUXILIARY,
     DT_FILTER,
@@ -21,7 +23,6 @@ from miniloader.elf.dynamic import (
     tag_name,
 )
 from miniloader.elf.image import ElfImage
-from miniloader.elf.parsing import pyelftools
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
@@ -42,10 +43,7 @@ class Asked:
 
 
 _TEXTS: Final = (DT_NEEDED, DT_SONAME, DT_RPATH, DT_RUNPATH, DT_AUXILIARY, DT_FILTER)
-_FLAGS: Final = {
-    DT_FLAGS: ("DF_", pyelftools("elf.enums").ENUM_DT_FLAGS),
-    DT_FLAGS_1: ("DF_1_", pyelftools("elf.enums").ENUM_DT_FLAGS_1),
-}
+_FLAGS: Final = {DT_FLAGS: ("DF_", ENUM_DT_FLAGS), DT_FLAGS_1: ("DF_1_", ENUM_DT_FLAGS_1)}
 #: Why entries are honoured that only locate what others ask for.
 TABLE: Final = "says where a table is, how long it is, or of what kind"
 _TABLES: Final = """

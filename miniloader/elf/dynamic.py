@@ -13,8 +13,9 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from elftools.elf.enums import ENUM_D_TAG_COMMON
+
 from miniloader.elf.layout import record
-from miniloader.elf.parsing import pyelftools
 from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
@@ -166,8 +167,7 @@ def parse_dynamic(data: Bytes, elf_class: int, order: str, name: str | None = No
 
 @lru_cache(maxsize=1)
 def _tag_names() -> dict[int, str]:
-    tags = pyelftools("elf.enums").ENUM_D_TAG_COMMON
-    names = {code: name for name, code in reversed([*tags.items()]) if isinstance(code, int)}
+    names = {code: name for name, code in reversed([*ENUM_D_TAG_COMMON.items()]) if isinstance(code, int)}
     return names | {DT_FILTER: "DT_FILTER"}  # the end of a range has that number, too
 
 

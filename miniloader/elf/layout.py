@@ -1,21 +1,23 @@
 """How the records of an ELF file are laid out, for what reads them and for what writes them.
 
-Each layout is pyelftools' declaration of the record, with the names of the values that its fields may have.
-So what is read of headers, notes and versions, what numpy reads by the million and what
-:mod:`miniloader.elf.writer` writes is one thing.  A declaration is looked at once; what comes of it parses
-at the speed of :mod:`struct`, twenty times that of pyelftools itself.  Only what loading meets is written
-down here as it is declared there: importing pyelftools takes as long as a few loads.
+No layout is written down here: each is taken from pyelftools' declaration of the record, with the names of
+the values that its fields may have.  So what is read of headers, notes and versions, what numpy reads by the
+million and what :mod:`miniloader.elf.writer` writes is one thing.  A declaration is looked at once; what
+comes of it parses at the speed of :mod:`struct`, twenty times that of pyelftools itself.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any
 
-from miniloader.elf.parsing import pyelftools, structs
+from elftools.construct import Construct, FormatField, Struct, Value
+from elftools.construct.adapters import MappingAdapter, PaddingAdapter
+
+from miniloader.elf.parsing import structs
 from miniloader.elf.source import Bytes
 from miniloader.forking import cached_property
 from miniloader.values import dataclass
@@ -152,105 +154,26 @@ def record(elf_class: int, order: str, name: str, machine: str = "") -> Record:
     >>> record(32, ">", "Sym").names
     ('name', 'value', 'size', 'info', 'other', 'shndx')
     """
-    known = KNOWN.get((name, machine)) if (elf_class, order) == (64, "<") else None
-    if known is None:
-        return declared(elf_class, order, name, machine)
-    return Record(order, tuple(_known_fields(name, machine, known)))
-
-
-@lru_cache(maxsize=64)
-def declared(elf_class: int, order: str, name: str, machine: str = "") -> Record:
-    """What :func:`record` gives, as pyelftools declares it."""
     return Record(order, tuple(_fields(getattr(structs(elf_class, order, machine), f"Elf_{name}"))))
 
 
-def _fields(construct: Any) -> Iterator[Field]:
-    kinds, adapters = pyelftools("construct"), pyelftools("construct.adapters")
-    if isinstance(construct, kinds.Struct):
+def _fields(construct: Construct) -> Iterator[Field]:
+    if isinstance(construct, Struct):
         for part in construct.subcons:
             yield from _fields(part)
         return
     codes: Mapping[str, int] = {}
     labels: Mapping[int, str] = {}
     named = construct.name.partition("_")[2] if construct.name else ""
-    if isinstance(construct, adapters.MappingAdapter):
+    if isinstance(construct, MappingAdapter):
         codes, labels, construct = construct.encoding, construct.decoding, construct.subcon
-    if isinstance(construct, kinds.FormatField):
+    if isinstance(construct, FormatField):
         yield Field(named, construct.packer.format[1:], codes, labels)
-    elif isinstance(construct, adapters.PaddingAdapter):
+    elif isinstance(construct, PaddingAdapter):
         yield Field("", f"{construct.sizeof()}x", {}, {})
-    elif not isinstance(construct, kinds.Value):  # which is computed, and takes no bytes
+    elif not isinstance(construct, Value):  # which is computed, and takes no bytes
         size = construct.sizeof()  # bit fields in a byte, or an array of bytes
         yield Field(named, "B" if size == 1 else f"{size}s", {}, {})
-
-
-# ------------------------------------------------------------------------------------------ what is known
-_EHDR: Final = (
-    "MAG:4s CLASS:B DATA:B VERSION:B OSABI:B ABIVERSION:B :7x type:H machine:H version:L entry:Q phoff:Q"
-    " shoff:Q flags:L ehsize:H phentsize:H phnum:H shentsize:H shnum:H shstrndx:H"
-)
-_PHDR: Final = "type:L flags:L offset:Q vaddr:Q paddr:Q filesz:Q memsz:Q align:Q"
-_PHDR_TYPES: Final = {
-    "PT_NULL": 0, "PT_LOAD": 1, "PT_DYNAMIC": 2, "PT_INTERP": 3, "PT_NOTE": 4, "PT_PHDR": 6, "PT_TLS": 7,
-    "PT_GNU_EH_FRAME": 0x6474E550, "PT_GNU_STACK": 0x6474E551, "PT_GNU_RELRO": 0x6474E552,
-    "PT_GNU_PROPERTY": 0x6474E553,
-}  # fmt: skip
-_SHDR: Final = "name:L type:L flags:Q addr:Q offset:Q size:Q link:L info:L addralign:Q entsize:Q"
-
-#: By record and machine: the fields of 64-bit little-endian files, and what values are called that loading
-#: meets.  All is as pyelftools declares it, which is asked about every other value.
-KNOWN: Final[Mapping[tuple[str, str], tuple[str, Mapping[str, Mapping[str, int]]]]] = {
-    ("Ehdr", ""): (_EHDR, {
-        "CLASS": {"ELFCLASS64": 2}, "DATA": {"ELFDATA2LSB": 1}, "VERSION": {"EV_CURRENT": 1},
-        "OSABI": {}, "type": {"ET_EXEC": 2, "ET_DYN": 3}, "machine": {"EM_X86_64": 62, "EM_AARCH64": 183},
-        "version": {"EV_CURRENT": 1},
-    }),
-    ("Phdr", ""): (_PHDR, {"type": _PHDR_TYPES}),
-    ("Phdr", "AARCH64"): (_PHDR, {"type": _PHDR_TYPES}),
-    ("Shdr", ""): (_SHDR, {"type": {"SHT_NULL": 0, "SHT_PROGBITS": 1, "SHT_STRTAB": 3}}),
-    ("Sym", ""): ("name:L info:B other:B shndx:H value:Q size:Q", {"shndx": {}}),
-    ("Dyn", ""): ("tag:q val:Q", {"tag": {}}),
-    ("Rela", ""): ("offset:Q info:Q addend:q", {}),
-    ("Nhdr", ""): ("namesz:L descsz:L type:L", {"type": {"NT_GNU_BUILD_ID": 3, "NT_GNU_PROPERTY_TYPE_0": 5}}),
-}  # fmt: skip
-
-
-class _Names(Mapping[Any, Any]):
-    """A part of what pyelftools declares, that is known; it is asked for the whole."""
-
-    def __init__(self, known: Mapping[Any, Any], whole: Callable[[], Mapping[Any, Any]]) -> None:
-        self._known, self._whole = known, whole
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._known[key] if key in self._known else self._whole()[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._whole())
-
-    def __len__(self) -> int:
-        return len(self._whole())
-
-
-def _known_fields(
-    name: str, machine: str, known: tuple[str, Mapping[str, Mapping[str, int]]]
-) -> Iterator[Field]:
-    text, named = known
-    for place, part in enumerate(text.split()):
-        field, _, code = part.partition(":")
-        codes: Mapping[str, int] = {}
-        labels: Mapping[int, str] = {}
-        if field in named:
-            codes = _Names(named[field], partial(_codes, name, machine, place))
-            labels = _Names({v: k for k, v in named[field].items()}, partial(_labels, name, machine, place))
-        yield Field(field, code, codes, labels)
-
-
-def _codes(name: str, machine: str, place: int) -> Mapping[str, int]:
-    return declared(64, "<", name, machine).fields[place].codes
-
-
-def _labels(name: str, machine: str, place: int) -> Mapping[int, str]:
-    return declared(64, "<", name, machine).fields[place].labels
 
 
 EHDR, PHDR, SHDR, SYM, DYN, RELA = (

@@ -2,7 +2,6 @@
 
 pyelftools declares each record of an ELF file (``Elf_Ehdr``, ``Elf_Phdr``, ``Elf_Dyn``, …) for each class and
 byte order, with the names of the values its fields may have; :mod:`miniloader.elf.layout` parses by them.
-It is imported when something of it is needed, which loading does not: that takes as long as a few loads.
 """
 
 from __future__ import annotations
@@ -11,33 +10,31 @@ import io
 import os
 import struct
 from functools import lru_cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
+
+from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
+from elftools.elf.structs import ELFStructs
 
 from miniloader.elf.source import Source
 from miniloader.errors import ElfError
 from miniloader.forking import importing
-from miniloader.later import leaving_out
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
-    from elftools.elf.structs import ELFStructs
 
-__all__ = ["elffile_of", "pyelftools", "structs"]
+__all__ = ["elffile_of", "structs"]
 
-#: What making an ELFFile raises for a malformed file beside pyelftools' own errors.
-_FAULTS: Final = (struct.error, LookupError, ValueError, TypeError, AttributeError)
-
-
-@leaving_out("inspect", "pdb", "traceback")
-def pyelftools(name: str) -> Any:
-    """The module ``name`` of pyelftools, without what it looks into itself with.
-
-    >>> pyelftools("elf.enums").ENUM_E_MACHINE["EM_X86_64"]
-    62
-    """
-    with importing:
-        return import_module(f"elftools.{name}")
+#: What making an ELFFile raises for a malformed file; not all errors are pyelftools' own.
+_FAULTS: Final = (
+    ELFError,
+    ConstructError,
+    struct.error,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 @lru_cache(maxsize=64)
@@ -47,9 +44,7 @@ def structs(elf_class: int, order: str, machine: str = "") -> ELFStructs:
     >>> structs(64, "<").Elf_Phdr.sizeof(), structs(32, "<").Elf_Phdr.sizeof()
     (56, 32)
     """
-    declared: ELFStructs = pyelftools("elf.structs").ELFStructs(
-        little_endian=order == "<", elfclass=elf_class
-    )
+    declared = ELFStructs(little_endian=order == "<", elfclass=elf_class)
     declared.create_basic_structs()
     declared.create_advanced_structs(None, f"EM_{machine}", None)
     return declared
@@ -60,12 +55,12 @@ def elffile_of(source: Source) -> ELFFile:
 
     :class:`ElfError` when pyelftools cannot make one.  Its methods raise pyelftools' errors.
     """
-    made: ELFFile
-    errors = pyelftools("common.exceptions").ELFError, pyelftools("construct").ConstructError, *_FAULTS
+    with importing:
+        from elftools.elf.elffile import ELFFile
+
     try:
-        made = pyelftools("elf.elffile").ELFFile(io.BufferedReader(_Stream(source)))
-        return made
-    except errors as error:
+        return ELFFile(io.BufferedReader(_Stream(source)))
+    except _FAULTS as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         found = f"what pyelftools cannot parse ({said})"
         raise ElfError(source.name, "ELF file", found, "a well-formed one") from None

@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import Final
 
+from elftools.elf import enums
+
 from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
     DT_ANDROID_REL,
@@ -38,7 +40,6 @@ from miniloader.elf.dynamic import (
     Reader,
     tag_name,
 )
-from miniloader.elf.parsing import pyelftools
 from miniloader.elf.source import Bytes, Source
 from miniloader.elf.tables import Table, decode_relocations, decode_relr, distinct
 from miniloader.errors import ElfError
@@ -122,7 +123,7 @@ def _kinds(machine: str) -> Mapping[int, str]:
     amended = dict(_AMENDED.get(machine, {}))
     if machine not in _ENUMS:
         return amended
-    table = getattr(pyelftools("elf.enums"), _ENUMS[machine])
+    table = getattr(enums, _ENUMS[machine])
     return {code: name for name, code in reversed(table.items()) if isinstance(code, int)} | amended
 
 
