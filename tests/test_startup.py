@@ -160,7 +160,7 @@ FOR_A_WORKER = {
     *("faulthandler", "gc", "resource", "select", "signal"),
     *("json", "json.decoder", "json.encoder", "json.scanner", "_json"),
     *("miniloader.lab", "miniloader.lab.workers", "miniloader.lab.workers.child"),
-    *("miniloader.lab.workers.worker", "miniloader.startup"),
+    *("miniloader.lab.workers.fault_teller", "miniloader.lab.workers.worker", "miniloader.startup"),
 }
 
 
