@@ -18,7 +18,6 @@ from typing import Final
 from miniloader.errors import MiniloaderError, printable
 from miniloader.forking import importing
 from miniloader.kernel import syscalls
-from miniloader.lab.workers.child import TOLD
 from miniloader.native import functions
 
 __all__ = ["main", "tell_faults"]
@@ -54,6 +53,7 @@ def main(words: Sequence[str]) -> int:
     """Tell of the fault in the process ``words[0]``, whose numbers follow, all in hexadecimal."""
     with importing:  # what the process that may crash has no need of
         from miniloader.kernel.maps import read_maps
+        from miniloader.lab.workers.child import TOLD
         from miniloader.lab.workers.fault import Fault
     pid, *numbers = (int(word, 16) for word in words)
     numbers[1] = ctypes.c_int64(numbers[1]).value

@@ -61,9 +61,12 @@ class PatientCalls:
         caller = self._caller
         caller.calls.put(function)
         answer, error = self._answer(caller)
-        if error is not None:
-            raise error
-        return answer  # type: ignore[no-any-return]  # that of the function
+        try:
+            if error is not None:
+                raise error
+            return answer  # type: ignore[no-any-return]  # that of the function
+        finally:
+            del error  # its traceback has this frame: what the call has opened would stay until a collection
 
     def _answer(self, caller: _Caller) -> tuple[Any, BaseException | None]:
         asleep: bytes | None = None
