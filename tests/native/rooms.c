@@ -346,7 +346,7 @@ static void try_host(void)
     uint64_t room[256] = {16, sizeof room};
     collect(&info, sizeof info, room);
     assert(room[0] >= 16 + 16 + sizeof info + sizeof headers + 9);
-    is_global(looked_up, chance(2) ? memory : &room, bias, headers, 3);
+    is_global(looked_up, chance(2) ? memory : room, bias, headers, 3);
     free(memory);
 }
 
