@@ -33,7 +33,7 @@ _FLAGS: Final = 7
 _MOST: Final = 4_000_000  # chunks
 _HEAP: Final = 64 << 20  # bytes: HEAP_MAX_SIZE
 _HEAP_INFOS: Final = (48, 32)  # bytes: from glibc 2.35 on, and before
-_ARENAS: Final = (2200, 2192)  # bytes of a malloc_state: from glibc 2.27 on, and before
+_ARENAS: Final = (2200, 2112, 2192)  # bytes of a malloc_state: of glibc 2.27 on, 2.43 (no fast bins), before
 _FENCE: Final = 16  # bytes: the length of a last chunk that is none, before one without a length
 
 Chunks = tuple[NDArray[np.uint64], NDArray[np.bool_]]
