@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from itertools import chain
 from typing import Final, NamedTuple
 
 from miniloader.elf.header import PF_R, PF_W, PF_X
-from miniloader.elf.layout import EHDR, PHDR, SHDR, record
+from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, record
 from miniloader.native.gate import processor
 
 __all__ = [
@@ -85,7 +84,7 @@ def hash_table(symbols: int, defined: int) -> bytes:
 
 def dynamic_section(entries: Sequence[tuple[int, int]]) -> bytes:
     """The dynamic section of these tags and values; its last entry has to be ``DT_NULL``."""
-    return struct.pack(f"<{2 * len(entries)}Q", *chain.from_iterable(entries))
+    return b"".join([DYN.packing.pack(*entry) for entry in entries])
 
 
 def build_id_note(digits: str) -> bytes:

@@ -99,7 +99,6 @@ def test_what_dlopen_makes_of_the_crash_list() -> None:
 _OUTCOMES = """
 import json
 from fixtures.malformed import MALFORMED, dlopened, malformed
-from fixtures.running import RUNNING_STEPS
 print(json.dumps({name: dlopened(malformed(name)) for name in MALFORMED}))
 """
 

@@ -37,6 +37,7 @@ __all__ = [
 
 INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LISTEN_EVERY: Final = 200  # milliseconds
+_MOMENT: Final = 1.0  # seconds that a killed process has to be gone
 
 
 @contextmanager
@@ -126,9 +127,10 @@ class ForkedProcess:
         return self._code
 
     def abandon(self) -> None:
-        """End it, without waiting until it has: it may be where nothing can be ended."""
+        """End it, waiting a moment only: it may be where nothing can be ended."""
         if self._runs:
             kill(self.pid)
+            self.wait(_MOMENT)
             self._runs = False
 
     def kill(self) -> None:

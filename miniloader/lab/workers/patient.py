@@ -47,9 +47,11 @@ class PatientCalls:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._caller is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._caller is not None and kind is None:
             self._caller.end()
+        elif self._caller is not None:  # interrupted, say, while a call is waited for
+            self._caller.give_up()
 
     def call(self, function: Callable[[], _Answer]) -> _Answer:
         """What ``function`` returns or raises; :class:`Blocked` when it does neither."""
@@ -138,7 +140,9 @@ def comes_to_an_end(function: Callable[[], object], seconds: float = 2.0) -> boo
     """
 
     def body() -> int:
-        os.closerange(0, os.sysconf("SC_OPEN_MAX"))  # whoever waits for the end of our output has it
+        for name in os.listdir("/proc/self/fd"):  # whoever waits for the end of our output has it
+            with suppress(OSError):
+                os.close(int(name))
         function()
         return 0
 

@@ -73,7 +73,9 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
     referred = [array("I", table)[_REFERRED::_NUMBERS] for table in tables]  # to which symbol each row
     count = 1 + max(map(max, referred), default=0)
     symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
-    wanted = {symbols.index(name): function for name, function in names.items() if name in symbols}
+    if names.keys().isdisjoint(symbols):  # mostly, and of thousands
+        return
+    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
     kinds = KINDS[_HERE[os.uname().machine]]
     for table, numbers in zip(tables, referred, strict=True):
         if wanted.keys().isdisjoint(numbers):  # mostly, and of ten thousands

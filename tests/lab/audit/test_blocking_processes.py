@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import miniloader
 from miniloader.lab.audit import survey
 from miniloader.lab.workers import patient
-from miniloader.lab.workers.patient import Blocked, PatientCalls
+from miniloader.lab.workers.patient import Blocked, PatientCalls, comes_to_an_end
 from tests.lab.audit import unanswered_files
 
 
@@ -96,6 +97,27 @@ def test_calls_that_do_not_come_back_are_given_up(monkeypatch: pytest.MonkeyPatc
             calls.call(never.wait)
         assert calls.call(lambda: 2) == 2
     never.set()
+
+
+def test_who_interrupts_does_not_wait_for_the_call() -> None:
+    never, over = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        _thread.interrupt_main()
+        never.wait(60)
+        over.set()
+
+    with pytest.raises(KeyboardInterrupt), PatientCalls() as calls:
+        calls.call(wait)
+    assert not over.is_set()
+    never.set()
+
+
+def test_who_is_ended_for_not_coming_to_an_end_is_gone() -> None:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    earlier = children.read_text()
+    assert not comes_to_an_end(lambda: time.sleep(60), seconds=0.1)
+    assert children.read_text() == earlier
 
 
 def test_calls_that_go_on_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
