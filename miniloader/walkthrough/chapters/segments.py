@@ -74,8 +74,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedSegments]:
         grid=at_first.grid,
     )
     touched, (first, second), alike = yield from _mapped_twice(bench, image, plan, bias, look)
-    zeroed, in_file, after = yield from _zero_the_tail(bench, plan, bias, touched, look)
-    tail = (plan.zeroed[0].start - plan.start) // PAGE_SIZE
+    zeroed, in_file, tail_state = yield from _zero_the_tail(bench, plan, bias, look)
     return MappedSegments(
         planned=planned,
         kernel=kernel,
@@ -85,7 +84,7 @@ def _run(bench: Workbench) -> Generator[ChapterStep, None, MappedSegments]:
         twice_bytes_equal=alike,
         tail=zeroed,
         tail_in_file=in_file,
-        tail_state=(touched.states[tail], after.states[tail]),
+        tail_state=tail_state,
     )
 
 
@@ -186,13 +185,14 @@ def _file_page_mapped_twice(plan: LoadPlan) -> tuple[int, int, int]:
 
 
 def _zero_the_tail(
-    bench: Workbench, plan: LoadPlan, bias: int, before: MappingView, look: _Look
-) -> Generator[ChapterStep, None, tuple[bytes, bytes, MappingView]]:
-    """Zero what follows the data; what is there then, what was there of the file, and the view then."""
+    bench: Workbench, plan: LoadPlan, bias: int, look: _Look
+) -> Generator[ChapterStep, None, tuple[bytes, bytes, tuple[str, str]]]:
+    """Zero what follows the data; what is there then, what was there of the file, and the page's two states."""
     tail = next(call for call in plan.calls() if call.call == "memset")
     page, near = (tail.start - plan.start) // PAGE_SIZE, min(32, tail.length)
     around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:{tail.start + near:#x}]"
-    bytes_before = bench.load(around, 32 + near, name)
+    # Looked at once it was read: a touch nearby maps a page only if its folio is not locked just then.
+    bytes_before, before = bench.load(around, 32 + near, name), look("tail read")
     bench.store(bias + tail.start, bytes(tail.length), f"library[{tail.start:#x}:{tail.end:#x}]")
     zeroed = bench.load(bias + tail.start, tail.length, f"library[{tail.start:#x}:{tail.end:#x}]")
     bytes_after = bench.load(around, 32 + near, name)
@@ -210,7 +210,7 @@ def _zero_the_tail(
         bytes=(PageBytes(title, tail.start - 32, bytes_before, bytes_after, (bss,)),),
         grid=after.grid,
     )
-    return zeroed, bytes_before[32:], after
+    return zeroed, bytes_before[32:], (before.states[page], after.states[page])
 
 
 # ---------------------------------------------------------------------------------------- claims
