@@ -187,7 +187,7 @@ def _file_page_mapped_twice(plan: LoadPlan) -> tuple[int, int, int]:
 def _zero_the_tail(
     bench: Workbench, plan: LoadPlan, bias: int, look: _Look
 ) -> Generator[ChapterStep, None, tuple[bytes, bytes, tuple[str, str]]]:
-    """Zero what follows the data; what is there then, what was there of the file, and the page's two states."""
+    """Zero what follows the data; what is there then, what the file had there, and the page's two states."""
     tail = next(call for call in plan.calls() if call.call == "memset")
     page, near = (tail.start - plan.start) // PAGE_SIZE, min(32, tail.length)
     around, name = bias + tail.start - 32, f"library[{tail.start - 32:#x}:{tail.start + near:#x}]"
