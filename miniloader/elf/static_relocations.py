@@ -10,21 +10,27 @@ from miniloader.elf.tables import Table, decode_relocations
 
 __all__ = ["static_tables"]
 
-_RELA: Final = 24  # bytes of an Elf64_Rela
+_TABLES: Final = {"SHT_REL": False, "SHT_RELA": True}  # whether the rows have addends
 
 
-def static_tables(image: ElfImage) -> Iterator[Table]:
-    """The rows of the RELA tables that a program without a dynamic section relocates itself by: IRELATIVE.
+def static_tables(image: ElfImage) -> Iterator[tuple[Table, bool]]:
+    """The tables that a program without a dynamic section relocates itself by: IRELATIVE.
 
-    Its start-up code finds them between ``__rela_iplt_start`` and ``__rela_iplt_end``; here they are found by
-    the section, which a stripped program keeps.
+    Of each the rows, and whether they have addends (else those lie in the words).  Its start-up code finds
+    them between ``__rela_iplt_start`` and ``__rela_iplt_end``; here they are found by the section, which a
+    stripped program keeps.
     """
     header = image.header
     if image.segment("PT_DYNAMIC") is not None:
         return
     for section in image.sections:
-        if section.type == "SHT_RELA" and section.allocated:
-            data = image.source.read(section.file_offset, section.size - section.size % _RELA, section.name)
-            yield decode_relocations(
-                data, header.elf_class, header.order, addends=True, machine=header.machine
+        addends = _TABLES.get(section.type)
+        if addends is not None and section.allocated:
+            row = (3 if addends else 2) * header.word
+            data = image.source.read(section.file_offset, section.size - section.size % row, section.name)
+            yield (
+                decode_relocations(
+                    data, header.elf_class, header.order, addends=addends, machine=header.machine
+                ),
+                addends,
             )

@@ -7,7 +7,7 @@ judged by its value, then the file's bytes are put back there, and what still di
   symbol's address (64, GLOB_DAT, JUMP_SLOT): the file that is mapped at the value defines a symbol of that
   name there, of whatever version, or an IFUNC of that name and the value is in its code (or in the vDSO);
   or it is 0 for an undefined weak symbol, or the slot's own PLT entry (not bound yet).  IRELATIVE: an
-  address in code.  Thread-local storage: a module number, a negative offset, an address in code.
+  address in code, or 0.  Thread-local storage: a module number, a negative offset, an address in code.
   What COPY brings belongs to the program from then on and is never verified, nor are PC-relative words
   in code: any value counts.
 - ``overwritten``: a place of a relocation that holds something else; what the file has, too, where other
@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.tables import Table
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.layout import Layout, Layouts, Symbolic
-from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.space import Space
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
@@ -56,8 +56,6 @@ WORD_DTYPE: Final = np.dtype(
 )
 """A word that the loader writes, or that differs from the file."""
 
-_WORD: Final = 8
-_PAGE_WORDS: Final = PAGE_SIZE // _WORD
 _MOST_MODULES: Final = 1 << 20
 
 
@@ -136,7 +134,8 @@ def classify(
             causes[layout.page[rows[cause[rows] == value]]] |= np.uint8(value)
         unreadable[layout.page[rows[cause[rows] == _UNKNOWN]]] = True
     layout.undo(live)
-    differing = np.flatnonzero(live.view(np.uint64) != layout.expected.view(np.uint64))
+    words_of = f"u{facts.word}"
+    differing = np.flatnonzero(live.view(words_of) != layout.expected.view(words_of))
     writer = np.uint8(_LOADER if facts.is_dynamic_loader else _WRITE)
     pieces = _differing_pieces(facts, vaddrs, tails, live, layout.expected, differing)
     piece_cause = np.where(_in_tail(pieces.page, pieces.vaddr, vaddrs, tails), np.uint8(_BSS), writer)
@@ -152,7 +151,7 @@ def classify(
     listed = np.empty(0, WORD_DTYPE)
     if words != "none":
         slots = _slot_words(layout, np.arange(len(cause)) if words == "every" else changed, cause, values)
-        beside = _differing_words(vaddrs, live, layout.expected, differing)
+        beside = _differing_words(facts.word, vaddrs, live, layout.expected, differing)
         inside = _in_tail(beside["page"], beside["vaddr"], vaddrs, tails)
         beside["cause"] = np.where(inside, np.uint8(_BSS), writer)
         listed = np.concatenate([slots, beside])
@@ -206,16 +205,17 @@ def _differing_pieces(
     differing: NDArray[np.intp],
 ) -> _Pieces:
     """The ``differing`` words, and instead of those that are not one symbol's alone the bytes that differ."""
-    page, start = _at(vaddrs, differing)
-    symbol, alone = facts.symbols_of(start, _WORD)
-    border = np.flatnonzero((tails < PAGE_SIZE) & (tails % _WORD != 0))
-    for straddling in border * _PAGE_WORDS + tails[border] // _WORD:
+    word = facts.word
+    page, start = _at(word, vaddrs, differing)
+    symbol, alone = facts.symbols_of(start, word)
+    border = np.flatnonzero((tails < PAGE_SIZE) & (tails % word != 0))
+    for straddling in border * (PAGE_SIZE // word) + tails[border] // word:
         alone &= differing != straddling
     if alone.all():
         return _Pieces(page, start, symbol)
     at = differing[~alone]
-    bits = live.view(np.uint64).reshape(-1)[at] ^ expected.view(np.uint64).reshape(-1)[at]
-    row, octet = np.divmod(np.flatnonzero(bits.view(np.uint8)), _WORD)
+    bits = live.view(f"u{word}").reshape(-1)[at] ^ expected.view(f"u{word}").reshape(-1)[at]
+    row, octet = np.divmod(np.flatnonzero(bits.view(np.uint8)), word)
     octets = start[~alone][row] + octet.astype(np.uint64)
     return _Pieces(
         np.concatenate([page[alone], page[~alone][row]]),
@@ -224,24 +224,28 @@ def _differing_pieces(
     )
 
 
-def _at(vaddrs: NDArray[np.uint64], words: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
-    """Page and vaddr of words by their number from the first page on."""
-    page = words // _PAGE_WORDS
-    return page, vaddrs[page] + ((words - page * _PAGE_WORDS) * _WORD).astype(np.uint64)
+def _at(
+    word: int, vaddrs: NDArray[np.uint64], numbers: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+    """Page and vaddr of words of ``word`` bytes by their number from the first page on."""
+    on_page = PAGE_SIZE // word
+    page = numbers // on_page
+    return page, vaddrs[page] + ((numbers - page * on_page) * word).astype(np.uint64)
 
 
 def _differing_words(
+    word: int,
     vaddrs: NDArray[np.uint64],
     live: NDArray[np.uint8],
     expected: NDArray[np.uint8],
     differing: NDArray[np.intp],
 ) -> Table:
-    """The words (by their number from the first page on) that are not as expected; no cause yet."""
+    """The words of ``word`` bytes (by their number) that are not as expected; no cause yet."""
     words = np.zeros(len(differing), WORD_DTYPE)
-    words["page"], words["vaddr"] = _at(vaddrs, differing)
-    words["slot"], words["size"] = -1, _WORD
-    words["live"] = live.view(np.uint64).reshape(-1)[differing]
-    words["file"] = expected.view(np.uint64).reshape(-1)[differing]
+    words["page"], words["vaddr"] = _at(word, vaddrs, differing)
+    words["slot"], words["size"] = -1, word
+    words["live"] = live.view(f"u{word}").reshape(-1)[differing]
+    words["file"] = expected.view(f"u{word}").reshape(-1)[differing]
     return words
 
 
@@ -288,7 +292,7 @@ def _judged(
     """The cause of every slot that holds ``values``: 0 where it is still as in the file."""
     cause = np.full(len(values), _RELOCATION, np.uint8)
     changed = _LOADER if facts.is_dynamic_loader else _OVERWRITTEN
-    plain, right = layout.relative, layout.relative_addend + bias
+    plain, right = layout.relative, (layout.relative_addend + bias) & layout.word_mask
     right_there = values[plain] == right
     relocated = relocated or bool((right_there & (right != layout.file[plain])).any())
     wrong = plain[~right_there]
@@ -297,7 +301,9 @@ def _judged(
     same = live == file
     good, hidden = _verified(layout, space, bias, live, same)
     if relocated:  # no definition is at 0, where ld.so would leave a slot
-        cleared = layout.symbolic.rows[~layout.symbolic.is_offset & (file[layout.symbolic.rows] == 0)]
+        symbolic = layout.symbolic
+        none = (symbolic.file == 0) | (symbolic.file == symbolic.addend & symbolic.mask)
+        cleared = symbolic.rows[~symbolic.is_offset & none]
         same[cleared] = False
     # What counts most comes last.
     verdict = np.full(len(live), changed, np.uint8)
@@ -315,16 +321,17 @@ def _verified(
     """Which of the other slots hold what their relocation computes; which nobody can tell about."""
     good, hidden = np.zeros((2, len(live)), np.bool_)
     if len(layout.uneven):
-        good[layout.uneven] = live[layout.uneven] == bias + layout.uneven_addend
+        good[layout.uneven] = live[layout.uneven] == (bias + layout.uneven_addend) & layout.uneven_mask
     if len(layout.anything):
         good[layout.anything] = ~same[layout.anything]
     if len(layout.thread):
-        offsets = live[layout.thread].view(np.int64)
+        offsets = (live[layout.thread] << layout.unused).view(np.int64)
         good[layout.thread] = offsets < 0 if layout.thread_below else offsets > 0
     if len(layout.module):
         good[layout.module] = (live[layout.module] > 0) & (live[layout.module] < _MOST_MODULES)
     if len(layout.code):
-        good[layout.code] |= space.in_code(live[layout.code])
+        # A resolver may return none, as that of glibc that only looks at the processor's caches.
+        good[layout.code] |= space.in_code(live[layout.code]) | (live[layout.code] == 0) & ~same[layout.code]
     rows = layout.symbolic.rows
     if len(rows):
         good[rows], hidden[rows] = _bound(layout.symbolic, space, bias, live[rows])
@@ -342,17 +349,19 @@ def _bound(
     value = space.meant(value)
     if slots.names is None:
         return hidden, ~hidden
-    good = slots.local & (value == bias + slots.own)
-    good |= slots.offset & (value == slots.own)
-    good |= slots.weak & (value == slots.addend)
-    good |= (slots.file != 0) & (value == bias + slots.file)  # its own PLT entry: not bound yet
+    good = slots.local & (value == (bias + slots.own) & slots.mask)
+    good |= slots.offset & (value == slots.own & slots.mask)
+    good |= slots.weak & (value == slots.addend & slots.mask)
+    good |= slots.call & (slots.file != 0) & (value == (bias + slots.file) & slots.mask)  # not bound yet
     good |= space.as_known(slots, value)
     rows = np.flatnonzero(~good & ~slots.offset)
     if len(rows):
-        target = value[rows] - slots.addend[rows]
+        target = value[rows] - slots.addend[rows] & slots.mask[rows]
         good[rows], hidden[rows], where = space.defines(slots.names[rows], target, value[rows])
         space.remember(slots, rows[good[rows]], target[good[rows]], where[good[rows]])
     rows = np.flatnonzero(~good & slots.offset)
     if len(rows):
-        good[rows], hidden[rows] = space.in_block(slots.names[rows], value[rows] - slots.addend[rows])
+        good[rows], hidden[rows] = space.in_block(
+            slots.names[rows], value[rows] - slots.addend[rows] & slots.mask[rows]
+        )
     return good, hidden

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symbols import SHN_UNDEF, STB_WEAK, STT_GNU_IFUNC, STT_TLS
 from miniloader.elf.tables import Table
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.slots import (
     ARGUMENT,
     COPY,
@@ -26,14 +27,13 @@ from miniloader.evidence.slots import (
     RELATIVE,
     SYMBOL,
     THREAD_OFFSET,
-    FileFacts,
 )
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.machine.relocation import BELOW_THREAD_POINTER
 
 __all__ = ["Layout", "Layouts", "Symbolic"]
 
-_WORD: Final = 8
+_OCTETS: Final = 8  # of the largest value
 _MOST_KEPT: Final = 4  # sets of pages for each file
 
 
@@ -46,7 +46,9 @@ class Layout:
 
     ``relative`` are the slots (indices) that take the bias + ``relative_addend``, ``other`` all the rest.  Of
     those (indices into ``other``) ``uneven`` do the same but are not aligned words, ``anything`` may take
-    any value, ``code`` an address in code.  The rest are what their names say.
+    any value, ``code`` an address in code.  The rest are what their names say.  Values are counted modulo
+    ``mask`` + 1: as many bytes as a slot has; ``word_mask`` is that of a whole word,
+    which leaves so many bits of the value ``unused``.
     """
 
     def __init__(
@@ -69,9 +71,13 @@ class Layout:
         self._offset = (self.vaddr - vaddrs[self.page]).astype(np.int64)
         # What goes over the end of its page is judged there by its first bytes only.
         self.size = np.minimum(slots["size"], PAGE_SIZE - self._offset)
-        self._odd = (self._offset % _WORD != 0) | (self.size != _WORD)
+        self._odd = (self._offset % facts.word != 0) | (self.size != facts.word)
         self._any_odd = bool(self._odd.any())
-        self._word = self.page.astype(np.int64) * (PAGE_SIZE // _WORD) + self._offset // _WORD
+        self._dtype = f"u{facts.word}"
+        self._word = self.page.astype(np.int64) * (PAGE_SIZE // facts.word) + self._offset // facts.word
+        self.unused = np.uint64(8 * (_OCTETS - facts.word))
+        self.word_mask = np.uint64(2**64 - 1) >> self.unused
+        self.mask = np.uint64(2**64 - 1) >> ((_OCTETS - self.size) * 8).astype(np.uint64)
         self.file = self.values(self.expected)
         plain = (slots["what"] == RELATIVE) & ~self._odd
         self.relative, self.other = np.flatnonzero(plain), np.flatnonzero(~plain)
@@ -80,10 +86,11 @@ class Layout:
 
     def _sort(self, facts: FileFacts, slots: Table) -> None:
         """Tell the other slots apart by how they are judged."""
-        kind, short = slots["what"], self.size[self.other] < _WORD
+        kind, short = slots["what"], self.size[self.other] < facts.word
         symbolic = np.isin(kind, (SYMBOL, MODULE_OFFSET))
         self.uneven = np.flatnonzero(kind == RELATIVE)
         self.uneven_addend = slots["addend"].view(np.uint64)[self.uneven]
+        self.uneven_mask = self.mask[self.other[self.uneven]]
         self.anything = np.flatnonzero(
             np.isin(kind, (OTHER, COPY, ARGUMENT)) | (short & ~np.isin(kind, (RELATIVE, LOADER)) & ~symbolic)
         )
@@ -92,14 +99,17 @@ class Layout:
         self.module = np.flatnonzero((kind == MODULE) & ~short)
         self.code = np.flatnonzero(np.isin(kind, (INDIRECT, DESCRIPTOR)))
         self.loader = np.flatnonzero(kind == LOADER)
-        self.symbolic = _symbolic(facts, slots, np.flatnonzero(symbolic), self.file[self.other])
+        rows = np.flatnonzero(symbolic)
+        self.symbolic = _symbolic(
+            facts, slots[rows], rows, self.file[self.other[rows]], self.mask[self.other[rows]]
+        )
 
     def values(self, pages: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """The value that ``pages`` have at every slot."""
         if not self._any_odd:
-            return np.asarray(pages.view(np.uint64).reshape(-1)[self._word])
-        values = np.zeros((len(self.page), _WORD), np.uint8)
-        for octet in range(_WORD):
+            return np.asarray(pages.view(self._dtype).reshape(-1)[self._word], np.uint64)
+        values = np.zeros((len(self.page), _OCTETS), np.uint8)
+        for octet in range(_OCTETS):
             has = self.size > octet
             values[has, octet] = pages[self.page[has], self._offset[has] + octet]
         return values.view(np.uint64)[:, 0]
@@ -107,9 +117,9 @@ class Layout:
     def undo(self, pages: NDArray[np.uint8]) -> None:
         """Put into ``pages`` what is expected at every slot."""
         if not self._any_odd:
-            pages.view(np.uint64).reshape(-1)[self._word] = self.file
+            pages.view(self._dtype).reshape(-1)[self._word] = self.file
             return
-        for octet in range(_WORD):
+        for octet in range(_OCTETS):
             has = self.size > octet
             at = self.page[has], self._offset[has] + octet
             pages[at] = self.expected[at]
@@ -119,9 +129,10 @@ class Layout:
 class Symbolic:
     """The slots that hold a symbol's address, or (``offset``) its offset in a module's block.
 
-    ``rows`` are indices into ``Layout.other``.
+    ``rows`` are indices into ``Layout.other``, ``mask`` says how long each is (:class:`Layout`).
     ``names`` are None where the symbols cannot be read, or make no sense.  ``own`` is the file's own value of
-    the symbol + addend; ``local``: which bind to it for certain, ``weak``: to nothing, if need be.
+    the symbol + addend; ``local``: which bind to it for certain, ``weak``: to nothing, if need be;
+    ``call``: which lead to their own PLT entry, at first.
     A definition once found is one in all processes: the file ``targets[target]`` (-1: none) has what the slot
     wants at ``target_vaddr``, the addend added.
     """
@@ -129,11 +140,13 @@ class Symbolic:
     rows: NDArray[np.intp]
     addend: NDArray[np.uint64]
     file: NDArray[np.uint64]
+    mask: NDArray[np.uint64]
     names: NDArray[np.uint64] | None = None
     own: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     local: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     offset: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     weak: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+    call: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
     target: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     target_vaddr: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     targets: list[FileFacts] = field(default_factory=list)
@@ -144,9 +157,14 @@ class Symbolic:
         return self.offset if self.names is not None else np.ones(len(self.rows), np.bool_)
 
 
-def _symbolic(facts: FileFacts, slots: Table, rows: NDArray[np.intp], file: NDArray[np.uint64]) -> Symbolic:
-    chosen = slots[rows]
-    symbolic = Symbolic(rows, chosen["addend"].view(np.uint64).copy(), file[rows])
+def _symbolic(
+    facts: FileFacts,
+    chosen: Table,
+    rows: NDArray[np.intp],
+    file: NDArray[np.uint64],
+    mask: NDArray[np.uint64],
+) -> Symbolic:
+    symbolic = Symbolic(rows, chosen["addend"].astype(np.uint64), file, mask)
     table, symbol = facts.symbols, chosen["symbol"]
     if table is None or (symbol >= len(table)).any():
         return symbolic
@@ -155,6 +173,7 @@ def _symbolic(facts: FileFacts, slots: Table, rows: NDArray[np.intp], file: NDAr
     symbolic.own = table.rows["value"][symbol].astype(np.uint64) + symbolic.addend
     symbolic.offset = chosen["what"] == MODULE_OFFSET
     symbolic.local = ~undefined & (kind != STT_GNU_IFUNC) & (kind != STT_TLS)
+    symbolic.call = np.isin(chosen["kind"], facts.call_kinds)
     symbolic.weak = undefined & (table.bind[symbol] == STB_WEAK)
     symbolic.target, symbolic.target_vaddr = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint64)
     return symbolic

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.layout import Symbolic
-from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.frames import distinct
 from miniloader.values import dataclass
 
@@ -155,7 +155,8 @@ class Space:
         shifts = [*(self._shifts.get(facts) for facts in slots.targets), None]  # the last is for -1
         shift = np.array([shift or 0 for shift in shifts], np.uint64)
         mapped = np.array([shift is not None for shift in shifts])
-        return np.asarray(mapped[slots.target] & (values == shift[slots.target] + slots.target_vaddr))
+        target = (shift[slots.target] + slots.target_vaddr) & slots.mask
+        return np.asarray(mapped[slots.target] & (values == target))
 
 
 def _inside(values: NDArray[np.uint64], spans: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from miniloader.values import dataclass
 
-__all__ = ["BELOW_THREAD_POINTER", "KINDS", "RESERVED_SLOTS", "Formula", "Kind", "code_of"]
+__all__ = ["BELOW_THREAD_POINTER", "KINDS", "RESERVED_SLOTS", "Formula", "Kind", "code_of", "word_of"]
 
 Formula = Literal[
     "none",  # nothing is written
@@ -68,6 +68,22 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
         37: Kind("R_X86_64_IRELATIVE", "indirect"),
         38: Kind("R_X86_64_RELATIVE64", "B + A"),
     },
+    # System V ABI, Intel386 supplement; "ELF Handling For Thread-Local Storage".  Addends lie in the words.
+    "386": {
+        0: Kind("R_386_NONE", "none", 0),
+        1: Kind("R_386_32", "S + A", 4),
+        2: Kind("R_386_PC32", "S + A - P", 4),
+        5: Kind("R_386_COPY", "copy", 4),
+        6: Kind("R_386_GLOB_DAT", "S", 4),
+        7: Kind("R_386_JUMP_SLOT", "S", 4, call=True),
+        8: Kind("R_386_RELATIVE", "B + A", 4),
+        14: Kind("R_386_TLS_TPOFF", "thread offset", 4),
+        35: Kind("R_386_TLS_DTPMOD32", "module", 4),
+        36: Kind("R_386_TLS_DTPOFF32", "module offset", 4),
+        38: Kind("R_386_SIZE32", "Z + A", 4),
+        41: Kind("R_386_TLS_DESC", "descriptor", 8),
+        42: Kind("R_386_IRELATIVE", "indirect", 4),
+    },
     # ELF for the Arm 64-bit Architecture, "Dynamic relocations" and "Static data relocations".
     "AARCH64": {
         0: Kind("R_AARCH64_NONE", "none", 0),
@@ -103,14 +119,14 @@ KINDS: Final[dict[str, dict[int, Kind]]] = {
 }
 """By machine (``image.header.machine``) and ``ELF64_R_TYPE``.
 
-Of a 64-bit machine that is here an audit knows what relocation wrote; where libraries are loaded is said in
+Of a machine that is here an audit knows what relocation wrote; where libraries are loaded is said in
 :mod:`miniloader.native.gate`.
 """
 
 RESERVED_SLOTS: Final = {"RISCV": 2}
 """How many words at the beginning of ``DT_PLTGOT`` are the dynamic linker's own, where it is not three."""
 
-BELOW_THREAD_POINTER: Final = frozenset({"X86_64"})
+BELOW_THREAD_POINTER: Final = frozenset({"X86_64", "386"})
 """The machines whose static thread-local blocks lie below the thread pointer: TLS variant II.
 
 On the others they lie above it: "ELF Handling For Thread-Local Storage", section 3.
@@ -124,3 +140,13 @@ def code_of(machine: str, formula: Formula) -> int:
     (18, 1030)
     """
     return next(code for code, kind in KINDS[machine].items() if kind.formula == formula and kind.size >= 8)
+
+
+def word_of(machine: str) -> int:
+    """Bytes of a word that relocation fills with an address on ``machine``; 0 where its kinds are not known.
+
+    >>> word_of("X86_64"), word_of("386"), word_of("SPARC")
+    (8, 4, 0)
+    """
+    kinds = KINDS.get(machine, {}).values()
+    return next((kind.size for kind in kinds if kind.formula == "B + A"), 0)

@@ -15,8 +15,8 @@ from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STT_TLS
 from miniloader.elf.tables import Table
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
 from miniloader.evidence.cause import WORD_DTYPE, Cause, bit, cause_names, classify
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
-from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take
 from miniloader.evidence.space import Space
 from miniloader.forking import cached_property

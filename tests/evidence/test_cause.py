@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.evidence.cause import CAUSES, Classified, bit, cause_names, classify
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
-from miniloader.evidence.slots import FileFacts
 from miniloader.evidence.space import Placed, Space
 from miniloader.kernel.syscalls import PAGE_SIZE
 

@@ -8,9 +8,9 @@ import numpy as np
 
 import miniloader
 from miniloader.elf import Source
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.layout import Layouts
 from miniloader.evidence.name_numbers import NameNumbers
-from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.syscalls import PAGE_SIZE
 
 

@@ -14,8 +14,9 @@ from fixtures import build
 from miniloader.elf import Source, read_image
 from miniloader.elf.dynamic import DT_PLTGOT, DT_SYMTAB
 from miniloader.elf.relocations import kind_name
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
-from miniloader.evidence.slots import ARGUMENT, COPY, LOADER, FileFacts
+from miniloader.evidence.slots import ARGUMENT, COPY, LOADER
 from miniloader.machine.relocation import KINDS
 
 COMMITTED = sorted({*build.ROOT.glob("miniloader/**/*.so"), *build.ROOT.glob("fixtures/prebuilt/*.so")})

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from miniloader.elf import LoadPlan
-from miniloader.evidence.slots import FileFacts
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.kernel.maps import Vma
 from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
 

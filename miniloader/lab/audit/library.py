@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from miniloader.elf.header import Segment
 from miniloader.evidence.cause import bit, cause_names
-from miniloader.evidence.slots import LOADER, FileFacts
+from miniloader.evidence.file_facts import FileFacts
+from miniloader.evidence.slots import LOADER
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE

@@ -15,7 +15,8 @@ from miniloader.elf import ElfImage
 from miniloader.elf.symbols import SHN_UNDEF, STB_LOCAL, STT_FUNC, SymbolTable
 from miniloader.elf.tables import RELOCATION
 from miniloader.errors import ElfError
-from miniloader.evidence.slots import COPY, INDIRECT, LOADER, RELATIVE, SLOT_DTYPE, FileFacts
+from miniloader.evidence.file_facts import FileFacts
+from miniloader.evidence.slots import COPY, INDIRECT, LOADER, RELATIVE, SLOT_DTYPE
 from miniloader.evidence.space import Placed, Space
 from miniloader.forking import cached_property
 from miniloader.kernel.frames import distinct
@@ -31,7 +32,6 @@ from miniloader.machine.relocation import KINDS
 
 __all__ = ["LinkedImage", "LinkedProcess"]
 
-_WORD: Final = 8
 _PAGE_MASK: Final = np.uint64(PAGE_SIZE - 1)
 _MOST_ENTRIES: Final = 256  # of the program's dynamic section that are looked at
 _HIDDEN_VISIBILITIES: Final = (1, 2)  # internal, hidden (gABI 4, st_other)
@@ -163,11 +163,13 @@ class LinkedProcess:
     def slot_words(self, image: LinkedImage) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """What each of the references of ``image`` holds, and which could be read."""
         addresses, inside = image.addresses_of(image.references)
-        values, done = self.words(addresses)
+        values, done = self.words(addresses, image.facts.word)
         return values, done & inside
 
-    def words(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """The word at each address, and whether it was read: from pages in memory that are not the file's."""
+    def words(self, addresses: NDArray[np.uint64], size: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        """The word of ``size`` bytes at each address, and whether it was read: from pages in memory that are
+        not the file's.
+        """
         values, done = np.zeros(len(addresses), np.uint64), np.zeros(len(addresses), np.bool_)
         wanted = distinct(addresses & ~_PAGE_MASK)
         pages = wanted[self._copied(wanted)]
@@ -176,9 +178,9 @@ class LinkedProcess:
         data, read = self._memory.pages(pages)
         at = np.minimum(np.searchsorted(pages, addresses & ~_PAGE_MASK), len(pages) - 1)
         offset = (addresses & _PAGE_MASK).astype(np.intp)
-        done = (pages[at] == addresses & ~_PAGE_MASK) & read[at] & (offset <= PAGE_SIZE - _WORD)
-        octets = data[at[done, np.newaxis], offset[done, np.newaxis] + np.arange(_WORD)]
-        values[done] = octets.view(np.uint64)[:, 0]
+        done = (pages[at] == addresses & ~_PAGE_MASK) & read[at] & (offset <= PAGE_SIZE - size)
+        octets = data[at[done, np.newaxis], offset[done, np.newaxis] + np.arange(size)]
+        values[done] = octets.view(f"u{size}")[:, 0]
         return values, done
 
     def _copied(self, pages: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -196,7 +198,7 @@ class LinkedProcess:
     def _in_order(self, images: Sequence[LinkedImage]) -> list[LinkedImage]:
         """The images as ld.so has loaded them, then those that it has not."""
         for program in images:
-            order = loaded_order(self.words, program.dynamic, _MOST_ENTRIES)
+            order = loaded_order(self.words, program.dynamic, _MOST_ENTRIES, program.facts.word)
             if order:
                 places = {dynamic: place for place, dynamic in enumerate(order)}
                 return sorted(images, key=lambda image: places.get(image.dynamic, len(places)))

@@ -58,7 +58,6 @@ _BOUND, _PREEMPTED, _CHOSEN, _ENTRY, _COPY, _COPIED, _OFFSET, _LAZY, _STAND_IN, 
     _NOBODY, _UNREAD = range(len(STATES))  # fmt: skip
 _NAMES: Final = tuple(STATES)
 _BY_LOOK_UP: Final = (_COPIED, _OFFSET, _OVERWRITTEN)
-_WORD: Final = 8
 _PAGE_MASK: Final = np.uint64(PAGE_SIZE - 1)
 
 
@@ -279,16 +278,17 @@ def _words_of_file(
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """The words that the file has at these vaddrs, and which of them are in the file."""
     expected, is_there = np.zeros(len(vaddrs), np.uint64), np.zeros(len(vaddrs), np.bool_)
+    word = image.facts.word
     for load in image.image.loads:
-        inside = (vaddrs >= load.vaddr) & (vaddrs + np.uint64(_WORD) <= load.file_end)
+        inside = (vaddrs >= load.vaddr) & (vaddrs + np.uint64(word) <= load.file_end)
         offsets = vaddrs[inside] - np.uint64(load.vaddr) + np.uint64(load.file_offset)
         at = (offsets & _PAGE_MASK).astype(np.intp)
-        whole = at <= PAGE_SIZE - _WORD
+        whole = at <= PAGE_SIZE - word
         try:
             pages = image.facts.pages(offsets[whole] & ~_PAGE_MASK)
         except ElfError:
             continue
         places = np.flatnonzero(inside)[whole]
-        octets = np.take_along_axis(pages, at[whole, np.newaxis] + np.arange(_WORD), axis=1)
-        expected[places], is_there[places] = octets.copy().view(np.uint64)[:, 0], True
+        octets = np.take_along_axis(pages, at[whole, np.newaxis] + np.arange(word), axis=1)
+        expected[places], is_there[places] = octets.copy().view(f"u{word}")[:, 0], True
     return expected, is_there

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
-from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.mounts import ServedMounts, mount_of
 from miniloader.kernel.procfs import process_file

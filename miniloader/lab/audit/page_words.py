@@ -10,7 +10,8 @@ import numpy as np
 
 from miniloader.errors import UsageError
 from miniloader.evidence.cause import Cause, cause_names, classify
-from miniloader.evidence.slots import RELATIVE, SYMBOL, FileFacts
+from miniloader.evidence.file_facts import FileFacts
+from miniloader.evidence.slots import RELATIVE, SYMBOL
 from miniloader.evidence.space import Space
 from miniloader.json_schema import COUNT, HEX, INT, TEXT, array, keys, nullable, record, words
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
@@ -153,7 +154,11 @@ def _word(facts: FileFacts, space: Space, base: int, row: np.void) -> PageWord:
     put = base if slot is not None and slot["what"] == RELATIVE else None
     if slot is not None and slot["what"] == SYMBOL and slot["symbol"] < len(facts.name_numbers):
         put = space.address_of(int(facts.name_numbers[slot["symbol"]]))
-    old = int(row["file"]) if slot is None or put is None else (put + int(slot["addend"])) % 2**64
+    old = (
+        int(row["file"])
+        if slot is None or put is None
+        else (put + int(slot["addend"])) % 2 ** (8 * int(row["size"]))
+    )
     return PageWord(
         vaddr=int(row["vaddr"]),
         size=int(row["size"]),

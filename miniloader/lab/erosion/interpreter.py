@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from miniloader.errors import ElfError
-from miniloader.evidence.slots import FileFacts
+from miniloader.evidence.file_facts import FileFacts
 
 __all__ = ["FIRST", "LAST", "Interpreter", "interpreter_in"]
 
@@ -43,10 +43,11 @@ class Interpreter(NamedTuple):
 def interpreter_in(files: Iterable[tuple[str, int, FileFacts | None]]) -> Interpreter | None:
     """The CPython among ``files``, each a path, a load bias and what the file says; None where there is none.
 
-    Only files that are called after it are looked into: a program, a library, a plugin of a server.
+    Only files that are called after it are looked into: a program, a library, a plugin of a server.  The
+    objects that are read are of 64 bits, so those of 32 are left alone.
     """
     for path, bias, facts in files:
-        if facts is not None and "python" in path.rpartition("/")[2].lower():
+        if facts is not None and facts.word == _WORD and "python" in path.rpartition("/")[2].lower():
             interpreter = _interpreter(facts, bias)
             if interpreter is not None:
                 return interpreter

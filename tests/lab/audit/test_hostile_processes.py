@@ -19,8 +19,8 @@ from miniloader.elf import Source
 from miniloader.elf.image import read_image
 from miniloader.elf.layout import PHDR
 from miniloader.elf.writer import elf_header
+from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
-from miniloader.evidence.slots import FileFacts
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit import arrangement
