@@ -42,6 +42,7 @@ __all__ = [
     "mprotect",
     "msync",
     "munmap",
+    "open_events",
     "open_process",
     "prctl",
     "take_descriptor",
@@ -108,6 +109,16 @@ _USERFAULTFD: Final = {
     "s390x": 355,
 }
 
+_PERF_EVENT_OPEN: Final = {
+    "x86_64": 298,
+    "aarch64": 241,
+    "riscv64": 241,
+    "loongarch64": 241,
+    "ppc64le": 319,
+    "ppc64": 319,
+    "s390x": 331,
+}
+
 _PIDFD_OPEN: Final = 434  # on every machine
 _PIDFD_GETFD: Final = 438
 
@@ -122,6 +133,7 @@ _KCMP: Final = {
     "s390x": 343,
 }
 _KCMP_VM: Final = 1
+_CLOSED_ON_EXEC: Final = 8  # PERF_FLAG_FD_CLOEXEC
 
 _LIBC: Final[dict[str, Callable[..., Any]]] = {name: _declare(name) for name in _SIGNATURES}
 
@@ -209,6 +221,25 @@ def userfaultfd(flags: int) -> int:
     result = int(_LIBC["syscall"](number, flags))
     if result < 0:
         raise _failed("userfaultfd")
+    return result
+
+
+def open_events(attributes: bytes, thread: int, cpu: int) -> int:
+    """perf_event_open(2): a descriptor of the events of a thread on a processor, closed on exec.
+
+    ``attributes`` is a ``struct perf_event_attr``.  ENOSYS where this machine's call number is not known.
+    """
+    number = _PERF_EVENT_OPEN.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"perf_event_open: no call number known for {os.uname().machine}")
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    result = int(
+        _LIBC["syscall"](
+            number, ctypes.addressof(buffer), _long(thread), _long(cpu), _long(-1), _long(_CLOSED_ON_EXEC)
+        )
+    )
+    if result < 0:
+        raise _failed("perf_event_open")
     return result
 
 

@@ -12,6 +12,7 @@ from miniloader.errors import EvidenceError, MiniloaderError, UsageError
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.syscalls import take_descriptor
 from miniloader.lab.erosion.writers import FirstWriters, FirstWrites, explain
+from miniloader.lab.erosion.writers_by_faults import WritersByFaults
 from miniloader.lab.workers.crew import Crew, Reply, Worker
 from miniloader.loader.surroundings import find_path
 from miniloader.testing.snapshots import MemorySnapshot, address_of, snapshot
@@ -123,22 +124,39 @@ class Workers:
 
         What is written to, a reference count, a collector's word or anything else, is told by what lies there
         in the process that has forked it, and the function by symbols.  Each writer is held up for a moment
-        (userfaultfd(2)): less than a millisecond a page.  Raises EvidenceError where the
-        kernel does not allow that (``CAP_SYS_PTRACE``).
+        (userfaultfd(2), which takes ``CAP_SYS_PTRACE``): less than a millisecond a page.  Where the kernel
+        does not allow that, first writes to pages that are shared with relatives are told all the same, by
+        page faults (perf_event_open(2)); what is not seen then is in ``unseen`` of the answer.  Raises
+        EvidenceError where neither is allowed.
         """
         __tracebackhide__ = True
         answers = []
         for worker in self:
             (pid,), (member,) = worker.pids, worker._members
-            (reply,) = worker._ask("first writes", "trap", {})
             try:
-                with FirstWriters(pid, _taken(pid, reply["descriptor"])) as writers:
+                with worker._watcher(pid) as writers:
                     worker.call(function, *arguments)
             finally:
                 worker._ask("first writes", "untrap", {})
             parents = (member.worker.pid, *member.route)[:-1]
-            answers.append(explain(pid, writers.writes, parents[-1] if parents else None))
+            answers.append(explain(pid, writers.writes, parents[-1] if parents else None, writers.unseen))
         return answers
+
+    def _watcher(self, pid: int) -> FirstWriters | WritersByFaults:
+        """What sees who writes in this worker: the best that the kernel allows."""
+        try:
+            (reply,) = self._ask("first writes", "trap", {})
+            return FirstWriters(pid, _taken(pid, reply["descriptor"]))
+        except EvidenceError as refused:
+            held_up = refused.message
+        try:
+            return WritersByFaults(pid)
+        except EvidenceError as refused:
+            raise EvidenceError(
+                f"who writes first is unknown here: {held_up}; {refused.message}",
+                hint="it takes CAP_SYS_PTRACE, or kernel.perf_event_paranoid 2 (by mprotect(2) system calls "
+                "of the worker would fail: EFAULT)",
+            ) from None
 
     def snapshot(
         self, step: str = "", *, library: str | None = None, level: LevelName | None = None

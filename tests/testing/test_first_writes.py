@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from miniloader.errors import EvidenceError
-from miniloader.kernel import syscalls
+from miniloader.kernel import page_faults, syscalls
+from miniloader.kernel.page_faults import FaultLog
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.erosion.writers import FirstWrites
-from miniloader.testing import StartCrew, Workers
+from miniloader.lab.erosion.writers import FirstWrites, explain
+from miniloader.lab.erosion.writers_by_faults import WritersByFaults
+from miniloader.testing import StartCrew, Workers, workers
+from tests.conftest import AsNobody
 
 _SHOP = """
 import ctypes, gc, mmap
@@ -39,12 +45,32 @@ def read_a_file():
 """
 
 
-@pytest.fixture
-def server(crew: StartCrew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workers:
+def _refused(*_: object) -> int:
+    raise PermissionError(errno.EPERM, "refused")
+
+
+def _skip_without_faults() -> bool:
+    """Whether page faults of the kernel's own are told; skips the test where those of programs are not."""
     try:
-        os.close(syscalls.userfaultfd(os.O_CLOEXEC))
-    except OSError:
-        pytest.skip("needs root: userfaultfd for writes of the kernel's, too")
+        with FaultLog(os.getpid()) as log:
+            return log.sees_kernel
+    except EvidenceError:
+        pytest.skip("this kernel lacks page faults by perf_event_open(2) for this user")
+
+
+@pytest.fixture(params=["userfaultfd", "page faults"])
+def server(
+    request: pytest.FixtureRequest, crew: StartCrew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Workers:
+    """A crew whose writers are held up, and one whose are not."""
+    if request.param == "page faults":
+        _skip_without_faults()
+        monkeypatch.setattr(workers, "take_descriptor", _refused)
+    else:
+        try:
+            os.close(syscalls.userfaultfd(os.O_CLOEXEC))
+        except OSError:
+            pytest.skip("needs root: userfaultfd for writes of the kernel's, too")
     (tmp_path / "written_shop.py").write_text(_SHOP)
     monkeypatch.syspath_prepend(tmp_path)
     return crew(1, module="written_shop")
@@ -87,8 +113,12 @@ def test_functions_and_the_kernel(server: Workers) -> None:
     (start,) = server.call("place")
     (writes,) = server.fork(1).first_writes("read_a_file")
     kernel = [write for write in writes.writes if start <= write.address < start + PAGE_SIZE]
-    assert [write.instruction for write in kernel] == [0]
-    assert writes.functions["the kernel"] >= 1
+    if writes.unseen:
+        assert writes.unseen.startswith("what the kernel writes to in system calls")
+        assert not kernel
+    else:
+        assert [write.instruction for write in kernel] == [0]
+        assert writes.functions["the kernel"] >= 1
     (reads,) = server.fork(1).first_writes("collect")
     assert sum(reads.functions.values()) == len(reads.writes) == len(reads.causes)
     assert all(name == name.strip() for name in reads.functions)
@@ -104,8 +134,68 @@ def test_the_worker_goes_on(server: Workers) -> None:
     assert worker.call("place")
 
 
-def test_what_is_not_to_be_had() -> None:
-    from miniloader.testing.workers import _taken
+def _of_ordinary_user() -> tuple[set[int], str]:
+    """Where a child writes to its parent's array, counted from that, and what is not seen."""
+    array = mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array.write(bytes([1]) * len(array))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(array))
+    (reading, asking), (hearing, answering) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(reading, 1)
+        for page in range(64):
+            array[page * PAGE_SIZE + 40] = 2
+        os.write(answering, b"x")
+        os.read(reading, 1)
+        os._exit(0)
+    with WritersByFaults(child) as writers:
+        os.write(asking, b"x")
+        os.read(hearing, 1)
+    found = explain(child, writers.writes, os.getpid(), writers.unseen)
+    os.write(asking, b"x")
+    os.waitpid(child, 0)
+    places = {write.address - start for write in found.writes if write.instruction}
+    return {place for place in places if 0 <= place < len(array)}, found.unseen
 
+
+def test_an_ordinary_user_is_told(as_nobody: AsNobody) -> None:
+    """By page faults, which nobody has to allow: of each page, to the byte; and what is not seen."""
+    sees_kernel = as_nobody(_skip_without_faults)
+    places, unseen = as_nobody(_of_ordinary_user)
+    assert places == {page * PAGE_SIZE + 40 for page in range(64)}
+    assert bool(unseen) is not sees_kernel
+    assert sees_kernel or unseen.startswith("what the kernel writes to in system calls")
+
+
+def test_what_is_said_where_nobody_tells(server: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is allowed, as in a container: one line says what was tried, and what it takes."""
+
+    def no_events(*_: object) -> int:
+        raise OSError(errno.EACCES, "perf_event_open: Permission denied (EACCES)")
+
+    monkeypatch.setattr(workers, "take_descriptor", _refused)
+    monkeypatch.setattr(page_faults.syscalls, "open_events", no_events)
+    worker = server.fork(1)
+    with pytest.raises(EvidenceError) as refused:
+        worker.first_writes("store", 0)
+    said = str(refused.value)
+    assert "who writes first is unknown here" in said
+    assert "userfaultfd is not to be had: refused" in said
+    assert "perf_event_open: Permission denied" in said
+    assert "EFAULT" in said
+    assert "\n" not in said
+    assert worker.call("place"), "and the worker goes on"
+
+
+def test_mprotect_would_break_a_worker() -> None:
+    """Why that is not what is done where neither is allowed: read(2) fails there, and asks no handler."""
+    array = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(array))
+    syscalls.mprotect(address, PAGE_SIZE, syscalls.PROT_READ)
+    with open("/proc/self/exe", "rb", buffering=0) as file, pytest.raises(OSError, match="Bad address"):
+        file.readinto(memoryview(array))
+
+
+def test_what_is_not_to_be_had() -> None:
     with pytest.raises(EvidenceError, match="not to be had"):
-        _taken(1 << 22, 0)
+        workers._taken(1 << 22, 0)

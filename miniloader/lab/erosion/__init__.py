@@ -11,5 +11,5 @@ Data moves down this list.  Nothing here stops a process, writes to it, or maps 
 - ``erode``: all of that for the processes of an audit; ``result`` has it as frozen values.
 - ``since``: what an earlier look proves.
 - ``advice``: what would save memory, and how much.
-- ``writers``: in workers of ours, who writes first to each page.
+- ``writers``, ``writers_by_faults``: in workers of ours, who writes first to each page.
 """

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from miniloader.elf.symtab import read_symtab
 from miniloader.errors import ElfError, EvidenceError
-from miniloader.kernel.maps import read_maps
+from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -35,7 +35,7 @@ from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.types import Types
 from miniloader.values import dataclass
 
-__all__ = ["FirstWrite", "FirstWriters", "FirstWrites", "explain"]
+__all__ = ["FirstWrite", "FirstWriters", "FirstWrites", "explain", "written_memory"]
 
 _TRIES: Final = 100
 _OF_KERNEL: Final = "the kernel"
@@ -53,27 +53,42 @@ class FirstWrites:
     """The first writes to pages of process ``pid``, by ascending address, each with its cause.
 
     ``functions`` has how many pages each function was the first to write to; "" is code without a symbol.
+    ``unseen`` says which writes are not among them, "" where all are.
     """
 
     pid: int
     writes: tuple[FirstWrite, ...]
     causes: tuple[ErosionCause, ...]
     functions: Mapping[str, int]
+    unseen: str = ""
 
     def pages(self, cause: ErosionCause) -> int:
         """How many pages were first written to for that cause."""
         return self.causes.count(cause)
 
 
+def written_memory(pid: int) -> list[Vma]:
+    """The private anonymous memory of ``pid`` that it may write to."""
+    return [
+        vma
+        for vma in read_maps(pid)
+        if not vma.inode
+        and not vma.shared
+        and vma.protection.startswith("rw")
+        and not vma.path.startswith("[v")
+    ]
+
+
 class FirstWriters:
     """Notes who writes first to each page of private anonymous memory of ``pid``, while the block runs.
 
     ``descriptor`` is a userfaultfd of that process.  A thread of this process lets each writer go on at once;
-    when the block ends, however it ends, all are let go.
+    when the block ends, however it ends, all are let go.  Where there is none, or none that watches writes:
+    :class:`miniloader.lab.erosion.writers_by_faults.WritersByFaults`.
     """
 
     def __init__(self, pid: int, descriptor: int) -> None:
-        self.pid, self.writes = pid, list[FirstWrite]()
+        self.pid, self.writes, self.unseen = pid, list[FirstWrite](), ""
         self._trap = WriteTrap(descriptor)
         self._stop, self._stopping = os.pipe()
         self._thread = threading.Thread(target=self._serve, name=f"first writers of {pid}", daemon=True)
@@ -82,12 +97,7 @@ class FirstWriters:
     def __enter__(self) -> Self:
         self._thread.start()
         try:
-            private = [
-                vma for vma in read_maps(self.pid)
-                if not vma.inode and not vma.shared and vma.protection.startswith("rw")
-                and not vma.path.startswith("[v")
-            ]  # fmt: skip
-            if not sum(self._trap.arm(vma.start, vma.end) for vma in private):
+            if not sum(self._trap.arm(vma.start, vma.end) for vma in written_memory(self.pid)):
                 raise EvidenceError(f"process {self.pid}: userfaultfd watches none of its memory")
         except BaseException:
             self._end()
@@ -136,7 +146,9 @@ class FirstWriters:
         return 0
 
 
-def explain(pid: int, writes: Sequence[FirstWrite], relative: int | None = None) -> FirstWrites:
+def explain(
+    pid: int, writes: Sequence[FirstWrite], relative: int | None = None, unseen: str = ""
+) -> FirstWrites:
     """The causes of first writes to pages of ``pid``, by what was there, and the functions that wrote.
 
     What was there is read from ``relative``, which has the pages as they were at the fork (None: from the
@@ -150,6 +162,7 @@ def explain(pid: int, writes: Sequence[FirstWrite], relative: int | None = None)
         writes=ordered,
         causes=tuple(_causes(relative or pid, addresses)),
         functions=Counter(_functions(pid, [write.instruction for write in ordered])),
+        unseen=unseen,
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from miniloader.errors import LoadError, SymbolError, UsageError, WorkerError
+from miniloader.errors import EvidenceError, LoadError, SymbolError, UsageError, WorkerError
 from miniloader.kernel import syscalls
 from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.worker import Commands, settle
@@ -122,12 +122,17 @@ class _Steps(Commands):
 
     def do_trap(self) -> dict[str, Any]:
         """Make a userfaultfd, by which somebody else will see who writes to the memory of this process."""
-        self._trap = syscalls.userfaultfd(os.O_CLOEXEC)
+        try:
+            self._trap = syscalls.userfaultfd(os.O_CLOEXEC)
+        except OSError as error:
+            raise EvidenceError(error.strerror or str(error)) from error
         return {"descriptor": self._trap}
 
     def do_untrap(self) -> dict[str, Any]:
-        """Close it."""
-        os.close(self._trap)
+        """Close it, if there is one."""
+        if self._trap >= 0:
+            os.close(self._trap)
+            self._trap = -1
         return {}
 
     def do_fork(self, children: int) -> dict[str, Any]:
