@@ -6,10 +6,8 @@ comes later.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any
 
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
@@ -31,13 +29,6 @@ from miniloader.values import dataclass
 __all__ = ["Graph", "Needed", "Resolution"]
 
 Needed = Loaded | HostLibrary
-#: What ld.so says of a file at which its search ends, by what :mod:`miniloader.loader.search` says.
-_IN_LD_SO: Final = {
-    "too short for an ELF file": "file too short",
-    "not an ELF file": "invalid ELF header",
-    "neither a library nor a program": "only ET_DYN and ET_EXEC can be loaded",
-    "not a regular file": "cannot read file data: Is a directory",
-}
 
 
 @dataclass(frozen=True)
@@ -246,21 +237,19 @@ class Graph:
             self.event("search", who, text, needed=name, **fields)
         if found.stopped:
             step = found.steps[-1]
-            ld_so = f"{step.path}: {_IN_LD_SO.get(step.outcome, step.outcome)}"
-            raise LoadError(f"{who}: needs {name}, and {step.path} is {step.outcome}", ld_so=ld_so)
+            raise LoadError(f"{who}: needs {name}, and {step.path} is {step.outcome}", ld_so=found.refusal)
         if found.path is None:
             with importing:
                 import shlex  # which few need
 
             places = len(found.steps)
-            reason = found.steps[-1].outcome if "/" in name and found.steps else os.strerror(errno.ENOENT)
             all_of_it = (
                 f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}" if self.new else None
             )
             raise LoadError(
                 f"{who}: needs {name}, which is in none of the {places} places searched",
                 hint=all_of_it,
-                ld_so=f"{name}: cannot open shared object file: {reason}",
+                ld_so=found.refusal,
             )
         return found.path
 

@@ -151,6 +151,22 @@ class Found:
     steps: tuple[Step, ...]
     stopped: bool = False
 
+    @property
+    def refusal(self) -> str:
+        """What dlerror(3) says of a search that found nothing.
+
+        >>> Found("libz.so", None, (Step("path", "./libz.so", "not an ELF file"),), stopped=True).refusal
+        './libz.so: invalid ELF header'
+        """
+        if self.stopped:
+            return f"{self.steps[-1].path}: {_STOPPING[self.steps[-1].outcome]}"
+        outcomes = [step.outcome for step in self.steps]
+        other_class = next((_WRONG_CLASS[each] for each in outcomes if each in _WRONG_CLASS), None)
+        if other_class is not None:
+            return f"{self.name}: wrong ELF class: {other_class}"
+        last = outcomes[-1] if outcomes and outcomes[-1] != _OTHER_MACHINE else os.strerror(errno.ENOENT)
+        return f"{self.name}: cannot open shared object file: {last}"
+
 
 # ------------------------------------------------------------------------------------- the description
 def places(name: str, asker: Asker | None, surroundings: Surroundings) -> Iterator[Place]:
@@ -293,12 +309,35 @@ _ABSENT: Final = (0, errno.ENOENT, errno.EACCES)
 _HEADER: Final = {32: 52, 64: 64}  # bytes of an ELF header
 _PROGRAM_HEADER: Final = {32: (42, 32), 64: (54, 56)}  # where e_phentsize is, and what it has to be
 _FOUND: Final = "found"
-_OTHER_CLASS: Final = "for another class of machine"
+#: What is passed over: by the class of the files that are wanted, and in ld.so's words the class it has.
+_OTHER_CLASS: Final = {64: "for a 32-bit machine", 32: "for a 64-bit machine"}
+_WRONG_CLASS: Final = {_OTHER_CLASS[64]: "ELFCLASS32", _OTHER_CLASS[32]: "ELFCLASS64"}
 _OTHER_MACHINE: Final = "for another machine"
-_SHORT, _NOT_ELF, _NO_FILE = "too short for an ELF file", "not an ELF file", "not a regular file"
-_NOT_VALID, _NO_LIBRARY = "an ELF header that is not valid", "neither a library nor a program"
-#: What ends a search: ld.so's open_verify() refuses such a file, and with it whatever needs it.
-_STOPPING: Final = frozenset({_SHORT, _NOT_ELF, _NO_FILE, _NOT_VALID, _NO_LIBRARY})
+_SHORT, _NOT_ELF, _NO_LIBRARY = (
+    "too short for an ELF file",
+    "not an ELF file",
+    "neither a library nor a program",
+)
+_DIRECTORY, _NO_FILE = "a directory", "not a regular file"
+_ORDER, _PADDED = "in another byte order", "of an unknown form: e_ident does not end in zeros"
+_ABI, _ABI_VERSION = "for another OS ABI", "for another version of the OS ABI"
+_IDENT_VERSION, _VERSION = "of an unknown version (EI_VERSION)", "of an unknown version (e_version)"
+_ENTRY_SIZE: Final = "of an unknown form: program headers of another size (e_phentsize)"
+#: What ends a search: open_verify() refuses such a file, and with it whatever needs it, in these words.
+_STOPPING: Final = {
+    _SHORT: "file too short",
+    _NOT_ELF: "invalid ELF header",
+    _DIRECTORY: "cannot read file data: Is a directory",
+    _NO_FILE: "file too short",
+    _ORDER: "ELF file data encoding not little-endian",
+    _IDENT_VERSION: "ELF file version ident does not match current one",
+    _ABI: "ELF file OS ABI invalid",
+    _ABI_VERSION: "ELF file ABI version invalid",
+    _PADDED: "nonzero padding in e_ident",
+    _VERSION: "ELF file version does not match current one",
+    _NO_LIBRARY: "only ET_DYN and ET_EXEC can be loaded",
+    _ENTRY_SIZE: "ELF file's phentsize not the expected size",
+}
 
 
 def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
@@ -306,7 +345,9 @@ def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
     try:
         fd = root.open(path)
     except NotRegularError as error:  # ld.so opens it, unless it is a socket, and cannot read it
-        return (os.strerror(errno.ENXIO), errno.ENXIO) if error.kind == "a socket" else (_NO_FILE, 0)
+        if error.kind == "a socket":
+            return os.strerror(errno.ENXIO), errno.ENXIO
+        return (_DIRECTORY if error.kind == _DIRECTORY else _NO_FILE), 0
     except OSError as error:
         return str(error.strerror), error.errno or errno.EINVAL
     except ValueError:  # a NUL in it
@@ -330,20 +371,20 @@ def _judge_header(head: bytes, machine: Machine | None) -> str:
     if machine is None:
         return _FOUND
     if head[4] != machine.elf_class // 32:
-        return _OTHER_CLASS
+        return _OTHER_CLASS[machine.elf_class]
     order: Literal["little", "big"] = "little" if machine.order == "<" else "big"
-    if head[5] != (1 if order == "little" else 2) or head[6] != 1 or any(head[9:16]):
-        return _NOT_VALID
-    if head[7] not in (0, 3) or (head[7] == 0 and head[8]):
-        return _NOT_VALID
-    kind, number, version = (
-        int.from_bytes(head[at : at + size], order) for at, size in ((16, 2), (18, 2), (20, 4))
-    )
-    if version != 1:
-        return _NOT_VALID
-    if number != machine.number:
-        return _OTHER_MACHINE
-    if kind not in (2, 3):  # ET_EXEC, ET_DYN
-        return _NO_LIBRARY
     place, size = _PROGRAM_HEADER[elf_class]
-    return _FOUND if int.from_bytes(head[place : place + 2], order) == size else _NOT_VALID
+    fields = ((16, 2), (18, 2), (20, 4), (place, 2))
+    kind, number, version, entry = (int.from_bytes(head[at : at + length], order) for at, length in fields)
+    tests = (
+        (head[5] != (1 if order == "little" else 2), _ORDER),
+        (head[6] != 1, _IDENT_VERSION),
+        (head[7] not in (0, 3), _ABI),
+        (head[7] == 0 and head[8] != 0, _ABI_VERSION),
+        (any(head[9:16]), _PADDED),
+        (version != 1, _VERSION),
+        (number != machine.number, _OTHER_MACHINE),
+        (kind not in (2, 3), _NO_LIBRARY),  # ET_EXEC, ET_DYN
+        (entry != size, _ENTRY_SIZE),
+    )
+    return next((outcome for is_so, outcome in tests if is_so), _FOUND)

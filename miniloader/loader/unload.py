@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import atexit
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 from miniloader.forking import loading
@@ -29,6 +30,7 @@ __all__ = [
     "present",
     "take_back",
     "unfinished",
+    "with_code",
 ]
 
 #: Held by whoever changes what this process has, or looks at it, and by whoever forks.
@@ -42,12 +44,18 @@ unfinished: Final[set[Loaded]] = set()
 global_scope: Final[list[Loaded]] = []
 _ended: Final[set[bool]] = set()  # not empty once exit(3) has what is left to be finalised
 _closed: Final[list[Loaded]] = []  # let go, and not looked at yet
+_leaving: Final[list[Loaded]] = []  # whose destructors run now, or have run: not unmapped yet
 _lingering: Final[list[Loaded]] = []  # closed, but with destructors that some thread has yet to run
 
 
 def find_present(is_it: Callable[[Loaded], bool]) -> Loaded | None:
     """The first library present for which ``is_it`` holds."""
     return next((library for library in present if is_it(library)), None)
+
+
+def with_code() -> Iterator[Loaded]:
+    """All whose code may run: what is present, begins, or goes."""
+    return chain(present, unfinished, _leaving, _lingering)
 
 
 def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
@@ -91,9 +99,12 @@ def _leave(closed: Loaded, caller: Loaded | None) -> None:
     for library in present:
         if library not in gone and not library.scope and any(root in gone for root in library.roots):
             library.scope = list(dict.fromkeys([library, *library.needs]))
+    _leaving.extend(gone)
+    known = set(present)
     for member in gone:
         _finalise(member)
-    _unmap(gone)
+    _leaving.clear()
+    _unmap(gone, known.issuperset(present))
 
 
 def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
@@ -143,12 +154,16 @@ def _add_what_they_use(libraries: list[Loaded]) -> None:
         libraries += (used for used in (*library.ours, *library.holds) if used not in libraries)
 
 
-def _unmap(gone: list[Loaded]) -> None:
-    """Unmap ``gone``, and what had to wait, but for what has to wait still."""
+def _unmap(gone: list[Loaded], is_all_known: bool = True) -> None:
+    """Unmap ``gone``, and what had to wait, but for what has to wait still.
+
+    Unless ``is_all_known``, their destructors have loaded others, which may need them.
+    """
+    users = present if _lingering or not is_all_known else ()
     gone += (library for library in _lingering if library not in gone)
     for library in gone:
         library.blocks.close()  # one carrier may be what another one waits for
-    waiting = [library for library in gone if not library.blocks.close()]
+    waiting = [*users, *(library for library in gone if not library.blocks.close())]
     _add_what_they_use(waiting)
     _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
     for library in present:  # who is gone is nobody's root, and its file is open no longer
@@ -162,12 +177,12 @@ def _in_destructor_order(closed: Loaded | None = None) -> list[Loaded]:
 
 
 def _finalise(library: Loaded) -> None:
-    """Run the destructors of ``library``, if it was initialised; nobody shares it from now on."""
-    present.remove(library)
+    """Run the destructors of ``library``, if it was initialised; nobody finds it from then on."""
     if library.initialised:
         library.initialised = False
         for address in library.destructors:
             constructors.run_destructor(address)
+    present.remove(library)
 
 
 @atexit.register

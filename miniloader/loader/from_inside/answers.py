@@ -15,6 +15,7 @@ from miniloader.loader.from_inside.for_host import open_for_host
 from miniloader.loader.from_inside.information import information
 from miniloader.loader.from_inside.opening import Load, close_library, open_library
 from miniloader.loader.from_inside.symbols import symbol
+from miniloader.loader.from_inside.words import words_of
 from miniloader.native import INSIDE, QuestionStructure
 
 __all__ = ["Watch", "answer", "watches"]
@@ -57,8 +58,7 @@ def answer(place: int, load: Load) -> int:
         try:
             result = function(question, caller)
         except MiniloaderError as error:
-            text = error.ld_so if error.ld_so is not None else str(error)
-            question.error = _strdup(text.encode("utf-8", "surrogateescape"))
+            question.error = _strdup(words_of(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error
             text = f"a fault of miniloader's own, {type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Final
 
 from miniloader.loader import unload
@@ -39,7 +38,7 @@ def caller_at(address: int) -> Caller:
     known = _that_stay.get(address)
     if known is not None:
         return known
-    for library in chain(unload.present, unload.unfinished):
+    for library in unload.with_code():
         memory = library.memory
         if memory is not None and memory.mapped and memory.start <= address < memory.end:
             return Caller(library.name, library, library.asker(), library.policy, library.tell)

@@ -25,6 +25,17 @@ Load = Callable[[Source, ElfImage | None, str, Policy, Asker | None, Graph], Loa
 """Loads a file: what is in it if known, the name it was asked for by, what is allowed, for whom it was found,
 and in which graph."""
 
+_SPROF: Final = 0x40000000  # __RTLD_SPROF: glibc's sprof(1) passes it
+#: All flags but those that dlopen(3) knows.
+_UNKNOWN: Final = ~(
+    os.RTLD_LAZY
+    | os.RTLD_NOW
+    | os.RTLD_NOLOAD
+    | os.RTLD_DEEPBIND
+    | os.RTLD_GLOBAL
+    | os.RTLD_NODELETE
+    | _SPROF
+)
 _load: Final[list[Load]] = []
 #: Whether any handle of ours has been given to the program, or to a library of ld.so's: then True is in it.
 handed_out: Final[set[bool]] = set()
@@ -40,6 +51,9 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     that it is not to be loaded.  :class:`LoadError` where it cannot be.
     """
     text = os.fsdecode(name)
+    if flags & _UNKNOWN:
+        text = "invalid mode parameter"
+        raise LoadError(f"{caller.name}: dlopen {text}: flags {flags:#x}", ld_so=text)
     if not flags & (os.RTLD_LAZY | os.RTLD_NOW):
         ld_so = f"{text}: invalid mode for dlopen(): Invalid argument"
         raise LoadError(f"{caller.name}: dlopen with flags {flags:#x}: neither lazy nor now", ld_so=ld_so)

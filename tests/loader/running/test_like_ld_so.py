@@ -311,3 +311,50 @@ for name in ("go", "ask_oldest", "ask_newer", "ask_newest"): print(call(handle, 
     theirs, ours = (told.splitlines() for told in by_both(program, tmp_path, **preload))
     assert ours[:3] == theirs[:3]
     assert (ours[0], ours[3]) == ("1007", "1")  # before glibc 2.36 ld.so gives the oldest for the newest
+
+
+OPENER: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <unistd.h>
+static void say(const char *word) { write(1, word, 2); }
+int answer(void) { return 6; }
+__attribute__((destructor)) static void end(void) {
+    void *itself = dlopen("./opener.so", RTLD_NOW | RTLD_NOLOAD);
+    say(itself && dlsym(itself, "answer") ? "i+" : "i-");
+    say(dlopen("late.so", RTLD_NOW | RTLD_GLOBAL) ? "l+" : "l-");
+}
+"""
+
+
+def test_a_destructor_opens_as_any_function_does(tmp_path: Path) -> None:
+    """Along its library's RUNPATH; that is there until it has run, and what it opens goes in its turn."""
+    (tmp_path / "apart").mkdir()
+    made(tmp_path / "apart" / "late.so", ENDS, '-DNAME="L"')
+    made(tmp_path / "after.so", ENDS, '-DNAME="A"')
+    made(tmp_path / "opener.so", OPENER, "-Wl,-rpath,$ORIGIN/apart")
+    program = """
+_ctypes.dlclose(_ctypes.dlopen("./opener.so", os.RTLD_NOW))
+handle = _ctypes.dlopen("./after.so", os.RTLD_NOW)
+os.write(1, b" opened ")
+"""
+    theirs, ours = by_both(program, tmp_path)
+    assert ours == theirs == "i+L+l+A+ opened L-A-"
+
+
+def test_what_a_destructor_has_opened_keeps_what_it_needs(tmp_path: Path, in_child: InChild) -> None:
+    """With ld.so the code that it needs is gone, and calling it ends the process."""
+    made(tmp_path / "opener.so", OPENER, "-Wl,-soname,./opener.so", "-Wl,-rpath,$ORIGIN")
+    user = "int answer(void); int ask(void) { return answer(); }"
+    made(tmp_path / "late.so", user, "./opener.so")
+
+    def story() -> list[Any]:
+        os.chdir(tmp_path)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with miniloader.importing(strict=True):
+            _ctypes.dlclose(_ctypes.dlopen("./opener.so", NOW))
+            answers = [call(_ctypes.dlopen("./late.so", NOW), "ask"), is_mapped("opener.so")]
+            other = _ctypes.dlopen("./opener.so", NOW)
+            return [*answers, call(other, "answer"), call(_ctypes.dlopen("./late.so", NOW), "ask")]
+
+    assert in_child(story) == [6, True, 6, 6]

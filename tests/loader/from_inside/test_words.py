@@ -1,0 +1,99 @@
+"""What dlerror(3) says of files that are refused: ld.so's words, which programs look for."""
+
+from __future__ import annotations
+
+import _ctypes
+import os
+import struct
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import miniloader
+from tests.loader.conftest import InChild
+
+NOW: Final = os.RTLD_NOW
+#: What is put into a library that is all right, and where: a part of its ELF header.
+EDITS: Final = {
+    "magic": (0, b"\x7eELF"),
+    "class": (4, b"\1"),
+    "order": (5, b"\2"),
+    "ident version": (6, b"\2"),
+    "OS ABI": (7, b"\x09"),
+    "OS ABI of GNU, and a version": (7, b"\3\2"),
+    "ABI version": (8, b"\1"),
+    "padding": (9, b"\1"),
+    "object": (16, struct.pack("<H", 1)),
+    "program": (16, struct.pack("<H", 2)),
+    "core": (16, struct.pack("<H", 4)),
+    "machine": (18, struct.pack("<H", 40)),
+    "version": (20, struct.pack("<I", 2)),
+    "size of program headers": (54, struct.pack("<H", 55)),
+    "no program headers": (56, struct.pack("<H", 0)),
+    "an odd version of an odd ABI": (6, b"\2\x09\1\1"),
+    "object for another machine": (16, struct.pack("<HH", 1, 40)),
+}
+
+
+def gcc(directory: Path, output: str, source: str, *options: str) -> None:
+    command = ["gcc", "-w", "-x", "c", "-", "-x", "none", *options, "-o", output]
+    subprocess.run(command, input=source, text=True, cwd=directory, check=True)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Path:
+    """A directory of files that dlopen(3) refuses, each in its way."""
+    gcc(tmp_path, "flags.so", "", "-shared")
+    good = (tmp_path / "flags.so").read_bytes()
+    for name, (place, data) in EDITS.items():
+        (tmp_path / f"{name}.so").write_bytes(good[:place] + data + good[place + len(data) :])
+    (tmp_path / "empty.so").touch()
+    (tmp_path / "text.so").write_text("INPUT(libz.so)" * 9)
+    (tmp_path / "short.so").write_bytes(good[:63])
+    (tmp_path / "directory.so").mkdir()
+    (tmp_path / "dangling.so").symlink_to("nowhere")
+    (tmp_path / "loop.so").symlink_to("loop.so")
+    (tmp_path / "null.so").symlink_to("/dev/null")
+    main = "int main(void) { return 0; }"
+    gcc(tmp_path, "pie.so", main, "-fPIE", "-pie")
+    gcc(tmp_path, "fixed.so", main, "-fno-pie", "-no-pie")
+    gcc(tmp_path, "no dlopen.so", "", "-shared", "-Wl,-z,nodlopen")
+    (tmp_path / "apart").mkdir()
+    for name in ("class", "machine", "order"):
+        (tmp_path / "apart" / f"lib{name}.so").hardlink_to(tmp_path / f"{name}.so")
+        gcc(tmp_path, f"lib{name}.so", "", "-shared", f"-Wl,-soname,lib{name}.so")
+        needs = "-Wl,--no-as-needed", f"./lib{name}.so", "-Wl,--enable-new-dtags,-rpath,$ORIGIN/apart"
+        gcc(tmp_path, f"needs {name}.so", "", "-shared", *needs)
+        (tmp_path / f"lib{name}.so").unlink()
+    gcc(tmp_path, "undefined.so", "int nobody(void); int call(void) { return nobody(); }", "-shared", "-fPIC")
+    return tmp_path
+
+
+def _words(directory: Path, ours: bool) -> list[str]:
+    os.chdir(directory)
+    names = [f"./{path.name}" for path in sorted(directory.glob("*.so"))]
+    names += ["libclass.so", "./no such.so", "./flags.so/x", "x" * 300, "./" + "x" * 300, "/", "\1"]
+    calls = [(name, NOW) for name in names]
+    calls += [("./flags.so", flags) for flags in (0x20 | NOW, 0x40, 0x2000 | NOW, -0x80000000 | NOW)]
+    if not ours:
+        return [_word(*call) for call in calls]
+    with miniloader.importing(strict=True):
+        return [_word(*call) for call in calls]
+
+
+def _word(name: str, flags: int) -> str:
+    try:
+        _ctypes.dlopen(name, flags)
+    except OSError as error:
+        return f"{name} {flags:#x}: {error}"
+    return f"{name} {flags:#x}"
+
+
+def test_dlerror_says_what_ld_so_says(refused: Path, in_child: InChild) -> None:
+    theirs, ours = (in_child(_words, refused, by_us) for by_us in (False, True))
+    assert ours == theirs
+    assert "./class.so 0x2: ./class.so: wrong ELF class: ELFCLASS32" in theirs
+    loaded = [each for each in theirs if ": " not in each]
+    assert loaded == ["./OS ABI of GNU, and a version.so 0x2", "./flags.so 0x2"]
