@@ -61,6 +61,18 @@ step gdb told 0 'hit Breakpoint 1.* triple ' gdb -q -nx -batch -ex 'set debuginf
 
 # ------------------------------------------------------------------------------------------------ taught, and tested
 step chapters miniloader walkthrough --all --no-pause
+# Where a fault maps no page but its own: no chapter may judge a page that it did not touch itself.
+one_page_a_fault() { # COMMAND…: run so
+    local knob=/sys/kernel/debug/fault_around_bytes kept code
+    mountpoint -q /sys/kernel/debug || mount -t debugfs debug /sys/kernel/debug || return
+    kept=$(<"$knob")
+    getconf PAGESIZE >"$knob" && [ "$(<"$knob")" = "$(getconf PAGESIZE)" ] && "$@"
+    code=$?
+    echo "$kept" >"$knob"
+    return "$code"
+}
+export -f one_page_a_fault
+step "chapters, one page a fault" one_page_a_fault miniloader walkthrough --all --no-pause
 mkdir /tmp/shop
 cat >/tmp/shop/shop.py <<'END'
 import ctypes

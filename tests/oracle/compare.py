@@ -26,6 +26,7 @@ from miniloader.errors import WorkerError
 from miniloader.kernel.maps import read_maps, within
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.workers.worker import Commands, settle
+from miniloader.loader.beside_glibc import host
 from miniloader.loader.relocation_groups import Sorted, sort_relocations
 from miniloader.values import dataclass
 from tests.oracle.held import HeldProcess, RemoteMemory, load_and_hold, open_and_hold
@@ -36,6 +37,8 @@ __all__ = ["Comparison", "Difference", "compare", "main"]
 #: What stands in place of a relocation's kind where there is none.
 _NO_KIND: Final = {-1: "RELR", -2: "of the dynamic section"}
 _RELR, _DYNAMIC = _NO_KIND
+#: What :func:`miniloader.loader.policy.refuse` says of a second copy.
+_ONLY_ONCE: Final = "a process can have it only once"
 _SHOWN: Final = 20  # differing words that are listed; all are counted
 
 
@@ -56,7 +59,8 @@ class Comparison:
     are alike, ``rewritten`` were changed by the library's own code afterwards, to the same or to something
     that has no name (the heap) in both, and ``stubs`` lead to code of ours that stands for what theirs lead
     to (see :mod:`miniloader.loader.beside_glibc.stand_ins`).  At most 20 of the others are in ``differing``.
-    ``plain`` is why it was not loaded from prepared pages, where that was asked for.
+    ``plain`` is why it was not loaded from prepared pages, where that was asked for.  ``only_once``: ld.so
+    has it in the process already, where dlopen hands out that one; ours is refused, as there must not be two.
     """
 
     path: str
@@ -69,6 +73,7 @@ class Comparison:
     layout: tuple[Difference, ...] = ()
     differing: tuple[Difference, ...] = ()
     plain: str | None = None
+    only_once: bool = False
 
     @property
     def both_load(self) -> bool:
@@ -77,7 +82,9 @@ class Comparison:
 
     @property
     def alike(self) -> bool:
-        """Whether both load it, word for word the same and laid out the same, or both refuse it."""
+        """Whether both load it, word for word the same and laid out the same, or neither makes it anew."""
+        if self.only_once:
+            return True
         if (self.dlopen == "loaded") != (self.ours == "loaded"):
             return False
         return not self.layout and not self.different
@@ -103,7 +110,8 @@ def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -
             if mine == "loaded":  # its constructors may still fail
                 ours.go_on()
                 mine = _report(ours).get("error", "loaded")
-            return Comparison(path, dlopen, mine)
+            only_once = dlopen == "loaded" and _ONLY_ONCE in mine and _is_present(path)
+            return Comparison(path, dlopen, mine, only_once=only_once)
         image = read_image(Source.open(path))
         plan = image.plan(PAGE_SIZE)
         words = RelocatedWords.of(image)
@@ -127,6 +135,11 @@ def compare(path: str, *, seconds: float = 60, prepared_in: str | None = None) -
             (our_names, before, after),
             found["stubs"],
         )
+
+
+def _is_present(path: str) -> bool:
+    """Whether ld.so has that very file in this process, and so in children of it."""
+    return os.path.realpath(path) in {os.path.realpath(library.path) for library in host.libraries()}
 
 
 def _report(child: HeldProcess) -> Mapping[str, Any]:
