@@ -73,6 +73,17 @@ one_page_a_fault() { # COMMAND…: run so
 }
 export -f one_page_a_fault
 step "chapters, one page a fault" one_page_a_fault miniloader walkthrough --all --no-pause
+each_program() { # DIRECTORY: each ends with 0
+    local program failed=
+    for program in "$1"/*; do
+        echo "-- ${program##*/}"
+        "$program" || failed="$failed ${program##*/}"
+    done
+    echo "failed:${failed:- none}"
+    [ -z "$failed" ]
+}
+export -f each_program
+step "chapters' programs in C" each_program "$MINILOADER_FIXTURES/chapters"
 mkdir /tmp/shop
 cat >/tmp/shop/shop.py <<'END'
 import ctypes

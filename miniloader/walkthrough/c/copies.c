@@ -18,8 +18,8 @@ static double now(void)
 
 int main(void)
 {
-    size_t size = 32 << 20;
-    char name[] = "/tmp/race-XXXXXX", page[4096], *content = calloc(1, size);
+    size_t size = 32 << 20, page_size = sysconf(_SC_PAGESIZE);
+    char name[] = "/tmp/race-XXXXXX", *page = malloc(page_size), *content = calloc(1, size);
     int fd = mkstemp(name);
     unlink(name);
     if (write(fd, content, size) != (ssize_t)size)
@@ -38,13 +38,13 @@ int main(void)
         printf("%d random words: read %.0f us, mmap %.0f us\n", WORDS, by_read, by_mmap);
         start = now();
         for (int i = 0; i < PAGES; i++)
-            sum += pread(fd, page, sizeof page, i * 4096L) == sizeof page ? page[0] : 1;
+            sum += pread(fd, page, page_size, i * page_size) == (ssize_t)page_size ? page[0] : 1;
         by_read = now() - start;
         start = now();
         for (int i = 0; i < PAGES; i++) {
-            uint64_t *once = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, i * 4096L);
+            uint64_t *once = mmap(NULL, page_size, PROT_READ, MAP_SHARED, fd, i * page_size);
             sum += *once;
-            munmap(once, 4096);
+            munmap(once, page_size);
         }
         printf("%d pages, each once: read %.0f us, mmap %.0f us\n", PAGES, by_read, now() - start);
     }

@@ -10,7 +10,7 @@
 
 static int answer(const char *what, int fd)
 {
-    void *address = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+    void *address = mmap(NULL, sysconf(_SC_PAGESIZE), PROT_READ, MAP_SHARED, fd, 0);
     int number = address == MAP_FAILED ? errno : 0;
     printf("%-12s %s\n", what, number ? strerror(number) : "mapped");
     return number;
