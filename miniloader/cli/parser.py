@@ -126,6 +126,9 @@ def _refuse(parser: argparse.ArgumentParser, word: str) -> NoReturn:
     """There is no such option, or it is one word too many: say what there is."""
     usage = " ".join(parser.format_usage().split())
     what = "unknown option" if word.startswith("-") else "unexpected"
-    meant = did_you_mean(word.partition("=")[0], parser._option_string_actions)
+    option = word.partition("=")[0]
+    meant = did_you_mean(option, parser._option_string_actions)
+    if option in parser._option_string_actions:  # it stood before the command
+        meant = f"{parser.prog} has it: write it behind {parser.prog.split()[-1]}"
     hints = (meant, usage, f"see {parser.prog} --help")
     raise UsageError(f"{what} {word}", hint="; ".join(filter(None, hints)))

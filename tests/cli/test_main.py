@@ -175,6 +175,7 @@ def test_wrong_usage_is_one_line_and_2(
             "unexpected b; usage: miniloader fake [-h] [--json] [FILE]; see miniloader fake --help",
         ),
         (["--versio=3"], "argument -V/--version: ignored explicit argument '3'"),
+        (["--json", "fake"], "unknown option --json; miniloader fake has it: write it behind fake; usage:"),
         (["--wersion"], "unknown option --wersion; did you mean --version?; usage: miniloader [-h]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
