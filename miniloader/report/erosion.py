@@ -108,7 +108,7 @@ def advice_view(audit: Audit) -> Iterator[Part]:
     with importing:
         from miniloader.lab.erosion.advice import advise
 
-    pieces = advise(audit) if audit.erosion is not None else ()
+    pieces = [piece for piece in advise(audit) if audit.erosion is not None or piece.kind == "arenas"]
     if not pieces:
         return
     yield ()
@@ -133,6 +133,7 @@ def _told(piece: Advice) -> str:
         "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",
         "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
         "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",
+        "arenas": f"one arena of malloc for all threads (MALLOC_ARENA_MAX=1): {amount} of {workers}",
         "other-build": f"one build of {names} instead of several: {amount} of {workers}",
     }[piece.kind]
 

@@ -196,6 +196,7 @@ def _cost(process: Survey, leader: int, pss: int | None, merged: NDArray[np.uint
         user=process.known.user,
         command=process.known.command,
         cgroup=process.known.cgroup,
+        arenas_free=process.arenas_free,
     )
 
 

@@ -53,6 +53,8 @@ class AuditedProcess:
     has the same address space (vfork(2), CLONE_VM) and is counted for both, None where nobody else has.
     ``user`` is a name (else a number), ``command`` the command line, ``cgroup`` the path of the most telling
     control group; "" where the kernel did not tell it, and in audits that older versions saved.
+    ``arenas_free`` is what glibc's malloc holds free for single threads, in bytes of this process alone; None
+    where nobody looked, or it is too much to be looked at.
     """
 
     pid: int
@@ -72,6 +74,7 @@ class AuditedProcess:
     user: str = ""
     command: str = ""
     cgroup: str = ""
+    arenas_free: int | None = None
 
 
 @dataclass(frozen=True)
@@ -375,7 +378,8 @@ AUDIT_KEYS: Final = {
     "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER, "page_size": COUNT, "explained": BOOL,
     "processes": array(record(
         keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
-        keys(TEXT, "name user command cgroup"), dict.fromkeys(("pss", "ksm", "memory_of"), nullable(COUNT)),
+        keys(TEXT, "name user command cgroup"),
+        dict.fromkeys(("pss", "ksm", "memory_of", "arenas_free"), nullable(COUNT)),
     )),
     "libraries": array(_LIBRARY),
     "unreadable": array(record({"pid": COUNT, "gone": BOOL}, keys(TEXT, "reason needed"))),

@@ -26,6 +26,7 @@ from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
 from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_set
+from miniloader.lab.erosion.arenas import free_in_arenas
 from miniloader.lab.erosion.interpreter import Interpreter, interpreter_in
 from miniloader.values import dataclass
 
@@ -41,7 +42,7 @@ class Survey:
     ``originals`` the other ones; of these the rows ``writable`` lie in private mappings that may be written
     to.  ``pss`` is what the kernel tells (bytes), of the process and of each mapping; None where frames tell
     it, or nobody.  ``interpreter`` is the CPython that it runs, None where it runs none, or nobody asked for
-    causes.
+    causes.  ``arenas_free`` is what threads' arenas of malloc hold free, in bytes; None where nobody knows.
     """
 
     known: KnownBy
@@ -59,6 +60,7 @@ class Survey:
     mappings: Mappings
     pss: tuple[int, NDArray[np.float64]] | None = None
     interpreter: Interpreter | None = None
+    arenas_free: int | None = None
 
     @property
     def pid(self) -> int:
@@ -117,11 +119,12 @@ def survey(
             for placed in chosen:
                 placed.causes = memo.arrays.first(placed.causes)
                 placed.written = memo.arrays.first(placed.written)
+        arenas_free = free_in_arenas(pid, pages.copies) if causes else None
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
         interpreter = _interpreter(files) if causes else None
-        return _summed(known, pages, tuple(chosen), mappings, pss, interpreter)
+        return _summed(known, pages, tuple(chosen), mappings, pss, interpreter, arenas_free)
 
 
 def locate(
@@ -172,6 +175,7 @@ def _summed(
     mappings: Mappings,
     pss: tuple[int, NDArray[np.float64]] | None,
     interpreter: Interpreter | None,
+    arenas_free: int | None,
 ) -> Survey:
     """What the pages of the whole process come to."""
     zeros_among = int(pages.zeros_among.sum())
@@ -191,6 +195,7 @@ def _summed(
         mappings=mappings,
         pss=pss,
         interpreter=interpreter,
+        arenas_free=arenas_free,
     )
 
 

@@ -14,7 +14,7 @@ from miniloader.values import dataclass
 __all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise"]
 
 AdviceKind = Literal[
-    "one-more", "ending-one", "freeze", "huge-pages", "preload", "prepared", "twice", "other-build"
+    "one-more", "ending-one", "freeze", "huge-pages", "preload", "prepared", "twice", "other-build", "arenas"
 ]
 Bound = Literal["about", "at least", "at most"]
 
@@ -36,6 +36,8 @@ class Advice:
     - ``twice``: one library that is several files in the page cache: about what the further ones take.
     - ``other-build``: several builds of one library, told by its name: all but the largest take so much at
       most that one build for all would save.
+    - ``arenas``: that the threads of each of ``pids`` have one arena of glibc's malloc
+      (``MALLOC_ARENA_MAX=1``) saves at most what is free in those that they have each for itself now.
     """
 
     kind: AdviceKind
@@ -52,6 +54,8 @@ def advise(audit: Audit) -> tuple[Advice, ...]:
         families.setdefault(row.relative, []).append(row.pid)
     found = [piece for parent, workers in families.items() for piece in _of_family(audit, parent, workers)]
     found += _of_files(audit)
+    arenas = {process.pid: process.arenas_free for process in audit.counted if process.arenas_free}
+    found.append(Advice("arenas", "at most", sum(arenas.values()), tuple(arenas)))
     return tuple(piece for piece in found if piece.bytes > 0)
 
 
@@ -137,7 +141,7 @@ def _but_one(library: AuditedLibrary, pids: Sequence[int]) -> int:
 
 ADVICE_SCHEMA: Final = array(
     record(
-        {"kind": words("one-more ending-one freeze huge-pages preload prepared twice other-build")},
+        {"kind": words("one-more ending-one freeze huge-pages preload prepared twice other-build arenas")},
         {"bound": {"enum": ["about", "at least", "at most"]}, "bytes": COUNT},
         {"pids": array(COUNT), "libraries": array(TEXT)},
     )

@@ -24,14 +24,14 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects
 
-__all__ = ["chunks_between", "chunks_of_arena", "eroded_chunks"]
+__all__ = ["HEAP", "Chunks", "chunks_between", "chunks_of_arena", "eroded_chunks"]
 
 _BLOCK: Final = 256  # pages that are read at once
 _LEAST, _ALIGNED = 32, 16  # bytes of a chunk
 _IN_USE: Final = 1  # PREV_INUSE: the chunk before
 _FLAGS: Final = 7
 _MOST: Final = 4_000_000  # chunks
-_HEAP: Final = 64 << 20  # bytes: HEAP_MAX_SIZE
+HEAP: Final = 64 << 20  # bytes: HEAP_MAX_SIZE
 _HEAP_INFOS: Final = (48, 32)  # bytes: from glibc 2.35 on, and before
 _ARENAS: Final = (2200, 2112, 2192)  # bytes of a malloc_state: of glibc 2.27 on, 2.43 (no fast bins), before
 _FENCE: Final = 16  # bytes: the length of a last chunk that is none, before one without a length
@@ -49,7 +49,7 @@ def eroded_chunks(memory: PresentMemory, apart: NDArray[np.uint64]) -> tuple[Ero
     start, end = (heap[0].start, heap[-1].end) if heap else (0, 0)
     inside = (apart >= start) & (apart < end)
     main = [chunks_between(memory, start, end)] if inside.any() else []
-    starts = np.unique(apart[~inside] & ~np.uint64(_HEAP - 1)).tolist()
+    starts = np.unique(apart[~inside] & ~np.uint64(HEAP - 1)).tolist()
     arenas = [chunks_of_arena(memory, start) for start in starts]
     return (
         *_on_pages("malloc chunk", main, apart[inside]),
@@ -76,7 +76,7 @@ def _on_pages(
 def chunks_of_arena(memory: PresentMemory, start: int) -> Chunks | None:
     """The chunks of a thread's arena in the heap that begins at ``start``; None where none does."""
     arena, before, size, writable = memory.words(np.array([start], np.uint64), 4)[0].tolist()
-    if not 0 < size <= writable <= _HEAP or size % PAGE_SIZE or writable % PAGE_SIZE or not arena:
+    if not 0 < size <= writable <= HEAP or size % PAGE_SIZE or writable % PAGE_SIZE or not arena:
         return None
     if not before and arena - start not in _HEAP_INFOS:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from miniloader.lab.audit.result import Audit
 from miniloader.lab.erosion.advice import Advice, advise
 from miniloader.report.audit import lines
 from miniloader.report.erosion import advice_view
+from miniloader.report.numbers import size
 from miniloader.report.text import laid_out, plain
-from tests.lab.audit.told_processes import KB, rollup_of, told
+from tests.lab.audit.told_processes import KB, rollup_of, told, wait_until_at_rest
 from tests.lab.erosion.pools import needs_frames, pool
 from tests.memory import needs_scan
 
@@ -133,6 +135,52 @@ def test_no_huge_pages_save_what_is_said() -> None:
                 assert not pieces
     assert promised.bytes == 2 * (2 << 20) - 2 * PAGE_SIZE
     assert abs(taken[0] - taken[1] - promised.bytes) < 0.01 * promised.bytes
+
+
+_THREADS = r"""
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+enum { THREADS = 6, CHUNKS = 4000, SIZE = 1000 };
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static void *work(void *pins) {
+    static char *chunks[CHUNKS];
+    pthread_mutex_lock(&turn);
+    for (int i = 0; i < CHUNKS; i++) memset(chunks[i] = malloc(SIZE), 1, SIZE);
+    for (int i = 0; i < CHUNKS - 1; i++) free(chunks[i]);   /* the last one stays: nothing is given back */
+    pthread_mutex_unlock(&turn);
+    write(1, "x", 1);
+    for (;;) pause();
+}
+int main(void) {
+    pthread_t thread;
+    for (int i = 0; i < THREADS; i++) pthread_create(&thread, 0, work, 0);
+    for (;;) pause();
+}
+"""
+
+
+def test_one_arena_saves_at_most_what_is_said(tmp_path: Path) -> None:
+    """And nearly that, where threads work in turns: all but the first would use again what one has freed."""
+    source, program = tmp_path / "threads.c", tmp_path / "threads"
+    source.write_text(_THREADS)
+    subprocess.run(["gcc", "-O1", "-pthread", "-o", program, source], check=True)
+    taken, found = list[int](), list[Audit]()
+    for arenas in dict[str, str](), {"MALLOC_ARENA_MAX": "1"}:
+        with subprocess.Popen([program], stdout=subprocess.PIPE, env={**os.environ, **arenas}) as process:
+            assert process.stdout is not None
+            assert len(process.stdout.read(6)) == 6
+            wait_until_at_rest(process.pid)
+            taken.append(uss_of([process.pid]))
+            found.append(audit([process.pid], library="nothing"))
+            process.kill()
+    promised, saved = advice(found[0], "arenas"), taken[0] - taken[1]
+    assert promised.bound == "at most"
+    assert 5 * 3_900_000 < saved <= promised.bytes <= 1.3 * saved
+    assert "arenas" not in {piece.kind for piece in advise(found[1])}
+    (line,) = [plain(line) for line in laid_out(advice_view(replace(found[0], erosion=None)), None)][2:]
+    assert f"one arena of malloc for all threads (MALLOC_ARENA_MAX=1): at most {size(promised.bytes)}" in line
 
 
 def build(library: Path, mebibytes: int) -> None:
