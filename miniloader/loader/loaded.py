@@ -17,6 +17,7 @@ from miniloader.loader.beside_glibc import gnu_unique, host, stand_ins
 from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
+from miniloader.loader.beside_glibc.tls_carrier import Carrier
 from miniloader.loader.constructors import constructor_order
 from miniloader.loader.events import OnEvent
 from miniloader.loader.memory import Memory
@@ -64,6 +65,7 @@ class Loaded:
         self.holds: list[Loaded] = []  # what it is bound to without needing it (ld.so's l_reldeps)
         self.memory: Memory | None = None
         self.blocks = Blocks()  # of thread-local storage
+        self.exits: Carrier | None = None  # for which glibc counts the destructors of its threads' objects
         self.stubs: dict[int, CodePage] = {}  # by the function that each stands for
         self.debugging: Registered | None = None  # what gdb is told of it
         self.ready: Prepared | None = None  # its relocated pages, while they may be of use
@@ -156,9 +158,17 @@ class Loaded:
             self._asker = Asker.of(self.image, self.needed_by)
         return self._asker
 
+    def has_exits(self) -> bool:
+        """Whether a thread has destructors of its objects yet to run; it is not asked again if none has."""
+        return self.exits is not None and self.exits.is_kept()
+
+    def has_let_go(self) -> bool:
+        """Close what it has of ld.so for its threads; ``False`` if one of them has destructors yet to run."""
+        return self.blocks.close() and (self.exits is None or self.exits.close())
+
     def discard(self) -> bool:
         """Unmap it and give everything back; ``False`` if a thread has destructors of it yet to run."""
-        if not self.blocks.close():
+        if not self.has_let_go():
             return False
         self.undo.close()
         self._names = self.tell = None  # who has heard of it may have kept what leads to it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from miniloader.loader.beside_glibc import thread_local
-from miniloader.loader.beside_glibc.tls_carrier import Carrier
+from miniloader.loader.beside_glibc.tls_carrier import Carrier, open_carrier
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
@@ -39,13 +39,13 @@ def _carrier_of(definer: Definer) -> Carrier | None:
 
 
 def count_for_carrier(library: Loaded) -> None:
-    """Have destructors of thread-local objects counted for the carrier of ``library``.
+    """Have destructors of thread-local objects counted for a carrier of ``library``'s own.
 
-    glibc takes the address it is told for the library's, and does not know ours; told the carrier's, it keeps
-    the carrier until every thread has run them, and we keep the library as long (see ``Loaded.discard``).
+    glibc takes the address it is told for the library's, and does not know ours; told that carrier's, it
+    keeps the carrier until every thread has run them, and we keep the library as long: see
+    ``Loaded.has_exits``.
     """
-    carrier = library.blocks.own
-    if carrier is not None:
-        for function, stub in library.stubs.items():
-            if not stub.filled:
-                stub.fill(with_third_argument(function, carrier.inside))
+    for function, stub in library.stubs.items():
+        if not stub.filled:
+            library.exits = library.exits or open_carrier(library.name, [])
+            stub.fill(with_third_argument(function, library.exits.inside))

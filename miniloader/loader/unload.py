@@ -82,6 +82,8 @@ def let_go(library: Loaded, caller: Loaded | None = None) -> None:
     ``caller`` is itself a library of ours, it stays until the next one goes, since its code goes on.
     """
     library.handles -= 1
+    if library.handles:
+        return
     _closed.append(library)
     if len(_closed) > 1 or _ended:
         return
@@ -93,9 +95,7 @@ def let_go(library: Loaded, caller: Loaded | None = None) -> None:
 
 
 def _leave(closed: Loaded, caller: Loaded | None) -> None:
-    kept = [*unfinished, *filter(_stays, present), *([caller] if caller is not None else [])]
-    _add_what_they_use(kept)
-    gone = [member for member in _in_destructor_order(closed) if member not in kept]
+    gone = _going(closed, caller)
     for library in present:
         if library not in gone and not library.scope and any(root in gone for root in library.roots):
             library.scope = list(dict.fromkeys([library, *library.needs]))
@@ -105,6 +105,28 @@ def _leave(closed: Loaded, caller: Loaded | None) -> None:
         _finalise(member)
     _leaving.clear()
     _unmap(gone, known.issuperset(present))
+
+
+def _going(closed: Loaded, caller: Loaded | None) -> list[Loaded]:
+    """What goes, in the order of its destructors: nobody holds it, and no thread has objects of it.
+
+    glibc's ``l_tls_dtor_count``: what destroys the objects of a thread is the library's own code.
+    """
+    kept = [*unfinished, *filter(_stays, present), *([caller] if caller is not None else [])]
+    _add_what_they_use(kept)
+    going = []
+    for member in _in_destructor_order(closed):  # who needs others is before them
+        if member in kept:
+            continue
+        if member.has_exits():
+            kept.append(member)
+            _add_what_they_use(kept)
+        else:
+            going.append(member)
+    for member in going:
+        if member in kept and member.exits is not None:  # in a circle; and its threads are not asked again
+            member.stays = True
+    return [member for member in going if member not in kept]
 
 
 def make_global(libraries: Iterable[Loaded | HostLibrary]) -> None:
@@ -162,8 +184,8 @@ def _unmap(gone: list[Loaded], is_all_known: bool = True) -> None:
     users = present if _lingering or not is_all_known else ()
     gone += (library for library in _lingering if library not in gone)
     for library in gone:
-        library.blocks.close()  # one carrier may be what another one waits for
-    waiting = [*users, *(library for library in gone if not library.blocks.close())]
+        library.has_let_go()  # one carrier may be what another one waits for
+    waiting = [*users, *(library for library in gone if not library.has_let_go())]
     _add_what_they_use(waiting)
     _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
     for library in present:  # who is gone is nobody's root, and its file is open no longer

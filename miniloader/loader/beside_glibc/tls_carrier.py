@@ -53,6 +53,7 @@ __all__ = ["Carrier", "GlibcQuestion", "open_bytes", "open_carrier"]
 
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
+_NO_ROOM: Final = "cannot allocate memory in static TLS block"
 _numbers: Final = itertools.count(1)
 
 
@@ -117,6 +118,13 @@ class Carrier:
             self._fd = -1
         return True
 
+    def is_kept(self) -> bool:
+        """Whether glibc keeps it, as :meth:`close` says; if so it is open again, else closed."""
+        if self.close():
+            return False
+        self._handle = dynamic_linker.open_host(self.name, load=False)
+        return self._handle is not None or not self.close()
+
 
 def open_carrier(
     owner: str,
@@ -138,10 +146,11 @@ def open_carrier(
     try:
         handle, fd = open_bytes(name, data)
     except (OSError, LoadError) as error:
-        hint = None
-        if "static TLS" in str(error):
+        hint = ld_so = None
+        if _NO_ROOM in str(error):
             hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
-        raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint) from None
+            ld_so = f"{owner}: {_NO_ROOM}"
+        raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint, ld_so=ld_so) from None
     start = dynamic_linker.load_address(handle)
     words = dynamic_linker.read_words(start + answers_at, 2 * len(questions))
     answers = dict(zip(questions, zip(words[::2], words[1::2], strict=True), strict=True))

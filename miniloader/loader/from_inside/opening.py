@@ -59,8 +59,6 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
         raise LoadError(f"{caller.name}: dlopen with flags {flags:#x}: neither lazy nor now", ld_so=ld_so)
     graph = Graph(caller.policy, caller.tell)
     graph.look_around()
-    if "/" in text:
-        text = graph.expanded(text, caller.asker)
     answer = graph.look(text, caller.asker, caller.name, open_host=not flags & os.RTLD_NOLOAD)
     graph.event("open", caller.name, f"dlopen {text}: {answer.how}: {answer.path}", path=answer.path)
     if isinstance(answer.what, Source):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +64,68 @@ def of_threads() -> Any:
     closed.set()
     thread.join()
     return answers
+
+
+COUNTED: Final = (
+    THREAD_LOCAL
+    + """
+static int count;
+extern "C" int next() { return ++count * 10 + noted.value; }
+__attribute__((destructor)) static void end() { setenv("FINALISED", "yes", 1); }
+"""
+)
+
+
+def is_finalised() -> bool:
+    return bool(ctypes.CDLL(None).getenv(b"FINALISED"))
+
+
+def of_a_thread_that_goes_on() -> Any:
+    """Closed while this thread has an object of it, it is not finalised; opened again it is the same one."""
+    answers: list[Any] = []
+    for _ in range(3):
+        handle = _ctypes.dlopen("./countedxx.so", NOW)
+        answers.append(call(handle, "next"))
+        _ctypes.dlclose(handle)
+        answers.append(is_finalised())
+    _ctypes.dlclose(_ctypes.dlopen("./user.so", NOW))
+    return [*answers, is_mapped("countedxx.so"), is_mapped("user.so")]
+
+
+def of_a_thread_that_has_ended() -> Any:
+    """What it needs stays as long; both go when next something is closed."""
+    answers: list[Any] = []
+
+    def work() -> None:
+        handle = _ctypes.dlopen("./usesxx.so", NOW)
+        answers.append(call(handle, "uses"))
+        _ctypes.dlclose(handle)
+        answers.extend([*map(is_mapped, ("usesxx.so", "countedxx.so")), is_finalised()])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # joined, but its destructors may yet run
+        time.sleep(0.001)
+    _ctypes.dlclose(_ctypes.dlopen("./user.so", NOW))
+    return [*answers, *map(is_mapped, ("usesxx.so", "countedxx.so")), is_finalised()]
+
+
+OPENS_BESIDE: Final = """
+#include <dlfcn.h>
+int ask(void) {
+    void *handle = dlopen("$ORIGIN/named.so", RTLD_NOW);
+    int (*number)(void) = handle ? (int (*)(void))dlsym(handle, "number") : 0;
+    return number ? number() : -1;
+}
+"""
+
+
+def asked_for_by_a_token() -> Any:
+    """ld.so knows what it has by the name that it was asked for, as that was written: wherever $ORIGIN is."""
+    handles = [_ctypes.dlopen(f"./{place}/opens.so", NOW) for place in ("one", "two")]
+    answers = [call(handle, "ask") for handle in handles]
+    return [*answers, call(_ctypes.dlopen("./two/named.so", NOW), "number")]
 
 
 def held_for_ever() -> Any:
@@ -150,6 +213,17 @@ def itself() -> Any:
 
 STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
     of_threads: [("localxx.so", THREAD_LOCAL, [])],
+    of_a_thread_that_goes_on: [("countedxx.so", COUNTED, []), ("user.so", "", [])],
+    of_a_thread_that_has_ended: [
+        ("countedxx.so", COUNTED, []),
+        ("usesxx.so", 'extern "C" { int next(); int uses() { return next(); } }', ["./countedxx.so"]),
+        ("user.so", "", []),
+    ],
+    asked_for_by_a_token: [
+        (f"{place}/{name}.so", source, [])
+        for place, number in (("one", 1), ("two", 2))
+        for name, source in (("opens", OPENS_BESIDE), ("named", f"int number(void) {{ return {number}; }}"))
+    ],
     held_for_ever: [("stays.so", "static int n; int next(void) { return ++n; }", ["-Wl,-z,nodelete"])],
     unique: [("onexx.so", UNIQUE, []), ("twoxx.so", UNIQUE, [])],
     global_since: [
@@ -171,6 +245,7 @@ def _told(story: Story, directory: Path, by_us: bool) -> Any:
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
 def test_as_ld_so(story: Story, in_child: InChild, tmp_path: Path) -> None:
     for name, source, options in STORIES[story]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         made(tmp_path / name, source, *options)
     theirs = in_child(_told, story, tmp_path, False)
     assert in_child(_told, story, tmp_path, True) == theirs
