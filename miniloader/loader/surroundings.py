@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import compress, product
 from typing import TYPE_CHECKING, Final
@@ -62,10 +63,19 @@ _PSEUDO_HWCAP: Final = b"\0tls\0"  # of the legacy hwcaps, which glibc 2.37 has 
 _LEVELS: Final = (
     ("x86-64-v4", "avx512f avx512bw avx512cd avx512dq avx512vl"),
     ("x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"),
-    ("x86-64-v2", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"),
+    ("x86-64-v2", "cmov cx16 cx8 lahf_lm popcnt pni sse2 sse4_1 sse4_2 ssse3"),
 )
+# What GLIBC_TUNABLES can keep ld.so from using of them (glibc's cpu-tunables.c), by what the kernel calls it.
+_TUNABLE: Final = {
+    "AVX": "avx", "AVX2": "avx2", "AVX512BW": "avx512bw", "AVX512CD": "avx512cd", "AVX512DQ": "avx512dq",
+    "AVX512ER": "avx512er", "AVX512F": "avx512f", "AVX512PF": "avx512pf", "AVX512VL": "avx512vl",
+    "BMI1": "bmi1", "BMI2": "bmi2", "CMOV": "cmov", "CX8": "cx8", "FMA": "fma", "LZCNT": "abm",
+    "MOVBE": "movbe", "OSXSAVE": "xsave", "POPCNT": "popcnt", "SSE2": "sse2", "SSE4_1": "sse4_1",
+    "SSE4_2": "sse4_2", "SSSE3": "ssse3",
+}  # fmt: skip
 # What glibc calls Intel's processors with these (cpu-features.c), instead of what the kernel calls them.
 _HASWELL: Final = frozenset("avx2 bmi1 bmi2 abm movbe popcnt fma".split())
+_OF_CPU: Final = b"glibc.cpu.hwcaps="
 _AVX512_1: Final = frozenset("avx512cd avx512bw avx512dq avx512vl".split())
 
 
@@ -99,9 +109,13 @@ def _program() -> tuple[Header, Asker, str]:
 @lru_cache(maxsize=1)
 def _library_path() -> tuple[str, ...]:
     """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
+    return split_library_path(os.fsdecode(next(_at_start(b"LD_LIBRARY_PATH="), b"")))
+
+
+def _at_start(variable: bytes) -> Iterator[bytes]:
+    """The values of a variable of the environment as it was when the program started."""
     entries = read_proc_file("/proc/self/environ").split(b"\0")
-    value = next((entry[16:] for entry in entries if entry.startswith(b"LD_LIBRARY_PATH=")), b"")
-    return split_library_path(os.fsdecode(value))
+    return (entry.removeprefix(variable) for entry in entries if entry.startswith(variable))
 
 
 def split_library_path(value: str) -> tuple[str, ...]:
@@ -245,11 +259,31 @@ def directories_in(data: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1)
+def _usable() -> frozenset[str]:
+    """The features of this processor that ld.so of this process uses."""
+    # Until 2.38 glibc cuts the variable at its colons, where it lies.
+    tunables = [*_at_start(b"GLIBC_TUNABLES="), *map(_OF_CPU.__add__, _at_start(_OF_CPU))]
+    return (features() or frozenset()) - left_out_by(os.fsdecode(b":".join(tunables)))
+
+
+def left_out_by(tunables: str) -> frozenset[str]:
+    """The features of a processor that glibc does not use with these ``GLIBC_TUNABLES``.
+
+    >>> sorted(left_out_by("glibc.malloc.check=1:glibc.cpu.hwcaps=-AVX2,-LZCNT,Prefer_ERMS,-SSE9"))
+    ['abm', 'avx2']
+    """
+    given = [each.partition("=") for each in tunables.split(":")]
+    last = [value for name, _, value in given if name == os.fsdecode(_OF_CPU[:-1])][-1:]
+    switched_off = [name[1:] for value in last for name in value.split(",") if name.startswith("-")]
+    return frozenset(_TUNABLE[name] for name in switched_off if name in _TUNABLE)
+
+
+@lru_cache(maxsize=1)
 def _hwcaps() -> tuple[str, ...]:
     """The ``glibc-hwcaps`` sub-directories for this processor, best first."""
     if gate.processor() != "x86_64":
         return ()
-    processor = features() or frozenset()
+    processor = _usable()
     names: list[str] = []
     for level, needs in reversed(_LEVELS):  # each level includes the ones before it
         if not processor.issuperset(needs.split()):
@@ -260,7 +294,7 @@ def _hwcaps() -> tuple[str, ...]:
 
 def _platform(machine: str) -> str:
     """What ``$PLATFORM`` stands for: the kernel's AT_PLATFORM, but for some processors that glibc names."""
-    processor = features() or frozenset()
+    processor = _usable()
     if machine == "x86_64" and vendor() == "GenuineIntel" and processor >= _HASWELL:
         return "xeon_phi" if {"avx512cd", "avx512er", "avx512pf"} <= processor else "haswell"
     return machine
@@ -271,7 +305,7 @@ def _legacy_subdirectories() -> tuple[str, ...]:
     """The sub-directories of before ``glibc-hwcaps`` on x86-64: each choice of some names, best first."""
     if gate.processor() != "x86_64":
         return ()
-    processor = (features() or frozenset()) if vendor() == "GenuineIntel" else frozenset()
+    processor = _usable() if vendor() == "GenuineIntel" else frozenset()
     avx512 = ["avx512_1"] if processor >= _AVX512_1 else []
     names = ["tls", _platform("x86_64"), *avx512, "x86_64"]
     chosen = ("/".join(compress(names, choice)) for choice in product((True, False), repeat=len(names)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import platform
 import random
@@ -146,6 +147,40 @@ def test_hwcaps_directories_come_first_and_best_first(tmp_path: Path) -> None:
     tried = re.findall(rf"trying file=({re.escape(str(tmp_path))}/.*libnowhere\.so)", debug)
     asker = Asker("/nowhere/lib.so", (), (str(tmp_path),))
     ours = [step.path for step in find("libnowhere.so", asker).steps if step.rule == "DT_RUNPATH"]
+    hwcaps = [path for path in tried if "glibc-hwcaps" in path]
+    assert ours == [*hwcaps, str(tmp_path / "libnowhere.so")]
+
+
+TUNABLES = (
+    "glibc.cpu.hwcaps=-AVX512F", "glibc.cpu.hwcaps=-AVX2,-BMI2", "glibc.cpu.hwcaps=-SSE4_2",
+    "glibc.malloc.check=0:glibc.cpu.hwcaps=,-LZCNT", "glibc.cpu.hwcaps=-avx2,- AVX,-SSE3,AVX2",
+    "glibc.cpu.hwcaps=-SSSE3:glibc.cpu.hwcaps=-FMA", "glibc.cpu.hwcaps=-OSXSAVE", "glibc.cpu.hwcaps",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine lacks x86-64 libraries")
+@pytest.mark.parametrize("tunables", TUNABLES)
+def test_what_glibc_is_not_to_use_of_the_processor_has_no_directories(tunables: str, tmp_path: Path) -> None:
+    for level in ("x86-64-v4", "x86-64-v3", "x86-64-v2"):
+        (tmp_path / "glibc-hwcaps" / level).mkdir(parents=True)
+    program = (
+        "import ctypes\n"
+        "from miniloader.loader.surroundings import find_here\n"
+        "steps = find_here('libnowhere.so').steps\n"
+        "print([step.path for step in steps if step.rule == 'LD_LIBRARY_PATH'])\n"
+        "ctypes.CDLL('libnowhere.so')"
+    )
+    variables = {"LD_LIBRARY_PATH": str(tmp_path), "LD_DEBUG": "libs", "GLIBC_TUNABLES": tunables}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+    )
+    tried = re.findall(rf"trying file=({re.escape(str(tmp_path))}/\S*libnowhere\.so)", done.stderr)
+    ours = ast.literal_eval(done.stdout)
     hwcaps = [path for path in tried if "glibc-hwcaps" in path]
     assert ours == [*hwcaps, str(tmp_path / "libnowhere.so")]
 
