@@ -20,7 +20,6 @@ __all__ = ["FileInProcess", "files_in_process", "image_end"]
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
 _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int32)
-_MOST_OWNERS: Final = 16  # images that claim a page for their bss: images in the place of each other
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -142,23 +141,41 @@ def files_in_process(
         )
         for file, bias, indices in arrangements
     ]
-    _find_bss(found, pages.anonymous)
+    _find_bss(found, vmas, pages.anonymous)
     return found
 
 
-def _find_bss(found: Sequence[FileInProcess], anonymous: NDArray[np.uint64]) -> None:
+def _find_bss(found: Sequence[FileInProcess], vmas: Sequence[Vma], anonymous: NDArray[np.uint64]) -> None:
     """Set the vaddrs of the present anonymous pages of each image's bss.
 
-    All images are asked at once whether there are any between the first and the last of its bss; which of
-    these are in it takes time in proportion to them, and no page is in the bss of many images.
+    A page is looked for in one image alone, the one of which a mapping, or the first bss, begins most closely
+    before it: bss is behind the data of its own image.  So no page is counted twice, however many images say
+    that their bss is there, and it takes time in proportion to mappings and pages.
     """
-    placed_zeros = [(placed, placed.file.facts.zeros) for placed in found if placed.file.facts is not None]
-    owners = [(placed, zeros) for placed, zeros in placed_zeros if len(zeros)]
-    ends = [(placed.base + end) % 2**64 for placed, zeros in owners for end in zeros.span]
-    at = np.searchsorted(anonymous, np.array(ends, np.uint64)).tolist()
-    most = _MOST_OWNERS * len(anonymous)
-    for (placed, zeros), low, high in zip(owners, at[::2], at[1::2], strict=True):
-        most -= max(high - low, 0)
-        if low < high and most >= 0:
-            vaddrs = anonymous[low:high] - np.uint64(placed.base % 2**64)
-            placed.bss_vaddrs = vaddrs[zeros.meet(vaddrs, 1)]
+    owners = [placed for placed in found if placed.file.facts is not None and len(placed.file.facts.zeros)]
+    begins = sorted(
+        (start, number) for number, placed in enumerate(owners) for start in _starts(placed, vmas)
+    )
+    at = [*np.searchsorted(anonymous, np.array([start for start, _ in begins], np.uint64)).tolist(), None]
+    parts: dict[int, list[NDArray[np.uint64]]] = {}
+    for (_, number), low, high in zip(begins, at, at[1:], strict=False):
+        if low != high and low < len(anonymous):
+            parts.setdefault(number, []).append(_bss_among(anonymous[low:high], owners[number]))
+    for number, vaddrs in parts.items():
+        owners[number].bss_vaddrs = np.concatenate(vaddrs)
+
+
+def _starts(placed: FileInProcess, vmas: Sequence[Vma]) -> list[int]:
+    """Where the mappings of an image begin in a process, and the first of its bss."""
+    assert placed.file.facts is not None
+    first, _ = placed.file.facts.zeros.span
+    return [*[vmas[index].start for index in placed.mappings], (placed.base + first) % 2**64]
+
+
+def _bss_among(addresses: NDArray[np.uint64], placed: FileInProcess) -> NDArray[np.uint64]:
+    """The vaddrs of those of the ``addresses``, which ascend, that are in the bss of an image."""
+    assert placed.file.facts is not None
+    zeros = placed.file.facts.zeros
+    end = np.uint64((placed.base + zeros.span[1]) % 2**64)
+    vaddrs = addresses[: np.searchsorted(addresses, end)] - np.uint64(placed.base % 2**64)
+    return vaddrs[zeros.meet(vaddrs, 1)]

@@ -90,12 +90,12 @@ def test_who_has_more_files_than_may_be_open_leaves_some_for_the_others(
     assert any("ulimit -n" in page["reason"] for pages in hoards for page in pages)
 
 
-def segments(path: Path, number: int) -> int:
+def segments(path: Path, number: int, bss: int = PAGE_SIZE) -> int:
     """Write a file with so many segments, each with bss, all of one page; where that is in the file."""
     end = 64 + PHDR.size * number
     offset = end + PAGE_SIZE - 1 & -PAGE_SIZE
     rows = (
-        (1, 6, offset, vaddr, vaddr, PAGE_SIZE, 2 * PAGE_SIZE, PAGE_SIZE)
+        (1, 6, offset, vaddr, vaddr, PAGE_SIZE, PAGE_SIZE + bss, PAGE_SIZE)
         for vaddr in range(0, 3 * PAGE_SIZE * number, 3 * PAGE_SIZE)
     )
     header = elf_header(segments=number, phoff=64, sections=0, shoff=0, names=0)
@@ -115,6 +115,38 @@ def test_many_segments_that_are_mapped_often_are_not_gone_through_for_each_mappi
 
         (outcome,) = hostile.run(1, lambda _: None, {"audit": look})
     assert outcome.kind == "result", outcome
+
+
+#: Has a library, writes to its bss, and maps a page of other files far below it.
+WRITES = """
+import ctypes, os, sys
+offset, library, *files = sys.argv[1:]
+held = ctypes.CDLL(library)
+ctypes.memset((ctypes.c_char * (1 << 16)).in_dll(held, "large"), 1, 1 << 16)
+mmap = ctypes.CDLL(None).mmap
+mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+for place, path in enumerate(files):
+    mmap((1 << 44) + (place << 26), 4096, 3, 0x100002, os.open(path, os.O_RDONLY), int(offset))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_page_is_in_one_bss_whoever_claims_it(
+    fixture_library: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Forty files below a library say that all memory from there on is their bss."""
+    library = Path(shutil.copy(fixture_library("bss"), tmp_path / "held.so"))
+    files = [tmp_path / f"claims{number}.so" for number in range(40)]
+    offsets = {segments(file, 1, bss=(6 << 44) + number * PAGE_SIZE) for number, file in enumerate(files)}
+    with running(WRITES, *offsets, library, *files) as pid:
+        found = miniloader.audit([pid])
+        summed = miniloader.audit([pid], causes=False)
+    (held,) = (file for file in found.libraries if file.path == str(library))
+    assert held.processes[0].bss == 16
+    assert {page.vaddr // PAGE_SIZE for page in held.bss_pages} == {*range(4, 20)}
+    everything = sum(process.bss for file in summed.libraries for process in file.processes)
+    assert everything <= sum(process.uss for process in summed.processes) // PAGE_SIZE
 
 
 @pytest.mark.parametrize("apart", [1, 3])
