@@ -46,7 +46,8 @@ def read_all_symbols(image: ElfImage) -> SymbolTable:
 
 def _candidates(image: ElfImage) -> Iterator[tuple[str, int | None]]:
     """Where a debug file may be, and the checksum that it must have; None: the build-id says enough."""
-    path = os.path.realpath(image.path) if image.path else ""
+    # Nothing is looked for beside what a server gives, who may not answer.
+    path = os.path.realpath(image.path) if image.path and image.source.calls is os else ""
     root = re.match(r"/proc/(\d+|self)/root(?=/)", path)
     roots = ["", *([root[0]] if root else [])]
     build_id = image.build_id

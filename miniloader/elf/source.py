@@ -13,12 +13,12 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final, Protocol
 
 from miniloader.errors import ElfError, LoadError
 from miniloader.files import NotRegularError, kind_of, open_regular
 
-__all__ = ["LARGE", "Bytes", "Source", "large_room"]
+__all__ = ["LARGE", "Bytes", "FileCalls", "Source", "large_room"]
 
 Bytes = bytes | mmap.mmap
 """What is read: both can be indexed, sliced and searched, and given to :func:`numpy.frombuffer`."""
@@ -28,22 +28,44 @@ LARGE: Final = 1 << 21
 """From so many bytes on :func:`large_room` is worth its call."""
 
 
+class FileCalls(Protocol):
+    """The system calls that a source makes, each as it is in :mod:`os`, which has them all."""
+
+    def fstat(self, fd: int, /) -> os.stat_result:
+        """fstat(2)."""
+
+    def pread(self, fd: int, length: int, offset: int, /) -> bytes:
+        """pread(2)."""
+
+    def preadv(self, fd: int, buffers: Any, offset: int, /) -> int:
+        """preadv(2)."""
+
+    def lseek(self, fd: int, offset: int, whence: int, /) -> int:
+        """lseek(2)."""
+
+    def close(self, fd: int, /) -> None:
+        """close(2)."""
+
+
 class Source:
     """An open, readable ELF image: ``size`` bytes from ``start`` on of descriptor ``fd``, by default all.
 
     The descriptor belongs to the source and is closed with it.  ``name`` is for messages, ``identity``
-    is the file's device and inode.
+    is the file's device and inode.  ``calls`` is who makes the system calls: who has the descriptor.
     """
 
-    def __init__(self, fd: int, name: str, start: int = 0, size: int | None = None) -> None:
+    def __init__(
+        self, fd: int, name: str, start: int = 0, size: int | None = None, *, calls: FileCalls = os
+    ) -> None:
         """Adopt ``fd``; it is closed here when it is no regular file, or cannot be read."""
+        self.calls = calls
         try:
-            status = os.fstat(fd)
+            status = calls.fstat(fd)
             kind = kind_of(status.st_mode)
             # Most tables of most libraries are here: one read instead of fifty.
-            head = os.pread(fd, _HEAD, start) if kind is None and start >= 0 else b""
+            head = calls.pread(fd, _HEAD, start) if kind is None and start >= 0 else b""
         except OSError as error:
-            os.close(fd)
+            calls.close(fd)
             raise _unreadable(name, "file", error) from None
         fault = None
         if kind is not None:
@@ -55,7 +77,7 @@ class Source:
         elif size is not None and start + size > status.st_size:
             fault = ("size", f"{size} bytes", f"at most {status.st_size - start}, which the file has there")
         if fault is not None:
-            os.close(fd)
+            calls.close(fd)
             raise ElfError(name, *fault)
         self.fd = fd
         self.name = name
@@ -63,7 +85,7 @@ class Source:
         self.size = status.st_size - start if size is None else size
         self.identity = (status.st_dev, status.st_ino)
         self._head = head[: self.size]
-        self._closer = weakref.finalize(self, os.close, fd)
+        self._closer = weakref.finalize(self, calls.close, fd)
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -132,7 +154,7 @@ class Source:
             return self._head[offset : offset + length]
         self.refuse_hole(offset, length, field)
         try:
-            data = os.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
+            data = self.calls.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:
             raise _unreadable(self.name, field, error) from None
         if len(data) < length:
@@ -160,14 +182,14 @@ class Source:
 
     def _seek(self, offset: int, whence: int) -> int:
         """Where data or a hole is next; the descriptor stays where it is, as its duplicates share that."""
-        position = os.lseek(self.fd, 0, os.SEEK_CUR)
+        position = self.calls.lseek(self.fd, 0, os.SEEK_CUR)
         try:
-            return os.lseek(self.fd, self.start + offset, whence) - self.start
+            return self.calls.lseek(self.fd, self.start + offset, whence) - self.start
         except OSError as error:
             # Without data there is none up to the end; what cannot tell holds data everywhere.
             return offset if whence == os.SEEK_DATA and error.errno != errno.ENXIO else self.size
         finally:
-            os.lseek(self.fd, position, os.SEEK_SET)
+            self.calls.lseek(self.fd, position, os.SEEK_SET)
 
     def refuse_hole(self, offset: int, length: int, field: str) -> None:
         """Raise :class:`ElfError` for the table ``field`` where a large hole or the file's end lies in it."""
@@ -182,7 +204,7 @@ class Source:
         with memoryview(room) as view:
             while done < length:  # preadv(2) gives at most 2 GiB at a time
                 with view[done:] as rest:
-                    count = os.preadv(self.fd, [rest], at + done)
+                    count = self.calls.preadv(self.fd, [rest], at + done)
                 if not count:
                     return room[:done]
                 done += count

@@ -7,7 +7,6 @@ import resource
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from typing import Final, NamedTuple
 
 from miniloader.elf import Source
@@ -20,14 +19,14 @@ from miniloader.kernel.mounts import ServedMounts, mount_of
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
 from miniloader.lab.audit.prepared_pages import PreparedPages
-from miniloader.lab.workers.patient import comes_to_an_end
+from miniloader.lab.audit.served_files import UNANSWERED, ServedFile
+from miniloader.lab.workers.patient import Blocked, PatientProcess
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 
 _TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
 _RAISE_LIMIT: Final = "raise the limit (ulimit -n)"
-_UNANSWERED: Final = "whoever serves the file does not answer"
 _KERNEL: Final = -1  # its name leads to the mapped file itself
 
 
@@ -70,6 +69,7 @@ class MappedFiles:
         self._files: dict[Identity, MappedFile] = {}
         self._openable: dict[int, int] = {}  # how many files more may be opened that a process has
         self._served: dict[int | None, ServedMounts] = {}
+        self._reader = PatientProcess()
         self._names = NameNumbers()
         self.prepared = PreparedPages()
 
@@ -103,45 +103,60 @@ class MappedFiles:
     def _look(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open it; only of what cannot be opened is the kernel asked for the build-id: it reads, too."""
         self._open(file, pid, vma)
-        if file.facts is not None or file.trouble == _UNANSWERED:
+        if file.facts is not None or file.trouble == UNANSWERED:
             return
-        try:
-            answer = query_vma(pid, vma.start)
-        except EvidenceError:  # PROCMAP_QUERY is from 6.11 on
-            return
-        if answer is not None and answer.build_id and identity_of(answer.vma) == file.identity:
-            file.build_id = answer.build_id.hex()
+        file.build_id = self._kernels_build_id(pid, vma)
+        if file.build_id is not None:
             self._open(file, pid, vma)
+
+    def _kernels_build_id(self, pid: int, vma: Vma) -> str | None:
+        """The build-id that the kernel reads in the file of a mapping; None, too, where nobody answers."""
+        if not self._is_served(pid, vma):
+            return _kernels_build_id(pid, vma)
+        with suppress(Blocked):
+            return self._reader.call(_kernels_build_id, pid, vma)
+        return None
 
     def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open the very file that is mapped, not one that has taken its name since."""
-        if file.trouble == _UNANSWERED:
+        if file.trouble == UNANSWERED:
             return
         if not self._may_open(pid):
             file.trouble = f"more files are mapped than may be open here; {_RAISE_LIMIT}"
             return
-        file.trouble = _UNANSWERED  # as it stays where this call never comes back
+        file.trouble = UNANSWERED  # as it stays where this call never comes back
         by_kernel = process_file(pid, f"map_files/{vma.start:x}-{vma.end:x}")
         in_root = process_file(pid, "root") + vma.path
-        for viewer in (None, pid):
-            if viewer not in self._served:
-                self._served[viewer] = ServedMounts(viewer)
-        served = any(self._served[viewer].have(vma.path, vma.device) for viewer in (None, pid))
+        is_served = self._is_served(pid, vma)
         for path, viewer in ((vma.path, None), (by_kernel, _KERNEL), (in_root, pid)):
-            if served and not comes_to_an_end(partial(_read_through, path)):
-                return
+            served = ServedFile(self._reader, path) if is_served else None
             try:
-                source = Source.open(path)
+                source = Source.open(path) if served is None else served.source()
             except MiniloaderError:
+                if served is not None and served.silent:
+                    return
                 continue
             facts = _facts(source, self._names)
+            if served is not None and served.silent:
+                return
             if facts is not None and (viewer == _KERNEL or _is(source, facts, file, viewer)):
                 file.facts, file.trouble = facts, ""
                 self._openable[pid] -= 1
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return
-        file.trouble = _trouble(file.identity, vma.path, in_root)
+        if not is_served:
+            file.trouble = _trouble(file.identity, vma.path, in_root)
+            return
+        with suppress(Blocked):
+            file.trouble = self._reader.call(_trouble, file.identity, vma.path, in_root)
+
+    def _is_served(self, pid: int, vma: Vma) -> bool:
+        """Whether a server is asked for the file, whose answer may never come."""
+        for viewer in (None, pid):
+            if viewer not in self._served:
+                self._served[viewer] = ServedMounts(viewer)
+        return any(self._served[viewer].have(vma.path, vma.device) for viewer in (None, pid))
 
     def _may_open(self, pid: int) -> bool:
         """Whether a process has not had its share: half of what was left when its first file was met.
@@ -152,16 +167,6 @@ class MappedFiles:
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             self._openable[pid] = (most - len(os.listdir("/proc/self/fd"))) // 2
         return self._openable[pid] > 0
-
-
-def _read_through(path: str) -> None:
-    """Read a file that is one, once: then most of it is in the page cache."""
-    with suppress(OSError):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return
-        with open(path, "rb", buffering=0) as file:
-            while file.read(1 << 20):
-                pass
 
 
 def _trouble(mapped: Identity, *paths: str) -> str:
@@ -185,6 +190,17 @@ def _trouble(mapped: Identity, *paths: str) -> str:
     return f"the file is {state}, and only CAP_SYS_ADMIN may read it through /proc/PID/map_files"
 
 
+def _kernels_build_id(pid: int, vma: Vma) -> str | None:
+    """The build-id that the kernel tells of the file of a mapping, in hexadecimal."""
+    try:
+        answer = query_vma(pid, vma.start)
+    except EvidenceError:  # PROCMAP_QUERY is from 6.11 on
+        return None
+    if answer is None or not answer.build_id or identity_of(answer.vma) != identity_of(vma):
+        return None
+    return answer.build_id.hex()
+
+
 def _facts(source: Source, names: NameNumbers) -> FileFacts | None:
     """What the file says; None where it cannot be read."""
     try:
@@ -204,7 +220,7 @@ def _is(source: Source, facts: FileFacts, file: MappedFile, pid: int | None) -> 
     number, inode = source.identity
     device, mapped = (os.major(number), os.minor(number)), file.identity
     if (device, inode) == (mapped.device, mapped.inode):
-        return not mapped.deleted or os.fstat(source.fd).st_nlink > 0
+        return not mapped.deleted or source.calls.fstat(source.fd).st_nlink > 0
     if mapped.deleted:
         return False
     if file.build_id is not None:

@@ -6,22 +6,30 @@ file system (FUSE, NFS) that one of its files is on.  Nobody can be made to answ
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from miniloader.forking import importing
 from miniloader.lab.workers.child import ForkedProcess
 
-__all__ = ["Blocked", "PatientCalls", "comes_to_an_end"]
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["Blocked", "PatientCalls", "PatientProcess"]
 
 _SECONDS: Final = 5.0
 _LATER: Final = 2.0  # seconds, once somebody has been waited for so long
 _LOOK_EVERY: Final = 0.1  # seconds
+_FOR_PROCESS: Final = 2.0  # seconds
+_FOR_OTHERS: Final = 0.5  # seconds, once a process has been waited for in vain
 #: Asleep, and how often it has been since it began: while both stay, it has not run at all.
 _ASLEEP: Final = re.compile(rb"^State:\s+[SD].*^voluntary_ctxt_switches:\s+(\d+)", re.DOTALL | re.MULTILINE)
 
@@ -129,25 +137,104 @@ class _Caller:
         self._thread.join()
 
 
-def comes_to_an_end(function: Callable[[], object], seconds: float = 2.0) -> bool:
-    """Whether ``function`` returns, in a forked child of its own, within so many ``seconds``.
+class PatientProcess:
+    """Makes calls one after the other, in a forked process of its own; a context manager, which ends that.
 
-    A child that waits for a server that has its question cannot even be killed, and this process could not
-    end while a thread of it did so.  The child is left then, to end when it can.  It has no open files.
+    Who waits for a server that has its question cannot even be killed, and this process could not end while a
+    thread of it did so.  A process that does not answer for two seconds is left, to end when it can, and the
+    next call is made by another; that has half a second.  It has no open files but what its calls open.
 
-    >>> comes_to_an_end(lambda: None), comes_to_an_end(lambda: time.sleep(60), seconds=0.1)
-    (True, False)
+    >>> with PatientProcess() as process:
+    ...     process.call(divmod, 17, 5)
+    (3, 2)
     """
 
-    def body() -> int:
-        for name in os.listdir("/proc/self/fd"):  # whoever waits for the end of our output has it
+    def __init__(self) -> None:
+        self._patience = _FOR_PROCESS
+        self._peer: _Peer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the process; the next call is made by another."""
+        if self._peer is not None:
+            self._peer.end()
+        self._peer = None
+
+    def call(self, function: Callable[..., _Answer], *arguments: object) -> _Answer:
+        """What ``function``, one that its module has by name, returns; raises its OSError, and Blocked."""
+        for _ in range(2):
+            # A helper has its parent's; and it ends with the thread that has forked it.
+            if self._peer is None or not self._peer.is_ours:
+                self._peer = _Peer()
+            try:
+                answer, error = self._peer.ask(function, arguments, self._patience)
+            except TimeoutError:
+                seconds, self._patience = self._patience, min(self._patience, _FOR_OTHERS)
+                self.end()
+                raise Blocked(f"nobody has answered for {seconds:.1f} s") from None
+            except (EOFError, ConnectionError):
+                self.end()
+                continue
+            if error is not None:
+                raise error
+            return answer  # type: ignore[no-any-return]  # that of the function
+        raise OSError(errno.EIO, "the process that reads for this one has ended")
+
+
+class _Peer:
+    """A forked process that does what it is asked."""
+
+    def __init__(self) -> None:
+        with importing:
+            from multiprocessing.connection import Pipe
+        self._owner = os.getpid()
+        self._ours, theirs = Pipe()
+        try:
+            self._child = ForkedProcess(lambda: _answer_calls(theirs))
+        finally:
+            theirs.close()
+        self._end = weakref.finalize(self, _end_peer, self._owner, self._ours, self._child)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this process that has forked it."""
+        return self._owner == os.getpid()
+
+    def ask(self, function: Callable[..., Any], arguments: Sequence[object], seconds: float) -> Any:
+        """What the function returned, and the OSError that it raised; TimeoutError; EOFError of the dead."""
+        self._ours.send((function, arguments))
+        if not self._ours.poll(seconds):
+            raise TimeoutError
+        return self._ours.recv()
+
+    def end(self) -> None:
+        """End it, waiting a moment only."""
+        self._end()
+
+
+def _end_peer(owner: int, connection: Connection, child: ForkedProcess) -> None:
+    connection.close()
+    if owner == os.getpid():
+        child.abandon()
+
+
+def _answer_calls(connection: Connection) -> int:
+    """In the child: make the calls that are asked for, until nobody can ask any more."""
+    for name in os.listdir("/proc/self/fd"):  # whoever waits for the end of our output has it
+        if int(name) != connection.fileno():
             with suppress(OSError):
                 os.close(int(name))
-        function()
-        return 0
-
-    child = ForkedProcess(body)
-    try:
-        return child.wait(seconds) == 0
-    finally:
-        child.abandon()
+    with suppress(EOFError):
+        while True:
+            function, arguments = connection.recv()
+            try:
+                reply: tuple[Any, OSError | None] = function(*arguments), None
+            except OSError as error:
+                reply = None, error
+            connection.send(reply)
+    return 0

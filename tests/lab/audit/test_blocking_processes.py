@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import _thread
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import pytest
 import miniloader
 from miniloader.lab.audit import survey
 from miniloader.lab.workers import patient
-from miniloader.lab.workers.patient import Blocked, PatientCalls, comes_to_an_end
+from miniloader.lab.workers.patient import Blocked, PatientCalls, PatientProcess
 from tests.lab.audit import unanswered_files
 
 
 @contextmanager
-def unanswered(directory: Path, unmounted: Callable[[Path], None]) -> Iterator[int]:
-    command = [sys.executable, unanswered_files.__file__, str(directory)]
+def unanswered(directory: Path, library: Path, reads: int) -> Iterator[int]:
+    command = [sys.executable, unanswered_files.__file__, str(directory), str(library), str(reads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -51,16 +52,21 @@ def sleeper() -> Iterator[int]:
 
 
 @pytest.mark.needs_root("mounting needs CAP_SYS_ADMIN")
-def test_a_file_that_nobody_serves_is_left_out(tmp_path: Path, sleeper: int) -> None:
-    """All of its process but the file is told; the command ends, too."""
-    with unanswered(tmp_path, unmounted) as pid:
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_file_that_nobody_serves_is_left_out(reads: int, demo: Path, tmp_path: Path, sleeper: int) -> None:
+    """All of its process but the file is told, also where it was served at first; the command ends, too."""
+    with unanswered(tmp_path, demo, reads) as pid:
         command = [sys.executable, "-m", "miniloader", "audit", str(pid), str(sleeper), "--json"]
         done = subprocess.run(command, capture_output=True, check=True, timeout=100)
     answer = json.loads(done.stdout)
     assert answer["unreadable"] == []
     assert [process["pid"] for process in answer["processes"]] == [pid, sleeper]
     (file,) = (library for library in answer["libraries"] if library["path"].startswith(str(tmp_path)))
-    assert file["build_id"] is None
+    assert (file["build_id"] is not None) == (reads >= 2)
+    pages = file["private_pages"]
+    assert len(pages) == bool(reads)
+    assert all(page["reason"] for page in pages if "unknown" in page["causes"])
+    assert reads != 1 or pages[0]["reason"] == "whoever serves the file does not answer"
 
 
 def test_what_blocks_makes_one_process_unreadable(sleeper: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +119,40 @@ def test_who_interrupts_does_not_wait_for_the_call() -> None:
     never.set()
 
 
-def test_who_is_ended_for_not_coming_to_an_end_is_gone() -> None:
-    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
-    earlier = children.read_text()
-    assert not comes_to_an_end(lambda: time.sleep(60), seconds=0.1)
-    assert children.read_text() == earlier
+def children() -> str:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+
+
+def test_a_process_that_does_not_answer_is_gone_and_another_takes_its_place() -> None:
+    earlier = children()
+    with PatientProcess() as process:
+        assert process.call(divmod, 17, 5) == (3, 2)
+        first = process.call(os.getpid)
+        with pytest.raises(Blocked):
+            process.call(time.sleep, 60)
+        assert process.call(os.getpid) not in (first, os.getpid())
+        with pytest.raises(FileNotFoundError):
+            process.call(os.stat, "/none")
+    assert children() == earlier
+
+
+def test_a_process_that_was_ended_is_followed_by_another() -> None:
+    """It ends with the thread that has made it, and may be killed for lack of memory."""
+    with PatientProcess() as process:
+        os.kill(process.call(os.getpid), 9)
+        assert process.call(divmod, 17, 5) == (3, 2)
+        child = os.fork()
+        if child == 0:
+            os._exit(process.call(os.getppid) != os.getpid())
+        assert os.waitpid(child, 0)[1] == 0
+        assert process.call(os.getppid) == os.getpid()
+
+
+def test_who_forgets_a_process_leaves_none() -> None:
+    earlier, process = children(), PatientProcess()
+    process.call(os.getpid)
+    del process
+    assert children() == earlier
 
 
 def test_calls_that_go_on_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
