@@ -81,7 +81,7 @@ class Graph:
         if self.tell is not None:
             self.tell(Event(stage, library, text, data))
 
-    def add(self, source: Source, needed_by: Asker | None = None, image: ElfImage | None = None) -> Loaded:
+    def add(self, source: Source, needed_by: Loaded | None = None, image: ElfImage | None = None) -> Loaded:
         """Open ``source`` as a new member, with its ``image`` if that has been read; closed when refused."""
         try:
             image = image or read_image(source)
@@ -156,7 +156,7 @@ class Graph:
         if isinstance(answer.what, Source):
             text = f"{name}: {answer.path}"
             self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
-            needed = self.add(answer.what, library.asker(), answer.image)
+            needed = self.add(answer.what, library, answer.image)
             needed.called.add(name)
             return needed
         if answer.handle is not None:

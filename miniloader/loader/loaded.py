@@ -44,14 +44,14 @@ class Loaded:
     """
 
     def __init__(
-        self, image: ElfImage, needed_by: Asker | None, policy: Policy, tell: OnEvent | None = None
+        self, image: ElfImage, needed_by: Loaded | None, policy: Policy, tell: OnEvent | None = None
     ) -> None:
         self.image = image
         self.key = image.source.key  # what tells its file from others
         self.policy = policy
         self.tell = tell  # who hears of its load, and of those that it asks for itself
         self.undo = ExitStack()
-        self.needed_by = needed_by  # as a searcher only: it may be closed before
+        self.needed_by = needed_by  # whose need brought it, while that is there: ld.so's l_loader
         self.called = {image.path}  # the names that it was found by: ld.so's l_name and l_libname
         self.needs: list[Loaded | HostLibrary] = []  # in the order in which its dynamic section has them
         self.filtees: list[Loaded | HostLibrary] = []  # those whose symbols come before its own
@@ -77,7 +77,7 @@ class Loaded:
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
         self._names: MappedSymbols | None = None
-        self._asker: Asker | None = None
+        self._asker: tuple[Asker | None, Asker] | None = None  # who needed it, and itself
 
     def __repr__(self) -> str:
         return f"<Loaded {self.name!r} {f'at {self.bias:#x}' if self.is_mapped else 'not mapped'}>"
@@ -154,9 +154,10 @@ class Loaded:
 
     def asker(self) -> Asker:
         """The library as one that needs others, to search for them."""
-        if self._asker is None:
-            self._asker = Asker.of(self.image, self.needed_by)
-        return self._asker
+        loader = self.needed_by.asker() if self.needed_by is not None else None
+        if self._asker is None or self._asker[0] is not loader:
+            self._asker = loader, Asker.of(self.image, loader)
+        return self._asker[1]
 
     def has_exits(self) -> bool:
         """Whether a thread has destructors of its objects yet to run; it is not asked again if none has."""
@@ -174,6 +175,7 @@ class Loaded:
         self._names = self.tell = None  # who has heard of it may have kept what leads to it
         for libraries in (self.needs, self.filtees, self.before, self.roots, self.scope, self.holds):
             libraries.clear()  # circles, which would keep the file open
+        self.needed_by = None
         return True
 
     def stub_for(self, function: int) -> CodePage:

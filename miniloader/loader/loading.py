@@ -32,7 +32,6 @@ from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
-from miniloader.loader.search import Asker
 from miniloader.loader.surroundings import find_path
 from miniloader.native import functions
 
@@ -81,7 +80,7 @@ class Loading:
         self.path = path
         policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
         name = path.name if isinstance(path, Source) else os.fspath(path)
-        self._begin(name, Graph(policy, on_event), None)
+        self._begin(name, Graph(policy, on_event))
 
     @classmethod
     def for_caller(
@@ -90,22 +89,21 @@ class Loading:
         image: ElfImage | None,
         name: str,
         policy: Policy,
-        asker: Asker | None,
         asked_in: Graph,
     ) -> Loading:
-        """The load of a file that has been found for ``asker``, who has called dlopen(3) for ``name``.
+        """The load of a file that has been found for somebody who has called dlopen(3) for ``name``.
 
-        ``image`` is what is in it, if that has been read.
+        As in ld.so the paths of who has called count for this file, and not for what it needs.  ``image`` is
+        what is in it, if that has been read.
         """
         steps = cls.__new__(cls)
         steps.path = source
-        steps._begin(name, Graph(policy, asked_in.tell, asked_in), asker, image)
+        steps._begin(name, Graph(policy, asked_in.tell, asked_in), image)
         return steps
 
-    def _begin(self, name: str, graph: Graph, asker: Asker | None, image: ElfImage | None = None) -> None:
+    def _begin(self, name: str, graph: Graph, image: ElfImage | None = None) -> None:
         self._name = name  # that was asked for
         self._graph = graph
-        self._asker = asker
         self._image = image
         #: The libraries that :meth:`map` has mapped, breadth first: the one asked for, then what it needs.
         #: Empty where this process had it already, which is then shared.
@@ -217,7 +215,7 @@ class Loading:
 
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
-        root = graph.add(source, self._asker, self._image)
+        root = graph.add(source, None, self._image)
         root.called.add(self._name)
         root.will_stay |= graph.policy.stays
         functions()  # the loader's own library, before it is asked which there are
@@ -350,9 +348,9 @@ _answering: Final[list[Callable[..., int]]] = []
 
 
 def _load_for_caller(
-    source: Source, image: ElfImage | None, name: str, policy: Policy, asker: Asker | None, asked_in: Graph
+    source: Source, image: ElfImage | None, name: str, policy: Policy, asked_in: Graph
 ) -> Loaded:
-    with Loading.for_caller(source, image, name, policy, asker, asked_in) as steps:
+    with Loading.for_caller(source, image, name, policy, asked_in) as steps:
         steps.map()
         steps.link()
         steps.initialise()

@@ -99,6 +99,9 @@ def _leave(closed: Loaded, caller: Loaded | None) -> None:
     for library in present:
         if library not in gone and not library.scope and any(root in gone for root in library.roots):
             library.scope = list(dict.fromkeys([library, *library.needs]))
+    for library in present:
+        if library.needed_by in gone:
+            library.needed_by = None  # from now on that one's paths are not searched for it
     _leaving.extend(gone)
     known = set(present)
     for member in gone:

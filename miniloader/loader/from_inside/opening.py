@@ -17,13 +17,12 @@ from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.graph import Graph, Resolution
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy
-from miniloader.loader.search import Asker
 
 __all__ = ["Load", "close_library", "library_of", "load_with", "open_library"]
 
-Load = Callable[[Source, ElfImage | None, str, Policy, Asker | None, Graph], Loaded]
-"""Loads a file: what is in it if known, the name it was asked for by, what is allowed, for whom it was found,
-and in which graph."""
+Load = Callable[[Source, ElfImage | None, str, Policy, Graph], Loaded]
+"""Loads a file: what is in it if known, the name it was asked for by, what is allowed, and in which graph it
+was found."""
 
 _SPROF: Final = 0x40000000  # __RTLD_SPROF: glibc's sprof(1) passes it
 #: All flags but those that dlopen(3) knows.
@@ -96,12 +95,12 @@ def _load_new(
     """Load the file for ``caller``: bound at once; lazily where functions are missing, and it may be so."""
     policy, path = _policy_for(caller.policy, flags), source.name
     try:
-        return _load[0](source, image, name, policy, caller.asker, asked_in)
+        return _load[0](source, image, name, policy, asked_in)
     except SymbolError:
         if not flags & os.RTLD_LAZY or os.environ.get("LD_BIND_NOW"):
             raise
         lazily = replace(policy, bind="lazy", prepared=False)
-        return _load[0](Source.open(path), None, name, lazily, caller.asker, asked_in)
+        return _load[0](Source.open(path), None, name, lazily, asked_in)
 
 
 @lru_cache(maxsize=16)

@@ -128,6 +128,35 @@ def asked_for_by_a_token() -> Any:
     return [*answers, call(_ctypes.dlopen("./two/named.so", NOW), "number")]
 
 
+OPENS_LEAF: Final = """
+#include <dlfcn.h>
+int middle(void) {
+    void *handle = dlopen("leaf.so", RTLD_NOW);
+    return handle ? dlclose(handle) : -1;
+}
+"""
+OPENS_MIDDLE: Final = """
+#include <dlfcn.h>
+int top(void) {
+    void *handle = dlopen("middle.so", RTLD_NOW);
+    int (*middle)(void) = handle ? (int (*)(void))dlsym(handle, "middle") : 0;
+    return middle ? middle() : -2;
+}
+"""
+
+
+def along_the_paths_of_who_needs_it() -> Any:
+    """As long as that is there; and of who has opened it none are searched for what it needs itself."""
+    needs = _ctypes.dlopen("./needs.so", NOW)
+    middle = _ctypes.dlopen("middle.so", NOW)
+    answers = [call(needs, "top"), call(middle, "middle")]
+    _ctypes.dlclose(needs)
+    answers += [call(middle, "middle"), is_mapped("needs.so")]
+    _ctypes.dlclose(middle)
+    opens = _ctypes.dlopen("./opens.so", NOW)
+    return [*answers, is_mapped("middle.so"), call(opens, "top"), is_mapped("middle.so")]
+
+
 def held_for_ever() -> Any:
     """What is never unmapped may be closed more often than it was opened."""
     handle = _ctypes.dlopen("./stays.so", NOW)
@@ -211,6 +240,7 @@ def itself() -> Any:
     return [call(handle, name) for name in ("behind", "has_block", "use", "has_block", "walk")] + [lines]
 
 
+RPATH: Final = ["-Wl,--disable-new-dtags", "-Wl,-rpath,$ORIGIN/apart"]
 STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
     of_threads: [("localxx.so", THREAD_LOCAL, [])],
     of_a_thread_that_goes_on: [("countedxx.so", COUNTED, []), ("user.so", "", [])],
@@ -223,6 +253,12 @@ STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
         (f"{place}/{name}.so", source, [])
         for place, number in (("one", 1), ("two", 2))
         for name, source in (("opens", OPENS_BESIDE), ("named", f"int number(void) {{ return {number}; }}"))
+    ],
+    along_the_paths_of_who_needs_it: [
+        ("apart/leaf.so", "", []),
+        ("apart/middle.so", OPENS_LEAF, ["-Wl,-soname,middle.so"]),
+        ("needs.so", "int middle(void); int top(void) { return middle(); }", ["apart/middle.so", *RPATH]),
+        ("opens.so", OPENS_MIDDLE, RPATH),
     ],
     held_for_ever: [("stays.so", "static int n; int next(void) { return ++n; }", ["-Wl,-z,nodelete"])],
     unique: [("onexx.so", UNIQUE, []), ("twoxx.so", UNIQUE, [])],
