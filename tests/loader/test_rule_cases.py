@@ -62,6 +62,10 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./a.so"), Call("./c.so")],
     ),
+    "what the kernel gives can be needed, and asked for": (
+        {"a.so": NewLibrary("A", needs=needs("linux-vdso.so.1"), refers=refers("s"))},
+        [Call("./a.so"), Call("linux-vdso.so.1"), Call("linux-vdso.so.1", NOW | os.RTLD_NOLOAD)],
+    ),
     "lazy and now together are lazy": (
         {"a.so": NewLibrary("A", unbound=True)},
         [Call("./a.so", LAZY | NOW), Call("./a.so", LAZY)],

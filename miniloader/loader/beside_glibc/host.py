@@ -195,18 +195,21 @@ class HostLibrary:
 class HostListing:
     """What ld.so had loaded when it had loaded ``adds`` libraries and unloaded ``subs``.
 
-    ``places`` are the addresses of the program headers of those ``found``.
+    ``places`` are the addresses of the program headers of those ``found``; the ``vdso``, which the kernel
+    gives, is none of them, and is there for whoever asks for it by its name.
     """
 
     adds: int
     subs: int
     places: tuple[int, ...]
     found: tuple[HostLibrary, ...]
+    vdso: HostLibrary | None
 
     @cached_property
     def by_bias(self) -> dict[int, HostLibrary]:
         """By load bias; without the main program, whose bias may be that of nothing, 0."""
-        return {library.bias: library for library in self.found if library.path}
+        vdso = [self.vdso] if self.vdso is not None else []
+        return {library.bias: library for library in (*self.found, *vdso) if library.path}
 
     @cached_property
     def by_name(self) -> dict[str, HostLibrary]:
@@ -246,6 +249,8 @@ class HostListing:
         """
         if name in self._by_call:
             return self._by_call[name]
+        if self.vdso is not None and name == self.vdso.soname:
+            return self.vdso
         candidate = self.by_name.get(name)
         handle = open_host(name, load=False) if candidate is not None else None
         if candidate is None or handle is None:
@@ -276,6 +281,7 @@ def listing() -> HostListing:
     earlier = {} if last is None else dict(zip(last.places, last.found, strict=True))
     all_stay = last is not None and last.subs == subs
     present: dict[int, HostLibrary] = {}
+    vdso = None
     data, at = bytes(memoryview(room)[:used]), _START
     while at < used:
         length, texts_end, bias, _, place, count, _, _, module, _ = _RECORD.unpack_from(data, at)
@@ -288,23 +294,23 @@ def listing() -> HostListing:
                 data[at + texts_end : at + length],
             )
             old = _described(bias, module, *parts, old)
-        if old is not None:
+        if old.path.startswith("linux-vdso"):
+            vdso = old
+        else:
             present[place] = old
         at += -(-length // 8) * 8
-    last = HostListing(adds, subs, tuple(present), tuple(present.values()))
+    last = HostListing(adds, subs, tuple(present), tuple(present.values()), vdso)
     _last[:] = [last]
     return last
 
 
 def _described(
     bias: int, module: int, headers: bytes, texts: bytes, build_id: bytes, old: HostLibrary | None
-) -> HostLibrary | None:
-    """The library that these parts of its record describe: ``old`` if it is that one; None for the vDSO."""
+) -> HostLibrary:
+    """The library that these parts of its record describe: ``old`` if it is that one."""
     path, soname, *needed, _ = os.fsdecode(texts).split("\0")
     if old is not None and (old.path, old.bias, old.headers) == (path, bias, headers):
         return old
-    if path.startswith("linux-vdso"):
-        return None
     return HostLibrary(path, bias, headers, module, soname or None, tuple(needed), build_id.hex() or None)
 
 
