@@ -20,7 +20,7 @@ from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.events import Event, OnEvent, Stage, is_brief
 from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
-from miniloader.loader.scope import Bindings
+from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
 from miniloader.loader.search import Asker, Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import present
@@ -272,6 +272,8 @@ def _image_of(source: Source) -> ElfImage | None:
 
 def _find_prepared(library: Loaded) -> str | None:
     """Give the library its relocated pages, if the cache has any; else why it has none."""
+    if WEAK_GIVES_WAY:
+        return "LD_DYNAMIC_WEAK is set, and they were bound without it"
     with importing:
         from miniloader.loader.prepared.pages import find as find_prepared
 

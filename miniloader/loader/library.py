@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from miniloader.arrays import np
@@ -17,7 +18,7 @@ from miniloader.loader.beside_glibc import dynamic_linker, gnu_unique, thread_lo
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
-from miniloader.loader.scope import find_name
+from miniloader.loader.scope import WEAK_GIVES_WAY, find_name, is_weak
 from miniloader.showing import Showing
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ def find_symbol(
     An IFUNC is resolved; a thread-local symbol gives the calling thread's.  Without a ``version`` it is the
     newest, as dlsym(3) has it.
     """
+    if WEAK_GIVES_WAY:
+        libraries = sorted(libraries, key=partial(is_weak, name))
     for library in libraries:
         address = (
             dynamic_linker.symbol_address(library.handle, name, version)

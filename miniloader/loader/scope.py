@@ -5,25 +5,32 @@ dlopen(3)'s is the process's global scope, then the library and its dependencies
 rules for versions are those of glibc's ``elf/dl-lookup.c``: a name with a version matches that version,
 or an unversioned definition; a name without one matches the base or the oldest version, else the only
 visible one.  The look-ups themselves are in :mod:`miniloader.native`.
+
+Where ``LD_DYNAMIC_WEAK`` is set a weak definition gives way to another one that comes later, as it did in
+old ld.sos.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any, Final, Protocol
 
 from miniloader.arrays import NDArray, np
-from miniloader.elf.symbols import SymbolTable
+from miniloader.elf.symbols import STB_WEAK, SymbolTable
 from miniloader.elf.tables import Table
 from miniloader.forking import cached_property
 from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, column, field_at, look_name_up, look_up
 from miniloader.native import run
 from miniloader.values import dataclass
 
-__all__ = ["Bindings", "Definer", "bind", "find_name", "find_names"]
+__all__ = ["WEAK_GIVES_WAY", "Bindings", "Definer", "bind", "find_name", "find_names", "is_weak"]
+
+#: Whether a weak definition gives way to later ones.
+WEAK_GIVES_WAY: Final = "LD_DYNAMIC_WEAK" in os.environ
 
 _FEW: Final = 64  # symbols of a library that need more than to be bound; others have as many as they have
 
@@ -182,6 +189,8 @@ def bind(wanted: array[int], scope: Sequence[Definer], own: int) -> Bindings:
     names, biases = _in_memory(scope)
     rows, indirect, owners, met = look_up(names[own], wanted, names, biases, own)
     calls = Bindings(wanted, scope, rows, indirect=indirect, owners=owners, met=met)
+    if WEAK_GIVES_WAY:
+        calls = _with_others_than_weak(calls, own)
     # Only what lies where it was linked can have given away the addresses of its PLT's entries.
     program = next((place for place, bias in enumerate(biases) if bias == 0), None)
     return calls if program is None else _with_pointers(calls, program, own)
@@ -211,6 +220,35 @@ def _with_pointers(calls: Bindings, program: int, own: int) -> Bindings:
         met=calls.met,
         pointers=len(hits),
     )
+
+
+def _with_others_than_weak(calls: Bindings, own: int) -> Bindings:
+    """``calls``, but where one is bound to a weak definition, to the first that is not weak, if any is."""
+    rows, indirect, owners = calls.rows[:], calls.indirect[:], set(calls.owners)
+    width, of_own = len(DEFINITION), calls.scope[own].symbols.rows
+    pairs = zip(calls.column("owner"), calls.column("info"), strict=True)
+    for place, (owner, info) in enumerate(pairs):
+        symbol = calls.wanted[place]
+        if owner < 0 or info >> 4 != STB_WEAK or (owner == own and of_own["other"][symbol] & 3):
+            continue
+        for number in range(owner + 1, len(calls.scope)):
+            definer = calls.scope[number]
+            found = look_up(
+                calls.scope[own].names, array("q", [symbol]), [definer.names], [definer.bias], None
+            )
+            row = found.rows
+            if row[0] >= 0 and column(row, "info")[0] >> 4 != STB_WEAK:
+                rows[place * width : (place + 1) * width] = array("q", [number, *row[1:]])
+                indirect[place] = found.indirect[0]
+                owners.add(number)
+                break
+    return Bindings(calls.wanted, calls.scope, rows, indirect=indirect, owners=sorted(owners), met=calls.met)
+
+
+def is_weak(name: bytes, definer: Definer) -> bool:
+    """Whether ``definer`` defines ``name`` weakly."""
+    row = find_name(name, [definer], newest=True)
+    return row[0] >= 0 and column(row, "info")[0] >> 4 == STB_WEAK
 
 
 def find_names(library: Definer, symbols: Sequence[int], definer: Definer) -> array[int]:

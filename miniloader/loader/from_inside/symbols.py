@@ -16,7 +16,7 @@ from miniloader.loader.from_inside.opening import library_of
 from miniloader.loader.library import find_symbol
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocate import call_resolver
-from miniloader.loader.scope import find_name
+from miniloader.loader.scope import WEAK_GIVES_WAY, find_name
 
 __all__ = ["symbol"]
 
@@ -37,7 +37,8 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
         if library is None:
             return None
         # Nearly always it is the library's own, which comes first but for filtees.
-        first = None if library.filtees else find_symbol([library], name, version)
+        is_first = not library.filtees and not WEAK_GIVES_WAY
+        first = find_symbol([library], name, version) if is_first else None
         definition = first or find_symbol(library.local_scope(), name, version)
         if definition is None:
             _refuse(library.name, name, version)

@@ -469,3 +469,24 @@ def test_what_a_destructor_has_opened_keeps_what_it_needs(tmp_path: Path, in_chi
             return [*answers, call(other, "answer"), call(_ctypes.dlopen("./late.so", NOW), "ask")]
 
     assert in_child(story) == [6, True, 6, 6]
+
+
+def test_what_is_weak_gives_way_where_that_is_asked_for(tmp_path: Path) -> None:
+    """LD_DYNAMIC_WEAK: the definition that is not weak, wherever it comes; hidden ones stay."""
+    hidden = '__attribute__((weak, visibility("hidden"))) int own(void) { return 5; }'
+    hidden += " int call_own(void) { return own(); }"
+    weak = "__attribute__((weak)) int given(void) { return 1; }"
+    made(tmp_path / "weak.so", weak)
+    made(tmp_path / "strong.so", "int given(void) { return 2; } int own(void) { return 6; }")
+    needs = ["-Wl,--no-as-needed", "./weak.so", "./strong.so"]
+    made(tmp_path / "user.so", f"int given(void); int ask(void) {{ return given(); }} {hidden}", *needs)
+    made(tmp_path / "itself.so", f"{weak} int ask(void) {{ return given(); }}", *needs[:1], "./strong.so")
+    program = """
+for name in ("user", "itself"):
+    handle = _ctypes.dlopen(f"./{name}.so", os.RTLD_NOW)
+    print(name, call(handle, "ask"), call(handle, "given"))
+print(call(_ctypes.dlopen("./user.so", os.RTLD_NOW), "call_own"))
+"""
+    for variables, number in ({}, 1), ({"LD_DYNAMIC_WEAK": ""}, 2):
+        theirs, ours = by_both(program, tmp_path, **variables)
+        assert ours == theirs == f"user {number} {number}\nitself {number} {number}\n5\n"
