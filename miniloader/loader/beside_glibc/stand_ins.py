@@ -94,7 +94,7 @@ class _StandInTable:
             *(tls_module, 0),
             *(memory.start, 0, memory.bias + unwind.vaddr if unwind is not None else 0),
             *(symbols, symbol_count, names),
-            *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, 0),
+            *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, _map_before()),
         )
         end = max(load.vaddr + load.memsz for load in image.loads)  # nothing behind it is in the library
         functions().list_entry(number, buffer_address(entry), memory.bias + end)
@@ -256,6 +256,19 @@ def for_imports() -> tuple[int, int]:
 
 def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@lru_cache(maxsize=1)
+def _map_before() -> int:
+    """The ``link_map`` of ld.so: who goes back from one of ours comes to all that the program began with.
+
+    Ours are not in glibc's list, and what is loaded later may go; ld.so stays.
+    """
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), b"__tls_get_addr") or 0
+    theirs = (library for library in host.libraries() if library.path)
+    ranges = ((library, range(*each)) for library in theirs for each in library.ranges)
+    linker = next((library for library, vaddrs in ranges if address - library.bias in vaddrs), None)
+    return linker.handle if linker is not None else dynamic_linker.global_handle()
 
 
 @lru_cache(maxsize=1)

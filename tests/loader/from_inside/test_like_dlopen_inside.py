@@ -206,7 +206,20 @@ def information(inside: Inside, at: Path) -> list[Any]:
     answers += [inside.information(handle, 4, ctypes.addressof(text))]
     count = int.from_bytes(text.raw[8:12], "little")
     names = [int.from_bytes(text.raw[16 + 16 * place :][:8], "little") for place in range(count)]
+    inside.information(handle, 2, ctypes.addressof(word))
+    before = _names_back_from(word.value)
+    answers += [before[0], before[-1], sum(name.endswith(b"/libc.so.6") for name in before)]
     return [*answers, [ctypes.string_at(name) for name in names]]
+
+
+def _names_back_from(link_map: int) -> list[bytes]:
+    """What those in the list of ``struct link_map`` are called, from this one back to the program."""
+    names = []
+    while link_map:
+        words = (ctypes.c_uint64 * 5).from_address(link_map)
+        names.append(ctypes.string_at(words[1]))
+        link_map = words[4]
+    return names
 
 
 @pytest.mark.parametrize(
