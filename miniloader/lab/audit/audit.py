@@ -80,12 +80,16 @@ def audit(
             on_progress(done, len(processes))
 
     def look_at(part: Sequence[int], step: int = shares) -> list[Survey | Unreadable]:
-        answers = list[Survey | Unreadable]()
+        answers = dict[int, Survey | Unreadable]()
+        if auditor in part:  # before there is a thread more; and nobody else fills its pages
+            answers[auditor] = _look(auditor, look)
+            tell(step)
+        others = [pid for pid in part if pid != auditor]
         with PatientCalls() as calls:
-            for pid in part:
-                answers.append(_look(pid, look, calls))
-                tell(step)
-        return answers
+            found = calls.call_each([partial(_look, pid, look) for pid in others], partial(tell, step))
+        for pid, answer in zip(others, found, strict=True):
+            answers[pid] = _unreadable(pid, answer) if isinstance(answer, Blocked) else answer
+        return [answers[pid] for pid in part]
 
     tell(0)
     # The first is looked at before anybody helps: most of the files are known then.
@@ -150,10 +154,9 @@ def _settle(surveys: Sequence[Survey], files: MappedFiles) -> None:
                 placed.reasons = dict.fromkeys(range(len(placed.causes)), file.trouble) | placed.reasons
 
 
-def _look(pid: int, look: Callable[[int], Survey], calls: PatientCalls) -> Survey | Unreadable:
+def _look(pid: int, look: Callable[[int], Survey]) -> Survey | Unreadable:
     try:
-        # In this process a thread more would be seen, and nobody else fills its pages.
-        return look(pid) if pid == os.getpid() else calls.call(partial(look, pid))
+        return look(pid)
     except Exception as error:  # noqa: BLE001 - whatever one process has, the others are judged
         return _unreadable(pid, error)
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from miniloader.forking import importing
 from miniloader.lab.workers.child import ForkedProcess
@@ -61,8 +61,43 @@ class PatientCalls:
         elif self._caller is not None:  # interrupted, say, while a call is waited for
             self._caller.give_up()
 
-    def call(self, function: Callable[[], _Answer]) -> _Answer:
-        """What ``function`` returns or raises; :class:`Blocked` when it does neither."""
+    def call_each(
+        self, functions: Sequence[Callable[[], _Answer]], on_answer: Callable[[], None]
+    ) -> list[_Answer | Blocked]:
+        """What each of ``functions`` returns, in order; :class:`Blocked` in the place of who does not.
+
+        The thread goes on from one to the next without waiting for this one, which costs more than many a
+        call does.  ``on_answer`` is called here, once for each, and maybe for several at once.  Raises what
+        one raises.
+        """
+        answers = list[_Answer | Blocked]()
+        while len(answers) < len(functions):
+            batch, told = _Batch(functions[len(answers) :]), 0
+
+            def tell(batch: _Batch[_Answer] = batch) -> None:
+                nonlocal told
+                for _ in range(len(batch.answers) - told):
+                    on_answer()
+                told = len(batch.answers)
+
+            try:
+                self.call(batch.run, tell)
+                answers += batch.answers
+                tell()
+            except Blocked as blocked:
+                batch.is_given_up = True  # from here on it has no answer more
+                answers += [*batch.answers, blocked]
+                tell()
+                on_answer()
+            finally:
+                batch.is_given_up = True
+        return answers
+
+    def call(self, function: Callable[[], _Answer], meanwhile: Callable[[], None] = lambda: None) -> _Answer:
+        """What ``function`` returns or raises; :class:`Blocked` when it does neither.
+
+        ``meanwhile`` is called here now and then until it has.
+        """
         if self._caller is None:
             try:
                 self._caller = _Caller()
@@ -70,7 +105,7 @@ class PatientCalls:
                 return function()
         caller = self._caller
         caller.calls.put(function)
-        answer, error = self._answer(caller)
+        answer, error = self._answer(caller, meanwhile)
         try:
             if error is not None:
                 raise error
@@ -78,7 +113,7 @@ class PatientCalls:
         finally:
             del error  # its traceback has this frame: what the call has opened would stay until a collection
 
-    def _answer(self, caller: _Caller) -> tuple[Any, BaseException | None]:
+    def _answer(self, caller: _Caller, meanwhile: Callable[[], None]) -> tuple[Any, BaseException | None]:
         asleep: bytes | None = None
         since = time.monotonic()
         while True:
@@ -86,7 +121,7 @@ class PatientCalls:
                 answer, error = caller.answers.get(timeout=_LOOK_EVERY)
                 return answer, error
             except Empty:
-                pass
+                meanwhile()
             before, asleep = asleep, caller.asleep()
             seconds = time.monotonic() - since
             if asleep is None or asleep != before:
@@ -95,6 +130,21 @@ class PatientCalls:
                 self._patience, self._caller = min(self._patience, _LATER), None
                 caller.give_up()
                 raise Blocked(f"nobody has answered for {seconds:.1f} s")
+
+
+class _Batch(Generic[_Answer]):
+    """Calls that follow one another, until they are given up, and what they have come to."""
+
+    def __init__(self, functions: Sequence[Callable[[], _Answer]]) -> None:
+        self._functions, self.answers, self.is_given_up = functions, list[_Answer](), False
+
+    def run(self) -> None:
+        """Make them."""
+        for function in self._functions:
+            answer = function()
+            if self.is_given_up:
+                return
+            self.answers.append(answer)
 
 
 class _Caller:

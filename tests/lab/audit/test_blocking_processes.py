@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,27 @@ def test_calls_that_do_not_come_back_are_given_up(monkeypatch: pytest.MonkeyPatc
             calls.call(never.wait)
         assert calls.call(lambda: 2) == 2
     never.set()
+
+
+def test_calls_that_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not come back has no answer, and goes on with nothing once it does."""
+    monkeypatch.setattr(patient, "_SECONDS", 0.3)
+    never, made, told_of = threading.Event(), list[int](), list[None]()
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    with PatientCalls() as calls:
+        functions = [*[partial(make, number) for number in range(3)], never.wait, partial(make, 4)]
+        first, second, third, blocked, last = calls.call_each(functions, lambda: told_of.append(None))
+        assert (first, second, third, last) == (0, 1, 2, 4)
+        assert isinstance(blocked, Blocked)
+        assert len(told_of) == len(functions)
+        never.set()
+        with pytest.raises(ZeroDivisionError):
+            calls.call_each([lambda: 1 // 0, partial(make, 5)], lambda: None)
+    assert made == [0, 1, 2, 4]
 
 
 def test_who_interrupts_does_not_wait_for_the_call() -> None:
