@@ -18,8 +18,8 @@ from miniloader.loader.beside_glibc.code_page import CodePage
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
-from miniloader.loader.constructors import constructor_order
-from miniloader.loader.events import OnEvent
+from miniloader.loader.constructors import constructor_order, run_constructors
+from miniloader.loader.events import Event, OnEvent
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
 from miniloader.loader.scope import Definer
@@ -74,6 +74,7 @@ class Loaded:
         # Whether it is never unmapped, once its load is complete; and whether that is so (NODELETE).
         self.will_stay, self.stays = image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE), False
         self.shared = False  # whether others may be bound to a unique symbol of it
+        self.waiting: list[int] | None = None  # the addresses of constructors that have yet to run, in order
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
         self._names: MappedSymbols | None = None
@@ -159,6 +160,23 @@ class Loaded:
             self._asker = loader, Asker.of(self.image, loader)
         return self._asker[1]
 
+    def run_waiting(self) -> None:
+        """Run its constructors, if they have yet to run; its destructors do even if one does not end."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            self.initialised = True
+            self.run(waiting)
+
+    def run(self, constructors: list[int]) -> None:
+        """Call ``constructors`` of it, at these addresses; who hears of its load is told of each."""
+        hears = self.tell
+
+        def tell(address: int) -> None:
+            if hears is not None:
+                hears(Event("initialise", self.name, f"call {address:#x}", {"address": address}))
+
+        run_constructors(constructors, tell if hears is not None else None)
+
     def has_exits(self) -> bool:
         """Whether a thread has destructors of its objects yet to run; it is not asked again if none has."""
         return self.exits is not None and self.exits.is_kept()
@@ -232,14 +250,19 @@ class Loaded:
 
         return search_order(self, edges)
 
-    def settle(self, listing: HostListing | None = None) -> None:
-        """Somebody asks for it by itself: its scope is settled now, and what is initialised before it."""
-        if not self.scope:
-            self.scope = self.local_scope(listing)
-            others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
-            self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
-            for member in (self, *others):
-                member.roots.append(self)
+    def settle(self, listing: HostListing | None = None) -> bool:
+        """Somebody asks for it by itself: its scope is settled now, and what is initialised before it.
+
+        Whether that was not settled before.
+        """
+        if self.scope:
+            return False
+        self.scope = self.local_scope(listing)
+        others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
+        self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
+        for member in (self, *others):
+            member.roots.append(self)
+        return True
 
 
 def search_order(

@@ -22,7 +22,6 @@ from miniloader.loader.beside_glibc import stack, stand_ins
 from miniloader.loader.constructors import (
     read_constructors,
     read_preinitialisers,
-    run_constructors,
 )
 from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph, Needed
@@ -242,8 +241,6 @@ class Loading:
         scope: list[Definer] = list(dict.fromkeys([*local, *process] if policy.deep else [*process, *local]))
         for library in linking_order(self._order, scope):
             link_library(self._graph, library, scope)
-        if policy.is_global:
-            unload.make_global(local)
         self._took("relocate")
 
     def _initialise(self) -> None:
@@ -252,33 +249,31 @@ class Loading:
             for library in self.mapped:
                 _show_to_libraries(library)
             # All are read before any runs: a page of the file that is gone must not be met half-way.
-            for library in self._initialisation_order():
-                addresses, library.destructors = read_constructors(library.image, library.mapped)
-                self.constructors[library] = addresses
-            calls = list(self.constructors.items())
-            root = self._asked_for
-            at = int(calls[0][0].image.dynamic.flag(DT_FLAGS_1, DF_1_INITFIRST))
-            calls.insert(at, (root, read_preinitialisers(root.image, root.mapped)))
-            for library, addresses in calls:
-                self._run_constructors(library, addresses)
+            order, root = self._initialisation_order(), self._asked_for
+            for library in order:
+                if library in self.mapped:
+                    library.waiting, library.destructors = read_constructors(library.image, library.mapped)
+                    self.constructors[library] = library.waiting
+            at = int(order[0] in self.mapped and order[0].image.dynamic.flag(DT_FLAGS_1, DF_1_INITFIRST))
+            for library in order[:at]:
+                library.run_waiting()
+            root.run(read_preinitialisers(root.image, root.mapped))
+            for library in order[at:]:
+                library.run_waiting()
+        if self._graph.policy.is_global:  # which as with ld.so no constructor has seen
+            unload.make_global(self._asked_for.scope)
         unload.unfinished.difference_update(self.mapped)
         self._asked_for.handles += 1
         self._took("init")
 
     def _initialisation_order(self) -> list[Loaded]:
-        """The last one mapped of those with DF_1_INITFIRST comes before all others, as in glibc."""
+        """The last one mapped of those with DF_1_INITFIRST comes before all others, as in glibc.
+
+        Of what was there some may have constructors that wait: who asks is one of those before them.
+        """
         first = [library for library in self.mapped if library.image.dynamic.flag(DT_FLAGS_1, DF_1_INITFIRST)]
-        return sorted(self._order, key=lambda library: library not in first[-1:])
-
-    def _run_constructors(self, library: Loaded, addresses: list[int]) -> None:
-        """Its destructors run even if its constructors do not come to their end, as with ld.so."""
-        graph = self._graph
-
-        def tell(address: int) -> None:
-            graph.event("initialise", library.name, f"call {address:#x}", address=address)
-
-        library.initialised = True
-        run_constructors(addresses, tell if graph.tell is not None else None)
+        order = self._asked_for.before[::-1]
+        return sorted(order, key=lambda library: library not in first[-1:])
 
 
 def load(

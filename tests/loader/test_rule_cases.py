@@ -62,6 +62,34 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./a.so"), Call("./c.so")],
     ),
+    "no constructor sees that what it is of becomes global": (
+        {
+            "a.so": NewLibrary("A", defines=letters("s"), opens=("./b.so",)),
+            "b.so": NewLibrary("B", refers=refers("s")),
+            "c.so": NewLibrary("C", refers=refers("s")),
+        },
+        [Call("./a.so", NOW | os.RTLD_GLOBAL), Call("./c.so")],
+    ),
+    "what a constructor opens is initialised, though its turn would come later": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so")),
+            "b.so": NewLibrary("B", needs=needs("./d.so")),
+            "c.so": NewLibrary("C", opens=("./b.so", "./e.so"), closes=True),
+            "d.so": NewLibrary("D"),
+            "e.so": NewLibrary("E", needs=needs("./a.so")),
+        },
+        [Call("./a.so"), Call(None)],
+    ),
+    "what a constructor opens may need what waits": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./c.so", "./b.so")),
+            "b.so": NewLibrary("B", needs=needs("./d.so")),
+            "c.so": NewLibrary("C", opens=("./e.so",)),
+            "d.so": NewLibrary("D", needs=needs("./c.so")),
+            "e.so": NewLibrary("E", needs=needs("./d.so")),
+        },
+        [Call("./a.so"), Call(None)],
+    ),
     "what the kernel gives can be needed, and asked for": (
         {"a.so": NewLibrary("A", needs=needs("linux-vdso.so.1"), refers=refers("s"))},
         [Call("./a.so"), Call("linux-vdso.so.1"), Call("linux-vdso.so.1", NOW | os.RTLD_NOLOAD)],

@@ -2,13 +2,15 @@
 
 Each has a constructor in machine code that writes to descriptor :data:`LOG`: its letter and a colon, then,
 for each symbol that it refers to, three letters: the library that it is bound to, the symbol, the version of
-that definition.  Its destructor writes its letter and a semicolon.  So the log says who is loaded, in which
-order constructors and destructors ran, and who is bound to whom; it is the same code for ld.so and for
-miniloader.
+that definition.  Then it may open others by dlopen(3), and writes ``(`` before and ``)`` after each, or ``!``
+for a refusal.  Its destructor may close them, and writes its letter and a semicolon.  So the log says who is
+loaded, in which order constructors and destructors ran, and who is bound to whom; it is the same code for
+ld.so and for miniloader.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ _GLOB_DAT, _JUMP_SLOT = 6, 7
 _GLOBAL, _WEAK = 0x10, 0x20
 _OBJECT, _FUNCTION = 1, 2
 _HIDDEN, _BASE = 0x8000, 1
+_LETTERS: Final = "A:---a;()!"
 _VERDEF, _VERDAUX = struct.Struct("<HHHHIII"), struct.Struct("<II")
 _VERNEED, _VERNAUX = struct.Struct("<HHIII"), struct.Struct("<IHHII")
 #: By kind: the tag, as its entry stands among the others.
@@ -59,7 +62,8 @@ class NewLibrary:
 
     ``needs`` are names by kind, in order: see :data:`NEEDS`.  ``versions`` are those that it defines (it has
     a table of them, with the base version, unless they are None).  ``unbound`` says whether it calls, by its
-    PLT, a function that nobody has.
+    PLT, a function that nobody has.  Its constructor ``opens`` others, and its destructor ``closes`` those or
+    leaves them.
     """
 
     letter: str
@@ -74,6 +78,8 @@ class NewLibrary:
     flags: int = 0
     flags_1: int = 0
     unbound: bool = False
+    opens: tuple[str, ...] = ()
+    closes: bool = False
 
 
 @dataclass
@@ -81,6 +87,7 @@ class _Symbols:
     """The table: symbols that are defined first, then those that are only referred to."""
 
     rows: list[tuple[str, int, int, int]] = field(default_factory=list)  # name, info, section, version
+    functions: dict[str, int] = field(default_factory=dict)  # of glibc's that are called
     places: dict[tuple[str, str], int] = field(default_factory=dict)  # by name and version
 
 
@@ -101,6 +108,8 @@ def library_bytes(library: NewLibrary) -> bytes:
 
     # The segment that is only read: headers, symbols, their names, versions, relocations, code.
     defined, wanted = len(library.defines), [_symbol_of(symbols, each) for each in library.refers]
+    of_glibc = len(wanted), len(wanted) + 1  # the slots of dlopen and dlclose, where they are called
+    wanted += [symbols.functions[name] for name in ("dlopen", "dlclose") if library.opens]
     hashed = hash_table(1 + len(symbols.rows), defined)
     calls = [len(symbols.rows)] if library.unbound else []
     parts = {
@@ -112,6 +121,7 @@ def library_bytes(library: NewLibrary) -> bytes:
         "relocations": bytes(RELA.size * len(wanted)),
         "calls": bytes(RELA.size * len(calls)),
         "strings": bytes(strings),
+        "opens": b"".join(os.fsencode(name) + b"\0" for name in library.opens),
     }
     places, at = {}, _HEADERS
     for part, data in parts.items():
@@ -126,10 +136,22 @@ def library_bytes(library: NewLibrary) -> bytes:
     table = slots + 8 * len(wanted)
     objects = table + 8 * (3 + len(calls))
     letter = objects + 3 * defined
-    end = letter + 7
-    constructor = _constructor(code, slots, len(wanted), letter)
+    handles = letter + len(_LETTERS)
+    end = handles + 8 * len(library.opens)
+    at = [
+        places["opens"] + sum(len(os.fsencode(name)) + 1 for name in library.opens[:number])
+        for number in range(len(library.opens))
+    ]
+    opened = [(name, handles + 8 * number) for number, name in enumerate(at)]
+    functions = [slots + 8 * slot for slot in of_glibc]
+    constructor = _constructor(code, slots, len(library.refers), letter, opened, functions[0])
     destructor = code + -(-len(constructor) // 16) * 16
-    read_only = constructor + bytes(destructor - code - len(constructor)) + _destructor(destructor, letter)
+    closed = [handle for _, handle in opened] if library.closes else []
+    read_only = (
+        constructor
+        + bytes(destructor - code - len(constructor))
+        + _destructor(destructor, letter, closed, functions[1])
+    )
     assert code + len(read_only) <= dynamic
 
     parts["symbols"] = SYM.pack() + b"".join(
@@ -185,7 +207,7 @@ def library_bytes(library: NewLibrary) -> bytes:
     for place, definition in enumerate(library.defines):
         text = f"{library.letter}{definition.symbol}{definition.version or '-'}"
         image[objects + 3 * place : objects + 3 * place + 3] = text.encode()
-    image[letter:end] = f"{library.letter}:---{library.letter.lower()};".encode()
+    image[letter:handles] = f"{library.letter}:---{library.letter.lower()};()!".encode()
     return bytes(image)
 
 
@@ -202,6 +224,9 @@ def _symbols(library: NewLibrary, versions: _Versions) -> _Symbols:
             info = (_WEAK if wanted.weak else _GLOBAL) | _OBJECT
             table.rows.append((f"symbol_{wanted.symbol}", info, 0, versions.of_reference(wanted)))
             table.places[wanted.symbol, wanted.version] = len(table.rows)
+    for name in ("dlopen", "dlclose") if library.opens else ():
+        table.rows.append((name, _GLOBAL | _FUNCTION, 0, 1))
+        table.functions[name] = len(table.rows)
     if library.unbound:
         table.rows.append(("function_of_nobody", _GLOBAL | _FUNCTION, 0, 1))
     return table
@@ -279,6 +304,13 @@ class _Code:
         distance = target - (self._start + len(self.text) + 7)
         self.text += bytes.fromhex(opcode) + struct.pack("<i", distance)
 
+    def call(self, slot: int) -> None:
+        """Call what the word at ``slot`` points to, with the stack as it has to be."""
+        self.text += bytes.fromhex("4883ec08")  # sub rsp, 8
+        distance = slot - (self._start + len(self.text) + 6)
+        self.text += b"\xff\x15" + struct.pack("<i", distance)  # call [rip + slot]
+        self.text += bytes.fromhex("4883c408")  # add rsp, 8
+
     def write(self, count: int) -> None:
         """write(LOG, rsi, count)."""
         self.text += b"\xbf" + struct.pack("<I", LOG)  # mov edi, LOG
@@ -286,8 +318,13 @@ class _Code:
         self.text += bytes.fromhex("b801000000 0f05")  # mov eax, 1; syscall
 
 
-def _constructor(start: int, slots: int, count: int, letter: int) -> bytes:
-    """write(2) the letter and a colon, then for each slot the three bytes it points to, or dashes."""
+def _constructor(
+    start: int, slots: int, count: int, letter: int, opened: Sequence[tuple[int, int]], dlopen: int
+) -> bytes:
+    """write(2) the letter and a colon, then for each slot the three bytes it points to, or dashes.
+
+    Then open what is ``opened`` (where the name is, where its handle is kept) by the slot of ``dlopen``.
+    """
     code = _Code(start)
     code.relative("488d35", letter)  # lea rsi, [rip + letter]
     code.write(2)
@@ -296,12 +333,28 @@ def _constructor(start: int, slots: int, count: int, letter: int) -> bytes:
         code.relative("488d0d", letter + 2)  # lea rcx, [rip + dashes]
         code.text += bytes.fromhex("4885f6 480f44f1")  # test rsi, rsi; cmovz rsi, rcx
         code.write(3)
+    for name, handle in opened:
+        code.relative("488d35", letter + 7)
+        code.write(1)
+        code.relative("488d3d", name)  # lea rdi, [rip + name]
+        code.text += bytes.fromhex("be02000000")  # mov esi, RTLD_NOW
+        code.call(dlopen)
+        code.relative("488905", handle)  # mov [rip + handle], rax
+        code.relative("488d35", letter + 8)
+        code.relative("488d0d", letter + 9)
+        code.text += bytes.fromhex("4885c0 480f44f1")  # test rax, rax; cmovz rsi, rcx
+        code.write(1)
     return bytes(code.text + b"\xc3")
 
 
-def _destructor(start: int, letter: int) -> bytes:
-    """write(2) the small letter and a semicolon."""
+def _destructor(start: int, letter: int, closed: Sequence[int], dlclose: int) -> bytes:
+    """Close what has been opened, by the slot of ``dlclose``; write(2) the small letter and a semicolon."""
     code = _Code(start)
+    for handle in closed:
+        code.relative("488b3d", handle)  # mov rdi, [rip + handle]
+        call = _Code(start + len(code.text) + 5)
+        call.call(dlclose)
+        code.text += bytes.fromhex("4885ff74") + bytes([len(call.text)]) + call.text  # test rdi, rdi; jz
     code.relative("488d35", letter + 5)
     code.write(2)
     return bytes(code.text + b"\xc3")

@@ -190,7 +190,8 @@ class RuleTree:
 def _filled(library: NewLibrary, filled: Callable[[str], str]) -> NewLibrary:
     needs = tuple((kind, filled(name)) for kind, name in library.needs)
     rpath, runpath = (text if text is None else filled(text) for text in (library.rpath, library.runpath))
-    return replace(library, needs=needs, rpath=rpath, runpath=runpath)
+    opens = tuple(filled(name) for name in library.opens)
+    return replace(library, needs=needs, rpath=rpath, runpath=runpath, opens=opens)
 
 
 def _library(
@@ -223,6 +224,12 @@ def _library(
         flags=sum(flag for flag in FLAGS.values() if draw.chance(16)),
         flags_1=sum(flag for flag in FLAGS_1.values() if draw.chance(14)) | NOOPEN * draw.chance(40),
         unbound=draw.chance(20),
+        opens=tuple(
+            draw.of((*names, *NAMES, "$ORIGIN/libq.so", "./b/libp.so")) for _ in range(draw.number(2))
+        )
+        if draw.chance(5)
+        else (),
+        closes=draw.chance(2),
     )
 
 

@@ -70,7 +70,9 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     else:
         library = answer.what
         library.handles += 1
-        library.settle(graph.listing)
+        if library.settle(graph.listing):
+            for member in library.before[::-1]:
+                member.run_waiting()  # who asks is a constructor of the load that has brought it
         if flags & os.RTLD_NODELETE:
             library.will_stay = library.stays = True
         if flags & os.RTLD_GLOBAL:
