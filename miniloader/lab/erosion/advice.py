@@ -18,12 +18,15 @@ AdviceKind = Literal[
 ]
 Bound = Literal["about", "at least", "at most"]
 
+_ALIKE: Final = 3  # times that the largest of workers has what the smallest has
+
 
 @dataclass(frozen=True)
 class Advice:
     """One thing to do, and what it saves (``one-more``: costs), in bytes.
 
-    - ``one-more``: another worker like those of ``pids`` costs about so much, as their median has it (USS).
+    - ``one-more``: another worker like those of ``pids`` costs about so much, as their median has it (USS);
+      where they are not alike, as servers with helpers of several kinds are, at most as much as the largest.
     - ``ending-one``: ending one of them frees at least so much: the least that one has of its own.
     - ``freeze``: ``gc.freeze()`` before the fork saves at most this over all of ``pids``: what holds the same
       bytes as its relative has, which references may have touched as well, or differs in the collector's
@@ -70,7 +73,10 @@ def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Ad
     own = {process.pid: process.uss for process in audit.counted}
     costs = [own[pid] for pid in pids if pid in own]
     if costs:
-        yield Advice("one-more", "about", median_low(costs), pids)
+        if max(costs) <= _ALIKE * min(costs):
+            yield Advice("one-more", "about", median_low(costs), pids)
+        else:
+            yield Advice("one-more", "at most", max(costs), pids)
         yield Advice("ending-one", "at least", min(costs), pids)
     touched = {
         row.pid: (row.same or 0) + row.causes.get("collector", 0)

@@ -79,6 +79,18 @@ def test_one_more_worker_costs_what_is_said() -> None:
     assert 8 << 20 <= freed.bytes <= promised.bytes
 
 
+def test_of_workers_that_differ_the_largest_is_what_one_more_costs_at_most() -> None:
+    """As of a server's helpers and the one that serves: their median is none of them."""
+    with pool("array = mapped(8 << 20)") as workers:
+        children = [workers.fork() for _ in range(4)]
+        workers.ask(children[0], "ctypes.memset(array, 1, 8 << 20)")
+        found = audit(workers.pids, library="nothing")
+        promised, freed = advice(found, "one-more"), advice(found, "ending-one")
+    largest = max(process.uss for process in found.processes if process.pid in children)
+    assert (promised.bound, freed.bound) == ("at most", "at least")
+    assert promised.bytes == largest > 8 << 20 > freed.bytes
+
+
 def test_preloading_saves_at_least_what_is_said() -> None:
     """Two workers import the same, late; then their parent has done it before the fork."""
     late, names = "import ssl, sqlite3", ("libcrypto", "libssl", "libsqlite3")
