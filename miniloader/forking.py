@@ -108,10 +108,7 @@ class _CachedProperty:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        values = instance.__dict__
-        return (
-            values[self._name] if self._name in values else values.setdefault(self._name, self.func(instance))
-        )
+        return instance.__dict__.setdefault(self._name, self.func(instance))
 
 
 if not TYPE_CHECKING:

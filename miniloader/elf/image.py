@@ -28,7 +28,7 @@ from miniloader.elf.layout import record
 from miniloader.elf.parsing import elffile_of
 from miniloader.elf.plan import LoadPlan, plan_segments
 from miniloader.elf.relocations import Relocations, read_relocations
-from miniloader.elf.source import Bytes, Source
+from miniloader.elf.source import LARGE, Bytes, Source
 from miniloader.elf.symbols import SymbolTable, read_symbols
 from miniloader.elf.versions import Version, read_versions
 from miniloader.errors import ElfError
@@ -112,15 +112,17 @@ class ElfImage(Showing):
 
     def locate(self, vaddr: int, length: int, field: str = "bytes") -> int:
         """Where in the file the ``length`` bytes are that are mapped at ``vaddr``, together."""
+        last = vaddr + length
         for start, end, extent_offset in self._extents:
-            if start <= vaddr and vaddr + length <= end:
+            if start <= vaddr and last <= end:
                 file_offset = extent_offset + vaddr - start
-                self.source.refuse_hole(file_offset, length, field)
+                if length >= LARGE:
+                    self.source.refuse_hole(file_offset, length, field)
                 return file_offset
         raise ElfError(
             self.path,
             field,
-            f"vaddrs {vaddr:#x} to {vaddr + length:#x}",
+            f"vaddrs {vaddr:#x} to {last:#x}",
             "inside the file's part of one PT_LOAD",
         )
 
@@ -196,13 +198,12 @@ class ElfImage(Showing):
     def needs(self) -> tuple[tuple[int, str], ...]:
         """The tag and the name of each ``DT_NEEDED``, ``DT_FILTER`` and ``DT_AUXILIARY``, in order."""
         needs = []
-        for tag, value in self.dynamic.entries:
-            if tag in _NEEDS:
-                field = _NEEDS[tag]
-                name = self.text(value, field)
-                if len(name) >= _PATH:
-                    raise ElfError(self.path, field, f"a name of {len(name)} bytes", f"less than {_PATH}")
-                needs.append((tag, name))
+        for tag, value in [entry for entry in self.dynamic.entries if entry[0] in _NEEDS]:
+            field = _NEEDS[tag]
+            name = self.text(value, field)
+            if len(name) >= _PATH:
+                raise ElfError(self.path, field, f"a name of {len(name)} bytes", f"less than {_PATH}")
+            needs.append((tag, name))
         return tuple(needs)
 
     @cached_property

@@ -142,17 +142,19 @@ class Source:
 
     def read(self, offset: int, length: int, field: str) -> Bytes:
         """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``field`` if the file has fewer."""
-        if offset < 0 or length < 0 or offset + length > self.size:
+        end = offset + length
+        if 0 <= offset <= end <= len(self._head):
+            return self._head[offset:end]
+        if offset < 0 or length < 0 or end > self.size:
             raise ElfError(
                 self.name,
                 field,
-                f"bytes {offset:#x} to {offset + length:#x}",
+                f"bytes {offset:#x} to {end:#x}",
                 f"inside the file of {self.size:#x} bytes",
             )
         at = self.start + offset
-        if offset + length <= len(self._head):
-            return self._head[offset : offset + length]
-        self.refuse_hole(offset, length, field)
+        if length >= LARGE:
+            self.refuse_hole(offset, length, field)
         try:
             data = self.calls.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:

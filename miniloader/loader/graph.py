@@ -7,7 +7,7 @@ comes later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
@@ -16,7 +16,6 @@ from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
-from miniloader.loader.copies import Copies, copies_of
 from miniloader.loader.events import Event, OnEvent, Stage, is_brief
 from miniloader.loader.loaded import Loaded, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
@@ -25,6 +24,9 @@ from miniloader.loader.search import Asker, Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
 from miniloader.loader.unload import present
 from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.loader.copies import Copies
 
 __all__ = ["Graph", "Needed", "Resolution"]
 
@@ -174,7 +176,7 @@ class Graph:
         of_host = self._of_host(name, asker)
         if of_host is not None:
             return of_host
-        same = self._alike(library for library in self.order if library.is_called(name))
+        same = self._alike([library for library in self.order if library.is_called(name)])
         if same is not None:
             same.called.add(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
@@ -214,6 +216,9 @@ class Graph:
             library = self._behind(handle, library.path)
         how, copies = f"the process's own, {library.name}", None
         if self.tell is not None and not self.brief:
+            with importing:
+                from miniloader.loader.copies import copies_of
+
             copies = copies_of(name, library, find(name, asker, self.surroundings).path)
             how = copies.text() if copies is not None else how
         return Resolution(library, how, handle, copies)
@@ -256,7 +261,7 @@ class Graph:
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
         key = source.key
-        same = self._alike(library for library in self.order if library.key == key)
+        same = self._alike([library for library in self.order if library.key == key])
         return same or self.listing.by_identity.get(source.identity)
 
 

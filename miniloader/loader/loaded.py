@@ -289,6 +289,8 @@ def search_order(
         done.add(id(library))
         for needed, is_filtee in edges(library):
             is_new = id(needed) not in seen
+            if not is_new and not is_filtee:
+                continue
             seen.add(id(needed))
             if is_filtee and (is_new or needed in order[order.index(library) + 1 :]):
                 if not is_new:

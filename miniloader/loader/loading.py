@@ -205,8 +205,8 @@ class Loading:
         """One more handle of what this process has of the file, initialised as this one is to be."""
         policy = self._graph.policy
         key, init = source.key, policy.init
-        alike = (library for library in unload.present if library.key == key and library.policy.init == init)
-        library = next(alike, None)
+        same = [library for library in unload.present if library.key == key]
+        library = next((library for library in same if library.policy.init == init), None)
         if library is None or policy.address not in (None, library.mapped.start):
             return None
         library.handles += 1

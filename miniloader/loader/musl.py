@@ -18,9 +18,9 @@ __all__ = ["default_directories", "interpreter_of", "is_itself", "is_musl"]
 
 _DIRECTORIES: Final = ("/lib", "/usr/local/lib", "/usr/lib")  # where there is no such file
 _LARGEST: Final = 1 << 16
-_NAME: Final = re.compile(r"ld-musl-(?P<arch>[A-Za-z0-9_]+)\.so\.1")
+_NAME: Final = r"ld-musl-(?P<arch>[A-Za-z0-9_]+)\.so\.1"
 #: What musl has within its one library, and so never looks for: ``libc.so``, ``libpthread.so.0``, …
-_ITSELF: Final = re.compile(r"lib(c|pthread|rt|m|dl|util|xnet)\.")
+_ITSELF: Final = r"lib(c|pthread|rt|m|dl|util|xnet)\."
 _ARCHES: Final = {
     ("X86_64", 64): "x86_64",
     ("AARCH64", 64): "aarch64",
@@ -38,7 +38,8 @@ def is_musl(interpreter: str) -> bool:
     >>> is_musl("/lib/ld-musl-x86_64.so.1"), is_musl("/lib64/ld-linux-x86-64.so.2")
     (True, False)
     """
-    return _NAME.fullmatch(os.path.basename(interpreter)) is not None
+    name = os.path.basename(interpreter)
+    return name.startswith("ld-musl-") and re.fullmatch(_NAME, name) is not None
 
 
 def is_itself(name: str) -> bool:
@@ -47,7 +48,7 @@ def is_itself(name: str) -> bool:
     >>> is_itself("libc.so"), is_itself("libm.so.6"), is_itself("libz.so.1")
     (True, True, False)
     """
-    return _ITSELF.match(name) is not None
+    return re.match(_ITSELF, name) is not None
 
 
 def interpreter_of(machine: str, elf_class: int, needed: Sequence[str]) -> str | None:
@@ -64,7 +65,7 @@ def interpreter_of(machine: str, elf_class: int, needed: Sequence[str]) -> str |
 
 def default_directories(root: Root, interpreter: str) -> tuple[str, ...]:
     """The default directories of the dynamic linker at ``interpreter``, each with ``/`` at its end."""
-    match = _NAME.fullmatch(os.path.basename(interpreter))
+    match = re.fullmatch(_NAME, os.path.basename(interpreter))
     assert match is not None
     above = os.path.dirname(os.path.dirname(interpreter)).rstrip("/")
     try:

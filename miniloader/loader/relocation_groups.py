@@ -6,6 +6,8 @@ import ctypes
 from array import array
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
+from itertools import count
+from operator import itemgetter
 from typing import Final
 
 from miniloader.arrays import NDArray, np
@@ -38,8 +40,9 @@ TLS: Final = ("module", "module offset", "thread offset", "descriptor")
 _RELATIVE: Final = "B + A"
 _PLT: Final = "DT_JMPREL"
 #: The addresses in the dynamic section that glibc adds the load bias to, for whoever reads them in memory.
-_LOCATED: Final = frozenset(
-    (DT_HASH, DT_PLTGOT, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_REL, DT_JMPREL, DT_VERSYM, DT_GNU_HASH)
+_LOCATED: Final = (
+    *(DT_HASH, DT_PLTGOT, DT_STRTAB, DT_SYMTAB),
+    *(DT_RELA, DT_REL, DT_JMPREL, DT_VERSYM, DT_GNU_HASH),
 )
 _WORD: Final = 8
 _SMALL: Final = 256
@@ -214,7 +217,8 @@ def _located(image: ElfImage) -> array[int]:
     segment = image.segment("PT_DYNAMIC")
     if segment is None or "w" not in segment.flags or not _writable(image, segment):
         return array("Q")
-    places = {tag: place for place, (tag, _) in enumerate(image.dynamic.entries) if tag in _LOCATED}
+    last = dict(zip(map(itemgetter(0), image.dynamic.entries), count()))  # where each tag is, as ld.so has it
+    places = {tag: last[tag] for tag in _LOCATED if tag in last}
     tags, kind, first = image.dynamic.tags, _relative(image.header.machine), segment.vaddr + _WORD
     rows = array("Q")
     for tag, place in places.items():

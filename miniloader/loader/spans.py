@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Final, NoReturn
 
 from miniloader.elf import ElfImage, LoadPlan, PlannedMapping
@@ -32,12 +31,12 @@ def open_names(
 def readable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
     """The vaddrs [start, end) at which bytes of the file can be read, ascending, without its large holes."""
     mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
-    parts = (
-        (load.vaddr + start - load.file_offset, load.vaddr + end - load.file_offset)
-        for load in image.loads
-        for start, end in image.source.parts(load.file_offset, load.filesz)
-    )
-    return _common(mappings, list(parts))
+    parts: list[VaddrRange] = []
+    for load in image.loads:
+        distance = load.vaddr - load.file_offset
+        held = image.source.parts(load.file_offset, load.filesz)
+        parts += [(start + distance, end + distance) for start, end in held]
+    return _common(mappings, parts)
 
 
 def writable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
@@ -54,10 +53,11 @@ def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) 
     for start, end in segments:
         while first < len(mappings) and mappings[first].end <= start:
             first += 1
-        for mapping in islice(mappings, first, None):
-            if mapping.start >= end:
+        for mapping in mappings[first:]:
+            low, high = mapping.start, mapping.end
+            if low >= end:
                 break
-            low, high = max(start, mapping.start), min(end, mapping.end)
+            low, high = low if low > start else start, high if high < end else end
             if common and common[-1][1] == low:
                 low = common.pop()[0]
             common.append((low, high))

@@ -65,7 +65,8 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
     """
     _put_in_order(order, {*present, *new})
     for library in present:
-        library.stays |= library.will_stay and library.policy.init
+        if library.will_stay:
+            library.stays |= library.policy.init
     stand_ins.be_asked_at_exit()
 
 

@@ -10,7 +10,7 @@ So these loops are C, and nothing else is: which libraries there are, in which o
 Python's to say.  They work where the library lies in memory, as ld.so does: nothing is copied.
 
 Beside them is what must not wait for Python, or what Python cannot do: ``lazy.c``, ``fault.c``, ``calls.c``,
-``host.c``, ``debugger.c``.
+``host.c``, ``debugger.c``; and what looks at the values that Python calls a loop with, ``arguments.c``.
 
 All of it is compiled once, for x86-64 and aarch64, and lies beside this file (``tools/native`` makes it
 anew, and a test compares).  ``loops.h`` has the structures; they are declared here again,
@@ -170,6 +170,16 @@ INTERFACE: Final = (
     b"pthread_create",
     b"pthread_detach",
 )
+#: Functions of CPython's C interface by which arguments.c looks at what a loop is called with.
+_VALUES: Final = (
+    "PyTuple_Size",
+    "PyTuple_GetItem",
+    "PyObject_CheckBuffer",
+    "PyObject_GetBuffer",
+    "PyBuffer_Release",
+    "PyLong_AsUnsignedLongLongMask",
+    "PyErr_Occurred",
+)
 #: What stands for dlopen(3) where CPython imports extension modules.
 IMPORT: Final = "inside_import"
 #: What exit(3) calls.
@@ -199,6 +209,7 @@ _ARGUMENTS: Final = {
     "open_table": 2,
     "relocate": 13,
     "set_answers": 1,
+    "set_arguments": 1,
     "set_destructors": 2,
     "set_inside": 6,
     "set_python": 3,
@@ -238,6 +249,12 @@ def functions() -> ctypes.PyDLL:
             raise LoadError(
                 f"{path}: has no function {name}: these are not the loader's own loops", hint=_AGAIN
             ) from None
+    interface = array("Q", [dlsym(ctypes.pythonapi._handle, name) for name in _VALUES])
+    library.set_arguments(interface.buffer_info()[0])
+    library.call_loop.argtypes, library.call_loop.restype = (
+        (ctypes.c_uint64, ctypes.py_object),
+        ctypes.c_int64,
+    )
     if not library.guard_is_kept():
         warnings.warn(_UNGUARDED, RuntimeWarning, stacklevel=2)
     return library
@@ -253,7 +270,7 @@ def unlocked(name: str, restype: Any, *argtypes: Any) -> Any:
     return ctypes.CFUNCTYPE(restype, *argtypes)(address_of(name))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def address_of(name: str) -> int:
     """Where a function, or an object, of the compiled code is in this process."""
     return dlsym(functions()._handle, name)  # a function of ctypes' own for each would take ten times as long
@@ -276,8 +293,7 @@ def run(name: str, *arguments: Any) -> None:
 
     :class:`Stopped` says why it did not come to its end.
     """
-    numbers = [value if isinstance(value, int) else buffer_address(value) for value in arguments]
-    reason = getattr(functions(), name)(*numbers)
+    reason = functions().call_loop(address_of(name), arguments)
     if reason:
         raise Stopped(Reason(reason))
 

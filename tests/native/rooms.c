@@ -546,6 +546,81 @@ static void try_lazy(void)
 static void try_lazy(void) {}
 #endif
 
+/* ---- arguments.c: values are numbers, buffers, and what is neither */
+typedef struct {
+    void *start, *object;
+    int64_t length, item_size;
+    int is_readonly, dimensions;
+    void *others[5];
+} GivenBuffer;
+enum { MOST_VALUES = 13, NUMBER = 0, BUFFER, NEITHER };
+typedef struct {
+    int64_t kind;
+    uint64_t number, length;
+    int64_t opened; /* how often it is */
+} Given;
+static Given all_given[MOST_VALUES + 3];
+static uint64_t value_count;
+static bool is_refused, is_called;
+void set_arguments(const void *);
+int64_t call_loop(void *, const void *);
+
+static int64_t count_values(const void *unused) { return (int64_t)value_count; }
+static void *value_at(const void *unused, int64_t place) { return &all_given[place]; }
+static int is_buffer(const Given *value) { return value->kind == BUFFER; }
+static int open_buffer(Given *value, GivenBuffer *buffer, int flags)
+{
+    if (value->number == 0) { /* one that may not be written */
+        is_refused = true;
+        return -1;
+    }
+    *buffer = (GivenBuffer){.start = (void *)value->number, .object = value, .length = (int64_t)value->length};
+    value->opened++;
+    return 0;
+}
+static void close_buffer(GivenBuffer *buffer) { ((Given *)buffer->object)->opened--; }
+static uint64_t number_of(const Given *value)
+{
+    is_refused |= value->kind == NEITHER;
+    return value->kind == NEITHER ? UINT64_MAX : value->number;
+}
+static const void *error_of(void) { return is_refused ? &is_refused : NULL; }
+
+static int64_t note_values(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g, uint64_t h,
+                           uint64_t i, uint64_t j, uint64_t k, uint64_t l, uint64_t m)
+{
+    const uint64_t given[] = {a, b, c, d, e, f, g, h, i, j, k, l, m};
+    for (uint64_t place = 0; place < MOST_VALUES; place++) {
+        const Given *value = &all_given[place];
+        assert(given[place] == (place < value_count && (value->kind == NUMBER || value->length) ? value->number : 0));
+        assert(place >= value_count || value->opened == (value->kind == BUFFER));
+    }
+    is_called = true;
+    return -7;
+}
+
+static void try_arguments(void)
+{
+    static const void *const interface[] = {count_values, value_at, is_buffer, open_buffer, close_buffer, number_of, error_of};
+    set_arguments(interface);
+    value_count = chance(MOST_VALUES + 4);
+    bool is_right = true;
+    for (uint64_t i = 0; i < value_count; i++) {
+        all_given[i] = (Given){.kind = (int64_t)chance(2), .number = chance(8) ? state : UINT64_MAX, .length = chance(3)};
+        if (chance(32) == 0)
+            all_given[i].kind = NEITHER;
+        if (chance(32) == 0)
+            all_given[i].number = 0;
+        bool is_wrong = all_given[i].kind == NEITHER || (all_given[i].kind == BUFFER && !all_given[i].number);
+        is_right &= i >= MOST_VALUES || !is_wrong;
+    }
+    is_refused = is_called = false;
+    assert(call_loop(note_values, all_given) == (is_right ? -7 : 0));
+    assert(is_called == is_right && is_refused != is_right);
+    for (uint64_t i = 0; i < value_count; i++)
+        assert(all_given[i].opened == 0);
+}
+
 int main(int argc, char **words)
 {
     if (argc != 4)
@@ -565,6 +640,7 @@ int main(int argc, char **words)
         try_calls();
         try_guard();
         try_lazy();
+        try_arguments();
         if (done % 256 == 0) {
             pthread_t thread;
             pthread_create(&thread, NULL, guard_on_a_stack, NULL);

@@ -689,3 +689,38 @@ def test_a_signal_stack_that_is_disarmed_while_in_use_is_armed_again() -> None:
         sigaltstack(ctypes.byref(before), None)
         syscalls.munmap(page, PAGE_SIZE)
     assert (after.start, after.flags, after.size) == (wanted.start, wanted.flags, wanted.size)
+
+
+# ------------------------------------------------------------------------------------------- arguments
+def test_loops_get_numbers_and_where_buffers_are() -> None:
+    """As `copy` has them: addresses, numbers, and buffers, which are released when it is done."""
+    where, source = array("Q", [7]), bytearray(b"abc")
+    target = np.zeros(3, np.uint8)
+    native.run("copy", target, source, 3, where)
+    assert bytes(target) == b"abc"
+    assert where[0] == 0
+    source += b"d"  # which a buffer that is looked at refuses
+    where.append(1)
+    native.run("copy", target.ctypes.data - (1 << 64), bytearray(b"xyz"), True, where)  # 64 bits of a number
+    assert bytes(target) == b"xbc"
+    native.run("copy", bytearray(), array("Q"), 0, where)  # an empty one is nowhere
+
+
+def test_buffers_are_released_where_a_loop_stops() -> None:
+    where, target = array("Q", [0]), bytearray(8)
+    with pytest.raises(Stopped) as stopped:
+        native.run("copy", target, 64, 8, where)
+    assert stopped.value.reason is Reason.GONE
+    assert where[0] == 64
+    target += b"more"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("text", TypeError), (b"bytes", BufferError), (None, TypeError)]
+)
+def test_what_is_neither_a_number_nor_a_buffer_to_write_to(value: Any, error: type[Exception]) -> None:
+    where, target = array("Q", [5]), bytearray(8)
+    with pytest.raises(error):
+        native.run("copy", target, value, 8, where)
+    target += b"more"
+    assert where[0] == 5  # nothing has been called

@@ -63,6 +63,8 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
         ("host.c", "room->used + length <= room->size", "room->used + length <= room->size + 8"),
         ("host.c", "if (length <= left)", "if (length <= left + 8)"),
         ("prepared.c", "slots[i] > size - 8", "slots[i] > size"),
+        ("arguments.c", "interface.close(&buffers[--opened])", "--opened"),
+        ("arguments.c", "!interface.error()", "false"),
         ("lazy.c", '"mov $0xee, %eax\\n" save', '"mov $0xe0, %eax\\n" save'),
     ],
 )

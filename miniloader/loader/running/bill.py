@@ -112,13 +112,11 @@ class _Call:
         self.constructor: _Library | None = None  # whose constructor runs
         self.address = 0  # its address
 
-    def of(self, event: Event) -> _Library:
-        """Whose cost it is: what comes before the file is known is that of what was asked for."""
-        path = event.library
-        if path in self.libraries:
-            return self.libraries[path]
+    def of_new(self, event: Event) -> _Library:
+        """Whose cost it is, of a library not known yet: before its file is, that of what was asked for."""
         if event.stage != "parse":
             return self.root
+        path = event.library
         if not self.is_known:
             self.is_known, self.root.path = True, path  # the first that is read
         library = self.libraries[path] = _Library(path) if self.libraries else self.root
@@ -126,7 +124,7 @@ class _Call:
 
     def hear(self, event: Event, now: float) -> None:
         """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
-        library, data = self.of(event), event.data
+        library, data = self.libraries.get(event.library) or self.of_new(event), event.data
         self.spend(now, library, _PART_OF[event.stage])
         if "bias" in data:
             library.bias = int(data["bias"])

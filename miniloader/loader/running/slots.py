@@ -73,17 +73,23 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
     referred = [array("I", table)[_REFERRED::_NUMBERS] for table in tables]  # to which symbol each row
     count = 1 + max(map(max, referred), default=0)
     symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
-    if names.keys().isdisjoint(symbols):  # mostly, and of thousands
+    wanted = {symbol: name for place, name in names.items() for symbol in _indices(symbols, place)}
+    if not wanted:  # mostly, and of thousands
         return
-    wanted = {symbol: names[name] for symbol, name in enumerate(symbols) if name in names}
     kinds = KINDS[_HERE[os.uname().machine]]
     for table, numbers in zip(tables, referred, strict=True):
-        if wanted.keys().isdisjoint(numbers):  # mostly, and of ten thousands
-            continue
-        for row in [row for row, symbol in enumerate(numbers) if symbol in wanted]:
+        for row in sorted(row for symbol in wanted for row in _indices(numbers, symbol)):
             offset, kind, symbol, _ = _ROW.unpack_from(table, row * _ROW.size)
             if kind in kinds and kinds[kind].formula in ("S", "S + A"):
                 yield LedWord(library, wanted[symbol], library.bias + offset)
+
+
+def _indices(numbers: array[int], number: int) -> Iterator[int]:
+    """Where ``number`` is among ``numbers``, of which there may be a hundred thousand: found as bytes are."""
+    size = numbers.itemsize
+    for place in _places(numbers.tobytes(), number.to_bytes(size, "little")):
+        if place % size == 0:
+            yield place // size
 
 
 def _places(strings: bytes, text: bytes) -> Iterator[int]:
