@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import compress, islice
 from mmap import PAGESIZE
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.elf.dynamic import (
@@ -198,7 +199,8 @@ class ElfImage(Showing):
     def needs(self) -> tuple[tuple[int, str], ...]:
         """The tag and the name of each ``DT_NEEDED``, ``DT_FILTER`` and ``DT_AUXILIARY``, in order."""
         needs = []
-        for tag, value in [entry for entry in self.dynamic.entries if entry[0] in _NEEDS]:
+        entries = self.dynamic.entries
+        for tag, value in compress(entries, map(_NEEDS.__contains__, map(itemgetter(0), entries))):
             field = _NEEDS[tag]
             name = self.text(value, field)
             if len(name) >= _PATH:

@@ -22,7 +22,7 @@ from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
 from miniloader.loader.search import Asker, Surroundings, expand, find
 from miniloader.loader.surroundings import of_process
-from miniloader.loader.unload import present
+from miniloader.loader.unload import of_file, present
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class Graph:
     def _same_file(self, source: Source) -> Needed | None:
         """The library that was loaded from the same file under another name."""
         key = source.key
-        same = self._alike([library for library in self.order if library.key == key])
+        same = self._alike(of_file(key, self.order))
         return same or self.listing.by_identity.get(source.identity)
 
 

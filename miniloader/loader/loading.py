@@ -205,7 +205,7 @@ class Loading:
         """One more handle of what this process has of the file, initialised as this one is to be."""
         policy = self._graph.policy
         key, init = source.key, policy.init
-        same = [library for library in unload.present if library.key == key]
+        same = unload.of_file(key, unload.present)
         library = next((library for library in same if library.policy.init == init), None)
         if library is None or policy.address not in (None, library.mapped.start):
             return None

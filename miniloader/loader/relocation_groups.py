@@ -184,7 +184,7 @@ def symbols_of(table: RelocationTable, codes: Collection[int]) -> array[int]:
 @lru_cache(maxsize=4)
 def _marked(codes: frozenset[int]) -> bytearray:
     """A byte for each kind: whether it is among ``codes``."""
-    return bytearray(code in codes for code in range(NUMBER_OF_KINDS))
+    return bytearray(map(codes.__contains__, range(NUMBER_OF_KINDS)))
 
 
 def refuse_kind(image: ElfImage, kinds: Mapping[int, Kind], code: int, symbol: int) -> None:

@@ -10,6 +10,7 @@ import atexit
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Final
 
 from miniloader.forking import loading
@@ -27,6 +28,7 @@ __all__ = [
     "let_go",
     "lock",
     "make_global",
+    "of_file",
     "present",
     "take_back",
     "unfinished",
@@ -42,6 +44,7 @@ present: Final[list[Loaded]] = []
 unfinished: Final[set[Loaded]] = set()
 #: Those of ours that have been made global, in this order: ld.so's global scope goes on with them.
 global_scope: Final[list[Loaded]] = []
+_KEY: Final = attrgetter("key")
 _ended: Final[set[bool]] = set()  # not empty once exit(3) has what is left to be finalised
 _closed: Final[list[Loaded]] = []  # let go, and not looked at yet
 _leaving: Final[list[Loaded]] = []  # whose destructors run now, or have run: not unmapped yet
@@ -58,6 +61,11 @@ def with_code() -> Iterator[Loaded]:
     return chain(present, unfinished, _leaving, _lingering)
 
 
+def of_file(key: object, libraries: Iterable[Loaded]) -> list[Loaded]:
+    """Those of ``libraries``, of which there may be hundreds, whose file has this ``key``."""
+    return [library for library in libraries if library.key == key] if key in map(_KEY, libraries) else []
+
+
 def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
     """From now on ``new`` are present as well, in this ``order``, which may have moved others, too.
 
@@ -72,8 +80,7 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
 
 def _put_in_order(order: Sequence[Loaded], libraries: Collection[Loaded]) -> None:
     """``libraries`` are present, in this ``order``; what is not in it comes last, as it was."""
-    ordered = [library for library in order if library in libraries]
-    present[:] = dict.fromkeys([*ordered, *present])
+    present[:] = dict.fromkeys([*filter(libraries.__contains__, order), *present])
 
 
 def let_go(library: Loaded, caller: Loaded | None = None) -> None:
