@@ -131,7 +131,7 @@ def _known(name: str, given: Any) -> _Known:
 def _initialiser(cls: type) -> Callable[..., None]:
     """``__init__`` of the class, which replaces itself by a compiled one where the class is called often.
 
-    Compiling takes as long as forty calls of this one, or five with defaults or names; most classes are
+    Compiling takes as long as a hundred calls of this one, or twenty with defaults or names; most classes are
     called less often in a process.
     """
     fields: list[_Known] = []
@@ -238,4 +238,4 @@ _REQUIRED: Final = (MISSING, MISSING, False, True)
 #: What makes an annotation no field, or another kind of one.
 _SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
 #: Calls of a class until it is compiled: with defaults or arguments by name; with all in order.
-_FEW, _MANY = 5, 40
+_FEW, _MANY = 24, 128

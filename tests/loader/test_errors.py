@@ -244,11 +244,17 @@ VICTIMS: dict[str, dict[str, Any]] = {
 def gone(at: int) -> Iterator[list[str]]:
     """The ``at``-th loop in C meets a page of the file that is gone; the names of those that were run."""
     loops, names = native.functions(), list[str]()
+    by_address = {native.address_of(name): name for name in native._ARGUMENTS}
+
+    def counted(name: str, function: Callable[..., int]) -> Callable[..., int]:
+        names.append(name)
+        return (lambda *_: Reason.GONE) if len(names) == at else function
 
     class Counting:
         def __getattr__(self, name: str) -> Callable[..., int]:
-            names.append(name)
-            return (lambda *_: Reason.GONE) if len(names) == at else getattr(loops, name)
+            if name == "call_loop":
+                return lambda loop, values: counted(by_address[loop], loops.call_loop)(loop, values)
+            return counted(name, getattr(loops, name))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "functions", Counting)
