@@ -28,6 +28,7 @@ CALLS = (
     ("tls_local", "tls_next", None, ctypes.c_int),
     ("tls_descriptors", "tls_next", None, ctypes.c_int),
     ("lazy", "call_own", 6, ctypes.c_int),
+    *(("ifunc_given", "resolver_given", index, ctypes.c_ulong) for index in range(6)),
 )
 
 

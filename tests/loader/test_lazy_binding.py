@@ -15,9 +15,12 @@ from miniloader.elf.dynamic import DT_SYMTAB
 from miniloader.kernel.cpuinfo import features
 from miniloader.loader.policy import Binding
 from miniloader.machine.relocation import KINDS
+from miniloader.native.gate import processor
 from tests.loader.conftest import InChild
 
-JUMP_SLOT = next(code for code, kind in KINDS["X86_64"].items() if kind.name == "R_X86_64_JUMP_SLOT")
+JUMP_SLOT = next(
+    code for code, kind in KINDS[processor().upper()].items() if kind.name.endswith("_JUMP_SLOT")
+)
 
 
 def _slots(library: miniloader.Library) -> dict[str, int]:

@@ -174,7 +174,7 @@ def test_one_wrong_word_and_one_wrong_protection_are_found(
     assert not comparison.alike
     assert comparison.different == 1
     (difference,) = comparison.differing
-    assert "R_X86_64_RELATIVE" in difference.where or "R_X86_64_64" in difference.where
+    assert re.search(r"R_\w+_(RELATIVE|64|ABS64)\b", difference.where)
     assert difference.dlopen != difference.ours
     assert any("---" in each.ours for each in comparison.layout)
     assert any("r--" in each.dlopen for each in comparison.layout)
