@@ -4,6 +4,14 @@
 #include <stdio.h>
 #include <string.h>
 
+#if defined __aarch64__                                 /* what each processor calls base + addend */
+enum { RELATIVE = R_AARCH64_RELATIVE };
+#elif defined __riscv
+enum { RELATIVE = R_RISCV_RELATIVE };
+#else
+enum { RELATIVE = R_X86_64_RELATIVE };
+#endif
+
 static int told(struct dl_phdr_info *library, size_t size, void *relative)
 {
     const ElfW(Rela) *table = NULL;
@@ -24,7 +32,7 @@ static int told(struct dl_phdr_info *library, size_t size, void *relative)
         }
     }
     for (size_t number = 0; table && number < length; number++) {
-        if (ELF64_R_TYPE(table[number].r_info) != 8)    /* R_X86_64_RELATIVE: base + addend */
+        if (ELF64_R_TYPE(table[number].r_info) != RELATIVE)
             continue;
         if (++here <= 2)
             printf("slot %#lx holds %#lx, base + %#lx\n", (long)table[number].r_offset,
