@@ -12,6 +12,7 @@ import os
 import sys
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from miniloader.elf import ElfImage
@@ -48,6 +49,7 @@ class Slots:
         self._find = find
         self._name = image.path
         self._got = image.dynamic.tags.get(DT_PLTGOT, 0)
+        self._left = set(range(len(slots)))
         self._callback: Any = _CALLBACK(self._bind)
 
     def connect(self) -> None:
@@ -60,15 +62,26 @@ class Slots:
         """Give back what was made; the slots must not be used any more."""
         self._callback = None  # it refers to this object: a circle
 
+    def bind_all(self) -> None:
+        """Bind what is left and can be bound: who calls from now on may find no Python to ask."""
+        for index in sorted(self._left):
+            with suppress(MiniloaderError):  # no function of that name: who never calls it may end in peace
+                self._fill(index)
+
     def _bind(self, index: int) -> int:
         number = _errno().contents.value
         try:
-            row: Any = self._slots[index]
-            address = self._find(int(row["symbol"]))
+            address = self._fill(index)
         except (MiniloaderError, IndexError) as error:
             # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too.
             print(f"miniloader: {self._name}: binding a PLT slot: {error}", file=sys.stderr, flush=True)
             os._exit(127)
-        ctypes.c_uint64.from_address(self._memory.bias + int(row["offset"])).value = address
         _errno().contents.value = number
+        return address
+
+    def _fill(self, index: int) -> int:
+        row: Any = self._slots[index]
+        address = self._find(int(row["symbol"]))
+        ctypes.c_uint64.from_address(self._memory.bias + int(row["offset"])).value = address
+        self._left.discard(index)
         return address

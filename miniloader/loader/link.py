@@ -123,6 +123,8 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     if relocations.lazy is not None and relocations.left:  # before an IFUNC's resolver calls through them
         slots = Slots(image, memory, relocations.lazy, finder(library, order))
         library.undo.callback(slots.close)
+        library.undo.callback(setattr, library, "bind_left", None)
+        library.bind_left = slots.bind_all
         slots.connect()
     words_of = partial(thread_local_words, library, bindings)
     late = bindings.indirect[:]

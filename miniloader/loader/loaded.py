@@ -75,6 +75,7 @@ class Loaded:
         self.will_stay, self.stays = image.dynamic.flag(DT_FLAGS_1, DF_1_NODELETE), False
         self.shared = False  # whether others may be bound to a unique symbol of it
         self.waiting: list[int] | None = None  # the addresses of constructors that have yet to run, in order
+        self.bind_left: Callable[[], None] | None = None  # binds the slots of its PLT that are left
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
         self._names: MappedSymbols | None = None

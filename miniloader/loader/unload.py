@@ -226,6 +226,9 @@ def end() -> None:
     """
     with lock:
         if present and not _ended:
+            for library in tuple(present):  # what destructors call is bound while Python is there
+                if library.bind_left is not None:
+                    library.bind_left()
             left = [library for library in _in_destructor_order() if library.initialised]
             addresses = array("Q", [address for library in left for address in library.destructors])
             functions().set_destructors(buffer_address(addresses), len(addresses))

@@ -183,3 +183,20 @@ def test_a_library_that_exports_nothing_binds_what_it_needs(tmp_path: Path, in_c
             return getenv(b"SILENT")  # type: ignore[no-any-return]
 
     assert in_child(heard) == b"heard"
+
+
+_OURS = "import miniloader; kept = miniloader.load({!r}, bind='lazy')"
+_THEIRS = "import ctypes, os; kept = ctypes.CDLL({!r}, os.RTLD_LAZY)"
+
+
+def test_a_destructor_at_exit_calls_what_nobody_has_called_yet(tmp_path: Path) -> None:
+    """Python has gone by then; a function that there is not, and that nobody calls, does no harm."""
+    library = linked(
+        tmp_path / "libbye.so",
+        "#include <stdio.h>\nint missing(void);\nint never(void) { return missing(); }\n"
+        '__attribute__((destructor)) static void bye(void) { dprintf(1, "bye\\n"); }\n',
+    )
+    for program in (_THEIRS, _OURS):
+        command = [sys.executable, "-c", program.format(str(library))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "bye\n", "")
