@@ -23,9 +23,10 @@ import os
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
-    from typing import ClassVar
+    from typing import ClassVar, Final
 
 __all__ = [
+    "MEMORY_LIMITS",
     "ElfError",
     "EvidenceError",
     "LoadError",
@@ -38,6 +39,9 @@ __all__ = [
     "printable",
     "shortened",
 ]
+
+MEMORY_LIMITS: Final = "ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count"
+"""What may be behind a system call that fails for lack of memory, or of mappings (ENOMEM)."""
 
 
 _LONGEST = 4096  # characters: PATH_MAX; mangled names of C++ templates come near

@@ -228,46 +228,6 @@ def test_the_command_line_with_little_address_space() -> None:
     assert done.returncode > 0, done.stderr  # no signal
 
 
-@pytest.fixture
-def small_cgroup() -> Iterator[Path]:
-    """A cgroup with 1 MiB of memory and no swap."""
-    root = Path("/sys/fs/cgroup")
-    unified = (root / "cgroup.controllers").exists()
-    group = root / ("" if unified else "memory") / f"miniloader-test-{os.getpid()}"
-    files = (
-        ("memory.max", "memory.swap.max")
-        if unified
-        else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
-    )
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"this machine lacks a cgroup that can be written: {error.strerror}")
-    try:
-        (group / files[0]).write_text(str(1 << 20))
-        if (group / files[1]).exists():
-            (group / files[1]).write_text("0" if unified else str(1 << 20))
-    except OSError as error:
-        group.rmdir()
-        pytest.skip(f"this machine lacks a memory controller in its cgroup: {error.strerror}")
-    yield group
-    end = time.monotonic() + 10
-    while (group / "cgroup.procs").read_text().strip() and time.monotonic() < end:
-        time.sleep(0.01)
-    group.rmdir()
-
-
-@pytest.mark.needs_root("making a cgroup needs to write to /sys/fs/cgroup")
-def test_a_worker_that_the_kernel_ends_for_its_memory_is_reported(small_cgroup: Path) -> None:
-    with Crew(2) as crew:
-        pids = [worker.pid for worker in crew.workers]
-        crew.ask("load", path=str(build.build("demo")))
-        (small_cgroup / "cgroup.procs").write_text(str(pids[0]))
-        with pytest.raises(WorkerError, match=r"^step touch: worker 1 of 2 .* was killed by SIGKILL"):
-            crew.ask("touch", ranges=[[0, 0]] * 200_000)  # more to remember than it may
-    assert not any(map(lives, pids))
-
-
 # ------------------------------------------------------------------------------------- files that are whole
 def everything_in(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}

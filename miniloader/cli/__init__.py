@@ -15,7 +15,7 @@ import sys
 
 from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
-from miniloader.errors import MiniloaderError, printable
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable
 from miniloader.startup import travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
@@ -174,9 +174,9 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             if isinstance(error, PermissionError) and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
         case MemoryError():
-            status, message = 1, f"too little memory ({_MEMORY_LIMITS})"
+            status, message = 1, f"too little memory ({MEMORY_LIMITS})"
         case ImportError() | OSError() if library := _without_room(str(error)):
-            status, message = 1, f"{library}: too little memory, or too few mappings ({_MEMORY_LIMITS})"
+            status, message = 1, f"{library}: too little memory, or too few mappings ({MEMORY_LIMITS})"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
@@ -193,9 +193,6 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         _drop_output()
     print(f"miniloader: {printable(message)}", file=sys.stderr)
     return status
-
-
-_MEMORY_LIMITS = "ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count"
 
 
 def _without_room(said: str) -> str:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from miniloader.elf import LoadPlan, PlannedCall, Source
-from miniloader.errors import ElfError, LoadError
+from miniloader.errors import MEMORY_LIMITS, ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.native import Stopped, buffer_address, copy, gate
 
@@ -39,6 +39,11 @@ _FLAGS: Final = {
 
 _NOEXEC: Final = "its file system is mounted noexec: copy it to another, or mount that with exec"
 _UNMAPPED: Final = "allow munmap(2) in the filter of system calls (seccomp)"
+
+
+def _without_memory(error: OSError) -> str | None:
+    """What to look at where the kernel has no memory, or may not make one more mapping."""
+    return f"too little memory, or too few mappings: {MEMORY_LIMITS}" if error.errno == errno.ENOMEM else None
 
 
 @lru_cache(maxsize=16)
@@ -134,7 +139,7 @@ class Memory:
             sys.mprotect(self.bias + start, end - start, protection_bits(protection))
         except OSError as error:
             what = f"mprotect of vaddrs {start:#x} to {end:#x} to {protection}"
-            raise LoadError(f"{self.name}: {what}: {error.strerror}") from None
+            raise LoadError(f"{self.name}: {what}: {error.strerror}", hint=_without_memory(error)) from None
 
     def unmap(self) -> None:
         """Unmap everything; a second call does nothing."""
@@ -150,7 +155,7 @@ class Memory:
             _mmap(call, self.bias + call.start, source)
         except OSError as error:
             refused = source is not None and error.errno == errno.EPERM and gate.is_noexec(source.fd)
-            hint = _NOEXEC if refused else None
+            hint = _NOEXEC if refused else _without_memory(error)
             raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}", hint=hint) from None
 
     def _transfer(self, vaddr: int, data: Any, *, reading: bool) -> None:
@@ -194,7 +199,8 @@ def map_plan(
         if first.length > plan.length:
             start = _keep_aligned(plan, start, first.length)
     except OSError as error:
-        hint = f"is {address:#x} free, and a multiple of the page size?" if address is not None else None
+        where = f"is {address:#x} free, and a multiple of the page size?" if address is not None else None
+        hint = _without_memory(error) or where
         raise LoadError(
             f"{source.name}: reserving {plan.length:#x} bytes: {error.strerror}", hint=hint
         ) from None

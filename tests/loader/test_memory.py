@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from miniloader.kernel import syscalls
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.memory import flag_bits, map_plan, protection_bits
+from tests.memory import failing
 
 
 @pytest.mark.parametrize("name", ["demo", "bss", "overaligned_2m", "cxx"])
@@ -102,3 +105,12 @@ def test_a_refused_call_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         map_plan(image.plan(PAGE_SIZE), image.source)
     assert len(read_maps()) == before
     image.source.close()
+
+
+@pytest.mark.parametrize("call", ["mmap", "mprotect"])
+def test_too_little_memory_says_which_limits_there_are(call: str, demo: Path) -> None:
+    with (
+        syscalls.injected(call, failing(errno.ENOMEM)),
+        pytest.raises(LoadError, match=r"Cannot allocate memory.*; too little memory, .* vm\.max_map_count"),
+    ):
+        miniloader.load(demo)

@@ -25,6 +25,7 @@ __all__ = ["SUFFIX", "boot_id", "clear", "directory", "names", "open_file", "sec
 
 SUFFIX: Final = ".prepared"
 _SECRET: Final = "secret"
+_LONGEST: Final = 1 << 10  # bytes of the secret: a boot, a line's end, 32 bytes
 _OTHERS: Final = 0o077
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
@@ -139,7 +140,7 @@ def secret(boot: str) -> bytes:
         kept = b""
     else:
         with open(fd, "rb") as file:
-            kept = file.read()
+            kept = file.read(_LONGEST)
     written_at, _, key = kept.partition(b"\n")
     if written_at == boot.encode() and len(key) == 32:
         return key

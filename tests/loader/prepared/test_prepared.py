@@ -384,6 +384,16 @@ def test_after_the_machine_has_booted(demo: Path, monkeypatch: pytest.MonkeyPatc
     assert prepare(demo).address != first.address  # a new secret
 
 
+def test_a_secret_without_an_end_is_made_anew(demo: Path, own_cache: Path) -> None:
+    first = prepare(demo)
+    secret = own_cache / "secret"
+    secret.chmod(0o600)
+    os.truncate(secret, 1 << 40)
+    secret.chmod(0o400)
+    assert prepare(demo).address != first.address
+    assert secret.stat().st_size < 100
+
+
 def test_lazy_binding_is_another_thing(demo: Path) -> None:
     with pytest.raises(UsageError, match="lazy"):
         miniloader.load(demo, bind="lazy", prepared=True)
