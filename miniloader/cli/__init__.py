@@ -64,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback through.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _main(words, is_process=argv is None)
+    except SystemError as error:  # of Python itself: where it has no memory, it may lose what it was to raise
+        if "--debug" in words:
+            raise
+        return _report(error, as_json="--json" in words)
+
+
+def _main(words: list[str], *, is_process: bool) -> int:
+    """The status of a command line; the process ends with it where it ``is_process``."""
     if words[:1] == [_ANOTHER_PROGRAM]:
         return _run_another(words)
     travel_light()
@@ -71,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     _escape_what_cannot_be_printed()
     status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
-    if argv is None:  # the process ends with this: it need not look for garbage among all that it holds
+    if is_process:  # it need not look for garbage among all that it holds
         gc.freeze()
     return status
 
@@ -175,6 +185,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
         case MemoryError():
             status, message = 1, f"too little memory ({MEMORY_LIMITS})"
+        case SystemError() if "without" in str(error):  # "error return without exception set", and its like
+            status, message = 1, f"too little memory ({MEMORY_LIMITS}), or a fault of Python's own: {error}"
         case ImportError() | OSError() if library := _without_room(str(error)):
             status, message = 1, f"{library}: too little memory, or too few mappings ({MEMORY_LIMITS})"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:

@@ -489,3 +489,21 @@ def test_what_an_installation_may_lack_is_what_it_asks_for() -> None:
         "dependencies"
     ]
     assert sorted(cli._PROJECTS.values()) == sorted(re.split("[<>=]", project)[0] for project in asked_for)
+
+
+def test_an_error_that_python_loses_without_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As CPython raises it where a function could not even raise MemoryError: anywhere, at the top too."""
+
+    def lose(*_: object, **__: object) -> int:
+        raise SystemError("error return without exception set")
+
+    for place in ("_dispatch", "reported"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, place, lose)
+            assert cli.main(["version"]) == 1
+        _, err = capfd.readouterr()
+        assert re.fullmatch(
+            r"miniloader: too little memory \(ulimit -v.*\), or a fault of Python's own: .*\n", err
+        )

@@ -166,11 +166,15 @@ def still_there(family: Mapping[int, int], since: int) -> tuple[int, ...]:
 
 
 def matches(pattern: str, *texts: str) -> bool:
-    """Whether a shell pattern fits one of ``texts``; a pattern without wildcards fits what it is a part of.
+    """Whether a shell pattern fits, or is, one of ``texts``; one without wildcards fits what it is part of.
 
     >>> matches("lib*", "/lib/libz.so.1", "libz.so.1"), matches("ibz", "libz.so.1"), matches("z*", "libz.so")
     (True, True, False)
+    >>> matches("lib[1].so", "lib[1].so")
+    True
     """
+    if pattern in texts:
+        return True
     if any(mark in pattern for mark in "*?["):
         return any(fnmatch(text, pattern) for text in texts)
     return any(pattern in text for text in texts)
