@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import os
 
+from miniloader.forking import importing
+
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
     from typing import ClassVar, Final
 
 __all__ = [
     "MEMORY_LIMITS",
+    "NO_ROOM",
     "ElfError",
     "EvidenceError",
     "LoadError",
@@ -38,10 +41,13 @@ __all__ = [
     "WorkerError",
     "printable",
     "shortened",
+    "without_room",
 ]
 
 MEMORY_LIMITS: Final = "ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count"
 """What may be behind a system call that fails for lack of memory, or of mappings (ENOMEM)."""
+NO_ROOM: Final = f"too little memory, or too few mappings: {MEMORY_LIMITS}"
+"""What to say then."""
 
 
 _LONGEST = 4096  # characters: PATH_MAX; mangled names of C++ templates come near
@@ -139,3 +145,19 @@ class ProcessGone(EvidenceError):
     def __init__(self, pid: int | None, what: str, *, hint: str | None = None) -> None:
         self.pid = pid
         super().__init__(f"process {'self' if pid is None else pid}: {what}", hint=hint)
+
+
+def without_room(said: str) -> str:
+    """The library that ld.so says it could not map for lack of memory, or of mappings; "" where it says else.
+
+    >>> without_room("Original error was: libz.so.1: failed to map segment from shared object")
+    'libz.so.1'
+    >>> without_room("libz.so: cannot apply additional memory protection after relocation")
+    'libz.so'
+    """
+    with importing:
+        import re
+
+    failures = "failed to map segment from|cannot (?:map zero-fill|change memory|create|allocate|apply)"
+    found = re.search(rf"(\S+): (?:{failures})(?!.*(?:not permitted|denied))", said)
+    return found[1] if found is not None else ""

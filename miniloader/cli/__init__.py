@@ -9,13 +9,14 @@ Exit status: see :data:`EXIT_STATUSES`.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
 
 from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
-from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable, without_room
 from miniloader.startup import travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
@@ -166,6 +167,10 @@ def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_ROOM = 16
+"""Mappings that must be left for Python to import what it needs; where there are fewer, much goes wrong."""
+
+
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong on one line; return the exit status."""
     match error:
@@ -183,15 +188,19 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
             if isinstance(error, PermissionError) and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
+            if error.errno == errno.ENOMEM:
+                message += f" ({MEMORY_LIMITS})"
         case MemoryError():
             status, message = 1, f"too little memory ({MEMORY_LIMITS})"
         case SystemError() if "without" in str(error):  # "error return without exception set", and its like
             status, message = 1, f"too little memory ({MEMORY_LIMITS}), or a fault of Python's own: {error}"
-        case ImportError() | OSError() if library := _without_room(str(error)):
+        case ImportError() | OSError() if library := without_room(str(error)):
             status, message = 1, f"{library}: too little memory, or too few mappings ({MEMORY_LIMITS})"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
+        case Exception() if _mappings_left() < _ROOM:  # whoever does without a module fails anywhere
+            status, message = 1, f"too few mappings (vm.max_map_count): {type(error).__name__}: {error}"
         case _:
             kind = type(error).__name__
             status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"
@@ -207,17 +216,13 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     return status
 
 
-def _without_room(said: str) -> str:
-    """The library that ld.so says it could not map for lack of memory, or of mappings; "" where it says else.
-
-    >>> _without_room("Original error was: libz.so.1: failed to map segment from shared object")
-    'libz.so.1'
-    """
-    import re
-
-    failures = "failed to map segment from|cannot (?:map zero-fill|change memory|create|allocate)"
-    found = re.search(rf"(\S+): (?:{failures})(?!.*(?:not permitted|denied))", said)
-    return found[1] if found is not None else ""
+def _mappings_left(limit: str = "/proc/sys/vm/max_map_count", maps: str = "/proc/self/maps") -> int:
+    """How many mappings more this process may have; very many where nobody tells."""
+    try:
+        with open(limit) as most, open(maps, "rb") as rows:
+            return int(most.read()) - sum(1 for _ in rows)
+    except (OSError, ValueError, MemoryError):
+        return sys.maxsize
 
 
 def _escape_what_cannot_be_printed() -> None:

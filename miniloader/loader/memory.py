@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from miniloader.elf import LoadPlan, PlannedCall, Source
-from miniloader.errors import MEMORY_LIMITS, ElfError, LoadError
+from miniloader.errors import NO_ROOM, ElfError, LoadError
 from miniloader.kernel import syscalls as sys
 from miniloader.native import Stopped, buffer_address, copy, gate
 
@@ -43,7 +43,7 @@ _UNMAPPED: Final = "allow munmap(2) in the filter of system calls (seccomp)"
 
 def _without_memory(error: OSError) -> str | None:
     """What to look at where the kernel has no memory, or may not make one more mapping."""
-    return f"too little memory, or too few mappings: {MEMORY_LIMITS}" if error.errno == errno.ENOMEM else None
+    return NO_ROOM if error.errno == errno.ENOMEM else None
 
 
 @lru_cache(maxsize=16)

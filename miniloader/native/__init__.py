@@ -28,7 +28,7 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Final
 
-from miniloader.errors import LoadError
+from miniloader.errors import NO_ROOM, LoadError, without_room
 from miniloader.native import gate
 
 __all__ = [
@@ -241,7 +241,8 @@ def functions() -> ctypes.PyDLL:
     try:
         library = _Loops(path)
     except OSError as error:
-        raise LoadError(f"the loader's own loops cannot be used: {error}", hint=_AGAIN) from None
+        hint = NO_ROOM if without_room(str(error)) else _AGAIN
+        raise LoadError(f"the loader's own loops cannot be used: {error}", hint=hint) from None
     for name in _ARGUMENTS:
         try:
             dlsym(library._handle, name)

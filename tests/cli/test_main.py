@@ -491,6 +491,30 @@ def test_what_an_installation_may_lack_is_what_it_asks_for() -> None:
     assert sorted(cli._PROJECTS.values()) == sorted(re.split("[<>=]", project)[0] for project in asked_for)
 
 
+@pytest.mark.parametrize(
+    ("left", "said"), [(3, "too few mappings (vm.max_map_count): "), (99, "a fault of ")]
+)
+def test_what_goes_wrong_where_no_mapping_is_left_is_no_fault_of_ours(
+    left: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As numpy does where ``_datetime`` could not be mapped, and Python goes on without it."""
+
+    def fail(*_: object) -> int:
+        raise AttributeError("module 'datetime' has no attribute 'datetime_CAPI'")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(cli, "_mappings_left", lambda: left)
+    assert cli.main(["version"]) == 1
+    assert capfd.readouterr().err.startswith(f"miniloader: {said}")
+
+
+def test_mappings_that_are_left_are_counted(tmp_path: Path) -> None:
+    limit = tmp_path / "limit"
+    limit.write_text("100000\n")
+    assert 90_000 < cli._mappings_left(str(limit)) < 100_000
+    assert cli._mappings_left(str(tmp_path / "none")) == sys.maxsize
+
+
 def test_an_error_that_python_loses_without_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
