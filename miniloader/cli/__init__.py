@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(words, is_process=argv is None)
     except SystemError as error:  # of Python itself: where it has no memory, it may lose what it was to raise
+        _spare.clear()
         if "--debug" in words:
             raise
         return _report(error, as_json="--json" in words)
@@ -81,10 +82,19 @@ def _main(words: list[str], *, is_process: bool) -> int:
     if sys.stdout is None:  # closed from the start: who does that wants nothing printed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     _escape_what_cannot_be_printed()
+    try:
+        _spare.append(bytes(_SPARE))  # which touches no page of it
+    except MemoryError:
+        return _report(MemoryError(), as_json="--json" in words)
     status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)
     if is_process:  # it need not look for garbage among all that it holds
         gc.freeze()
     return status
+
+
+_SPARE = 4 << 20
+_spare: list[bytes] = []
+"""Memory that is let go when something goes wrong: where there was none left, it can be said."""
 
 
 #: The command whose process is another program's: nothing is changed there that programs can see.
@@ -113,6 +123,7 @@ def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:
         _flush()
         return status
     except (Exception, KeyboardInterrupt) as error:
+        _spare.clear()
         if debug:
             raise
         return _report(error, as_json=as_json)
