@@ -74,7 +74,8 @@ class Slots:
             address = self._fill(index)
         except (MiniloaderError, IndexError) as error:
             # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too.
-            print(f"miniloader: {self._name}: binding a PLT slot: {error}", file=sys.stderr, flush=True)
+            text = getattr(error, "ld_so", None) or f"{self._name}: {error}"
+            print(f"miniloader: symbol lookup error: {text}", file=sys.stderr, flush=True)
             os._exit(127)
         _errno().contents.value = number
         return address
