@@ -25,6 +25,10 @@ def needs(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple(("needed", name) for name in names)
 
 
+def opens(*names: str) -> tuple[tuple[str, int], ...]:
+    return tuple((name, NOW) for name in names)
+
+
 def version(symbol: str, number: str, file: str) -> Reference:
     return Reference(symbol, number, file)
 
@@ -64,7 +68,7 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
     ),
     "no constructor sees that what it is of becomes global": (
         {
-            "a.so": NewLibrary("A", defines=letters("s"), opens=("./b.so",)),
+            "a.so": NewLibrary("A", defines=letters("s"), opens=opens("./b.so")),
             "b.so": NewLibrary("B", refers=refers("s")),
             "c.so": NewLibrary("C", refers=refers("s")),
         },
@@ -74,7 +78,7 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         {
             "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so")),
             "b.so": NewLibrary("B", needs=needs("./d.so")),
-            "c.so": NewLibrary("C", opens=("./b.so", "./e.so"), closes=True),
+            "c.so": NewLibrary("C", opens=opens("./b.so", "./e.so"), closes=True),
             "d.so": NewLibrary("D"),
             "e.so": NewLibrary("E", needs=needs("./a.so")),
         },
@@ -84,7 +88,7 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         {
             "a.so": NewLibrary("A", needs=needs("./c.so", "./b.so")),
             "b.so": NewLibrary("B", needs=needs("./d.so")),
-            "c.so": NewLibrary("C", opens=("./e.so",)),
+            "c.so": NewLibrary("C", opens=opens("./e.so")),
             "d.so": NewLibrary("D", needs=needs("./c.so")),
             "e.so": NewLibrary("E", needs=needs("./d.so")),
         },

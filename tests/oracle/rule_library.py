@@ -62,8 +62,8 @@ class NewLibrary:
 
     ``needs`` are names by kind, in order: see :data:`NEEDS`.  ``versions`` are those that it defines (it has
     a table of them, with the base version, unless they are None).  ``unbound`` says whether it calls, by its
-    PLT, a function that nobody has.  Its constructor ``opens`` others, and its destructor ``closes`` those or
-    leaves them.
+    PLT, a function that nobody has.  Its constructor ``opens`` others, each with these flags, and closes them
+    at once, or its destructor ``closes`` them, or nobody.
     """
 
     letter: str
@@ -78,8 +78,9 @@ class NewLibrary:
     flags: int = 0
     flags_1: int = 0
     unbound: bool = False
-    opens: tuple[str, ...] = ()
+    opens: tuple[tuple[str, int], ...] = ()
     closes: bool = False
+    closes_at_once: bool = False
 
 
 @dataclass
@@ -121,7 +122,7 @@ def library_bytes(library: NewLibrary) -> bytes:
         "relocations": bytes(RELA.size * len(wanted)),
         "calls": bytes(RELA.size * len(calls)),
         "strings": bytes(strings),
-        "opens": b"".join(os.fsencode(name) + b"\0" for name in library.opens),
+        "opens": b"".join(os.fsencode(name) + b"\0" for name, _ in library.opens),
     }
     places, at = {}, _HEADERS
     for part, data in parts.items():
@@ -138,15 +139,15 @@ def library_bytes(library: NewLibrary) -> bytes:
     letter = objects + 3 * defined
     handles = letter + len(_LETTERS)
     end = handles + 8 * len(library.opens)
-    at = [
-        places["opens"] + sum(len(os.fsencode(name)) + 1 for name in library.opens[:number])
-        for number in range(len(library.opens))
-    ]
-    opened = [(name, handles + 8 * number) for number, name in enumerate(at)]
+    opened, at = [], places["opens"]
+    for number, (name, mode) in enumerate(library.opens):
+        opened.append((at, mode, handles + 8 * number))
+        at += len(os.fsencode(name)) + 1
     functions = [slots + 8 * slot for slot in of_glibc]
-    constructor = _constructor(code, slots, len(library.refers), letter, opened, functions[0])
+    closes = functions[1] if library.closes_at_once else None
+    constructor = _constructor(code, slots, len(library.refers), letter, opened, functions[0], closes)
     destructor = code + -(-len(constructor) // 16) * 16
-    closed = [handle for _, handle in opened] if library.closes else []
+    closed = [handle for *_, handle in opened] if library.closes and not library.closes_at_once else []
     read_only = (
         constructor
         + bytes(destructor - code - len(constructor))
@@ -311,6 +312,13 @@ class _Code:
         self.text += b"\xff\x15" + struct.pack("<i", distance)  # call [rip + slot]
         self.text += bytes.fromhex("4883c408")  # add rsp, 8
 
+    def close(self, handle: int, slot: int) -> None:
+        """Call dlclose(3) by its ``slot`` for the ``handle`` that is kept there, unless that is none."""
+        self.relative("488b3d", handle)  # mov rdi, [rip + handle]
+        call = _Code(self._start + len(self.text) + 5)
+        call.call(slot)
+        self.text += bytes.fromhex("4885ff74") + bytes([len(call.text)]) + call.text  # test rdi, rdi; jz
+
     def write(self, count: int) -> None:
         """write(LOG, rsi, count)."""
         self.text += b"\xbf" + struct.pack("<I", LOG)  # mov edi, LOG
@@ -319,11 +327,18 @@ class _Code:
 
 
 def _constructor(
-    start: int, slots: int, count: int, letter: int, opened: Sequence[tuple[int, int]], dlopen: int
+    start: int,
+    slots: int,
+    count: int,
+    letter: int,
+    opened: Sequence[tuple[int, int, int]],
+    dlopen: int,
+    dlclose: int | None,
 ) -> bytes:
     """write(2) the letter and a colon, then for each slot the three bytes it points to, or dashes.
 
-    Then open what is ``opened`` (where the name is, where its handle is kept) by the slot of ``dlopen``.
+    Then open what is ``opened`` (where the name is, the flags, where its handle is kept) by the slot of
+    ``dlopen``, and close each again by that of ``dlclose``, if there is one.
     """
     code = _Code(start)
     code.relative("488d35", letter)  # lea rsi, [rip + letter]
@@ -333,17 +348,19 @@ def _constructor(
         code.relative("488d0d", letter + 2)  # lea rcx, [rip + dashes]
         code.text += bytes.fromhex("4885f6 480f44f1")  # test rsi, rsi; cmovz rsi, rcx
         code.write(3)
-    for name, handle in opened:
+    for name, mode, handle in opened:
         code.relative("488d35", letter + 7)
         code.write(1)
         code.relative("488d3d", name)  # lea rdi, [rip + name]
-        code.text += bytes.fromhex("be02000000")  # mov esi, RTLD_NOW
+        code.text += b"\xbe" + struct.pack("<I", mode)  # mov esi, mode
         code.call(dlopen)
         code.relative("488905", handle)  # mov [rip + handle], rax
         code.relative("488d35", letter + 8)
         code.relative("488d0d", letter + 9)
         code.text += bytes.fromhex("4885c0 480f44f1")  # test rax, rax; cmovz rsi, rcx
         code.write(1)
+        if dlclose is not None:
+            code.close(handle, dlclose)
     return bytes(code.text + b"\xc3")
 
 
@@ -351,10 +368,7 @@ def _destructor(start: int, letter: int, closed: Sequence[int], dlclose: int) ->
     """Close what has been opened, by the slot of ``dlclose``; write(2) the small letter and a semicolon."""
     code = _Code(start)
     for handle in closed:
-        code.relative("488b3d", handle)  # mov rdi, [rip + handle]
-        call = _Code(start + len(code.text) + 5)
-        call.call(dlclose)
-        code.text += bytes.fromhex("4885ff74") + bytes([len(call.text)]) + call.text  # test rdi, rdi; jz
+        code.close(handle, dlclose)
     code.relative("488d35", letter + 5)
     code.write(2)
     return bytes(code.text + b"\xc3")

@@ -190,7 +190,7 @@ class RuleTree:
 def _filled(library: NewLibrary, filled: Callable[[str], str]) -> NewLibrary:
     needs = tuple((kind, filled(name)) for kind, name in library.needs)
     rpath, runpath = (text if text is None else filled(text) for text in (library.rpath, library.runpath))
-    opens = tuple(filled(name) for name in library.opens)
+    opens = tuple((filled(name), mode) for name, mode in library.opens)
     return replace(library, needs=needs, rpath=rpath, runpath=runpath, opens=opens)
 
 
@@ -224,13 +224,16 @@ def _library(
         flags=sum(flag for flag in FLAGS.values() if draw.chance(16)),
         flags_1=sum(flag for flag in FLAGS_1.values() if draw.chance(14)) | NOOPEN * draw.chance(40),
         unbound=draw.chance(20),
-        opens=tuple(
-            draw.of((*names, *NAMES, "$ORIGIN/libq.so", "./b/libp.so")) for _ in range(draw.number(2))
-        )
-        if draw.chance(5)
-        else (),
+        opens=_opens(draw, names) if draw.chance(5) else (),
         closes=draw.chance(2),
+        closes_at_once=draw.chance(5),
     )
+
+
+def _opens(draw: _Draw, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """What a library's constructor opens."""
+    choices = (*names, *NAMES, "$ORIGIN/libq.so", "./b/libp.so", "$ORIGIN/../$LIB/libp.so")
+    return tuple((draw.of(choices), MODES[draw.number(len(MODES) - 1)]) for _ in range(1 + draw.number(2)))
 
 
 def _definitions(draw: _Draw, versioned: bool, versions: str | None) -> tuple[Definition, ...]:
