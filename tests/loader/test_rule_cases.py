@@ -144,6 +144,22 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./a.so"), Call(None)],
     ),
+    "what waits for its constructors sees nothing of who is opened meanwhile, and outlives that unchanged": (
+        {
+            "f.so": NewLibrary("F", needs=needs("./c.so"), defines=letters("suv")),
+            "c.so": NewLibrary("C", needs=needs("./g.so"), refers=refers("su")),
+            "g.so": NewLibrary(
+                "G",
+                needs=needs("./d.so", "./c.so"),
+                refers=refers("sv"),
+                opens=opens("./b.so"),
+                closes_at_once=True,
+            ),
+            "d.so": NewLibrary("D", needs=needs("./g.so"), refers=refers("u")),
+            "b.so": NewLibrary("B", needs=needs("./g.so")),
+        },
+        [Call("./f.so"), Call("./d.so"), Call(None, number=1), Call(None, number=0)],
+    ),
     "what is never unmapped need not be held": (
         {
             "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so")),
