@@ -262,7 +262,7 @@ class Loaded:
         others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
         self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
         for member in (self, *others):
-            if member.waiting is None:  # as glibc's resize_scopes: what waits for another load sees that alone
+            if member.waiting is None:  # glibc's resize_scopes: what waits sees its own load alone
                 member.roots.append(self)
         return True
 

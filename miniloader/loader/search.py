@@ -138,6 +138,13 @@ class Step:
     outcome: str
     found_in: str | None = None
 
+    @property
+    def misfit(self) -> Literal["", "class", "machine"]:
+        """Why a file that may fit another process does not fit: its word size, or its processor."""
+        if self.outcome in _WRONG_CLASS:
+            return "class"
+        return "machine" if self.outcome == _OTHER_MACHINE else ""
+
 
 @dataclass(frozen=True)
 class Found:

@@ -209,7 +209,9 @@ def test_a_marker_limits_what_a_test_leaves(inner: Callable[..., pytest.RunResul
     for name in ("test_beyond", "test_a_fixture_counts", "TestClosest::test_of_two"):
         done.stdout.fnmatch_lines([f"FAILED test_limited.py::{name} - Failed: *"])
     lines = done.stdout.str().splitlines()
-    grown = [line for line in lines if re.match(r"private memory \(USS\) grew by 7(\.\d+)? MiB, from ", line)]
+    # Python may give back a page or two of its own meanwhile.
+    grew = r"private memory \(USS\) grew by (6\.9\d|7(\.\d+)?) MiB, from "
+    grown = [line for line in lines if re.match(grew, line)]
     assert len(set(grown)) == 3
     assert all(line.endswith("; at most 4 MiB allowed") for line in grown)
     tables = [line for line in lines if re.match(r"anonymous .* \+7(\.\d+)? MiB", line)]

@@ -67,16 +67,16 @@ def malformed(situation: Situation) -> Iterator[LoadProblem]:
 def _lack_kind(lack: Lack) -> str:
     if lack.error is not None or lack.found.stopped:
         return "malformed"
-    outcomes = [step.outcome for step in lack.found.steps]
-    if any("another class" in outcome for outcome in outcomes):
+    misfits = {step.misfit for step in lack.found.steps}
+    if "class" in misfits:
         return "wrong-class"
-    return "wrong-machine" if any("another machine" in outcome for outcome in outcomes) else "missing-library"
+    return "wrong-machine" if "machine" in misfits else "missing-library"
 
 
 def _misfits(situation: Situation, kind: str) -> Iterator[LoadProblem]:
     for lack in situation.closure.lacks:
         if _lack_kind(lack) == kind:
-            wrong = [step.path for step in lack.found.steps if "another" in step.outcome]
+            wrong = [step.path for step in lack.found.steps if step.misfit]
             yield LoadProblem(
                 name=lack.name, needed_by=lack.needed_by.path, hint=f"only this was found: {', '.join(wrong)}"
             )
