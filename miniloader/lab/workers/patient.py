@@ -51,15 +51,16 @@ class PatientCalls:
     def __init__(self) -> None:
         self._patience = _SECONDS
         self._caller: _Caller | None = None
+        self._is_waiting = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._caller is not None and kind is None:
-            self._caller.end()
-        elif self._caller is not None:  # interrupted, say, while a call is waited for
+    def __exit__(self, *_: object) -> None:
+        if self._caller is not None and self._is_waiting:  # interrupted, say
             self._caller.give_up()
+        elif self._caller is not None:  # until it has ended it has the error it raised, and what that holds
+            self._caller.end()
 
     def call_each(
         self, functions: Sequence[Callable[[], _Answer]], on_answer: Callable[[], None]
@@ -104,8 +105,10 @@ class PatientCalls:
             except RuntimeError:  # no more threads, or no memory for one: as without patience
                 return function()
         caller = self._caller
+        self._is_waiting = True
         caller.calls.put(function)
         answer, error = self._answer(caller, meanwhile)
+        self._is_waiting = False
         try:
             if error is not None:
                 raise error
@@ -172,7 +175,10 @@ class _Caller:
         """How often it has gone to sleep, where it sleeps; None where it does not, or nobody tells."""
         if self._status is None:
             return None
-        asleep = _ASLEEP.search(os.pread(self._status, 1 << 14, 0))
+        try:
+            asleep = _ASLEEP.search(os.pread(self._status, 1 << 14, 0))
+        except OSError:
+            return None
         return asleep[1] if asleep is not None else None
 
     def give_up(self) -> None:

@@ -126,6 +126,15 @@ def test_calls_that_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == [0, 1, 2, 4]
 
 
+def test_an_error_leaves_no_thread_that_has_it() -> None:
+    """What a call had opened when it failed is closed with the error: the thread has it for a while, too."""
+    for _ in range(300):
+        threads = {*threading.enumerate()}
+        with pytest.raises(ZeroDivisionError), PatientCalls() as calls:
+            calls.call(lambda: 1 // 0)
+        assert {*threading.enumerate()} <= threads
+
+
 def test_who_interrupts_does_not_wait_for_the_call() -> None:
     never, over = threading.Event(), threading.Event()
 
