@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from itertools import groupby
+from itertools import compress, count, pairwise
 from typing import Any, Final
 
 from miniloader.errors import EvidenceError
@@ -24,6 +23,7 @@ PAGES: Final = 48
 _FEWEST: Final = 12_000
 _MOST: Final = 3_000_000  # 140 MiB
 _ALIGNMENT: Final = 16  # bytes, of CPython's blocks
+_POOL, _POOL_HEAD = 1 << 14, 48  # bytes of blocks that are alike, and of what they begin with
 
 
 class Item:
@@ -85,18 +85,28 @@ def built() -> tuple[list[Item], int]:
     """
     items = list[Item]()
     size = -(-sys.getsizeof(Item()) // _ALIGNMENT) * _ALIGNMENT
-    full = PAGE_SIZE // size - 1  # one less where the head of a pool is
     while len(items) < _MOST:
         items += [Item() for _ in range(len(items) or _FEWEST)]
-        counts = Counter(id(item) // PAGE_SIZE for item in items)
-        run = _longest_run({page for page, number in counts.items() if number >= full})
-        if len(run) >= PAGES + 2:
+        run = _longest_run(sorted(map(id, items)), size)
+        if len(run) >= PAGES:
             return items, run[(len(run) - PAGES) // 2] * PAGE_SIZE
     raise EvidenceError(f"{len(items)} objects were not given {PAGES} pages in a row")
 
 
-def _longest_run(numbers: set[int]) -> list[int]:
-    """The longest run of numbers that follow one another."""
-    ordered = enumerate(sorted(numbers))
-    runs = ([number for _, number in run] for _, run in groupby(ordered, key=lambda pair: pair[1] - pair[0]))
-    return max(runs, key=len, default=[])
+def _longest_run(addresses: Sequence[int], size: int) -> range:
+    """The most pages in a row with objects of ``size`` bytes at these ``addresses``, and no room for others.
+
+    Nothing is between two of them but the head of a pool: one other object there, and its page is written to
+    by who uses that.
+    """
+    gaps = (
+        second - first != size
+        and not (first // _POOL != second // _POOL and second - first < 2 * size + _POOL_HEAD)
+        for first, second in pairwise(addresses)
+    )
+    bounds = [0, *compress(count(1), gaps), len(addresses)]
+    runs = (
+        range(-(-addresses[first] // PAGE_SIZE), addresses[end - 1] // PAGE_SIZE)
+        for first, end in pairwise(bounds)
+    )
+    return max(runs, key=len)
