@@ -69,7 +69,7 @@ class Graph:
         self.tell = tell
         self.brief = is_brief(tell)
         self.new: list[Loaded] = []
-        self.order: list[Loaded] = list(present)
+        self.order: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
         self.listing: HostListing
 
@@ -110,7 +110,8 @@ class Graph:
         self.event("prepared", library.name, library.not_prepared, reason=reason)
 
     def look_around(self) -> None:
-        """See what ld.so has, unless that has been seen a moment ago."""
+        """See what of ours is present, and what ld.so has unless that has been seen a moment ago."""
+        self.order = [*present, *self.new]  # not before the load has begun: until then another may close some
         self.listing = self._asked_in.listing if self._asked_in is not None else host.listing()
 
     def complete(self) -> None:

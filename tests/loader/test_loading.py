@@ -87,6 +87,22 @@ def test_map_maps_what_is_needed_and_touches_no_page(chain: Path) -> None:
         assert not steps.bindings
 
 
+def test_a_load_begins_with_what_is_there_at_its_first_step(
+    chain: Path, fixture_library: Callable[[str], Path]
+) -> None:
+    """Another thread may close what is needed after the load was asked for, or open it."""
+    needed = miniloader.load(fixture_library("chain_c"))
+    with Loading(chain) as steps:
+        needed.close()
+        with miniloader.load(fixture_library("chain_b")) as opened:
+            names = [os.path.basename(library.name) for library in steps.map()]
+            assert names == ["libchain_a.so"]
+            steps.link()
+            steps.initialise()
+            assert opened.loaded in steps.library.libraries
+            steps.library.close()
+
+
 def test_map_writes_no_bss(fixture_library: Callable[[str], Path]) -> None:
     path = fixture_library("bss")
     with Loading(path) as steps:
