@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,52 @@ def test_what_the_process_s_libstdcxx_throws_is_caught_inside(cxx: miniloader.Li
 def test_static_objects_are_constructed(cxx: miniloader.Library) -> None:
     text = cxx.function("static_text", ctypes.c_char_p)()
     assert text == b"constructed before anybody could ask"
+
+
+def test_exceptions_are_in_flight_while_a_thousand_loads_come_and_go(
+    fixture_library: Callable[[str], Path], in_child: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Who unwinds looks at the tables of whatever is loaded, and those change all the time."""
+    names = ("cxx", "cxx_static_unwinder", "demo", "unique")
+    copies = [Path(shutil.copy(fixture_library(name), tmp_path / f"lib{name}.so")) for name in names]
+
+    def work() -> tuple[int, int, list[str]]:
+        over, loads, thrown, errors = threading.Event(), itertools.count(), itertools.count(), list[str]()
+
+        def throw(function: Callable[[int], int]) -> None:
+            while not over.is_set():
+                number = next(thrown) % 1000
+                if function(number) != number:
+                    errors.append(f"{number} was not caught")
+
+        def load_and_close(copy: Path) -> None:
+            while next(loads) < 1000:
+                with miniloader.load(copy) as library:
+                    if "cxx" in copy.name and library.function("throw_and_catch")(7) != 7:
+                        errors.append(f"{copy}: 7 was not caught")
+
+        with (
+            miniloader.load(fixture_library("cxx")) as first,
+            miniloader.load(fixture_library("cxx_static_unwinder")) as second,
+            ThreadPoolExecutor(6) as pool,
+        ):
+            throwing = [
+                pool.submit(throw, library.function("throw_and_catch")) for library in (first, second)
+            ]
+            loading = [pool.submit(load_and_close, copy) for copy in copies]
+            try:
+                for future in loading:
+                    future.result()
+            finally:
+                over.set()
+            for future in throwing:
+                future.result()
+        return next(loads), next(thrown), errors
+
+    loads, thrown, errors = in_child(work)
+    assert not errors
+    assert loads >= 1000
+    assert thrown > 0
 
 
 def test_and_destroyed_when_closed(fixture_library: Callable[[str], Path]) -> None:
