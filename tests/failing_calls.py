@@ -13,6 +13,8 @@ import errno
 import gc
 import io
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -181,6 +183,27 @@ class Footprint:
         now = Footprint.now()
         assert now == self
         assert now.anonymous - self.anonymous < 4 << 20  # a library's would be 8 MiB or more
+
+
+def start_threads(count: int = 4) -> None:
+    """Have so many threads at once, and wait until they are gone.
+
+    glibc keeps the stack of each, 8 MiB, and malloc the arena, 64 MiB of addresses, for the next ones: so
+    what an audit's threads use is there, however many of them the kernel has not quite ended yet.
+    """
+    together = threading.Barrier(count)
+
+    def run() -> None:
+        bytes(1 << 16)  # which malloc gives, not Python
+        together.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+        while os.path.exists(f"/proc/self/task/{thread.native_id}"):
+            time.sleep(0.001)
 
 
 @contextmanager
