@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from mmap import mmap
+from threading import Lock
 from typing import Final, NamedTuple, Self
 
 from miniloader.errors import EvidenceError
@@ -28,9 +29,10 @@ _INHERIT, _NOT_KERNEL, _NOT_HYPERVISOR, _BY_BYTES = 1 << 1, 1 << 5, 1 << 6, 1 <<
 _ATTRIBUTES: Final = struct.Struct("=IIQQQQQIIQ")  # the first version of the structure
 _SET_OUTPUT: Final = 0x2405
 _RING: Final = 1 << 18  # bytes: what any user may lock for each processor is a little over 512 KiB
-_HEAD, _TAIL = 1024, 1032  # data_head, data_tail of struct perf_event_mmap_page
+_HEAD, _TAIL = 128, 129  # data_head, data_tail: which words of struct perf_event_mmap_page
 _RECORD: Final = struct.Struct("=IHH")  # struct perf_event_header: type, misc, size
-_LOST, _SAMPLE = 2, 9
+_NOTED: Final = struct.Struct("=QQQ")  # of a sample: instruction, process and thread, address
+_SAMPLE: Final = 9
 _MODE, _KERNEL = 7, 1  # of misc
 
 
@@ -44,12 +46,12 @@ class PageFault(NamedTuple):
 class FaultLog:
     """The page faults of the threads of ``pid``, and of those that they start, from now on.
 
-    ``sees_kernel``: whether those of system calls are among them.  ``lost``: how many there was no room for,
-    since nobody had read.  Raises EvidenceError where the kernel or its settings do not allow it.
+    ``sees_kernel``: whether those of system calls are among them.  Raises EvidenceError where the kernel or
+    its settings do not allow it.
     """
 
     def __init__(self, pid: int) -> None:
-        self.lost, self._descriptors, self._rings = 0, list[int](), list[tuple[int, mmap]]()
+        self._descriptors, self._rings = list[int](), list[tuple[int, EventRing]]()
         self.sees_kernel = True
         try:
             for thread in sorted(int(name) for name in os.listdir(process_file(pid, "task"))):
@@ -64,7 +66,7 @@ class FaultLog:
             descriptor = self._event(thread, cpu)
             self._descriptors.append(descriptor)
             if first:
-                self._rings.append((descriptor, mmap(descriptor, PAGE_SIZE + max(_RING, PAGE_SIZE))))
+                self._rings.append((descriptor, EventRing(mmap(descriptor, PAGE_SIZE + _RING))))
             else:
                 syscalls.ioctl(descriptor, _SET_OUTPUT, self._rings[place][0])
 
@@ -96,29 +98,64 @@ class FaultLog:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether a ring was full when it was read: then there was no room for some, as nobody had read."""
+        return any(ring.was_full for _, ring in self._rings)
+
     def descriptors(self) -> list[int]:
         """For poll(2): one is readable where half of its ring is full."""
         return [descriptor for descriptor, _ in self._rings]
 
     def read(self) -> list[PageFault]:
         """What has been noted since the last time; in order, but for processors."""
-        return [fault for _, ring in self._rings for fault in self._read(ring)]
+        return [fault for _, ring in self._rings for fault in ring.read()]
 
-    def _read(self, ring: mmap) -> Iterator[PageFault]:
-        (head,), (tail,) = struct.unpack_from("Q", ring, _HEAD), struct.unpack_from("Q", ring, _TAIL)
-        size = len(ring) - PAGE_SIZE
+
+class EventRing:
+    """What the kernel notes in ``memory``: a ``struct perf_event_mmap_page``, and records after its page.
+
+    ``was_full``: whether there has been no room for another record at a time when it was read.
+    """
+
+    def __init__(self, memory: mmap) -> None:
+        self._memory, self._turn, self.was_full = memory, Lock(), False
+        self._turn.acquire()
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._memory.close()
+
+    def read(self) -> list[PageFault]:
+        """The faults that have been noted since the last time; makes room for others."""
+        with memoryview(self._memory) as octets, octets.cast("Q") as words:
+            head, tail = words[_HEAD], words[_TAIL]
+            self._in_order()
+            faults = list(self._faults(tail, head))
+            self._in_order()
+            words[_TAIL] = head  # the word at once: struct.pack_into makes it 0 first, which the kernel sees
+            self._in_order()
+            # The kernel's own word of it (PERF_RECORD_LOST) comes with the next record, which may never be.
+            full = len(octets) - PAGE_SIZE - _RECORD.size - _NOTED.size
+            self.was_full |= words[_HEAD] - tail >= full
+        return faults
+
+    def _in_order(self) -> None:
+        """A memory barrier, which not every processor does without: a release, and an acquire after it."""
+        self._turn.release()
+        self._turn.acquire()
+
+    def _faults(self, tail: int, head: int) -> Iterator[PageFault]:
+        size = len(self._memory) - PAGE_SIZE
         while tail < head:
-            at = tail % size
-            kind, misc, length = _RECORD.unpack_from(ring, PAGE_SIZE + at)
-            record = ring[PAGE_SIZE + at : PAGE_SIZE + at + length]
-            record += ring[PAGE_SIZE : PAGE_SIZE + length - len(record)]  # what was over the end
+            at = PAGE_SIZE + tail % size
+            kind, misc, length = _RECORD.unpack_from(self._memory, at)
+            record = self._memory[at : at + length]
+            record += self._memory[PAGE_SIZE : PAGE_SIZE + length - len(record)]  # what was over the end
             if kind == _SAMPLE:
-                instruction, _, address = struct.unpack_from("=QQQ", record, _RECORD.size)
+                instruction, _, address = _NOTED.unpack_from(record, _RECORD.size)
                 yield PageFault(address, 0 if misc & _MODE == _KERNEL else instruction)
-            elif kind == _LOST:
-                self.lost += struct.unpack_from("=Q", record, _RECORD.size + 8)[0]
             tail += length
-        struct.pack_into("Q", ring, _TAIL, tail)
 
 
 def _processors() -> list[int]:

@@ -61,7 +61,7 @@ class WritersByFaults:
         self._read()
         pages = np.array([write.address & -PAGE_SIZE for write in self.writes], np.uint64)
         self.writes = [self.writes[row] for row in np.flatnonzero(np.isin(pages, self._shared)).tolist()]
-        unseen = ([] if self._log.sees_kernel else [_BY_KERNEL]) + ([_LOST] if self._log.lost else [])
+        unseen = ([] if self._log.sees_kernel else [_BY_KERNEL]) + ([_LOST] if self._log.has_lost else [])
         self.unseen = " and ".join(unseen)
         self._close()
 
