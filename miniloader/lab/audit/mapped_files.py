@@ -139,7 +139,7 @@ class MappedFiles:
             facts = _facts(source, self._names)
             if served is not None and served.silent:
                 return
-            if facts is not None and (viewer == _KERNEL or _is(source, facts, file, viewer)):
+            if viewer == _KERNEL or _is(source, facts, file, viewer):
                 file.facts, file.trouble = facts, ""
                 self._openable[pid] -= 1
                 if file.build_id is None and facts.image is not None:
@@ -201,14 +201,13 @@ def _kernels_build_id(pid: int, vma: Vma) -> str | None:
     return answer.build_id.hex()
 
 
-def _facts(source: Source, names: NameNumbers) -> FileFacts | None:
-    """What the file says; None where it cannot be read."""
-    try:
-        if bytes(source.read(0, min(4, source.size), "magic")) != _MAGIC:
-            return FileFacts(source, None, names)
-        return FileFacts(source, read_image(source), names)
-    except ElfError:
-        return FileFacts(source, None, names)
+def _facts(source: Source, names: NameNumbers) -> FileFacts:
+    """What the file says: no image where it cannot be read."""
+    image = None
+    with suppress(ElfError):
+        if bytes(source.read(0, min(4, source.size), "magic")) == _MAGIC:
+            image = read_image(source)
+    return FileFacts(source, image, names)
 
 
 def _is(source: Source, facts: FileFacts, file: MappedFile, pid: int | None) -> bool:

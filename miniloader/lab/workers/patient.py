@@ -50,16 +50,13 @@ class PatientCalls:
 
     def __init__(self) -> None:
         self._patience = _SECONDS
-        self._caller: _Caller | None = None
-        self._is_waiting = False
+        self._caller: _Caller | None = None  # one that waits for the next call
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._caller is not None and self._is_waiting:  # interrupted, say
-            self._caller.give_up()
-        elif self._caller is not None:  # until it has ended it has the error it raised, and what that holds
+        if self._caller is not None:  # until it has ended it has the error it raised, and what that holds
             self._caller.end()
 
     def call_each(
@@ -73,25 +70,16 @@ class PatientCalls:
         """
         answers = list[_Answer | Blocked]()
         while len(answers) < len(functions):
-            batch, told = _Batch(functions[len(answers) :]), 0
-
-            def tell(batch: _Batch[_Answer] = batch) -> None:
-                nonlocal told
-                for _ in range(len(batch.answers) - told):
-                    on_answer()
-                told = len(batch.answers)
-
+            batch = _Batch(functions[len(answers) :], on_answer)
             try:
-                self.call(batch.run, tell)
-                answers += batch.answers
-                tell()
+                self.call(batch.run, batch.tell)
             except Blocked as blocked:
-                batch.is_given_up = True  # from here on it has no answer more
-                answers += [*batch.answers, blocked]
-                tell()
-                on_answer()
-            finally:
-                batch.is_given_up = True
+                batch.end(blocked)
+            except BaseException:
+                batch.end()
+                raise
+            batch.tell()
+            answers += batch.answers
         return answers
 
     def call(self, function: Callable[[], _Answer], meanwhile: Callable[[], None] = lambda: None) -> _Answer:
@@ -99,16 +87,17 @@ class PatientCalls:
 
         ``meanwhile`` is called here now and then until it has.
         """
-        if self._caller is None:
-            try:
-                self._caller = _Caller()
-            except RuntimeError:  # no more threads, or no memory for one: as without patience
-                return function()
-        caller = self._caller
-        self._is_waiting = True
+        try:
+            caller, self._caller = self._caller or _Caller(), None
+        except RuntimeError:  # no more threads, or no memory for one: as without patience
+            return function()
         caller.calls.put(function)
-        answer, error = self._answer(caller, meanwhile)
-        self._is_waiting = False
+        try:
+            answer, error = self._answer(caller, meanwhile)
+        except BaseException:  # Blocked, or an interrupt: nobody waits for it any more
+            caller.give_up()
+            raise
+        self._caller = caller
         try:
             if error is not None:
                 raise error
@@ -130,24 +119,34 @@ class PatientCalls:
             if asleep is None or asleep != before:
                 since = time.monotonic()
             elif seconds > self._patience:
-                self._patience, self._caller = min(self._patience, _LATER), None
-                caller.give_up()
+                self._patience = min(self._patience, _LATER)
                 raise Blocked(f"nobody has answered for {seconds:.1f} s")
 
 
 class _Batch(Generic[_Answer]):
-    """Calls that follow one another, until they are given up, and what they have come to."""
+    """Calls that follow one another until it ends, and what they have come to."""
 
-    def __init__(self, functions: Sequence[Callable[[], _Answer]]) -> None:
-        self._functions, self.answers, self.is_given_up = functions, list[_Answer](), False
+    def __init__(self, functions: Sequence[Callable[[], _Answer]], on_answer: Callable[[], None]) -> None:
+        self._functions, self._on_answer, self._told, self._has_ended = functions, on_answer, 0, False
+        self.answers = list[_Answer | Blocked]()
 
     def run(self) -> None:
-        """Make them."""
+        """Make the calls: in the thread."""
+        answers = self.answers
         for function in self._functions:
-            answer = function()
-            if self.is_given_up:
+            answers.append(function())
+            if self._has_ended:
                 return
-            self.answers.append(answer)
+
+    def end(self, *answer: Blocked) -> None:
+        """Make no more calls; what the one that goes on comes to is nothing to anybody."""
+        self._has_ended, self.answers = True, [*self.answers, *answer]
+
+    def tell(self) -> None:
+        """Tell of each answer that has come since the last time."""
+        while self._told < len(self.answers):
+            self._told += 1
+            self._on_answer()
 
 
 class _Caller:
