@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
@@ -28,6 +28,8 @@ _TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
 _RAISE_LIMIT: Final = "raise the limit (ulimit -n)"
 _KERNEL: Final = -1  # its name leads to the mapped file itself
+
+_Answer = TypeVar("_Answer")
 
 
 class Identity(NamedTuple):
@@ -105,17 +107,14 @@ class MappedFiles:
         self._open(file, pid, vma)
         if file.facts is not None or file.trouble == UNANSWERED:
             return
-        file.build_id = self._kernels_build_id(pid, vma)
+        with suppress(Blocked):
+            file.build_id = self._ask(pid, vma, _kernels_build_id, pid, vma)
         if file.build_id is not None:
             self._open(file, pid, vma)
 
-    def _kernels_build_id(self, pid: int, vma: Vma) -> str | None:
-        """The build-id that the kernel reads in the file of a mapping; None, too, where nobody answers."""
-        if not self._is_served(pid, vma):
-            return _kernels_build_id(pid, vma)
-        with suppress(Blocked):
-            return self._reader.call(_kernels_build_id, pid, vma)
-        return None
+    def _ask(self, pid: int, vma: Vma, function: Callable[..., _Answer], *arguments: object) -> _Answer:
+        """What ``function`` returns, which has to do with the file of a mapping; Blocked by who serves it."""
+        return self._reader.call(function, *arguments) if self._is_served(pid, vma) else function(*arguments)
 
     def _open(self, file: MappedFile, pid: int, vma: Vma) -> None:
         """Open the very file that is mapped, not one that has taken its name since."""
@@ -132,24 +131,20 @@ class MappedFiles:
             served = ServedFile(self._reader, path) if is_served else None
             try:
                 source = Source.open(path) if served is None else served.source()
-            except MiniloaderError:
-                if served is not None and served.silent:
-                    return
-                continue
-            facts = _facts(source, self._names)
+                facts = _facts(source, self._names)
+                is_mapped = viewer == _KERNEL or _is(source, facts, file, viewer)
+            except (MiniloaderError, OSError):
+                is_mapped = False
             if served is not None and served.silent:
                 return
-            if viewer == _KERNEL or _is(source, facts, file, viewer):
+            if is_mapped:
                 file.facts, file.trouble = facts, ""
                 self._openable[pid] -= 1
                 if file.build_id is None and facts.image is not None:
                     file.build_id = facts.image.build_id
                 return
-        if not is_served:
-            file.trouble = _trouble(file.identity, vma.path, in_root)
-            return
         with suppress(Blocked):
-            file.trouble = self._reader.call(_trouble, file.identity, vma.path, in_root)
+            file.trouble = self._ask(pid, vma, _trouble, file.identity, vma.path, in_root)
 
     def _is_served(self, pid: int, vma: Vma) -> bool:
         """Whether a server is asked for the file, whose answer may never come."""

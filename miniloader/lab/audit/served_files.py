@@ -57,7 +57,9 @@ class ServedFile:
         return len(part)
 
     def lseek(self, _: int, offset: int, whence: int) -> int:
-        """Where data or a hole is next."""
+        """Where data or a hole is next; where the descriptor stands is nobody's but the process's own."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            return 0
         return int(self._call(os.lseek, offset, whence))
 
     def close(self, _: int) -> None:
