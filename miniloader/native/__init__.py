@@ -294,6 +294,8 @@ def run(name: str, *arguments: Any) -> None:
 
     :class:`Stopped` says why it did not come to its end.
     """
+    if len(arguments) != _ARGUMENTS[name]:  # it would take what is missing for zeros, and write there
+        raise TypeError(f"{name} gets {_ARGUMENTS[name]} arguments, not {len(arguments)}")
     reason = functions().call_loop(address_of(name), arguments)
     if reason:
         raise Stopped(Reason(reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import shutil
 import signal
 import struct
@@ -724,3 +725,20 @@ def test_what_is_neither_a_number_nor_a_buffer_to_write_to(value: Any, error: ty
         native.run("copy", target, value, 8, where)
     target += b"more"
     assert where[0] == 5  # nothing has been called
+
+
+@pytest.mark.parametrize("count", [0, 3, 5, 99])
+def test_too_few_values_and_too_many_are_refused(count: int) -> None:
+    with pytest.raises(TypeError, match=f"copy gets 4 arguments, not {count}"):
+        native.run("copy", *[0] * count)
+
+
+def test_each_function_gets_as_many_numbers_as_its_source_has() -> None:
+    sources = Path(native.__file__).parent.glob("*.c")
+    texts = {path.name: path.read_text() for path in sources}
+    definitions = re.findall(
+        r"^(?:int64_t|void) (\w+)\(([^{;]*?)\)\n\{", "\n".join(texts.values()), re.MULTILINE
+    )
+    numbers = {name: 0 if given == "void" else given.count(",") + 1 for name, given in definitions}
+    assert {name: numbers[name] for name in native._ARGUMENTS} == native._ARGUMENTS
+    assert f"MOST = {max(native._ARGUMENTS.values())}" in texts["arguments.c"]  # that call_loop can give
