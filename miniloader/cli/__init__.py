@@ -83,7 +83,7 @@ def _main(words: list[str], *, is_process: bool) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     _escape_what_cannot_be_printed()
     try:
-        _spare.append(bytes(_SPARE))  # which touches no page of it
+        _spare[:] = [bytes(_SPARE)]  # which touches no page of it
     except MemoryError:
         return _report(MemoryError(), as_json="--json" in words)
     status = reported(lambda: _dispatch(words), as_json="--json" in words, debug="--debug" in words)

@@ -531,3 +531,9 @@ def test_an_error_that_python_loses_without_memory_is_one_line(
         assert re.fullmatch(
             r"miniloader: too little memory \(ulimit -v.*\), or a fault of Python's own: .*\n", err
         )
+
+
+def test_what_is_kept_for_errors_is_kept_once_in_a_process_that_runs_many_commands() -> None:
+    for _ in range(2):
+        assert cli.main(["version"]) == 0
+        assert [len(each) for each in cli._spare] == [4 << 20]
