@@ -194,8 +194,11 @@ class Source:
             self.calls.lseek(self.fd, position, os.SEEK_SET)
 
     def refuse_hole(self, offset: int, length: int, field: str) -> None:
-        """Raise :class:`ElfError` for the table ``field`` where a large hole or the file's end lies in it."""
-        if length >= LARGE and next(self.parts(offset, length), None) != (offset, offset + length):
+        """Raise :class:`ElfError` for the table ``field`` where a large hole or the file's end lies in it.
+
+        Who has one of less than :data:`LARGE` bytes need not ask.
+        """
+        if next(self.parts(offset, length), None) != (offset, offset + length):
             what = "a hole" if offset + length <= self.size else "the end"
             found = f"{length:#x} bytes over {what} of the file"
             raise ElfError(self.name, field, found, "bytes that the file holds")

@@ -56,16 +56,15 @@ def protection_bits(protection: str) -> int:
     return sum(_BITS[sign] for sign in protection)
 
 
-def flag_bits(flags: Iterable[str]) -> int:
+@lru_cache(maxsize=16)
+def flag_bits(flags: tuple[str, ...]) -> int:
     """``MAP_PRIVATE`` and its like, by name, as mmap(2) wants them: their sum.
 
-    >>> hex(flag_bits(["MAP_PRIVATE", "MAP_FIXED"]))
+    >>> hex(flag_bits(("MAP_PRIVATE", "MAP_FIXED")))
     '0x12'
     """
     return sum(_FLAGS[name] for name in flags)
 
-
-_planned_flags = lru_cache(maxsize=16)(flag_bits)  # of a plan's calls, which have few different ones
 
 OnCall = Callable[["Memory", PlannedCall], None]
 """Called with a call of a plan once it is made, and the memory that it was made for."""
@@ -233,7 +232,7 @@ def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:
     if call.file_offset is not None:
         assert source is not None
         fd, offset = source.fd, source.start + call.file_offset
-    protection, flags = protection_bits(call.protection), _planned_flags(call.flags)
+    protection, flags = protection_bits(call.protection), flag_bits(call.flags)
     return sys.mmap(address, call.length, protection, flags, fd, offset)
 
 
