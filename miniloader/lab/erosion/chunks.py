@@ -13,7 +13,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -92,29 +92,40 @@ def chunks_between(memory: PresentMemory, start: int, end: int) -> Chunks | None
     """The chunks from ``start`` to ``end``, the last of which is free, or has a mark behind it that says that
     no more follow; None where they are not chunks.
     """
-    starts, used = list[int](), list[bool]()
-    at, words, base = start, list[int](), start
-    while at < end and len(starts) < _MOST:
-        place = (at - base) // 8 + 1
-        if not 0 <= place < len(words) - 2:  # a mark is three words
-            base = at & -PAGE_SIZE
-            words, place = _words(memory, base, end), (at - base) // 8 + 1
-            if place >= len(words):
-                return None
-        size = words[place] & ~_FLAGS
-        if size == _FENCE and words[place + 2 : place + 3] in ([0], [_IN_USE]) and starts:
-            used.append(bool(words[place] & _IN_USE))
-            return np.array(starts, np.uint64), np.array(used, np.bool_)
-        if size < _LEAST or size % _ALIGNED or size > end - at:
+    told, at = list[int](), start
+    while at < end and len(told) < _MOST:
+        base, number = at & -PAGE_SIZE, len(told)
+        words, place = _words(memory, base, end), (at - base) // 8 + 1
+        if place >= len(words):
             return None
-        if starts:
-            used.append(bool(words[place] & _IN_USE))
-        starts.append(at)
-        at += size
-    if at != end or not starts:
-        return None
-    used.append(False)  # what is left of the heap
-    return np.array(starts, np.uint64), np.array(used, np.bool_)
+        place = _follow(words, place, told)
+        at = base + (place - 1) * 8
+        if len(told) == number:  # what is there is no chunk: a mark, maybe, which is three words
+            is_mark = words[place] & ~_FLAGS == _FENCE and words[place + 2 : place + 3] in ([0], [_IN_USE])
+            return _chunks(start, told, words[place]) if is_mark and told else None
+    return _chunks(start, told, 0) if at == end and told else None
+
+
+def _follow(words: Sequence[int], place: int, told: list[int]) -> int:
+    """Add to ``told`` the word of each chunk that says how long it is, from the one at this ``place`` on, as
+    far as the ``words`` are those of chunks; the place of the next.
+    """
+    while place < len(words):
+        word = words[place]
+        size = word & ~_FLAGS
+        if size < _LEAST or size % _ALIGNED:
+            break
+        told.append(word)
+        place += size // 8
+    return place
+
+
+def _chunks(start: int, told: Sequence[int], following: int) -> Chunks:
+    """Chunks of which such words are ``told``, and that of what follows them: 0 where the last is free."""
+    words = np.array([*told, following], np.uint64)
+    sizes = words[:-2] & ~np.uint64(_FLAGS)
+    starts = np.uint64(start) + np.cumsum(np.append(np.uint64(0), sizes), dtype=np.uint64)
+    return starts, words[1:] & np.uint64(_IN_USE) != 0
 
 
 def _words(memory: PresentMemory, base: int, end: int) -> list[int]:
