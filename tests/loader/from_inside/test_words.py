@@ -12,6 +12,7 @@ from typing import Final
 import pytest
 
 import miniloader
+from miniloader.elf.symbols import sysv_hash
 from tests.loader.conftest import InChild
 
 NOW: Final = os.RTLD_NOW
@@ -35,6 +36,30 @@ EDITS: Final = {
     "an odd version of an odd ABI": (6, b"\2\x09\1\1"),
     "object for another machine": (16, struct.pack("<HH", 1, 40)),
 }
+
+
+LOAD: Final = 1  # PT_LOAD
+#: The same of a row of its program headers: the last one of this type, where in it, and what.
+SEGMENTS: Final = {
+    "odd offset": (LOAD, 8, struct.pack("<Q", 0x1010)),
+    "no dynamic section": (2, 0, struct.pack("<I", 0)),
+}
+POINTERS: Final = '#include <stdio.h>\nint a; int *p = &a; void f(void) { puts(""); }'
+
+
+def _kinds(library: bytes) -> list[int]:
+    (count,) = struct.unpack_from("<H", library, 56)
+    return [struct.unpack_from("<I", library, 64 + 56 * number)[0] for number in range(count)]
+
+
+def _with_segment(library: bytes, kind: int, place: int, data: bytes) -> bytes:
+    rows = [64 + 56 * number for number, each in enumerate(_kinds(library)) if each == kind]
+    at = rows[-1] + place
+    return library[:at] + data + library[at + len(data) :]
+
+
+def _hashes(*names: bytes) -> tuple[bytes, ...]:
+    return tuple(struct.pack("<I", sysv_hash(name)) for name in names)
 
 
 def gcc(directory: Path, output: str, source: str, *options: str) -> None:
@@ -67,6 +92,20 @@ def refused(tmp_path: Path) -> Path:
         needs = "-Wl,--no-as-needed", f"./lib{name}.so", "-Wl,--enable-new-dtags,-rpath,$ORIGIN/apart"
         gcc(tmp_path, f"needs {name}.so", "", "-shared", *needs)
         (tmp_path / f"lib{name}.so").unlink()
+    subprocess.run(["objcopy", "--only-keep-debug", "flags.so", "debug.so"], cwd=tmp_path, check=True)
+    for name, (kind, place, data) in SEGMENTS.items():
+        (tmp_path / f"{name}.so").write_bytes(_with_segment(good, kind, place, data))
+    empty = (tmp_path / "no dynamic section.so").read_bytes()
+    while LOAD in _kinds(empty):
+        empty = _with_segment(empty, LOAD, 0, struct.pack("<I", 0))
+    (tmp_path / "no segments.so").write_bytes(empty)
+    gcc(tmp_path, "relr.so", POINTERS, "-shared", "-fPIC", "-Wl,-z,pack-relative-relocs")
+    relr, marker = (tmp_path / "relr.so").read_bytes(), b"GLIBC_ABI_DT_RELR"
+    other = b"GLIBC_2.2.5" if os.uname().machine == "x86_64" else b"GLIBC_2.17"
+    for old, new in ((marker, other.ljust(len(marker), b"\0")), *[_hashes(marker, other)]):
+        assert relr.count(old) == 1
+        relr = relr.replace(old, new)
+    (tmp_path / "relr.so").write_bytes(relr)
     gcc(tmp_path, "undefined.so", "int nobody(void); int call(void) { return nobody(); }", "-shared", "-fPIC")
     return tmp_path
 
