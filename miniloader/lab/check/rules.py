@@ -356,10 +356,9 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
                 continue
             placed.add(owner)
             if not fits:
-                yield LoadProblem(
-                    name=owner.path, needed_by=item.path,
-                    hint=f"{tls.memsz:,} bytes, aligned to {tls.align}; of glibc's surplus {free:,} are free",
-                )  # fmt: skip
+                surplus = f"of glibc's surplus {free:,} are free, aligned to {align} at most"
+                hint = f"{tls.memsz:,} bytes, aligned to {tls.align}; {surplus}"
+                yield LoadProblem(name=owner.path, needed_by=item.path, hint=hint)
                 continue
             free, optional = free - use, optional - use * may_fail
 

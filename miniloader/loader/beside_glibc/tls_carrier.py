@@ -54,6 +54,10 @@ __all__ = ["Carrier", "GlibcQuestion", "open_bytes", "open_carrier"]
 _MAX_ALIGN: Final = 1 << 21
 _GLOBAL_TLS: Final = (1 << 4) | 6
 _NO_ROOM: Final = "cannot allocate memory in static TLS block"
+_ROOM: Final = (
+    "at the program's start GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES gives room, and LD_PRELOAD "
+    "of the library does also where its alignment is more than that of the blocks that threads have here"
+)
 _numbers: Final = itertools.count(1)
 
 
@@ -137,7 +141,8 @@ def open_carrier(
     """Make and open a carrier for library ``owner``: with its ``template``, or only to ask about others'.
 
     ``needed`` are the names (as glibc knows them) of the libraries whose symbols are asked about.  Raises
-    :class:`LoadError` when glibc refuses, as it does when a static block does not fit its surplus.
+    :class:`LoadError` when glibc refuses, as it does when a static block does not fit its surplus, or is
+    aligned to more than the static blocks of threads are.
     """
     name = f"miniloader-tls-{os.getpid()}-{next(_numbers)}"
     if tls is not None and tls.align > _MAX_ALIGN:
@@ -148,7 +153,7 @@ def open_carrier(
     except (OSError, LoadError) as error:
         hint = ld_so = None
         if _NO_ROOM in str(error):
-            hint = "GLIBC_TUNABLES=glibc.rtld.optional_static_tls=BYTES at the program's start gives room"
+            hint = _ROOM
             ld_so = f"{owner}: {_NO_ROOM}"
         raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint, ld_so=ld_so) from None
     start = dynamic_linker.load_address(handle)

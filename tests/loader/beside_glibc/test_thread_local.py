@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -56,14 +58,23 @@ def test_each_thread_has_its_own_initialised_block(
         assert len({*_in_threads(3, where), where()}) == 4  # type: ignore[arg-type]  # addresses
 
 
-def test_a_block_too_large_for_the_surplus_is_refused_only_if_it_has_to_be_static(
-    fixture_library: Callable[[str], Path],
+@pytest.mark.parametrize("unfit", ["tls_large_initial", "tls_aligned_initial"])
+def test_a_block_that_does_not_fit_the_surplus_is_refused_if_it_has_to_be_static(
+    unfit: str, fixture_library: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(miniloader.LoadError, match=r"static TLS block.*optional_static_tls"):
-        miniloader.load(fixture_library("tls_large_initial"))
+    path = str(fixture_library(unfit))
+    with pytest.raises(miniloader.LoadError, match=r"static TLS block.*optional_static_tls.*LD_PRELOAD"):
+        miniloader.load(path)
     # The same block where it need not be static loads, in the test above; and dlopen refuses likewise.
     with pytest.raises(OSError, match="static TLS"):
-        ctypes.CDLL(str(fixture_library("tls_large_initial")))
+        ctypes.CDLL(path)
+    problem, *others = miniloader.check(path, within=os.path.realpath(sys.executable)).problems
+    assert (problem.kind, others) == ("static-tls", [])
+    # What the hint says: as the program starts there is room for any.
+    started = [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL({path!r}).tls_is_aligned())"]
+    environment = os.environ | {"LD_PRELOAD": path}
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_blocks_of_a_closed_library_are_given_back(fixture_library: Callable[[str], Path]) -> None:
