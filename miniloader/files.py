@@ -51,11 +51,12 @@ def kind_of(mode: int) -> str | None:
 
 
 class NotRegularError(OSError):
-    """What was to be read is no regular file but ``kind``, such as a pipe."""
+    """What was to be read is no regular file but ``kind``, such as a pipe; ``device`` is which one it is."""
 
-    def __init__(self, path: str, kind: str) -> None:
+    def __init__(self, path: str, kind: str, device: int) -> None:
         super().__init__(errno.EINVAL, f"found {kind}, expected a regular file", path)
         self.kind = kind
+        self.device = device
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -66,9 +67,10 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """
     found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        kind = kind_of(os.fstat(found).st_mode)
+        status = os.fstat(found)
+        kind = kind_of(status.st_mode)
         if kind is not None:
-            raise NotRegularError(os.fspath(path), kind)
+            raise NotRegularError(os.fspath(path), kind, status.st_rdev)
         with suppress(FileNotFoundError):  # where /proc is not mounted
             return os.open(f"/proc/self/fd/{found}", _READING)
         return os.open(path, _READING)

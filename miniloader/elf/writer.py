@@ -5,18 +5,31 @@ Who makes one says where its parts lie; the ELF header, the section headers and 
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from miniloader.elf.dynamic import (
+    DT_FINI_ARRAY,
+    DT_FINI_ARRAYSZ,
+    DT_HASH,
+    DT_NEEDED,
+    DT_NULL,
+    DT_STRSZ,
+    DT_STRTAB,
+    DT_SYMENT,
+    DT_SYMTAB,
+)
 from miniloader.elf.header import PF_R, PF_W, PF_X
-from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, record
+from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, SYM, record
 from miniloader.native.gate import processor
 
 __all__ = [
     "NewSection",
     "Strings",
+    "bare_library",
     "build_id_note",
     "dynamic_section",
     "elf_header",
@@ -149,3 +162,36 @@ def shared_object(sections: Sequence[NewSection], segments: Sequence[bytes] = ()
         segments=len(segments), sections=len(headers), shoff=len(image), names=len(headers) - 1
     )
     return bytes(image + b"".join(headers))
+
+
+def bare_library(*, stack: str = "rw-", needed: Sequence[str] = (), destructors: Sequence[int] = ()) -> bytes:
+    """The bytes of a shared object without code, that asks ld.so for something: a ``stack`` like that, the
+    libraries ``needed``, these ``destructors`` when the process ends, the first one first.
+
+    A destructor is an address in the process.  Of tables there are those that glibc reads.
+    """
+    strings = Strings()
+    names = [(DT_NEEDED, strings.add(name)) for name in needed]
+    symbols, hashes = bytes(SYM.size), hash_table(1, 0)
+    array = struct.pack(f"<{len(destructors)}Q", *reversed(destructors))  # which is called backwards
+    tables = EHDR.size + 3 * PHDR.size
+    functions = -(-(tables + len(symbols) + len(hashes) + len(strings)) // 16) * 16
+    dynamic = functions + -(-len(array) // 16) * 16
+    entries = [
+        *names,
+        (DT_SYMTAB, tables),
+        (DT_SYMENT, SYM.size),
+        (DT_HASH, tables + len(symbols)),
+        (DT_STRTAB, tables + len(symbols) + len(hashes)),
+        (DT_STRSZ, len(strings)),
+        *([(DT_FINI_ARRAY, functions), (DT_FINI_ARRAYSZ, len(array))] if destructors else []),
+        (DT_NULL, 0),
+    ]
+    size = len(entries) * DYN.size
+    segments = [
+        program_header("PT_LOAD", "rw-", 0, dynamic + size, align=mmap.PAGESIZE),
+        program_header("PT_DYNAMIC", "rw-", dynamic, size, align=8),
+        program_header("PT_GNU_STACK", stack, 0, 0, align=16),
+    ]
+    content = b"".join([elf_header(segments=3), *segments, symbols, hashes, bytes(strings)])
+    return (content.ljust(functions, b"\0") + array).ljust(dynamic, b"\0") + dynamic_section(entries)

@@ -166,7 +166,7 @@ class Found:
         './libz.so: invalid ELF header'
         """
         if self.stopped:
-            return f"{self.steps[-1].path}: {_STOPPING[self.steps[-1].outcome]}"
+            return f"{self.steps[-1].path}: {_stopping(self.steps[-1].outcome)}"
         outcomes = [step.outcome for step in self.steps]
         other_class = next((_WRONG_CLASS[each] for each in outcomes if each in _WRONG_CLASS), None)
         if other_class is not None:
@@ -284,7 +284,7 @@ def find(name: str, asker: Asker | None, surroundings: Surroundings) -> Found:
         for outcome in _look(name, asker, place, surroundings, steps):
             if outcome == _FOUND:
                 return Found(name, steps[-1].path, tuple(steps))
-            if outcome in _STOPPING:
+            if _stopping(outcome) is not None:
                 return Found(name, None, tuple(steps), stopped=True)
     return Found(name, None, tuple(steps))
 
@@ -326,6 +326,7 @@ _SHORT, _NOT_ELF, _NO_LIBRARY = (
     "neither a library nor a program",
 )
 _DIRECTORY, _NO_FILE = "a directory", "not a regular file"
+_UNREADABLE: Final = "not to be read: "
 _ORDER, _PADDED = "in another byte order", "of an unknown form: e_ident does not end in zeros"
 _ABI, _ABI_VERSION = "for another OS ABI", "for another version of the OS ABI"
 _IDENT_VERSION, _VERSION = "of an unknown version (EI_VERSION)", "of an unknown version (e_version)"
@@ -345,6 +346,15 @@ _STOPPING: Final = {
     _NO_LIBRARY: "only ET_DYN and ET_EXEC can be loaded",
     _ENTRY_SIZE: "ELF file's phentsize not the expected size",
 }
+#: /dev/zero, full, random and urandom (Documentation/admin-guide/devices.txt), which never end.
+_ENDLESS: Final = frozenset(os.makedev(1, minor) for minor in (5, 7, 8, 9))
+
+
+def _stopping(outcome: str) -> str | None:
+    """What ld.so says of a file that ends a search; None where it goes on."""
+    if outcome.startswith(_UNREADABLE):
+        return f"cannot read file data: {outcome.removeprefix(_UNREADABLE)}"
+    return _STOPPING.get(outcome)
 
 
 def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
@@ -354,6 +364,8 @@ def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
     except NotRegularError as error:  # ld.so opens it, unless it is a socket, and cannot read it
         if error.kind == "a socket":
             return os.strerror(errno.ENXIO), errno.ENXIO
+        if error.kind == "a character device" and error.device in _ENDLESS:
+            return _NOT_ELF, 0
         return (_DIRECTORY if error.kind == _DIRECTORY else _NO_FILE), 0
     except OSError as error:
         return str(error.strerror), error.errno or errno.EINVAL
@@ -361,8 +373,8 @@ def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
         return str(os.strerror(errno.ENOENT)), errno.ENOENT
     try:
         head = os.read(fd, 64)
-    except OSError:  # of the medium
-        return _NO_FILE, 0
+    except OSError as error:  # of the medium, or /proc/PID/mem
+        return f"{_UNREADABLE}{error.strerror}", 0
     finally:
         os.close(fd)
     return _judge_header(head, machine), 0

@@ -15,7 +15,7 @@ from typing import Final
 
 from miniloader.forking import loading
 from miniloader.loader import constructors
-from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
+from miniloader.loader.beside_glibc import dynamic_linker, process_end, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.loaded import Loaded
 from miniloader.native import buffer_address, functions
@@ -218,11 +218,18 @@ def _finalise(library: Loaded) -> None:
     present.remove(library)
 
 
+def _of_host(libraries: Iterable[Loaded]) -> list[HostLibrary]:
+    """What ``libraries`` need of ld.so's, each once."""
+    needed = (need for library in libraries for need in library.needs)
+    return list(dict.fromkeys(need for need in needed if isinstance(need, HostLibrary)))
+
+
 @atexit.register
 def end() -> None:
-    """Python ends, or the process: exit(3) runs the destructors that are left, and nothing is unmapped.
+    """Python ends, or the process: the destructors that are left run as ld.so's do, and nothing is unmapped.
 
-    Until then Python, and what is called at exit, may call into the libraries, as with ld.so.
+    That is after all that exit(3) was told of; where ld.so cannot be given them, exit(3) runs them in its
+    turn.  Until then Python, and what is called at exit, may call into the libraries, as with ld.so.
     """
     with lock:
         if present and not _ended:
@@ -231,6 +238,7 @@ def end() -> None:
                     library.bind_left()
             left = [library for library in _in_destructor_order() if library.initialised]
             addresses = array("Q", [address for library in left for address in library.destructors])
-            functions().set_destructors(buffer_address(addresses), len(addresses))
+            if addresses and not process_end.hand_over(addresses, _of_host(left)):
+                functions().set_destructors(buffer_address(addresses), len(addresses))
         _ended.add(True)
         stand_ins.fall_silent()

@@ -9,11 +9,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from miniloader.elf.dynamic import DT_HASH, DT_NULL, DT_STRSZ, DT_STRTAB, DT_SYMENT, DT_SYMTAB
-from miniloader.elf.layout import DYN, EHDR, PHDR, SYM
-from miniloader.elf.writer import dynamic_section, elf_header, hash_table, program_header
+from miniloader.elf.writer import bare_library
 from miniloader.errors import LoadError
-from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.beside_glibc import dynamic_linker
 from miniloader.loader.beside_glibc.tls_carrier import open_bytes
 from miniloader.native import gate
@@ -30,7 +27,7 @@ def make_executable(owner: str) -> None:
     Raises :class:`LoadError` where this kernel or this glibc (from 2.41 on) does not let it be done.
     """
     try:
-        handle, fd = open_bytes("miniloader-stack", _library())
+        handle, fd = open_bytes("miniloader-stack", bare_library(stack="rwx"))
     except OSError as error:
         raise LoadError(f"{owner}: PT_GNU_STACK: stacks stay as they are: {error}") from None
     except LoadError as error:
@@ -46,26 +43,3 @@ def _hint() -> str:
     if gate.glibc_version() < _NOT_BY_DLOPEN:
         return "this process may not make pages executable: the kernel, or whoever started it, forbids it"
     return "glibc has them so from the start only: GLIBC_TUNABLES=glibc.rtld.execstack=2 in the environment"
-
-
-def _library() -> bytes:
-    """A shared object that asks for an executable stack, and has only the tables that glibc reads."""
-    symbols, hashes = bytes(SYM.size), hash_table(1, 0)
-    tables = EHDR.size + 3 * PHDR.size
-    dynamic = -(-(tables + len(symbols) + len(hashes) + 1) // 16) * 16
-    entries = [
-        (DT_SYMTAB, tables),
-        (DT_SYMENT, SYM.size),
-        (DT_HASH, tables + len(symbols)),
-        (DT_STRTAB, tables + len(symbols) + len(hashes)),
-        (DT_STRSZ, 1),
-        (DT_NULL, 0),
-    ]
-    size = len(entries) * DYN.size
-    segments = [
-        program_header("PT_LOAD", "rw-", 0, dynamic + size, align=PAGE_SIZE),
-        program_header("PT_DYNAMIC", "rw-", dynamic, size, align=8),
-        program_header("PT_GNU_STACK", "rwx", 0, 0, align=16),
-    ]
-    content = (elf_header(segments=3), *segments, symbols, hashes)
-    return b"".join(content).ljust(dynamic, b"\0") + dynamic_section(entries)

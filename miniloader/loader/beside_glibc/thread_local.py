@@ -170,12 +170,14 @@ def _open_carriers(
     asked = [pair for needed in words for pair in zip(needed.blocks, needed.questions, strict=False)]
     of_own = dict.fromkeys(question for block, question in asked if block is None)
     of_others = dict.fromkeys(question for block, question in asked if block is not None)
-    names = dict.fromkeys(_opened_as(block) for block, _ in asked if block is not None)
+    blocks = dict.fromkeys(block for block, _ in asked if block is not None)
+    names = [name for name in map(_opened_as, blocks) if name]
     own = open_carrier(me.name, list(of_own), tls=tls, template=template()) if tls is not None else None
     if not of_others:
         return Blocks(own)
     try:
-        asking = open_carrier(me.name, list(of_others), needed=[name for name in names if name])
+        others = [block for block in blocks if isinstance(block, Carrier)]
+        asking = open_carrier(me.name, list(of_others), needed=names, others=others)
         return Blocks(own, asking)
     except LoadError:
         if own is not None:

@@ -76,18 +76,25 @@ class Carrier:
     def __init__(
         self,
         name: str,
+        owner: str,
         handle: int,
         fd: int,
         answers: Mapping[GlibcQuestion, tuple[int, int]],
         inside: int,
     ) -> None:
         self.name = name
+        self.owner = owner  # the library whose carrier it is
         self.symbol = name.replace("-", "_")
         self.answers = answers
         self.inside = inside
         self._handle: int | None = handle
         # glibc knows libraries by their path, here /proc/PID/fd/N: N must stay taken while it is open.
         self._fd = fd
+
+    @property
+    def path(self) -> str:
+        """What glibc calls it."""
+        return _path_of(self._fd)
 
     @property
     def module(self) -> int:
@@ -137,12 +144,13 @@ def open_carrier(
     tls: Tls | None = None,
     template: bytes = b"",
     needed: Sequence[str] = (),
+    others: Sequence[Carrier] = (),
 ) -> Carrier:
     """Make and open a carrier for library ``owner``: with its ``template``, or only to ask about others'.
 
-    ``needed`` are the names (as glibc knows them) of the libraries whose symbols are asked about.  Raises
-    :class:`LoadError` when glibc refuses, as it does when a static block does not fit its surplus, or is
-    aligned to more than the static blocks of threads are.
+    ``needed`` are the names (as glibc knows them) of the libraries whose symbols are asked about, ``others``
+    those of them that are carriers themselves.  Raises :class:`LoadError` when glibc refuses, as it does when
+    a static block does not fit its surplus, or is aligned to more than the static blocks of threads are.
     """
     name = f"miniloader-tls-{os.getpid()}-{next(_numbers)}"
     if tls is not None and tls.align > _MAX_ALIGN:
@@ -154,12 +162,25 @@ def open_carrier(
         hint = ld_so = None
         if _NO_ROOM in str(error):
             hint = _ROOM
-            ld_so = f"{owner}: {_NO_ROOM}"
+            ld_so = f"{_whose_storage(error, others) or owner}: {_NO_ROOM}"
         raise LoadError(f"{owner}: thread-local storage: {error}", hint=hint, ld_so=ld_so) from None
     start = dynamic_linker.load_address(handle)
     words = dynamic_linker.read_words(start + answers_at, 2 * len(questions))
     answers = dict(zip(questions, zip(words[::2], words[1::2], strict=True), strict=True))
-    return Carrier(name, handle, fd, answers, start)
+    return Carrier(name, owner, handle, fd, answers, start)
+
+
+def _whose_storage(error: Exception, others: Sequence[Carrier]) -> str | None:
+    """The library whose storage glibc has no room for; None where that is who the carrier is made for."""
+    called = (error.ld_so or "").partition(f": {_NO_ROOM}")[0] if isinstance(error, LoadError) else ""
+    if not called.startswith("/proc/"):
+        return called or None
+    return next((carrier.owner for carrier in others if carrier.path == called), None)
+
+
+def _path_of(fd: int) -> str:
+    """Not by /proc/self: a debugger opens it, too, and would wait for whatever is its own descriptor."""
+    return f"/proc/{os.readlink('/proc/self')}/fd/{fd}"
 
 
 def open_bytes(name: str, data: bytes) -> tuple[int, int]:
@@ -173,8 +194,7 @@ def open_bytes(name: str, data: bytes) -> tuple[int, int]:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        # Not by /proc/self: a debugger opens it, too, and would wait for whatever is its own descriptor.
-        handle = dynamic_linker.open_host(f"/proc/{os.readlink('/proc/self')}/fd/{fd}", load=True)
+        handle = dynamic_linker.open_host(_path_of(fd), load=True)
     except (OSError, LoadError):
         os.close(fd)
         raise

@@ -24,7 +24,8 @@ _libc: Final = ctypes.CDLL(None)
 _strdup: Final = _libc.strdup
 _strdup.restype, _strdup.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
 
-_BASE_NAMESPACE: Final = 0  # LM_ID_BASE of <dlfcn.h>
+#: LM_ID_BASE and LM_ID_NEWLM of <dlfcn.h>, and what glibc calls the caller's own.
+_BASE, _NEW, _CALLERS = 0, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFE
 
 
 class Watch(Protocol):
@@ -101,8 +102,14 @@ def _information(question: Any, _: Caller) -> int | None:
 
 
 def _open_in_namespace(question: Any, caller: Caller) -> int | None:
-    if question.handle == _BASE_NAMESPACE:
+    if question.handle == _BASE:
         return _open(question, caller)
+    if not question.name or question.number & os.RTLD_GLOBAL:
+        return None  # glibc refuses both
+    if question.handle == _CALLERS:
+        return _open(question, caller)
+    if question.handle != _NEW:
+        return None  # one that is there has only libraries of glibc's in it
     text = "dlmopen: a namespace of its own cannot have libraries that miniloader has loaded"
     raise LoadError(f"{caller.name}: {text}", ld_so=text)
 

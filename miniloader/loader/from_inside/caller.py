@@ -11,6 +11,7 @@ from miniloader.loader.events import OnEvent
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.policy import Policy
 from miniloader.loader.search import Asker
+from miniloader.loader.surroundings import of_process
 from miniloader.values import dataclass
 
 __all__ = ["Caller", "caller_at", "keep"]
@@ -21,8 +22,8 @@ class Caller:
     """Who asks: ``library`` is None for a library of ld.so's, for the program, and for code of nobody's;
     of the first two, ``theirs`` is it.
 
-    ``asker`` is whose paths are searched (None: only the program's), ``policy`` what its caller has allowed,
-    and ``tell`` who hears of what it opens.
+    ``asker`` is whose paths are searched: of code of nobody's the program, as in ld.so.  ``policy`` is what
+    its caller has allowed, and ``tell`` who hears of what it opens.
     """
 
     name: str
@@ -63,6 +64,6 @@ def keep(library: HostLibrary) -> None:
 def _host_at(address: int) -> Caller:
     for theirs in host.libraries():
         if any(start <= address - theirs.bias < end for start, end in theirs.ranges):
-            asker = Asker(theirs.path, theirs.rpath, theirs.runpath) if theirs.path else None
+            asker = Asker(theirs.path, theirs.rpath, theirs.runpath) if theirs.path else of_process().program
             return Caller(theirs.name, None, asker, Policy(), theirs=theirs)
-    return Caller("the program", None, None, Policy())
+    return Caller("the program", None, of_process().program, Policy())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import _ctypes
+import ctypes
 import os
 import struct
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from socket import AF_UNIX, socket
 from typing import Final
 
 import pytest
@@ -80,7 +83,10 @@ def refused(tmp_path: Path) -> Path:
     (tmp_path / "directory.so").mkdir()
     (tmp_path / "dangling.so").symlink_to("nowhere")
     (tmp_path / "loop.so").symlink_to("loop.so")
-    (tmp_path / "null.so").symlink_to("/dev/null")
+    for name in ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/proc/self/mem"):
+        (tmp_path / f"{os.path.basename(name)}.so").symlink_to(name)
+    with socket(AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket.so"))
     main = "int main(void) { return 0; }"
     gcc(tmp_path, "pie.so", main, "-fPIE", "-pie")
     gcc(tmp_path, "fixed.so", main, "-fno-pie", "-no-pie")
@@ -136,3 +142,67 @@ def test_dlerror_says_what_ld_so_says(refused: Path, in_child: InChild) -> None:
     assert "./class.so 0x2: ./class.so: wrong ELF class: ELFCLASS32" in theirs
     loaded = [each for each in theirs if ": " not in each]
     assert loaded == ["./OS ABI of GNU, and a version.so 0x2", "./flags.so 0x2"]
+
+
+NAMESPACES: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+static char text[9999];
+const char *ask(void) {
+    long spaces[] = {LM_ID_BASE, 1, 15, 16, 99, -2, -9, LM_ID_NEWLM};
+    const char *names[] = {0, "", "libc.so.6", "/no/such.so"};
+    int flags[] = {RTLD_NOW, RTLD_NOW | RTLD_GLOBAL, 0};
+    char *end = text;
+    for (int space = 0; space < 8; space++)
+        for (int name = 0; name < 4; name++)
+            for (int flag = 0; flag < 3; flag++) {
+                if (spaces[space] == LM_ID_NEWLM && names[name] && !(flags[flag] & RTLD_GLOBAL))
+                    continue;  /* refused by name */
+                void *handle = dlmopen(spaces[space], names[name], flags[flag]);
+                const char *error = dlerror();
+                end += sprintf(end, "%ld %s %x: %s\\n", spaces[space], names[name] ? names[name] : "-",
+                               flags[flag], error ? error : handle ? "opened" : "");
+            }
+    return text;
+}
+"""
+
+
+def test_dlmopen_says_what_ld_so_says(tmp_path: Path, in_child: InChild) -> None:
+    """Of namespaces that are not there, and of what has none of its own."""
+    gcc(tmp_path, "asks.so", NAMESPACES, "-shared", "-fPIC")
+
+    def said(ours: bool) -> list[str]:
+        with miniloader.importing(strict=True) if ours else nullcontext():
+            handle = _ctypes.dlopen(str(tmp_path / "asks.so"), NOW)
+            text = ctypes.CFUNCTYPE(ctypes.c_char_p)(_ctypes.dlsym(handle, "ask"))()
+        return text.decode().splitlines()  # type: ignore[no-any-return]  # what a function of C returns
+
+    theirs, ours = (in_child(said, by_us) for by_us in (False, True))
+    assert ours == theirs
+    assert "99 libc.so.6 2: libc.so.6: invalid target namespace in dlmopen(): Invalid argument" in theirs
+    assert "-1 - 2: invalid namespace: Invalid argument" in theirs
+
+
+LARGE: Final = "__thread char large[100000];"
+WANTS: Final = """
+extern __thread char large[100000] __attribute__((tls_model("initial-exec")));
+char *at(void) { return large; }
+"""
+
+
+def test_who_has_no_room_is_whose_storage_it_is(tmp_path: Path, in_child: InChild) -> None:
+    """Not who needs it in the static block."""
+    gcc(tmp_path, "large.so", LARGE, "-shared", "-fPIC")
+    gcc(tmp_path, "wants.so", WANTS, "-shared", "-fPIC", "./large.so", "-Wl,-rpath,$ORIGIN")
+
+    def said(ours: bool) -> list[str]:
+        os.chdir(tmp_path)
+        with miniloader.importing(strict=True) if ours else nullcontext():
+            return [_word(name, NOW) for name in ("./wants.so", "./large.so", "./wants.so")]
+
+    theirs, ours = (in_child(said, by_us) for by_us in (False, True))
+    assert ours == theirs
+    text = "./wants.so 0x2: ./large.so: cannot allocate memory in static TLS block"
+    assert theirs == [text, "./large.so 0x2", text]
