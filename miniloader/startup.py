@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 
+from miniloader.arrays import NDArray
 from miniloader.forking import importing
 from miniloader.later import Later, leaving_out
 
@@ -23,13 +24,24 @@ def travel_light() -> None:
 
 
 def import_numpy() -> None:
-    """Import numpy without what it takes to describe itself to :func:`help`: a tenth of it.
+    """Import numpy without what it takes to describe itself to :func:`help` and to type checkers: a third.
 
-    For a process that runs nobody else's Python: numpy's functions have no ``__signature__`` in it.
+    For a process that runs nobody else's Python: numpy's functions have no ``__signature__`` in it, and
+    ``NDArray`` is but a name there.
     """
-    with leaving_out("inspect", "pickle", "platform"):
-        inspect: object = sys.modules["inspect"]
-        if isinstance(inspect, Later):  # or somebody else uses it
-            vars(inspect).update(cleandoc=str, signature=lambda _: None)
-        with importing:
+    with importing:
+        import miniloader.values  # noqa: F401 - and so dataclasses without inspect, too
+
+        with leaving_out("inspect", "pickle", "platform", "numpy._typing"):
+            _stand_in("inspect", cleandoc=str, signature=lambda _: None)
+            _stand_in("numpy._typing", NDArray=NDArray)
             import numpy  # noqa: F401 - for all who import it later
+    sys.modules.setdefault("numpy.typing", Later("numpy.typing"))  # type: ignore[arg-type]
+    _stand_in("numpy.typing", NDArray=NDArray)
+
+
+def _stand_in(name: str, **has: object) -> None:
+    """Have what stands in for a module have that; nothing, where it is the module itself that is there."""
+    module: object = sys.modules[name]
+    if isinstance(module, Later):
+        vars(module).update(has, __path__=[])  # which "from name import" asks for

@@ -42,8 +42,13 @@ BARE = """
 import sys
 from miniloader.startup import import_numpy
 import_numpy()
-print(*[name for name in ("inspect", "pickle", "platform") if name in sys.modules])
+print(*[name for name in ("inspect", "pickle", "platform", "numpy._typing") if name in sys.modules])
 import numpy, inspect, pickle, platform
+from numpy.typing import NDArray
+assert isinstance(NDArray[numpy.uint8], type)
+print("numpy._typing" in sys.modules)
+from numpy.typing import ArrayLike
+print("numpy._typing" in sys.modules, numpy.typing.__name__)
 assert pickle.loads(numpy.arange(3).dumps()).sum() == 3
 assert inspect.signature(len) and inspect.cleandoc("  a") == "a"
 numpy.fft, numpy.polynomial, numpy.ma, numpy.random, numpy.testing
@@ -55,7 +60,7 @@ def test_numpy_without_what_describes_it() -> None:
     pytest.importorskip("numpy", "2")
     command = [sys.executable, "-c", BARE]
     answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
-    assert answer.stdout.startswith("\n")
+    assert answer.stdout.startswith("\nFalse\nTrue numpy.typing\n")
 
 
 LOADING = """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniloader.cli import options
 from miniloader.errors import UsageError, printable
+from miniloader.startup import import_numpy
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.grouping import MemoryGroup
@@ -33,6 +34,7 @@ __all__ = [
 
 def look_patiently(arguments: argparse.Namespace, pids: tuple[int, ...]) -> Audit:
     """Look at the processes, with as much help as is worth it; on a terminal say how far it is."""
+    import_numpy()
     from miniloader.lab.audit.audit import jobs_for
     from miniloader.report.progress import progress
 

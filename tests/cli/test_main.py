@@ -231,6 +231,34 @@ def test_python_m_miniloader() -> None:
     assert (done.returncode, done.stdout) == (0, f"miniloader {miniloader.__version__}\n")
 
 
+ENDING = """
+import atexit, ctypes, sys, threading, weakref
+from miniloader import cli
+class Value: pass
+value = Value()
+ctypes.CDLL(None).puts(b"written by C")
+atexit.register(print, "at exit")
+weakref.finalize(value, print, "finalized")
+threading.Thread(target=lambda: (threading.main_thread().join(), print("a thread has ended"))).start()
+sys.argv[1:] = ["audit", "99999999"]
+cli.main()
+print("taken down")
+"""
+
+
+def test_a_process_ends_with_all_that_belongs_to_an_end() -> None:
+    """It is not taken down: threads are awaited, exit functions called, what C has printed is written."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # which has C print at once, too
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[-4:] == ["a thread has ended", "finalized", "at exit", "written by C"]
+    assert "taken down" not in lines
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
