@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone
-from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
+from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.scan import IS_HUGE, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.erosion.moved_pages import frames_at
 from miniloader.lab.erosion.pairs import Pair
 
 __all__ = ["PagePart", "compare", "in_huge_copies"]
 
 _AT_ONCE: Final = 1024  # pages
 _HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
-_NEAR: Final = 512  # to read that many entries of a page table too many costs less than another call
 
 
 class PagePart(NamedTuple):
@@ -79,20 +78,8 @@ def _still(
     """Which of the pages lie in both processes where they were ``seen``."""
     still = np.ones(len(addresses), np.bool_)
     for pagemap, frames in zip(maps, seen, strict=True):
-        still &= _frames(pagemap, addresses) == frames
+        still &= frames_at(pagemap, addresses) == frames
     return still
-
-
-def _frames(pagemap: PageMap, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The frames of the pages at these ascending addresses now; 0 for what is not in memory."""
-    frames = np.empty(len(addresses), np.uint64)
-    edges = np.flatnonzero(np.diff(addresses) > np.uint64(_NEAR * PAGE_SIZE)) + 1
-    for first, last in pairwise([0, *edges.tolist(), len(addresses)]):
-        start = int(addresses[first])
-        entries = pagemap.read(start, int(addresses[last - 1]) + PAGE_SIZE)
-        entries = entries[(addresses[first:last] - np.uint64(start)) // np.uint64(PAGE_SIZE)]
-        frames[first:last] = np.where(entries & PRESENT, entries & FRAME, np.uint64(0))
-    return frames
 
 
 def in_huge_copies(pid: int, apart: NDArray[np.uint64], same: NDArray[np.uint64]) -> int | None:

@@ -17,6 +17,7 @@ from miniloader.lab.erosion.census import Census
 from miniloader.lab.erosion.chunks import eroded_chunks
 from miniloader.lab.erosion.contents import PagePart, compare, in_huge_copies
 from miniloader.lab.erosion.memory import PrivateMemory, private_memory
+from miniloader.lab.erosion.moved_pages import without_moved
 from miniloader.lab.erosion.pairs import Pair, pairs_of
 from miniloader.lab.erosion.pools import pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
@@ -39,12 +40,13 @@ def erosion(
     if not contents:
         return erosion_of(memories, merged)
     surveys = {process.pid: process for process in processes}
-    return tuple(_read(pair, surveys[pair.pid]) for pair in pairs_of(memories, merged))
+    pairs = map(without_moved, pairs_of(memories, merged))
+    return tuple(_read(pair, surveys[pair.pid]) for pair in pairs)
 
 
 def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | None) -> tuple[Erosion, ...]:
     """A row for each process that has a relative among them; nobody reads the bytes."""
-    return tuple(_row(pair, None, None) for pair in pairs_of(memories, merged))
+    return tuple(_row(without_moved(pair), None, None) for pair in pairs_of(memories, merged))
 
 
 @dataclass(frozen=True, eq=False)

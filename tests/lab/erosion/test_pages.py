@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from miniloader.errors import ProcessGone
+from miniloader.kernel.maps import read_maps
+from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.growth import growth
+from miniloader.lab.audit.process_pages import Pages
 from miniloader.lab.audit.result import Audit
 from miniloader.lab.erosion import contents
+from miniloader.lab.erosion.erode import erosion_of
+from miniloader.lab.erosion.memory import PrivateMemory, memory_in
 from miniloader.lab.erosion.result import Erosion, Spans, pages_in
 from miniloader.lab.erosion.since import eroded_since, proven_by
 from miniloader.report.audit import lines
@@ -213,6 +219,28 @@ def test_what_changes_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "changed while they were read" in text
 
 
+def test_what_the_kernel_moves_to_another_frame() -> None:
+    """The page table of one process is read after a page was moved: it is one page all the same."""
+    with pool(_ARRAY) as workers:
+        elder, worker, younger = (workers.fork() for _ in range(3))
+        start = workers.parent("answer = array")
+        workers.ask(worker, f"ctypes.memset(array + {PAGE_SIZE}, 1, 1)")
+        memories = {pid: memory_of(pid) for pid in workers.pids}
+        moved = memories[worker].frames + (memories[worker].addresses == start).astype(np.uint64)
+        memories[worker] = replace(memories[worker], frames=moved)
+        rows = erosion_of([*memories.values()], np.empty(0, np.uint64))
+    row = next(row for row in rows if row.pid == worker)
+    assert start in pages(row.pages.together)
+    assert start + PAGE_SIZE in pages(row.pages.proven)
+    assert start not in pages(row.pages.proven) | pages(row.pages.possible)
+    assert {elder, worker, younger} == {row.pid for row in rows}
+
+
+def memory_of(pid: int) -> PrivateMemory:
+    with PageMap(pid) as pagemap:
+        return memory_in(pid, Pages(pagemap, read_maps(pid), frames=True))
+
+
 def test_who_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with pool(_ARRAY) as workers:
         child = workers.fork()
@@ -255,16 +283,23 @@ def test_reading_is_cheap() -> None:
         child = workers.fork()
         workers.ask(child, "ctypes.memset(array, 7, size)")
         start = workers.parent("answer = array")
-        plainly = time.process_time()
-        for pid in (workers.pid, child):
-            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                memory.seek(start)
-                for _ in range(32):
-                    memory.read(1 << 20)
-        plainly = time.process_time() - plainly
-        counted = time.process_time()
-        audit(workers.pids, causes=False)
-        counted = time.process_time() - counted
-        told = time.process_time()
-        assert row_of(audit(workers.pids, library="nothing"), child).same >= 32 << 20  # type: ignore[operator]
-        assert time.process_time() - told - counted < 8 * plainly
+        assert min(_to_compare(workers, start) for _ in range(3)) < 8
+
+
+def _to_compare(workers: Pool, start: int) -> float:
+    """How much time it takes to compare 32 MiB, in the time of reading these plainly."""
+    plainly = time.process_time()
+    for pid in workers.pids:
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(start)
+            for _ in range(32):
+                memory.read(1 << 20)
+    plainly = time.process_time() - plainly
+    counted = time.process_time()
+    audit(workers.pids, causes=False)
+    counted = time.process_time() - counted
+    told = time.process_time()
+    same = row_of(audit(workers.pids, library="nothing"), workers.workers[0]).same
+    assert same is not None
+    assert same >= 32 << 20
+    return (time.process_time() - told - counted) / plainly
