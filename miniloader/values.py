@@ -10,7 +10,7 @@ the decorator is frozen, too, and ``__init__`` is not annotated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
@@ -129,55 +129,62 @@ def _known(name: str, given: Any) -> _Known:
 
 
 def _initialiser(cls: type) -> Callable[..., None]:
-    """``__init__`` of the class, which replaces itself by a compiled one where the class is called often.
-
-    Compiling takes as long as thirty to sixty calls of this one, or twenty with defaults or names, and pays
-    after twice as many; most classes are called less often in a process.
-    """
-    fields: list[_Known] = []
-    names: list[str] = []  # where all may be given in order
-    calls = count(1)
+    """``__init__`` of the class, which replaces itself by one that knows the fields when it is called."""
 
     def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
-        if not fields:
-            fields[:] = known = _fields_of(cls)
-            names[:] = [] if any(field[3] for field in known) else [field[0] for field in known]
-        if names and len(arguments) == len(names) and not named and next(calls) <= _MANY:
-            self.__dict__.update(zip(names, arguments, strict=True))
-        else:
-            given = _given(fields, arguments, named)
-            if given is None or next(calls) > _FEW:
-                cls.__init__ = compiled = _compiled(cls, fields)  # type: ignore[misc]
-                compiled(self, *arguments, **named)  # which says what is wrong with the arguments
-                return
-            self.__dict__.update(given)
-        if hasattr(cls, "__post_init__"):
+        cls.__init__ = known = _called(_interpreted(cls, _fields_of(cls)), cls)  # type: ignore[misc]
+        known(self, *arguments, **named)
+
+    return _called(initialise, cls)
+
+
+def _interpreted(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+    """``__init__`` for these ``fields``, which gives way to a compiled one where the class is called often.
+
+    Compiling takes as long as a hundred calls of this one take more than of the other, and most classes are
+    called less often in a process.
+    """
+    names = [name for name, *_, by_name, _ in fields if not by_name]
+    concludes, calls = hasattr(cls, "__post_init__"), count(1)
+    template = {name: default for name, default, *_ in fields}  # in order
+    factories = [(name, factory) for name, _, factory, *_ in fields if factory is not MISSING]
+    required = {name for name, default, factory, *_ in fields if default is MISSING is factory}
+    # How many arguments in order suffice; one more than there can be where something else has to be done.
+    most = len(names)
+    fewest = most + 1 if concludes or not required.issubset(names) else len(required)
+    if factories:
+        fewest = max(fewest, len(fields))
+
+    def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
+        many = next(calls) > _MANY
+        if not named and fewest <= len(arguments) <= most and not many:
+            values = self.__dict__
+            if len(arguments) < len(fields):
+                values.update(template)
+            values.update(zip(names, arguments, strict=False))
+            return
+        given = dict(zip(names, arguments, strict=False))
+        values = {**template, **given, **named}
+        given_once = len(given) == len(arguments) and named.keys().isdisjoint(given)
+        if many or not given_once or len(values) > len(fields) or not required <= {*given, *named}:
+            cls.__init__ = compiled = _called(_compiled(cls, fields), cls)  # type: ignore[misc]
+            compiled(self, *arguments, **named)  # which says what is wrong with the arguments
+            return
+        for name, factory in factories:
+            if values[name] is MISSING:
+                values[name] = factory()
+        self.__dict__.update(values)
+        if concludes:
             self.__post_init__()
 
-    initialise.__qualname__ = f"{cls.__qualname__}.__init__"
-    initialise.__name__ = "__init__"
     return initialise
 
 
-def _given(
-    fields: Sequence[_Known], arguments: Sequence[Any], named: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """What each field is given, in order; None where the arguments are not those of the class."""
-    values, left, taken = dict[str, Any](), iter(arguments), 0
-    for name, default, factory, by_name, _ in fields:
-        if not by_name and taken < len(arguments):
-            values[name], taken = next(left), taken + 1
-            if name in named:
-                return None
-        elif name in named:
-            values[name] = named[name]
-        elif factory is not MISSING:
-            values[name] = factory()
-        elif default is not MISSING:
-            values[name] = default
-        else:
-            return None
-    return values if taken == len(arguments) and named.keys() <= values.keys() else None
+def _called(initialise: Callable[..., None], cls: type) -> Callable[..., None]:
+    """``initialise``, named as it is called."""
+    initialise.__qualname__ = f"{cls.__qualname__}.__init__"
+    initialise.__name__ = "__init__"
+    return initialise
 
 
 def _compiled(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
@@ -204,7 +211,6 @@ def _compiled(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
     made: dict[str, Any] = {}
     exec(f"def __init__({arguments}):\n" + "\n".join(body), names, made)
     initialise: Callable[..., None] = made["__init__"]
-    initialise.__qualname__ = f"{cls.__qualname__}.__init__"
     return initialise
 
 
@@ -237,5 +243,5 @@ _COMPARING: Final = ("__eq__", "__hash__")
 _REQUIRED: Final = (MISSING, MISSING, False, True)
 #: What makes an annotation no field, or another kind of one.
 _SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
-#: Calls of a class until it is compiled: with defaults or arguments by name; with all in order.
-_FEW, _MANY = 24, 128
+#: Calls of a class until it is compiled.
+_MANY: Final = 128

@@ -127,6 +127,11 @@ class ElfImage(Showing):
             "inside the file's part of one PT_LOAD",
         )
 
+    def read_some(self, vaddr: int, least: int, most: int, field: str = "bytes") -> Bytes:
+        """As :meth:`read`, ``most`` bytes, or as many as are there together, but ``least`` of them."""
+        end = next((end for start, end, _ in self._extents if start <= vaddr < end), vaddr)
+        return self.read(vaddr, max(least, min(most, end - vaddr)), field)
+
     @cached_property
     def elffile(self) -> ELFFile:
         """pyelftools' ``ELFFile`` of this file, for who knows it; it reads as long as ``source`` is open.
@@ -268,7 +273,7 @@ class ElfImage(Showing):
             for number, value in _properties(description, self.header.order)
         )
 
-    @property
+    @cached_property
     def executable_stack(self) -> bool:
         """Whether it asks for an executable stack: the last ``PT_GNU_STACK`` says, and without any the ABI.
 

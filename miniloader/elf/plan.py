@@ -238,15 +238,23 @@ def plan_segments(
         page_size=page_size,
         alignment=max(page_size, *(segment.align for segment in loads)),
         mappings=tuple(_with_gaps(mappings)),
-        zeroed=tuple(span for segment in loads if (span := _zeroed(segment, page_size))),
+        zeroed=tuple(filter(None, (_zeroed(load, page_size) for load in loads if load.memsz > load.filesz))),
         relro=_relro(segments, page_size),
         guarded=guarded,
     )
 
 
 def _check(segment: Segment, page_size: int, name: str | None) -> None:
+    align, end = segment.align, segment.end
+    if not (
+        align & (align - 1)
+        or (segment.vaddr - segment.file_offset) % page_size
+        or segment.filesz > segment.memsz
+        or end > _LAST - page_size
+    ):
+        return
     field = f"PT_LOAD[{segment.index}]"
-    if segment.align & (segment.align - 1):
+    if align & (align - 1):
         raise ElfError(name, f"{field}.p_align", f"{segment.align:#x}", "0 or a power of two")
     if (segment.vaddr - segment.file_offset) % page_size:
         raise ElfError(
@@ -259,9 +267,8 @@ def _check(segment: Segment, page_size: int, name: str | None) -> None:
         raise ElfError(
             name, f"{field}.p_filesz", f"{segment.filesz:#x}", f"at most p_memsz, {segment.memsz:#x}"
         )
-    if segment.end > _LAST - page_size:
-        found = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
-        raise ElfError(name, f"{field}.p_memsz", found, "an end within 64 bits")
+    found = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
+    raise ElfError(name, f"{field}.p_memsz", found, "an end within 64 bits")
 
 
 def _check_order(previous: Segment, segment: Segment, page_size: int, name: str | None) -> None:
@@ -270,12 +277,13 @@ def _check_order(previous: Segment, segment: Segment, page_size: int, name: str 
     Pages are mapped whole: what ``previous`` has in the page where ``segment`` begins stays only if it is the
     file's page for both, and ``segment`` grants all the rights that it needs.
     """
-    field, page = f"PT_LOAD[{segment.index}].p_vaddr", segment.vaddr & -page_size
-    if segment.vaddr < previous.end:
-        expected = f"at least {previous.end:#x}, where the segment before it ends"
-        raise ElfError(name, field, f"{segment.vaddr:#x}", expected)
-    if previous.end <= page:
+    page, end = segment.vaddr & -page_size, previous.end
+    if end <= page:
         return
+    field = f"PT_LOAD[{segment.index}].p_vaddr"
+    if segment.vaddr < end:
+        expected = f"at least {end:#x}, where the segment before it ends"
+        raise ElfError(name, field, f"{segment.vaddr:#x}", expected)
     lost = [right for sign, right in _RIGHTS.items() if sign in previous.flags and sign not in segment.flags]
     if previous.end > max(page, previous.file_end):
         what = "the zeros of its bss are lost"
@@ -339,8 +347,6 @@ def _with_gaps(mappings: Sequence[PlannedMapping]) -> Iterator[PlannedMapping]:
 
 def _zeroed(segment: Segment, page_size: int) -> Span:
     """The bytes of the segment's last file page that are bss: all to the page's end."""
-    if segment.memsz == segment.filesz:
-        return Span(0, 0)
     return Span(segment.file_end, _round_up(segment.file_end, page_size))
 
 

@@ -308,7 +308,7 @@ def read_relocations(
         file_offset, count = locate(start, length, label), length // size
         head = min(tags.get(DT_RELACOUNT, 0), count) if tag == DT_RELA else 0
         described = label, addends, start, file_offset, count, head, size
-        tables.append(RelocationTable(*described, elf_class, order, machine, source))
+        tables.append(RelocationTable(*described, elf_class, order, machine, source, bytearray()))
     return Relocations(machine, tuple(tables), relr_table)
 
 

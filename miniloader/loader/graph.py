@@ -17,7 +17,7 @@ from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.events import Event, OnEvent, Stage, is_brief
-from miniloader.loader.loaded import Loaded, search_order
+from miniloader.loader.loaded import Loaded, called_so, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
 from miniloader.loader.search import Asker, Surroundings, expand, find
@@ -121,6 +121,8 @@ class Graph:
         search_order(root, self._find_needs, self._move)
         for library in self.new[1:]:
             library.before = library.ours
+        if self.brief:
+            self.event("need", self.new[0].name, "all that is needed is found")
 
     def _move(self, filtee: Needed, library: Needed) -> None:
         """The ``filtee`` of ``library`` comes right before it."""
@@ -155,17 +157,22 @@ class Graph:
 
     def _need(self, name: str, library: Loaded) -> Needed:
         """What ``library`` gets for ``name``."""
+        theirs = self.listing.that_stays(name) if self.tell is None or self.brief else None
+        if theirs is not None:
+            return theirs
         answer = self.look(name, library.asker(), library.name)
         if isinstance(answer.what, Source):
-            text = f"{name}: {answer.path}"
-            self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
+            if not self.brief:
+                text = f"{name}: {answer.path}"
+                self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
             needed = self.add(answer.what, library, answer.image)
             needed.called.add(name)
             return needed
         if answer.handle is not None:
             library.undo.callback(dynamic_linker.close_host, answer.handle)
-        told = {"needed": name, "path": answer.path, "copies": answer.copies}
-        self.event("need", library.name, f"{name}: {answer.how}", **told)
+        if not self.brief:
+            told = {"needed": name, "path": answer.path, "copies": answer.copies}
+            self.event("need", library.name, f"{name}: {answer.how}", **told)
         return answer.what
 
     def look(self, name: str, asker: Asker | None, who: str, *, open_host: bool = True) -> Resolution:
@@ -177,7 +184,7 @@ class Graph:
         of_host = self._of_host(name, asker)
         if of_host is not None:
             return of_host
-        same = self._alike([library for library in self.order if library.is_called(name)])
+        same = self._alike(called_so(name, self.order))
         if same is not None:
             same.called.add(name)  # where that is its SONAME
             return Resolution(same, "loaded already")

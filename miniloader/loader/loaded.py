@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from miniloader.loader.beside_glibc.debugger import Registered
     from miniloader.loader.prepared.pages import Prepared
 
-__all__ = ["Loaded", "search_order"]
+__all__ = ["Loaded", "called_so", "search_order"]
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ class Loaded:
     ) -> None:
         self.image = image
         self.key = image.source.key  # what tells its file from others
+        self.soname = image.soname
         self.policy = policy
         self.tell = tell  # who hears of its load, and of those that it asks for itself
         self.undo = ExitStack()
@@ -138,11 +139,6 @@ class Loaded:
     def build_id(self) -> str | None:
         """Its build-id, in hexadecimal."""
         return self.image.build_id
-
-    def is_called(self, name: str) -> bool:
-        """Whether ``name``, as ``DT_NEEDED`` has it, means this library: its SONAME, its path, or a name that
-        it was found by before."""
-        return name in self.called or name == self.image.soname
 
     @property
     def ours(self) -> list[Loaded]:
@@ -265,6 +261,14 @@ class Loaded:
             if member.waiting is None:  # glibc's resize_scopes: what waits sees its own load alone
                 member.roots.append(self)
         return True
+
+
+def called_so(name: str, libraries: Iterable[Loaded]) -> list[Loaded]:
+    """Which of ``libraries``, of which there may be hundreds, ``name`` means, as ``DT_NEEDED`` has it.
+
+    It is the SONAME, the path, or a name that the library was found by before.
+    """
+    return [library for library in libraries if name in library.called or name == library.soname]
 
 
 def search_order(

@@ -50,6 +50,16 @@ def _common(mappings: Sequence[PlannedMapping], segments: Sequence[VaddrRange]) 
     """What lies in both; all are in ascending order."""
     common: list[VaddrRange] = []
     first = 0
+    if len(segments) == len(mappings) and all(
+        mapping.start <= start and end <= mapping.end
+        for mapping, (start, end) in zip(mappings, segments, strict=True)
+    ):
+        mappings = ()  # each lies in one of its own, as in most files
+        for start, end in segments:
+            if common and common[-1][1] == start:
+                start = common.pop()[0]
+            common.append((start, end))
+        return common
     for start, end in segments:
         while first < len(mappings) and mappings[first].end <= start:
             first += 1

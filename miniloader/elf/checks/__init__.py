@@ -94,16 +94,20 @@ def refuse_other_types(image: ElfImage) -> None:
 
 def _refuse(image: ElfImage, rules: Sequence[Rule]) -> None:
     for rule in rules:
-        for problem in _broken(rule, image):
-            raise _refusal(image, problem)
+        try:
+            fault = next(rule.faults(image), None)
+        except ElfError as error:  # a table could not even be decoded
+            fault = error.field, error.found, error.expected
+        if fault is not None:
+            raise _refusal(image, fault)
 
 
-def _refusal(image: ElfImage, problem: Problem) -> ElfError:
-    """The error for a problem; of a file that is no library it says what to use instead."""
+def _refusal(image: ElfImage, fault: Fault) -> ElfError:
+    """The error for a fault; of a file that is no library it says what to use instead."""
     with importing:
         from miniloader.elf.kinds.file_kind import kind_of
 
     kind = kind_of(image)
     if kind.name == "debug-only":
         return ElfError(image.path, "sections", kind.words, "a shared object", hint=kind.instead)
-    return ElfError(image.path, problem.field, problem.found, problem.expected, hint=kind.instead)
+    return ElfError(image.path, *fault, hint=kind.instead)

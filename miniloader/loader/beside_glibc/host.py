@@ -229,6 +229,22 @@ class HostListing:
         """The libraries that each needs, of those whose needs were asked for."""
         return {}
 
+    def that_stays(self, name: str) -> HostLibrary | None:
+        """The library whose SONAME is ``name``, if the program needs it, so that it cannot go."""
+        return self._that_stay.get(name)
+
+    @cached_property
+    def _that_stay(self) -> dict[str, HostLibrary]:
+        """What the program needs, and what that needs, by soname, where that is the name of one only."""
+        needed = list(self.found[:1])
+        for library in needed:  # grows meanwhile
+            needed += (found for found, _ in self.edges(library) if found not in needed)
+        return {
+            library.soname: library
+            for library in needed[1:]
+            if library.soname and self._by_call[library.soname] is library
+        }
+
     @cached_property
     def by_identity(self) -> dict[tuple[int, int], HostLibrary]:
         """By device and inode of their files."""

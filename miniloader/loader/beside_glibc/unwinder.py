@@ -28,6 +28,7 @@ _LIBGCC: Final = "libgcc_s.so.1"
 _HEADER: Final = struct.Struct("<4Bii")  # three kinds of numbers after the version; where .eh_frame is; rows
 _ROW: Final = struct.Struct("<ii")  # a function, and its entry, both from the header on
 _NEAR: Final = 64
+_PART: Final = 256  # bytes that are read at once: the last entries, mostly
 
 
 def eh_frame(image: ElfImage) -> int | None:
@@ -56,8 +57,12 @@ def eh_frame(image: ElfImage) -> int | None:
 
 def _ends(image: ElfImage, vaddr: int, most: int | None = None) -> bool:
     """Whether a zero word comes after at ``most`` so many entries; :class:`ElfError` where they leave."""
+    start, part = vaddr, b""
     for _ in range(most) if most is not None else count():
-        length = int.from_bytes(image.read(vaddr, 4, ".eh_frame"), "little")
+        at = vaddr - start
+        if at + 4 > len(part):
+            start, at, part = vaddr, 0, bytes(image.read_some(vaddr, 4, _PART, ".eh_frame"))
+        length = int.from_bytes(part[at : at + 4], "little")
         if not length:
             return True
         vaddr += 4 + length

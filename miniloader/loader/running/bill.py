@@ -125,7 +125,11 @@ class _Call:
     def hear(self, event: Event, now: float) -> None:
         """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
         library, data = self.libraries.get(event.library) or self.of_new(event), event.data
-        self.spend(now, library, _PART_OF[event.stage])
+        if self.constructor is None:
+            library.parts[_PART_OF[event.stage]] += now - self.since
+            self.since = now
+        else:
+            self.spend(now, library, _PART_OF[event.stage])
         if "bias" in data:
             library.bias = int(data["bias"])
         if "pages" in data:
