@@ -217,7 +217,8 @@ class SymbolTable:
     def find(self, name: str | bytes, version: str | None = None) -> int | None:
         """The index of the defined symbol ``name``: of ``version``, or of its default version.
 
-        A hidden version (``name@V``, not ``name@@V``) is found by its version only, as ``dlvsym(3)`` does.
+        A hidden version (``name@V``, not ``name@@V``) is found by its version only, as ``dlvsym(3)`` does;
+        where a library has no versions at all, its symbols are found by any.
         """
         wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
         if self.hash is None:
@@ -228,7 +229,7 @@ class SymbolTable:
             candidates = [
                 index for index in usable if self.defined[index] and self.name_bytes(index) == wanted
             ]
-        if version is None:
+        if version is None or not len(self.versym):
             return next((index for index in candidates if not self.hidden(index)), None)
         named = (index for index in candidates if (self.version(index) or _NO_VERSION).name == version)
         return next(named, None)

@@ -74,7 +74,7 @@ def _program_headers(library: Loaded, handle: int, where: int) -> int:
 def _directories(library: Loaded) -> list[bytes]:
     """Where what ``library`` needs is searched, in order."""
     searched = places("lib", library.asker(), of_process())
-    return [os.fsencode(path.rstrip("/") or "/") for place in searched for path in place.directories]
+    return [os.fsencode(path.rstrip("/") or path or ".") for place in searched for path in place.directories]
 
 
 def _search_size(library: Loaded, handle: int, where: int) -> int:
