@@ -32,8 +32,8 @@ class PresentMemory:
     def __init__(self, pid: int, present: NDArray[np.uint64]) -> None:
         """Open it; raises ProcessGone, or EvidenceError where memory may not be read."""
         self.pid, self._present = pid, present
-        self._memory = ProcessMemory(pid)
         self._vmas = [vma for vma in read_maps(pid) if vma.is_file and vma.protection[1] != "w"]
+        self._memory = ProcessMemory(pid)  # last: what raises above has opened nothing
         self._files: dict[str, int] = {}
         self._pages: dict[int, bytes] = {}
 

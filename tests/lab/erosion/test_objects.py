@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import FRAME, PRESENT, read_pagemap
 from miniloader.kernel.syscalls import PAGE_SIZE
@@ -31,6 +33,7 @@ from miniloader.lab.erosion.result import Erosion, pages_in
 from miniloader.lab.erosion.types import Types
 from miniloader.report.audit import lines
 from miniloader.report.text import laid_out, plain
+from tests.failing_calls import failing
 from tests.lab.audit.told_processes import told
 from tests.lab.erosion.pools import Pool, needs_frames, pool
 
@@ -197,6 +200,15 @@ def test_chunks() -> None:
     lengths, needed = np.array([0x411, 0x410, 0x419, 0x31, 1 << 50, 0], np.uint64), np.full(6, 900)
     assert is_chunk(lengths, needed).tolist() == [True, True, False, False, False, False]
     assert not is_chunk(lengths[:1], np.array([0x410])).any()
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_nothing_stays_open_of_memory_that_cannot_be_opened(at: int) -> None:
+    """``/proc/PID/maps`` and ``/proc/PID/mem`` are opened, in whichever order."""
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(EvidenceError), failing("open", errno.EACCES, at):
+        PresentMemory(os.getpid(), np.empty(0, np.uint64))
+    assert os.listdir("/proc/self/fd") == descriptors
 
 
 class Bytes(PresentMemory):
