@@ -11,16 +11,17 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import IO, Any, Final
+from typing import Any, Final
 
 __all__ = [
     "UNFINISHED",
     "NotRegularError",
     "kind_of",
     "open_regular",
-    "open_text",
+    "read_regular",
+    "read_text",
     "walked_to",
     "write_whole",
 ]
@@ -30,6 +31,7 @@ UNFINISHED: Final = ".miniloader-"
 _PROC: Final = "/proc/"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _READING: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_PART: Final = 1 << 20  # bytes that are read at once
 _MOST_LINKS: Final = 40  # MAXSYMLINKS
 _KINDS: Final = {
     stat.S_IFLNK: "a link",
@@ -81,9 +83,43 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         os.close(found)
 
 
-def open_text(path: str | os.PathLike[str], *, errors: str = "strict") -> IO[str]:
-    """The regular file ``path`` as text; raises as :func:`open_regular` does."""
-    return open(open_regular(path), encoding="utf-8", errors=errors)
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes | None:
+    """The bytes of the regular file ``path``; None where there are more than ``most``.
+
+    Raises as :func:`open_regular` does, and BlockingIOError where one of the kernel's files has nothing to
+    give yet, as ``trace_pipe`` of /sys/kernel/tracing.
+    """
+    data = bytearray()
+    for part in _parts_of(path, min(most + 1, _PART)):
+        data += part
+        if len(data) > most:
+            return None
+    return bytes(data)
+
+
+def read_text(path: str | os.PathLike[str], *, errors: str = "strict") -> str:
+    """The text of the regular file ``path``; ValueError where it is none, at the first byte that is zero.
+
+    So a hole that takes no disk is not read whole.  Raises as :func:`read_regular` does.
+    """
+    parts = []
+    for part in _parts_of(path, _PART):
+        if b"\0" in part:
+            raise ValueError("found a zero byte, expected text")
+        parts.append(part)
+    return b"".join(parts).decode(errors=errors)
+
+
+def _parts_of(path: str | os.PathLike[str], length: int) -> Iterator[bytes]:
+    descriptor = open_regular(path)
+    try:
+        while part := os.read(descriptor, length):
+            yield part
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from miniloader.files import NotRegularError, open_regular, write_whole
+from miniloader import files
+from miniloader.files import NotRegularError, open_regular, read_regular, read_text, write_whole
 
 NOBODY = 65534
 
@@ -75,8 +76,33 @@ def test_a_regular_file_is_read_also_without_proc(tmp_path: Path, monkeypatch: p
 
     for patched in (opening, without_proc):
         monkeypatch.setattr(os, "open", patched)
-        with open(open_regular(tmp_path / "file"), "rb") as file:
-            assert file.read() == b"text"
+        assert read_regular(tmp_path / "file", 4) == b"text"
+        assert read_regular(tmp_path / "file", 3) is None
+        assert read_text(tmp_path / "file") == "text"
+
+
+def test_text_ends_at_the_first_byte_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "hole"
+    path.write_bytes(b"text")
+    os.truncate(path, 64 << 30)
+    with pytest.raises(ValueError, match="a zero byte"):
+        read_text(path)
+    assert read_regular(path, 1 << 16) is None
+
+
+def test_what_has_nothing_to_give_yet_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trace_pipe of /sys/kernel/tracing, which is a regular file: here a pipe stands for it."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setattr(files, "open_regular", lambda path: os.dup(reading))
+    for read in (lambda path: read_regular(path, 1), read_text):
+        with pytest.raises(BlockingIOError) as caught:
+            read(tmp_path)
+        assert caught.value.filename == str(tmp_path)
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.needs_root("another user puts a link there")

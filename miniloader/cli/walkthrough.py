@@ -377,12 +377,11 @@ def _check(arguments: argparse.Namespace, chapter: Chapter[Any]) -> int:
 
         dump({"id": chapter.id, "passed": answer.passed, "message": answer.message, "printed": printed})
     else:
-        from miniloader.files import open_text
+        from miniloader.files import read_text
         from miniloader.report.walkthrough import checked, solution
 
         out = _output()
         out.show(checked(answer, printed, answer.hint or next(iter(chapter.exercise.hints), None)))
         if arguments.solution:
-            with open_text(arguments.check, errors="replace") as file:
-                out.show([(), *solution(chapter, file.read())])
+            out.show([(), *solution(chapter, read_text(arguments.check, errors="replace"))])
     return 0 if answer.passed else 1

@@ -343,7 +343,7 @@ def _packed(
                 from miniloader.elf.packed_relocations import unpack
 
             data = read(tags[tag], tags.get(size_tag, 0), label)
-            held = sum(end - start for start, end in source.parts(0, source.size))  # without large holes
+            held = sum(end - start for start, end in source.parts(0, source.size))  # without holes
             rows = unpack(data, elf_class, held // 4, label, name)
             described = label, addends, tags[tag], 0, len(rows) // _RELA, 0, _RELA
             tables.append(RelocationTable(*described, elf_class, "<", "", source, rows))

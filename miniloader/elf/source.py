@@ -26,6 +26,8 @@ Bytes = bytes | mmap.mmap
 _HEAD: Final = 1 << 12
 LARGE: Final = 1 << 21
 """From so many bytes on :func:`large_room` is worth its call."""
+_HOLE: Final = 1 << 14
+"""So many zeros in a row that take no disk lie in no table; those of 800 libraries have no page of them."""
 
 
 class FileCalls(Protocol):
@@ -165,16 +167,17 @@ class Source:
         return data
 
     def parts(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """The ranges [start, end) of the ``length`` bytes from ``offset`` on that large holes are between.
+        """The ranges [start, end) of the ``length`` bytes from ``offset`` on that holes are between.
 
-        A hole (lseek(2), SEEK_HOLE) reads as zeros and takes no disk: over one any length can be claimed
-        at no cost, and no table has :data:`LARGE` zeros in a row.  Nothing is read here.  Where the file
-        system knows of no holes all is one range.  Beyond the end of the file there is nothing.
+        A hole (lseek(2), SEEK_HOLE) reads as zeros and takes no disk: over one, or many with crumbs of data
+        between them, any length can be claimed at no cost.  Holes of less than 16 KiB are overlooked, and
+        all where ``length`` is less than :data:`LARGE`.  Nothing is read here.  Where the file system knows
+        of no holes all is one range.  Beyond the end of the file there is nothing.
         """
         start, hole, end = offset, offset, min(offset + length, self.size)
         while length >= LARGE and hole < end:
             data = min(self._seek(hole, os.SEEK_DATA), end)
-            if data - hole >= LARGE:
+            if data - hole >= _HOLE:
                 if start < hole:
                     yield start, hole
                 start = data
@@ -194,7 +197,7 @@ class Source:
             self.calls.lseek(self.fd, position, os.SEEK_SET)
 
     def refuse_hole(self, offset: int, length: int, field: str) -> None:
-        """Raise :class:`ElfError` for the table ``field`` where a large hole or the file's end lies in it.
+        """Raise :class:`ElfError` for the table ``field`` where a hole or the file's end lies in it.
 
         Who has one of less than :data:`LARGE` bytes need not ask.
         """

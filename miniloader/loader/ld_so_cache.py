@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from miniloader.files import open_regular
+from miniloader.files import read_regular
 
 __all__ = ["CACHE", "Cache", "read_cache"]
 
@@ -108,8 +108,7 @@ class Cache:
 def read_cache(path: str, machine: int, order: str = "<") -> Cache | None:
     """The cache in the file ``path`` (as seen from here); None where there is none, or what cannot be one."""
     try:
-        with open(open_regular(path), "rb") as file:
-            data = file.read(_LARGEST + 1)
-            return Cache(data, machine, order) if len(data) <= _LARGEST else None
+        data = read_regular(path, _LARGEST)
     except OSError:
         return None
+    return None if data is None else Cache(data, machine, order)

@@ -29,7 +29,7 @@ def open_names(
 
 
 def readable(image: ElfImage, plan: LoadPlan) -> list[VaddrRange]:
-    """The vaddrs [start, end) at which bytes of the file can be read, ascending, without its large holes."""
+    """The vaddrs [start, end) at which bytes of the file can be read, ascending, without its holes."""
     mappings = [m for m in plan.mappings if m.kind == "file" and "r" in m.protection]
     parts: list[VaddrRange] = []
     for load in image.loads:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from miniloader.elf.demangling import demangled
 from miniloader.errors import printable
-from miniloader.files import open_regular
+from miniloader.files import read_regular
 from miniloader.json_schema import BOOL, COUNT, HEX, INT, TEXT, array, keys, nullable, record
 from miniloader.lab.disassembly import Disassembly, SlotContents
 from miniloader.lab.source_lines import SourceLines
@@ -233,11 +233,10 @@ class _Texts:
     def _read(self, path: str) -> list[str]:
         """The lines of the file; none where it is not there, is none, or is too large to be source code."""
         try:
-            with open(open_regular(path), "rb") as file:
-                data = file.read(_MOST_SOURCE + 1)
+            data = read_regular(path, _MOST_SOURCE)
         except (OSError, ValueError):
             return []
-        return data.decode(errors="backslashreplace").split("\n") if len(data) <= _MOST_SOURCE else []
+        return [] if data is None else data.decode(errors="backslashreplace").split("\n")
 
 
 def _note(target: Landmark | None, names: _Names) -> Line:

@@ -63,6 +63,21 @@ def test_what_is_no_audit(tmp_path: Path, text: str) -> None:
     assert len(done.stderr.splitlines()) <= 2
 
 
+def test_a_hole_in_a_saved_audit_is_not_read_whole(tmp_path: Path) -> None:
+    """Four GiB that take no disk, where a process may have less than that."""
+    saved = tmp_path / "hole.json"
+    saved.write_text('{"format": "')
+    os.truncate(saved, 4 << 30)
+    code = f"""
+import resource
+from miniloader.cli import main
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+main(["diff", {str(saved)!r}, {str(saved)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "no audit" in done.stderr
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     done = run(tmp_path / "none", tmp_path / "none")
     assert done.returncode in (1, 2)

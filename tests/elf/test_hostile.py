@@ -73,6 +73,22 @@ def test_what_a_table_claims_over_a_hole_costs_nothing(
     assert len(found) == len(files) * len(FILE_STEPS)
 
 
+@pytest.mark.parametrize(
+    "kind", ["RELR", "REL", "Android RELA", "hash chains", "symbols", "everything at once"]
+)
+def test_crumbs_of_data_between_holes_make_no_table_of_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GiB whose every two megabytes begin with a byte that is written: no hole is longer than that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hostile, "MEMORY", 300 << 20)
+    file = sparse(kind, GIB, tmp_path / "crumbs.so", crumbs=1_900_000)
+    assert file.stat().st_blocks * 512 < 1 << 24
+    found = outcomes_of(file, tuple(FILE_STEPS))
+    assert [outcome for outcome in found if not outcome.allowed] == []
+    assert len(found) == len(FILE_STEPS)
+
+
 def test_code_that_is_cut_short_crashes_by_name() -> None:
     """``_fini`` lacks its last byte, its return: each command that runs it says where that crashed."""
     data = bytearray(build("relocations").read_bytes())

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Final, Literal, Self, get_args
 
 from miniloader.errors import MiniloaderError, UsageError
-from miniloader.files import open_text, write_whole
+from miniloader.files import read_text, write_whole
 from miniloader.forking import importing
 from miniloader.json_schema import (
     BOOL,
@@ -321,16 +321,15 @@ class Audit(Showing):
         with importing:
             import json
 
-        with open_text(path) as file:
-            try:
-                return cls.from_json(json.load(file))
-            except UsageError as error:
-                raise UsageError(f"{os.fspath(path)}: {error.message}") from error
-            except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
-                raise UsageError(
-                    f"{os.fspath(path)}: no audit: found what is no JSON, expected what "
-                    "`miniloader audit --save FILE` wrote"
-                ) from error
+        try:
+            return cls.from_json(json.loads(read_text(path)))
+        except UsageError as error:
+            raise UsageError(f"{os.fspath(path)}: {error.message}") from error
+        except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
+            raise UsageError(
+                f"{os.fspath(path)}: no audit: found what is no JSON, expected what "
+                "`miniloader audit --save FILE` wrote"
+            ) from error
 
 
 def _erosion(value: Any) -> tuple[Erosion, ...] | None:
