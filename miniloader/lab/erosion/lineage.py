@@ -6,7 +6,9 @@ have it, the parent had it from the first of these forks to the last, and whoeve
 it as well.  A parent that has it still has had it since.  That is how a third relative proves what two can
 only suggest: where both built the same thing after the fork, no third one has a frame of either.
 
-A process whose descendant's orphans it adopted (PR_SET_CHILD_SUBREAPER) passes for their parent.
+The kernel calls parent also who has adopted an orphan: the first process of a namespace, a subreaper
+(PR_SET_CHILD_SUBREAPER).  The orphan's own parent was a descendant of it, and has ended.  So where a parent,
+or a descendant of it, has lost a child, nothing is proven by third relatives.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
+from miniloader.kernel.lost_children import has_lost_children
 from miniloader.kernel.procfs import read_stat
 from miniloader.lab.erosion.memory import PrivateMemory
 
@@ -59,12 +62,16 @@ def kin_of(processes: Sequence[PrivateMemory], merged: NDArray[np.uint64]) -> li
     for process in sorted(processes, key=lambda process: (process.started, process.pid)):
         families.setdefault(process.stack, []).append(process)
     kin = []
+    sure: dict[int, bool] = {}
     for family in families.values():
         for number, process in enumerate(family):
             elders = sorted(family[:number], key=lambda elder: _distance(process, elder))
             relative = next((elder for elder in elders if _is_kin(process, elder, merged)), None)
             if relative is not None:
-                kin.append(Kin(process, relative, _common_parent(process, relative)))
+                parent = _common_parent(process, relative)
+                if parent is not None and parent not in sure:
+                    sure[parent] = not any(map(has_lost_children, _line(parent, family)))
+                kin.append(Kin(process, relative, parent if parent is not None and sure[parent] else None))
     return kin
 
 
@@ -96,6 +103,15 @@ def _common_parent(process: PrivateMemory, relative: PrivateMemory) -> int | Non
         return process.parent if int(read_stat(process.parent)[1][25]) == process.stack else None
     except EvidenceError:
         return None
+
+
+def _line(parent: int, family: Sequence[PrivateMemory]) -> set[int]:
+    """The parent, and who of the ``family``, by age, descends from it."""
+    line = {parent}
+    for process in family:
+        if process.parent in line:
+            line.add(process.pid)
+    return line
 
 
 def one_frame(

@@ -13,6 +13,7 @@ import pytest
 from miniloader.errors import ProcessGone
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import PageMap
+from miniloader.kernel.procfs import read_stat
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.growth import growth
@@ -26,7 +27,7 @@ from miniloader.lab.erosion.since import eroded_since, proven_by
 from miniloader.report.audit import lines
 from miniloader.report.audit_growth import growth_view, tick
 from miniloader.report.text import laid_out, plain
-from tests.lab.audit.told_processes import KB, rollup_of
+from tests.lab.audit.told_processes import KB, rollup_of, wait_until_at_rest
 from tests.lab.erosion.pools import Pool, bytes_at, in_common, in_two_copies, needs_frames, pool
 
 pytestmark = needs_frames
@@ -168,6 +169,44 @@ def test_an_elder_relative_proves() -> None:
         for pid in (elder, worker, younger):  # of all three the copy is the one from before the forks
             assert third in pages(row_of(found, pid).pages.proven)
             assert third in pages(row_of(found, pid).pages.same)
+
+
+_ORPHANS = f"""
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+(told, tells), (ends, end) = os.pipe(), os.pipe()
+middle = os.fork()
+if middle == 0:
+    ctypes.memset(array, 1, {_PAGES * PAGE_SIZE})
+    for _ in range(2):
+        if os.fork() == 0:
+            os.write(tells, b"%d " % os.getpid())
+            while True: signal.pause()
+    os.read(ends, 1)
+    os._exit(0)
+ctypes.memset(array, 2, {_PAGES * PAGE_SIZE})
+answer = b""
+while answer.count(b" ") < 2: answer += os.read(told, 100)
+os.write(end, b"x")
+answer = answer.decode()
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_adopted_orphans_proves_nothing(waits: bool) -> None:
+    """Their own parent wrote after its fork, and so did who adopted them: they have never had its frames."""
+    with pool(_ARRAY) as workers:
+        orphans = workers.parent(_ORPHANS + ("os.waitpid(middle, 0)" if waits else ""))
+        pids = [int(pid) for pid in orphans.split()]
+        while any(read_stat(pid)[1][1] != str(workers.pid) for pid in pids):
+            time.sleep(0.001)
+        wait_until_at_rest(*pids)
+        start = workers.parent("answer = array")
+        found = audit([workers.pid, *pids], library="nothing")
+        workers.parent(f"for pid in {pids}: os.kill(pid, 9)")
+    apart = {start + number * PAGE_SIZE for number in range(_PAGES)}
+    for pid in pids:
+        assert apart <= pages(row_of(found, pid).pages.possible)
+        assert not pages(row_of(found, pid).pages.proven)
 
 
 def test_siblings_whose_parent_has_ended_or_is_not_asked_about() -> None:
