@@ -18,6 +18,7 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel import scan, syscalls
 from miniloader.kernel.features import FEATURES, LEVELS, EvidenceLevel, Feature, LevelName
 from miniloader.kernel.frames import KPF, frame_flags, map_counts
+from miniloader.kernel.page_faults import FaultLog
 from miniloader.kernel.pagemap import PageMap, PageTable
 from miniloader.kernel.query import query_vma
 from miniloader.kernel.smaps import read_smaps
@@ -176,6 +177,13 @@ def _userfaultfd() -> None:
         _expect(len(watch.written()), "a page just written is not reported")
 
 
+def _page_faults() -> None:
+    with _anonymous_page() as address, FaultLog(os.getpid()) as log:
+        _write(address)
+        touched = {fault.address // PAGE_SIZE * PAGE_SIZE for fault in log.read()}
+        _expect(address in touched, "a page just written is not among them")
+
+
 _CHECKS: Final[dict[str, Callable[[], None]]] = {
     "smaps": _smaps,
     "pagemap": _pagemap,
@@ -184,6 +192,7 @@ _CHECKS: Final[dict[str, Callable[[], None]]] = {
     "kpageflags": _kpageflags,
     "pagemap-scan": _pagemap_scan,
     "procmap-query": _procmap_query,
+    "page-faults": _page_faults,
     "userfaultfd": _userfaultfd,
 }
 

@@ -70,6 +70,6 @@ _OF_PROCESS = (
 )
 _KNOWN_BY = ("user", "command", "cgroup")
 _OF_GROUP = ("rss", "pss", "uss", "swapped")
-_OF_MAPPING = ("resident", "own", "inherited", "shared", "pss", "zero", "huge", "swapped")
+_OF_MAPPING = ("resident", "own", "inherited", "shared", "pss", "zero", "huge", "swapped", "hugetlb")
 _OF_LIBRARY = ("base", *COUNTED, "inherited", "swapped", "merged", "pss")
 _CSV = {"processes": _process_records, "mappings": _mapping_records, "libraries": _library_records}

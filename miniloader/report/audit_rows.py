@@ -119,4 +119,4 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
 
 _MOST_MAPPINGS = 12
 _MOST_LETTERS = 100  # of a command line, in a table
-_BYTES = ("resident", "own", "inherited", "shared", "huge", "zero", "swapped")
+_BYTES = ("resident", "own", "inherited", "shared", "huge", "hugetlb", "zero", "swapped")

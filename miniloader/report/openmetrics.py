@@ -24,7 +24,7 @@ __all__ = ["exposition", "write_metrics"]
 #: Label values, then the number.
 _Sample = tuple[Sequence[str], float]
 
-_OF_MAPPING: Final = ("own", "inherited", "shared", "swapped", "huge")
+_OF_MAPPING: Final = ("own", "inherited", "shared", "swapped", "huge", "hugetlb")
 
 
 def exposition(audit: Audit, groups: Sequence[MemoryGroup] = ()) -> bytes:

@@ -60,7 +60,7 @@ def test_without_frames_there_are_reasons(as_nobody) -> None:
     ("call", "number", "lost"),
     [
         ("ioctl", errno.ENOTTY, {"pagemap-scan", "procmap-query", "userfaultfd"}),
-        ("syscall", errno.ENOSYS, {"userfaultfd"}),
+        ("syscall", errno.ENOSYS, {"userfaultfd", "page-faults"}),
         ("mmap", errno.ENOMEM, {feature.name for feature in FEATURES}),
     ],
 )
@@ -69,6 +69,8 @@ def test_what_fails_does_not_work(call: str, number: int, lost: set[str]) -> Non
     with syscalls.injected(call, failing(number)):
         found = probe()
     for one in found.trials:
+        if (call, one.feature.name) == ("ioctl", "page-faults"):
+            continue  # by which the events of several threads share rings: there may be one alone
         if one.feature.name in lost:
             assert not one.works
             assert one.why

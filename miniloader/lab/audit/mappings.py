@@ -43,7 +43,7 @@ __all__ = [
 
 MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "device", "special"]
 
-_SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "swapped")
+_SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "hugetlb", "swapped")
 _MOST_PARTS: Final = 32  # sets of frames that are kept for the next process
 _MOST_WAITING: Final = 1 << 18  # frames that are gathered before equal ones are left out
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
@@ -65,7 +65,7 @@ class MappingProcess:
     ``resident`` = ``own`` (mapped once, by this process) + ``inherited`` (anonymous copies that others have,
     too: by fork, or KSM) + ``shared`` (pages of files and of shared memory that are mapped more than once, by
     whomever).  ``pss`` is None where it is not known.  ``huge`` is the part that huge entries map.  ``zero``
-    (mappings of the page of zeros) and ``swapped`` are outside, and so is all of hugetlbfs.
+    (mappings of the page of zeros), ``swapped`` and ``hugetlb`` (pages of hugetlbfs) are outside.
     """
 
     pid: int
@@ -77,6 +77,7 @@ class MappingProcess:
     zero: int
     huge: int
     swapped: int
+    hugetlb: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ KIND_SCHEMA: Final = {"enum": [*get_args(MappingKind)]}
 MAPPING_SCHEMA: Final = record(
     {"kind": KIND_SCHEMA, "name": TEXT},
     {"processes": array(record(
-        keys(COUNT, "pid resident own inherited shared zero huge swapped"), {"pss": nullable(COUNT)},
+        keys(COUNT, "pid resident own inherited shared zero huge hugetlb swapped"), {"pss": nullable(COUNT)},
     ))},
 )  # fmt: skip
 """An :class:`AuditedMapping` in ``--json``."""
@@ -209,6 +210,7 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
         originals - alone_of_files,
         np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
         pages.huge_in,
+        pages.hugetlb_in,
         np.array(pages.swapped_in, np.int64),
     ]
     sums = np.zeros((len(rows), len(_SUMMED)), np.int64)

@@ -49,7 +49,7 @@ class Pages:
     file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero`` are the page of zeros,
     which is not counted; where a kernel does not tell all of them from copies, ``zeros_among`` the counted
     ones of each mapping are so many more.  ``huge_in`` is how many pages of each mapping are mapped by huge
-    entries.
+    entries; ``hugetlb_in`` how many are in memory of those of hugetlbfs, which are counted nowhere else.
     """
 
     def __init__(
@@ -77,8 +77,12 @@ class Pages:
         self.zero, self.huge_in, self.zeros_among = zeros
         self.counted = present & ~self.zero
         counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
-        counted[self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])] = False
+        reserved = self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])
+        counted[reserved] = False
         self.counted &= counted[self.vma]
+        self.hugetlb_in = np.zeros(len(vmas), np.int64)
+        self.hugetlb_in[reserved] = np.bincount(self.vma[present], minlength=len(vmas))[reserved]
+        self.huge_in[reserved] = 0
         self.own = self.counted & file
         self.copied = self.counted ^ self.own
         # A page of a file that is being moved to another frame is marked like one that is swapped out.

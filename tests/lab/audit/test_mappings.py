@@ -280,6 +280,8 @@ def test_pages_of_hugetlbfs_have_a_row_and_are_outside_of_every_sum() -> None:
         rows, sums = look(process.pid, frames=False), rollup_of(process.pid)
     assert sums["Private_Hugetlb"] * KB == 3 * huge
     for name in ("/anon_hugepage", "/memfd:pool", "/SYSV00000000"):
-        assert rows[MappingName("shared-memory", name)].resident == 0
+        row = rows[MappingName("shared-memory", name)]
+        assert (row.resident, row.huge, row.hugetlb) == (0, 0, huge)
+    assert sum(row.hugetlb for row in rows.values()) == 3 * huge
     assert sum(row.resident for row in rows.values()) == sums["Rss"] * KB
     assert sum(row.own for row in rows.values()) == (sums["Private_Clean"] + sums["Private_Dirty"]) * KB
