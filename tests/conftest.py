@@ -110,13 +110,15 @@ def _call_as_nobody(function: Callable[..., T], /, *arguments: Any) -> T:
         try:
             os.close(reading)
             become_nobody()
-            answer: tuple[bool, Any] = (True, function(*arguments))
+            answer: tuple[str, Any] = ("returned", function(*arguments))
+        except pytest.skip.Exception as skipped:  # which cannot be pickled
+            answer = ("skipped", skipped.msg)
         except BaseException as error:  # noqa: BLE001 - handed to the parent, whatever it is
-            answer = (False, (error, traceback.format_exc()))
+            answer = ("raised", (error, traceback.format_exc()))
         try:
             message = pickle.dumps(answer)
         except Exception as error:  # noqa: BLE001 - likewise
-            message = pickle.dumps((False, (TypeError(f"cannot hand back {answer!r}: {error}"), "")))
+            message = pickle.dumps(("raised", (TypeError(f"cannot hand back {answer!r}: {error}"), "")))
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(message)
         os._exit(0)
@@ -125,8 +127,10 @@ def _call_as_nobody(function: Callable[..., T], /, *arguments: Any) -> T:
         message = pipe.read()
     _, status = os.waitpid(child, 0)
     assert message, f"the child ended without an answer, status {os.waitstatus_to_exitcode(status)}"
-    good, result = pickle.loads(message)
-    if not good:
+    outcome, result = pickle.loads(message)
+    if outcome == "skipped":
+        pytest.skip(result)
+    if outcome == "raised":
         error, trace = result
         error.add_note(trace)
         raise error
