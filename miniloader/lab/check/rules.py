@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 
 from miniloader.elf.dynamic import DF_1_NOOPEN, DT_FLAGS_1, DT_RELR
-from miniloader.elf.image import Tls
 from miniloader.elf.versions import Version
 from miniloader.errors import ElfError
 from miniloader.lab.check.closure import Lack
@@ -22,15 +21,14 @@ from miniloader.lab.check.load_rule import LoadProblem, LoadRule, load_rule
 from miniloader.lab.check.releases import number_of, release_of
 from miniloader.lab.check.shared_object import SharedObject, dlopen_notes
 from miniloader.lab.check.situation import Situation, owners_of
+from miniloader.lab.check.static_blocks import StaticBlocks
 from miniloader.lab.check.where import defined_on_machine, definers, files_like, similar, uses
 from miniloader.loader.search import Machine
 from miniloader.native import gate
 
 __all__ = ["LOAD_RULES", "problems_of_load"]
 
-_SURPLUS: Final = 1664  # bytes: glibc's _dl_tls_static_surplus_init, with its tunables as they are
-_OPTIONAL: Final = 512  # bytes of it that TLS descriptors may have: rtld.optional_static_tls
-_TCB_ALIGN: Final = {"X86_64": 64}  # glibc's TCB_ALIGNMENT; for restartable sequences it is 32 at least
+_OPTIONAL: Final = 512  # bytes of glibc's surplus that TLS descriptors may have: rtld.optional_static_tls
 _MOST_EXPLAINED: Final = 20  # symbols whose uses and providers are looked for
 _MOST_DUPLICATES: Final = 100  # symbols that are told of for each pair of libraries
 _STACK_REFUSED: Final = (2, 41)  # the glibc from which on dlopen makes no stack executable
@@ -186,6 +184,12 @@ def _newest(library: SharedObject, version: str) -> str | None:
     return max(numbered)[1] if numbered else None
 
 
+def _glibc_of(situation: Situation) -> tuple[int, ...]:
+    """The version of the process's glibc; () where it has none."""
+    newest = _newest(situation.libc, "GLIBC_2") if situation.libc is not None else None
+    return number_of(newest or "")[1] or ()
+
+
 def _defines(situation: Situation, path: str, version: str) -> bool:
     try:
         return version in situation.shelf.take(path).defines
@@ -304,8 +308,7 @@ def too_recent(situation: Situation) -> Iterator[LoadProblem]:
 @load_rule("executable-stack", "warning", "Nobody asks for an executable stack.")
 def executable_stack(situation: Situation) -> Iterator[LoadProblem]:
     """PT_GNU_STACK with execute permission, or missing; from glibc 2.41 on dlopen refuses such libraries."""
-    newest = number_of(_newest(situation.libc, "GLIBC_2") or "")[1] if situation.libc is not None else None
-    refused = situation.host is not None and newest is not None and newest >= _STACK_REFUSED
+    refused = situation.host is not None and _glibc_of(situation) >= _STACK_REFUSED
     for item in situation.new:
         silent = item.image.segment("PT_GNU_STACK") is None and item.header.machine in _STACK_BY_DEFAULT
         if item.image.executable_stack or (silent and item.image.dynamic.entries):
@@ -333,12 +336,9 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
     """
     if situation.host is None:
         return  # a program's are laid out before any thread starts
-    start = list(filter(None, (item.image.tls for item in situation.host.objects)))
-    tcb_align = _TCB_ALIGN.get(situation.file.header.machine, 32)
-    align = max([tcb_align, *(tls.align for tls in start)])
-    used = _laid_out(start)
-    free, optional = -(-(used + _SURPLUS) // align) * align - used, _OPTIONAL
-    placed = set(situation.host.objects)
+    start = filter(None, (item.image.tls for item in situation.host.objects))
+    blocks = StaticBlocks.of_program(list(start), situation.file.header.machine, _glibc_of(situation))
+    placed, optional = set(situation.host.objects), _OPTIONAL
     for item in reversed(situation.new):  # who is needed is relocated first
         for owner, may_fail in _static_owners(situation, item):
             tls = owner.image.tls
@@ -348,19 +348,17 @@ def static_tls(situation: Situation) -> Iterator[LoadProblem]:
                 hint = "musl has room for it only as a program starts"
                 yield LoadProblem(name=owner.path, needed_by=item.path, hint=hint)
                 continue
-            first = tls.vaddr & (max(tls.align, 1) - 1)
-            remainder = (free - tls.memsz - first) & ~(max(tls.align, 1) - 1)
-            use = free - remainder - first
-            fits = tls.memsz + first <= free and tls.align <= align
-            if may_fail and (not fits or use > optional):
+            more = blocks.with_block(tls)
+            if may_fail and (more is None or more.used - blocks.used > optional):
                 continue
             placed.add(owner)
-            if not fits:
-                surplus = f"of glibc's surplus {free:,} are free, aligned to {align} at most"
+            if more is None:
+                surplus = f"of glibc's surplus {blocks.free:,} are free, aligned to {blocks.align} at most"
                 hint = f"{tls.memsz:,} bytes, aligned to {tls.align}; {surplus}"
                 yield LoadProblem(name=owner.path, needed_by=item.path, hint=hint)
                 continue
-            free, optional = free - use, optional - use * may_fail
+            optional -= (more.used - blocks.used) * may_fail
+            blocks = more
 
 
 def _static_owners(situation: Situation, item: SharedObject) -> Iterator[tuple[SharedObject, bool]]:
@@ -373,24 +371,6 @@ def _static_owners(situation: Situation, item: SharedObject) -> Iterator[tuple[S
             owners = owners_of(item, named, situation.scope, situation.scope.index(item))["owner"]
             for place in dict.fromkeys(owners[owners >= 0].tolist()):
                 yield situation.scope[place], may_fail
-
-
-def _laid_out(blocks: list[Tls]) -> int:
-    """Bytes that the blocks take which are there as a program starts; small ones fill gaps."""
-    offset = top = bottom = 0
-    for tls in blocks:
-        align = max(tls.align, 1)
-        first = -(tls.vaddr & (align - 1)) & (align - 1)
-        if bottom >= tls.memsz:
-            end = -(-(top + tls.memsz - first) // align) * align + first
-            if end <= bottom:
-                top = end
-                continue
-        end = -(-(offset + tls.memsz - first) // align) * align + first
-        if end > offset + tls.memsz + (bottom - top):
-            bottom, top = end - tls.memsz, offset
-        offset = end
-    return offset
 
 
 # ----------------------------------------------------------------------------------------------- paths

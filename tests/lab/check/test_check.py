@@ -181,6 +181,34 @@ def test_each_fault_is_told_and_the_verdict_is_dlopens(
     assert checked.loads == (said == "loads"), said
 
 
+@pytest.mark.parametrize(("size", "align"), [(0, 1), (3, 1), (200, 64), (100, 128)])
+def test_static_blocks_fit_where_they_do_for_dlopen(tmp_path: Path, size: int, align: int) -> None:
+    """In a program that has such a block itself, to the byte of what is over."""
+    block = (
+        f"__thread __attribute__((aligned({align}))) char block[{size}]; char *f(void) {{ return block; }}"
+    )
+    program = tmp_path / "program"
+    oracle = Path(__file__).with_name("dlopen_each.c")
+    command = ["gcc", "-O1", "-w", "-o", program, oracle, *["-xc", "-"] * bool(size)]
+    subprocess.run(command, input=block, text=True, check=True)
+    source = "__thread int first = 1; int *g(void) { return &first; }"
+    whole = compile_library(tmp_path / "whole.so", source, "-ftls-model=initial-exec").read_bytes()
+    (header,) = (at for at in range(64, 64 + 56 * 16, 56) if whole[at : at + 4] == b"\7\0\0\0")  # PT_TLS
+    paths = []
+    for length in range(1560, 1780, 6):
+        for unit in (4, 32, 64, 128):
+            data = bytearray(whole)
+            struct.pack_into("<QQ", data, header + 40, length, unit)
+            paths.append(tmp_path / f"{length}-{unit}.so")
+            paths[-1].write_bytes(data)
+    text = "".join(f"{path}\n" for path in paths)
+    told = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout
+    loads = {path for path in paths if f"{path}\tloads\n" in told}
+    assert 0 < len(loads) < len(paths)
+    checker = Checker(within=str(program))
+    assert {path for path in paths if checker.check(path).loads} == loads
+
+
 def test_each_rule_has_a_case() -> None:
     assert {rule.kind for rule in LOAD_RULES} == {*WRONG, "too-recent"}
 
