@@ -40,7 +40,7 @@ class StaticBlocks:
 
     @classmethod
     def of_program(cls, blocks: Sequence[Tls], machine: str, glibc: tuple[int, ...]) -> Self:
-        """Those of a program that starts with these ``PT_TLS``, in order, on ``machine``, with that glibc.
+        """The blocks of a program that starts with these ``PT_TLS`` on ``machine``, with that ``glibc``.
 
         >>> block = Tls(vaddr=0, filesz=0, memsz=144, align=16)
         >>> StaticBlocks.of_program([block], "X86_64", (2, 36)).free  # 1664, and what is over to 64
@@ -62,7 +62,7 @@ class StaticBlocks:
         return self.size - self.used
 
     def with_block(self, tls: Tls) -> Self | None:
-        """Another library's block, too; None where there is no room, or not of that alignment."""
+        """With the block of a library that is opened then; None where there is no such room."""
         align = max(tls.align, 1)
         first = tls.vaddr & (align - 1)
         if self.below:
