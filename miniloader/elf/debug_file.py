@@ -1,4 +1,4 @@
-"""Separate debug files: the ``.symtab`` that was stripped from a library, where the system keeps it.
+"""Separate debug files: what was stripped from a library, ``.symtab`` above all, where the system keeps it.
 
 A file says by its build-id, or by ``.gnu_debuglink``, which debug file is its own; gdb looks in the same
 places ("Debugging Information in Separate Files").  What another file says is believed only where it has the
@@ -19,10 +19,10 @@ from miniloader.elf.symbols import SymbolTable
 from miniloader.elf.symtab import read_symtab
 from miniloader.errors import ElfError, MiniloaderError
 
-__all__ = ["DEBUG_DIRECTORY", "read_all_symbols"]
+__all__ = ["DEBUG_DIRECTORY", "debug_files", "read_all_symbols"]
 
 DEBUG_DIRECTORY: Final = "/usr/lib/debug"
-_MOST_SUMMED: Final = 64 << 20  # bytes of a debug file whose checksum is made
+_MOST_SUMMED: Final = 256 << 20  # bytes of a debug file whose checksum is made
 _LONGEST_LINK: Final = 4096 + 8  # bytes of a .gnu_debuglink: a name, and the checksum
 _CHUNK: Final = 1 << 20
 
@@ -32,16 +32,19 @@ def read_all_symbols(image: ElfImage) -> SymbolTable:
     table = read_symtab(image)
     if len(table):
         return table
+    return next((symbols for symbols in map(read_symtab, debug_files(image)) if len(symbols)), table)
+
+
+def debug_files(image: ElfImage) -> Iterator[ElfImage]:
+    """The files that were split off ``image``: those of its build-id, or of the checksum in its link."""
     for path, checksum in _candidates(image):
         try:
             debug = read_image(Source.open(path))
-            if _belongs(debug, image, checksum):
-                found = read_symtab(debug)
-                if len(found):
-                    return found
+            belongs = _belongs(debug, image, checksum)
         except MiniloaderError:  # there is none, or it makes no sense
             continue
-    return table
+        if belongs:
+            yield debug
 
 
 def _candidates(image: ElfImage) -> Iterator[tuple[str, int | None]]:

@@ -1,7 +1,7 @@
 """Which line of source code machine code comes from: DWARF, in the file or in one that was split off it.
 
 The tables are read by pyelftools, in a child with a bound of time and of memory: what a file claims in them
-may take any.  Where another file has them is found as gdb does: by the build-id, or by ``.gnu_debuglink``.
+may take any.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ from __future__ import annotations
 import io
 import os
 import resource
-import struct
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, Final
 
-from miniloader.elf import ElfImage, Source
-from miniloader.elf.header import Section
-from miniloader.elf.kinds.opening import open_image
-from miniloader.errors import ElfError
+from miniloader.elf import ElfImage
+from miniloader.elf.debug_file import debug_files
 from miniloader.forking import cached_property
 from miniloader.lab.workers.child import ForkedProcess, crash_quietly
 from miniloader.values import dataclass
@@ -32,9 +27,7 @@ _MOST_ROWS: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 26
 _MOST_UNITS: Final = 1 << 16
 _LINES: Final = (".debug_line", ".zdebug_line")
-_DEBUG: Final = "/usr/lib/debug"
 _EXECUTABLE: Final = 4  # SHF_EXECINSTR
-_LINK: Final = 4096  # bytes of .gnu_debuglink
 
 
 @dataclass(frozen=True)
@@ -98,49 +91,10 @@ def debug_image(image: ElfImage) -> ElfImage | None:
     """The image that has the tables of lines: ``image`` itself, or a file that was split off it."""
     if any(section.name in _LINES and section.type != "SHT_NOBITS" for section in image.sections):
         return image
-    for path, check in _candidates(image):
-        with suppress(ElfError):
-            other = open_image(path)
-            if any(section.name in _LINES for section in other.sections) and check(other):
-                return other
-            other.source.close()
-    return None
-
-
-def _candidates(image: ElfImage) -> Iterator[tuple[str, Any]]:
-    """Files that may have been split off ``image``, and how each is told to be its own."""
-    build_id = image.build_id
-    if build_id is not None and len(build_id) > 2:
-        path = f"{_DEBUG}/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
-        yield path, lambda other: other.build_id == build_id
-    link = next((section for section in image.sections if section.name == ".gnu_debuglink"), None)
-    if link is None or link.size > _LINK:
-        return
-    try:
-        name, checksum = _debuglink(image, link)
-    except (ElfError, struct.error, ValueError):
-        return
-    directory = os.path.dirname(os.path.realpath(image.path))
-    for place in (directory, f"{directory}/.debug", f"{_DEBUG}{directory}"):
-        yield f"{place}/{name}", lambda other: _checksum(other.source) == checksum
-
-
-def _debuglink(image: ElfImage, link: Section) -> tuple[str, int]:
-    """The name of the file and the checksum of its bytes, from ``.gnu_debuglink``."""
-    data = bytes(image.source.read(link.file_offset, link.size, ".gnu_debuglink"))
-    name = os.fsdecode(data[: data.index(0)])
-    if "/" in name or not name:
-        raise ValueError("a path")
-    (checksum,) = struct.unpack_from(f"{image.header.order}I", data, (data.index(0) + 4) & ~3)
-    return name, checksum
-
-
-def _checksum(source: Source) -> int:
-    value, at = 0, 0
-    while at < source.size:
-        part = source.read(at, min(1 << 20, source.size - at), "file")
-        value, at = zlib.crc32(part, value), at + len(part)
-    return value
+    split_off = (
+        debug for debug in debug_files(image) if any(section.name in _LINES for section in debug.sections)
+    )
+    return next(split_off, None)
 
 
 # ------------------------------------------------------------------------------------------- in the child

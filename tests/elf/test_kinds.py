@@ -19,12 +19,15 @@ import pytest
 
 import miniloader
 from miniloader.elf import inspect, kind_of
+from miniloader.elf.image import ElfImage
 from miniloader.elf.kinds.archive import Archive
 from miniloader.elf.kinds.core_dump import read_core
 from miniloader.elf.kinds.linker_script import LinkerScript
 from miniloader.elf.kinds.object_file import ObjectImage, section_relocations
 from miniloader.elf.kinds.opening import open_file
 from miniloader.elf.kinds.program import kernel_calls, kernel_mappings
+from miniloader.elf.layout import PHDR
+from miniloader.elf.writer import elf_header
 from miniloader.errors import ElfError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.disassembly import disassembly_of
@@ -518,3 +521,39 @@ def test_whatever_is_wrong_is_said(
         use_of(broken) for broken in mutations(data, random.Random(kind), 25 if kind == "core" else 80)
     )
     assert len(outcomes) > 1, outcomes
+
+
+# ------------------------------------------------------------------------------ what costs nothing to claim
+def _within_two_seconds(path: Path) -> Archive | ElfImage | LinkerScript:
+    began = time.process_time()
+    opened = open_file(path)
+    if isinstance(opened, ElfImage):
+        assert read_core(opened).faults
+    assert time.process_time() - began < 2
+    return opened
+
+
+def test_notes_of_a_core_dump_that_are_claimed_again_and_again(tmp_path: Path) -> None:
+    """Each of its segments is the same two megabytes, a hole: a note in each twelve bytes of it."""
+    path = tmp_path / "core"
+    row = PHDR.packing.pack(4, 4, 1 << 22, 0, 0, (1 << 21) - 4096, 0, 4)
+    header = bytearray(elf_header(segments=60_000))
+    struct.pack_into("<H", header, 16, 4)  # ET_CORE
+    path.write_bytes(header + row * 60_000)
+    os.truncate(path, 1 << 23)
+    _within_two_seconds(path)
+
+
+def test_tables_of_long_names_without_number(tmp_path: Path) -> None:
+    """An archive has one; here are thousands, each of megabytes that take no disk."""
+    path, size, count = tmp_path / "lib.a", (1 << 21) - 64, 4000
+    header = b"//".ljust(48) + b"%-10d`\n" % size
+    with path.open("wb") as file:
+        file.write(b"!<arch>\n")
+        for number in range(count):
+            file.seek(8 + number * (size + len(header)))
+            file.write(header)
+        file.truncate(8 + count * (size + len(header)))
+    opened = _within_two_seconds(path)
+    assert isinstance(opened, Archive)
+    assert opened.members == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -123,8 +124,22 @@ def test_a_file_that_was_split_off(place: str, tmp_path: Path, capsys: pytest.Ca
     assert "lines.c:12  if (a > b)" in text
     assert cli.main(["disasm", str(path), "outer", "--no-lines"]) == 0
     assert "lines.c" not in capsys.readouterr().out
-    debug.write_bytes(debug.read_bytes() + b"x")  # another file of that name: its checksum differs
+    build_id = inspect(path).build_id
+    assert build_id is not None
+    other = bytes.fromhex(build_id)
+    debug.write_bytes(debug.read_bytes().replace(other, other[::-1]))  # another file of that name
     assert listing(path).lines is None
+
+
+def test_a_hole_in_a_file_that_was_split_off_is_not_summed(tmp_path: Path) -> None:
+    """Neither has a build-id: then the checksum says whose it is, but 64 GiB of zeros are nobody's."""
+    path = made(tmp_path, "-g", "-Wl,--build-id=none")
+    debug = split(path, tmp_path)
+    assert listing(path).lines is not None
+    os.truncate(debug, 64 << 30)
+    began = time.process_time()
+    assert listing(path).lines is None
+    assert time.process_time() - began < 2
 
 
 def test_a_library_of_the_system_whose_debugging_information_is_installed() -> None:

@@ -84,7 +84,7 @@ def _members(source: Source, thin: bool) -> Iterator[Member]:
         if start + held > source.size:
             found = f"{size} bytes at {start:#x}"
             raise ElfError(source.name, title, found, f"an end within the file of {source.size:#x} bytes")
-        if label == b"//":
+        if label == b"//" and not names:  # there is one
             names = bytes(source.read(start, min(size, _MOST_NAMES), "names of members"))
         elif not is_table:
             member = _member(source, title, label, names, start, size)

@@ -19,7 +19,8 @@ from miniloader.values import dataclass
 __all__ = ["CoreDump", "DumpedMapping", "DumpedThread", "read_core", "signal_name"]
 
 _NT_PRSTATUS, _NT_PRPSINFO, _NT_SIGINFO, _NT_FILE = 1, 3, 0x53494749, 0x46494C45
-_MOST_NOTES: Final = 1 << 28  # bytes: some thousand for each thread
+_MOST_BYTES: Final = 1 << 28  # of notes: some thousand for each thread
+_MOST_NOTES: Final = 1 << 17  # four for each thread
 _CORE: Final = b"CORE\0"
 
 
@@ -103,19 +104,23 @@ def read_core(image: ElfImage) -> CoreDump:
 
 def _notes(image: ElfImage, faults: list[ElfError]) -> Iterator[tuple[int, bytes]]:
     """Type and description of each note that the kernel calls CORE."""
-    room = _MOST_NOTES
+    room, count = _MOST_BYTES, 0
     for segment in image.segments:
         if segment.type != "PT_NOTE":
             continue
         room -= segment.filesz
         try:
             if room < 0:
-                raise ElfError(image.path, "PT_NOTE", "more bytes", f"at most {_MOST_NOTES:#x} of notes")
+                raise ElfError(image.path, "PT_NOTE", "more bytes", f"at most {_MOST_BYTES:#x} of notes")
             data = image.source.read(segment.file_offset, segment.filesz, "PT_NOTE")
         except ElfError as error:
             faults.append(error)
             continue
         for name, kind, description in numbered_notes(data, image.header.order, 4):
+            count += 1
+            if count > _MOST_NOTES:  # a hole is a note in each twelve bytes
+                faults.append(ElfError(image.path, "PT_NOTE", "more notes", f"at most {_MOST_NOTES}"))
+                return
             if name == _CORE:
                 yield kind, bytes(description)
 
