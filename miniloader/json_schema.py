@@ -6,6 +6,8 @@ the shape.  Addresses, offsets and sizes are integers; a name that a file or a p
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "by_name",
     "either",
     "keys",
+    "misfit",
     "nullable",
     "record",
     "words",
@@ -81,6 +84,61 @@ def nullable(schema: Schema) -> Schema:
 def either(*schemas: Schema) -> Schema:
     """One of several shapes."""
     return {"anyOf": [*schemas]}
+
+
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "array": (list, tuple),
+    "object": (dict,),
+}
+_MOST: Final = 1 << 64  # no count, address or time is larger
+_SHOWN: Final = 60  # characters
+
+
+def misfit(value: Any, schema: Schema, place: str = "") -> str | None:
+    """Where ``value``, as JSON has it (or with tuples), has another shape, and what is there; None: nowhere.
+
+    Keys that an object lacks, or has besides, are not looked at: another version may have others.
+
+    >>> misfit({"pid": [1, "2"]}, record({"pid": array(COUNT)}))
+    "pid[1]: found '2'"
+    >>> misfit({"pid": None}, record(keys(nullable(COUNT), "pid rss")))
+    """
+    if "anyOf" in schema:
+        misfits = [misfit(value, shape, place) for shape in schema["anyOf"]]
+        return None if None in misfits else misfits[0]
+    if not _fits(value, schema):
+        return f"{place or 'all'}: found {repr(value)[:_SHOWN]}"
+    return next((found for parts in _parts(value, schema, place) if (found := misfit(*parts))), None)
+
+
+def _fits(value: Any, schema: Schema) -> bool:
+    """Whether a value is such a one, whatever is in it."""
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema["type"]
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        return False
+    if kind in ("integer", "number"):
+        return bool(schema.get("minimum", -_MOST) <= value <= schema.get("maximum", _MOST))
+    return kind != "string" or re.search(str(schema.get("pattern", "")), str(value)) is not None
+
+
+def _parts(value: Any, schema: Schema, place: str) -> Iterator[tuple[Any, Schema, str]]:
+    """What is in a list or an object, each with its shape and its place."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield item, schema["items"], f"{place}[{index}]"
+    elif isinstance(value, dict):
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties")
+        for key, item in value.items():
+            shape = properties.get(key, others)
+            if shape:
+                yield item, shape, f"{place}.{key}".lstrip(".")
 
 
 def words(text: str) -> Schema:

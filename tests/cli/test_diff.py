@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import miniloader
 from fixtures import build
+from miniloader import cli
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -61,6 +65,39 @@ def test_what_is_no_audit(tmp_path: Path, text: str) -> None:
     assert "no audit" in done.stderr
     assert not any(word in done.stderr for word in ("codec", "column", "recursion"))
     assert len(done.stderr.splitlines()) <= 2
+
+
+#: What no audit has anywhere, or not where it is put.
+_ODD: list[Any] = [None, True, -1, 0.5, 10**400, float("inf"), "\ud800", [], {}, [[]], {"a": 1}, "x" * 9]
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each list or object within ``value`` with a key of it; of long lists the first items."""
+    for key in value if isinstance(value, dict) else range(min(len(value), 3)):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from _places(value[key])
+
+
+def test_whatever_is_in_the_place_of_a_value_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not of the shape that `audit --json` has is refused, wherever it is."""
+    saved, odd, chance = tmp_path / "audit.json", tmp_path / "odd.json", random.Random(22)
+    miniloader.audit([os.getpid()], library="libc.so.6").save(saved)
+    value = json.loads(saved.read_text())
+    places, refused = [*_places(value)], 0
+    for parent, key in chance.sample(places, min(120, len(places))):
+        kept, parent[key] = parent[key], chance.choice(_ODD)
+        odd.write_text(json.dumps(value))
+        parent[key] = kept
+        status = cli.main(["diff", *map(str, chance.sample((saved, odd), 2))])
+        error = capsys.readouterr().err
+        assert status in (0, 2), error
+        assert "a fault of" not in error
+        assert error.count("\n") == (status == 2)
+        refused += status == 2
+    assert refused > 60
 
 
 def test_a_hole_in_a_saved_audit_is_not_read_whole(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import read_text, write_whole
@@ -14,11 +14,13 @@ from miniloader.json_schema import (
     BOOL,
     COUNT,
     HEX,
+    INT,
     NUMBER,
     TEXT,
     array,
     by_name,
     keys,
+    misfit,
     nullable,
     record,
 )  # fmt: skip
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _FORMAT = "miniloader audit 1"
+_LAST: Final = 253_402_300_799  # the last second of the year 9999
 
 
 @dataclass(frozen=True)
@@ -286,8 +289,9 @@ class Audit(Showing):
         try:
             if value["format"] != _FORMAT:
                 raise UsageError(f"no audit: found format {value['format']!r}, expected {_FORMAT!r}")
-            if value["level"] not in get_args(LevelName):
-                raise UsageError(f"no audit: found level {value['level']!r}, expected {get_args(LevelName)}")
+            wrong = misfit(value, record(AUDIT_KEYS))
+            if wrong is not None:
+                raise UsageError(f"no audit as --save or --json writes it: {wrong}")
             return cls(
                 level=value["level"],
                 when=value["when"],
@@ -351,8 +355,6 @@ def _library(value: Mapping[str, Any]) -> AuditedLibrary:
 
 def _page(value: Mapping[str, Any]) -> PrivatePage:
     fields = dict(value)
-    if not isinstance(fields["vaddr"], int):
-        raise TypeError(f"found vaddr {fields['vaddr']!r}, expected a number")
     for name in ("symbols", "written", "causes", "pids", "common"):
         fields[name] = tuple(value.get(name, ()) if name == "common" else value[name])  # older ones lack it
     fields["groups"] = tuple(tuple(group) for group in value["groups"])
@@ -374,7 +376,8 @@ _LIBRARY: Final = record(
 )  # fmt: skip
 
 AUDIT_KEYS: Final = {
-    "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER, "page_size": COUNT, "explained": BOOL,
+    "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER | {"minimum": 0, "maximum": _LAST},
+    "page_size": INT | {"minimum": 1}, "explained": BOOL,
     "processes": array(record(
         keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
         keys(TEXT, "name user command cgroup"),
