@@ -13,10 +13,10 @@ import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
-from miniloader.values import dataclass, replace
 
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
@@ -24,8 +24,7 @@ _DELETED = b" (deleted)"
 _LINE = rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$"
 
 
-@dataclass(frozen=True)
-class Vma:
+class Vma(NamedTuple):
     """One virtual memory area: a line of ``maps``.
 
     ``start`` and ``end`` are addresses (the end is exclusive), ``file_offset`` is in bytes;
@@ -55,7 +54,7 @@ class Vma:
         """Whether a file is behind it (anonymous memory and the kernel's own areas have inode 0)."""
         return self.inode != 0
 
-    def __contains__(self, address: int) -> bool:
+    def __contains__(self, address: int) -> bool:  # type: ignore[override]  # it is a range, not what it is of
         return self.start <= address < self.end
 
 
@@ -76,7 +75,7 @@ def _line() -> re.Pattern[bytes]:
 
 
 def _vma(start: bytes, end: bytes, rest: bytes) -> Vma:
-    return Vma(int(start, 16), int(end, 16), *_rest(rest))
+    return Vma._make((int(start, 16), int(end, 16), *_rest(rest)))
 
 
 @lru_cache(maxsize=4096)
@@ -111,9 +110,9 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
 def as_named(vma: Vma) -> Vma:
     """``vma`` with the name that its file really has, where the kernel's could be read in two ways."""
     if vma.deleted and _is_named(vma, vma.path + os.fsdecode(_DELETED)):
-        return replace(vma, path=vma.path + os.fsdecode(_DELETED), deleted=False)
+        return vma._replace(path=vma.path + os.fsdecode(_DELETED), deleted=False)
     if "\n" in vma.path and _is_named(vma, vma.path.replace("\n", r"\012")):
-        return replace(vma, path=vma.path.replace("\n", r"\012"))
+        return vma._replace(path=vma.path.replace("\n", r"\012"))
     return vma
 
 
@@ -143,8 +142,7 @@ def within(vmas: Iterable[Vma], start: int, end: int) -> tuple[Vma, ...]:
     so an area may begin before a library or go on after it.
     """
     return tuple(
-        replace(
-            vma,
+        vma._replace(
             start=max(vma.start, start),
             end=min(vma.end, end),
             file_offset=vma.file_offset + max(start - vma.start, 0) if vma.is_file else 0,

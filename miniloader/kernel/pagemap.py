@@ -141,6 +141,11 @@ class PageMap:
         if start % PAGE_SIZE or end % PAGE_SIZE or not 0 <= start <= end:
             raise UsageError(f"pages {start:#x}-{end:#x}: expected a page-aligned range")
         words = np.empty((end - start) // PAGE_SIZE, dtype=np.uint64)
+        self.read_into(words, start)
+        return words
+
+    def read_into(self, words: NDArray[np.uint64], start: int) -> None:
+        """Fill ``words`` with those of the pages from address ``start`` on; raises as :meth:`read`."""
         view = words.view(np.uint8).data
         where = start // PAGE_SIZE * _WORD
         done = 0
@@ -151,7 +156,6 @@ class PageMap:
                 words[done // _WORD :] = 0
                 break
             done += count
-        return words
 
     def table(self, start: int, end: int) -> PageTable:
         """The words of [``start``, ``end``), with their address and their meaning; raises as :meth:`read`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
@@ -112,7 +113,7 @@ def _by_kind(mappings: Iterable[AuditedMapping], column: str) -> dict[str, int]:
     """The bytes in a column of all mappings and processes by kind, the most first; no kind that has none."""
     sums: dict[str, int] = {}
     for mapping in mappings:
-        number = sum(getattr(process, column) for process in mapping.processes)
+        number = sum(map(attrgetter(column), mapping.processes))
         sums[mapping.kind] = sums.get(mapping.kind, 0) + number
     return {kind: number for kind, number in sorted(sums.items(), key=lambda item: -item[1]) if number}
 

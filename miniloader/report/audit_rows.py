@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
@@ -32,7 +33,7 @@ def mapping_rows(mappings: Sequence[AuditedMapping]) -> Table:
     shown = []
     for kind, name, together in rows:
         processes = [process for mapping in together for process in mapping.processes]
-        sums = {column: sum(getattr(process, column) for process in processes) for column in _BYTES}
+        sums = {column: sum(map(attrgetter(column), processes)) for column in _BYTES}
         pss = [process.pss for process in processes]
         if any(sums.values()):
             shown.append((sums, [
@@ -99,13 +100,10 @@ def library_rows(audit: Audit, before: Audit | None = None) -> Table:
         cells: list[Piece] = [
             (printable(library.name) + several, "yellow") if several else printable(library.name),
             f"{len({process.pid for process in library.processes}):,}",
-            *(f"{sum(getattr(process, field) for process in library.processes):,}" for field in COUNTED[:3]),
+            *(f"{sum(map(attrgetter(field), library.processes)):,}" for field in COUNTED[:3]),
             f"{library.common:,}",
             f"{library.private - library.common:,}",
-            *(
-                f"{sum(getattr(process, field) for process in library.processes):,}"
-                for field in ("bss", *swapped)
-            ),
+            *(f"{sum(map(attrgetter(field), library.processes)):,}" for field in ("bss", *swapped)),
             size(library.frames * audit.page_size if library.takes is None else library.takes),
             size(library.present * audit.page_size),
         ]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone
+from miniloader.forking import importing
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import KPF, distinct, frame_flags, has_merged, marks_merged
 from miniloader.kernel.probe import level_for
@@ -25,10 +26,9 @@ from miniloader.lab.audit.library import libraries_of, occurrences_of
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import mappings_over, pss_by_frames
 from miniloader.lab.audit.result import Audit, AuditedProcess, Unreadable
-from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.sparing import sparing
 from miniloader.lab.audit.survey import Memo, Survey, survey
-from miniloader.lab.erosion.erode import erosion
+from miniloader.lab.erosion.result import Erosion
 from miniloader.lab.workers.fork_map import share_out
 from miniloader.lab.workers.patient import Blocked, PatientCalls
 
@@ -127,8 +127,20 @@ def _assembled(
         mappings=mappings_over(
             process.mappings.rows(process.pid, pss[process.pid][1]) for process in distinct_memory
         ),
-        erosion=erosion(distinct_memory, merged, contents=causes) if level == "frames" else None,
+        erosion=_eroded(distinct_memory, merged, contents=causes) if level == "frames" else None,
     )
+
+
+def _eroded(
+    surveys: Sequence[Survey], merged: NDArray[np.uint64] | None, *, contents: bool
+) -> tuple[Erosion, ...]:
+    """What relatives have no longer in common; who has none is spared the import of what looks for it."""
+    if len({process.known.stack for process in surveys}) == len(surveys):
+        return ()
+    with importing:
+        from miniloader.lab.erosion.erode import erosion
+
+    return erosion(surveys, merged, contents=contents)
 
 
 def jobs_for(pids: Collection[int]) -> int:
@@ -176,6 +188,9 @@ def _unreadable(pid: int, error: Exception) -> Unreadable:
 def _wanted(library: str | None) -> Callable[[Identity], bool]:
     if library is None:
         return lambda _: True
+    with importing:
+        from miniloader.lab.audit.select import matches
+
     return lambda file: matches(library, file.path, file.path.rpartition("/")[2])
 
 

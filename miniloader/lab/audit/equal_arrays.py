@@ -24,5 +24,6 @@ class EqualArrays:
 
     def first(self, array: _Array) -> _Array:
         """The first array that is equal to ``array``, of the same type and shape: most often itself."""
-        known: _Array = self._arrays.setdefault((array.dtype, array.shape, hash(array.tobytes())), array)
-        return known if known is array or np.array_equal(known, array) else array
+        held = array.tobytes()
+        known: _Array = self._arrays.setdefault((array.dtype.char, array.shape, hash(held)), array)
+        return known if known is array or known.tobytes() == held else array

@@ -27,10 +27,9 @@ from miniloader.lab.audit.process_pages import Pages
 from miniloader.machine.stub_code import jumps_to
 from miniloader.native import LOOPS_SONAME, STAND_INS
 
-__all__ = ["CHANGED", "NOT_WRITABLE", "SWAPPED_OUT", "explain", "space_of", "stand_ins_in"]
+__all__ = ["CHANGED", "NOT_WRITABLE", "explain", "space_of", "stand_ins_in"]
 
 CHANGED: Final = "changed while we looked"
-SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 NOT_WRITABLE: Final = (
     "not writable: a debugger's breakpoint, a uprobe, or the program had changed the protection"
 )

@@ -13,10 +13,11 @@ from miniloader.kernel.maps import Vma
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangement
 from miniloader.lab.audit.mapped_files import MappedFile
-from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_rows, rows_of
+from miniloader.lab.audit.process_pages import Narrow, PageColumns, Pages, Rows, count_rows, rows_of
 
-__all__ = ["FileInProcess", "files_in_process", "image_end"]
+__all__ = ["SWAPPED_OUT", "FileInProcess", "files_in_process", "image_end"]
 
+SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _NO_VADDRS: Final = np.empty(0, np.uint64)
 _NO_CAUSES: Final = np.empty(0, np.uint8)
 _NOTHING_WRITTEN: Final = np.empty((0, 3), np.int32)
@@ -88,16 +89,14 @@ class FileInProcess:
         return ~self.copies.exclusive[self.copied]
 
     @property
-    def several_frames(self) -> NDArray[np.uint64]:
+    def several_frames(self) -> Narrow:
         """The frames of the copied pages that are mapped elsewhere, too."""
-        if not self.copies.any_several:
-            return _NO_VADDRS
-        return self.frames[self.is_common]
+        return self.copies.several(self.copied) if self.copies.any_several else _NO_VADDRS
 
     @property
-    def file_frames(self) -> NDArray[np.uint64]:
+    def file_frames(self) -> Narrow:
         """The frames of the pages that are the file's own; 0 where they are hidden."""
-        return self.originals.frames_at(self.own)
+        return self.originals.numbers[self.own]
 
     @property
     def own_offsets(self) -> NDArray[np.uint64]:

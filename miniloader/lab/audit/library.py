@@ -6,7 +6,7 @@ Files are one library where they have the same build-id and segments, or a frame
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -21,9 +21,9 @@ from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.equal_arrays import EqualArrays
-from miniloader.lab.audit.explain import SWAPPED_OUT
-from miniloader.lab.audit.file_in_process import FileInProcess
+from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess
 from miniloader.lab.audit.mapped_files import MappedFile
+from miniloader.lab.audit.process_pages import Narrow
 from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivatePage
 from miniloader.lab.audit.survey import Survey
 from miniloader.values import dataclass
@@ -47,7 +47,7 @@ class Occurrence:
 
     pid: int
     placed: FileInProcess
-    frames: NDArray[np.uint64]
+    frames: Narrow
     pss: int | None
 
     @property
@@ -60,12 +60,12 @@ def occurrences_of(
     surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]
 ) -> list[list[Occurrence]]:
     """The files of each process; ``pss`` is, for each process, that of each of its mappings in bytes."""
-    arrays, occurrences = dict[int, EqualArrays](), []
+    arrays, occurrences = defaultdict[int, EqualArrays](EqualArrays), []
     for process, pss_of in zip(surveys, pss, strict=True):
         of_process = list[Occurrence]()
         by_mapping = None if pss_of is None else pss_of.tolist()
         for placed in process.files:
-            frames = arrays.setdefault(placed.file.number, EqualArrays()).first(placed.file_frames)
+            frames = arrays[placed.file.number].first(placed.file_frames)
             takes = (
                 None if by_mapping is None else round(sum([by_mapping[index] for index in placed.mappings]))
             )
@@ -94,7 +94,7 @@ def _order(library: AuditedLibrary) -> tuple[int, int, int, str]:
     return -library.own, -library.private, -library.present, library.path
 
 
-def _distinct(arrays: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+def _distinct(arrays: Iterable[Narrow]) -> NDArray[np.uint64]:
     """The different values in all arrays, sorted."""
     return distinct(np.concatenate([np.empty(0, np.uint64), *arrays]))
 

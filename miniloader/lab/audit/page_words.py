@@ -17,8 +17,8 @@ from miniloader.json_schema import COUNT, HEX, INT, TEXT, array, keys, nullable,
 from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.explain import CHANGED, SWAPPED_OUT, space_of
-from miniloader.lab.audit.file_in_process import FileInProcess
+from miniloader.lab.audit.explain import CHANGED, space_of
+from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess
 from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import Memo, locate
 from miniloader.values import dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from miniloader.elf import LoadPlan, inspect
@@ -68,8 +67,7 @@ class PreparedPages:
         own = next((image for image in vmas if image.is_file and image.start == start), None)
         if own is None or mapping is None or own.inode != cached.inode:
             return None
-        return replace(
-            vma,
+        return vma._replace(
             file_offset=mapping.file_offset + vaddr - mapping.start,
             device=own.device,
             inode=own.inode,

@@ -21,18 +21,23 @@ from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
 from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.values import dataclass
 
-__all__ = ["PageColumns", "Pages", "Rows", "count_rows", "count_set", "rows_of"]
+__all__ = ["Narrow", "PageColumns", "Pages", "Rows", "count_rows", "count_set", "rows_of"]
 
 #: Which rows of an array: most often one after another.
 Rows = slice | NDArray[np.intp]
 
 #: Numbers that are not larger than they must be.
-_Narrow = NDArray[np.unsignedinteger[Any]]
+Narrow = NDArray[np.unsignedinteger[Any]]
 
 #: For each page whether it is the page of zeros; for each mapping how many pages are huge, and zeros besides.
 _Zeros = tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]
 
 _SETTLED: Final = PRESENT | SWAPPED | GUARD | FILE | FRAME
+_SHIFT: Final = np.uint64(PAGE_SIZE.bit_length() - 1)  # from an address to the number of its page
+_BITS: Final = np.uint64(56)  # all that is asked of most entries is above: in a byte it takes an eighth
+_EXCLUSIVE, _GUARD, _FILE, _SWAPPED, _PRESENT = (
+    np.uint8(bit >> _BITS) for bit in (EXCLUSIVE, GUARD, FILE, SWAPPED, PRESENT)
+)
 _HUGE: Final = 2 << 20  # bytes; the pages of hugetlbfs are no smaller
 _LARGE: Final = 4 << 20  # bytes; of a larger mapping only what is populated is read
 _GAP: Final = 1 << 20  # bytes without pages that are read all the same
@@ -63,60 +68,62 @@ class Pages:
         # What is neither in memory nor swapped out has no more to tell: most of what is mapped.
         self._places = np.flatnonzero(entries >= SWAPPED)
         self.entries = entries[self._places]
-        ends = np.cumsum((end - start) // np.uint64(PAGE_SIZE)).astype(np.int64)
+        last, begins = end >> _SHIFT, _addresses(vmas)
+        ends = np.cumsum(last - (start >> _SHIFT)).view(np.int64)
         populated = np.diff(np.searchsorted(self._places, ends), prepend=0)
         self.vma = np.repeat(index.astype(np.int64), populated)
-        # Of each range the address of a place 0, were it that long: one sum gives all addresses.
-        zeroth = end - ends.astype(np.uint64) * np.uint64(PAGE_SIZE)
-        self.addresses = self._places.astype(np.uint64) * np.uint64(PAGE_SIZE)
-        self.addresses += np.repeat(zeroth, populated)
-        self._begins = np.array([vma.start for vma in vmas], np.uint64)
-        self._offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
-        present, file = self.entries >= PRESENT, (self.entries & FILE).astype(np.bool_)
+        # Of each range the page of a place 0, were it that long: one sum gives the pages of all places.
+        pages = self._places.view(np.uint64) + np.repeat(last - ends.view(np.uint64), populated)
+        self.addresses = pages << _SHIFT
         zeros = self._scanned(vmas, frames=frames) or self._without_scan(vmas, frames=frames)
         self.zero, self.huge_in, self.zeros_among = zeros
+        bits = (self.entries >> _BITS).astype(np.uint8)
+        present, bounds = bits >= _PRESENT, np.searchsorted(self.vma, np.arange(len(vmas) + 1))
         self.counted = present & ~self.zero
-        counted = np.array([vma.path not in NOT_PAGES for vma in vmas])
+        outside = [index for index, vma in enumerate(vmas) if vma.path in NOT_PAGES]
         reserved = self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])
-        counted[reserved] = False
-        self.counted &= counted[self.vma]
         self.hugetlb_in = np.zeros(len(vmas), np.int64)
-        self.hugetlb_in[reserved] = np.bincount(self.vma[present], minlength=len(vmas))[reserved]
+        for left_out in (*outside, *reserved):
+            rows = slice(bounds[left_out], bounds[left_out + 1])
+            self.hugetlb_in[left_out] = count_set(present[rows]) if left_out in reserved else 0
+            self.counted[rows] = False
         self.huge_in[reserved] = 0
-        self.own = self.counted & file
+        self.own = self.counted & (bits & _FILE).astype(np.bool_)
         self.copied = self.counted ^ self.own
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
-        self.swapped = (self.entries & (SWAPPED | GUARD | FILE)) == SWAPPED
+        self.swapped = (bits & (_SWAPPED | _GUARD | _FILE)) == _SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
-        frame = FRAME if frames else np.uint64(0)
+        offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
+        places = _narrow(pages - np.repeat(begins >> _SHIFT, np.diff(bounds)))
+        numbers = _narrow(self.entries & (FRAME if frames else np.uint64(0)))
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
-        self.copies, self.originals = self._columns(copied, frame), self._columns(own, frame)
-        self.writable = self.originals.rows([index for index, vma in enumerate(vmas) if _is_writable(vma)])
-        nameless = np.array([not vma.inode for vma in vmas])
-        self.anonymous = self.copies.addresses[nameless[self.vma[copied]]]
-
-    def _columns(self, rows: NDArray[np.intp], frame: np.uint64) -> PageColumns:
-        entries, vma, once = self.entries[rows], self.vma[rows], self._arrays.first
-        places = (self.addresses[rows] - self._begins[vma]) // np.uint64(PAGE_SIZE)
-        return PageColumns(
-            places=once(_narrow(places)),
-            numbers=once(_narrow(entries & frame)),
-            exclusive=once((entries & EXCLUSIVE).astype(np.bool_)),
-            starts=once(np.searchsorted(vma, np.arange(len(self._begins) + 1))),
-            begins=self._begins,
-            offsets=self._offsets,
+        once, exclusive = self._arrays.first, (bits & _EXCLUSIVE).astype(np.bool_)
+        self.copies, self.originals = (
+            PageColumns(
+                places=once(places[rows]),
+                numbers=once(numbers[rows]),
+                exclusive=once(exclusive[rows]),
+                starts=once(np.searchsorted(rows, bounds)),
+                begins=begins,
+                offsets=offsets,
+            )
+            for rows in (copied, own)
         )
+        self.writable = self.originals.rows([index for index, vma in enumerate(vmas) if _is_writable(vma)])
+        nameless = np.repeat([not vma.inode for vma in vmas], np.diff(self.copies.starts))
+        self.anonymous = self.addresses[copied[nameless]]
 
     def _read(self) -> NDArray[np.uint64]:
         """The entries of all ranges; those that touch are read at once."""
-        found, start, end = [], 0, 0
-        for _, first, last in self._ranges:
+        entries = np.empty(sum([end - start for _, start, end in self._ranges]) // PAGE_SIZE, np.uint64)
+        place = start = end = 0
+        for _, first, last in (*self._ranges, (0, -1, 0)):
             if first != end:
-                found.append(self._pagemap.read(start, end))
-                start = first
+                pages = (end - start) // PAGE_SIZE
+                self._pagemap.read_into(entries[place : place + pages], start)
+                start, place = first, place + pages
             end = last
-        found.append(self._pagemap.read(start, end))
-        return np.concatenate(found)
+        return entries
 
     def changed(self) -> NDArray[np.bool_]:
         """Which page table entries are not what they were when the pages were read."""
@@ -195,8 +202,8 @@ class PageColumns:
     be reckoned with is made of that when it is asked for.
     """
 
-    places: _Narrow
-    numbers: _Narrow
+    places: Narrow
+    numbers: Narrow
     exclusive: NDArray[np.bool_]
     starts: NDArray[np.int64]
     begins: NDArray[np.uint64]
@@ -239,7 +246,7 @@ class PageColumns:
         """The rows of the mappings ``indices``, which ascend and most often follow one another."""
         return rows_of(indices, self.starts)
 
-    @property
+    @cached_property
     def number_alone(self) -> NDArray[np.int64]:
         """How many pages of each mapping are mapped nowhere else."""
         before = np.zeros(len(self.exclusive) + 1, np.int64)
@@ -251,13 +258,12 @@ class PageColumns:
         """Whether any of the pages is mapped more than once."""
         return not bool(self.exclusive.all())
 
-    @property
-    def several(self) -> NDArray[np.uint64]:
-        """The frames of the pages that are mapped more than once."""
-        return self.frames_at(np.flatnonzero(~self.exclusive))
+    def several(self, rows: Rows = slice(None)) -> Narrow:
+        """The frames of those of the pages in these rows that are mapped more than once."""
+        return self.numbers[rows][~self.exclusive[rows]]
 
 
-def _narrow(values: NDArray[np.uint64]) -> _Narrow:
+def _narrow(values: NDArray[np.uint64]) -> Narrow:
     """The values in four bytes each, where all fit: places below 16 TiB, and frames."""
     fits = not len(values) or int(values.max()) >> 32 == 0
     return values.astype(np.uint32) if fits else values
@@ -293,6 +299,11 @@ def count_set(mask: NDArray[np.bool_]) -> int:
     2
     """
     return int(np.count_nonzero(mask))
+
+
+def _addresses(vmas: Sequence[Vma]) -> NDArray[np.uint64]:
+    """Where each of the mappings begins."""
+    return np.array([vma.start for vma in vmas], np.uint64)
 
 
 def _is_writable(vma: Vma) -> bool:

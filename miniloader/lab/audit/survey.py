@@ -7,28 +7,30 @@ after everything else; a copied page whose entry differs is ``unknown``, as "cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone
 from miniloader.evidence.layout import Layouts
+from miniloader.forking import importing
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
 from miniloader.lab.audit.equal_arrays import EqualArrays
-from miniloader.lab.audit.explain import explain
 from miniloader.lab.audit.explained import Explained
 from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process, image_end
 from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
 from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_set
-from miniloader.lab.erosion.arenas import free_in_arenas
-from miniloader.lab.erosion.interpreter import Interpreter, interpreter_in
 from miniloader.values import dataclass
+
+if TYPE_CHECKING:
+    from miniloader.lab.erosion.interpreter import Interpreter
 
 __all__ = ["Memo", "Survey", "locate", "mappings_in", "survey"]
 
@@ -114,17 +116,35 @@ def survey(
         vmas, pages, files = locate(pid, pagemap, memo, frames=frames)
         _check_program(pid, vmas, known.stack)
         chosen = [placed for placed in files if wanted(placed.file.identity)]
+        interpreter = arenas_free = None
         if causes:
-            explain(pid, memo.files, memo.layouts, memo.explained, vmas, pages, files, chosen)
-            for placed in chosen:
-                placed.causes = memo.arrays.first(placed.causes)
-                placed.written = memo.arrays.first(placed.written)
-        arenas_free = free_in_arenas(pid, pages.copies) if causes else None
+            interpreter, arenas_free = _causes(pid, memo, vmas, pages, files, chosen)
         pagemap.read(vmas[0].start, vmas[0].start + PAGE_SIZE)  # raises, when it has ended meanwhile
         mappings = mappings_in(pid, vmas, pages, files, memo)
         pss = None if frames else _told_pss(pid, vmas)
-        interpreter = _interpreter(files) if causes else None
         return _summed(known, pages, tuple(chosen), mappings, pss, interpreter, arenas_free)
+
+
+def _causes(
+    pid: int,
+    memo: Memo,
+    vmas: Sequence[Vma],
+    pages: Pages,
+    files: list[FileInProcess],
+    chosen: list[FileInProcess],
+) -> tuple[Interpreter | None, int | None]:
+    """Explain the copies of the files ``chosen``; which CPython runs, and what arenas of malloc hold free."""
+    with importing:  # what an audit that only counts does without
+        from miniloader.lab.audit.explain import explain
+        from miniloader.lab.erosion.arenas import free_in_arenas
+        from miniloader.lab.erosion.interpreter import interpreter_in
+
+    explain(pid, memo.files, memo.layouts, memo.explained, vmas, pages, files, chosen)
+    for placed in chosen:
+        placed.causes = memo.arrays.first(placed.causes)
+        placed.written = memo.arrays.first(placed.written)
+    located = ((placed.file.identity.path, placed.base, placed.file.facts) for placed in files)
+    return interpreter_in(located), free_in_arenas(pid, pages.copies)
 
 
 def locate(
@@ -197,10 +217,6 @@ def _summed(
         interpreter=interpreter,
         arenas_free=arenas_free,
     )
-
-
-def _interpreter(files: Iterable[FileInProcess]) -> Interpreter | None:
-    return interpreter_in((placed.file.identity.path, placed.base, placed.file.facts) for placed in files)
 
 
 def _check_program(pid: int, vmas: Sequence[Vma], stack: int) -> None:

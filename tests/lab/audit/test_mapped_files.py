@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import subprocess
@@ -131,7 +130,7 @@ def test_an_overlay_s_file_is_found_without_privilege(
         assert library is not None
         mine = next(vma for vma in read_maps() if vma.path == str(merged))
         below = os.stat(path).st_dev
-        vma = dataclasses.replace(mine, device=(os.major(below), os.minor(below)), inode=inode)
+        vma = mine._replace(device=(os.major(below), os.minor(below)), inode=inode)
         with before_6_7():
             return MappedFiles().of(os.getpid(), vma).facts is not None
 
