@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from miniloader.kernel.procfs import read_process_file
@@ -92,4 +93,7 @@ def parse_control_groups(text: str) -> ControlGroups:
 
 def read_control_groups(pid: int) -> ControlGroups:
     """The control groups of process ``pid``; raises ProcessGone, EvidenceError where there are none."""
-    return parse_control_groups(os.fsdecode(read_process_file(pid, "cgroup")))
+    return _parsed(os.fsdecode(read_process_file(pid, "cgroup")))
+
+
+_parsed = lru_cache(maxsize=64)(parse_control_groups)  # many processes are in one group

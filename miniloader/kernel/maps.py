@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
@@ -21,7 +21,7 @@ from miniloader.kernel.procfs import read_process_file
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
-_LINE = rb"^([0-9a-f]+)-([0-9a-f]+) ([rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?)$"
+_REST = rb"[rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?"
 
 
 class Vma(NamedTuple):
@@ -63,24 +63,27 @@ def parse_vma(line: bytes) -> Vma:
 
     Raises EvidenceError for a line that is not one.
     """
-    match = _line().fullmatch(line)
-    if match is None:
-        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
-    return _vma(*match.groups())
+    span, _, rest = line.partition(b" ")
+    start, _, end = span.partition(b"-")
+    try:
+        return _as_vma((int(start, 16), int(end, 16), *_rest(rest)))
+    except ValueError:
+        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping") from None
+
+
+_as_vma: Final[Callable[[Iterable[object]], Vma]] = partial(tuple.__new__, Vma)  # Vma._make counts them, too
 
 
 @lru_cache(maxsize=1)
-def _line() -> re.Pattern[bytes]:
-    return re.compile(_LINE, re.MULTILINE)  # when it is needed: it takes as long as importing this module
-
-
-def _vma(start: bytes, end: bytes, rest: bytes) -> Vma:
-    return Vma._make((int(start, 16), int(end, 16), *_rest(rest)))
+def _behind() -> re.Pattern[bytes]:
+    return re.compile(_REST)  # when it is needed: it takes as long as importing this module
 
 
 @lru_cache(maxsize=4096)
 def _rest(text: bytes) -> tuple[str, bool, int, tuple[int, int], int, str, bool]:
     """What a line says behind the addresses: of the same few files in processes of one program."""
+    if not _behind().fullmatch(text):
+        raise ValueError(text)
     access, offset, device, inode, *rest = text.split(None, 4)
     major, minor = (int(part, 16) for part in device.split(b":"))
     name = rest[0] if rest else b""
@@ -96,14 +99,9 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
     EvidenceError where it may not be read.
     """
-    text = read_process_file(pid, "maps")
-    rows = _line().findall(text)
-    if len(rows) != text.count(b"\n"):
-        for line in text.split(b"\n"):
-            parse_vma(line)  # raises at the one that is none
+    vmas = [parse_vma(line) for line in read_process_file(pid, "maps").removesuffix(b"\n").split(b"\n")]
     if start > 0 or end < 1 << 64:
-        rows = [row for row in rows if int(row[0], 16) < end and start < int(row[1], 16)]
-    vmas = [_vma(*row) for row in rows]
+        vmas = [vma for vma in vmas if vma.start < end and start < vma.end]
     return tuple([as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas])
 
 

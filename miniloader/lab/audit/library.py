@@ -159,21 +159,13 @@ def _library(
 
 def _in_process(occurrence: Occurrence, merged: NDArray[np.uint64] | None) -> LibraryProcess:
     placed, several = occurrence.placed, occurrence.placed.several_frames
+    shared, private, bss, swapped = placed.shared, placed.private, placed.bss_vaddrs, placed.swapped_vaddrs
     by_ksm = int(np.isin(several, merged).sum()) if merged is not None and len(merged) else 0
-    return LibraryProcess(
-        pid=occurrence.pid,
-        base=placed.base % 2**64,
-        mapped=placed.mapped,
-        present=placed.shared + placed.private,
-        shared=placed.shared,
-        private=placed.private,
-        inherited=len(several) - by_ksm,
-        merged=None if merged is None and len(several) else by_ksm,
-        bss=len(placed.bss_vaddrs),
-        swapped=len(placed.swapped_vaddrs),
-        beforehand=placed.beforehand,
-        pss=occurrence.pss,
-    )
+    inherited, by_ksm_known = len(several) - by_ksm, merged is not None or not len(several)
+    return LibraryProcess(  # in the order of its fields: by name they take twice as long
+        occurrence.pid, placed.base % 2**64, placed.mapped, shared + private, shared, private, inherited,
+        len(bss), len(swapped), placed.beforehand, by_ksm if by_ksm_known else None, occurrence.pss,
+    )  # fmt: skip
 
 
 def _separate_files(occurrences: Sequence[Occurrence]) -> int:

@@ -44,7 +44,7 @@ __all__ = [
 
 MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "device", "special"]
 
-_SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "hugetlb", "swapped")
+_SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "swapped", "hugetlb")
 _MOST_PARTS: Final = 32  # sets of frames that are kept for the next process
 _MOST_WAITING: Final = 1 << 18  # frames that are gathered before equal ones are left out
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
@@ -190,8 +190,8 @@ class Mappings:
         proportional = None if pss is None else np.bincount(self.row_of, pss, len(self.names)).round()
         takes = repeat(None) if proportional is None else map(int, proportional.tolist())
         return {  # in the order of its fields: by name they take half as long again, and there are thousands
-            name: MappingProcess(pid, resident, own, inherited, shared, share, zero, huge, swapped)
-            for name, (resident, own, inherited, shared, zero, huge, swapped), share in zip(
+            name: MappingProcess(pid, resident, own, inherited, shared, share, zero, huge, swapped, hugetlb)
+            for name, (resident, own, inherited, shared, zero, huge, swapped, hugetlb), share in zip(
                 self.names, self.sums.tolist(), takes, strict=False
             )
         }
@@ -201,7 +201,7 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
     """What each mapping of a process costs, whose ``pages`` were read; ``names`` has one for each mapping."""
     rows: dict[MappingName, int] = {}
     row_of = np.array([rows.setdefault(name, len(rows)) for name in names], np.intp)
-    copies, originals = _counts(pages.copies), _counts(pages.originals)
+    copies, originals = pages.copies.number, pages.originals.number
     alone, alone_of_files = pages.copies.number_alone, pages.originals.number_alone
     by_mapping = [
         copies + originals - pages.zeros_among,
@@ -210,17 +210,12 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
         originals - alone_of_files,
         np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
         pages.huge_in,
-        pages.hugetlb_in,
         np.array(pages.swapped_in, np.int64),
+        pages.hugetlb_in,
     ]
     sums = np.zeros((len(rows), len(_SUMMED)), np.int64)
     np.add.at(sums, row_of, np.stack(by_mapping, axis=1) * PAGE_SIZE)
     return Mappings(tuple(rows), row_of, sums)
-
-
-def _counts(columns: PageColumns) -> NDArray[np.int64]:
-    """How many pages of each mapping they are."""
-    return np.diff(columns.starts)
 
 
 def pss_by_frames(
@@ -265,7 +260,7 @@ def _proportional(columns: PageColumns, shares: NDArray[np.float64]) -> NDArray[
     alone = columns.number_alone
     before = np.zeros(len(shares) + 1)
     np.cumsum(shares, out=before[1:])
-    sums = before[np.cumsum(_counts(columns) - alone)]
+    sums = before[np.cumsum(columns.number - alone)]
     sums[1:] -= sums[:-1].copy()
     return np.asarray(alone * float(PAGE_SIZE) + sums, np.float64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError
 from miniloader.forking import cached_property
-from miniloader.kernel.frames import KPF, distinct, frame_flags, map_counts
+from miniloader.kernel.frames import KPF, frame_flags, map_counts
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SWAPPED, PageMap
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
@@ -49,8 +50,8 @@ class Pages:
     """Every page of a process that is in memory or swapped out: flat arrays over all mappings.
 
     ``copied`` and ``own`` (pages of files, and of shared memory) are the two kinds that are counted; of them
-    ``copies`` and ``originals`` keep what an audit asks for; rows ``writable`` of the latter lie in private
-    mappings that may be written to.  ``anonymous`` are the addresses of the copied pages that lie in no
+    ``copies`` and ``originals`` keep what an audit asks for; mappings ``writable`` are private, of
+    files, and may be written to.  ``anonymous`` are the addresses of the copied pages that lie in no
     file's mapping, ``swapped_in`` how many of each mapping are swapped out.  ``zero`` are the page of zeros,
     which is not counted; where a kernel does not tell all of them from copies, ``zeros_among`` the counted
     ones of each mapping are so many more.  ``huge_in`` is how many pages of each mapping are mapped by huge
@@ -63,14 +64,15 @@ class Pages:
         """Read them; ``arrays`` has what is kept of other processes, and may be the same here."""
         self._pagemap, self._arrays = pagemap, arrays or EqualArrays()
         self._ranges = _ranges(pagemap, vmas)
-        index, start, end = np.array(self._ranges, np.uint64).reshape(-1, 3).T
+        index, start, end = np.fromiter(chain.from_iterable(self._ranges), np.uint64).reshape(-1, 3).T
         entries = self._read()
         # What is neither in memory nor swapped out has no more to tell: most of what is mapped.
         self._places = np.flatnonzero(entries >= SWAPPED)
         self.entries = entries[self._places]
         last, begins = end >> _SHIFT, _addresses(vmas)
         ends = np.cumsum(last - (start >> _SHIFT)).view(np.int64)
-        populated = np.diff(np.searchsorted(self._places, ends), prepend=0)
+        populated = np.searchsorted(self._places, ends)
+        populated[1:] -= populated[:-1].copy()
         self.vma = np.repeat(index.astype(np.int64), populated)
         # Of each range the page of a place 0, were it that long: one sum gives the pages of all places.
         pages = self._places.view(np.uint64) + np.repeat(last - ends.view(np.uint64), populated)
@@ -94,7 +96,7 @@ class Pages:
         self.swapped = (bits & (_SWAPPED | _GUARD | _FILE)) == _SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
         offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
-        places = _narrow(pages - np.repeat(begins >> _SHIFT, np.diff(bounds)))
+        places = _narrow(pages - np.repeat(begins >> _SHIFT, bounds[1:] - bounds[:-1]))
         numbers = _narrow(self.entries & (FRAME if frames else np.uint64(0)))
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
         once, exclusive = self._arrays.first, (bits & _EXCLUSIVE).astype(np.bool_)
@@ -109,8 +111,8 @@ class Pages:
             )
             for rows in (copied, own)
         )
-        self.writable = self.originals.rows([index for index, vma in enumerate(vmas) if _is_writable(vma)])
-        nameless = np.repeat([not vma.inode for vma in vmas], np.diff(self.copies.starts))
+        self.writable = [index for index, vma in enumerate(vmas) if _is_writable(vma)]
+        nameless = np.repeat(np.array([not vma.inode for vma in vmas]), self.copies.number)
         self.anonymous = self.addresses[copied[nameless]]
 
     def _read(self) -> NDArray[np.uint64]:
@@ -131,7 +133,7 @@ class Pages:
 
     def _huge_files(self, vmas: Sequence[Vma], aligned: NDArray[np.uint64]) -> list[int]:
         """The mappings of hugetlbfs, which the kernel counts apart (Private_Hugetlb), and in no RSS."""
-        asked = [index for index in distinct(aligned).tolist() if vmas[index].inode]
+        asked = [index for index in dict.fromkeys(aligned.tolist()) if vmas[index].inode]
         if not asked:
             return []
         huge = {sums.vma for sums in read_smaps(self._pagemap.pid) if "ht" in sums.flags}
@@ -147,14 +149,17 @@ class Pages:
             return None
         first = np.searchsorted(self.addresses, regions["start"]).tolist()
         last = np.searchsorted(self.addresses, regions["end"]).tolist()
-        for low, high, kind in zip(first, last, regions["categories"].tolist(), strict=True):
+        categories = regions["categories"]
+        for low, high, kind in zip(first, last, categories.tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
             huge[low:high] |= bool(kind & IS_HUGE)
+        none = np.zeros(len(vmas), np.int64)
+        if not (categories & np.uint64(IS_HUGE)).any():
+            return zero, none, none
         huge &= ~zero
         if frames:
             self._correct_exclusive(np.flatnonzero(huge))
-        huge_in = np.bincount(self.vma[huge], minlength=len(vmas))
-        return zero, huge_in, np.zeros(len(vmas), np.int64)
+        return zero, np.bincount(self.vma[huge], minlength=len(vmas)), none
 
     def _correct_exclusive(self, rows: NDArray[np.intp]) -> None:
         """Have bit 56 of each of these pages in huge pages say of itself whether it is mapped once.
@@ -215,7 +220,7 @@ class PageColumns:
     @property
     def addresses(self) -> NDArray[np.uint64]:
         """The address of each page, ascending."""
-        return np.repeat(self.begins, np.diff(self.starts)) + self._distances(slice(None))
+        return np.repeat(self.begins, self.number) + self._distances(slice(None))
 
     @property
     def frames(self) -> NDArray[np.uint64]:
@@ -246,12 +251,18 @@ class PageColumns:
         """The rows of the mappings ``indices``, which ascend and most often follow one another."""
         return rows_of(indices, self.starts)
 
+    @property
+    def number(self) -> NDArray[np.int64]:
+        """How many pages of each mapping they are."""
+        return self.starts[1:] - self.starts[:-1]
+
     @cached_property
     def number_alone(self) -> NDArray[np.int64]:
         """How many pages of each mapping are mapped nowhere else."""
-        before = np.zeros(len(self.exclusive) + 1, np.int64)
-        np.cumsum(self.exclusive, out=before[1:])
-        return np.asarray(np.diff(before[self.starts]), np.int64)
+        if not self.any_several:
+            return self.number
+        before = np.searchsorted(np.flatnonzero(self.exclusive), self.starts)
+        return before[1:] - before[:-1]
 
     @cached_property
     def any_several(self) -> bool:

@@ -26,7 +26,7 @@ from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process
 from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
-from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows, count_set
+from miniloader.lab.audit.process_pages import PageColumns, Pages, count_set
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Survey:
 
     ``rss``, ``exclusive`` (mapped by it alone), ``anonymous`` and ``anonymous_shared`` (mapped more than
     once, by a family of forks or by KSM) count pages as ``smaps`` does.  ``copies`` are the anonymous pages,
-    ``originals`` the other ones; of these the rows ``writable`` lie in private mappings that may be written
+    ``originals`` the other ones; mappings ``writable`` are private ones of files that may be written
     to.  ``pss`` is what the kernel tells (bytes), of the process and of each mapping; None where frames tell
     it, or nobody.  ``interpreter`` is the CPython that it runs, None where it runs none, or nobody asked for
     causes.  ``arenas_free`` is what threads' arenas of malloc hold free, in bytes; None where nobody knows.
@@ -57,7 +57,7 @@ class Survey:
     swapped: int
     copies: PageColumns
     originals: PageColumns
-    writable: Rows
+    writable: Sequence[int]
     files: tuple[FileInProcess, ...]
     mappings: Mappings
     pss: tuple[int, NDArray[np.float64]] | None = None

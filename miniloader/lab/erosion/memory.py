@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.kernel.procfs import read_stat
-from miniloader.lab.audit.process_pages import PageColumns, Pages, Rows
+from miniloader.lab.audit.process_pages import PageColumns, Pages
 from miniloader.lab.audit.survey import Survey
 from miniloader.values import dataclass
 
@@ -51,9 +53,10 @@ def memory_in(pid: int, pages: Pages) -> PrivateMemory:
 
 
 def _private_memory(
-    lineage: tuple[int, int, int, int], copies: PageColumns, originals: PageColumns, rows: Rows
+    lineage: tuple[int, int, int, int], copies: PageColumns, originals: PageColumns, writable: Sequence[int]
 ) -> PrivateMemory:
     pid, parent, started, stack = lineage
+    rows = originals.rows(writable)
     addresses = np.concatenate([copies.addresses, originals.addresses[rows]])
     order = np.argsort(addresses, kind="stable")
     copied = np.arange(len(addresses)) < len(copies)
