@@ -38,7 +38,6 @@ def watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     The exit status is that of the first look.
     """
     from miniloader.lab.audit.timeline import Timeline
-    from miniloader.lab.erosion.since import proven_by
     from miniloader.report.output import Output
 
     out = Output(stderr=arguments.json or arguments.csv or output_is_taken(arguments))
@@ -54,7 +53,7 @@ def watch(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the summary is short; some senders send it twice
         out.show([("stopped",)])
-    last = proven_by(first, look_patiently(arguments, looks.pids()))
+    last = looks.proven(look_patiently(arguments, looks.pids()))
     if first.processes and not last.processes:
         out.show([("all of them have ended: this is what they were at the start",)])
         last = first
@@ -175,9 +174,13 @@ class _Looks:
                 fitting = choosing.fitting(self._arguments)
         return tuple(sorted({*still_there(self._family, self._since), *fitting}))
 
-    def __iter__(self) -> Iterator[tuple[Audit, Audit]]:
+    def proven(self, audit: Audit) -> Audit:
+        """A look, with what those before it prove: the last one of those forked since the first, too."""
         from miniloader.lab.erosion.since import proven_by
 
+        return proven_by(self.previous, proven_by(self.first, audit))
+
+    def __iter__(self) -> Iterator[tuple[Audit, Audit]]:
         duration = self._arguments.duration
         end = None if duration is None else time.monotonic() + duration
         due = time.monotonic()
@@ -187,8 +190,7 @@ class _Looks:
                 time.sleep(max(0.0, end - time.monotonic()))
                 return
             time.sleep(max(0.0, due - time.monotonic()))
-            audit = look(self._arguments, self.pids(), causes=False)  # the table is the progress
-            audit = proven_by(self.first, audit)
+            audit = self.proven(look(self._arguments, self.pids(), causes=False))  # the table is the progress
             if not audit.processes:
                 return
             self._family |= {process.pid: process.started for process in audit.processes}

@@ -67,6 +67,7 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
     """One look of many on a line: processes, memory, growth since the ``first`` look and the ``previous``."""
     with importing:
         from miniloader.lab.audit.growth import family_of, growth
+        from miniloader.lab.erosion.since import newly_proven
 
     previous = previous or first
     since_start, since_last = growth(first, audit), growth(previous, audit)
@@ -79,9 +80,9 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
         changed.append(
             f"own {_signed(own)} since the start, {_signed(_own_change(since_last))} since the last look"
         )
-    eroded = sum(row.proven for row in since_start.erosion or ())
+    eroded, lately = newly_proven(first, audit), newly_proven(previous, audit)
     if eroded:
-        changed.append(f"no longer shared {size(eroded)}")
+        changed.append(f"no longer shared {size(eroded)}, {size(lately)} of it since the last look")
     by_kind = [
         f"{kind} {_signed(number)}" for kind, number in _by_kind(since_start.mappings) if kind != "file"
     ]

@@ -16,7 +16,7 @@ from miniloader.lab.audit.result import Audit
 from miniloader.lab.erosion.result import Erosion, pages_in, spans_of
 from miniloader.values import dataclass
 
-__all__ = ["ERODED_SCHEMA", "ErodedSince", "eroded_between", "eroded_since", "proven_by"]
+__all__ = ["ERODED_SCHEMA", "ErodedSince", "eroded_between", "eroded_since", "newly_proven", "proven_by"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,33 @@ def eroded_between(
 
 
 def proven_by(first: Audit, now: Audit) -> Audit:
-    """``now``, where what was one frame at the ``first`` look is proven to have been it."""
+    """``now``, where what was one frame at the ``first`` look, or proven there, is proven to have been it.
+
+    So each look of many hands on to the next what those before it have proven, of whoever was forked since
+    as well.
+    """
     if first.erosion is None or now.erosion is None:
         return now
-    together_at = _together_at(first.erosion, now.erosion, _stayed(first, now), now.page_size)
-    rows = zip(now.erosion, together_at, strict=True)
-    return replace(now, erosion=tuple(_proven(row, together, now.page_size) for row, together in rows))
+    stayed = _stayed(first, now)
+    together_at = _together_at(first.erosion, now.erosion, stayed, now.page_size)
+    proven_at = _proven_at(first.erosion, now.erosion, stayed, now.page_size)
+    rows = [
+        _proven(row, np.union1d(*pages), now.page_size)
+        for row, *pages in zip(now.erosion, together_at, proven_at, strict=True)
+    ]
+    return replace(now, erosion=tuple(rows))
+
+
+def newly_proven(first: Audit, now: Audit) -> int:
+    """How many bytes are proven to be two copies ``now``, and were not at the ``first`` look."""
+    if first.erosion is None or now.erosion is None:
+        return 0
+    proven_at = _proven_at(first.erosion, now.erosion, _stayed(first, now), now.page_size)
+    pages = [
+        np.setdiff1d(pages_in(row.pages.proven, now.page_size), known, assume_unique=True)
+        for row, known in zip(now.erosion, proven_at, strict=True)
+    ]
+    return sum(map(len, pages)) * now.page_size
 
 
 def _proven(row: Erosion, together: NDArray[np.uint64], page_size: int) -> Erosion:
@@ -96,6 +117,19 @@ def _together_at(
         _together(rows, row.pid, row.relative, page_size)
         if row.pid in stayed and row.relative in stayed
         else np.empty(0, np.uint64)
+        for row in now
+    ]
+
+
+def _proven_at(
+    first: Sequence[Erosion], now: Sequence[Erosion], stayed: Collection[int], page_size: int
+) -> list[NDArray[np.uint64]]:
+    """For each row of ``now`` the pages that were proven for the same two processes at the ``first`` look."""
+    rows = {(row.pid, row.relative): row.pages.proven for row in first}
+    return [
+        pages_in(
+            rows.get((row.pid, row.relative), ()) if {row.pid, row.relative} <= {*stayed} else (), page_size
+        )
         for row in now
     ]
 

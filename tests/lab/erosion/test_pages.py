@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from miniloader.cli import audit_over_time
 from miniloader.errors import ProcessGone
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import PageMap
@@ -23,9 +25,10 @@ from miniloader.lab.erosion import contents
 from miniloader.lab.erosion.erode import erosion_of
 from miniloader.lab.erosion.memory import PrivateMemory, memory_in
 from miniloader.lab.erosion.result import Erosion, Spans, pages_in
-from miniloader.lab.erosion.since import eroded_since, proven_by
+from miniloader.lab.erosion.since import eroded_since, newly_proven, proven_by
 from miniloader.report.audit import lines
 from miniloader.report.audit_growth import growth_view, tick
+from miniloader.report.numbers import size
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import KB, rollup_of, wait_until_at_rest
 from tests.lab.erosion.pools import Pool, bytes_at, in_common, in_two_copies, needs_frames, pool
@@ -75,10 +78,12 @@ def test_what_an_earlier_look_proves() -> None:
             equal = {page for page in apart if bytes_at(eroded.pid, page) == bytes_at(workers.pid, page)}
             row = row_of(better, eroded.pid)
             assert (row.relative, eroded.relative) == (workers.pid, workers.pid)
-            assert pages(row.pages.proven) == really
-            assert pages(row.pages.possible) == apart - really
+            proven = really | (pages(row_of(first, eroded.pid).pages.proven) & apart)
+            assert pages(row.pages.proven) == proven
+            assert pages(row.pages.possible) == apart - proven
             assert pages(row.pages.same) == equal
-            assert eroded.proven == len(really) * PAGE_SIZE == row.proven
+            assert eroded.proven == len(really) * PAGE_SIZE
+            assert row.proven == len(proven) * PAGE_SIZE
             assert eroded.same == len(really & equal) * PAGE_SIZE
             assert row.changed == 0
         start = workers.parent("answer = array")
@@ -87,9 +92,30 @@ def test_what_an_earlier_look_proves() -> None:
         assert start + 11 * PAGE_SIZE not in written
         assert row_of(better, collects).same > row_of(better, collects).apart // 2  # type: ignore[operator]
         assert growth(first, now).erosion == since
-        assert "no longer shared" in plain(tick(now, first))
+        assert "no longer shared" in plain(tick(better, first))
         text = "\n".join(plain(line) for line in laid_out(growth_view(growth(first, now)), None))
         assert "one frame at the first look, two copies now" in text
+
+
+def test_what_a_look_proves_of_whoever_was_forked_since_the_first() -> None:
+    """As in a pool whose workers are recycled: the looks between prove, and hand on what they have proven."""
+    with pool(_ARRAY) as workers:
+        looks = audit_over_time._Looks(argparse.Namespace(), look(workers), 0)
+        child = workers.fork()
+        start = workers.parent("answer = array")
+        looks.previous = second = looks.proven(look(workers))
+        workers.ask(child, f"ctypes.memset(array, 1, {10 * PAGE_SIZE})")
+        looks.previous = third = looks.proven(look(workers))
+        fourth = looks.proven(look(workers))
+    written = {start + number * PAGE_SIZE for number in range(10)}
+    assert not written & pages(row_of(second, child).pages.proven)
+    assert written <= pages(row_of(third, child).pages.proven)
+    assert written <= pages(row_of(fourth, child).pages.proven)
+    assert newly_proven(second, third) >= 10 * PAGE_SIZE
+    assert newly_proven(third, fourth) == 0
+    eroded = row_of(fourth, child).proven
+    told = f"no longer shared {size(eroded)}, 0 bytes of it since the last look"
+    assert told in plain(tick(fourth, looks.first, third))
 
 
 _WAYS = {
