@@ -76,5 +76,5 @@ def _values(library: Loaded, ready: Prepared, order: Sequence[Definer]) -> array
             library.share(owner)
     if places_of(unwinder.walkers(), values):
         unwinder.bring()
-    stand_ins.answer(values, places_of(stand_ins.asked(), values))
+    library.may_open |= stand_ins.answer(values, places_of(stand_ins.asked(), values))
     return values

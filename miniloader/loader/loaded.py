@@ -79,6 +79,7 @@ class Loaded:
         self.bind_left: Callable[[], None] | None = None  # binds the slots of its PLT that are left
         self.destructors: list[int] = []  # their addresses, in order
         self.initialised = False
+        self.may_open = False  # whether it is bound to dlopen(3)
         self._names: MappedSymbols | None = None
         self._asker: tuple[Asker | None, Asker] | None = None  # who needed it, and itself
 

@@ -49,7 +49,7 @@ def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Seque
         addresses[place] = library.stub_for(addresses[place]).address
     if any(addresses[place] in unwinder.walkers() for place in noted.asked):
         unwinder.bring()
-    stand_ins.answer(addresses, noted.asked)
+    library.may_open |= stand_ins.answer(addresses, noted.asked)
     return addresses, noted.resolvers
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from operator import attrgetter
 from typing import Final
 
@@ -17,7 +17,10 @@ from miniloader.forking import loading
 from miniloader.loader import constructors
 from miniloader.loader.beside_glibc import dynamic_linker, process_end, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
+from miniloader.loader.ld_so_cache import CACHE
 from miniloader.loader.loaded import Loaded
+from miniloader.loader.search import places
+from miniloader.loader.surroundings import of_process
 from miniloader.native import buffer_address, functions
 
 __all__ = [
@@ -224,6 +227,15 @@ def _of_host(libraries: Iterable[Loaded]) -> list[HostLibrary]:
     return list(dict.fromkeys(need for need in needed if isinstance(need, HostLibrary)))
 
 
+def _searched(library: Loaded) -> list[str]:
+    """The directories in which ``library`` has names looked for, but for those that all have searched."""
+    first = takewhile(
+        lambda place: place.rule not in (CACHE, "default directory"),
+        places("lib", library.asker(), of_process()),
+    )
+    return [directory for place in first for directory in place.directories]
+
+
 @atexit.register
 def end() -> None:
     """Python ends, or the process: the destructors that are left run as ld.so's do, and nothing is unmapped.
@@ -236,6 +248,9 @@ def end() -> None:
             for library in tuple(present):  # what destructors call is bound while Python is there
                 if library.bind_left is not None:
                     library.bind_left()
+            askers = [library for library in present if library.may_open]
+            if askers:
+                process_end.let_open({library.mapped: _searched(library) for library in askers})
             left = [library for library in _in_destructor_order() if library.initialised]
             addresses = array("Q", [address for library in left for address in library.destructors])
             if addresses and not process_end.hand_over(addresses, _of_host(left)):

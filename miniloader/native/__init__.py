@@ -210,6 +210,7 @@ _ARGUMENTS: Final = {
     "relocate": 13,
     "set_answers": 1,
     "set_arguments": 1,
+    "set_askers": 3,
     "set_destructors": 2,
     "set_inside": 6,
     "set_python": 3,

@@ -8,6 +8,7 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <link.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -16,6 +17,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 typedef struct { /* a library of ours as glibc would tell of it; see loader/beside_glibc/stand_ins.py */
     struct dl_phdr_info info; /* whose counts are filled in */
@@ -205,6 +209,45 @@ void *symbol_of(const void *handle, const char *name)
         bool is_found = symbol->st_shndx && bind != STB_LOCAL && type != STT_TLS && type != STT_GNU_IFUNC;
         if (is_found && !strcmp(entry->strings + symbol->st_name, name))
             return (void *)(entry->info.dlpi_addr + symbol->st_value);
+    }
+    return NULL;
+}
+
+/* What a caller finds by default: in its own library, then in all of ours. */
+void *symbol_for(uint64_t caller, const char *name)
+{
+    const Entry *own = entry_at(caller);
+    void *found = own ? symbol_of(&own->map, name) : NULL;
+    for (const Entry *entry = entries; entry < entries + used && !found; entry++)
+        found = symbol_of(&entry->map, name);
+    return found;
+}
+
+static bool is_there(const char *path, struct stat *status)
+{
+    return syscall(SYS_newfstatat, AT_FDCWD, path, status, 0) == 0; /* glibc's own came to libc with 2.33 */
+}
+
+static bool has_soname(const Entry *entry, const char *name)
+{
+    for (const ElfW(Dyn) *row = entry->map.dynamic; row && row->d_tag != DT_NULL; row++)
+        if (row->d_tag == DT_SONAME)
+            return !strcmp(entry->strings + row->d_un.d_val, name);
+    return false;
+}
+
+/* The handle of the library that is called so: by its path, by its SONAME, or by another path of its file. */
+void *handle_called(const char *name)
+{
+    struct stat wanted, status;
+    bool is_file = strchr(name, '/') && is_there(name, &wanted);
+    for (const Entry *entry = entries; entry < entries + used; entry++) {
+        if (!end_of(entry))
+            continue;
+        const char *path = entry->info.dlpi_name;
+        if (!strcmp(path, name) || has_soname(entry, name) ||
+            (is_file && is_there(path, &status) && status.st_dev == wanted.st_dev && status.st_ino == wanted.st_ino))
+            return (void *)&entry->map;
     }
     return NULL;
 }

@@ -159,10 +159,59 @@ static void *meant(void *function)
 
 #define CALLER (uint64_t)__builtin_return_address(0)
 
+/* When Python has ended, destructors may still open: what is there already, or what glibc loads.  For each library of
+   ours that may ask, where it lies (its first address, bytes) and at which byte of all this its directories begin: each
+   ends with a slash and a NUL, and behind the last one is another NUL. */
+static struct {
+    char *table;
+    uint64_t count;
+} askers;
+
+void set_askers(const void *table, uint64_t count, uint64_t length)
+{
+    free(askers.table);
+    askers.table = malloc(length + !length);
+    askers.count = askers.table ? count : 0;
+    if (askers.table && length)
+        memcpy(askers.table, table, length);
+}
+
+static const char *directories_of(uint64_t caller)
+{
+    const uint64_t *row = (const uint64_t *)askers.table;
+    for (uint64_t i = 0; i < askers.count; i++, row += 3)
+        if (caller - row[0] < row[1])
+            return askers.table + row[2];
+    return "";
+}
+
+void *handle_called(const char *name); /* answers.c */
+
+static void *open_at_end(const char *name, int flags, uint64_t caller)
+{
+    enum { LONGEST = 4096 };
+    char path[LONGEST];
+    void *known = name && *name ? handle_called(name) : NULL;
+    const char *directory = !known && name && *name && !strchr(name, '/') ? directories_of(caller) : "";
+    for (; *directory && !known; directory += strlen(directory) + 1) {
+        size_t length = strlen(directory), more = strlen(name);
+        if (length + more >= sizeof path)
+            continue;
+        memcpy(path, directory, length);
+        memcpy(path + length, name, more + 1);
+        known = handle_called(path);
+        if (!known && access(path, R_OK) == 0)
+            return theirs.open(path, flags);
+    }
+    return known ? known : theirs.open(name, flags);
+}
+
 void *inside_open(const char *name, int flags)
 {
     Question question = {.function = OPEN, .caller = CALLER, .name = (uint64_t)name, .number = (uint64_t)flags};
-    return ask(&question) ? (void *)question.result : theirs.open(name, flags);
+    if (ask(&question))
+        return (void *)question.result;
+    return answerer ? theirs.open(name, flags) : open_at_end(name, flags, question.caller);
 }
 
 /* CPython imports an extension module: it holds its lock, in the interpreter of the importing thread.  Python answers in
@@ -189,6 +238,7 @@ void set_python(void *(*thread)(void), void *(*interpreter)(const void *), const
 }
 
 void *symbol_of(const void *handle, const char *name); /* answers.c */
+void *symbol_for(uint64_t caller, const char *name);
 
 static void *look_up(Question *question, void *handle)
 {
@@ -215,6 +265,8 @@ static void *look_up(Question *question, void *handle)
             return (void *)question->result;
         found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name); /* for its error */
     }
+    if (!found && !handle && !answerer && (found = symbol_for(question->caller, name)))
+        theirs.error();
     return meant(found);
 }
 

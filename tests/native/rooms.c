@@ -211,6 +211,7 @@ int inside_information(void *, int, void *);
 void *inside_namespace(long, const char *, int);
 char *inside_error(void);
 void set_inside(const void *, const void *, const void *, uint64_t, uint64_t, uint64_t);
+void set_askers(const void *, uint64_t, uint64_t);
 void set_destructors(const uint64_t *, uint64_t);
 void finalise(void *);
 void set_python(void *(*)(void), void *(*)(const void *), const void *);
@@ -219,7 +220,13 @@ enum { THEIRS = 0x111, FIRST = 0x5000, LENGTH = 0x100, PROGRAM = 0x77 };
 static uint64_t answered, asked, locks;
 static bool answers, fails, with_error;
 
-static void *their_open(const char *name, int flags) { return (void)name, (void)flags, (void *)THEIRS; }
+static char opened[64];
+static void *their_open(const char *name, int flags)
+{
+    (void)flags;
+    snprintf(opened, sizeof opened, "%s", name ? name : "the program");
+    return (void *)THEIRS;
+}
 static void *their_symbol(void *handle, const char *name) { return (void)name, handle ? NULL : (void *)THEIRS; }
 static void *their_version(void *handle, const char *name, const char *version)
 {
@@ -275,6 +282,21 @@ static int detach(uint64_t thread) { return assert(thread == 1), 0; }
 static uint64_t ended;
 static void destructor(void) { ended++; }
 
+/* Where Python has ended: along the caller's directories, then as glibc has it. */
+static void try_askers(void)
+{
+    struct {
+        uint64_t row[3];
+        char directories[16];
+    } table = {{0, chance(2) ? UINT64_MAX : 0, 24}, "/no such/\0/\0"};
+    const char *names[] = {"proc", "/proc", "no such file", "", NULL}, *name = names[chance(5)];
+    set_askers(&table, 1, sizeof table);
+    assert(inside_open(name, 1) == (void *)THEIRS);
+    bool is_found = table.row[1] && name && !strcmp(name, "proc");
+    assert(!strcmp(opened, is_found ? "/proc" : name ? name : "the program"));
+    set_askers(NULL, 0, 0);
+}
+
 static void try_inside(void)
 {
     static const void *const interface[] = {
@@ -314,6 +336,8 @@ static void try_inside(void)
     finalise(NULL); /* each once */
     assert(ended == count && locks == 0);
     set_destructors(NULL, 0);
+    set_inside(NULL, NULL, NULL, 0, 0, 0);
+    try_askers();
 }
 
 /* ---- host.c */

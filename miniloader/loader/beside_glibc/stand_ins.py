@@ -60,6 +60,9 @@ _MOST_LIBRARIES: Final = 27000  # that answers.c has room for
 _INFO: Final = struct.Struct("<QQQH")  # how an entry begins: bias, name, program headers, their count
 _HANDLE: Final = 112  # where its handle is, a struct link_map
 
+_malloc: Final = dynamic_linker.declared("malloc", ctypes.c_void_p, ctypes.c_size_t)
+_free: Final = dynamic_linker.declared("free", None, ctypes.c_void_p)
+
 _Listed = tuple[ElfImage, Memory, int, int]
 """What is told of a library: its image, its pages, how many symbols and which thread-local module it has."""
 
@@ -73,7 +76,7 @@ class _StandInTable:
         self.base = address_of("entries")
         self._listed: dict[Memory, int] = {}  # its entry's number
         self._free: list[int] = []
-        self._texts: dict[int, bytearray] = {}  # what an entry points at
+        self._texts: dict[int, int] = {}  # what an entry points at: of malloc(3), for it outlives Python
 
     def add(self, image: ElfImage, memory: Memory, symbol_count: int, tls_module: int) -> None:
         """List the library: its entry is valid when all of it is there."""
@@ -82,8 +85,11 @@ class _StandInTable:
             raise LoadError(f"{image.path}: {number} libraries are loaded already")
         header, unwind = image.header, image.segment("PT_GNU_EH_FRAME")
         table = image.source.read(header.phoff, header.phentsize * header.phnum, "program headers")
-        text = bytearray(b"\0".join((table, os.fsencode(image.path), b"")))
-        headers = ctypes.addressof(ctypes.c_char.from_buffer(text))
+        text = b"\0".join((table, os.fsencode(image.path), b""))
+        headers = _malloc(len(text))
+        if headers is None:
+            raise LoadError(f"{image.path}: no memory for {len(text)} bytes")
+        ctypes.memmove(headers, text, len(text))
         name = headers + len(table) + 1
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
         symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
@@ -98,7 +104,7 @@ class _StandInTable:
         )
         end = max(load.vaddr + load.memsz for load in image.loads)  # nothing behind it is in the library
         functions().list_entry(number, buffer_address(entry), memory.bias + end)
-        self._texts[number], self._listed[memory] = text, number
+        self._texts[number], self._listed[memory] = headers, number
 
     def remove(self, memory: Memory) -> None:
         """Withdraw the library at ``memory``, unless it is not listed."""
@@ -108,7 +114,7 @@ class _StandInTable:
         functions().withdraw_entry(number)
         host.libraries()  # takes glibc's lock: whoever was being told of it has been told
         self._free.append(number)
-        del self._texts[number]
+        _free(self._texts.pop(number))
 
     def handle_of(self, memory: Memory) -> int | None:
         """What dlopen(3) gives for the library at ``memory``; None while it is not listed."""
@@ -153,10 +159,16 @@ def handle_of(memory: Memory) -> int | None:
     return _table().handle_of(memory)
 
 
-def answer(addresses: array[int], places: Iterable[int]) -> None:
-    """Replace, in ``addresses``, those of glibc's functions, at ``places``, by what stands for them."""
+def answer(addresses: array[int], places: Iterable[int]) -> bool:
+    """Replace, in ``addresses``, those of glibc's functions, at ``places``, by what stands for them.
+
+    Whether dlopen(3) is one of them.
+    """
+    opens = False
     for place in places:
+        opens = opens or addresses[place] == _of_host().get(b"dlopen")
         addresses[place] = stand_ins().get(addresses[place], addresses[place])
+    return opens
 
 
 def is_handle(handle: int) -> bool:

@@ -51,6 +51,44 @@ _ctypes.dlopen("./late.so", os.RTLD_NOW)
     assert ours == theirs == "E+L+EhE-L-"
 
 
+OPENS: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+int answer(void) { return 6; }
+static void tell(const char *name, int flags, const char *symbol) {
+    void *handle = dlopen(name, flags);
+    const char *error = dlerror();
+    int (*function)(void) = handle ? (int (*)(void))dlsym(handle, symbol) : 0;
+    dprintf(1, "%s: %d %s\\n", name, function ? function() : -1, error ? error : "");
+}
+__attribute__((destructor)) static void end(void) {
+    tell("./opens.so", RTLD_NOW | RTLD_NOLOAD, "answer");
+    tell("./apart/../opens.so", RTLD_NOW, "answer");
+    tell("named.so", RTLD_NOW | RTLD_NOLOAD, "answer");
+    tell("late.so", RTLD_NOW | RTLD_NOLOAD, "answer");
+    tell("late.so", RTLD_NOW, "late");
+    tell("none.so", RTLD_NOW, "late");
+    dprintf(1, "%d %d\\n", dlsym(RTLD_DEFAULT, "answer") == (void *)answer, !dlsym(RTLD_DEFAULT, "none"));
+    Dl_info info = {0};
+    dladdr(answer, &info);
+    dprintf(1, "%s\\n", info.dli_fname ? strrchr(info.dli_fname, '/') : "");
+}
+"""
+
+
+def test_a_destructor_opens_when_python_has_ended(tmp_path: Path) -> None:
+    """Along its library's RUNPATH; what is there already is not loaded again, whatever it is called."""
+    (tmp_path / "apart").mkdir()
+    made(tmp_path / "apart" / "late.so", "int late(void) { return 4; }")
+    made(tmp_path / "opens.so", OPENS, "-Wl,-soname,named.so", "-Wl,-rpath,$ORIGIN/apart")
+    theirs, ours = by_both('_ctypes.dlopen("./opens.so", os.RTLD_NOW)', tmp_path)
+    assert ours.splitlines() == theirs.splitlines()
+    answered = ["./opens.so: 6 ", "./apart/../opens.so: 6 ", "named.so: 6 ", "late.so: -1 ", "late.so: 4 "]
+    assert theirs.splitlines()[:5] == answered
+
+
 NO_ROOM: Final = """
 _ctypes.dlopen("./opened.so", os.RTLD_NOW)
 if len(sys.argv) > 1:
