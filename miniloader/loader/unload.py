@@ -65,7 +65,7 @@ def with_code() -> Iterator[Loaded]:
 
 
 def of_file(key: object, libraries: Iterable[Loaded]) -> list[Loaded]:
-    """Those of ``libraries``, of which there may be hundreds, whose file has this ``key``."""
+    """All of ``libraries``, of which there may be hundreds, whose file has this ``key``."""
     return [library for library in libraries if library.key == key] if key in map(_KEY, libraries) else []
 
 
