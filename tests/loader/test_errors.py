@@ -209,11 +209,16 @@ def test_allowed_by_name(tmp_path: Path, option: str, made: Build, symbol: str) 
 def test_wrong_requests(demo: Path) -> None:
     with pytest.raises(UsageError, match="bind='later'"):
         miniloader.load(demo, bind="later")  # type: ignore[arg-type]  # that is the point
-    with miniloader.load(demo) as library:
-        with pytest.raises(SymbolError, match="no symbol demo_ad; did you mean demo_add"):
-            library.address("demo_ad")
-        with pytest.raises(SymbolError, match="no symbol demo_add, version NONE_1"):
-            library.function("demo_add", version="NONE_1")
+    with (
+        miniloader.load(demo) as library,
+        pytest.raises(SymbolError, match="no symbol demo_ad; did you mean demo_add"),
+    ):
+        library.address("demo_ad")
+    with (
+        miniloader.load(build.build("symbols")) as library,
+        pytest.raises(SymbolError, match="no symbol versioned, version NONE_1"),
+    ):
+        library.function("versioned", version="NONE_1")
 
 
 def test_a_failure_does_not_spoil_the_next_load(tmp_path: Path, demo: Path) -> None:
