@@ -142,6 +142,8 @@ def _place(found: list[FileInProcess], library: str, vaddr: int) -> FileInProces
     if len({placed.file.number for placed in named}) > 1:
         names = ", ".join(sorted(placed.file.identity.path for placed in named))
         raise UsageError(f"--library {library!r}: fits several files: {names}")
+    if not inside and named[0].file.facts is None:
+        return named[0]  # whose file nobody can read: what is where in it, and where it ends, is not known
     if not inside:
         end = max(placed.end - placed.base for placed in named)
         raise UsageError(f"--page {vaddr:#x}: not in {named[0].file.identity.path}, which ends at {end:#x}")

@@ -18,8 +18,9 @@ from tests.lab.audit.told_processes import (
 )
 
 
-def test_what_cannot_be_read_is_not_said_to_be_shared(demo: Path, as_nobody: AsNobody) -> None:
-    """Its file is gone: where in it a vaddr is nobody knows, nor where in memory."""
+@pytest.mark.parametrize("beyond", [0, 1 << 24, 1 << 62])
+def test_what_cannot_be_read_is_not_said_to_be_shared(demo: Path, as_nobody: AsNobody, beyond: int) -> None:
+    """Its file is gone: where in it a vaddr is nobody knows, nor where in memory, nor where it ends."""
 
     def look() -> tuple[str, tuple[str, ...], str]:
         with tempfile.TemporaryDirectory() as directory:
@@ -28,7 +29,7 @@ def test_what_cannot_be_read_is_not_said_to_be_shared(demo: Path, as_nobody: AsN
             library = ctypes.CDLL(str(path))
             ctypes.c_long.in_dll(library, "demo_spare").value = 7
             path.unlink()
-        view = view_page(os.getpid(), vaddr_of(demo, "demo_spare"), "gone.so")
+        view = view_page(os.getpid(), vaddr_of(demo, "demo_spare") + beyond, "gone.so")
         return view.state, view.causes, view.reason
 
     state, causes, reason = as_nobody(look)
