@@ -73,7 +73,7 @@ CASES: Final[dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
     "what lies at an address": (
         """
         void *handle = dlopen("./parts.so", RTLD_NOW);
-        const char *names[] = {"function", "data", "large", "alias", "local", "thread_local", "absolute"};
+        const char *names[] = {"function", "data", "large", "alias", "local", "of_thread", "absolute"};
         for (int name = 0; name < 7; name++)
             for (int more = 0; more < 3; more++) {
                 Dl_info info = {0};
@@ -96,7 +96,7 @@ CASES: Final[dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
             "parts.so": (
                 "int function(void) { return 1; } int data = 3; char large[9000]; static int local = 2;"
                 'void *where(void) { return &local; } int alias(void) __attribute__((alias("function")));'
-                '__thread int thread_local; __asm__(".globl absolute; absolute = 0x1234");',
+                '__thread int of_thread; __asm__(".globl absolute; absolute = 0x1234");',
             )
         },
     ),
