@@ -60,7 +60,7 @@ class Graph:
     ``order`` is that of ld.so's list of all that is loaded: those of ours that are present, then the new ones
     as they were found, but filtees right before their filters.  What is there by a name is the first one.
     ``listing`` is what ld.so had when it was last asked.  ``bindings`` are those of each library, once it is
-    linked; one that is relocated from prepared pages has none.
+    linked, if it ``keeps_bindings``; one that is relocated from prepared pages has none.
     """
 
     def __init__(self, policy: Policy, tell: OnEvent | None, asked_in: Graph | None = None) -> None:
@@ -71,6 +71,7 @@ class Graph:
         self.new: list[Loaded] = []
         self.order: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
+        self.keeps_bindings = False
         self.listing: HostListing
 
     @cached_property

@@ -14,6 +14,7 @@ from miniloader.loader.beside_glibc import unwinder
 from miniloader.loader.constructors import dependents_first
 from miniloader.loader.graph import Graph
 from miniloader.loader.lazy_binding import Slots
+from miniloader.loader.link_ordinary import link_ordinary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import protect_relro
 from miniloader.loader.relocate import Relocation, refuse_unbound
@@ -77,7 +78,7 @@ def link_library(graph: Graph, library: Loaded, scope: Sequence[Definer]) -> Non
     image, memory = library.image, library.mapped
     order = _lookup_order(library, scope)
     try:
-        if not _link_prepared(graph, library, order):
+        if not _link_prepared(graph, library, order) and not link_ordinary(graph, library, order):
             _link_plain(graph, library, order)
     except Stopped as stopped:
         refuse(image, stopped)

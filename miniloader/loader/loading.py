@@ -80,6 +80,7 @@ class Loading:
         policy = Policy(init, bind, address, text_relocations, executable_stack, writable_code, prepared, gdb)
         name = path.name if isinstance(path, Source) else os.fspath(path)
         self._begin(name, Graph(policy, on_event))
+        self._graph.keeps_bindings = True
 
     @classmethod
     def for_caller(
@@ -320,6 +321,7 @@ def load(
         prepared=prepared,
         gdb=gdb,
     )
+    steps._graph.keeps_bindings = False  # nobody can ask for them
     with unload.lock, steps:
         steps.map()
         steps.link()

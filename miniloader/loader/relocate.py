@@ -28,7 +28,7 @@ from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address, unlocked
 
-__all__ = ["Relocation", "call_resolver", "refuse_unbound"]
+__all__ = ["Relocation", "call_resolver", "kinds_of", "refuse_stopped", "refuse_unbound"]
 
 
 class Relocation:
@@ -43,7 +43,7 @@ class Relocation:
         plan, tags, parts = memory.plan, image.dynamic.tags, relocations.parts
         self._job = RelocationJob(
             memory.bias,
-            _kinds(image.header.machine),
+            kinds_of(image.header.machine),
             writable=writable(image, plan),
             code=[(load.vaddr, load.end) for load in image.loads if "x" in load.flags],
             pointers=[
@@ -119,11 +119,7 @@ class Relocation:
         self._job.note(vaddrs, size)
 
     def _refuse(self, stopped: Stopped) -> NoReturn:
-        if stopped.reason is Reason.NO_KIND:
-            refuse_kind(self._image, self._relocations.kinds, stopped.what, 0)
-        if stopped.reason is Reason.TOO_FAR:
-            raise _too_far(self._image, stopped.where, stopped.what)
-        refuse(self._image, stopped)
+        refuse_stopped(self._image, stopped)
 
     def _put_indirect(
         self, bindings: Bindings, addresses: array[int], late: bytearray, *, may_run: bool
@@ -165,8 +161,18 @@ def _elsewhere(tables: Sequence[bytearray], bias: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=1)
-def _kinds(machine: str) -> bytearray:
+def kinds_of(machine: str) -> bytearray:
+    """The relocation kinds of ``machine`` as the loops have them."""
     return kinds_table(KINDS[machine])
+
+
+def refuse_stopped(image: ElfImage, stopped: Stopped) -> NoReturn:
+    """Raise what says why the relocation of ``image`` has ``stopped``."""
+    if stopped.reason is Reason.NO_KIND:
+        refuse_kind(image, KINDS[image.header.machine], stopped.what, 0)
+    if stopped.reason is Reason.TOO_FAR:
+        raise _too_far(image, stopped.where, stopped.what)
+    refuse(image, stopped)
 
 
 def refuse_unbound(image: ElfImage, bindings: Bindings) -> None:

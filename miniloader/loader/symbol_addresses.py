@@ -24,7 +24,7 @@ from miniloader.loader.spans import refuse
 from miniloader.loader.thread_storage import count_for_carrier
 from miniloader.native import KINDS, UNBOUND, UNIQUE, Stopped
 
-__all__ = ["addresses_of", "check_versions", "finder", "thread_exits", "used"]
+__all__ = ["addresses_of", "check_versions", "finder", "names_of", "thread_exits", "used"]
 
 #: The functions that register a destructor for a thread's object; the third argument says to which library
 #: the object belongs.
@@ -82,7 +82,7 @@ def check_versions(library: Loaded) -> None:
     As glibc: a library without any versions passes, and so does a version that is needed weakly.
     """
     for needed in dict.fromkeys(library.needs):
-        files = map(os.fsencode, _names_of(needed))
+        files = map(os.fsencode, names_of(needed))
         found = (library.names.missing_version(file, needed.names) for file in files)
         missing = next(filter(None, found), None)
         if missing is not None:
@@ -93,7 +93,7 @@ def check_versions(library: Loaded) -> None:
             )
 
 
-def _names_of(library: Loaded | HostLibrary) -> Iterable[str]:
+def names_of(library: Loaded | HostLibrary) -> Iterable[str]:
     """The names by which whoever needs versions of ``library`` may mean it: those that it was asked for."""
     if isinstance(library, Loaded):
         return library.called

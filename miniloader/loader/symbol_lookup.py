@@ -31,6 +31,7 @@ from miniloader.native import (
     NEWEST,
     PLT_ENTRIES,
     VERSIONED,
+    LinkStructure,
     Reason,
     Stopped,
     SymbolsStructure,
@@ -139,6 +140,14 @@ class MappedSymbols:
             self._labels = bytearray(4 * table.labels_count)
             table.labels = buffer_address(self._labels)
             run("list_versions", self.place)
+
+    @classmethod
+    def opened(cls, link: LinkStructure) -> MappedSymbols:
+        """The dynamic symbols that linking has opened, in ``link``, which is kept from now on."""
+        names = cls.__new__(cls)
+        names._table = link.table
+        names.place = ctypes.addressof(link)
+        return names
 
     def __len__(self) -> int:
         return int(self._table.count)

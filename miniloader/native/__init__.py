@@ -1,6 +1,7 @@
 """The inner loops of linking, in C: looking up names, noting what they are bound to, writing words.
 
-They are in ``names.c``, ``notes.c`` and ``words.c``; ``prepared.c`` has those of prepared pages.
+They are in ``names.c``, ``notes.c`` and ``words.c``; ``link.c`` goes through all of them for an ordinary
+library, ``prepared.c`` has those of prepared pages.
 
 Beside them stands what libraries of ours call instead of dlopen(3) and its like (``inside.c``).
 
@@ -49,6 +50,7 @@ __all__ = [
     "UNIQUE",
     "VERSIONED",
     "JobStructure",
+    "LinkStructure",
     "QuestionStructure",
     "Reason",
     "Stopped",
@@ -91,6 +93,7 @@ class Reason(IntEnum):
     NO_CODE = 8
     TOO_FAR = 9
     DAMAGED = 10
+    STRANGE = 11
 
 
 class Stopped(Exception):
@@ -124,6 +127,19 @@ class JobStructure(ctypes.Structure):
         "bias page_size start kinds writable code pointers parts"
         " writable_count code_count pointer_count part_count pages where what"
     )
+
+
+class LinkStructure(ctypes.Structure):
+    """``Link`` of link.c: what is given to it, and what it finds."""
+
+    _fields_ = [
+        ("table", SymbolsStructure),
+        ("readable", ctypes.c_uint64 * 16),
+        ("labels", ctypes.c_uint32 * 256),
+        *_words("bias page_size load_count tag_count dynamic dynamic_size"),
+        *_words("scope_count own needed_count asked_count"),
+        *_words("turn noted pages where what"),
+    ]
 
 
 class QuestionStructure(ctypes.Structure):
@@ -188,6 +204,7 @@ FINALISE: Final = "finalise"
 
 #: The loops, and how many numbers each gets.
 _ARGUMENTS: Final = {
+    "bind_ordinary": 12,
     "compare_sums": 5,
     "compute_values": 5,
     "copy": 4,
@@ -219,6 +236,7 @@ _ARGUMENTS: Final = {
     "text_at": 6,
     "use": 3,
     "withdraw_entry": 1,
+    "write_ordinary": 4,
 }
 
 

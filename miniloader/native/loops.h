@@ -12,7 +12,7 @@ typedef uint32_t __attribute__((aligned(1))) u32;
 typedef uint64_t __attribute__((aligned(1))) u64;
 typedef int64_t __attribute__((aligned(1))) i64;
 
-enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR, DAMAGED };
+enum { FINE, GONE, NO_TABLE, TOO_MUCH, OUTSIDE, NO_KIND, NO_SYMBOL, NOT_RELATIVE, NO_CODE, TOO_FAR, DAMAGED, STRANGE };
 
 /* What is in memory now, read once: a file that is mapped may change at any time, and what was checked has to be what
    is used.  Without this a compiler may read it again. */
@@ -141,3 +141,48 @@ extern sigjmp_buf guard_jump;
 extern uint64_t guard_where; /* the address that was not to be had */
 void guard_begin(void);
 void guard_end(void);
+
+/* ------------------------------------------------------------------------------------------- link.c */
+
+enum { MOST_LOADS = 8, MOST_LABELS = 256, MOST_NOTES = 64 };
+
+typedef struct { /* a PT_LOAD: vaddrs */
+    uint64_t start, file_end, end, flags;
+} Load;
+
+typedef struct { /* what Python has to see to: see notes.c */
+    int64_t note;
+    uint64_t address;
+} Noted;
+
+typedef struct { /* the linking of one library */
+    Table table; /* in which others look names up from now on */
+    Span readable[MOST_LOADS];
+    u32 labels[MOST_LABELS];
+    /* What is given. */
+    uint64_t bias, page_size, load_count, tag_count, dynamic, dynamic_size, scope_count, own, needed_count,
+        asked_count;
+    /* What is found: which call it was, how much was noted, how many pages were written to, and what is wrong. */
+    uint64_t turn, noted, pages, where, what;
+} Link;
+
+/* what link.c calls while it is guarded itself */
+
+#define WITHIN __attribute__((visibility("hidden")))
+WITHIN int64_t open_all(Table *table, bool check);
+WITHIN int64_t list_all(Table *table);
+WITHIN int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing);
+WITHIN int64_t look_all_up(
+    const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
+    uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
+    uint64_t *met);
+WITHIN int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest);
+WITHIN int64_t mark(Job *job, uint8_t *used, uint64_t symbols);
+WITHIN int64_t put_all(
+    Job *job, const Row *known, uint64_t known_count, const Part *packed, const uint64_t *added, uint64_t adds,
+    const Part *head,
+    const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,
+    const Definition *found, const uint8_t *late);
+int64_t note(
+    const Definition *found, uint64_t count, const uint8_t *ours, const uint64_t *asked, uint64_t asked_count,
+    uint64_t *addresses, int64_t *notes, uint64_t room, uint64_t *noted);

@@ -138,7 +138,7 @@ static bool ends_soon(const Table *table, uint64_t text)
     return room && memchr(table->strings + text, 0, room < LONGEST ? room : LONGEST);
 }
 
-static int64_t note(Table *table, uint64_t index, uint64_t text, bool base)
+static int64_t note_label(Table *table, uint64_t index, uint64_t text, bool base)
 {
     if (!ends_soon(table, text))
         return NO_TABLE;
@@ -169,7 +169,7 @@ static int64_t list_needed(Table *table)
             Vernaux version = COPY(inner);
             if (version.next && version.next < sizeof version)
                 return NO_TABLE;
-            result = note(table, version.other & VERSION, version.name, false);
+            result = note_label(table, version.other & VERSION, version.name, false);
             if (!onward(&there, version.next, sizeof version, &rest))
                 break;
         }
@@ -193,20 +193,20 @@ static int64_t list_defined(Table *table)
         const Verdaux *label = at(table, vaddr + definition.aux, sizeof *label);
         if (!label)
             return NO_TABLE;
-        result = note(table, definition.index & VERSION, ONCE(label->name), definition.flags & BASE);
+        result = note_label(table, definition.index & VERSION, ONCE(label->name), definition.flags & BASE);
         if (!onward(&vaddr, definition.next, sizeof definition, &left))
             break;
     }
     return result;
 }
 
-static int64_t list_all(Table *table)
+int64_t list_all(Table *table)
 {
     int64_t result = table->verneed ? list_needed(table) : FINE;
     return table->verdef && result == FINE ? list_defined(table) : result;
 }
 
-static int64_t open_all(Table *table, bool check)
+int64_t open_all(Table *table, bool check)
 {
     int64_t result = FINE;
     table->strings = table->strtab ? at(table, table->strtab, table->strsz) : NULL;
@@ -291,7 +291,7 @@ static bool defines(const Table *table, const Table *other, uint32_t hash, uint6
     return false;
 }
 
-static int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing)
+int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing)
 {
     uint64_t vaddr = table->verneed, left = table->verneednum;
     steps = MOST_STEPS;
@@ -508,7 +508,7 @@ static bool search(
     return false;
 }
 
-static int64_t look_all_up(
+int64_t look_all_up(
     const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
     uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
     uint64_t *met)

@@ -28,7 +28,7 @@ static const Kind *kind_of(const Job *job, uint32_t type)
     return &job->kinds[type < KINDS ? type : KINDS - 1]; /* the last is UNKNOWN */
 }
 
-static int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest)
+int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest)
 {
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
@@ -54,7 +54,7 @@ int64_t survey(Job *job, uint64_t *counts, uint64_t *highest)
     GUARDED(survey_rows(job, counts, highest));
 }
 
-static int64_t mark(Job *job, uint8_t *used, uint64_t symbols)
+int64_t mark(Job *job, uint8_t *used, uint64_t symbols)
 {
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
@@ -276,7 +276,7 @@ static int64_t put_symbolic(
 }
 
 /* Relocate: known rows, the RELR table, the words at added, the head of the file's table, then all else. */
-static int64_t put_all(
+int64_t put_all(
     Job *job, const Row *known, uint64_t known_count, const Part *packed, const uint64_t *added, uint64_t adds,
     const Part *head,
     const int64_t *called, const int64_t *pointed, uint64_t symbols, const uint64_t *addresses,

@@ -40,8 +40,9 @@ int64_t text_at(const Table *, uint64_t, int64_t, char *, uint64_t, uint64_t *);
 int64_t look_up(const Table *, const int64_t *, uint64_t, const Table *const *, const uint64_t *, uint64_t, int64_t,
                 int64_t, Definition *, uint8_t *, uint8_t *, uint64_t *);
 int64_t look_name_up(const char *, const Table *const *, const uint64_t *, uint64_t, int64_t, Definition *);
-int64_t note(const Definition *, uint64_t, const uint8_t *, const uint64_t *, uint64_t, uint64_t *, int64_t *,
-             uint64_t, uint64_t *);
+int64_t bind_ordinary(Link *, const Kind *, const Load *, const uint64_t *, const Table *const *, const uint64_t *,
+                      const uint8_t *, uint8_t *, const char *const *, const Table *const *, const uint64_t *, Noted *);
+int64_t write_ordinary(Link *, const int64_t *, const uint64_t *, uint64_t);
 int64_t survey(Job *, uint64_t *, uint64_t *);
 int64_t use(Job *, uint8_t *, uint64_t);
 int64_t gather(Job *, uint64_t, Row *, uint64_t, const uint8_t *, uint64_t);
@@ -316,6 +317,65 @@ static void try_words(Laid *laid)
     free(dirty);
 }
 
+/* ---- both at once */
+static void try_link(Laid *laid, Laid *good)
+{
+    uint64_t middle = 4096 * (1 + chance(size / 4096 - 1)), count = chance(24), plt = chance(6), rows_at = chance(512);
+    Load loads[] = {{chance(2) ? 0 : chance(2048), middle - chance(64), middle, 4 | chance(2)},
+                    {middle + chance(64), size - chance(64), size, 6}};
+    for (uint64_t times = chance(8) ? 0 : 2; times; times--)
+        ((uint64_t *)loads)[chance(8)] = odd_number(size);
+    for (int i = 0; i < 2; i++) /* what is mapped is what the loader has mapped */
+        if (loads[i].start > size || loads[i].end > size || loads[i].start > loads[i].end)
+            return;
+    const Span writable[] = {{loads[1].start, loads[1].end}, {loads[1].start, loads[1].end}};
+    Row *rows = (Row *)(laid->image + rows_at);
+    if (rows_at + (count + plt) * sizeof *rows > 2048 || loads[1].flags != 6)
+        return;
+    for (uint64_t i = 0; i < count + plt; i++) {
+        rows[i] = some_row(writable);
+        if (chance(20) && (kinds[rows[i].type % KINDS].formula == INDIRECT || rows[i].type > KINDS))
+            rows[i].type = 8;
+    }
+    uint64_t tags[][2] = {
+        {7, rows_at}, {8, 24 * count}, {23, rows_at + 24 * count}, {2, 24 * plt}, {0x6ffffff9, chance(count + 1)},
+        {5, told.strtab}, {10, told.strsz}, {6, told.symtab}, {0x6ffffef5, told.gnu_hash}, {4, told.sysv_hash},
+        {0x6ffffff0, told.versym}, {0x6ffffffe, told.verneed}, {0x6fffffff, told.verneednum}, {0x6ffffffc, told.verdef},
+        {0x6ffffffd, told.verdefnum}, {25, middle + 256}, {27, 64}, {3, middle + 8}, {36, 1536}, {35, 8 * chance(7)}};
+    uint64_t tag_count = sizeof tags / sizeof *tags;
+    for (uint64_t i = 9; i < 15; i++) /* what the library does not have */
+        if (!tags[i][1])
+            tags[i][0] = 1;
+    uint64_t *entries = (uint64_t *)(laid->image + 1536); /* of a RELR table */
+    for (int i = 0; i < 6; i++)
+        entries[i] = chance(3) ? (writable[0].start & ~1ull) + 8 * chance(200) : odd_number(size);
+    for (uint64_t times = chance(3) ? 0 : chance(4); times; times--)
+        tags[chance(tag_count)][chance(6) ? 1 : 0] = chance(6) ? odd_number(size) : 0x60000010;
+    Link *link = calloc(1, sizeof *link);
+    *link = (Link){.bias = laid->table.bias, .page_size = 4096, .load_count = chance(30) ? 2 : odd_number(2),
+                   .tag_count = tag_count, .dynamic = chance(2) ? middle + 64 : 0, .dynamic_size = 16 * tag_count,
+                   .scope_count = 2, .own = 1, .needed_count = 1, .asked_count = 1};
+    if (link->load_count <= MOST_LOADS) /* what is given is as long as it is said to be */
+        link->load_count = 2;
+    const Table *scope[] = {&good->table, &link->table}, *needed[] = {&good->table};
+    const uint64_t biases[] = {good->table.bias - chance(100) / 99, laid->table.bias}, asked[] = {chance(size)};
+    const uint8_t ours[] = {(uint8_t)chance(2), 1};
+    uint8_t *owners = calloc(2, 1);
+    const char *files[] = {"libc.so.6"};
+    Noted *noted = calloc(MOST_NOTES, sizeof *noted);
+    if (bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked, noted) == FINE) {
+        for (uint64_t times = chance(2) ? chance(4) : 0; times && count; times--) /* somebody changes the file */
+            rows[chance(count)] = some_row(writable);
+        link->turn -= !chance(16); /* another library has come between */
+        const int64_t places[] = {(int64_t)chance(12), chance(8) ? 0 : (int64_t)odd_number(4096)};
+        const uint64_t addresses[] = {chance(size), odd_number(size)};
+        write_ordinary(link, places, addresses, chance(3));
+    }
+    free(noted);
+    free(owners);
+    free(link);
+}
+
 int main(int argc, char **words)
 {
     if (argc != 5)
@@ -336,6 +396,9 @@ int main(int argc, char **words)
             try_names(&laid, &good);
         ASAN_UNPOISON_MEMORY_REGION(laid.image, size);
         try_words(&laid);
+        if (chance(2)) /* as it was, but for what follows */
+            memcpy(laid.image, pristine, size);
+        try_link(&laid, &good);
         clear_away(&laid);
     }
     uint64_t met = 0;

@@ -45,6 +45,28 @@ def test_a_loop_that_looks_beyond_what_is_readable_is_found(tmp_path: Path) -> N
     assert "AddressSanitizer" in said
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("inside(link->readable, link->table.readable_count, vaddr, count * each)", "true"),
+        ("(uint64_t)places[i] >= MOST_BOUND", "false"),
+        ("link->load_count > MOST_LOADS ||", ""),
+    ],
+)
+def test_what_is_wrong_with_linking_at_once_is_found(right: str, wrong: str, tmp_path: Path) -> None:
+    sources = tmp_path / "native"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / "link.c").read_text()
+    assert text.count(right) == 1
+    (sources / "link.c").write_text(text.replace(right, wrong))
+    fuzzer = build_fuzzer(tmp_path, sources)
+    if fuzzer is None:
+        pytest.skip("this machine lacks gcc's sanitizers")
+    status, said = fuzzed(fuzzer, seed=1, runs=3000, seconds=20, library=build("demo"))
+    assert status != 0, said
+    assert "Sanitizer" in said or "runtime error" in said
+
+
 def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
     """Answers, dlopen from inside, lazy binding, callbacks, the guard and the notes of faults."""
     fuzzer = build_fuzzer(tmp_path, harness="rooms.c")

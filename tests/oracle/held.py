@@ -139,6 +139,7 @@ def _load(path: str, report: int, hold: int, prepared_in: str | None) -> None:
             writable_code=True,
             prepared=prepared_in is not None,
         ) as steps:
+            steps._graph.keeps_bindings = False  # so that what is ordinary is linked as load() does
             steps.map()
             steps.link()
             if prepared_in is not None:
