@@ -132,8 +132,8 @@ def _initialiser(cls: type) -> Callable[..., None]:
     """``__init__`` of the class, which replaces itself by one that knows the fields when it is called."""
 
     def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
-        cls.__init__ = known = _called(_interpreted(cls, _fields_of(cls)), cls)  # type: ignore[misc]
-        known(self, *arguments, **named)
+        cls.__init__ = initialiser = _called(_interpreted(cls, _fields_of(cls)), cls)  # type: ignore[misc]
+        initialiser(self, *arguments, **named)
 
     return _called(initialise, cls)
 
@@ -149,24 +149,20 @@ def _interpreted(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
     template = {name: default for name, default, *_ in fields}  # in order
     factories = [(name, factory) for name, _, factory, *_ in fields if factory is not MISSING]
     required = {name for name, default, factory, *_ in fields if default is MISSING is factory}
-    # How many arguments in order suffice; one more than there can be where something else has to be done.
-    most = len(names)
-    fewest = most + 1 if concludes or not required.issubset(names) else len(required)
-    if factories:
-        fewest = max(fewest, len(fields))
+    whole = len(names) if len(names) == len(fields) and not concludes else -1  # all arguments, if in order
 
     def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
-        many = next(calls) > _MANY
-        if not named and fewest <= len(arguments) <= most and not many:
-            values = self.__dict__
-            if len(arguments) < len(fields):
-                values.update(template)
-            values.update(zip(names, arguments, strict=False))
-            return
+        if named or len(arguments) != whole or next(calls) > _MANY:
+            compose(self, arguments, named)
+        else:
+            self.__dict__.update(zip(names, arguments, strict=True))
+
+    def compose(self: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = dict(zip(names, arguments, strict=False))
         values = {**template, **given, **named}
         given_once = len(given) == len(arguments) and named.keys().isdisjoint(given)
-        if many or not given_once or len(values) > len(fields) or not required <= {*given, *named}:
+        is_right = given_once and len(values) == len(fields) and required <= {*given, *named}
+        if not is_right or next(calls) > _MANY:
             cls.__init__ = compiled = _called(_compiled(cls, fields), cls)  # type: ignore[misc]
             compiled(self, *arguments, **named)  # which says what is wrong with the arguments
             return

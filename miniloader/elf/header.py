@@ -12,7 +12,7 @@ from typing import Final, Literal
 from miniloader.elf.layout import record
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
-from miniloader.forking import importing
+from miniloader.forking import cached_property, importing
 from miniloader.values import dataclass
 
 __all__ = ["Header", "Section", "Segment", "protection", "read_header", "read_sections", "read_segments"]
@@ -87,12 +87,12 @@ class Segment:
     memsz: int
     align: int
 
-    @property
+    @cached_property
     def end(self) -> int:
         """The vaddr after its last byte in memory."""
         return self.vaddr + self.memsz
 
-    @property
+    @cached_property
     def file_end(self) -> int:
         """The vaddr after its last byte that comes from the file."""
         return self.vaddr + self.filesz
@@ -210,8 +210,10 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     names = _SEGMENT_TYPES | (_MIPS_SEGMENT_TYPES if header.machine == "MIPS" else {})
     rows = layout.rows(table, "type", "flags", "offset", "vaddr", "filesz", "memsz", "align")
     return tuple(
-        Segment(index, names.get(kind) or layout.label("type", kind), protection(flags), *extent)
-        for index, (kind, flags, *extent) in enumerate(rows)
+        [
+            Segment(index, names.get(kind) or layout.label("type", kind), protection(flags), *extent)
+            for index, (kind, flags, *extent) in enumerate(rows)
+        ]
     )
 
 

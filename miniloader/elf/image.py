@@ -304,14 +304,14 @@ class ElfImage(Showing):
         Segments that touch, in memory and in the file, are one: a table may lie across both.
         """
         extents: list[tuple[int, int, int]] = []
+        start, end, file_offset = 0, -1, 0
         for load in self.loads:
-            extent = (load.vaddr, load.file_end, load.file_offset)
-            if extents:
-                start, end, file_offset = extents[-1]
-                if (end, file_offset + end - start) == (load.vaddr, load.file_offset):
-                    extent = (start, load.file_end, file_offset)
-                    extents.pop()
-            extents.append(extent)
+            if end == load.vaddr and file_offset + end - start == load.file_offset:
+                end = load.file_end
+                extents.pop()
+            else:
+                start, end, file_offset = load.vaddr, load.file_end, load.file_offset
+            extents.append((start, end, file_offset))
         return tuple(extents)
 
     @cached_property

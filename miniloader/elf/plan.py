@@ -316,7 +316,7 @@ def _round_up(vaddr: int, page_size: int) -> int:
 
 def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
     start = segment.vaddr & -page_size
-    file_end, end = _round_up(segment.file_end, page_size), _round_up(segment.end, page_size)
+    file_end, end = (-(-end // page_size) * page_size for end in (segment.file_end, segment.end))
     if file_end > start:
         file_offset = segment.file_offset - (segment.vaddr - start)
         yield PlannedMapping(start, file_end, file_offset, segment.flags, "file")

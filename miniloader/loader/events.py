@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, cast
 
 from miniloader.values import dataclass
 
-__all__ = ["RUN_CODE", "Event", "OnEvent", "Stage", "is_brief"]
+__all__ = ["RUN_CODE", "BriefListener", "Event", "OnEvent", "Stage", "is_brief", "tell"]
 
 Stage = Literal[
     "search", "parse", "reserve", "map", "guard", "zero", "need", "bind", "tls", "relocate", "protect",
@@ -33,9 +33,27 @@ OnEvent = Callable[[Event], None]
 """Called with each event, in order, in the thread that loads."""
 
 
+class BriefListener(Protocol):
+    """Who wants to know when something is done, and not how: where ``brief``, no event is made for it."""
+
+    brief: bool
+
+    def note(self, stage: Stage, library: str, data: Mapping[str, Any], /) -> None:
+        """A step of a load is done."""
+        ...
+
+
 def is_brief(listener: OnEvent | None) -> bool:
-    """Whether ``listener`` has ``brief = True``: it wants to know when something is done, and not how.
+    """Whether ``listener`` is a :class:`BriefListener`, and wants to be one.
 
     Then a library is told to be mapped once, and nothing is looked for only to be told.
     """
     return bool(getattr(listener, "brief", False))
+
+
+def tell(listener: OnEvent, stage: Stage, library: str, text: str, data: Mapping[str, Any]) -> None:
+    """Have ``listener`` hear of one step, as it wants to."""
+    if is_brief(listener):
+        cast(BriefListener, listener).note(stage, library, data)
+    else:
+        listener(Event(stage, library, text, data))

@@ -16,7 +16,7 @@ from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
-from miniloader.loader.events import Event, OnEvent, Stage, is_brief
+from miniloader.loader.events import OnEvent, Stage, is_brief, tell
 from miniloader.loader.loaded import Loaded, called_so, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
@@ -82,7 +82,7 @@ class Graph:
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
         if self.tell is not None:
-            self.tell(Event(stage, library, text, data))
+            tell(self.tell, stage, library, text, data)
 
     def add(self, source: Source, needed_by: Loaded | None = None, image: ElfImage | None = None) -> Loaded:
         """Open ``source`` as a new member, with its ``image`` if that has been read; closed when refused."""
@@ -167,7 +167,7 @@ class Graph:
                 text = f"{name}: {answer.path}"
                 self.event("need", library.name, text, needed=name, path=answer.path, copies=None)
             needed = self.add(answer.what, library, answer.image)
-            needed.called.add(name)
+            needed.call(name)
             return needed
         if answer.handle is not None:
             library.undo.callback(dynamic_linker.close_host, answer.handle)
@@ -187,7 +187,7 @@ class Graph:
             return of_host
         same = self._alike(called_so(name, self.order))
         if same is not None:
-            same.called.add(name)  # where that is its SONAME
+            same.call(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
         path = self._search(name, asker, who)
         source = Source.open(path)
@@ -195,7 +195,7 @@ class Graph:
         if same_file is not None:
             source.close()
             if isinstance(same_file, Loaded):
-                same_file.called.add(name)
+                same_file.call(name)
                 return Resolution(same_file, f"loaded already as {same_file.name}")
             how = f"loaded already as {same_file.name}"
             return Resolution(same_file, how, dynamic_linker.open_host(same_file.path, load=False))

@@ -39,6 +39,8 @@ def linking_order(libraries: Sequence[Loaded], scope: Sequence[Definer]) -> list
     Where two refer to each other there is no such order: the first to be linked is refused.
     """
     holders = {library for library in libraries if library.image.tls is not None}
+    if len(libraries) == 1 or not holders:
+        return list(libraries)
 
     def storage(library: Loaded) -> list[Loaded]:
         return _storage_of_others(library, _lookup_order(library, scope)) if holders - {library} else []

@@ -6,8 +6,9 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from itertools import compress, repeat
+from operator import attrgetter, contains
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from miniloader.elf import ElfImage, LoadPlan
 from miniloader.elf.dynamic import DF_1_NODELETE, DT_FLAGS_1
@@ -19,7 +20,7 @@ from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.beside_glibc.thread_local import Blocks
 from miniloader.loader.beside_glibc.tls_carrier import Carrier
 from miniloader.loader.constructors import constructor_order, run_constructors
-from miniloader.loader.events import Event, OnEvent
+from miniloader.loader.events import OnEvent, tell
 from miniloader.loader.memory import Memory
 from miniloader.loader.policy import Policy
 from miniloader.loader.scope import Definer
@@ -34,6 +35,28 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "called_so", "search_order"]
 
 T = TypeVar("T")
+_ANSWERS_TO: Final = attrgetter("answers_to")
+
+
+class Undo:
+    """What gives back whatever was made, the last thing first."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+
+    def callback(self, function: Callable[..., object], *arguments: object) -> None:
+        """To be called when all is given back."""
+        self._calls.append((function, arguments))
+
+    def close(self) -> None:
+        """Give all back; what one call raises is raised when the others are made."""
+        while self._calls:
+            function, arguments = self._calls.pop()
+            try:
+                function(*arguments)
+            except BaseException:
+                self.close()
+                raise
 
 
 class Loaded:
@@ -48,12 +71,12 @@ class Loaded:
     ) -> None:
         self.image = image
         self.key = image.source.key  # what tells its file from others
-        self.soname = image.soname
         self.policy = policy
         self.tell = tell  # who hears of its load, and of those that it asks for itself
-        self.undo = ExitStack()
+        self.undo = Undo()
         self.needed_by = needed_by  # whose need brought it, while that is there: ld.so's l_loader
         self.called = {image.path}  # the names that it was found by: ld.so's l_name and l_libname
+        self.answers_to = {image.path, image.soname}  # these, and its SONAME
         self.needs: list[Loaded | HostLibrary] = []  # in the order in which its dynamic section has them
         self.filtees: list[Loaded | HostLibrary] = []  # those whose symbols come before its own
         # What of ours is initialised before it: of what a caller asked for all (ld.so's l_initfini).
@@ -141,6 +164,11 @@ class Loaded:
         """Its build-id, in hexadecimal."""
         return self.image.build_id
 
+    def call(self, name: str) -> None:
+        """Note that the library was found by ``name``."""
+        self.called.add(name)
+        self.answers_to.add(name)
+
     @property
     def ours(self) -> list[Loaded]:
         """What it needs that the system's loader does not have."""
@@ -167,13 +195,13 @@ class Loaded:
 
     def run(self, constructors: list[int]) -> None:
         """Call ``constructors`` of it, at these addresses; who hears of its load is told of each."""
-        hears = self.tell
+        listener = self.tell
 
-        def tell(address: int) -> None:
-            if hears is not None:
-                hears(Event("initialise", self.name, f"call {address:#x}", {"address": address}))
+        def told(address: int) -> None:
+            if listener is not None:
+                tell(listener, "initialise", self.name, f"call {address:#x}", {"address": address})
 
-        run_constructors(constructors, tell if hears is not None else None)
+        run_constructors(constructors, told if listener is not None else None)
 
     def has_exits(self) -> bool:
         """Whether a thread has destructors of its objects yet to run; it is not asked again if none has."""
@@ -257,7 +285,8 @@ class Loaded:
             return False
         self.scope = self.local_scope(listing)
         others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
-        self.before = constructor_order([self, *others], lambda library: library.before)[::-1]
+        members = [self, *others]
+        self.before = constructor_order(members, lambda library: library.before)[::-1] if others else members
         for member in (self, *others):
             if member.waiting is None:  # glibc's resize_scopes: what waits sees its own load alone
                 member.roots.append(self)
@@ -269,7 +298,8 @@ def called_so(name: str, libraries: Iterable[Loaded]) -> list[Loaded]:
 
     It is the SONAME, the path, or a name that the library was found by before.
     """
-    return [library for library in libraries if name in library.called or name == library.soname]
+    libraries = list(libraries)
+    return [*compress(libraries, map(contains, map(_ANSWERS_TO, libraries), repeat(name)))]
 
 
 def search_order(
@@ -295,15 +325,17 @@ def search_order(
             continue
         done.add(id(library))
         for needed, is_filtee in edges(library):
-            is_new = id(needed) not in seen
-            if not is_new and not is_filtee:
+            if not is_filtee:
+                if id(needed) not in seen:
+                    seen.add(id(needed))
+                    order.append(needed)
                 continue
+            is_new = id(needed) not in seen
             seen.add(id(needed))
-            if is_filtee and (is_new or needed in order[order.index(library) + 1 :]):
+            if is_new or needed in order[order.index(library) + 1 :]:
                 if not is_new:
                     order.remove(needed)
                 order.insert(order.index(library), needed)
                 move(needed, library)
-            elif is_new:
-                order.append(needed)
+        place += order[place] is library  # else a filtee has come there
     return order

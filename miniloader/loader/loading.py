@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from miniloader.elf import ElfImage, Source
@@ -38,6 +37,29 @@ __all__ = ["Loading", "can_answer", "load"]
 
 _NEXT: Final = "{}() comes next"
 _HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
+
+
+class _Step:
+    """A step of a load, from when it begins until it ends, with the lock held."""
+
+    def __init__(self, steps: Loading, name: str, then: str) -> None:
+        self._steps, self._name, self._then = steps, name, then
+
+    def __enter__(self) -> None:
+        steps, name = self._steps, self._name
+        if steps._state != _NEXT.format(name):
+            raise UsageError(f"{steps._name}: {name}() is called out of turn: {steps._state}", hint=_HINT)
+        unload.lock.__enter__()
+        steps._state, steps._since = f"{name}() has begun", time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._steps._state = self._then
+            else:
+                self._steps._undo()
+        finally:
+            unload.lock.__exit__()
 
 
 class Loading:
@@ -174,19 +196,9 @@ class Loading:
         assert self._root is not None  # once it is mapped
         return self._root
 
-    @contextmanager
-    def _step(self, name: str, then: str) -> Iterator[None]:
+    def _step(self, name: str, then: str) -> _Step:
         """One step, with the lock held; when it fails, all is undone."""
-        if self._state != _NEXT.format(name):
-            raise UsageError(f"{self._name}: {name}() is called out of turn: {self._state}", hint=_HINT)
-        with unload.lock:
-            self._state, self._since = f"{name}() has begun", time.perf_counter()
-            try:
-                yield
-            except BaseException:
-                self._undo()
-                raise
-            self._state = then
+        return _Step(self, name, then)
 
     def _undo(self) -> None:
         """Take back whatever the steps have done."""
@@ -216,7 +228,7 @@ class Loading:
     def _map(self, source: Source) -> Loaded:
         graph = self._graph
         root = graph.add(source, None, self._image)
-        root.called.add(self._name)
+        root.call(self._name)
         root.will_stay |= graph.policy.stays
         functions()  # the loader's own library, before it is asked which there are
         graph.complete()
@@ -237,8 +249,7 @@ class Loading:
         listing, policy = self._graph.listing, self._graph.policy
         # ld.so's global scope comes first, then the library and what it needs.
         local = self._asked_for.scope
-        process: list[Needed] = [library for library in listing.found if library.is_global]
-        process += unload.global_scope
+        process: list[Needed] = [*listing.global_scope, *unload.global_scope]
         scope: list[Definer] = list(dict.fromkeys([*local, *process] if policy.deep else [*process, *local]))
         for library in linking_order(self._order, scope):
             link_library(self._graph, library, scope)

@@ -23,6 +23,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
 from miniloader.elf.dynamic import DF_1_NODEFLIB, DT_FLAGS_1
@@ -385,6 +386,13 @@ def _judge_header(head: bytes, machine: Machine | None) -> str:
     elf_class = machine.elf_class if machine is not None else 64
     if len(head) < _HEADER[elf_class]:
         return _SHORT
+    place, _ = _PROGRAM_HEADER[elf_class]
+    return _judge_fields(head[:24], head[place : place + 2], machine)
+
+
+@lru_cache(maxsize=64)
+def _judge_fields(head: bytes, entry: bytes, machine: Machine | None) -> str:
+    """The outcome for a file that begins with ``head``, and whose program headers have the size ``entry``."""
     if head[:4] != b"\x7fELF":
         return _NOT_ELF
     if machine is None:
@@ -392,9 +400,9 @@ def _judge_header(head: bytes, machine: Machine | None) -> str:
     if head[4] != machine.elf_class // 32:
         return _OTHER_CLASS[machine.elf_class]
     order: Literal["little", "big"] = "little" if machine.order == "<" else "big"
-    place, size = _PROGRAM_HEADER[elf_class]
-    fields = ((16, 2), (18, 2), (20, 4), (place, 2))
-    kind, number, version, entry = (int.from_bytes(head[at : at + length], order) for at, length in fields)
+    _, size = _PROGRAM_HEADER[machine.elf_class]
+    parts = head[16:18], head[18:20], head[20:24], entry
+    kind, number, version, entry_size = (int.from_bytes(part, order) for part in parts)
     tests = (
         (head[5] != (1 if order == "little" else 2), _ORDER),
         (head[6] != 1, _IDENT_VERSION),
@@ -404,6 +412,6 @@ def _judge_header(head: bytes, machine: Machine | None) -> str:
         (version != 1, _VERSION),
         (number != machine.number, _OTHER_MACHINE),
         (kind not in (2, 3), _NO_LIBRARY),  # ET_EXEC, ET_DYN
-        (entry != size, _ENTRY_SIZE),
+        (entry_size != size, _ENTRY_SIZE),
     )
     return next((outcome for is_so, outcome in tests if is_so), _FOUND)

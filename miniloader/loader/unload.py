@@ -48,6 +48,7 @@ unfinished: Final[set[Loaded]] = set()
 #: Those of ours that have been made global, in this order: ld.so's global scope goes on with them.
 global_scope: Final[list[Loaded]] = []
 _KEY: Final = attrgetter("key")
+_WILL_STAY: Final = attrgetter("will_stay")
 _ended: Final[set[bool]] = set()  # not empty once exit(3) has what is left to be finalised
 _closed: Final[list[Loaded]] = []  # let go, and not looked at yet
 _leaving: Final[list[Loaded]] = []  # whose destructors run now, or have run: not unmapped yet
@@ -75,9 +76,8 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
     Those that will stay do so from now on.
     """
     _put_in_order(order, {*present, *new})
-    for library in present:
-        if library.will_stay:
-            library.stays |= library.policy.init
+    for library in filter(_WILL_STAY, present):
+        library.stays |= library.policy.init
     stand_ins.be_asked_at_exit()
 
 

@@ -32,7 +32,8 @@ def init_arrays(image: ElfImage) -> Iterator[Fault]:
         if length % word:
             yield tag_name(size), f"{length} bytes", f"a multiple of {word}"
         vaddr = image.dynamic.tags[start]
-        if not any(load.vaddr <= vaddr and vaddr + length <= load.end for load in image.loads):
+        last = vaddr + length
+        if not any(load.vaddr <= vaddr and last <= load.end for load in image.loads):
             yield tag_name(start), f"{vaddr:#x}, {length} bytes", "inside one PT_LOAD"
 
 

@@ -229,6 +229,11 @@ class HostListing:
         """The libraries that each needs, of those whose needs were asked for."""
         return {}
 
+    @cached_property
+    def global_scope(self) -> tuple[HostLibrary, ...]:
+        """The libraries whose symbols are in the process's global scope."""
+        return tuple(library for library in self.found if library.is_global)
+
     def that_stays(self, name: str) -> HostLibrary | None:
         """The library whose SONAME is ``name``, if the program needs it, so that it cannot go."""
         return self._that_stay.get(name)

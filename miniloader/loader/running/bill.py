@@ -10,9 +10,9 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Final
+from typing import Any, Final
 
-from miniloader.loader.events import Event, OnEvent, Stage, is_brief
+from miniloader.loader.events import Event, OnEvent, Stage
 from miniloader.values import dataclass
 
 __all__ = ["PARTS", "Bill", "BilledLibrary", "Constructor", "Meter", "Opened"]
@@ -112,29 +112,30 @@ class _Call:
         self.constructor: _Library | None = None  # whose constructor runs
         self.address = 0  # its address
 
-    def of_new(self, event: Event) -> _Library:
+    def of_new(self, stage: Stage, path: str) -> _Library:
         """Whose cost it is, of a library not known yet: before its file is, that of what was asked for."""
-        if event.stage != "parse":
+        if stage != "parse":
             return self.root
-        path = event.library
         if not self.is_known:
             self.is_known, self.root.path = True, path  # the first that is read
         library = self.libraries[path] = _Library(path) if self.libraries else self.root
         return library
 
-    def hear(self, event: Event, now: float) -> None:
-        """The time until ``now`` is that of the constructor that ran, or of what ``event`` tells."""
-        library, data = self.libraries.get(event.library) or self.of_new(event), event.data
+    def hear(self, stage: Stage, name: str, data: Mapping[str, Any], now: float) -> None:
+        """The time until ``now`` is that of the constructor that ran, or of this ``stage``."""
+        library = self.libraries.get(name) or self.of_new(stage, name)
         if self.constructor is None:
-            library.parts[_PART_OF[event.stage]] += now - self.since
+            library.parts[_PART_OF[stage]] += now - self.since
             self.since = now
         else:
-            self.spend(now, library, _PART_OF[event.stage])
+            self.spend(now, library, _PART_OF[stage])
+        if not data:
+            return
         if "bias" in data:
             library.bias = int(data["bias"])
         if "pages" in data:
             library.pages += int(data["pages"])
-        if event.stage == "initialise":
+        if stage == "initialise":
             self.constructor, self.address = library, int(data["address"])
 
     def spend(self, now: float, library: _Library, part: str) -> None:
@@ -159,7 +160,7 @@ class Meter:
     def __init__(self, tell: OnEvent | None = None) -> None:
         self._tell = tell
         #: Unless somebody else listens, too: see :func:`miniloader.loader.events.is_brief`.
-        self.brief = tell is None or is_brief(tell)
+        self.brief = tell is None
         self._start = time.perf_counter()
         self._calls: list[_Call] = []
         self._opened: list[Opened] = []
@@ -199,10 +200,14 @@ class Meter:
         else:
             self._opened.append(opened)
 
+    def note(self, stage: Stage, library: str, data: Mapping[str, Any]) -> None:
+        """Hear of one step, which nobody else listens to."""
+        if self._calls:
+            self._calls[-1].hear(stage, library, data, time.perf_counter())
+
     def __call__(self, event: Event) -> None:
         """Hear of one event."""
-        if self._calls:
-            self._calls[-1].hear(event, time.perf_counter())
+        self.note(event.stage, event.library, event.data)
         if self._tell is not None:
             self._tell(event)
             if self._calls:
