@@ -202,7 +202,7 @@ class LoadPlan(Showing):
         return *_reserve(self, placed), *self._behind_reserve
 
     def calls_of(self, step: Step) -> Iterator[PlannedCall]:
-        """Those of :meth:`calls` that are of one ``step`` behind reserving room."""
+        """The calls of :meth:`calls` that are of one ``step`` behind reserving room."""
         return (call for call in self._behind_reserve if call.step == step)
 
     @cached_property
@@ -234,14 +234,10 @@ def plan_segments(
     for segment in loads:
         for mapping in _pages(segment, page_size):
             _place(mappings, mapping)
-    return LoadPlan(
-        page_size=page_size,
-        alignment=max(page_size, *(segment.align for segment in loads)),
-        mappings=tuple(_with_gaps(mappings)),
-        zeroed=tuple(filter(None, (_zeroed(load, page_size) for load in loads if load.memsz > load.filesz))),
-        relro=_relro(segments, page_size),
-        guarded=guarded,
-    )
+    alignment = max(page_size, *[segment.align for segment in loads])
+    ends = [_zeroed(load, page_size) for load in loads if load.memsz > load.filesz]
+    zeroed, relro = tuple(filter(None, ends)), _relro(segments, page_size)
+    return LoadPlan(page_size, alignment, tuple(_with_gaps(mappings)), zeroed, relro, guarded)
 
 
 def _check(segment: Segment, page_size: int, name: str | None) -> None:
@@ -316,7 +312,8 @@ def _round_up(vaddr: int, page_size: int) -> int:
 
 def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
     start = segment.vaddr & -page_size
-    file_end, end = (-(-end // page_size) * page_size for end in (segment.file_end, segment.end))
+    file_end = -(-segment.file_end // page_size) * page_size
+    end = -(-segment.end // page_size) * page_size
     if file_end > start:
         file_offset = segment.file_offset - (segment.vaddr - start)
         yield PlannedMapping(start, file_end, file_offset, segment.flags, "file")
@@ -326,9 +323,13 @@ def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
 
 def _place(mappings: list[PlannedMapping], new: PlannedMapping) -> None:
     """Put ``new`` over what is there, as ``MAP_FIXED`` does: of a page two segments share, the later wins."""
-    while mappings and mappings[-1].start >= new.start:
+    start = new.start
+    if not mappings or mappings[-1].end <= start:
+        mappings.append(new)
+        return
+    while mappings and mappings[-1].start >= start:
         mappings.pop()
-    if mappings and mappings[-1].end > new.start:
+    if mappings and mappings[-1].end > start:
         last = mappings.pop()
         mappings.append(PlannedMapping(last.start, new.start, last.file_offset, last.protection, last.kind))
     mappings.append(new)

@@ -7,7 +7,7 @@ comes later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
@@ -16,7 +16,7 @@ from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
-from miniloader.loader.events import OnEvent, Stage, is_brief, tell
+from miniloader.loader.events import BriefListener, Event, OnEvent, Stage, is_brief
 from miniloader.loader.loaded import Loaded, called_so, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
@@ -68,6 +68,7 @@ class Graph:
         self._asked_in = asked_in  # where the first member was found, a moment ago
         self.tell = tell
         self.brief = is_brief(tell)
+        self._note = cast(BriefListener, tell).note if self.brief else None
         self.new: list[Loaded] = []
         self.order: list[Loaded] = []
         self.bindings: dict[Loaded, Bindings] = {}
@@ -81,8 +82,10 @@ class Graph:
 
     def event(self, stage: Stage, library: str, text: str, **data: Any) -> None:
         """Tell whoever listens."""
-        if self.tell is not None:
-            tell(self.tell, stage, library, text, data)
+        if self._note is not None:
+            self._note(stage, library, data)
+        elif self.tell is not None:
+            self.tell(Event(stage, library, text, data))
 
     def add(self, source: Source, needed_by: Loaded | None = None, image: ElfImage | None = None) -> Loaded:
         """Open ``source`` as a new member, with its ``image`` if that has been read; closed when refused."""
@@ -206,7 +209,7 @@ class Graph:
             assert handle is not None  # or it had raised
             library = self._behind(handle, path)
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
-        return Resolution(source, "found", image=image)
+        return Resolution(source, "found", None, None, image)
 
     def _alike(self, libraries: Iterable[Loaded]) -> Loaded | None:
         """The first of ``libraries`` that is of this load, or of one that initialised as this one will."""

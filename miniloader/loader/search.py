@@ -186,7 +186,7 @@ def places(name: str, asker: Asker | None, surroundings: Surroundings) -> Iterat
     [('DT_RUNPATH', ('/opt/app/../lib64/',)), ('default directory', ('/lib/',))]
     """
     if "/" in name:
-        yield Place("path", None, path=name)
+        yield Place("path", None, (), name)
         return
     program = surroundings.program
     if surroundings.musl is not None:
@@ -284,7 +284,7 @@ def find(name: str, asker: Asker | None, surroundings: Surroundings) -> Found:
     for place in places(name, asker, surroundings):
         for outcome in _look(name, asker, place, surroundings, steps):
             if outcome == _FOUND:
-                return Found(name, steps[-1].path, tuple(steps))
+                return Found(name, steps[-1].path, tuple(steps), False)
             if _stopping(outcome) is not None:
                 return Found(name, None, tuple(steps), stopped=True)
     return Found(name, None, tuple(steps))

@@ -42,7 +42,7 @@ def open_for_host(name: bytes, flags: int, caller: Caller) -> int | None:
         return None
     rules = in_force[-1]
     try:
-        asking = Caller(caller.name, caller.library, caller.asker, rules.policy, rules.tell)
+        asking = Caller(caller.name, caller.library, caller.asker, rules.policy, rules.tell, None)
         return open_library(name, flags, asking)
     except MiniloaderError as error:
         reason: MiniloaderError = error
