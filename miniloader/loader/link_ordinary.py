@@ -47,8 +47,10 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
     link, owners, notes = LinkStructure(), bytearray(len(order)), array("Q", bytes(16 * _MOST_NOTES))
     try:
         _bind(link, library, order, owners, notes)
-    except Stopped:
-        return False  # all errors are told by whoever begins anew
+    except Stopped as stopped:
+        if stopped.reason is not Reason.STRANGE:
+            raise
+        return False  # what is wrong is told by whoever begins anew
     graph.event("bind", image.path, "symbols are bound")
     noted = notes[: 2 * link.noted]
     places, addresses = array("q", [note >> 2 for note in noted[::2]]), noted[1::2]
