@@ -143,8 +143,14 @@ def test_forks_are_reaped_as_well(crew: StartCrew) -> None:
 
 
 def test_what_a_function_raises(server: Workers) -> None:
+    """It is told of who raised it: the worker that was forked, not the server by way of which it is asked."""
     with pytest.raises(WorkerError, match=r"worker 1 of 1 .*: ValueError: no such item\nTraceback"):
-        server.fork().call("refuse")
+        server.call("refuse")
+    children = server.fork()
+    (child,), (parent,) = children.pids, server.pids
+    told = rf"^process {child}, forked by {parent}: ValueError: no such item\nTraceback"
+    with pytest.raises(WorkerError, match=told):
+        children.call("refuse")
 
 
 def test_what_a_function_raises_comes_with_its_traceback(server: Workers) -> None:

@@ -113,7 +113,7 @@ class Worker:
         reply: dict[str, Any] = json.loads(self._inbox)
         self._inbox.clear()
         if "error" in reply:
-            raise _revived(reply["error"], self._name)
+            raise _revived(reply["error"], {self.pid: self._name})
         return reply
 
     def death(self, step: str) -> WorkerError:
@@ -282,10 +282,14 @@ def _memory_available() -> int:
     return sys.maxsize
 
 
-def _revived(error: Mapping[str, Any], name: str) -> MiniloaderError:
-    """The error that a worker reports, as what it was raised as there."""
+def _revived(error: Mapping[str, Any], names: Mapping[int, str]) -> MiniloaderError:
+    """The error that a worker reports, or one that it has forked, as what it was raised as there.
+
+    ``names`` are what workers are called, by pid.
+    """
     kind = getattr(errors, error["kind"], None)
     if not isinstance(kind, type) or not issubclass(kind, MiniloaderError):
+        name = names.get(error["pid"], f"process {error['pid']}, forked by {error['parent']}")
         unexpected = WorkerError(f"{name}: {error['kind']}: {error['message']}")
         unexpected.add_note(error["trace"])  # what it was doing there, for whoever shows more than a line
         return unexpected

@@ -89,6 +89,8 @@ def _unexpected(error: Exception) -> dict[str, Any]:
         "message": str(error),
         "fields": {},
         "trace": "".join(trace).rstrip("\n"),
+        "pid": os.getpid(),
+        "parent": os.getppid(),
     }
 
 
