@@ -59,7 +59,7 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
         asked = [place for place, reason in enumerate(reasons) if reason == _OF_ASKED]
         if any(addresses[place] in unwinder.walkers() for place in asked):
             unwinder.bring()
-        stand_ins.answer(addresses, asked)
+        library.may_open |= stand_ins.answer(addresses, asked)
     if _OF_RESOLVER in reasons:  # of libraries of ld.so's
         resolve(addresses, array("q", [at for at, reason in enumerate(reasons) if reason == _OF_RESOLVER]))
     try:
