@@ -56,7 +56,8 @@ WRONG: dict[str, list[Edit]] = {
     "textrel": [("CODE * PAGE + 8 * number", "number * PAGE"), ("CODE * PAGE + 8 * number", "CODE * PAGE")],
     "relro": [("protect(0, mmap.PROT_READ)", "protect(1, mmap.PROT_READ)")],
     "tls": [("class Visits(threading.local)", "class Visits"), ("    count = 1000 ", "    count = 1001 ")],
-    "erosion": [("gc.freeze()", "gc.collect()"), ("20_000", "2_000")],
+    "erosion": [("gc.freeze()", "gc.collect()"), ("20_000", "2_000"), ("[[None] for _ in range(20_000)]", "[None] * 20_000"),
+                ("child = os.fork()", "child = os.fork(); items = [[1] for _ in range(20_000)] if child else items")],
     "prepared": [("(page + BIAS)", "(page)"), ("flags=mmap.MAP_PRIVATE)", "flags=mmap.MAP_PRIVATE); memory[0] = 0")],
 }  # fmt: skip
 

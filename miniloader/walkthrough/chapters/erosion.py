@@ -280,6 +280,7 @@ os.read(reading, 1)
 """
 
 
+_LEAST_PAGES: Final = (400 << 10) // PAGE_SIZE  # 20,000 objects take more than that
 _DENSE: Final = 0.9  # of as many items as a page holds: what else is there is written, too
 
 
@@ -297,12 +298,18 @@ def _check(names: dict[str, Any]) -> Answer:
         os.waitpid(child, 0)
     counts = Counter(id(item) // PAGE_SIZE * PAGE_SIZE for item in items)
     pages = {page for page, number in counts.items() if number >= _DENSE * max(counts.values())}
-    alone = 0
+    alone, forked = 0, 0
     for start, words in tables:
-        own = (words & PRESENT).astype(np.bool_) & (words & EXCLUSIVE).astype(np.bool_)
+        present = (words & PRESENT).astype(np.bool_)
+        own = present & (words & EXCLUSIVE).astype(np.bool_)
+        forked += len(pages.intersection((start + np.flatnonzero(present) * PAGE_SIZE).tolist()))
         alone += len(pages.intersection((start + np.flatnonzero(own) * PAGE_SIZE).tolist()))
     if len(items) != 20_000:
         return Answer(False, f"there are {len(items)} items, 20,000 are asked for")
+    if forked < max(_DENSE * len(pages), _LEAST_PAGES):
+        return Answer(
+            False, f"the child has {forked} of {len(pages)} pages of items, not 20,000 of its parent's"
+        )
     if alone <= len(pages) // 3:  # some hold other objects as well, which the parent has written to
         return Answer(True, f"the child collects, and has {alone} of {len(pages)} pages of items for itself")
     return Answer(False, f"the collection copied {alone} of {len(pages)} pages of items")
