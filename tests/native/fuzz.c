@@ -39,6 +39,10 @@ int64_t missing_version(const Table *, const char *, const Table *, uint64_t *);
 int64_t text_at(const Table *, uint64_t, int64_t, char *, uint64_t, uint64_t *);
 int64_t look_up(const Table *, const int64_t *, uint64_t, const Table *const *, const uint64_t *, uint64_t, int64_t,
                 int64_t, Definition *, uint8_t *, uint8_t *, uint64_t *);
+int64_t list_asked(const uint64_t *, uint64_t, const uint64_t *, uint64_t, int64_t *, uint64_t *);
+int64_t list_symbols(const Row *, uint64_t, const uint8_t *, int64_t *, uint64_t *);
+int64_t list_set(const uint8_t *, uint64_t, int64_t *, uint64_t *);
+int64_t list_places(const int64_t *, uint64_t, uint64_t, int64_t *, uint64_t);
 int64_t look_name_up(const char *, const Table *const *, const uint64_t *, uint64_t, int64_t, Definition *);
 int64_t bind_ordinary(Link *, const Kind *, const Load *, const uint64_t *, const Table *const *, const uint64_t *,
                       const uint8_t *, uint8_t *, const char *const *, const Table *const *, const uint64_t *, Noted *);
@@ -219,8 +223,11 @@ static void try_names(Laid *laid, Laid *good)
     text_at(&laid->table, odd_number(size), chance(2) ? -1 : (int64_t)odd_number(size), copy, room, &length);
     Definition one;
     look_name_up(chance(2) ? "demo_add" : "", scope, biases, tables, (int64_t)chance(8), &one);
-    missing_version(&laid->table, "libc.so.6", &good->table, &missing);
-    missing_version(&good->table, "libc.so.6", &laid->table, &missing);
+    const char *file = chance(2) ? good->table.strings + chance(good->table.strsz) : "libc.so.6";
+    if (told.verneed && chance(2)) /* what it needs indeed: of its first record the file */
+        file = good->table.strings + word_at(pristine + told.verneed + 4, 4);
+    missing_version(&laid->table, file, &good->table, &missing);
+    missing_version(&good->table, file, &laid->table, &missing);
     free(copy);
     free(owners);
     free(indirect);
@@ -376,6 +383,66 @@ static void try_link(Laid *laid, Laid *good)
     free(link);
 }
 
+/* ---- lists: each is as long as it can be, and is compared with the plainest way to make it */
+static void differs(const char *loop)
+{
+    fprintf(stderr, "%s answers otherwise than the plainest way\n", loop);
+    exit(1);
+}
+
+static void try_lists(void)
+{
+    uint64_t count = chance(64), few = chance(4), listed = 0, kept = 0, length = chance(80);
+    uint64_t *addresses = malloc(count * sizeof *addresses), *asked = malloc(few * sizeof *asked);
+    int64_t *numbers = malloc(count * sizeof *numbers), *places = malloc((count > length ? count : length) * sizeof *places);
+    uint8_t *bytes = malloc(count), marked[KINDS] = {0};
+    Row *rows = malloc(count * sizeof *rows);
+    for (uint64_t i = 0; i < few; i++) /* ascending */
+        asked[i] = (i ? asked[i - 1] : 0) + 1 + chance(20);
+    for (uint64_t i = 0; i < count; i++) {
+        addresses[i] = chance(60), bytes[i] = (uint8_t)(chance(3) * chance(200)), numbers[i] = (int64_t)chance(82) - 1;
+        rows[i] = (Row){odd_number(size), (uint32_t)(chance(9) ? chance(40) : odd_number(size)), (uint32_t)i, 0};
+    }
+    for (int i = 0; i < 20; i++)
+        marked[chance(40)] = 1;
+    list_asked(addresses, count, asked, few, places, &listed);
+    for (uint64_t i = 0; i < count; i++)
+        for (uint64_t j = 0; j < few; j++)
+            if (addresses[i] == asked[j] && (kept >= listed || places[kept++] != (int64_t)i))
+                differs("list_asked");
+    if (kept != listed)
+        differs("list_asked");
+    kept = listed = 0;
+    list_set(bytes, count, places, &listed);
+    for (uint64_t i = 0; i < count; i++)
+        if (bytes[i] && (kept >= listed || places[kept++] != (int64_t)i))
+            differs("list_set");
+    if (kept != listed)
+        differs("list_set");
+    kept = listed = 0;
+    list_symbols(rows, count, marked, places, &listed);
+    for (uint64_t i = 0; i < count; i++)
+        if (rows[i].type < KINDS && marked[rows[i].type] && (kept >= listed || places[kept++] != (int64_t)i))
+            differs("list_symbols");
+    if (kept != listed)
+        differs("list_symbols");
+    uint64_t first = chance(count + 2), wrong = count;
+    for (uint64_t i = count; i-- > first;)
+        if ((uint64_t)numbers[i] >= length)
+            wrong = i;
+    if ((list_places(numbers, first, count, places, length) == FINE) != (wrong == count))
+        differs("list_places");
+    for (uint64_t i = first; i < wrong; i++) /* the last of those that are the same */
+        if (places[numbers[i]] < (int64_t)i || numbers[places[numbers[i]]] != numbers[i])
+            differs("list_places");
+    free(rows);
+    free(bytes);
+    free(places);
+    free(numbers);
+    free(asked);
+    free(addresses);
+}
+
 int main(int argc, char **words)
 {
     if (argc != 5)
@@ -399,6 +466,7 @@ int main(int argc, char **words)
         if (chance(2)) /* as it was, but for what follows */
             memcpy(laid.image, pristine, size);
         try_link(&laid, &good);
+        try_lists();
         clear_away(&laid);
     }
     uint64_t met = 0;
