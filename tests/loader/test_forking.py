@@ -140,10 +140,11 @@ def test_processes_of_multiprocessing_can_load(method: str, tmp_path: Path) -> N
     assert (done.stdout, done.stderr, done.returncode) == ("[True, True, True, True]\n", "", 0)
 
 
-def test_the_interpreter_ends_while_threads_load() -> None:
+@pytest.mark.parametrize("ending", ["", "sys.exit()", "sys.stdout.flush(); os._exit(0)"])
+def test_the_interpreter_ends_while_threads_load(ending: str) -> None:
     """Daemon threads are stopped where they are: no signal, nothing said."""
     script = """
-        import sys, threading, time
+        import os, sys, threading, time
         import miniloader
         def work():
             while True:
@@ -154,7 +155,52 @@ def test_the_interpreter_ends_while_threads_load() -> None:
         time.sleep(0.5)
         print("done")
     """
-    assert _run(script, build("demo")) == "done"
+    assert _run(f"{textwrap.dedent(script)}{ending}", build("demo")) == "done"
+
+
+def test_tasks_of_asyncio_can_load() -> None:
+    script = """
+        import asyncio, sys
+        import miniloader
+        def work():
+            with miniloader.load(sys.argv[1]) as library:
+                return library.function("demo_add")(2, 3)
+        async def main():
+            print(sum(await asyncio.gather(*(asyncio.to_thread(work) for _ in range(20)))))
+        asyncio.run(main())
+    """
+    assert _run(script, build("demo")) == "100"
+
+
+def test_subinterpreters_in_threads_can_load() -> None:
+    """Each imports miniloader for itself, while the main one loads."""
+    pytest.importorskip("_xxsubinterpreters", reason="this machine lacks _xxsubinterpreters")
+    script = """
+        import sys, threading
+        import _xxsubinterpreters as interpreters
+        import miniloader
+        code = f"import sys; sys.path[:0] = {sys.path!r}; path = {sys.argv[1]!r}" + '''
+        import miniloader
+        for _ in range(5):
+            with miniloader.load(path) as library:
+                assert library.function("demo_add")(2, 3) == 5
+        '''
+        def work():
+            interpreter = interpreters.create(isolated=False)
+            interpreters.run_string(interpreter, code)
+            interpreters.destroy(interpreter)
+            ended.append(interpreter)
+        ended = []
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            miniloader.load(sys.argv[1]).close()
+        for thread in threads:
+            thread.join()
+        print(len(ended))
+    """
+    assert _run(script, build("demo")) == "3"
 
 
 def test_a_python_without_its_lock_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
