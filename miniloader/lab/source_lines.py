@@ -22,7 +22,8 @@ from miniloader.values import dataclass
 __all__ = ["SourceLines", "debug_image", "source_lines"]
 
 _SECONDS: Final = 5  # of a processor
-_MEMORY: Final = 1 << 30  # bytes more than this process has
+_MEMORY: Final = 1 << 28  # bytes more than this process has, and
+_OF_FILE: Final = 4  # as often what the file holds: so far real tables are compressed
 _MOST_ROWS: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 26
 _MOST_UNITS: Final = 1 << 16
@@ -73,7 +74,7 @@ def source_lines(image: ElfImage, start: int, end: int) -> SourceLines | None:
     fault = None
     if code != 0:
         last = os.fsdecode(data.rpartition(b"\n")[2])[:200]
-        limits = f"it takes more than {_SECONDS} s, or {_MEMORY >> 20} MiB"
+        limits = f"it takes more than {_SECONDS} s, or {_most(described) >> 20} MiB"
         fault = last if code == 1 and last else limits
     return SourceLines(described.path, rows, fault)
 
@@ -97,6 +98,12 @@ def debug_image(image: ElfImage) -> ElfImage | None:
     return next(split_off, None)
 
 
+def _most(image: ElfImage) -> int:
+    """How many bytes of memory its tables may take."""
+    source = image.source
+    return _MEMORY + _OF_FILE * sum(end - start for start, end in source.parts(0, source.size))
+
+
 # ------------------------------------------------------------------------------------------- in the child
 def _tell(image: ElfImage, start: int, end: int, writing: int) -> int:
     """In the child: write the rows of ``start`` to ``end``, or a last line that says what is wrong."""
@@ -104,7 +111,7 @@ def _tell(image: ElfImage, start: int, end: int, writing: int) -> int:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + _most(image),) * 2)
     with os.fdopen(os.dup(writing), "wb") as pipe:
         text = io.BytesIO()
         try:

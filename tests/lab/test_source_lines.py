@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,26 @@ def test_broken_tables_cost_little_and_the_code_is_shown(tmp_path: Path) -> None
         found.landmarks.image.source.close()
     assert faults
     assert time.process_time() - began < 20
+
+
+def test_tables_that_unpack_to_far_more_than_the_file_are_left(tmp_path: Path) -> None:
+    """400 MB of zeros in a file of two: it may take 256 MiB, and some of the file's size."""
+    if shutil.which("objcopy") is None:
+        pytest.skip("this machine lacks objcopy")
+    path, packed, section = made(tmp_path, "-g"), tmp_path / "packed", ".debug_str"
+    stream = zlib.compressobj(1)
+    zeros = b"".join(stream.compress(bytes(1 << 20)) for _ in range(400)) + stream.flush()
+    packed.write_bytes(struct.pack("<IIQQ", 1, 0, 400 << 20, 1) + zeros)  # Elf64_Chdr, ELFCOMPRESS_ZLIB
+    subprocess.run(["objcopy", "--update-section", f"{section}={packed}", path], check=True)
+    image, data = inspect(path), bytearray(path.read_bytes())
+    (number,) = (each.index for each in image.sections if each.name == section)
+    flags = image.header.shoff + 64 * number + 8
+    data[flags + 1] |= 8  # SHF_COMPRESSED
+    path.write_bytes(data)
+    found = listing(path)
+    assert found.lines is not None
+    assert found.lines.fault is not None
+    assert len([*found.instructions]) > 5
 
 
 def test_a_table_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
