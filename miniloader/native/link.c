@@ -12,7 +12,6 @@
 enum { MOST_SYMBOLS = 1 << 14, MOST_BOUND = 1 << 12, MOST_PAGES = 1 << 14, POINTERS = 3, LOCATED = 9 };
 enum { READ = 4, WRITE = 2, RUN = 1 };           /* PF_R and its like */
 enum { LARGE = 1 << 21 };                        /* bytes of the file from which on there may be holes in it */
-enum { UNBOUND = 1, UNIQUE = 2, VERSIONED = 1 }; /* of names.c */
 
 /* What the first call leaves for the second one, unless another library comes between. */
 static struct {
@@ -232,6 +231,27 @@ static bool is_mixed(const Link *link, uint64_t count, const uint8_t *ours, cons
     return others > 1;
 }
 
+/* Whether a program that lies where it was linked has a PLT entry for anything that is bound to others and not only
+   called: its address stands for the function there, and Python has to see to that. */
+static bool meets_plt_entries(
+    const Link *link, uint64_t count, const Table *const *scope, const uint64_t *biases)
+{
+    uint64_t program = 0, met = 0;
+    uint8_t indirect = 0, owner = 0;
+    Definition entry;
+    while (program < link->scope_count && biases[program])
+        program++;
+    if (program == link->scope_count)
+        return false;
+    for (uint64_t i = 0; i < count && !owner; i++)
+        if (left.found[i].owner > (int64_t)program && left.marks[left.wanted[i]] & POINTED &&
+            look_all_up(
+                &link->table, &left.wanted[i], 1, scope + program, biases + program, 1, -1, VERSIONED | PLT_ENTRIES,
+                &entry, &indirect, &owner, &met) != FINE)
+            return true;
+    return owner;
+}
+
 static int64_t bind_all(
     Link *link, const Kind *kinds, const Load *loads, const uint64_t *tags, const Table *const *scope,
     const uint64_t *biases, const uint8_t *ours, uint8_t *owners, const char *const *files,
@@ -252,9 +272,6 @@ static int64_t bind_all(
     for (uint64_t i = 0; i < link->needed_count; i++)
         if (find_missing(&link->table, files[i], needed[i], &missing) != FINE || missing)
             return STRANGE;
-    for (uint64_t i = 0; i < link->scope_count; i++)
-        if (!biases[i]) /* a program that can have given away the addresses of its PLT's entries */
-            return STRANGE;
     left.symbols = link->table.count;
     memset(left.marks, 0, left.symbols);
     uint64_t count = mark(job, left.marks, left.symbols) == FINE ? list_wanted(left.symbols) : UINT64_MAX;
@@ -264,7 +281,8 @@ static int64_t bind_all(
     int64_t result = look_all_up(
         &link->table, left.wanted, count, scope, biases, link->scope_count, (int64_t)link->own, VERSIONED, left.found,
         left.indirect, owners, &met);
-    bool is_plain = result == FINE && !(met & (UNBOUND | UNIQUE)) && !is_mixed(link, count, ours, owners);
+    bool is_plain = result == FINE && !(met & (UNBOUND | UNIQUE)) && !is_mixed(link, count, ours, owners) &&
+                    !meets_plt_entries(link, count, scope, biases);
     return is_plain && note_found(link, count, ours, asked, noted) ? FINE : STRANGE;
 }
 

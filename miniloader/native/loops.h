@@ -172,10 +172,13 @@ typedef struct { /* the linking of one library */
 WITHIN int64_t open_all(Table *table, bool check);
 WITHIN int64_t list_all(Table *table);
 WITHIN int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing);
+enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2, NEWEST = 4 }; /* how to look */
+enum { UNBOUND = 1, UNIQUE = 2, INDIRECT_FUNCTION = 4 }; /* what was met: needs without a definition, and such symbols */
 WITHIN int64_t look_all_up(
     const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
     uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
     uint64_t *met);
+enum { CALLED = 1, POINTED = 2 }; /* how a symbol is used: by slots that only calls go through, and by all else */
 WITHIN int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest);
 WITHIN int64_t mark(Job *job, uint8_t *used, uint64_t symbols);
 WITHIN int64_t put_all(

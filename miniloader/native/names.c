@@ -331,8 +331,6 @@ int64_t missing_version(const Table *table, const char *file, const Table *other
 
 /* ---------------------------------------------------------------------------------------------- names */
 
-enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2, NEWEST = 4 }; /* how to look */
-enum { UNBOUND = 1, UNIQUE = 2, INDIRECT_FUNCTION = 4 }; /* what was met: needs without a definition, and such symbols */
 typedef struct { /* what is looked for */
     const char *text; /* NULL until it is needed: often the hash suffices */
     uint64_t length;

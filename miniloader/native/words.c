@@ -59,13 +59,13 @@ int64_t mark(Job *job, uint8_t *used, uint64_t symbols)
     for (const Part *part = job->parts; part < job->parts + job->part_count; part++) {
         const Row *rows = (const Row *)part->address;
         for (const Row *row = rows; row < rows + part->count; row++) {
-            unsigned formula = kind_of(job, ONCE(row->type))->formula;
-            if (formula == NONE || formula == B_A || formula == INDIRECT)
+            const Kind *kind = kind_of(job, ONCE(row->type));
+            if (kind->formula == NONE || kind->formula == B_A || kind->formula == INDIRECT)
                 continue;
             uint64_t symbol = ONCE(row->symbol);
             if (symbol >= symbols)
                 return fault(job, NO_SYMBOL, row->offset, symbol);
-            used[symbol] = 1;
+            used[symbol] |= kind->call ? CALLED : POINTED;
         }
     }
     return FINE;
