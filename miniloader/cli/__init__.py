@@ -172,8 +172,14 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int:
-    """``run``'s status.  numpy makes of an interrupt while it is imported an ImportError that hides it."""
+    """``run``'s status.
+
+    An interrupt is hidden by numpy, which makes an ImportError of it while it is imported, and by Python
+    where it comes in a callback or destructor, whose exceptions are told and no more: that one comes again.
+    """
+    import _thread
     import signal
+    import time
     from contextlib import suppress
 
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # inherited, and nobody could wait for a child
@@ -187,6 +193,19 @@ def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int
         heard.append(number)
         signal.default_int_handler(number, frame)
 
+    thread = _thread.get_ident()
+
+    def again() -> None:
+        time.sleep(0.001)  # until Python is out of what hid it
+        signal.pthread_kill(thread, signal.SIGINT)  # which wakes it, too
+
+    def hidden(error: sys.UnraisableHookArgs) -> None:
+        if issubclass(error.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(again, ())
+        else:
+            tell_hidden(error)
+
+    tell_hidden, sys.unraisablehook = sys.unraisablehook, hidden
     with suppress(ValueError):  # a thread gets no signals
         signal.signal(signal.SIGINT, note)
     try:
@@ -196,6 +215,7 @@ def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int
             raise KeyboardInterrupt from error
         raise
     finally:
+        sys.unraisablehook = tell_hidden
         with suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

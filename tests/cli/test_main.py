@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +64,29 @@ def miniloader_process(*arguments: str, **options: object) -> subprocess.Complet
 def test_the_exit_status_is_the_commands(command: Callable[[Run], None], status: int) -> None:
     command(lambda arguments: status)
     assert cli.main(["fake"]) == status
+
+
+def test_an_interrupt_that_python_hides_comes_again(
+    command: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is raised in a callback is told and no more: whoever pressed Ctrl-C would wait on."""
+
+    class Watched: ...
+
+    def run(_: argparse.Namespace) -> int:
+        watched = Watched()
+        callback = weakref.ref(watched, lambda _: signal.raise_signal(signal.SIGINT))
+        del watched
+        assert callback() is None
+        time.sleep(20)
+        return 0
+
+    command(run)
+    hook, start = sys.unraisablehook, time.monotonic()
+    assert cli.main(["fake"]) == 130
+    assert time.monotonic() - start < 10
+    assert capsys.readouterr() == ("", "miniloader: interrupted\n")
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize(
