@@ -15,7 +15,7 @@ from miniloader.lab.audit.arrangement import Arrangement
 from miniloader.lab.audit.mapped_files import MappedFile
 from miniloader.lab.audit.process_pages import Narrow, PageColumns, Pages, Rows, count_rows, rows_of
 
-__all__ = ["SWAPPED_OUT", "FileInProcess", "files_in_process", "image_end"]
+__all__ = ["SWAPPED_OUT", "FileInProcess", "files_in_process", "image_end", "image_start"]
 
 SWAPPED_OUT: Final = "swapped out: not read, as that would bring it in"
 _NO_VADDRS: Final = np.empty(0, np.uint64)
@@ -102,6 +102,17 @@ class FileInProcess:
     def own_offsets(self) -> NDArray[np.uint64]:
         """The place in the file of each page that is the file's own."""
         return self.originals.file_offsets_in(self.mappings)
+
+
+def image_start(placed: FileInProcess) -> int:
+    """Where the image of a file begins in a process, if its first part is not the file's any more, either.
+
+    Who has mapped one part of the file alone has no image.
+    """
+    plan = placed.file.facts.plan if placed.file.facts is not None else None
+    if plan is None or len(placed.mappings) < 2:
+        return placed.start
+    return min(placed.start, placed.base + plan.start)
 
 
 def image_end(placed: FileInProcess) -> int:

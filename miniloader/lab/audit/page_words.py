@@ -18,7 +18,7 @@ from miniloader.kernel.pagemap import FRAME, PRESENT, PageMap
 from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.explain import CHANGED, space_of
-from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess
+from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess, image_start
 from miniloader.lab.audit.select import matches
 from miniloader.lab.audit.survey import Memo, locate
 from miniloader.values import dataclass
@@ -136,7 +136,7 @@ def _place(found: list[FileInProcess], library: str, vaddr: int) -> FileInProces
         for placed in found
         if matches(library, placed.file.identity.path, os.path.basename(placed.file.identity.path))
     ]
-    inside = [placed for placed in named if placed.start <= placed.base + vaddr < placed.end]
+    inside = [placed for placed in named if image_start(placed) <= placed.base + vaddr < placed.end]
     if not named:
         raise UsageError(f"--library {library!r}: this process has no such file mapped")
     if len({placed.file.number for placed in named}) > 1:

@@ -22,7 +22,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.arrangement import Arrangements
 from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.lab.audit.explained import Explained
-from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process, image_end
+from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process, image_end, image_start
 from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
@@ -168,7 +168,7 @@ def mappings_in(
 ) -> Mappings:
     """What each mapping of a process costs, where the files ``found`` lie in it."""
     images = sorted(
-        (placed.start, image_end(placed), placed.file.identity.path)
+        (image_start(placed), image_end(placed), placed.file.identity.path)
         for placed in found
         if placed.file.facts is not None and placed.file.facts.plan is not None
     )

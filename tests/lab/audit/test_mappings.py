@@ -118,23 +118,25 @@ def test_each_mapping_is_what_it_is(family: tuple[Told, int]) -> None:
     assert after[anonymous].resident == ours[anonymous].resident
 
 
-def test_memory_over_a_library_s_place_has_its_name(demo: Path) -> None:
-    """bss, and text that the program has replaced by anonymous memory: its own, not the file's."""
+@pytest.mark.parametrize("what", ["text", "the first part"])
+def test_memory_over_a_library_s_place_has_its_name(demo: Path, what: str) -> None:
+    """bss, and what the program has replaced by anonymous memory: its own, not the file's."""
     load = f"lib = ctypes.CDLL({str(demo)!r}); lib.demo_next()"
     replace = f"""
 with open("/proc/self/maps") as maps: lines = [line.split() for line in maps if {str(demo)!r} in line]
-start, end = (int(at, 16) for at in next(line[0] for line in lines if line[1] == "r-xp").split("-"))
+chosen = lines if {what != "text"} else [line for line in lines if line[1] == "r-xp"]
+start, end = (int(at, 16) for at in chosen[0][0].split("-"))
 libc.mmap(start, end - start, 3, 0x32, -1, 0); ctypes.memset(start, 1, {PAGE_SIZE})
 """
     with told(ANONYMOUS, load) as process:
         before = look(process.pid, frames=False)
+        start = next(vma.start for vma in read_maps(process.pid) if vma.path == str(demo))
         process(replace)
         after = look(process.pid, frames=False)
         text = page_of(demo, "demo_add")
-        start = next(vma.start for vma in read_maps(process.pid) if vma.path == str(demo))
         pages = [view_page(process.pid, vaddr, str(demo)) for vaddr in range(0, text + 1, PAGE_SIZE)]
         assert {page.base for page in pages} == {start}
-        assert [page.state for page in pages][-1] in ("anonymous", "absent")
+        assert pages[-1 if what == "text" else 0].state in ("anonymous", "absent")
         assert "anonymous" in {page.state for page in pages}
     place, file = MappingName("anonymous", str(demo)), MappingName("file", str(demo))
     bss = before[place].own if place in before else 0  # it may go on into memory of no name
