@@ -45,7 +45,8 @@ size = {_PAGES * PAGE_SIZE}
 memory = os.memfd_create("pool"); os.ftruncate(memory, size)
 twice = [mmap.mmap(memory, size) for _ in range(2)]
 for one in twice: one.write(bytes(size))
-read = mapped(size); [ctypes.string_at(read + at, 1) for at in range(0, size, {PAGE_SIZE})]
+read = mapped(size + {PAGE_SIZE}); [ctypes.string_at(read + at, 1) for at in range(0, size, {PAGE_SIZE})]
+ctypes.memset(read + size, 1, 1)  # fork copies page tables of mappings that have a page of their own
 written = mapped(2 * size); ctypes.memset(written, 1, 2 * size)
 shared = mmap.mmap(-1, size); shared.write(bytes(size))
 thread = threading.Thread(target=signal.pause, daemon=True); thread.start()
