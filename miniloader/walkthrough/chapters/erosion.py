@@ -13,6 +13,7 @@ import numpy as np
 
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import EXCLUSIVE, PRESENT, read_pagemap
+from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim
@@ -281,6 +282,7 @@ os.read(reading, 1)
 
 
 _LEAST_PAGES: Final = (400 << 10) // PAGE_SIZE  # 20,000 objects take more than that
+_TYPE: Final = 8  # where the pointer to its type is in an object
 _DENSE: Final = 0.9  # of as many items as a page holds: what else is there is written, too
 
 
@@ -293,26 +295,32 @@ def _check(names: dict[str, Any]) -> Answer:
             for vma in read_maps(child)
             if not vma.inode and not vma.shared and vma.protection.startswith("rw")
         ]
+        forked = _present_in(child, items)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     counts = Counter(id(item) // PAGE_SIZE * PAGE_SIZE for item in items)
     pages = {page for page, number in counts.items() if number >= _DENSE * max(counts.values())}
-    alone, forked = 0, 0
+    alone = 0
     for start, words in tables:
-        present = (words & PRESENT).astype(np.bool_)
-        own = present & (words & EXCLUSIVE).astype(np.bool_)
-        forked += len(pages.intersection((start + np.flatnonzero(present) * PAGE_SIZE).tolist()))
+        own = (words & PRESENT).astype(np.bool_) & (words & EXCLUSIVE).astype(np.bool_)
         alone += len(pages.intersection((start + np.flatnonzero(own) * PAGE_SIZE).tolist()))
     if len(items) != 20_000:
         return Answer(False, f"there are {len(items)} items, 20,000 are asked for")
-    if forked < max(_DENSE * len(pages), _LEAST_PAGES):
-        return Answer(
-            False, f"the child has {forked} of {len(pages)} pages of items, not 20,000 of its parent's"
-        )
+    if forked < len(items):
+        return Answer(False, f"the child was forked with {forked} of its parent's items, not with 20,000")
+    if len(pages) < _LEAST_PAGES:
+        return Answer(False, f"the items are on {len(pages)} pages: they are not 20,000 objects")
     if alone <= len(pages) // 3:  # some hold other objects as well, which the parent has written to
         return Answer(True, f"the child collects, and has {alone} of {len(pages)} pages of items for itself")
     return Answer(False, f"the collection copied {alone} of {len(pages)} pages of items")
+
+
+def _present_in(child: int, items: Sequence[object]) -> int:
+    """How many of the items a child has, too: where each is here an object of its type is there."""
+    with ProcessMemory(child) as memory:
+        types = memory.words(np.array([id(item) + _TYPE for item in items], np.uint64), 1)[:, 0]
+    return int(np.count_nonzero(types == np.array([id(type(item)) for item in items], np.uint64)))
 
 
 CHAPTER: Final[Chapter[PoolPages]] = Chapter(
