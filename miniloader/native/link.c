@@ -85,7 +85,8 @@ static void add_span(Span *spans, uint64_t *count, uint64_t start, uint64_t end)
         spans[(*count)++] = (Span){start, end};
 }
 
-/* Whether the segments are in order, and no page is two's; then what may be read and written is what they say. */
+/* Whether the segments are in order, and no page is two's; then what may be read and written is what they say.  But no
+   table is read where the file may have holes. */
 static bool note_loads(Link *link, Job *job, const Load *loads)
 {
     uint64_t count = link->load_count, size = link->page_size;
@@ -94,11 +95,11 @@ static bool note_loads(Link *link, Job *job, const Load *loads)
     for (uint64_t i = 0; i < count; i++) {
         const Load *load = &loads[i];
         uint64_t length = load->file_end - load->start;
-        if (load->end < load->start || length > load->end - load->start || load->end + size < size || length >= LARGE)
+        if (load->end < load->start || length > load->end - load->start || load->end + size < size)
             return false;
         if (i + 1 < count && ((load->end + size - 1) & -size) > (loads[i + 1].start & -size))
             return false;
-        if (load->flags & READ && length)
+        if (load->flags & READ && length && length < LARGE)
             add_span(link->readable, &link->table.readable_count, load->start, load->file_end);
         if (load->flags & WRITE)
             add_span(left.writable, &job->writable_count, load->start, load->end);
