@@ -241,30 +241,20 @@ def plan_segments(
 
 
 def _check(segment: Segment, page_size: int, name: str | None) -> None:
-    align, end = segment.align, segment.end
-    if not (
-        align & (align - 1)
-        or (segment.vaddr - segment.file_offset) % page_size
-        or segment.filesz > segment.memsz
-        or end > _LAST - page_size
-    ):
+    if segment.align & (segment.align - 1):
+        fault = "p_align", f"{segment.align:#x}", "0 or a power of two"
+    elif (segment.vaddr - segment.file_offset) % page_size:
+        place = f"{segment.file_offset:#x} for p_vaddr {segment.vaddr:#x}"
+        fault = "p_offset", place, f"the same remainder by the page size, {page_size:#x}"
+    elif segment.filesz > segment.memsz:
+        fault = "p_filesz", f"{segment.filesz:#x}", f"at most p_memsz, {segment.memsz:#x}"
+    elif segment.end > _LAST - page_size:
+        place = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
+        fault = "p_memsz", place, "an end within 64 bits"
+    else:
         return
-    field = f"PT_LOAD[{segment.index}]"
-    if align & (align - 1):
-        raise ElfError(name, f"{field}.p_align", f"{segment.align:#x}", "0 or a power of two")
-    if (segment.vaddr - segment.file_offset) % page_size:
-        raise ElfError(
-            name,
-            f"{field}.p_offset",
-            f"{segment.file_offset:#x} for p_vaddr {segment.vaddr:#x}",
-            f"the same remainder by the page size, {page_size:#x}",
-        )
-    if segment.filesz > segment.memsz:
-        raise ElfError(
-            name, f"{field}.p_filesz", f"{segment.filesz:#x}", f"at most p_memsz, {segment.memsz:#x}"
-        )
-    found = f"{segment.memsz:#x} from p_vaddr {segment.vaddr:#x} on"
-    raise ElfError(name, f"{field}.p_memsz", found, "an end within 64 bits")
+    field, found, expected = fault
+    raise ElfError(name, f"PT_LOAD[{segment.index}].{field}", found, expected)
 
 
 def _check_order(previous: Segment, segment: Segment, page_size: int, name: str | None) -> None:
