@@ -68,16 +68,15 @@ def _await_end(pid: int, seconds: float | None = None) -> bool:
     A signal that comes between Python's last look and the system call that waits is not heard before that
     returns: so it returns every so often.
     """
+    descriptor = None
     try:
-        descriptor = syscalls.open_process(pid)
-    except ProcessLookupError:  # it has ended, and somebody has reaped it
-        return True
-    except OSError:  # a filter of system calls (seccomp), too many open files
-        with suppress(PermissionError, ChildProcessError):  # who reaps it waits as well
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return True
-    end = None if seconds is None else time.monotonic() + seconds
-    try:
+        with uninterrupted(), suppress(OSError):  # or, interrupted as it is opened, it would be nobody's
+            descriptor = syscalls.open_process(pid)
+        if descriptor is None:  # a filter of system calls (seccomp), too many open files, or it was reaped
+            with suppress(PermissionError, ChildProcessError):  # who reaps it waits as well
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return True
+        end = None if seconds is None else time.monotonic() + seconds
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         while not poll.poll(_LISTEN_EVERY):
@@ -85,7 +84,8 @@ def _await_end(pid: int, seconds: float | None = None) -> bool:
                 return False
         return True
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class ForkedProcess:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from fixtures import build
+from miniloader.kernel import syscalls
 from miniloader.lab.workers.fork_map import share_out
 
 HERE = os.getpid()
@@ -101,10 +103,16 @@ def test_an_error_here_leaves_no_helper() -> None:
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
 
 
-@pytest.mark.parametrize("call", ["memfd_create", "fork", "waitpid"])
-def test_an_interrupt_at_any_moment_leaves_no_helper(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one is being started, as it is there, and as it has just been waited for."""
-    original = getattr(os, call)
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [(os, "memfd_create"), (os, "fork"), (syscalls, "open_process"), (os, "waitpid")],
+    ids=["memfd_create", "fork", "open_process", "waitpid"],
+)
+def test_an_interrupt_at_any_moment_leaves_no_helper(
+    module: ModuleType, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is being started, as it is there, as it begins to be waited for, and as that is over."""
+    original = getattr(module, call)
 
     def interrupted(*arguments: object) -> object:
         answer = original(*arguments)
@@ -116,7 +124,7 @@ def test_an_interrupt_at_any_moment_leaves_no_helper(call: str, monkeypatch: pyt
         return answer
 
     before = sorted(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(os, call, interrupted)
+    monkeypatch.setattr(module, call, interrupted)
     with pytest.raises(KeyboardInterrupt):
         share_out(_squares, range(4), 2)
     monkeypatch.undo()
