@@ -16,7 +16,8 @@ import sys
 
 from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
-from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable, without_room
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable
+from miniloader.shortage import demand_room, fault
 from miniloader.startup import travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
@@ -67,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         return _main(words, is_process=argv is None)
-    except SystemError as error:  # of Python itself: where it has no memory, it may lose what it was to raise
+    except Exception as error:  # where there is no memory, anything: Python may lose what it was to raise
         _spare.clear()
         if "--debug" in words:
             raise
-        return _report(error, as_json="--json" in words)
+        try:
+            return _report(error, as_json="--json" in words)
+        except Exception:  # noqa: BLE001 - nor is there any to say so with
+            os.write(2, b"miniloader: too little memory\n")
+            return 1
 
 
 def _main(words: list[str], *, is_process: bool) -> int:
@@ -79,6 +84,7 @@ def _main(words: list[str], *, is_process: bool) -> int:
     if words[:1] == [_ANOTHER_PROGRAM]:
         return _run_another(words)
     travel_light()
+    demand_room()
     if sys.stdout is None:  # closed from the start: who does that wants nothing printed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     _escape_what_cannot_be_printed()
@@ -220,10 +226,6 @@ def _interruptible(run: Callable[[Namespace], int], arguments: Namespace) -> int
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_ROOM = 16
-"""Mappings that must be left for Python to import what it needs; where there are fewer, much goes wrong."""
-
-
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Say what went wrong on one line; return the exit status."""
     match error:
@@ -243,20 +245,11 @@ def _report(error: BaseException, *, as_json: bool) -> int:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
             if error.errno == errno.ENOMEM:
                 message += f" ({MEMORY_LIMITS})"
-        case MemoryError():
-            status, message = 1, f"too little memory ({MEMORY_LIMITS})"
-        case SystemError() if "without" in str(error):  # "error return without exception set", and its like
-            status, message = 1, f"too little memory ({MEMORY_LIMITS}), or a fault of Python's own: {error}"
-        case ImportError() | OSError() if library := without_room(str(error)):
-            status, message = 1, f"{library}: too little memory, or too few mappings ({MEMORY_LIMITS})"
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
-        case Exception() if _mappings_left() < _ROOM:  # whoever does without a module fails anywhere
-            status, message = 1, f"too few mappings (vm.max_map_count): {type(error).__name__}: {error}"
         case _:
-            kind = type(error).__name__
-            status, message = 1, f"a fault of miniloader's own, {kind}: {error}; --debug shows where"
+            status, message = 1, fault(error, "; --debug shows where")
     try:
         if as_json:
             from miniloader.report.json import dump
@@ -267,15 +260,6 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         _drop_output()
     print(f"miniloader: {printable(message)}", file=sys.stderr)
     return status
-
-
-def _mappings_left(limit: str = "/proc/sys/vm/max_map_count", maps: str = "/proc/self/maps") -> int:
-    """How many mappings more this process may have; very many where nobody tells."""
-    try:
-        with open(limit) as most, open(maps, "rb") as rows:
-            return int(most.read()) - sum(1 for _ in rows)
-    except (OSError, ValueError, MemoryError):
-        return sys.maxsize
 
 
 def _escape_what_cannot_be_printed() -> None:

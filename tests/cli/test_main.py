@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import miniloader
-from miniloader import cli
+from miniloader import cli, shortage
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError, SymbolError, UsageError
 
 HEAVY = {"numpy", "capstone", "elftools", "rich", "jinja2", "shtab"}
@@ -556,16 +556,9 @@ def test_what_goes_wrong_where_no_mapping_is_left_is_no_fault_of_ours(
         raise AttributeError("module 'datetime' has no attribute 'datetime_CAPI'")
 
     monkeypatch.setattr(cli, "_dispatch", fail)
-    monkeypatch.setattr(cli, "_mappings_left", lambda: left)
+    monkeypatch.setattr(shortage, "mappings_left", lambda: left)
     assert cli.main(["version"]) == 1
     assert capfd.readouterr().err.startswith(f"miniloader: {said}")
-
-
-def test_mappings_that_are_left_are_counted(tmp_path: Path) -> None:
-    limit = tmp_path / "limit"
-    limit.write_text("100000\n")
-    assert 90_000 < cli._mappings_left(str(limit)) < 100_000
-    assert cli._mappings_left(str(tmp_path / "none")) == sys.maxsize
 
 
 def test_an_error_that_python_loses_without_memory_is_one_line(

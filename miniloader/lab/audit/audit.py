@@ -31,6 +31,7 @@ from miniloader.lab.audit.survey import Memo, Survey, survey
 from miniloader.lab.erosion.result import Erosion
 from miniloader.lab.workers.fork_map import share_out
 from miniloader.lab.workers.patient import Blocked, PatientCalls
+from miniloader.shortage import shortage_behind
 
 __all__ = ["audit", "jobs_for"]
 
@@ -181,6 +182,8 @@ def _unreadable(pid: int, error: Exception) -> Unreadable:
     if isinstance(error, Blocked):
         said = f"process {pid}: its memory, or a file that it has mapped, cannot be read: {error}"
         return Unreadable(pid, said, _WHO_ANSWERS)
+    if short := shortage_behind(error):
+        return Unreadable(pid, short, "")
     said = f"a fault of miniloader's own: {type(error).__name__}: {error}"
     return Unreadable(pid, said, "please report it, with what this process has mapped")
 

@@ -17,6 +17,7 @@ from miniloader.loader.from_inside.opening import Load, close_library, open_libr
 from miniloader.loader.from_inside.symbols import symbol
 from miniloader.loader.from_inside.words import words_of
 from miniloader.native import INSIDE, QuestionStructure
+from miniloader.shortage import fault
 
 __all__ = ["Watch", "answer", "watches"]
 
@@ -62,8 +63,7 @@ def answer(place: int, load: Load) -> int:
             question.error = _strdup(words_of(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error
-            text = f"a fault of miniloader's own, {type(error).__name__}: {error}"
-            question.error = _strdup(text.encode("utf-8", "surrogateescape"))
+            question.error = _strdup(fault(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         finally:
             _inside.pop()

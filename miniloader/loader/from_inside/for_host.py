@@ -12,6 +12,7 @@ from miniloader.loader.events import OnEvent
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.from_inside.opening import open_library
 from miniloader.loader.policy import Policy
+from miniloader.shortage import fault
 from miniloader.values import dataclass
 
 __all__ = ["Rules", "in_force", "open_for_host"]
@@ -47,7 +48,7 @@ def open_for_host(name: bytes, flags: int, caller: Caller) -> int | None:
     except MiniloaderError as error:
         reason: MiniloaderError = error
     except Exception as error:  # noqa: BLE001 - told; the program can go on with ld.so
-        reason = LoadError(f"{text}: a fault of miniloader's own, {type(error).__name__}: {error}")
+        reason = LoadError(f"{text}: {fault(error)}")
     if rules.strict:
         raise reason
     handle = dynamic_linker.open_host(text, load=True, flags=flags)
