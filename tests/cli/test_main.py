@@ -366,7 +366,7 @@ def test_fish_completes_commands_options_choices_and_files(tmp_path: Path) -> No
         return [line.partition("\t")[0] for line in done.stdout.splitlines()]
 
     assert complete("miniloader pro") == ["prove"]
-    assert complete("miniloader prove --pre") == ["--prepared"]
+    assert complete("miniloader prove --prep") == ["--prepared"]  # --pre would be --processes, too
     assert sorted(complete("miniloader audit --level ")) == ["flags", "frames"]
     assert "/proc/" in complete("miniloader inspect /pro")
     assert "--debug" not in complete("miniloader prove --")
