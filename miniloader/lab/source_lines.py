@@ -6,25 +6,27 @@ may take any.
 
 from __future__ import annotations
 
-import io
+import math
 import os
 import resource
+import signal
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NoReturn
 
 from miniloader.elf import ElfImage
 from miniloader.elf.debug_file import debug_files
 from miniloader.forking import cached_property
+from miniloader.lab.line_program import LineRow, line_rows
 from miniloader.lab.workers.child import ForkedProcess, crash_quietly
 from miniloader.values import dataclass
 
 __all__ = ["SourceLines", "debug_image", "source_lines"]
 
-_SECONDS: Final = 5  # of a processor
-_MEMORY: Final = 1 << 28  # bytes more than this process has, and
+_SECONDS: Final = 1.2  # of a processor
+_MEMORY: Final = 1 << 27  # bytes more than this process has, and
 _OF_FILE: Final = 4  # as often what the file holds: so far real tables are compressed
-_MOST_ROWS: Final = 1 << 20
+_MOST_ROWS: Final = 1 << 18
 _MOST_BYTES: Final = 1 << 26
 _MOST_UNITS: Final = 1 << 16
 _LINES: Final = (".debug_line", ".zdebug_line")
@@ -110,20 +112,32 @@ def _tell(image: ElfImage, start: int, end: int, writing: int) -> int:
     crash_quietly()
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(_SECONDS), math.ceil(_SECONDS)))
+    signal.signal(signal.SIGPROF, _too_late)  # between two operations: what is known by then is told
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (size + _most(image),) * 2)
     with os.fdopen(os.dup(writing), "wb") as pipe:
-        text = io.BytesIO()
+        rows, said = set[tuple[int, bytes, int]](), ""
         try:
-            for number, (vaddr, path, line) in enumerate(sorted({*_read(image, start, end)})):
-                if number < _MOST_ROWS and b"\n" not in path:
-                    text.write(b"%d %d %s\n" % (vaddr, line, path))
+            for row in _read(image, start, end):
+                rows.add(row)
+                if len(rows) == _MOST_ROWS:
+                    said = f"these are the first {_MOST_ROWS:,} lines that were found"
+                    break
+        except MemoryError:
+            said = f"it takes more than {_most(image) >> 20} MiB; lines not found by then are left out"
         except Exception as error:  # noqa: BLE001 - whatever pyelftools raises for a malformed table
             said = " ".join(str(error).split()) or type(error).__name__
-            pipe.write(text.getvalue() + said.encode("utf-8", "backslashreplace")[:200])
-            return 1
-        pipe.write(text.getvalue())
-    return 0
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for vaddr, path, line in sorted(rows):
+            if b"\n" not in path:
+                pipe.write(b"%d %d %s\n" % (vaddr, line, path))
+        pipe.write(said.encode("utf-8", "backslashreplace")[:200])
+    return 1 if said else 0
+
+
+def _too_late(number: int, frame: object) -> NoReturn:
+    raise TimeoutError(f"it takes more than {_SECONDS} s; lines not found by then are left out")
 
 
 def _read(image: ElfImage, start: int, end: int) -> Iterator[tuple[int, bytes, int]]:
@@ -133,33 +147,23 @@ def _read(image: ElfImage, start: int, end: int) -> Iterator[tuple[int, bytes, i
         program = dwarf.line_program_for_CU(unit)
         if program is None:
             continue
-        sequence: list[tuple[int, int, int]] = []
-        for entry in program.get_entries():
-            state = entry.state
-            if state is None:
-                continue
-            sequence.append((state.address, state.file, 0 if state.end_sequence else state.line))
-            if state.end_sequence:
-                yield from _within(sequence, program, unit, start, end)
-                sequence = []
+        names: dict[int, bytes] = {}
+        for vaddr, file, line in _within(line_rows(program), start, end):
+            if file not in names:
+                names[file] = _file_name(program, unit, file)
+            yield vaddr, names[file], line
 
 
-def _within(
-    sequence: list[tuple[int, int, int]], program: Any, unit: Any, start: int, end: int
-) -> Iterator[tuple[int, bytes, int]]:
-    """The rows of a sequence of a line program that are of the code from ``start`` to ``end``."""
-    if not sequence or sequence[0][0] >= end or sequence[-1][0] <= start:
-        return
-    names: dict[int, bytes] = {}
-    for at, (vaddr, file, line) in enumerate(sequence):
-        following = sequence[at + 1][0] if at + 1 < len(sequence) else vaddr
-        if vaddr >= end or (following <= start and line):
-            continue
-        if following == vaddr and line:
-            continue  # the next row says it better
-        if file not in names:
-            names[file] = _file_name(program, unit, file)
-        yield max(vaddr, start), names[file], line
+def _within(rows: Iterable[LineRow], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Vaddr, file and line of those ``rows`` that are of the code from ``start`` to ``end``."""
+    last: LineRow | None = None
+    for row in rows:
+        # Of several rows at one place the last one says it best.
+        if last is not None and start < row.vaddr != last.vaddr < end:
+            yield max(last.vaddr, start), last.file, last.line
+        if row.ends and last is not None and start < row.vaddr < end:
+            yield row.vaddr, row.file, 0
+        last = None if row.ends else row
 
 
 def _file_name(program: Any, unit: Any, number: int) -> bytes:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import struct
 import subprocess
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +22,7 @@ from miniloader import cli
 from miniloader.elf import inspect
 from miniloader.lab import source_lines
 from miniloader.lab.disassembly import Disassembly, disassembly_of
+from miniloader.lab.line_program import LineRow, line_rows
 from miniloader.machine.names_at import Landmarks
 
 SOURCE = """\
@@ -180,23 +185,117 @@ def test_broken_tables_cost_little_and_the_code_is_shown(tmp_path: Path) -> None
 
 
 def test_tables_that_unpack_to_far_more_than_the_file_are_left(tmp_path: Path) -> None:
-    """400 MB of zeros in a file of two: it may take 256 MiB, and some of the file's size."""
+    """400 MB of zeros in a file of two: it may take 128 MiB, and some of the file's size."""
     if shutil.which("objcopy") is None:
         pytest.skip("this machine lacks objcopy")
-    path, packed, section = made(tmp_path, "-g"), tmp_path / "packed", ".debug_str"
+    path, section = made(tmp_path, "-g"), ".debug_str"
     stream = zlib.compressobj(1)
     zeros = b"".join(stream.compress(bytes(1 << 20)) for _ in range(400)) + stream.flush()
-    packed.write_bytes(struct.pack("<IIQQ", 1, 0, 400 << 20, 1) + zeros)  # Elf64_Chdr, ELFCOMPRESS_ZLIB
-    subprocess.run(["objcopy", "--update-section", f"{section}={packed}", path], check=True)
-    image, data = inspect(path), bytearray(path.read_bytes())
-    (number,) = (each.index for each in image.sections if each.name == section)
-    flags = image.header.shoff + 64 * number + 8
-    data[flags + 1] |= 8  # SHF_COMPRESSED
-    path.write_bytes(data)
+    put_compressed(path, section, 400 << 20, zeros)
     found = listing(path)
     assert found.lines is not None
     assert found.lines.fault is not None
+    assert re.fullmatch(
+        "it takes more than [0-9]+ MiB; lines not found by then are left out", found.lines.fault
+    )
     assert len([*found.instructions]) > 5
+
+
+def put_compressed(path: Path, section: str, size: int, data: bytes) -> None:
+    packed = path.with_name("packed")
+    packed.write_bytes(struct.pack("<IIQQ", 1, 0, size, 1) + data)  # Elf64_Chdr, ELFCOMPRESS_ZLIB
+    subprocess.run(["objcopy", "--update-section", f"{section}={packed}", path], check=True)
+    image, content = inspect(path), bytearray(path.read_bytes())
+    (number,) = (each.index for each in image.sections if each.name == section)
+    content[image.header.shoff + 64 * number + 8 + 1] |= 8  # SHF_COMPRESSED
+    path.write_bytes(content)
+    image.source.close()
+
+
+def test_a_program_of_sixty_million_rows_is_run_for_a_second(tmp_path: Path) -> None:
+    """In a file of 300 kB: what was found by then is told, and that there may be more."""
+    if shutil.which("objcopy") is None:
+        pytest.skip("this machine lacks objcopy")
+    path, many = made(tmp_path, "-gdwarf-4"), 60 << 20
+    table = bytearray(section_of(path, ".debug_line"))
+    (length,) = struct.unpack_from("<I", table)
+    end = table[: 4 + length].rindex(b"\0\1\1")  # DW_LNE_end_sequence
+    struct.pack_into("<I", table, 0, length + many)
+    rows = table[:end] + b"\x0d" * many + table[end:]  # a special operation: no address more
+    put_compressed(path, ".debug_line", len(rows), zlib.compress(rows, 1))
+    assert path.stat().st_size < 1 << 20
+    before, peak = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
+    found = listing(path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.lines is not None
+    assert found.lines.fault == "it takes more than 1.2 s; lines not found by then are left out"
+    assert len(found.lines.rows) > 5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert after.ru_maxrss - peak.ru_maxrss < 300 << 10 or after.ru_maxrss == before.ru_maxrss
+
+
+def section_of(path: Path, name: str) -> bytes:
+    image = inspect(path)
+    (section,) = (each for each in image.sections if each.name == name)
+    image.source.close()
+    return path.read_bytes()[section.file_offset : section.file_offset + section.size]
+
+
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+def test_a_line_program_has_the_rows_that_pyelftools_has(version: int, tmp_path: Path) -> None:
+    dwarf = inspect(made(tmp_path, f"-gdwarf-{version}")).elffile.get_dwarf_info()
+    for unit in dwarf.iter_CUs():
+        program = dwarf.line_program_for_CU(unit)
+        states = [entry.state for entry in program.get_entries() if entry.state is not None]
+        rows = [LineRow(each.address, each.file, each.line, each.end_sequence) for each in states]
+        assert [*line_rows(program)] == rows
+        assert len(rows) > 10
+
+
+def test_each_operation_of_a_line_program() -> None:
+    """Two operations an instruction of four bytes; numbers of several bytes; what is not known."""
+    header = SimpleNamespace(
+        opcode_base=14, line_base=-3, line_range=12, minimum_instruction_length=4,
+        maximum_operations_per_instruction=2, standard_opcode_lengths=[0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 2],
+    )  # fmt: skip
+    steps = {
+        b"\0\x09\x02\0\x10\0\0\0\0\0\0": None,  # set_address 0x1000
+        b"\x03\xe4\0\1": LineRow(0x1000, 1, 101, ends=False),  # advance_line 100, copy
+        b"\x03\x7f\x04\x80\x01\1": LineRow(0x1000, 128, 100, ends=False),  # -1, set_file 128
+        b"\x02\x03\1": LineRow(0x1004, 128, 100, ends=False),  # three operations
+        bytes((14 + 12 + 5,)): LineRow(0x1008, 128, 102, ends=False),  # one more, two lines
+        b"\x08\1": LineRow(0x1008 + 4 * 10, 128, 102, ends=False),  # 241 // 12 = 20 operations
+        b"\x09\x10\0\1": LineRow(0x1040, 128, 102, ends=False),  # fixed_advance_pc 16
+        b"\x05\x81\x01\x06\x07\x0a\x0b\x0c\x05": None,  # column, statement, block, prologue, epilogue, ISA
+        b"\x0d\x81\x01\x05\0\x02\x04\x07": None,  # not known, of two numbers; a discriminator
+        b"\0\1\1": LineRow(0x1040, 128, 102, ends=True),
+        b"\1": LineRow(0, 1, 1, ends=False),
+    }
+    data = b"".join(steps)
+    program = SimpleNamespace(
+        header=header, structs=SimpleNamespace(little_endian=True), stream=io.BytesIO(data),
+        program_start_offset=0, program_end_offset=len(data),
+    )  # fmt: skip
+    assert [*line_rows(program)] == [row for row in steps.values() if row is not None]
+    program.stream, program.program_end_offset = io.BytesIO(b"\x02\x80"), 2
+    with pytest.raises(ValueError, match="cut short"):
+        [*line_rows(program)]
+
+
+def test_a_large_unit_has_its_lines(tmp_path: Path) -> None:
+    """300,000 rows of one unit: pyelftools' own reader took more than the five seconds there were."""
+    body = "".join(f" .loc 1 {1 + number % 60000}\n nop\n" for number in range(300_000))
+    (tmp_path / "large.s").write_text(
+        f' .file 1 "large.c"\n .text\n .globl large, outer\n .type large, @function\nlarge:\n{body}'
+        " ret\n .size large, . - large\n .type outer, @function\nouter:\n .loc 1 77777\n nop\n .loc 1 77778\n"
+        " ret\n .size outer, . - outer\n .section .note.GNU-stack\n"
+    )
+    path = tmp_path / "large.so"
+    subprocess.run(["gcc", "-g", "-shared", "-o", path, tmp_path / "large.s"], check=True)
+    found = listing(path)
+    assert found.lines is not None
+    assert found.lines.fault is None
+    assert [row[2] for row in found.lines.rows] == [77777, 77778]
 
 
 def test_a_table_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
