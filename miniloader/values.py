@@ -10,7 +10,7 @@ the decorator is frozen, too, and ``__init__`` is not annotated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
@@ -66,7 +66,7 @@ class _Unmade:
             if name in _DESCRIBING:
                 self._describe()
             else:
-                compared = [name for name, *_, is_compared in _fields_of(self.cls) if is_compared]
+                compared = [name for name, (*_, is_compared) in _fields_of(self.cls).items() if is_compared]
                 key = attrgetter(*compared) if compared else lambda _: ()
                 made = _equality(key) if name == "__eq__" else lambda instance: hash(key(instance))
                 setattr(self.cls, name, made)
@@ -100,11 +100,11 @@ class _Later:
         return made.__get__(instance, owner) if callable(made) else made
 
 
-_Known = tuple[str, Any, Any, bool, bool]
-"""Of a field: its name, its default, what makes one, whether it is given by name only, and compared."""
+_Known = tuple[Any, Any, bool, bool]
+"""Of a field: its default, what makes one, whether it is given by name only, and compared."""
 
 
-def _fields_of(cls: type) -> list[_Known]:
+def _fields_of(cls: type) -> dict[str, _Known]:
     """The fields of a class and of those it is derived from, in order: without describing it, if possible."""
     fields: dict[str, _Known] = {}
     for base in reversed(cls.__mro__):
@@ -115,17 +115,17 @@ def _fields_of(cls: type) -> list[_Known]:
             if any(map(written.__contains__, _SPECIAL)):
                 described = getattr(base, _FIELDS)  # those the standard library knows
             else:
-                for name in annotations:
-                    fields[name] = _known(name, space[name]) if name in space else (name, *_REQUIRED)
+                fields |= dict.fromkeys(annotations, _REQUIRED)
+                fields |= {name: _known(space[name]) for name in annotations.keys() & space.keys()}
         if isinstance(described, dict):  # with those of its own bases
-            fields |= {field.name: _known(field.name, field) for field in dataclasses.fields(base)}
-    return list(fields.values())
+            fields |= {field.name: _known(field) for field in dataclasses.fields(base)}
+    return fields
 
 
-def _known(name: str, given: Any) -> _Known:
+def _known(given: Any) -> _Known:
     if isinstance(given, dataclasses.Field):
-        return name, given.default, given.default_factory, given.kw_only is True, given.compare
-    return name, given, MISSING, False, True
+        return given.default, given.default_factory, given.kw_only is True, given.compare
+    return given, MISSING, False, True
 
 
 def _initialiser(cls: type) -> Callable[..., None]:
@@ -138,17 +138,23 @@ def _initialiser(cls: type) -> Callable[..., None]:
     return _called(initialise, cls)
 
 
-def _interpreted(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+def _interpreted(cls: type, fields: Mapping[str, _Known]) -> Callable[..., None]:
     """``__init__`` for these ``fields``, which gives way to a compiled one where the class is called often.
 
     Compiling pays after forty calls with defaults, or some seventy with all arguments in order; most classes
     are called less often in a process.
     """
-    names = [name for name, *_, by_name, _ in fields if not by_name]
     concludes, calls = hasattr(cls, "__post_init__"), count(1)
-    template = {name: default for name, default, *_ in fields}  # in order
-    factories = [(name, factory) for name, _, factory, *_ in fields if factory is not MISSING]
-    required = {name for name, default, factory, *_ in fields if default is MISSING is factory}
+    names, template = list(fields), dict.fromkeys(fields, MISSING)  # in order
+    required, factories = set(fields), list[tuple[str, Any]]()
+    for name, (default, factory, by_name, _) in [item for item in fields.items() if item[1] is not _REQUIRED]:
+        template[name] = default
+        if factory is not MISSING:
+            factories.append((name, factory))
+        if default is not MISSING or factory is not MISSING:
+            required.remove(name)
+        if by_name:
+            names.remove(name)
     whole = len(names) if len(names) == len(fields) and not concludes else -1  # all arguments, if in order
 
     def initialise(self: Any, /, *arguments: Any, **named: Any) -> None:
@@ -183,11 +189,11 @@ def _called(initialise: Callable[..., None], cls: type) -> Callable[..., None]:
     return initialise
 
 
-def _compiled(cls: type, fields: Sequence[_Known]) -> Callable[..., None]:
+def _compiled(cls: type, fields: Mapping[str, _Known]) -> Callable[..., None]:
     """``__init__`` of the class, compiled for its fields."""
     names: dict[str, Any] = {"_missing": MISSING}
     positional, keywords, values = ["self"], ["*"], []
-    for name, default, factory, by_name, _ in fields:
+    for name, (default, factory, by_name, _) in fields.items():
         value, declared = name, name
         if default is not MISSING:
             names[f"_default_{name}"] = default

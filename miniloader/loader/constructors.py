@@ -43,7 +43,7 @@ _DESTRUCTOR: Final = ctypes.CFUNCTYPE(None)
 _CALL_EACH: Final = None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 _libc: Final = ctypes.CDLL(None)
 _WORD: Final = 8
-_NO_FUNCTION: Final = (0, 0xFFFFFFFFFFFFFFFF)
+_NO_FUNCTION: Final = frozenset((0, 0xFFFFFFFFFFFFFFFF))
 _MANY: Final = 100  # constructors from which on C calls them: ctypes takes half a microsecond for each
 #: From glibc 2.39 on (its bug 30981) what is closed is finalised before all that it needs, in a cycle too.
 _CLOSED_FIRST: Final = glibc_version() >= (2, 39)
@@ -66,9 +66,7 @@ def read_constructors(image: ElfImage, memory: Memory) -> tuple[list[int], list[
         begins, ends = words[:size], words[size:]
     else:
         begins, ends = (_functions(memory, *array) if array else [] for array in arrays)
-    return first + [a for a in begins if a not in _NO_FUNCTION], [
-        a for a in ends[::-1] if a not in _NO_FUNCTION
-    ] + last
+    return first + _to_be_called(begins), _to_be_called(ends[::-1]) + last
 
 
 def read_preinitialisers(image: ElfImage, memory: Memory) -> list[int]:
@@ -78,7 +76,13 @@ def read_preinitialisers(image: ElfImage, memory: Memory) -> list[int]:
     """
     tags = image.dynamic.tags
     start, size = tags.get(DT_PREINIT_ARRAY), tags.get(DT_PREINIT_ARRAYSZ)
-    functions = _functions(memory, start, start + size) if start and size else []
+    return _to_be_called(_functions(memory, start, start + size)) if start and size else []
+
+
+def _to_be_called(functions: list[int]) -> list[int]:
+    """Those of them that are functions: some have thousands, and next to none has one that is not."""
+    if _NO_FUNCTION.isdisjoint(functions):
+        return functions
     return [address for address in functions if address not in _NO_FUNCTION]
 
 
