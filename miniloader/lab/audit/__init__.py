@@ -3,6 +3,7 @@
 Data moves down this list.  ``survey`` looks at one process; ``audit`` puts the surveys of all together.
 
 - ``select``: which processes are meant, and which libraries.
+- ``outline``: the mappings of one process, in columns.
 - ``process_pages``: all pages of one process, as its page table has them.
 - ``mapped_files``: the files behind its mappings, opened once and told apart; ``prepared_pages`` finds the
   files of the cache of prepared libraries among them.

@@ -8,25 +8,32 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from miniloader.elf import LoadPlan
-from miniloader.evidence.file_facts import FileFacts
 from miniloader.kernel.maps import Vma
 from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
+from miniloader.lab.audit.outline import Outline, Outlines
 
 __all__ = ["Arrangement", "Arrangements"]
 
 _LOW: Final = 1 << 40  # below, there may be no room for a load bias
 _NEAR: Final = 16  # images of one file that lie within each other
-
-#: Start and end of each mapping from the first one's start on, and its file offset.
-_Shape = tuple[tuple[int, int, int], ...]
+_WORD: Final = 8
+_WAY: Final = 3 * _WORD  # bytes of the way of one mapping
 
 
 class Arrangement(NamedTuple):
-    """A file in a process: its load bias (address - vaddr), and its mappings (by index)."""
+    """A file in a process: its load bias (address - vaddr), its mappings (by index), and their bytes."""
 
     file: MappedFile
     bias: int
-    indices: list[int]
+    indices: Sequence[int]
+    size: int
+
+
+class _Known(NamedTuple):
+    """A file, and the images of it: load bias from the first mapping on, mappings (by place), their bytes."""
+
+    file: MappedFile
+    images: list[tuple[int, list[int], int]]
 
 
 class Arrangements:
@@ -36,29 +43,57 @@ class Arrangements:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[FileFacts | None, _Shape], list[tuple[int, list[int]]]] = {}
+        self._known: dict[tuple[bytes, int], _Known] = {}
 
-    def of_process(self, pid: int, files: MappedFiles, vmas: Sequence[Vma]) -> Iterable[Arrangement]:
+    def of_process(
+        self, pid: int, files: MappedFiles, vmas: Sequence[Vma], outline: Outline | None = None
+    ) -> Iterable[Arrangement]:
         """Every file that process ``pid`` has mapped privately, as often as it has it.
 
-        ``vmas`` are all mappings of the process, by address.
+        ``vmas`` are all mappings of the process, by address; ``outline`` is theirs, of the same outlines as
+        those of the processes before.
         """
-        for indices in _by_file(vmas):
-            file = files.of(pid, vmas[indices[0]])
+        outline = outline or Outlines().of(vmas)
+        ways = _Ways(outline)
+        for indices in outline.files:
             start = vmas[indices[0]].start
-            for distance, places in self._images(file, [vmas[index] for index in indices]):
-                yield Arrangement(file, start + distance, [indices[place] for place in places])
+            key = ways.of(indices), start if start < _LOW else 0
+            known = self._known.get(key)
+            if known is None:
+                file, mapped = files.of(pid, vmas[indices[0]]), [vmas[index] for index in indices]
+                known = _Known(file, [*_images(file, mapped)])
+                if file.facts is not None:  # else another process may offer a way to it
+                    self._known[key] = known
+            for distance, places, size in known.images:
+                chosen = indices if len(places) == len(indices) else [indices[place] for place in places]
+                yield Arrangement(known.file, start + distance, chosen, size)
 
-    def _images(self, file: MappedFile, vmas: Sequence[Vma]) -> list[tuple[int, list[int]]]:
-        """Each image's load bias, from the start of the first mapping on, and its mappings (by place)."""
-        start = vmas[0].start
-        shape = tuple([(vma.start - start, vma.end - start, vma.file_offset) for vma in vmas])
-        key = file.facts, shape
-        if key not in self._known or start < _LOW:
-            plan = file.facts.plan if file.facts is not None else None
-            images = _of_data(vmas) if plan is None else _of_images(plan, vmas)
-            self._known[key] = [(bias - start, places) for bias, places in images]
-        return self._known[key]
+
+class _Ways:
+    """The way in which each file is mapped in a process: the lines, sizes and distances of its mappings."""
+
+    def __init__(self, outline: Outline) -> None:
+        self._starts = outline.starts
+        self._rows = np.empty((len(outline.lines), 3), np.uint64)
+        self._rows[:, 0], self._rows[:, 1] = outline.lines, outline.sizes
+        self._rows[:-1, 2] = outline.starts[1:] - outline.starts[:-1]
+        self._bytes = self._rows.tobytes()
+
+    def of(self, indices: Sequence[int]) -> bytes:
+        """The way of the mappings ``indices``, which most often follow one another."""
+        first, last = indices[0], indices[-1]
+        if last - first == len(indices) - 1:
+            return self._bytes[first * _WAY : last * _WAY + _WAY - _WORD]  # not how far the next file is
+        rows = self._rows[indices]
+        rows[:-1, 2] = np.diff(self._starts[indices])
+        return rows.tobytes()[:-_WORD]
+
+
+def _images(file: MappedFile, vmas: Sequence[Vma]) -> Iterable[tuple[int, list[int], int]]:
+    """Each image's load bias, from where the first mapping starts, its mappings (by place), their bytes."""
+    plan = file.facts.plan if file.facts is not None else None
+    for bias, places in _of_data(vmas) if plan is None else _of_images(plan, vmas):
+        yield bias - vmas[0].start, places, sum([vmas[place].size for place in places])
 
 
 def _of_data(vmas: Sequence[Vma]) -> Iterable[tuple[int, list[int]]]:
@@ -88,15 +123,6 @@ def _of_images(plan: LoadPlan, vmas: Sequence[Vma]) -> Iterable[tuple[int, list[
             images.append((bias, [place]))
             near.append((span, *images[-1]))
     return images
-
-
-def _by_file(vmas: Sequence[Vma]) -> Iterable[list[int]]:
-    """The private mappings of each file, by address."""
-    files: dict[tuple[object, ...], list[int]] = {}  # as Identity, of which it would be one for each mapping
-    for index, vma in enumerate(vmas):
-        if vma.inode and not vma.shared:
-            files.setdefault((vma.device, vma.inode, vma.path, vma.deleted), []).append(index)
-    return files.values()
 
 
 class _FileParts:

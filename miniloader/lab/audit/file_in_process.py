@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Final
+from operator import attrgetter
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,10 @@ class FileInProcess:
     reasons: dict[int, str]
     written: NDArray[np.int32]
     beforehand: int = 0
+
+    def __reduce__(self) -> tuple[type[FileInProcess], tuple[Any, ...]]:
+        """Pickled by hand: an audit has thousands, and Python goes through the fields of each one."""
+        return FileInProcess, _IN_ORDER(self)
 
     @property
     def private(self) -> int:
@@ -104,6 +109,9 @@ class FileInProcess:
         return self.originals.file_offsets_in(self.mappings)
 
 
+_IN_ORDER: Final = attrgetter(*FileInProcess.__slots__)
+
+
 def image_start(placed: FileInProcess) -> int:
     """Where the image of a file begins in a process, if its first part is not the file's any more, either.
 
@@ -128,13 +136,17 @@ def files_in_process(
     copies, originals = pages.copies, pages.originals
     swapped = np.flatnonzero(pages.swapped)
     swapped_from = np.searchsorted(pages.vma[swapped], np.arange(len(vmas) + 1))
+    starts_of_copies, starts = (
+        copies.starts.tolist(),
+        originals.starts.tolist(),
+    )
     found = [
         FileInProcess(
             file=file,
             base=bias,
             start=vmas[indices[0]].start,
             end=vmas[indices[-1]].end,
-            mapped=sum([vmas[index].end - vmas[index].start for index in indices]) // PAGE_SIZE,
+            mapped=size // PAGE_SIZE,
             mappings=indices,
             # Copies, as pages that are the file's own would not be swapped out.
             swapped_vaddrs=pages.addresses[swapped[rows_of(indices, swapped_from)]] - np.uint64(bias % 2**64)
@@ -142,14 +154,14 @@ def files_in_process(
             else _NO_VADDRS,
             bss_vaddrs=_NO_VADDRS,
             copies=copies,
-            copied=copies.rows(indices),
+            copied=rows_of(indices, starts_of_copies),
             originals=originals,
-            own=originals.rows(indices),
+            own=rows_of(indices, starts),
             causes=_NO_CAUSES,
             reasons={},
             written=_NOTHING_WRITTEN,
         )
-        for file, bias, indices in arrangements
+        for file, bias, indices, size in arrangements
     ]
     _find_bss(found, vmas, pages.anonymous)
     return found
@@ -163,23 +175,25 @@ def _find_bss(found: Sequence[FileInProcess], vmas: Sequence[Vma], anonymous: ND
     that their bss is there, and it takes time in proportion to mappings and pages.
     """
     owners = [placed for placed in found if placed.file.facts is not None and len(placed.file.facts.zeros)]
-    begins = sorted(
-        (start, number) for number, placed in enumerate(owners) for start in _starts(placed, vmas)
-    )
-    at = [*np.searchsorted(anonymous, np.array([start for start, _ in begins], np.uint64)).tolist(), None]
+    begins = [vmas[index].start for placed in owners for index in placed.mappings]
+    begins += [_first_bss(placed) for placed in owners]
+    starts = np.array(begins, np.uint64)
+    numbers = np.arange(len(owners))
+    number = np.append(np.repeat(numbers, [len(placed.mappings) for placed in owners]), numbers)
+    order = np.lexsort((number, starts))
+    at = np.append(np.searchsorted(anonymous, starts[order]), len(anonymous))
     parts: dict[int, list[NDArray[np.uint64]]] = {}
-    for (_, number), low, high in zip(begins, at, at[1:], strict=False):
-        if low != high and low < len(anonymous):
-            parts.setdefault(number, []).append(_bss_among(anonymous[low:high], owners[number]))
-    for number, vaddrs in parts.items():
-        owners[number].bss_vaddrs = np.concatenate(vaddrs)
+    for place in np.flatnonzero(at[1:] != at[:-1]).tolist():
+        which, between = int(number[order[place]]), anonymous[at[place] : at[place + 1]]
+        parts.setdefault(which, []).append(_bss_among(between, owners[which]))
+    for which, vaddrs in parts.items():
+        owners[which].bss_vaddrs = np.concatenate(vaddrs)
 
 
-def _starts(placed: FileInProcess, vmas: Sequence[Vma]) -> list[int]:
-    """Where the mappings of an image begin in a process, and the first of its bss."""
+def _first_bss(placed: FileInProcess) -> int:
+    """Where the first bss of an image begins in a process."""
     assert placed.file.facts is not None
-    first, _ = placed.file.facts.zeros.span
-    return [*[vmas[index].start for index in placed.mappings], (placed.base + first) % 2**64]
+    return (placed.base + placed.file.facts.zeros.span[0]) % 2**64
 
 
 def _bss_among(addresses: NDArray[np.uint64], placed: FileInProcess) -> NDArray[np.uint64]:

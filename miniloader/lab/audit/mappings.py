@@ -7,7 +7,7 @@ rows of a process at rest, ``own`` is its USS (Private_* of smaps_rollup) and ``
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
@@ -23,6 +23,7 @@ from miniloader.kernel.maps import Vma
 from miniloader.kernel.mounts import mount_of
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.outline import Outline
 from miniloader.lab.audit.process_pages import Narrow, PageColumns, Pages
 from miniloader.values import dataclass
 
@@ -141,26 +142,23 @@ def name_of(
 
 
 class MappingNames:
-    """The kinds and names of mappings, as :func:`name_of` has them: each is worked out once for all."""
+    """The kinds and names of mappings, as :func:`name_of` has them: of a line worked out once for all."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[str, bool, bool, tuple[int, int]], MappingName] = {}
+        self._names: dict[int, MappingName] = {}  # by line
         self._file_systems: dict[tuple[int, int], str] = {}
 
     def of(
-        self, pid: int, vmas: Iterable[Vma], images: Sequence[tuple[int, int, str]]
-    ) -> Iterator[MappingName]:
-        """The name of each mapping of process ``pid``, where ``images`` lie in it."""
-        file_system = partial(self._file_system, pid)
-        for vma in vmas:
-            if not vma.path:
-                yield name_of(vma, images)
-                continue
-            key = vma.path, vma.shared, vma.inode != 0, vma.device
-            name = self._names.get(key)
-            if name is None:
-                name = self._names[key] = name_of(vma, images, file_system)
-            yield name
+        self, pid: int, vmas: Sequence[Vma], images: Sequence[tuple[int, int, str]], outline: Outline
+    ) -> list[MappingName]:
+        """The name of each mapping of process ``pid``, where ``images`` lie in it; ``outline`` is theirs."""
+        names = [*map(self._names.get, outline.lines)]
+        for index in outline.unnamed:
+            names[index] = name_of(vmas[index], images)
+        for index in [index for index, name in enumerate(names) if name is None]:
+            names[index] = name = name_of(vmas[index], (), partial(self._file_system, pid))
+            self._names[outline.lines[index]] = name
+        return names  # type: ignore[return-value]  # none is None now
 
     def _file_system(self, pid: int, vma: Vma) -> str:
         """The kind for a file that process ``pid`` has mapped, such as ``tmpfs``; "" where not known."""
@@ -203,18 +201,19 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
     row_of = np.array([rows.setdefault(name, len(rows)) for name in names], np.intp)
     copies, originals = pages.copies.number, pages.originals.number
     alone, alone_of_files = pages.copies.number_alone, pages.originals.number_alone
-    by_mapping = [
+    by_mapping = (
         copies + originals - pages.zeros_among,
         alone + alone_of_files,
         copies - alone - pages.zeros_among,
         originals - alone_of_files,
         np.bincount(pages.vma[pages.zero], minlength=len(row_of)) + pages.zeros_among,
         pages.huge_in,
-        np.array(pages.swapped_in, np.int64),
+        pages.swapped_in,
         pages.hugetlb_in,
-    ]
-    sums = np.zeros((len(rows), len(_SUMMED)), np.int64)
-    np.add.at(sums, row_of, np.stack(by_mapping, axis=1) * PAGE_SIZE)
+    )
+    order = np.argsort(row_of, kind="stable")
+    first = np.searchsorted(row_of[order], np.arange(len(rows)))
+    sums = np.add.reduceat(np.array(by_mapping)[:, order], first, axis=1).T * PAGE_SIZE
     return Mappings(tuple(rows), row_of, sums)
 
 
@@ -233,6 +232,9 @@ def pss_by_frames(
     parts: dict[int, NDArray[np.float64]] = {}  # relatives often have the same frames
     pss = list[NDArray[np.float64]]()
     for column in columns:
+        if not column.any_several:
+            pss.append(column.number.astype(np.float64) * PAGE_SIZE)
+            continue
         several = column.several()
         key = hash(several.tobytes())
         if key not in parts:
@@ -247,6 +249,8 @@ def _frames_of_all(columns: Iterable[PageColumns]) -> NDArray[np.uint64]:
     """The different frames that are mapped more than once, sorted; never all of them at once."""
     frames, waiting, number = np.empty(0, np.uint64), list[Narrow](), 0
     for column in columns:
+        if not column.any_several:
+            continue
         several = column.several()
         waiting.append(several)
         number += len(several)

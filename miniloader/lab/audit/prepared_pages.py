@@ -46,7 +46,7 @@ class PreparedPages:
 
         What cannot be told stays what it is: a mapping of a file of that name.
         """
-        if not any(vma.path.endswith(store.SUFFIX) for vma in vmas):
+        if not [vma for vma in vmas if vma.path.endswith(store.SUFFIX)]:
             return tuple(vmas), frozenset()
         placed = [self._placed(pid, vma, vmas) if vma.path.endswith(store.SUFFIX) else None for vma in vmas]
         return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -18,8 +17,9 @@ from miniloader.kernel.pagemap import EXCLUSIVE, FILE, FRAME, GUARD, PRESENT, SW
 from miniloader.kernel.scan import IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, scan
 from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.kernel.zeros import NOT_PAGES, doubtful, zeros_by_sums
+from miniloader.kernel.zeros import doubtful, zeros_by_sums
 from miniloader.lab.audit.equal_arrays import EqualArrays
+from miniloader.lab.audit.outline import Outline, Outlines
 from miniloader.values import dataclass
 
 __all__ = ["Narrow", "PageColumns", "Pages", "Rows", "count_rows", "count_set", "rows_of"]
@@ -59,21 +59,29 @@ class Pages:
     """
 
     def __init__(
-        self, pagemap: PageMap, vmas: Sequence[Vma], *, frames: bool, arrays: EqualArrays | None = None
+        self,
+        pagemap: PageMap,
+        vmas: Sequence[Vma],
+        *,
+        frames: bool,
+        arrays: EqualArrays | None = None,
+        outline: Outline | None = None,
     ) -> None:
         """Read them; ``arrays`` has what is kept of other processes, and may be the same here."""
         self._pagemap, self._arrays = pagemap, arrays or EqualArrays()
-        self._ranges = _ranges(pagemap, vmas)
-        index, start, end = np.fromiter(chain.from_iterable(self._ranges), np.uint64).reshape(-1, 3).T
+        self.outline = outline or Outlines().of(vmas)
+        begins = self.outline.starts
+        index, start, end = _ranges(pagemap, vmas, self.outline)
+        self._runs = _runs(start, end)
         entries = self._read()
         # What is neither in memory nor swapped out has no more to tell: most of what is mapped.
         self._places = np.flatnonzero(entries >= SWAPPED)
         self.entries = entries[self._places]
-        last, begins = end >> _SHIFT, _addresses(vmas)
+        last = end >> _SHIFT
         ends = np.cumsum(last - (start >> _SHIFT)).view(np.int64)
         populated = np.searchsorted(self._places, ends)
         populated[1:] -= populated[:-1].copy()
-        self.vma = np.repeat(index.astype(np.int64), populated)
+        self.vma = np.repeat(index, populated)
         # Of each range the page of a place 0, were it that long: one sum gives the pages of all places.
         pages = self._places.view(np.uint64) + np.repeat(last - ends.view(np.uint64), populated)
         self.addresses = pages << _SHIFT
@@ -82,10 +90,9 @@ class Pages:
         bits = (self.entries >> _BITS).astype(np.uint8)
         present, bounds = bits >= _PRESENT, np.searchsorted(self.vma, np.arange(len(vmas) + 1))
         self.counted = present & ~self.zero
-        outside = [index for index, vma in enumerate(vmas) if vma.path in NOT_PAGES]
         reserved = self._huge_files(vmas, index[(start | end) % np.uint64(_HUGE) == 0])
         self.hugetlb_in = np.zeros(len(vmas), np.int64)
-        for left_out in (*outside, *reserved):
+        for left_out in (*self.outline.outside, *reserved):
             rows = slice(bounds[left_out], bounds[left_out + 1])
             self.hugetlb_in[left_out] = count_set(present[rows]) if left_out in reserved else 0
             self.counted[rows] = False
@@ -95,7 +102,7 @@ class Pages:
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
         self.swapped = (bits & (_SWAPPED | _GUARD | _FILE)) == _SWAPPED
         self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
-        offsets = self._arrays.first(np.array([vma.file_offset for vma in vmas], np.uint64))
+        offsets = self._arrays.first(self.outline.offsets)
         places = _narrow(pages - np.repeat(begins >> _SHIFT, bounds[1:] - bounds[:-1]))
         numbers = _narrow(self.entries & (FRAME if frames else np.uint64(0)))
         copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
@@ -111,20 +118,17 @@ class Pages:
             )
             for rows in (copied, own)
         )
-        self.writable = [index for index, vma in enumerate(vmas) if _is_writable(vma)]
-        nameless = np.repeat(np.array([not vma.inode for vma in vmas]), self.copies.number)
+        self.writable = self.outline.writable
+        nameless = np.repeat(self.outline.nameless, self.copies.number)
         self.anonymous = self.addresses[copied[nameless]]
 
     def _read(self) -> NDArray[np.uint64]:
         """The entries of all ranges; those that touch are read at once."""
-        entries = np.empty(sum([end - start for _, start, end in self._ranges]) // PAGE_SIZE, np.uint64)
-        place = start = end = 0
-        for _, first, last in (*self._ranges, (0, -1, 0)):
-            if first != end:
-                pages = (end - start) // PAGE_SIZE
-                self._pagemap.read_into(entries[place : place + pages], start)
-                start, place = first, place + pages
-            end = last
+        entries = np.empty(sum([pages for _, pages in self._runs]), np.uint64)
+        place = 0
+        for start, pages in self._runs:
+            self._pagemap.read_into(entries[place : place + pages], start)
+            place += pages
         return entries
 
     def changed(self) -> NDArray[np.bool_]:
@@ -280,7 +284,7 @@ def _narrow(values: NDArray[np.uint64]) -> Narrow:
     return values.astype(np.uint32) if fits else values
 
 
-def rows_of(indices: Sequence[int], starts: NDArray[np.int64]) -> Rows:
+def rows_of(indices: Sequence[int], starts: NDArray[np.int64] | Sequence[int]) -> Rows:
     """The rows of the mappings ``indices``, ascending; those of mapping ``i`` begin at ``starts[i]``.
 
     >>> rows_of([1, 2], np.array([0, 3, 4, 9]))
@@ -312,25 +316,32 @@ def count_set(mask: NDArray[np.bool_]) -> int:
     return int(np.count_nonzero(mask))
 
 
-def _addresses(vmas: Sequence[Vma]) -> NDArray[np.uint64]:
-    """Where each of the mappings begins."""
-    return np.array([vma.start for vma in vmas], np.uint64)
+def _ranges(
+    pagemap: PageMap, vmas: Sequence[Vma], outline: Outline
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """Which addresses to read: mapping, start and end of each; of a very large mapping what is populated."""
+    index, start, end = np.arange(len(vmas)), outline.starts, outline.starts + outline.sizes
+    large = np.flatnonzero(outline.sizes > _LARGE).tolist()
+    if not large:
+        return index, start, end
+    parts = {
+        which: np.array([*_populated(pagemap, vmas[which])], np.uint64).reshape(-1, 2) for which in large
+    }
+    number = np.ones(len(vmas), np.int64)
+    number[large] = [len(part) for part in parts.values()]
+    index = np.repeat(index, number)
+    start, end = start[index], end[index]
+    for which, part in parts.items():
+        start[index == which], end[index == which] = part.T
+    return index, start, end
 
 
-def _is_writable(vma: Vma) -> bool:
-    """Whether pages of a file are mapped there that are copied when they are written to."""
-    return vma.inode != 0 and not vma.shared and "w" in vma.protection
-
-
-def _ranges(pagemap: PageMap, vmas: Sequence[Vma]) -> list[tuple[int, int, int]]:
-    """Which addresses to read: (mapping, start, end); of a very large mapping what is populated."""
-    ranges = []
-    for index, vma in enumerate(vmas):
-        if vma.end - vma.start <= _LARGE:
-            ranges.append((index, vma.start, vma.end))
-            continue
-        ranges += [(index, start, end) for start, end in _populated(pagemap, vma)]
-    return ranges
+def _runs(starts: NDArray[np.uint64], ends: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Where ranges begin that touch no other before them, and pages to the end of what they touch."""
+    apart = starts[1:] != ends[:-1]
+    first, last = np.append(True, apart)[: len(starts)], np.append(apart, True)[: len(starts)]
+    pages = (ends[last] - starts[first]) >> _SHIFT
+    return list(zip(starts[first].tolist(), pages.tolist(), strict=True))
 
 
 def _populated(pagemap: PageMap, vma: Vma) -> Iterable[tuple[int, int]]:

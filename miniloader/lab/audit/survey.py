@@ -26,6 +26,7 @@ from miniloader.lab.audit.file_in_process import FileInProcess, files_in_process
 from miniloader.lab.audit.known_by import KnownBy, Users, known_by
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import MappingNames, Mappings, mappings_of, pss_by_sums
+from miniloader.lab.audit.outline import Outline, Outlines
 from miniloader.lab.audit.process_pages import PageColumns, Pages, count_set
 from miniloader.values import dataclass
 
@@ -78,13 +79,15 @@ class Survey:
 class Memo:
     """What processes have in common, worked out once for all of them.
 
-    Their ``files`` are opened and read once, how these lie in a process (``arrangements``), how the slots lie
+    What maps says of their mappings but for addresses (``outlines``) is understood once.  Their ``files`` are
+    opened and read once, how these lie in a process (``arrangements``), how the slots lie
     on the pages that were copied (``layouts``), and why copies in common are what they are (``explained``)
     is kept for the next process that has the same.  ``arrays`` that are equal are kept once.
     """
 
     def __init__(self) -> None:
         self.files = MappedFiles()
+        self.outlines = Outlines()
         self.arrangements = Arrangements()
         self.layouts = Layouts()
         self.explained = Explained()
@@ -114,7 +117,7 @@ def survey(
     known = known_by(pid, memo.users)
     with PageMap(pid) as pagemap:
         vmas, pages, files = locate(pid, pagemap, memo, frames=frames)
-        _check_program(pid, vmas, known.stack)
+        _check_program(pid, vmas, pages.outline, known.stack)
         chosen = [placed for placed in files if wanted(placed.file.identity)]
         interpreter = arenas_free = None
         if causes:
@@ -152,8 +155,10 @@ def locate(
 ) -> tuple[tuple[Vma, ...], Pages, list[FileInProcess]]:
     """The mappings of a process, its pages, and where each file lies in it; without causes yet."""
     vmas, prepared = memo.files.mappings_of(pid)
-    pages = Pages(pagemap, vmas, frames=frames, arrays=memo.arrays)
-    files = files_in_process(list(memo.arrangements.of_process(pid, memo.files, vmas)), vmas, pages)
+    outline = memo.outlines.of(vmas)
+    pages = Pages(pagemap, vmas, frames=frames, arrays=memo.arrays, outline=outline)
+    arrangements = [*memo.arrangements.of_process(pid, memo.files, vmas, outline)]
+    files = files_in_process(arrangements, vmas, pages)
     if prepared:
         of_copies = np.append(0, np.cumsum(pages.own & np.isin(pages.vma, list(prepared))))
         ends = [(placed.start, placed.end) for placed in files]
@@ -172,7 +177,7 @@ def mappings_in(
         for placed in found
         if placed.file.facts is not None and placed.file.facts.plan is not None
     )
-    return mappings_of(memo.names.of(pid, vmas, images), pages)
+    return mappings_of(memo.names.of(pid, vmas, images, pages.outline), pages)
 
 
 def _told_pss(pid: int, vmas: Sequence[Vma]) -> tuple[int, NDArray[np.float64]] | None:
@@ -219,12 +224,12 @@ def _summed(
     )
 
 
-def _check_program(pid: int, vmas: Sequence[Vma], stack: int) -> None:
+def _check_program(pid: int, vmas: Sequence[Vma], outline: Outline, stack: int) -> None:
     """Raise ProcessGone when the mappings are not those of the program whose stack began at ``stack``.
 
     A page table that was opened before stays the old one, and is alive where the process was made by
     vfork(2): its parent has it.  The kernel calls ``[stack]`` what holds that address.
     """
-    stacks = [vma for vma in vmas if vma.path == "[stack]"]
+    stacks = [vmas[index] for index in outline.stacks]
     if stack and stacks and not any(stack in vma for vma in stacks):
         raise ProcessGone(pid, "has executed another program meanwhile")
