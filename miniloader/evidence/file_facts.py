@@ -250,6 +250,17 @@ class FileFacts:
         """For each vaddr the number of the symbol that covers it (for :meth:`symbol_name`), -1: none."""
         return self.symbols_of(vaddrs, 1)[0]
 
+    def symbols_over(self, vaddrs: NDArray[np.uint64]) -> tuple[list[int], list[int], list[int]]:
+        """The numbers of the symbols that cover any of the ``vaddrs``, which ascend, and which each covers.
+
+        It covers those from the first index (inclusive) to the second (exclusive).
+        """
+        starts, ends, _ = self._named
+        first = np.searchsorted(vaddrs, starts)
+        end = np.searchsorted(vaddrs, np.minimum(ends, self._following[1:]))
+        numbers = np.flatnonzero(first < end)
+        return numbers.tolist(), first[numbers].tolist(), end[numbers].tolist()
+
     def symbols_of(
         self, vaddrs: NDArray[np.uint64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

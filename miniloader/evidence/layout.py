@@ -66,23 +66,23 @@ class Layout:
         self.page = np.repeat(np.arange(len(vaddrs), dtype=np.int32), self.on_page)
         first = np.repeat(low - (np.cumsum(self.on_page) - self.on_page), self.on_page)
         self.slot = first + np.arange(len(first))
-        slots = facts.slots[self.slot]
-        self.vaddr = slots["vaddr"].copy()
-        self._offset = (self.vaddr - vaddrs[self.page]).astype(np.int64)
+        slots = facts.slots  # by column: of a large library there are millions on the pages
+        self.vaddr = facts.slot_vaddrs[self.slot]
+        self._offset = (self.vaddr - vaddrs[self.page]).view(np.int64)
         # What goes over the end of its page is judged there by its first bytes only.
-        self.size = np.minimum(slots["size"], PAGE_SIZE - self._offset)
-        self._odd = (self._offset % facts.word != 0) | (self.size != facts.word)
+        self.size = np.minimum(slots["size"][self.slot], PAGE_SIZE - self._offset)
+        self._odd = (self._offset & (facts.word - 1) != 0) | (self.size != facts.word)
         self._any_odd = bool(self._odd.any())
         self._dtype = f"u{facts.word}"
-        self._word = self.page.astype(np.int64) * (PAGE_SIZE // facts.word) + self._offset // facts.word
+        self._word = (self.page.astype(np.int64) * PAGE_SIZE + self._offset) // facts.word
         self.unused = np.uint64(8 * (_OCTETS - facts.word))
         self.word_mask = np.uint64(2**64 - 1) >> self.unused
         self.mask = np.uint64(2**64 - 1) >> ((_OCTETS - self.size) * 8).astype(np.uint64)
         self.file = self.values(self.expected)
-        plain = (slots["what"] == RELATIVE) & ~self._odd
+        plain = (slots["what"][self.slot] == RELATIVE) & ~self._odd
         self.relative, self.other = np.flatnonzero(plain), np.flatnonzero(~plain)
-        self.relative_addend = slots["addend"].view(np.uint64)[self.relative]
-        self._sort(facts, slots[self.other])
+        self.relative_addend = slots["addend"][self.slot[self.relative]].view(np.uint64)
+        self._sort(facts, slots[self.slot[self.other]])
 
     def _sort(self, facts: FileFacts, slots: Table) -> None:
         """Tell the other slots apart by how they are judged."""

@@ -5,7 +5,7 @@ A word is as long as an address of the file's machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
@@ -83,11 +83,12 @@ def slots_of(image: ElfImage) -> Table:
 
     Raises ElfError where its relocations cannot be read.
     """
-    slots = np.concatenate([_relocated(image), _relr(image), _copied(image), _loader(image)])
-    ordered = slots[np.argsort(slots["vaddr"], kind="stable")]
-    last = np.ones(len(ordered), np.bool_)
-    last[:-1] = ordered["vaddr"][1:] != ordered["vaddr"][:-1]
-    return ordered[last]
+    slots = np.concatenate([*_relocated(image), _relr(image), *_copied(image), _loader(image)])
+    vaddrs = slots["vaddr"].copy()  # in one piece: there may be millions, and each copy of all records counts
+    order = np.argsort(vaddrs, kind="stable")
+    vaddrs = vaddrs[order]
+    last = np.append(vaddrs[1:] != vaddrs[:-1], True)[: len(order)]
+    return np.asarray(slots[order[last]])
 
 
 def _slots(vaddrs: NDArray[np.uint64], meaning: int, size: int, **fields: object) -> Table:
@@ -98,10 +99,9 @@ def _slots(vaddrs: NDArray[np.uint64], meaning: int, size: int, **fields: object
     return slots
 
 
-def _relocated(image: ElfImage) -> Table:
+def _relocated(image: ElfImage) -> Iterable[Table]:
     """The slots of the relocation tables; of a TLS descriptor its two words; without COPY."""
     kinds, word = KINDS[image.header.machine], image.header.word
-    slots = [np.empty(0, SLOT_DTYPE)]
     tables = [(table.rows, table.addends) for table in image.relocations.tables]
     for rows, has_addends in (*tables, *static_tables(image)):
         for code in distinct(rows["type"]).tolist():
@@ -114,10 +114,9 @@ def _relocated(image: ElfImage) -> Table:
             addends = chosen["addend"] if has_addends else _words_at(image, chosen["offset"])
             size = word if kind is None else min(kind.size, word)
             fields = {"kind": code, "symbol": chosen["symbol"], "addend": _added(kind, addends)}
-            slots.append(_slots(chosen["offset"], meaning, size, **fields))
+            yield _slots(chosen["offset"], meaning, size, **fields)
             if meaning == DESCRIPTOR:
-                slots.append(_slots(chosen["offset"] + np.uint64(word), ARGUMENT, word, **fields))
-    return np.concatenate(slots)
+                yield _slots(chosen["offset"] + np.uint64(word), ARGUMENT, word, **fields)
 
 
 def _added(kind: Kind | None, addends: NDArray[np.int64]) -> NDArray[np.int64] | int:
@@ -150,11 +149,10 @@ def _relr(image: ElfImage) -> Table:
     return _slots(vaddrs, RELATIVE, image.header.word, kind=RELR, addend=_words_at(image, vaddrs))
 
 
-def _copied(image: ElfImage) -> Table:
+def _copied(image: ElfImage) -> Iterable[Table]:
     """The words of the variables that COPY relocations bring into an executable."""
     kinds, word = KINDS[image.header.machine], image.header.word
     codes = [code for code, kind in kinds.items() if kind.formula == "copy"]
-    slots = [np.empty(0, SLOT_DTYPE)]
     left = _MOST_COPIED
     for table in image.relocations.tables:
         for row in table.rows[np.isin(table.rows["type"], codes)]:
@@ -163,8 +161,7 @@ def _copied(image: ElfImage) -> Table:
             left -= size
             end = min(start + max(size, 1), _NOWHERE)
             words = np.arange(start & -word, end, word, dtype=np.uint64)
-            slots.append(_slots(words, COPY, word, kind=row["type"], symbol=symbol))
-    return np.concatenate(slots)
+            yield _slots(words, COPY, word, kind=row["type"], symbol=symbol)
 
 
 def _loader(image: ElfImage) -> Table:

@@ -34,6 +34,7 @@ _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
 _OVERWRITTEN: Final = bit("overwritten")
 _UNKNOWN: Final = bit("unknown")
+_NONE: Final[tuple[int, ...]] = ()
 _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
@@ -250,9 +251,12 @@ def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]
         for key, holder in _pages_of(occurrence, _Holder(occurrence.pid, -1 - number)):
             holders.setdefault((key, occurrence.file.number), []).append(holder)
     facts = {occurrence.file.number: occurrence.file.facts for occurrence in occurrences}
-    on_pages = {place: _on_page(facts[place[1]], place[0]) for place in {(k.vaddr, n) for k, n in holders}}
+    vaddrs: dict[int, set[int]] = {}
+    for key, number in holders:
+        vaddrs.setdefault(number, set()).add(key.vaddr)
+    on_pages = {number: _on_pages(facts[number], sorted(of_file)) for number, of_file in vaddrs.items()}
     return _pages(
-        (_told(facts[number], on_pages[key.vaddr, number], key), of_page)
+        (_told(facts[number], on_pages[number][key.vaddr], key), of_page)
         for (key, number), of_page in sorted(holders.items(), key=lambda item: item[0])
     )
 
@@ -266,9 +270,10 @@ def _pages_of(occurrence: Occurrence, alone: _Holder) -> Iterable[tuple[_Key, _H
     columns = (placed.vaddrs, placed.causes, placed.frames, placed.is_common)
     rows = zip(*[column.tolist() for column in columns], strict=True)
     for page, (vaddr, causes, frame, common) in enumerate(rows):
-        symbols = written.get(page, ())
-        changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
-        kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
+        changed, kept = _NONE, _NONE
+        if symbols := written.get(page):
+            changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
+            kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
         key = _Key(vaddr, causes, placed.reasons.get(page, ""), changed, kept)
         yield key, alone if frame and not common else _Holder(occurrence.pid, frame, common)
 
@@ -287,7 +292,10 @@ def _swapped_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]
     """The copies that are swapped out, whose cause cannot be known."""
     holders = _holders((occurrence, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
     return _pages(
-        (_told(facts, _on_page(facts, vaddr), _Key(vaddr, _UNKNOWN, SWAPPED_OUT, (), ())), of_page)
+        (
+            _told(facts, _on_pages(facts, [vaddr])[vaddr], _Key(vaddr, _UNKNOWN, SWAPPED_OUT, (), ())),
+            of_page,
+        )
         for vaddr, facts, of_page in holders
     )
 
@@ -305,17 +313,41 @@ def _holders(
     return [(vaddr, facts[number], of_page) for (vaddr, number), of_page in sorted(holders.items())]
 
 
-def _on_page(facts: FileFacts | None, vaddr: int) -> _OnPage:
+def _on_pages(facts: FileFacts | None, vaddrs: Sequence[int]) -> dict[int, _OnPage]:
+    """What the file says of each of its pages at ``vaddrs``, which ascend: of all the slots there together.
+
+    A large library has millions of them, so nothing is made for each.
+    """
     if facts is None:
-        return _OnPage("", frozenset(), ())
-    ends = np.array([vaddr, vaddr + PAGE_SIZE], np.uint64)
-    low, high = np.searchsorted(facts.slot_vaddrs, ends).tolist()
-    slots = facts.slots[low:high]
-    slots = slots[slots["what"] != LOADER]
-    numbers = facts.symbols_at(slots["vaddr"])
-    counts = sorted(Counter(slots["kind"].tolist()).items())
-    kinds = tuple((facts.kind_name(kind), count) for kind, count in counts)
-    return _OnPage(facts.section_on(vaddr), frozenset(numbers[numbers >= 0].tolist()), kinds)
+        return dict.fromkeys(vaddrs, _OnPage("", frozenset(), ()))
+    starts = np.array(vaddrs, np.uint64)
+    low = np.searchsorted(facts.slot_vaddrs, starts)
+    high = np.searchsorted(facts.slot_vaddrs, starts + np.uint64(PAGE_SIZE - 1), side="right")
+    number = np.maximum(high - low, 0)
+    page = np.repeat(np.arange(len(vaddrs)), number)
+    slots = np.arange(len(page)) + np.repeat(low + number - np.cumsum(number), number)
+    told = facts.slots["what"][slots] != LOADER
+    page, slots = page[told], slots[told]
+    bounds = np.searchsorted(page, np.arange(len(vaddrs) + 1)).tolist()
+    symbols = [set[int]() for _ in vaddrs]
+    for symbol, first, end in zip(*facts.symbols_over(facts.slot_vaddrs[slots]), strict=True):
+        for on in range(int(page[first]), int(page[end - 1]) + 1):
+            if max(first, bounds[on]) < min(end, bounds[on + 1]):
+                symbols[on].add(symbol)
+    kind = facts.slots["kind"][slots]
+    kinds = [Counter[int]() for _ in vaddrs]
+    runs = np.flatnonzero((np.diff(kind, prepend=0) != 0) | (np.diff(page, prepend=-1) != 0))
+    lengths = np.diff(runs, append=len(page)).tolist()
+    for on, same, length in zip(page[runs].tolist(), kind[runs].tolist(), lengths, strict=True):
+        kinds[on][same] += length
+    return {
+        vaddr: _OnPage(
+            facts.section_on(vaddr),
+            frozenset(symbols[on]),
+            tuple((facts.kind_name(same), count) for same, count in sorted(kinds[on].items())),
+        )
+        for on, vaddr in enumerate(vaddrs)
+    }
 
 
 def _told(facts: FileFacts | None, on_page: _OnPage, key: _Key) -> _Told:
