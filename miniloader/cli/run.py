@@ -20,6 +20,7 @@ _EXAMPLES = """\
   miniloader run script.py ARGUMENTS…
   miniloader run -m pytest -x tests
   miniloader run -c 'import scipy.linalg'
+  generate | miniloader run -
   miniloader run --bill - -c 'import sqlite3'       every library, in full, on standard error
 
 Options of miniloader stand before the program. The interpreter's own calls of dlopen are led to
@@ -73,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         program = _set_out(arguments, words[0])
         gc.freeze()  # what is ours: the program's collections look at it as little as without us
+    except SyntaxError as error:  # the program's, and shown as Python would
+        sys.excepthook(type(error), error.with_traceback(None), None)
+        return 1
     finally:
         if collects:
             gc.enable()
@@ -98,7 +102,7 @@ def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
     )
     try:
         program = _program(arguments, word)
-    except MiniloaderError:
+    except (MiniloaderError, SyntaxError):
         loading.close()
         raise
     # Left at the very end: what the program's threads and exit handlers import comes through us, too.

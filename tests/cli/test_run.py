@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
+import zipapp
 from pathlib import Path
 
 import jsonschema
@@ -67,6 +70,48 @@ def test_a_program_is_what_it_is_without(words: tuple[str, ...], place: Path) ->
     ours = run(RUN, "--no-bill", "--strict", *words, cwd=place)
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
     assert plain.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["{} -", "{} /dev/stdin", "{} /dev/fd/0 a", "{} app.pyz b"])
+def test_a_program_from_a_pipe_or_behind_something_else(command: str, place: Path) -> None:
+    """It is read once; a zip file may have anything before it, such as a line for the shell."""
+    (place / "__main__.py").write_text(SHOW)
+    target, main = place / "app.pyz", place / "package"
+    zipapp.create_archive(main, target, interpreter="/usr/bin/env python3")
+    said = []
+    for words in (PLAIN, (*RUN, "--no-bill")):
+        line = f"printf %s {shlex.quote(SHOW)} | {command.format(shlex.join(words))}"
+        said.append(run(("sh", "-c", line), cwd=place))
+    plain, ours = said
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+    assert "__main__" in plain.stdout
+
+
+@pytest.mark.parametrize("text", ["def", "print(1)\nprint(2\n", "\tx = 1\ny"])
+@pytest.mark.parametrize("how", ["script", "module", "code"])
+def test_what_is_no_program_is_told_as_python_tells_it(text: str, how: str, place: Path) -> None:
+    (place / "wrong.py").write_text(text)
+    words = {"script": ("wrong.py",), "module": ("-m", "wrong"), "code": ("-c", text)}[how]
+    plain, ours = run(PLAIN, *words, cwd=place), run(RUN, *words, cwd=place)
+    assert ours.returncode == plain.returncode == 1
+    if how == "script":
+        assert ours.stderr == plain.stderr
+    assert ours.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+    assert "miniloader" not in ours.stderr
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "hole.py"])
+def test_what_has_zero_bytes_is_no_program(path: str, place: Path) -> None:
+    """A device or a hole of 10 GB is not read to its end, if it has one, as Python itself would."""
+    with open(place / "hole.py", "wb") as file:
+        file.write(b"print(1)\n")
+        file.truncate(10 << 30)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = run(RUN, path, cwd=place)
+    line = 2 if path == "hole.py" else 1
+    said = f'  File "{place / path}", line {line}\nSyntaxError: source code cannot contain null bytes\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(before, 60 << 10) + (10 << 10)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import os
+import stat
 import struct
 import sys
+import zipimport
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
 from types import CodeType, FunctionType, ModuleType, TracebackType
@@ -22,6 +24,8 @@ __all__ = ["PythonProgram", "code", "module", "script"]
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _ROOM: Final = 1 << 17  # bytes: a thousand calls
+_PART: Final = 1 << 20  # bytes that are read at once
+_OF_NO_FILE: Final = {"__package__": None, "__spec__": None, "__loader__": BuiltinImporter}
 
 
 def _with_room(function: _Function) -> _Function:
@@ -70,17 +74,23 @@ def _begin_path(directory: str) -> None:
 
 
 def script(path: str) -> PythonProgram:
-    """The program in the file ``path``, or the ``__main__.py`` of the directory or zip file there."""
+    """The program in the file ``path``, or the ``__main__.py`` of the directory or zip file there.
+
+    ``-`` is standard input.  SyntaxError where it is no program.
+    """
+    if path == "-":
+        _begin_path("")
+        of_stdin = {**_OF_NO_FILE, "__file__": "<stdin>", "__cached__": None}
+        return PythonProgram(_compiled(_read(0), "<stdin>"), path, of_stdin)
     file = os.path.join(os.getcwd(), path)
     if os.path.isdir(path) or _is_zip(path):
         _begin_path(file)
         return _found(path, path, lambda: PathFinder.find_spec("__main__", [file]))
     try:
-        with open(path, "rb") as stream:
-            text = stream.read()
+        text = _read(path)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror}", hint="give a Python program") from None
-    _begin_path(os.path.dirname(os.path.realpath(path)))
+    _begin_path(os.path.dirname(_place_of(path)))
     loader = SourceFileLoader("__main__", file)
     names = {
         "__file__": file,
@@ -89,22 +99,53 @@ def script(path: str) -> PythonProgram:
         "__spec__": None,
         "__cached__": None,
     }
-    return PythonProgram(compile(text, file, "exec"), path, names)
+    return PythonProgram(_compiled(text, file), path, names)
+
+
+def _place_of(path: str) -> str:
+    """Where the file is that ``path`` leads to; of a pipe, as far as Python itself follows it."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError:
+        link = os.readlink(path) if os.path.islink(path) else ""
+        return os.path.join(os.path.dirname(path), link) if "/" in link else path
+
+
+def _read(file: str | int) -> bytes:
+    """What can be read there, once: it may be a pipe.  What has a zero byte is no program."""
+    text = bytearray()
+    with open(file, "rb", closefd=isinstance(file, str), buffering=0) as stream:
+        while part := stream.read(_PART):
+            text += part
+            if b"\0" in part:
+                break
+    return bytes(text)
+
+
+def _compiled(text: bytes | str, file: str) -> CodeType:
+    """The code of a program; SyntaxError where it is none."""
+    if isinstance(text, bytes) and (end := text.find(b"\0")) >= 0:
+        line = text.count(b"\n", 0, end) + 1
+        raise SyntaxError("source code cannot contain null bytes", (file, line, None, None))
+    compiled: CodeType = compile(text, file, "exec")
+    return compiled
 
 
 def _is_zip(path: str) -> bool:
+    """Whether Python would import from the file: a zip file, whatever may stand before it."""
     try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"PK\3\4"
-    except OSError:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        zipimport.zipimporter(path)
+    except (OSError, zipimport.ZipImportError):
         return False
+    return True
 
 
 def code(text: str) -> PythonProgram:
     """The program that ``text`` is."""
     _begin_path("")
-    names = {"__package__": None, "__spec__": None, "__loader__": BuiltinImporter}
-    return PythonProgram(compile(text, "<string>", "exec"), "-c", names)
+    return PythonProgram(_compiled(text, "<string>"), "-c", _OF_NO_FILE)
 
 
 def module(name: str) -> PythonProgram:
