@@ -348,7 +348,9 @@ static void try_link(Laid *laid, Laid *good)
         {7, rows_at}, {8, 24 * count}, {23, rows_at + 24 * count}, {2, 24 * plt}, {0x6ffffff9, chance(count + 1)},
         {5, told.strtab}, {10, told.strsz}, {6, told.symtab}, {0x6ffffef5, told.gnu_hash}, {4, told.sysv_hash},
         {0x6ffffff0, told.versym}, {0x6ffffffe, told.verneed}, {0x6fffffff, told.verneednum}, {0x6ffffffc, told.verdef},
-        {0x6ffffffd, told.verdefnum}, {25, middle + 256}, {27, 64}, {3, middle + 8}, {36, 1536}, {35, 8 * chance(7)}};
+        {0x6ffffffd, told.verdefnum}, {25, middle + 256}, {27, 64}, {3, middle + 8}, {36, 1536}, {35, 8 * chance(7)},
+        {20, chance(30) ? 7 : 17}, {9, chance(30) ? 24 : 16}, {11, chance(30) ? 24 : 16}, {37, chance(30) ? 8 : 4},
+        {chance(30) ? 1 : 22, 0}, {30, chance(30) ? 0 : 4}};
     uint64_t tag_count = sizeof tags / sizeof *tags;
     for (uint64_t i = 9; i < 15; i++) /* what the library does not have */
         if (!tags[i][1])
@@ -361,13 +363,14 @@ static void try_link(Laid *laid, Laid *good)
     Link *link = calloc(1, sizeof *link);
     *link = (Link){.bias = laid->table.bias, .page_size = 4096, .load_count = chance(30) ? 2 : odd_number(2),
                    .tag_count = tag_count, .dynamic = chance(2) ? middle + 64 : 0, .dynamic_size = 16 * tag_count,
-                   .scope_count = 2, .own = 1, .needed_count = 1, .asked_count = 1};
+                   .scope_count = 2 + chance(2), .own = 1, .needed_count = 1, .asked_count = 1};
     if (link->load_count <= MOST_LOADS) /* what is given is as long as it is said to be */
         link->load_count = 2;
-    const Table *scope[] = {&good->table, &link->table}, *needed[] = {&good->table};
-    const uint64_t biases[] = {good->table.bias - chance(100) / 99, laid->table.bias}, asked[] = {chance(size)};
-    const uint8_t ours[] = {(uint8_t)chance(2), 1};
-    uint8_t *owners = calloc(2, 1);
+    const Table *scope[] = {&good->table, &link->table, &good->table}, *needed[] = {&good->table};
+    const uint64_t fixed = chance(4) ? good->table.bias - chance(100) / 99 : 0; /* a program at the addresses it was linked for */
+    const uint64_t biases[] = {fixed, laid->table.bias, good->table.bias}, asked[] = {chance(size)};
+    const uint8_t ours[] = {(uint8_t)chance(2), 1, (uint8_t)chance(2)};
+    uint8_t *owners = calloc(3, 1);
     const char *files[] = {"libc.so.6"};
     Noted *noted = calloc(MOST_NOTES, sizeof *noted);
     if (bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked, noted) == FINE) {
