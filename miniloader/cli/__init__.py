@@ -87,6 +87,8 @@ def _main(words: list[str], *, is_process: bool) -> int:
     demand_room()
     if sys.stdout is None:  # closed from the start: who does that wants nothing printed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     _escape_what_cannot_be_printed()
     try:
         _spare[:] = [bytes(_SPARE)]  # which touches no page of it

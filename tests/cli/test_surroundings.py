@@ -203,6 +203,17 @@ def test_a_full_disk_and_no_output_at_all(command: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "command", [("audit", str(os.getpid())), ("prove", DEMO, "-n", "2")], ids=["audit", "prove"]
+)
+def test_nobody_to_hear_of_errors(command: tuple[str, ...]) -> None:
+    """``2>&-``: what is to be said there is said to nobody, and the rest is done."""
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, *words(command)]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=False, cwd=build.ROOT)
+    assert done.returncode == 0
+    assert done.stdout
+
+
 @pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)
 def test_a_locale_that_knows_ascii_only(command: tuple[str, ...]) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
