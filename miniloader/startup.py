@@ -44,4 +44,4 @@ def _stand_in(name: str, **has: object) -> None:
     """Have what stands in for a module have that; nothing, where it is the module itself that is there."""
     module: object = sys.modules[name]
     if isinstance(module, Later):
-        vars(module).update(has, __path__=[])  # which "from name import" asks for
+        vars(module).update(has, __path__=[])  # as Later.promise has it

@@ -182,3 +182,37 @@ def test_a_worker_imports_what_loading_does_and_what_it_is_led_by() -> None:
         answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
         imported.append(set(answer.stdout.split()))
     assert imported[0] - imported[1] <= FOR_A_WORKER
+
+
+#: What `run` needs before its program begins; what few programs ask for comes when they do.
+NOT_BEFORE_A_PROGRAM = (
+    *("numpy", "json", "elftools.construct.lib.binary"),
+    *(
+        "miniloader.loader.lazy_binding",
+        "miniloader.loader.beside_glibc.stack",
+        "miniloader.machine.stub_code",
+    ),
+    *("miniloader.loader.from_inside.information", "miniloader.loader.from_inside.words"),
+)
+
+
+def test_a_program_begins_without_what_few_ask_for() -> None:
+    code = f"import sys; print(*[name for name in {NOT_BEFORE_A_PROGRAM} if name in sys.modules])"
+    command = [sys.executable, "-m", "miniloader", "run", "--no-bill", "-c", code]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert (answer.stdout, answer.stderr) == ("\n", "")
+
+
+def test_pyelftools_has_its_bits_when_they_are_asked_for() -> None:
+    code = (
+        "import sys, miniloader.elf\n"
+        "from elftools.construct import BitField, BitStruct\n"
+        "print('elftools.construct.lib.binary' in sys.modules)\n"
+        "print(BitStruct('bits', BitField('high', 3), BitField('low', 5)).parse(b'\\xa7'))\n"
+        "from elftools.construct.lib import binary, int_to_bin\n"
+        "print(int_to_bin(19, 5) == binary.int_to_bin(19, 5) == bytes([1, 0, 0, 1, 1]))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=build.ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.splitlines() == ["False", "Container({'high': 5, 'low': 7})", "True"]

@@ -176,24 +176,29 @@ def _end() -> None:
 
 def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
     """Write the bill: a summary unless there is a ``path``, to standard error unless that is of a file."""
-    import json
-
-    from miniloader.files import write_whole
     from miniloader.report import bill as shown
-    from miniloader.report.output import Output
-    from miniloader.report.text import laid_out, plain
+
+    def in_json() -> str:
+        import json
+
+        return json.dumps(shown.as_json(bill))
 
     if path in (None, "-"):
         if sys.stderr is None:
             return
         if as_json:
-            print(json.dumps(shown.as_json(bill)), file=sys.stderr)
+            print(in_json(), file=sys.stderr)
         else:
+            from miniloader.report.output import Output
+
             Output(stderr=True).show(shown.lines(bill) if path else shown.summary(bill))
         return
+    from miniloader.files import write_whole
+    from miniloader.report.text import laid_out, plain
+
     assert path is not None
     if as_json:
-        text = json.dumps(shown.as_json(bill))
+        text = in_json()
     else:
         text = "".join(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))
     write_whole(path, [text.encode(errors="surrogateescape")])

@@ -2,7 +2,19 @@
 
 from miniloader.later import leaving_out
 
-with leaving_out("inspect", "pdb", "traceback"):  # by which dataclasses and pyelftools look into themselves
+with leaving_out(
+    *("inspect", "pdb", "traceback"),  # by which dataclasses and pyelftools look into themselves
+    # For bits of a kind that no record has: to make its tables takes a fifth of importing the declarations.
+    **{
+        "elftools.construct.lib.binary": (
+            "int_to_bin",
+            "bin_to_int",
+            "swap_bytes",
+            "encode_bin",
+            "decode_bin",
+        )
+    },
+):
     import dataclasses as _dataclasses  # noqa: F401
 
     import elftools.construct as _construct  # noqa: F401

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final, Literal
 
-from miniloader.elf.layout import record
+from miniloader.elf.layout import Record, record
 from miniloader.elf.source import Bytes, Source
 from miniloader.errors import ElfError
 from miniloader.forking import cached_property, importing
@@ -207,14 +207,20 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     if header.phentsize != size:
         raise ElfError(source.name, "e_phentsize", str(header.phentsize), str(size))
     table = source.read(header.phoff, size * number, "program headers")
-    names = _SEGMENT_TYPES | (_MIPS_SEGMENT_TYPES if header.machine == "MIPS" else {})
+    names = _segment_types(layout, header.machine)
     rows = layout.rows(table, "type", "flags", "offset", "vaddr", "filesz", "memsz", "align")
     return tuple(
         [
-            Segment(index, names.get(kind) or layout.label("type", kind), protection(flags), *extent)
+            Segment(index, names.get(kind) or f"{kind:#x}", protection(flags), *extent)
             for index, (kind, flags, *extent) in enumerate(rows)
         ]
     )
+
+
+@lru_cache(maxsize=8)
+def _segment_types(layout: Record, machine: str) -> dict[int, str]:
+    """What the types of segments are called on ``machine``, by number."""
+    return {**layout.labels("type"), **_SEGMENT_TYPES, **(_MIPS_SEGMENT_TYPES if machine == "MIPS" else {})}
 
 
 def _core_headers(source: Source, header: Header) -> int:

@@ -94,7 +94,7 @@ class ElfImage(Showing):
     @cached_property
     def loads(self) -> tuple[Segment, ...]:
         """The ``PT_LOAD`` segments that take memory."""
-        return tuple(s for s in self.segments if s.type == "PT_LOAD" and s.memsz)
+        return tuple([s for s in self.segments if s.type == "PT_LOAD" and s.memsz])
 
     def segment(self, kind: str) -> Segment | None:
         """The first segment of type ``kind`` (``PT_DYNAMIC``, …)."""
@@ -279,8 +279,10 @@ class ElfImage(Showing):
 
         glibc's ``stackinfo.h``: DEFAULT_STACK_PERMS is executable on x86; so were stacks before that header.
         """
-        stacks = [segment for segment in self.segments if segment.type == "PT_GNU_STACK"]
-        return "x" in stacks[-1].flags if stacks else self.header.machine in ("X86_64", "386")
+        for segment in reversed(self.segments):
+            if segment.type == "PT_GNU_STACK":
+                return "x" in segment.flags
+        return self.header.machine in ("X86_64", "386")
 
     def plan(self, page_size: int = PAGESIZE) -> LoadPlan:
         """The mmap calls that load the image with pages of ``page_size`` bytes, by default this kernel's."""

@@ -104,10 +104,11 @@ class Record:
         >>> PHDR.label("type", 1), PHDR.label("type", 99)
         ('PT_LOAD', '0x63')
         """
-        try:
-            return self._named[name].labels[value]
-        except KeyError:
-            return f"{value:#x}"
+        return self.labels(name).get(value) or f"{value:#x}"
+
+    def labels(self, name: str) -> Mapping[int, str]:
+        """pyelftools' names of the values of the field ``name``."""
+        return self._named[name].labels
 
     def code(self, name: str, label: str) -> int | None:
         """The value of the field ``name`` that pyelftools calls ``label``; None where it calls none so.

@@ -201,9 +201,9 @@ class LoadPlan(Showing):
         """
         return *_reserve(self, placed), *self._behind_reserve
 
-    def calls_of(self, step: Step) -> Iterator[PlannedCall]:
+    def calls_of(self, step: Step) -> list[PlannedCall]:
         """The calls of :meth:`calls` that are of one ``step`` behind reserving room."""
-        return (call for call in self._behind_reserve if call.step == step)
+        return [call for call in self._behind_reserve if call.step == step]
 
     @cached_property
     def _behind_reserve(self) -> tuple[PlannedCall, ...]:
@@ -228,16 +228,19 @@ def plan_segments(
     for segment in every:
         _check(segment, page_size, name)
     for previous, segment in pairwise(loads):
-        _check_order(previous, segment, page_size, name)
+        if previous.end > segment.vaddr & -page_size:
+            _check_order(previous, segment, page_size, name)
     _check_ends(every, page_size, name)
     mappings: list[PlannedMapping] = []
     for segment in loads:
         for mapping in _pages(segment, page_size):
-            _place(mappings, mapping)
+            if mappings and mappings[-1].end > mapping.start:
+                _make_room(mappings, mapping.start)
+            mappings.append(mapping)
     alignment = max(page_size, *[segment.align for segment in loads])
     ends = [_zeroed(load, page_size) for load in loads if load.memsz > load.filesz]
     zeroed, relro = tuple(filter(None, ends)), _relro(segments, page_size)
-    return LoadPlan(page_size, alignment, tuple(_with_gaps(mappings)), zeroed, relro, guarded)
+    return LoadPlan(page_size, alignment, _with_gaps(mappings), zeroed, relro, guarded)
 
 
 def _check(segment: Segment, page_size: int, name: str | None) -> None:
@@ -258,14 +261,12 @@ def _check(segment: Segment, page_size: int, name: str | None) -> None:
 
 
 def _check_order(previous: Segment, segment: Segment, page_size: int, name: str | None) -> None:
-    """Raise :class:`ElfError` for a segment before the end of ``previous``, or in a page not for both.
+    """Raise :class:`ElfError` for a segment before the end of ``previous``, or in a page of it not for both.
 
     Pages are mapped whole: what ``previous`` has in the page where ``segment`` begins stays only if it is the
     file's page for both, and ``segment`` grants all the rights that it needs.
     """
     page, end = segment.vaddr & -page_size, previous.end
-    if end <= page:
-        return
     field = f"PT_LOAD[{segment.index}].p_vaddr"
     if segment.vaddr < end:
         expected = f"at least {end:#x}, where the segment before it ends"
@@ -300,40 +301,37 @@ def _round_up(vaddr: int, page_size: int) -> int:
     return -(-vaddr // page_size) * page_size
 
 
-def _pages(segment: Segment, page_size: int) -> Iterator[PlannedMapping]:
-    start = segment.vaddr & -page_size
-    file_end = -(-segment.file_end // page_size) * page_size
-    end = -(-segment.end // page_size) * page_size
+def _pages(segment: Segment, page_size: int) -> list[PlannedMapping]:
+    vaddr, flags = segment.vaddr, segment.flags
+    start, file_end = vaddr & -page_size, _round_up(segment.file_end, page_size)
+    pages = []
     if file_end > start:
-        file_offset = segment.file_offset - (segment.vaddr - start)
-        yield PlannedMapping(start, file_end, file_offset, segment.flags, "file")
-    if end > file_end:
-        yield PlannedMapping(file_end, end, 0, segment.flags, "zero")
+        pages.append(PlannedMapping(start, file_end, segment.file_offset - vaddr + start, flags, "file"))
+    if segment.end > file_end:
+        pages.append(PlannedMapping(file_end, _round_up(segment.end, page_size), 0, flags, "zero"))
+    return pages
 
 
-def _place(mappings: list[PlannedMapping], new: PlannedMapping) -> None:
-    """Put ``new`` over what is there, as ``MAP_FIXED`` does: of a page two segments share, the later wins."""
-    start = new.start
-    if not mappings or mappings[-1].end <= start:
-        mappings.append(new)
-        return
+def _make_room(mappings: list[PlannedMapping], start: int) -> None:
+    """Cut off what is there from ``start`` on: of a page that two segments share, the later wins."""
     while mappings and mappings[-1].start >= start:
         mappings.pop()
     if mappings and mappings[-1].end > start:
         last = mappings.pop()
-        mappings.append(PlannedMapping(last.start, new.start, last.file_offset, last.protection, last.kind))
-    mappings.append(new)
+        mappings.append(PlannedMapping(last.start, start, last.file_offset, last.protection, last.kind))
 
 
-def _with_gaps(mappings: Sequence[PlannedMapping]) -> Iterator[PlannedMapping]:
+def _with_gaps(mappings: Sequence[PlannedMapping]) -> tuple[PlannedMapping, ...]:
     first = mappings[0]
-    end = first.start
+    covered, end = [], first.start
     for mapping in mappings:
-        if mapping.start > end:
+        start = mapping.start
+        if start > end:
             offset = first.file_offset + end - first.start if first.kind == "file" else 0
-            yield PlannedMapping(end, mapping.start, offset, "---", "gap")
-        yield mapping
+            covered.append(PlannedMapping(end, start, offset, "---", "gap"))
+        covered.append(mapping)
         end = mapping.end
+    return tuple(covered)
 
 
 def _zeroed(segment: Segment, page_size: int) -> Span:
@@ -343,10 +341,10 @@ def _zeroed(segment: Segment, page_size: int) -> Span:
 
 def _relro(segments: Sequence[Segment], page_size: int) -> Span:
     """PT_GNU_RELRO in whole pages: both ends round down, for the last page may hold live data."""
-    relro = next((segment for segment in segments if segment.type == "PT_GNU_RELRO"), None)
-    if relro is None:
-        return Span(0, 0)
-    return Span(relro.vaddr & -page_size, relro.end & -page_size)
+    for segment in segments:
+        if segment.type == "PT_GNU_RELRO":
+            return Span(segment.vaddr & -page_size, segment.end & -page_size)
+    return Span(0, 0)
 
 
 # -------------------------------------------------------------------------------------------- the calls

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
@@ -68,7 +69,7 @@ def parse_vma(line: bytes) -> Vma:
     try:
         return _as_vma((int(start, 16), int(end, 16), *_rest(rest)))
     except ValueError:
-        raise EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping") from None
+        raise _no_line(line) from None
 
 
 _as_vma: Final[Callable[[Iterable[object]], Vma]] = partial(tuple.__new__, Vma)  # Vma._make counts them, too
@@ -99,10 +100,28 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
     EvidenceError where it may not be read.
     """
-    vmas = [parse_vma(line) for line in read_process_file(pid, "maps").removesuffix(b"\n").split(b"\n")]
-    if start > 0 or end < 1 << 64:
-        vmas = [vma for vma in vmas if vma.start < end and start < vma.end]
+    lines = read_process_file(pid, "maps").removesuffix(b"\n").split(b"\n")
+    vmas = [parse_vma(line) for line in (_near(lines, start, end) if start > 0 or end < 1 << 64 else lines)]
+    vmas = [vma for vma in vmas if vma.start < end and start < vma.end]
     return tuple([as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas])
+
+
+def _near(lines: Sequence[bytes], start: int, end: int) -> Sequence[bytes]:
+    """The ``lines``, which ascend, of what overlaps [``start``, ``end``), and maybe one before."""
+    first = bisect_right(lines, start, key=_start) - 1
+    return lines[max(first, 0) : bisect_left(lines, end, key=_start)]
+
+
+def _start(line: bytes) -> int:
+    """Where the mapping begins that is in a line."""
+    try:
+        return int(line.partition(b"-")[0], 16)
+    except ValueError:
+        raise _no_line(line) from None
+
+
+def _no_line(line: bytes) -> EvidenceError:
+    return EvidenceError(f"/proc/PID/maps: found {line!r}, expected a mapping")
 
 
 def as_named(vma: Vma) -> Vma:

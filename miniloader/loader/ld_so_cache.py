@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from miniloader.files import read_regular
@@ -36,19 +36,24 @@ class Cache:
         start = data.find(_MAGIC)
         self._data = data[start:] if start >= 0 else b""
         self._order, self._flags = order, _FLAGS.get(machine)
-        self._entries: dict[int, list[tuple[int, int]]] | None = None  # (value, hwcap) by key
+        self._entry = struct.Struct(order + _ENTRY)
+        self._end = _HEADER  # of the entries
         self._names: tuple[str, ...] = ()
+        if len(self._data) >= _HEADER:
+            count, _, _, extension = struct.unpack_from(f"{order}4I", self._data, len(_MAGIC))
+            size = self._entry.size
+            self._end += min(count, (len(self._data) - _HEADER) // size) * size
+            if extension:
+                self._names = self._hwcap_names(extension)
 
     def best(self, name: str, hwcaps: Sequence[str] = ()) -> str | None:
         """The path that ld.so takes for ``name``, if the cache has any.
 
         ``hwcaps`` are the ``glibc-hwcaps`` sub-directories that suit the processor, best first.
         """
-        if self._entries is None:
-            self._entries = self._read()
         ranked = []
         for place in self._places(name):
-            for value, hwcap in self._entries.get(place, ()):
+            for value, hwcap in self._entries_of(place):
                 if hwcap & _HWCAP_EXTENSION:
                     number = hwcap & 0xFFFFFFFF
                     label = self._names[number] if number < len(self._names) else ""
@@ -60,32 +65,23 @@ class Cache:
 
     def names(self) -> list[str]:
         """The names of all libraries in it, in order, each once."""
-        if self._entries is None:
-            self._entries = self._read()
-        return sorted({self._text(key) for key in self._entries})
+        rows = self._entry.iter_unpack(memoryview(self._data)[_HEADER : self._end])
+        return sorted({self._text(key) for flags, key, *_ in rows if flags == self._flags})
 
-    def _places(self, name: str) -> list[int]:
+    def _places(self, name: str) -> Iterator[int]:
         """Where in the cache ``name`` is a whole text, or the end of one: a name may be the end of a path."""
-        key = os.fsencode(name) + b"\0"
-        places, place = [], self._data.find(key)
-        while place >= 0:
-            places.append(place)
-            place = self._data.find(key, place + 1)
-        return places
+        return _found(self._data, os.fsencode(name) + b"\0", self._end, len(self._data))
 
-    def _read(self) -> dict[int, list[tuple[int, int]]]:
-        data, entries = self._data, dict[int, list[tuple[int, int]]]()
-        entry = struct.Struct(self._order + _ENTRY)
-        if len(data) < _HEADER:
-            return entries
-        count, _, _, extension = struct.unpack_from(f"{self._order}4I", data, len(_MAGIC))
-        if extension:
-            self._names = self._hwcap_names(extension)
-        end = _HEADER + min(count, (len(data) - _HEADER) // entry.size) * entry.size
-        for flags, key, value, _, hwcap in entry.iter_unpack(memoryview(data)[_HEADER:end]):
-            if flags == self._flags:
-                entries.setdefault(key, []).append((value, hwcap))
-        return entries
+    def _entries_of(self, key: int) -> Iterator[tuple[int, int]]:
+        """Value and hwcap of each entry for the machine whose name lies at ``key``."""
+        if self._flags is None:
+            return
+        for place in _found(
+            self._data, struct.pack(f"{self._order}iI", self._flags, key), _HEADER, self._end
+        ):
+            if (place - _HEADER) % self._entry.size == 0:
+                _, _, value, _, hwcap = self._entry.unpack_from(self._data, place)
+                yield value, hwcap
 
     def _hwcap_names(self, extension: int) -> tuple[str, ...]:
         """The names in ``cache_extension_tag_glibc_hwcaps``, of the extensions at ``extension``."""
@@ -103,6 +99,14 @@ class Cache:
     def _text(self, offset: int) -> str:
         end = self._data.find(b"\0", offset)
         return os.fsdecode(self._data[offset:end]) if end >= 0 else ""
+
+
+def _found(data: bytes, text: bytes, start: int, end: int) -> Iterator[int]:
+    """Each place of ``text`` within ``data[start:end]``."""
+    place = data.find(text, start, end)
+    while place >= 0:
+        yield place
+        place = data.find(text, place + 1, end)
 
 
 def read_cache(path: str, machine: int, order: str = "<") -> Cache | None:

@@ -13,7 +13,6 @@ from miniloader.forking import importing
 from miniloader.loader.beside_glibc import unwinder
 from miniloader.loader.constructors import dependents_first
 from miniloader.loader.graph import Graph
-from miniloader.loader.lazy_binding import Slots
 from miniloader.loader.link_ordinary import link_ordinary
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.mapping import protect_relro
@@ -124,6 +123,9 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
     if relocations.lazy is not None and relocations.left:  # before an IFUNC's resolver calls through them
+        with importing:
+            from miniloader.loader.lazy_binding import Slots
+
         slots = Slots(image, memory, relocations.lazy, finder(library, order))
         library.undo.callback(slots.close)
         library.undo.callback(setattr, library, "bind_left", None)

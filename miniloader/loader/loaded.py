@@ -177,7 +177,12 @@ class Loaded:
     @property
     def edges(self) -> list[tuple[Loaded | HostLibrary, bool]]:
         """What it needs, and whether that is a filtee."""
-        return [(needed, needed in self.filtees) for needed in self.needs]
+        filtees = self.filtees
+        return (
+            [(needed, needed in filtees) for needed in self.needs]
+            if filtees
+            else [*zip(self.needs, repeat(False))]
+        )
 
     def asker(self) -> Asker:
         """The library as one that needs others, to search for them."""
@@ -317,21 +322,21 @@ def search_order(
     >>> search_order("app", lambda name: needs.get(name, []))
     ['app', 'impl', 'front', 'c', 'm']
     """
-    order, seen, done, place = [root], {id(root)}, set[int](), 0
+    order, seen, done, place = [root], {root}, set[T](), 0
     while place < len(order):
         library = order[place]
-        if id(library) in done:
+        if library in done:
             place += 1
             continue
-        done.add(id(library))
+        done.add(library)
         for needed, is_filtee in edges(library):
             if not is_filtee:
-                if id(needed) not in seen:
-                    seen.add(id(needed))
+                if needed not in seen:
+                    seen.add(needed)
                     order.append(needed)
                 continue
-            is_new = id(needed) not in seen
-            seen.add(id(needed))
+            is_new = needed not in seen
+            seen.add(needed)
             if is_new or needed in order[order.index(library) + 1 :]:
                 if not is_new:
                     order.remove(needed)

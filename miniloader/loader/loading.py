@@ -17,7 +17,7 @@ from miniloader.elf.dynamic import DF_1_INITFIRST, DT_FLAGS_1
 from miniloader.errors import UsageError
 from miniloader.forking import importing
 from miniloader.loader import unload
-from miniloader.loader.beside_glibc import stack, stand_ins
+from miniloader.loader.beside_glibc import stand_ins
 from miniloader.loader.constructors import (
     read_constructors,
     read_preinitialisers,
@@ -244,6 +244,9 @@ class Loading:
         for library in self.mapped:
             zero_bss(self._graph, library)
             if library.image.executable_stack and self._graph.policy.init:
+                with importing:
+                    from miniloader.loader.beside_glibc import stack
+
                 stack.make_executable(library.name)
                 self._graph.event("protect", library.name, "stacks are executable from now on")
         listing, policy = self._graph.listing, self._graph.policy

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from miniloader.forking import importing
 from miniloader.loader.beside_glibc import thread_local
 from miniloader.loader.beside_glibc.tls_carrier import Carrier, open_carrier
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
-from miniloader.machine.stub_code import with_third_argument
 
 __all__ = ["count_for_carrier", "thread_local_words"]
 
@@ -48,4 +48,7 @@ def count_for_carrier(library: Loaded) -> None:
     for function, stub in library.stubs.items():
         if not stub.filled:
             library.exits = library.exits or open_carrier(library.name, [])
+            with importing:
+                from miniloader.machine.stub_code import with_third_argument
+
             stub.fill(with_third_argument(function, library.exits.inside))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,19 @@ def test_somebody_elses(as_nobody) -> None:
 def test_garbage_is_refused_or_read(line: bytes) -> None:
     with contextlib.suppress(EvidenceError):
         parse_vma(line)
+
+
+def test_a_part_of_the_maps_is_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only lines near it are read, whose addresses ascend; the answer is that of reading all."""
+    text = Path("/proc/self/maps").read_bytes()
+    monkeypatch.setattr("miniloader.kernel.maps.read_process_file", lambda pid, name: text)
+    every, parsed = read_maps(), []
+    monkeypatch.setattr(
+        "miniloader.kernel.maps.parse_vma", lambda line: parsed.append(line) or parse_vma(line)
+    )
+    edges = sorted({edge + step for vma in every for edge in (vma.start, vma.end) for step in (-1, 0, 1)})
+    for start, end in [*pairwise(edges), *zip(edges, edges[7:], strict=False), (0, 1), (0, 1 << 64)]:
+        parsed.clear()
+        expected = tuple(vma for vma in every if vma.start < end and start < vma.end)
+        assert read_maps(start=start, end=end) == expected
+        assert len(parsed) <= len(expected) + 1

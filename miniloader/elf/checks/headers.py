@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from mmap import PAGESIZE
+from operator import attrgetter
 from typing import Final
 
 from miniloader.elf.checks.rule import Fault, rule
@@ -11,6 +12,7 @@ from miniloader.elf.dynamic import DF_1_PIE, DT_FLAGS_1
 from miniloader.elf.image import ElfImage
 from miniloader.errors import ElfError
 
+_TYPE: Final = attrgetter("type")
 _MOST_SPAN: Final = 1 << 36
 _MOST_ALIGN: Final = 1 << 32
 #: What EI_OSABI says of files for Linux: nothing, GNU; ARM's own value, which its old ABI asked for.
@@ -86,7 +88,7 @@ def dynamic_section(image: ElfImage) -> Iterator[Fault]:
 @rule("from choosing between two templates or tables", source="gABI 5, Program Header")
 def one_of_each(image: ElfImage) -> Iterator[Fault]:
     """No two segments of a kind of which there may be one."""
-    kinds = [segment.type for segment in image.segments]
+    kinds = [*map(_TYPE, image.segments)]
     for kind in ("PT_DYNAMIC", "PT_TLS", "PT_GNU_RELRO", "PT_INTERP"):
         count = kinds.count(kind)
         if count > 1:

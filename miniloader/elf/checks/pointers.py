@@ -13,6 +13,7 @@ from miniloader.elf.dynamic import (
     FUNCTION_ARRAYS,
     tag_name,
 )
+from miniloader.elf.header import Segment
 from miniloader.elf.image import ElfImage
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.tables import blocks
@@ -24,16 +25,16 @@ _DESCRIPTORS: Final = frozenset({"PPC64", "IA_64", "PARISC"})
 @rule("from calling what is no function pointer", source="gABI 5, DT_INIT_ARRAY")
 def init_arrays(image: ElfImage) -> Iterator[Fault]:
     """The arrays of constructors and destructors are inside a segment."""
-    word = image.header.word
+    word, tags = image.header.word, image.dynamic.tags
     for start, size in FUNCTION_ARRAYS:
-        length = image.dynamic.tags.get(size, 0)
-        if start not in image.dynamic.tags or not length:
+        length = tags.get(size, 0)
+        if start not in tags or not length:
             continue
         if length % word:
             yield tag_name(size), f"{length} bytes", f"a multiple of {word}"
-        vaddr = image.dynamic.tags[start]
-        last = vaddr + length
-        if not any(load.vaddr <= vaddr and last <= load.end for load in image.loads):
+        vaddr = tags[start]
+        load = _load_at(image, vaddr)
+        if load is None or vaddr + length > load.end:
             yield tag_name(start), f"{vaddr:#x}, {length} bytes", "inside one PT_LOAD"
 
 
@@ -44,9 +45,17 @@ def code_pointers(image: ElfImage) -> Iterator[Fault]:
         return
     for tag in (DT_INIT, DT_FINI):
         vaddr = image.dynamic.tags.get(tag)
-        code = (load for load in image.loads if "x" in load.flags)
-        if vaddr and not any(load.vaddr <= vaddr < load.end for load in code):
+        load = _load_at(image, vaddr) if vaddr else None
+        if vaddr and (load is None or "x" not in load.flags):
             yield tag_name(tag), f"{vaddr:#x}", "inside an executable PT_LOAD"
+
+
+def _load_at(image: ElfImage, vaddr: int) -> Segment | None:
+    """The PT_LOAD that the byte at ``vaddr`` is in."""
+    for load in image.loads:
+        if load.vaddr <= vaddr < load.end:
+            return load
+    return None
 
 
 @rule(

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from miniloader.errors import LoadError, MiniloaderError
+from miniloader.forking import importing
 from miniloader.loader import unload
 from miniloader.loader.from_inside import opening
 from miniloader.loader.from_inside.caller import Caller, caller_at
 from miniloader.loader.from_inside.for_host import open_for_host
-from miniloader.loader.from_inside.information import information
 from miniloader.loader.from_inside.opening import Load, close_library, open_library
 from miniloader.loader.from_inside.symbols import symbol
-from miniloader.loader.from_inside.words import words_of
 from miniloader.native import INSIDE, QuestionStructure
 from miniloader.shortage import fault
 
@@ -60,6 +59,9 @@ def answer(place: int, load: Load) -> int:
         try:
             result = function(question, caller)
         except MiniloaderError as error:
+            with importing:
+                from miniloader.loader.from_inside.words import words_of
+
             question.error = _strdup(words_of(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error
@@ -98,6 +100,9 @@ def _close(question: Any, caller: Caller) -> int | None:
 
 
 def _information(question: Any, _: Caller) -> int | None:
+    with importing:
+        from miniloader.loader.from_inside.information import information
+
     return information(question.handle, question.number, question.where)
 
 
