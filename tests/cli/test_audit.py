@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fixtures import build
+from miniloader.kernel.frames import has_merged
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.result import Audit
 from tests.lab.audit.told_processes import Told, told, told_children
@@ -66,7 +67,9 @@ def test_json_keeps_its_keys(family: tuple[Told, list[int]], demo: Path) -> None
     assert [row["pid"] for row in library["processes"]] == [parent.pid, *children]
     for row in library["processes"]:
         assert {"pid", "base", "present", "shared", "private", "bss"} <= row.keys()
+        merged = row.pop("merged")
         assert all(isinstance(number, int) for number in row.values())
+        assert merged == 0 or (merged is None and has_merged())  # by another test, for pages of its own
         assert row["present"] == row["shared"] + row["private"]
     for page in library["private_pages"]:
         assert {"vaddr", "section", "symbols", "causes", "pids"} <= page.keys()

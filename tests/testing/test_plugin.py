@@ -210,11 +210,11 @@ def test_a_marker_limits_what_a_test_leaves(inner: Callable[..., pytest.RunResul
         done.stdout.fnmatch_lines([f"FAILED test_limited.py::{name} - Failed: *"])
     lines = done.stdout.str().splitlines()
     # Python may give back a page or two of its own meanwhile.
-    grew = r"private memory \(USS\) grew by (6\.9\d|7(\.\d+)?) MiB, from "
-    grown = [line for line in lines if re.match(grew, line)]
+    seven = r"(6\.9\d|7(\.\d+)?) MiB"
+    grown = [line for line in lines if re.match(rf"private memory \(USS\) grew by {seven}, from ", line)]
     assert len(set(grown)) == 3
     assert all(line.endswith("; at most 4 MiB allowed") for line in grown)
-    tables = [line for line in lines if re.match(r"anonymous .* \+7(\.\d+)? MiB", line)]
+    tables = [line for line in lines if re.match(rf"anonymous .* \+{seven}", line)]
     assert len(set(tables)) == 3  # told twice each where CI is set: pytest's summary has them whole
     done.stdout.fnmatch_lines(["*UsageError: 'a lot': no number of bytes, such as 4096 or '2 MiB'"])
     done.stdout.no_fnmatch_line("*miniloader/testing/*")

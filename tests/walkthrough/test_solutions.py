@@ -44,7 +44,10 @@ def judged(name: str, text: str, directory: Path) -> tuple[bool, str]:
 WRONG: dict[str, list[Edit]] = {
     "memory": [("memory[5 * PAGE] = 1", "memory[4 * PAGE] = 1"), ("memory[5 * PAGE] = 1", "pass")],
     "mapping": [("letter = memory[40 * PAGE]", "letter = 0"), ("letter = memory[40", "memory[:]; letter = memory[40")],
-    "lazy": [("memory[20 * PAGE] = 1", "memory[21 * PAGE] = 1"), ("memory[20 * PAGE] = 1", "memory[20 * PAGE]")],
+    "lazy": [("memory[20 * PAGE] = 1", "memory[21 * PAGE] = 1"), ("memory[20 * PAGE] = 1", "memory[20 * PAGE]"),
+             # as where the kernel was busy with the pages around it
+             ("memory[20 * PAGE] = 1", "memory[20 * PAGE]; memory.madvise(mmap.MADV_DONTNEED, 0, 20 * PAGE); "
+              "memory.madvise(mmap.MADV_DONTNEED, 21 * PAGE, 43 * PAGE)")],
     "cow": [("or page == 3", ""), ("page == 3", "page in (3, 4)")],
     "fork": [("memory[0] = 2", "memory[0] = memory[PAGE] = 2"), ("memory[0] = 2", "pass")],
     "shared": [("flags=mmap.MAP_SHARED", "flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS"), ("b\"hello\"", "b\"hallo\"")],

@@ -133,7 +133,7 @@ def test_a_load_that_fails_gives_back_blocks_that_ask_about_each_other(
 
     def held() -> tuple[int, list[str]]:
         lines = Path("/proc/self/maps").read_text().splitlines()
-        return len(os.listdir("/proc/self/fd")), [line for line in lines if "tls" in line]
+        return len(os.listdir("/proc/self/fd")), [line for line in lines if "miniloader-tls" in line]
 
     path = fixture_library("tls_unbound")
     with pytest.raises(miniloader.SymbolError, match="tls_missing"):
