@@ -22,11 +22,10 @@ __all__ = ["Room", "demand_room", "fault", "mappings_left", "shortage", "shortag
 #: By the rows of /proc/self/limits, which field of /proc/self/statm they limit, in pages, and who sets them.
 _LIMITS: Final = (("Max address space", 0, "ulimit -v"), ("Max data size", 5, "ulimit -d"))
 _MANY: Final = sys.maxsize
-#: What must be left for Python to import what it needs; where there is less, much goes wrong.
+#: What must be left for Python to import what it needs; where there is less, much goes wrong.  Of the modules
+#: but numpy the largest take 10 MiB; the rest is what unwinding has given back by then.
 _MAPPINGS: Final = 16
-_BYTES: Final = (
-    64 << 20
-)  # of the modules but numpy the largest take 10 MiB; the rest is what unwinding gave back
+_BYTES: Final = 64 << 20
 #: What numpy takes besides its files: OpenBLAS makes buffers at once, and then there is work to be done.
 _BUFFERS: Final = 32 << 20
 _WORK: Final = 32 << 20
