@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "called_so", "search_order"]
 
 T = TypeVar("T")
+
+
+def _stay(filtee: object, library: object) -> None:
+    """Nobody hears of a filtee."""
+
+
 _ANSWERS_TO: Final = attrgetter("answers_to")
 
 
@@ -266,7 +272,11 @@ class Loaded:
             self.ready.close()
             self.ready = None
 
-    def local_scope(self, listing: HostListing | None = None) -> list[Loaded | HostLibrary]:
+    def local_scope(
+        self,
+        listing: HostListing | None = None,
+        move: Callable[[Loaded | HostLibrary, Loaded | HostLibrary], None] = _stay,
+    ) -> list[Loaded | HostLibrary]:
         """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has.
 
         What was loaded for others, and outlives one of them, has only what it needs itself: glibc's
@@ -279,16 +289,21 @@ class Loaded:
         def edges(library: Loaded | HostLibrary) -> Iterable[tuple[Loaded | HostLibrary, bool]]:
             return library.edges if isinstance(library, Loaded) else of_host(library)
 
-        return search_order(self, edges)
+        return search_order(self, edges, move)
 
-    def settle(self, listing: HostListing | None = None) -> bool:
+    def settle(
+        self,
+        listing: HostListing | None = None,
+        move: Callable[[Loaded | HostLibrary, Loaded | HostLibrary], None] = _stay,
+    ) -> bool:
         """Somebody asks for it by itself: its scope is settled now, and what is initialised before it.
 
-        Whether that was not settled before.
+        Whether that was not settled before.  ``move`` hears of filtees, see :func:`search_order`: they move
+        as well where all is there already.
         """
         if self.scope:
             return False
-        self.scope = self.local_scope(listing)
+        self.scope = self.local_scope(listing, move)
         others = [member for member in self.scope if isinstance(member, Loaded) and member is not self]
         members = [self, *others]
         self.before = constructor_order(members, lambda library: library.before)[::-1] if others else members
@@ -310,7 +325,7 @@ def called_so(name: str, libraries: Iterable[Loaded]) -> list[Loaded]:
 def search_order(
     root: T,
     edges: Callable[[T], Iterable[tuple[T, bool]]],
-    move: Callable[[T, T], None] = lambda filtee, library: None,
+    move: Callable[[T, T], None] = _stay,
 ) -> list[T]:
     """``root`` and everything it needs, each once, in the order of ld.so's search list: breadth first.
 

@@ -171,7 +171,10 @@ class Loading:
     def link(self) -> dict[Loaded, Bindings]:
         """Bind symbols, write the words that are relocated, take away rights: see :attr:`bindings`."""
         with self._step("link", then=_NEXT.format("initialise")):
-            self._asked_for.settle(self._graph.listing if self.mapped else None)
+            if self.mapped:  # what is new has come in order
+                self._asked_for.settle(self._graph.listing)
+            else:
+                self._asked_for.settle(move=unload.move)
             order = self._asked_for.before[::-1]
             self._order = [library for library in order if library in self.mapped]
             if self.mapped:

@@ -160,6 +160,18 @@ CASES: Final[dict[str, tuple[dict[str, NewLibrary], list[Call]]]] = {
         },
         [Call("./f.so"), Call("./d.so"), Call(None, number=1), Call(None, number=0)],
     ),
+    "a filtee comes right before its filter again when that is opened by itself": (
+        {
+            "a.so": NewLibrary("A", needs=needs("./f.so")),
+            "f.so": NewLibrary("F", needs=needs("./e.so"), opens=opens("./c.so")),
+            "e.so": NewLibrary("E", needs=(("auxiliary", "./l.so"),)),
+            "l.so": NewLibrary("L", needs=needs("./c.so")),
+            "c.so": NewLibrary("C", needs=needs("./b.so"), opens=opens("./e.so")),
+            "b.so": NewLibrary("B", needs=needs("./f.so"), opens=opens("./d.so"), closes_at_once=True),
+            "d.so": NewLibrary("D", needs=(("auxiliary", "./l.so"),)),
+        },
+        [Call("./a.so")],
+    ),
     "what is never unmapped need not be held": (
         {
             "a.so": NewLibrary("A", needs=needs("./b.so", "./c.so")),

@@ -70,7 +70,7 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     else:
         library = answer.what
         library.handles += 1
-        if library.settle(graph.listing):
+        if library.settle(graph.listing, unload.move):
             for member in library.before[::-1]:
                 member.run_waiting()  # who asks is a constructor of the load that has brought it
         if flags & os.RTLD_NODELETE:
