@@ -98,7 +98,7 @@ def test_hashlib_prints_no_traceback_of_its_own(left: int, tmp_path: Path) -> No
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("miniloader: ")
-    assert "few mappings" in line
+    assert "vm.max_map_count" in line  # too few mappings, or what Python makes of it: too little memory
 
 
 def test_who_lacks_even_the_memory_to_say_so_says_it() -> None:
