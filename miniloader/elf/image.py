@@ -100,6 +100,13 @@ class ElfImage(Showing):
         """The first segment of type ``kind`` (``PT_DYNAMIC``, …)."""
         return self._first_of.get(kind)
 
+    def load_at(self, vaddr: int) -> Segment | None:
+        """The ``PT_LOAD`` segment that the byte at ``vaddr`` is in; None where it is in none."""
+        for load in self.loads:
+            if load.vaddr <= vaddr < load.end:
+                return load
+        return None
+
     def file_offset(self, vaddr: int) -> int | None:
         """Where in the file the byte at ``vaddr`` is, ``None`` when it does not come from the file."""
         for load in self.loads:

@@ -41,14 +41,11 @@ def _run(program: Any, data: bytes) -> Iterator[LineRow]:
     order: Literal["little", "big"] = "little" if program.structs.little_endian else "big"
     place, vaddr, operation, file, line = 0, 0, 0, 1, 1
     while place < len(data):
-        code = data[place]
+        code, advance = data[place], 0
         place += 1
         if code >= base:
             advance, step = divmod(code - base, line_range)
             line += line_base + step
-            vaddr += shortest * ((operation + advance) // bundle)
-            operation = (operation + advance) % bundle
-            yield LineRow(vaddr, file, line, ends=False)
         elif code == 0:
             length, place = _number(data, place)
             extended, following = data[place], place + length
@@ -60,28 +57,27 @@ def _run(program: Any, data: bytes) -> Iterator[LineRow]:
             elif extended == _DEFINE_FILE:
                 raise ValueError("a line program defines files, as nothing has done since DWARF 2")
             place = following
-        elif code == _COPY:
-            yield LineRow(vaddr, file, line, ends=False)
         elif code == _ADVANCE_PC:
             advance, place = _number(data, place)
-            vaddr += shortest * ((operation + advance) // bundle)
-            operation = (operation + advance) % bundle
         elif code == _ADVANCE_LINE:
-            advance, following = _number(data, place)
-            line += advance - (1 << 7 * (following - place) if data[following - 1] & 0x40 else 0)
+            step, following = _number(data, place)
+            line += step - (1 << 7 * (following - place) if data[following - 1] & 0x40 else 0)
             place = following
         elif code == _SET_FILE:
             file, place = _number(data, place)
         elif code == _CONST_ADD_PC:
             advance = (255 - base) // line_range
-            vaddr += shortest * ((operation + advance) // bundle)
-            operation = (operation + advance) % bundle
         elif code == _FIXED_ADVANCE_PC:
             vaddr, operation = vaddr + int.from_bytes(data[place : place + 2], order), 0
             place += 2
-        else:
+        elif code != _COPY:
             for _ in range(header.standard_opcode_lengths[code - 1]):  # no row comes of it
                 _, place = _number(data, place)
+        if advance:
+            vaddr += shortest * ((operation + advance) // bundle)
+            operation = (operation + advance) % bundle
+        if code >= base or code == _COPY:
+            yield LineRow(vaddr, file, line, ends=False)
 
 
 def _number(data: bytes, place: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ comes later.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from miniloader.elf import ElfImage, Source, read_image
@@ -17,7 +18,7 @@ from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
 from miniloader.loader.beside_glibc.host import HostLibrary, HostListing
 from miniloader.loader.events import BriefListener, Event, OnEvent, Stage, is_brief
-from miniloader.loader.loaded import Loaded, called_so, search_order
+from miniloader.loader.loaded import Loaded, called_so, move_before, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
 from miniloader.loader.search import Asker, Surroundings, expand, find
@@ -122,17 +123,11 @@ class Graph:
         """Find what each member needs, and what that needs, in the order of :func:`search_order`."""
         self.look_around()
         root: Needed = self.new[0]
-        search_order(root, self._find_needs, self._move)
+        search_order(root, self._find_needs, partial(move_before, self.order))
         for library in self.new[1:]:
             library.before = library.ours
         if self.brief:
             self.event("need", self.new[0].name, "all that is needed is found")
-
-    def _move(self, filtee: Needed, library: Needed) -> None:
-        """The ``filtee`` of ``library`` comes right before it."""
-        if isinstance(filtee, Loaded) and isinstance(library, Loaded):
-            self.order.remove(filtee)
-            self.order.insert(self.order.index(library), filtee)
 
     def _find_needs(self, library: Needed) -> Iterator[tuple[Needed, bool]]:
         """What ``library`` needs, and whether it is a filtee: of a new one it is found now."""

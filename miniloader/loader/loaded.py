@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from miniloader.loader.beside_glibc.debugger import Registered
     from miniloader.loader.prepared.pages import Prepared
 
-__all__ = ["Loaded", "called_so", "search_order"]
+__all__ = ["Loaded", "called_so", "move_before", "search_order"]
 
 T = TypeVar("T")
 
@@ -275,7 +275,7 @@ class Loaded:
     def local_scope(
         self,
         listing: HostListing | None = None,
-        move: Callable[[Loaded | HostLibrary, Loaded | HostLibrary], None] = _stay,
+        move: Callable[[object, object], None] = _stay,
     ) -> list[Loaded | HostLibrary]:
         """Where its symbols are looked up: :func:`search_order` from it on; ``listing`` is what ld.so has.
 
@@ -294,7 +294,7 @@ class Loaded:
     def settle(
         self,
         listing: HostListing | None = None,
-        move: Callable[[Loaded | HostLibrary, Loaded | HostLibrary], None] = _stay,
+        move: Callable[[object, object], None] = _stay,
     ) -> bool:
         """Somebody asks for it by itself: its scope is settled now, and what is initialised before it.
 
@@ -311,6 +311,13 @@ class Loaded:
             if member.waiting is None:  # glibc's resize_scopes: what waits sees its own load alone
                 member.roots.append(self)
         return True
+
+
+def move_before(order: list[Loaded], filtee: object, library: object) -> None:
+    """Put a ``filtee`` right before the ``library``, if both are in this ``order``."""
+    if isinstance(filtee, Loaded) and isinstance(library, Loaded) and {filtee, library} <= {*order}:
+        order.remove(filtee)
+        order.insert(order.index(library), filtee)
 
 
 def called_so(name: str, libraries: Iterable[Loaded]) -> list[Loaded]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from miniloader.elf import ElfImage, Source
@@ -26,7 +27,7 @@ from miniloader.loader.events import OnEvent
 from miniloader.loader.graph import Graph, Needed
 from miniloader.loader.library import Library
 from miniloader.loader.link import link_library, linking_order
-from miniloader.loader.loaded import Loaded
+from miniloader.loader.loaded import Loaded, move_before
 from miniloader.loader.mapping import map_library, zero_bss
 from miniloader.loader.policy import Binding, Policy
 from miniloader.loader.scope import Bindings, Definer
@@ -174,7 +175,7 @@ class Loading:
             if self.mapped:  # what is new has come in order
                 self._asked_for.settle(self._graph.listing)
             else:
-                self._asked_for.settle(move=unload.move)
+                self._asked_for.settle(move=partial(move_before, unload.present))
             order = self._asked_for.before[::-1]
             self._order = [library for library in order if library in self.mapped]
             if self.mapped:

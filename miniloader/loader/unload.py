@@ -31,7 +31,6 @@ __all__ = [
     "let_go",
     "lock",
     "make_global",
-    "move",
     "of_file",
     "present",
     "take_back",
@@ -80,13 +79,6 @@ def enter(order: Sequence[Loaded], new: Collection[Loaded]) -> None:
     for library in filter(_WILL_STAY, present):
         library.stays |= library.policy.init
     stand_ins.be_asked_at_exit()
-
-
-def move(filtee: Loaded | HostLibrary, library: Loaded | HostLibrary) -> None:
-    """The ``filtee`` of a ``library`` comes right before it, if both are present."""
-    if filtee in present and library in present:
-        present.remove(filtee)
-        present.insert(present.index(library), filtee)
 
 
 def _put_in_order(order: Sequence[Loaded], libraries: Collection[Loaded]) -> None:

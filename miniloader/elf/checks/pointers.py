@@ -13,7 +13,6 @@ from miniloader.elf.dynamic import (
     FUNCTION_ARRAYS,
     tag_name,
 )
-from miniloader.elf.header import Segment
 from miniloader.elf.image import ElfImage
 from miniloader.elf.relocations import kind_name
 from miniloader.elf.tables import blocks
@@ -33,7 +32,7 @@ def init_arrays(image: ElfImage) -> Iterator[Fault]:
         if length % word:
             yield tag_name(size), f"{length} bytes", f"a multiple of {word}"
         vaddr = tags[start]
-        load = _load_at(image, vaddr)
+        load = image.load_at(vaddr)
         if load is None or vaddr + length > load.end:
             yield tag_name(start), f"{vaddr:#x}, {length} bytes", "inside one PT_LOAD"
 
@@ -45,17 +44,9 @@ def code_pointers(image: ElfImage) -> Iterator[Fault]:
         return
     for tag in (DT_INIT, DT_FINI):
         vaddr = image.dynamic.tags.get(tag)
-        load = _load_at(image, vaddr) if vaddr else None
+        load = image.load_at(vaddr) if vaddr else None
         if vaddr and (load is None or "x" not in load.flags):
             yield tag_name(tag), f"{vaddr:#x}", "inside an executable PT_LOAD"
-
-
-def _load_at(image: ElfImage, vaddr: int) -> Segment | None:
-    """The PT_LOAD that the byte at ``vaddr`` is in."""
-    for load in image.loads:
-        if load.vaddr <= vaddr < load.end:
-            return load
-    return None
 
 
 @rule(

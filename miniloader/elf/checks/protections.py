@@ -36,8 +36,8 @@ def relro(image: ElfImage) -> Iterator[Fault]:
     if relro is None or not relro.memsz:
         return
     # Linkers may pad it to the end of its segment's last page.
-    ends = (load.end for load in image.loads if load.vaddr <= relro.vaddr < load.end)
-    if not any(relro.end <= -(-end // PAGESIZE) * PAGESIZE for end in ends):
+    load = image.load_at(relro.vaddr)
+    if load is None or relro.end > -(-load.end // PAGESIZE) * PAGESIZE:
         yield "PT_GNU_RELRO", f"{relro.vaddr:#x} to {relro.end:#x}", "inside a PT_LOAD"
 
 

@@ -136,10 +136,7 @@ def files_in_process(
     copies, originals = pages.copies, pages.originals
     swapped = np.flatnonzero(pages.swapped)
     swapped_from = np.searchsorted(pages.vma[swapped], np.arange(len(vmas) + 1))
-    starts_of_copies, starts = (
-        copies.starts.tolist(),
-        originals.starts.tolist(),
-    )
+    starts_of_copies, starts = copies.starts.tolist(), originals.starts.tolist()
     found = [
         FileInProcess(
             file=file,

@@ -7,7 +7,7 @@ Files are one library where they have the same build-id and segments, or a frame
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -251,12 +251,9 @@ def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]
         for key, holder in _pages_of(occurrence, _Holder(occurrence.pid, -1 - number)):
             holders.setdefault((key, occurrence.file.number), []).append(holder)
     facts = {occurrence.file.number: occurrence.file.facts for occurrence in occurrences}
-    vaddrs: dict[int, set[int]] = {}
-    for key, number in holders:
-        vaddrs.setdefault(number, set()).add(key.vaddr)
-    on_pages = {number: _on_pages(facts[number], sorted(of_file)) for number, of_file in vaddrs.items()}
+    on_pages = _on_all_pages({(key.vaddr, number) for key, number in holders}, facts)
     return _pages(
-        (_told(facts[number], on_pages[number][key.vaddr], key), of_page)
+        (_told(facts[number], on_pages[key.vaddr, number], key), of_page)
         for (key, number), of_page in sorted(holders.items(), key=lambda item: item[0])
     )
 
@@ -281,36 +278,57 @@ def _pages_of(occurrence: Occurrence, alone: _Holder) -> Iterable[tuple[_Key, _H
 def _bss_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The anonymous pages of bss; their symbols are all that lie on them."""
     on_page = _OnPage(".bss", frozenset(), ())
-    holders = _holders((occurrence, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
+    holders, facts = _holders((occurrence, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
     return _pages(
-        (_told(facts, on_page, _Key(vaddr, _BSS, "", _bss_symbols(facts, vaddr), ())), of_page)
-        for vaddr, facts, of_page in holders
+        (
+            _told(facts[number], on_page, _Key(vaddr, _BSS, "", _bss_symbols(facts[number], vaddr), ())),
+            of_page,
+        )
+        for (vaddr, number), of_page in holders.items()
     )
 
 
 def _swapped_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
     """The copies that are swapped out, whose cause cannot be known."""
-    holders = _holders((occurrence, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
+    holders, facts = _holders((occurrence, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
+    on_pages = _on_all_pages(holders, facts)
     return _pages(
         (
-            _told(facts, _on_pages(facts, [vaddr])[vaddr], _Key(vaddr, _UNKNOWN, SWAPPED_OUT, (), ())),
+            _told(facts[number], on_pages[vaddr, number], _Key(vaddr, _UNKNOWN, SWAPPED_OUT, _NONE, _NONE)),
             of_page,
         )
-        for vaddr, facts, of_page in holders
+        for (vaddr, number), of_page in holders.items()
     )
 
 
 def _holders(
     pages: Iterable[tuple[Occurrence, NDArray[np.uint64]]],
-) -> list[tuple[int, FileFacts | None, list[_Holder]]]:
-    """The processes that have each page of each file, by vaddr; ``pages`` are the vaddrs of occurrences."""
+) -> tuple[dict[tuple[int, int], list[_Holder]], dict[int, FileFacts | None]]:
+    """Who has each page, by vaddr and the number of its file, in order, and what is in these files.
+
+    ``pages`` are the vaddrs of occurrences.
+    """
     holders: dict[tuple[int, int], list[_Holder]] = {}
     facts: dict[int, FileFacts | None] = {}
     for occurrence, vaddrs in pages:
         facts[occurrence.file.number] = occurrence.file.facts
         for vaddr in vaddrs.tolist():
             holders.setdefault((vaddr, occurrence.file.number), []).append(_Holder(occurrence.pid))
-    return [(vaddr, facts[number], of_page) for (vaddr, number), of_page in sorted(holders.items())]
+    return dict(sorted(holders.items())), facts
+
+
+def _on_all_pages(
+    places: Iterable[tuple[int, int]], facts: Mapping[int, FileFacts | None]
+) -> dict[tuple[int, int], _OnPage]:
+    """What the files say of pages, each by vaddr and the number of its file: of all of a file's together."""
+    vaddrs: dict[int, list[int]] = {}
+    for vaddr, number in places:
+        vaddrs.setdefault(number, []).append(vaddr)
+    return {
+        (vaddr, number): on_page
+        for number, of_file in vaddrs.items()
+        for vaddr, on_page in _on_pages(facts[number], sorted(of_file)).items()
+    }
 
 
 def _on_pages(facts: FileFacts | None, vaddrs: Sequence[int]) -> dict[int, _OnPage]:

@@ -19,7 +19,7 @@ from miniloader.lab.erosion.pairs import Pair
 
 __all__ = ["PagePart", "compare", "in_huge_copies"]
 
-_AT_ONCE: Final = 256  # pages: the arrays of more are each time memory that is new to the process
+_AT_ONCE: Final = 1024  # pages
 _HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 from miniloader.elf import ElfImage, Source
@@ -15,7 +15,7 @@ from miniloader.loader.beside_glibc import dynamic_linker, stand_ins
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.from_inside.caller import Caller
 from miniloader.loader.graph import Graph, Resolution
-from miniloader.loader.loaded import Loaded
+from miniloader.loader.loaded import Loaded, move_before
 from miniloader.loader.policy import Policy
 
 __all__ = ["Load", "close_library", "library_of", "load_with", "open_library"]
@@ -70,7 +70,7 @@ def open_library(name: bytes, flags: int, caller: Caller) -> int:
     else:
         library = answer.what
         library.handles += 1
-        if library.settle(graph.listing, unload.move):
+        if library.settle(graph.listing, partial(move_before, unload.present)):
             for member in library.before[::-1]:
                 member.run_waiting()  # who asks is a constructor of the load that has brought it
         if flags & os.RTLD_NODELETE:
