@@ -36,13 +36,11 @@ def uss_of(pids: list[int]) -> int:
     return sum(row["Private_Clean"] + row["Private_Dirty"] for row in sums) * KB
 
 
-def pss_of(pids: list[int]) -> int:
-    """What they take in all: of a page that three have in three copies, USS counts the first one as well."""
-    return sum(rollup_of(pid)["Pss"] for pid in pids) * KB
-
-
 def anonymous_pss_of(pids: list[int]) -> int:
-    """Of this nothing depends on who else maps the same files."""
+    """What they take in all: of a page that three have in three copies, USS counts the first one as well.
+
+    Files are left out: how much of them is theirs depends on who else maps them.
+    """
     wait_until_at_rest(*pids)
     return sum(rollup_of(pid)["Pss_Anon"] for pid in pids) * KB
 
@@ -53,10 +51,10 @@ def test_freezing_saves_at_most_what_is_said() -> None:
     for freeze in ("", "gc.collect(); gc.freeze()"):
         with pool(_DATA, freeze) as workers:
             children = [workers.fork() for _ in range(2)]
-            before = pss_of(workers.pids)
+            before = anonymous_pss_of(workers.pids)
             for child in children:
                 workers.ask(child, _COLLECT)
-            grown[freeze] = pss_of(workers.pids) - before
+            grown[freeze] = anonymous_pss_of(workers.pids) - before
             if not freeze:
                 promised = advice(audit(workers.pids, library="nothing"), "freeze")
                 assert promised.pids == tuple(children)
