@@ -29,7 +29,11 @@ class Feature(NamedTuple):
 
 _ROOT: Final = "run as root, or with CAP_SYS_ADMIN of the initial user namespace"
 
-_PERF: Final = "CONFIG_PERF_EVENTS; kernel.perf_event_paranoid at most 2, or CAP_PERFMON"
+_UNFILTERED: Final = "no seccomp filter that refuses it, as containers have"
+
+_PERF: Final = f"CONFIG_PERF_EVENTS; kernel.perf_event_paranoid at most 2, or CAP_PERFMON; {_UNFILTERED}"
+
+_WRITES: Final = f"Linux 6.7 with CONFIG_USERFAULTFD; {_UNFILTERED}"
 
 FEATURES: Final = (
     Feature("smaps", "sums for each mapping: Rss, Pss, Anonymous", "mount /proc; CONFIG_PROC_PAGE_MONITOR"),
@@ -40,7 +44,7 @@ FEATURES: Final = (
     Feature("pagemap-scan", "runs of pages of one kind; the page of zeros", "Linux 6.7"),
     Feature("procmap-query", "the mapping at an address, with its file's build-id", "Linux 6.11"),
     Feature("page-faults", "who touches a page first, where userfaultfd cannot tell", _PERF),
-    Feature("userfaultfd", "which pages were written since we looked", "Linux 6.7 with CONFIG_USERFAULTFD"),
+    Feature("userfaultfd", "which pages were written since we looked", _WRITES),
 )  # fmt: skip
 """Every feature, the ones that decide the level of evidence first."""
 
