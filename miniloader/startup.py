@@ -32,7 +32,7 @@ def import_numpy() -> None:
     with importing:
         import miniloader.values  # noqa: F401 - and so dataclasses without inspect, too
 
-        with leaving_out("inspect", "pickle", "platform", "numpy._typing"):
+        with leaving_out("ast", "inspect", "pickle", "platform", "numpy._typing"):
             _stand_in("inspect", cleandoc=str, signature=lambda _: None)
             _stand_in("numpy._typing", NDArray=NDArray)
             import numpy  # noqa: F401 - for all who import it later

@@ -42,7 +42,8 @@ BARE = """
 import sys
 from miniloader.startup import import_numpy
 import_numpy()
-print(*[name for name in ("inspect", "pickle", "platform", "numpy._typing") if name in sys.modules])
+left_out = ("ast", "inspect", "pickle", "platform", "numpy._typing")
+print(*[name for name in left_out if name in sys.modules])
 import numpy, inspect, pickle, platform
 from numpy.typing import NDArray
 assert isinstance(NDArray[numpy.uint8], type)

@@ -218,3 +218,30 @@ def test_values_can_be_pickled() -> None:
 
     first = read_maps()[0]
     assert pickle.loads(pickle.dumps(first)) == first
+
+
+class _Named(values.NamedTuple):
+    """A tuple with a default, and a method."""
+
+    x: int
+    nowhere: NoSuchType  # type: ignore[name-defined]  # noqa: F821 - nobody asks what it is
+    y: int = 2
+
+    @property
+    def sum(self) -> int:
+        """Of both."""
+        return self.x + self.y
+
+
+def test_a_named_tuple_is_that_of_the_standard_library_but_for_its_annotations() -> None:
+    named = _Named(1, None)
+    assert (named, named.sum, named._replace(y=5).sum) == ((1, None, 2), 3, 6)
+    assert repr(named) == "_Named(x=1, nowhere=None, y=2)"
+    assert str(_Named.__doc__).startswith("A tuple")
+    assert _Named._field_defaults == {"y": 2}
+    assert _Named.__match_args__ == ("x", "nowhere", "y")
+    assert pickle.loads(pickle.dumps(named)) == named
+    assert type(copy.copy(named)) is _Named
+    assert _Named.__annotations__ == {"x": "int", "nowhere": "NoSuchType", "y": "int"}
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'nowhere'"):
+        _Named(1)  # type: ignore[call-arg]

@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.elf.dynamic import (
     DT_FINI_ARRAY,
@@ -25,6 +25,7 @@ from miniloader.elf.dynamic import (
 from miniloader.elf.header import PF_R, PF_W, PF_X
 from miniloader.elf.layout import DYN, EHDR, PHDR, SHDR, SYM, record
 from miniloader.native.gate import processor
+from miniloader.values import NamedTuple
 
 __all__ = [
     "NewSection",

@@ -23,7 +23,7 @@ Whether the first of several definitions was chosen is not decided again here: t
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.layout import Layout, Layouts, Symbolic
 from miniloader.evidence.space import Space
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "bit", "cause_names", "classify"]
 

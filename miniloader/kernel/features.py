@@ -6,9 +6,10 @@ Light on purpose (no numpy), so that the command line can print them in its help
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from miniloader.json_schema import words
+from miniloader.values import NamedTuple
 
 __all__ = ["FEATURES", "LEVELS", "LEVEL_SCHEMA", "EvidenceLevel", "Feature", "LevelName"]
 

@@ -14,10 +14,11 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.procfs import read_process_file
+from miniloader.values import NamedTuple
 
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 

@@ -14,12 +14,13 @@ import struct
 from collections.abc import Iterator
 from mmap import mmap
 from threading import Lock
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel import syscalls
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.values import NamedTuple
 
 __all__ = ["FaultLog", "PageFault"]
 

@@ -6,7 +6,9 @@ Its own reader of programs keeps an object for each operation, and takes ten tim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from miniloader.values import NamedTuple
 
 __all__ = ["LineRow", "line_rows"]
 

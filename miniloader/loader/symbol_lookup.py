@@ -10,7 +10,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, compress, count
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.arrays import NDArray, np
 from miniloader.elf.dynamic import (
@@ -38,6 +38,7 @@ from miniloader.native import (
     buffer_address,
     run,
 )
+from miniloader.values import NamedTuple
 
 __all__ = [
     "DEFINITION",

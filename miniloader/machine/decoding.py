@@ -10,7 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import capstone
 
@@ -18,7 +18,7 @@ from miniloader.forking import cached_property
 from miniloader.machine.processors import Processor, Value
 from miniloader.machine.register_flow import Effect, Flow, MemoryOperand, Operand
 from miniloader.machine.x86_length import LONGEST, vector_length
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["UNKNOWN", "Decoded", "Decoder", "Kind", "Region"]
 

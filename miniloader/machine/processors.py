@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Final, NamedTuple
+from typing import Final
 
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["PROCESSORS", "Processor", "Rule", "Value"]
 

@@ -8,9 +8,10 @@ and the manuals of both for the encodings.
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.native.gate import processor
+from miniloader.values import NamedTuple
 
 __all__ = ["jumps_to", "with_third_argument"]
 

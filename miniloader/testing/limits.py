@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from miniloader.errors import UsageError
 from miniloader.forking import importing
+from miniloader.values import NamedTuple
 
 if TYPE_CHECKING:
     import pytest

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from miniloader.kernel.features import LEVELS, LevelName
 from miniloader.lab.proof.claims import Finding
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 from miniloader.walkthrough.step import ChapterStep
 from miniloader.walkthrough.traced_calls import quoted
 from miniloader.walkthrough.workbench import Workbench

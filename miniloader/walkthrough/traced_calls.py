@@ -11,9 +11,10 @@ import mmap as _mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from miniloader.kernel import syscalls
+from miniloader.values import NamedTuple
 
 __all__ = ["Calls", "Mapping", "TracedCall", "flag_text", "is_indexed", "page_slice", "quoted", "shortened"]
 

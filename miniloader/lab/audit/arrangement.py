@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from miniloader.elf import LoadPlan
 from miniloader.kernel.maps import Vma
 from miniloader.lab.audit.mapped_files import MappedFile, MappedFiles
 from miniloader.lab.audit.outline import Outline, Outlines
+from miniloader.values import NamedTuple
 
 __all__ = ["Arrangement", "Arrangements"]
 

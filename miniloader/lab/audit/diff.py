@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.errors import UsageError
 from miniloader.json_schema import COUNT, HEX, TEXT, array, keys, nullable, record, words
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["CHANGE_SCHEMA", "PageChange", "diff"]
 

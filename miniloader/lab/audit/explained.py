@@ -6,13 +6,14 @@ frame; what was found for the first of them holds for all.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.evidence.cause import bit
 from miniloader.lab.audit.file_in_process import FileInProcess
+from miniloader.values import NamedTuple
 
 __all__ = ["Explained"]
 

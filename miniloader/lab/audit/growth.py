@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 from miniloader.json_schema import COUNT, HEX, TEXT, array, nullable, record, words
 from miniloader.lab.audit.mappings import KIND_SCHEMA, AuditedMapping, MappingKind
 from miniloader.lab.audit.result import Audit, AuditedLibrary, AuditedProcess
 from miniloader.lab.erosion.since import ERODED_SCHEMA, ErodedSince, eroded_since
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = [
     "GROWTH_KEYS",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from miniloader.lab.audit.mapped_files import MappedFile
 from miniloader.lab.audit.process_pages import Narrow
 from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivatePage
 from miniloader.lab.audit.survey import Survey
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["Occurrence", "libraries_of", "occurrences_of"]
 

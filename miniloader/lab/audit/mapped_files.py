@@ -7,7 +7,7 @@ import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
@@ -21,6 +21,7 @@ from miniloader.kernel.query import query_vma
 from miniloader.lab.audit.prepared_pages import PreparedPages
 from miniloader.lab.audit.served_files import UNANSWERED, ServedFile
 from miniloader.lab.workers.patient import Blocked, PatientProcess
+from miniloader.values import NamedTuple
 
 __all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
 

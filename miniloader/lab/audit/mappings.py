@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from miniloader.kernel.smaps import read_smaps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.outline import Outline
 from miniloader.lab.audit.process_pages import Narrow, PageColumns, Pages
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = [
     "KIND_SCHEMA",

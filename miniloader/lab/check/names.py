@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from miniloader.elf.symbols import (
 from miniloader.elf.versions import VERSION_HIDDEN
 from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols, look_name_up, look_up
 from miniloader.native import Reason, Stopped, buffer_address, gate
+from miniloader.values import NamedTuple
 
 __all__ = ["Names", "NamesInPython", "definitions_of", "is_defined", "names_of"]
 

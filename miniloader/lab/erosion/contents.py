@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from miniloader.kernel.scan import IS_HUGE, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.moved_pages import frames_at
 from miniloader.lab.erosion.pairs import Pair
+from miniloader.values import NamedTuple
 
 __all__ = ["PagePart", "compare", "in_huge_copies"]
 

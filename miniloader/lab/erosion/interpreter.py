@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from miniloader.errors import ElfError
 from miniloader.evidence.file_facts import FileFacts
+from miniloader.values import NamedTuple
 
 __all__ = ["FIRST", "LAST", "Interpreter", "interpreter_in"]
 

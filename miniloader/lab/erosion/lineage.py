@@ -14,7 +14,7 @@ or a descendant of it, has lost a child, nothing is proven by third relatives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from miniloader.errors import EvidenceError
 from miniloader.kernel.lost_children import has_lost_children
 from miniloader.kernel.procfs import read_stat
 from miniloader.lab.erosion.memory import PrivateMemory
+from miniloader.values import NamedTuple
 
 __all__ = ["Kin", "OneFrame", "kin_of", "one_frame"]
 

@@ -10,13 +10,14 @@ Sources: Include/object.h, Include/internal/pycore_gc.h, Objects/typeobject.c.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.lab.erosion.pools import POOL, Pools, is_chunk
 from miniloader.lab.erosion.types import Types
+from miniloader.values import NamedTuple
 
 __all__ = ["Objects", "objects_on"]
 

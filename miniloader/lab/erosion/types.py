@@ -8,7 +8,7 @@ Include/internal/pycore_dict.h): ``PyTypeObject`` has not changed so far as it i
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.pools import Pools
 from miniloader.lab.erosion.present_memory import PresentMemory
+from miniloader.values import NamedTuple
 
 __all__ = ["COLLECTED", "PRE_HEADER", "Types"]
 

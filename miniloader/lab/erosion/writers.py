@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from miniloader.lab.erosion.objects import objects_on
 from miniloader.lab.erosion.pools import pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.types import Types
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 __all__ = ["FirstWrite", "FirstWriters", "FirstWrites", "explain", "written_memory"]
 

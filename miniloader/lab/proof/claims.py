@@ -9,7 +9,7 @@ or the claim about it is refuted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from miniloader.forking import cached_property
 from miniloader.kernel.features import LEVELS
 from miniloader.lab.proof.spare_word import Word
 from miniloader.loader.relocation_groups import sort_relocations
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared

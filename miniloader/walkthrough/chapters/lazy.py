@@ -7,14 +7,14 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Generator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
 from miniloader.errors import EvidenceError
 from miniloader.kernel.frames import KPF, frame_flags
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, mincore
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, address_of, in_words, states_of
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, OfPages, Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Generator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library, Loading, load
 from miniloader.loader.relocation_groups import sort_relocations
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.mapping_views import MappingView, address_of, before_and_after
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, Part, Row

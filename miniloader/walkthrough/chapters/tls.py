@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from miniloader.elf import inspect
 from miniloader.errors import EvidenceError
 from miniloader.kernel.maps import read_maps
 from miniloader.loader import load
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, claim, equal
 from miniloader.walkthrough.step import BeforeAfter, ChangedWord, ChapterStep, Figures, PageBytes, Row
 from miniloader.walkthrough.traced_calls import Calls

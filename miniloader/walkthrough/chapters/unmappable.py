@@ -9,11 +9,11 @@ import select
 import socket
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from miniloader.kernel import syscalls
 from miniloader.kernel.syscalls import MAP_PRIVATE, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE
-from miniloader.values import dataclass
+from miniloader.values import NamedTuple, dataclass
 from miniloader.walkthrough.chapter import Answer, Chapter, Choice, Exercise, Finding, Quiz, Statement, equal
 from miniloader.walkthrough.step import ChapterStep, Figures
 from miniloader.walkthrough.traced_calls import Calls
