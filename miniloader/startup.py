@@ -12,6 +12,14 @@ from miniloader.later import Later, leaving_out
 
 __all__ = ["import_numpy", "travel_light"]
 
+#: What numpy imports for functions that nobody calls here, and which of them it takes from there.
+_UNCALLED = {
+    "numpy.linalg": ("eigvals", "inv", "lstsq", "matrix_power"),
+    "numpy.lib._npyio_impl": (
+        *("DataSource", "NpzFile", "fromregex", "genfromtxt", "load", "loadtxt"),
+        *("packbits", "save", "savetxt", "savez", "savez_compressed", "unpackbits"),
+    ),
+}
 _DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 
 
@@ -32,8 +40,10 @@ def import_numpy() -> None:
     with importing:
         import miniloader.values  # noqa: F401 - and so dataclasses without inspect, too
 
-        with leaving_out("ast", "inspect", "pickle", "platform", "numpy._typing"):
+        with leaving_out("ast", "inspect", "pickle", "platform", "numpy._typing", **_UNCALLED):
             _stand_in("inspect", cleandoc=str, signature=lambda _: None)
+            for name, functions in _UNCALLED.items():
+                _stand_in(name, __all__=functions)
             _stand_in("numpy._typing", NDArray=NDArray)
             import numpy  # noqa: F401 - for all who import it later
     sys.modules.setdefault("numpy.typing", Later("numpy.typing"))  # type: ignore[arg-type]

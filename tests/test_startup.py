@@ -42,7 +42,7 @@ BARE = """
 import sys
 from miniloader.startup import import_numpy
 import_numpy()
-left_out = ("ast", "inspect", "pickle", "platform", "numpy._typing")
+left_out = ("ast", "inspect", "pickle", "platform", "numpy.lib._npyio_impl", "numpy.linalg", "numpy._typing")
 print(*[name for name in left_out if name in sys.modules])
 import numpy, inspect, pickle, platform
 from numpy.typing import NDArray
@@ -51,6 +51,12 @@ print("numpy._typing" in sys.modules)
 from numpy.typing import ArrayLike
 print("numpy._typing" in sys.modules, numpy.typing.__name__)
 assert pickle.loads(numpy.arange(3).dumps()).sum() == 3
+assert numpy.polyfit([1, 2, 3], [1, 2, 3], 1).round() @ [1, 0] == 1 and numpy.packbits([1, 0, 1]) == [160]
+import io, numpy.linalg
+file = io.BytesIO()
+numpy.save(file, numpy.linalg.inv(numpy.eye(2)))
+file.seek(0)
+assert numpy.load(file).sum() == 2
 assert inspect.signature(len) and inspect.cleandoc("  a") == "a"
 numpy.fft, numpy.polynomial, numpy.ma, numpy.random, numpy.testing
 numpy.show_runtime()
