@@ -21,6 +21,8 @@ __all__ = ["Room", "demand_room", "fault", "mappings_left", "shortage", "shortag
 
 #: By the rows of /proc/self/limits, which field of /proc/self/statm they limit, in pages, and who sets them.
 _LIMITS: Final = (("Max address space", 0, "ulimit -v"), ("Max data size", 5, "ulimit -d"))
+#: What else there may be too little of: where the kernel promises no more than it has, to all together.
+_PROMISED: Final = "vm.overcommit_memory=2"
 _MANY: Final = sys.maxsize
 #: What must be left for Python to import what it needs; where there is less, much goes wrong.  Of the modules
 #: but numpy the largest take 10 MiB; the rest is what unwinding has given back by then.
@@ -42,9 +44,14 @@ def mappings_left(limit: str = "/proc/sys/vm/max_map_count", maps: str = "/proc/
         return _MANY
 
 
-def space_left(limits: str = "/proc/self/limits", taken: str = "/proc/self/statm") -> tuple[int, str]:
+def space_left(
+    limits: str = "/proc/self/limits",
+    taken: str = "/proc/self/statm",
+    overcommit: str = "/proc/sys/vm/overcommit_memory",
+    promised: str = "/proc/meminfo",
+) -> tuple[int, str]:
     """How many bytes more this process may map, and what says so; very many where nobody does."""
-    least = _MANY, ""
+    least = (_promise_left(promised), _PROMISED) if _is_strict(overcommit) else (_MANY, "")
     try:
         with open(limits) as rows, open(taken) as counts:
             pages = counts.read().split()
@@ -58,6 +65,25 @@ def space_left(limits: str = "/proc/self/limits", taken: str = "/proc/self/statm
     return least
 
 
+def _is_strict(overcommit: str) -> bool:
+    """Whether memory that is mapped to be written counts for the kernel at once, touched or not."""
+    try:
+        with open(overcommit) as mode:
+            return mode.read().strip() == "2"
+    except (OSError, ValueError, MemoryError):
+        return False
+
+
+def _promise_left(promised: str) -> int:
+    """How many bytes more the kernel promises: about, since others ask, too, and it keeps some for root."""
+    try:
+        with open(promised) as rows:
+            sizes = {name: int(size.split()[0]) for name, _, size in (row.partition(":") for row in rows)}
+        return (sizes["CommitLimit"] - sizes["Committed_AS"]) << 10
+    except (OSError, ValueError, LookupError, MemoryError):
+        return _MANY
+
+
 def shortage(size: int = _BYTES, mappings: int = _MAPPINGS) -> str:
     """What this process has less left of than ``size`` bytes and ``mappings``, as a phrase; "" of neither.
 
@@ -67,7 +93,8 @@ def shortage(size: int = _BYTES, mappings: int = _MAPPINGS) -> str:
     if mappings_left() < mappings:
         return "too few mappings (vm.max_map_count)"
     left, said = space_left()
-    return f"too little address space, {max(left, 0) >> 20} MiB are left ({said})" if left < size else ""
+    what = "memory" if said == _PROMISED else "address space"
+    return f"too little {what}, {max(left, 0) >> 20} MiB are left ({said})" if left < size else ""
 
 
 def shortage_behind(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from fixtures import build
 from miniloader import shortage
+from miniloader.errors import MiniloaderError
 from miniloader.lab.audit.audit import _unreadable
 from miniloader.loader.from_inside import for_host
 from miniloader.loader.from_inside.caller import Caller
@@ -58,6 +59,28 @@ def test_what_is_left_is_what_the_kernel_has_been_told(tmp_path: Path) -> None:
     assert said.strip() == "ulimit -v"
     assert 400 << 20 < int(left) < 495 << 20
     assert run(["-c", script]).stdout.split()[0] == str(sys.maxsize)
+
+
+def test_what_the_kernel_promises_is_counted_where_it_keeps_its_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, memory, none = tmp_path / "mode", tmp_path / "memory", str(tmp_path / "none")
+    memory.write_text("MemTotal: 9000000 kB\nCommitLimit:  1048576 kB\nCommitted_AS:   1000000 kB\nHuge: 0\n")
+    left = {}
+    for setting in ("0", "1", "2"):
+        mode.write_text(f"{setting}\n")
+        left[setting] = shortage.space_left(none, none, str(mode), str(memory))
+    assert left == {
+        "0": (sys.maxsize, ""),
+        "1": (sys.maxsize, ""),
+        "2": (48576 << 10, "vm.overcommit_memory=2"),
+    }
+    assert shortage.space_left(none, none, str(mode), none) == (sys.maxsize, "vm.overcommit_memory=2")
+    monkeypatch.setattr(shortage, "space_left", lambda: left["2"])
+    said = shortage.fault(SyntaxError("expected ':'"))
+    assert said.startswith("too little memory, 47 MiB are left (vm.overcommit_memory=2): SyntaxError: ")
+    with pytest.raises(MiniloaderError, match=r"^numpy: too little memory, 47 MiB are left"):
+        shortage.Room().find_spec("numpy")
 
 
 @pytest.mark.parametrize(("megabytes", "said"), [(40, "too little address space, "), (900, "a fault of ")])

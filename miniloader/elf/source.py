@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from miniloader.errors import ElfError, LoadError
 from miniloader.files import NotRegularError, kind_of, open_regular
 
-__all__ = ["LARGE", "Bytes", "FileCalls", "Source", "large_room"]
+__all__ = ["LARGE", "Bytes", "FileCalls", "Source", "large_room", "unreadable"]
 
 Bytes = bytes | mmap.mmap
 """What is read: both can be indexed, sliced and searched, and given to :func:`numpy.frombuffer`."""
@@ -68,7 +68,7 @@ class Source:
             head = calls.pread(fd, _HEAD, start) if kind is None and start >= 0 else b""
         except OSError as error:
             calls.close(fd)
-            raise _unreadable(name, "file", error) from None
+            raise unreadable(name, "file", error) from None
         fault = None
         if kind is not None:
             fault = ("file", kind, "a regular file")
@@ -103,10 +103,8 @@ class Source:
         name = os.fspath(path)
         try:
             fd = open_regular(name)
-        except NotRegularError as error:
-            raise ElfError(name, "file", error.kind, "a regular file") from None
         except (OSError, ValueError) as error:
-            raise _unreadable(name, "file", error) from None
+            raise unreadable(name, "file", error) from None
         return cls(fd, name)
 
     @classmethod
@@ -160,7 +158,7 @@ class Source:
         try:
             data = self.calls.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
         except OSError as error:
-            raise _unreadable(self.name, field, error) from None
+            raise unreadable(self.name, field, error) from None
         if len(data) < length:
             hint = "it was cut short meanwhile"
             raise ElfError(self.name, field, f"{len(data)} bytes", f"{length} bytes", hint=hint)
@@ -227,7 +225,9 @@ def large_room(length: int) -> mmap.mmap:
     return room
 
 
-def _unreadable(name: str, field: str, error: OSError | ValueError) -> ElfError:
-    """The kernel refuses to open or to read it; a ValueError is a name with a NUL."""
+def unreadable(name: str, field: str, error: OSError | ValueError) -> ElfError:
+    """What is said of a file that cannot be opened or read; a ValueError is a name with a NUL."""
+    if isinstance(error, NotRegularError):
+        return ElfError(name, field, error.kind, "a regular file")
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return ElfError(name, field, str(reason), "a readable ELF file")

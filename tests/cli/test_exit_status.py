@@ -178,4 +178,5 @@ def test_what_is_no_regular_file_is_refused_at_once(
             assert cli.main(filled) == 1
             out, err = capfd.readouterr()
             assert kind in out + err
+            assert "found found" not in out + err
             assert path.removeprefix(".") in out + err

@@ -34,6 +34,7 @@ from miniloader.elf.header import Header
 from miniloader.elf.image import notes_in
 from miniloader.elf.kinds.file_kind import refuse_unlinked
 from miniloader.elf.relocations import Relocations, kind_name
+from miniloader.elf.source import unreadable
 from miniloader.elf.symbols import GnuHash, SymbolTable, shown_name
 from miniloader.elf.tables import distinct, symbol_dtype
 from miniloader.elf.versions import VERSION_HIDDEN, Version
@@ -272,8 +273,7 @@ class Shelf:
             if identity not in self._read:
                 self._read[identity] = _read(path, self.root.outside(path), identity)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ElfError(path, "file", str(reason), "a readable ELF file") from None
+            raise unreadable(path, "file", error) from None
         item = self._read[identity]
         if isinstance(item, ElfError):
             raise item

@@ -15,7 +15,7 @@ from miniloader.elf.dynamic import DF_1_PIE, DT_AUXILIARY, DT_FILTER, DT_FLAGS_1
 from miniloader.elf.header import Header
 from miniloader.elf.image import ElfImage, read_image
 from miniloader.elf.kinds.file_kind import refuse_unlinked
-from miniloader.elf.source import Source
+from miniloader.elf.source import Source, unreadable
 from miniloader.errors import ElfError, LoadError, UsageError
 from miniloader.forking import cached_property
 from miniloader.loader.root import Root
@@ -148,8 +148,7 @@ class Files:
         try:
             return read_image(Source(self.root.open(path), path))
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ElfError(path, "file", str(reason), "a readable ELF file") from None
+            raise unreadable(path, "file", error) from None
 
     def describe(
         self, path: str, loader: Asker | None = None, *, real: str | None = None

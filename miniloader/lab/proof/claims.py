@@ -35,13 +35,23 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class FileState:
-    """What must not change of the library's file: ``size`` in bytes, ``modified`` in ns since the epoch."""
+    """What must not change of the library's file: ``size`` in bytes, ``modified`` in ns since the epoch.
+
+    ``sha256`` is of the ``whole`` file, or of where its data lie and of them alone, where holes of more than
+    16 KiB are between them.
+    """
 
     device: int
     inode: int
     size: int
     modified: int
     sha256: str
+    whole: bool = True
+
+    @property
+    def checksum(self) -> str:
+        """How the checksum is written in a sentence."""
+        return f"SHA-256 {self.sha256[:16]}…{'' if self.whole else ' without its holes'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +303,7 @@ def _writes_isolated(evidence: Evidence) -> Finding:
 
 def _file_unchanged(evidence: Evidence) -> Finding:
     before, after = evidence.before, evidence.after
-    expected = f"{before.size:,} bytes, SHA-256 {before.sha256[:16]}…, not modified"
+    expected = f"{before.size:,} bytes, {before.checksum}, not modified"
     if after is None:
         return Finding(False, expected, "the file is gone")
     changed = [
@@ -301,7 +311,7 @@ def _file_unchanged(evidence: Evidence) -> Finding:
         for change, same in (
             ("another file", (before.device, before.inode) == (after.device, after.inode)),
             (f"{after.size:,} bytes", before.size == after.size),
-            (f"SHA-256 {after.sha256[:16]}…", before.sha256 == after.sha256),
+            (after.checksum, before.sha256 == after.sha256),
             ("modified meanwhile", before.modified == after.modified),
         )
         if not same

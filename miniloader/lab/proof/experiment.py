@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from miniloader.elf import ElfImage, LoadPlan, Source
+from miniloader.elf.source import unreadable
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, on_same_pages, take
+from miniloader.files import open_regular
 from miniloader.forking import importing
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.probe import best_level
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["experiment"]
 
 _MOST_BSS: Final = 1 << 17  # bytes of bss that are touched, and of which pages that nobody has are shown
+_PART: Final = 1 << 20  # bytes of the file that are read at once
 
 
 def experiment(
@@ -169,13 +174,30 @@ def _threads(pid: int) -> int:
 
 
 def _state_of(path: str) -> FileState:
+    """The state of a file; holes are not read, since any length of them costs nothing to make.
+
+    Beyond the size that it had as it was opened nothing is read, either: somebody may be writing to it.
+    """
+    digest, whole = hashlib.sha256(), True
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        fd = open_regular(path)
+        status = os.fstat(fd)
+        if status.st_size == 0:
+            os.close(fd)
+        else:
+            with closing(Source(fd, path)) as source:
+                whole = list(islice(source.parts(0, status.st_size), 2)) == [(0, status.st_size)]
+                for start, end in source.parts(0, status.st_size):
+                    if not whole:
+                        digest.update(f"{start}-{end}:".encode())
+                    while start < end and (part := os.pread(fd, min(end - start, _PART), start)):
+                        digest.update(part)
+                        start += len(part)
     except OSError as error:
-        raise ElfError(path, "file", str(error.strerror), "a readable ELF file") from None
-    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
+        raise unreadable(path, "file", error) from None
+    return FileState(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest.hexdigest(), whole
+    )
 
 
 def _state_if_there(path: str) -> FileState | None:

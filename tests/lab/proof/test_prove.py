@@ -281,6 +281,36 @@ def test_a_file_that_changes_meanwhile(
     assert re.fullmatch(f".*{observed}", claim(proof, "file-unchanged").observed)
 
 
+@pytest.mark.parametrize(
+    ("change", "observed"),
+    [
+        (
+            lambda file: os.truncate(file, 1 << 42),
+            r"4,398,046,511,104 bytes, SHA-256 [0-9a-f]{16}… without its holes, modified meanwhile",
+        ),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "the file is gone"),
+        (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "the file is gone"),
+    ],
+    ids=["a hole", "a pipe", "a device"],
+)
+def test_what_has_come_in_the_place_of_the_file_is_neither_waited_for_nor_read(
+    copied_demo: Path, change: Callable[[Path], Any], observed: str
+) -> None:
+    signal.alarm(60)
+    try:
+        proof = prove(copied_demo, 2, on_step=at("exited", lambda pids: change(copied_demo)))
+    finally:
+        signal.alarm(0)
+    assert re.fullmatch(observed, claim(proof, "file-unchanged").observed)
+
+
+def test_a_file_with_a_hole_is_as_it_was(copied_demo: Path) -> None:
+    os.truncate(copied_demo, 1 << 42)
+    finding = claim(prove(copied_demo, 2), "file-unchanged")
+    assert (finding.verdict, finding.observed) == ("proven", "the same")
+    assert "without its holes" in finding.expected
+
+
 # ------------------------------------------------------------------------------------------ what goes wrong
 @pytest.mark.parametrize("step", NAMES)
 def test_a_worker_killed_at_any_step(demo: Path, step: str) -> None:
