@@ -12,7 +12,7 @@ import pytest
 
 from fixtures import build
 from miniloader import shortage
-from miniloader.errors import MiniloaderError
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError
 from miniloader.lab.audit.audit import _unreadable
 from miniloader.loader.from_inside import for_host
 from miniloader.loader.from_inside.caller import Caller
@@ -133,6 +133,19 @@ def test_who_lacks_even_the_memory_to_say_so_says_it() -> None:
     )
     done = run(["-c", script])
     assert (done.returncode, done.stderr) == (1, "miniloader: too little memory\n")
+
+
+def test_a_program_that_no_memory_was_left_to_begin_with_is_no_traceback() -> None:
+    script = (
+        "from miniloader import cli\n"
+        "from miniloader.loader.running import program\n"
+        "def fail(*_): raise MemoryError\n"
+        "program.ModuleType = fail\n"
+        "raise SystemExit(cli.main(['run', '--no-bill', '-c', 'print(1)']))"
+    )
+    done = run(["-c", script])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"miniloader: too little memory ({MEMORY_LIMITS})\n"
 
 
 def test_a_process_that_no_memory_was_left_for_is_told_so() -> None:

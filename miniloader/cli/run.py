@@ -154,8 +154,11 @@ def _run(program: PythonProgram, words: list[str]) -> int:
         program.run(words)
     except SystemExit:
         raise
-    except BaseException as error:  # noqa: BLE001 - the program's, and shown as Python would
-        error.__traceback__ = program.own_traceback(error.__traceback__)
+    except BaseException as error:  # the program's, and shown as Python would
+        own = program.own_traceback(error.__traceback__)
+        if own is None and isinstance(error, Exception):  # it has not begun: memory lacks even for that
+            raise
+        error.__traceback__ = own or error.__traceback__
         sys.excepthook(type(error), error, error.__traceback__)
         if isinstance(error, KeyboardInterrupt):
             _end()
@@ -201,4 +204,13 @@ def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
         text = in_json()
     else:
         text = "".join(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))
-    write_whole(path, [text.encode(errors="surrogateescape")])
+    try:
+        write_whole(path, [text.encode(errors="surrogateescape")])
+    except OSError as error:  # the program has ended, and its status stays
+        from contextlib import suppress
+
+        from miniloader.errors import printable
+
+        if sys.stderr is not None:
+            with suppress(OSError):  # nobody hears of it
+                print(f"miniloader: {printable(path)}: {error.strerror}", file=sys.stderr)

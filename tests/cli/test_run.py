@@ -152,6 +152,15 @@ def test_the_bill(place: Path) -> None:
     assert bill["fell_back"] == []
 
 
+def test_a_bill_that_cannot_be_written_is_one_line(place: Path) -> None:
+    """The program has ended by then, as it does: with what it printed, and its status."""
+    for file, said in (("none/bill", "No such file or directory"), ("/dev/full", "No space left on device")):
+        for status in (0, 7):
+            done = run(RUN, "--bill", file, "-c", f"print('out'); raise SystemExit({status})", cwd=place)
+            assert (done.returncode, done.stdout) == (status, "out\n")
+            assert done.stderr == f"miniloader: {file}: {said}\n"
+
+
 def test_what_its_threads_and_exit_handlers_import_comes_through_us(place: Path) -> None:
     code = (
         "import atexit, threading, time\n"

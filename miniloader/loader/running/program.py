@@ -60,11 +60,10 @@ class PythonProgram:
         exec(self.code, main.__dict__)
 
     def own_traceback(self, trace: TracebackType | None) -> TracebackType | None:
-        """The part of ``trace`` that is the program's, as Python would show it."""
-        frame = trace
-        while frame is not None and frame.tb_frame.f_code is not self.code:
-            frame = frame.tb_next
-        return frame or trace
+        """The part of ``trace`` that is the program's, as Python would show it; None where nothing is."""
+        while trace is not None and trace.tb_frame.f_code is not self.code:
+            trace = trace.tb_next
+        return trace
 
 
 def _begin_path(directory: str) -> None:
