@@ -75,7 +75,7 @@ def refuse_unwritable(path: Path, what: str = "page") -> None:
     directory = os.path.dirname(os.path.realpath(path))
     why = errno.ENOENT if not os.path.isdir(directory) else errno.EISDIR if os.path.isdir(path) else 0
     if not why and not os.path.exists(path) and not os.access(directory, os.W_OK | os.X_OK):
-        why = errno.EACCES
+        why = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
     if why:
         raise MiniloaderError(f"{os.fspath(path)}: cannot write the {what}: {os.strerror(why)}")
 

@@ -55,6 +55,29 @@ def test_without_proc(command: tuple[str, ...], status: int, own_mounts: list[st
     assert bool(done.stdout) == (status == 0)
 
 
+@pytest.mark.needs_root("it mounts a file system in a namespace of its own")
+@pytest.mark.parametrize(
+    "command",
+    [("walkthrough", "mapping", "--html"), ("audit", "self", "--html"), ("audit", "self", "--save")],
+    ids=" ".join,
+)
+def test_a_file_system_that_is_read_only_is_named(
+    command: tuple[str, ...], tmp_path: Path, own_mounts: list[str]
+) -> None:
+    script = [*own_mounts, f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"', "sh"]
+    filled = [str(os.getpid()) if word == "self" else word for word in command]
+    done = subprocess.run(
+        [*script, *COMMAND, *filled, f"{tmp_path}/out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=build.ROOT,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith(": Read-only file system\n")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.needs_root("it mounts a /proc of its own")
 def test_a_proc_that_hides_processes() -> None:
     """hidepid=invisible: the processes of others are not there; one's own can be audited and proven."""
