@@ -20,7 +20,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Final, Literal
 
 from miniloader.arrays import NDArray, np
@@ -32,6 +32,7 @@ from miniloader.forking import cached_property, importing
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits
 from miniloader.loader.prepared import store
+from miniloader.loader.relocation_groups import TLS
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import KINDS, Kind
@@ -124,10 +125,13 @@ class Prepared:
         """A table as numpy has it."""
         return np.frombuffer(self.tables[key], _TABLES[key][0])
 
+    def rows_of(self, key: str) -> int:
+        """How many rows a table has."""
+        return self.tables[key].nbytes // _TABLES[key][1].size
+
     def _place(self, key: str) -> tuple[int, int]:
         """Where a table is in memory, and how many rows it has."""
-        table = self.tables[key]
-        return buffer_address(table), table.nbytes // _TABLES[key][1].size
+        return buffer_address(self.tables[key]), self.rows_of(key)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -375,9 +379,40 @@ def _decoded(fd: int, index: bytearray, length: int, at: int, total: int) -> Pre
         tables=tables,
     )
     slots, numbers = (ready.tables[key].nbytes for key in ("slots", "numbers"))
-    if slots != numbers or ready.count * sys.PAGE_SIZE != total - at:
+    if slots != numbers or ready.count * sys.PAGE_SIZE != total - at or not _is_sound(ready):
         raise LoadError("its index is damaged")
     return ready
+
+
+def _is_sound(ready: Prepared) -> bool:
+    """Whether what is used without being asked again is of its kind, and is where it may be.
+
+    What the loops are given they look at themselves.  May raise any of :data:`_MALFORMED`.
+    """
+    special, tls_kinds, scope = ready.special, ready.tls_kinds, len(ready.scope)
+    texts = [ready.path, ready.build_id, *ready.scope, *ready.tls_names, *ready.names.values()]
+    counts = [ready.address, ready.end, ready.symbols, ready.words, ready.filled, *ready.file, *ready.held]
+    counts += [ready.unwind_table or 0, *chain.from_iterable(special), *chain.from_iterable(tls_kinds)]
+    if {*map(type, texts)} != {str} or {*map(type, counts)} != {int} or min(counts) < 0:
+        return False
+    os.fsencode(ready.path)
+    owners, kinds = ready.rows("tls_symbols")[1::4], KINDS[processor().upper()]
+    values, page = ready.rows_of("values"), 0
+    for _, first, count in ready.runs:  # as they follow one another in the file
+        if first != page:
+            return False
+        page += count
+    return (
+        max(counts) < 1 << 64
+        and ready.address <= ready.end
+        and "\0" not in ready.path
+        and all(position < scope for position in ready.held)
+        and all(number < values and how <= THREAD_EXIT and of < scope for number, how, of in special)
+        and all(how != UNIQUE or number in ready.names for number, how, _ in special)
+        and all(code in kinds and kinds[code].formula in TLS for code, _ in tls_kinds)
+        and sum(count for _, count in tls_kinds) == ready.rows_of("tls_rows")
+        and all(-1 <= owner < scope for owner in owners)
+    )
 
 
 def _checksum(length: int, total: int, index: bytes | bytearray) -> int:

@@ -315,6 +315,19 @@ _AMISS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "elsewhere": (lambda _, kept: _elsewhere(kept), "its pages are of another library"),
     "no names": (lambda _, kept: _saying(kept, _instead(kept, "names", [])), "index is damaged"),
     "no file": (lambda _, kept: _saying(kept, _instead(kept, "file", 1)), "index is damaged"),
+    "no path": (lambda _, kept: _saying(kept, _instead(kept, "path", 7)), "index is damaged"),
+    "a path with a zero": (lambda _, kept: _saying(kept, _instead(kept, "path", "/\0")), "index is damaged"),
+    "no build-id": (lambda _, kept: _saying(kept, _instead(kept, "build_id", 1.5)), "index is damaged"),
+    "no number": (lambda _, kept: _saying(kept, _instead(kept, "filled", "x")), "index is damaged"),
+    "a huge number": (lambda _, kept: _saying(kept, _instead(kept, "address", 1 << 64)), "index is damaged"),
+    "below nothing": (lambda _, kept: _saying(kept, _instead(kept, "end", -1)), "index is damaged"),
+    "pairs of one": (lambda _, kept: _saying(kept, _instead(kept, "tls_kinds", [[16]])), "index is damaged"),
+    "no such kind": (
+        lambda _, kept: _saying(kept, _instead(kept, "tls_kinds", [[1, 0]])),
+        "index is damaged",
+    ),
+    "out of scope": (lambda _, kept: _saying(kept, _instead(kept, "held", [999])), "index is damaged"),
+    "no such value": (lambda _, kept: _saying(kept, _instead(kept, "special", [[9999, 0, 0]])), "index is d"),
     "endless": (lambda _, kept: _endless(kept), "index is damaged"),
     "other kind": (_other_kind, "another kind"),
     "writable": (lambda _, kept: kept.chmod(0o600), "mode 0600.*expected .* mode 0400"),
@@ -600,6 +613,17 @@ def test_commands(demo: Path, own_cache: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- what lies about
+@pytest.mark.parametrize("what", [name for name, (_, reason) in _AMISS.items() if reason[:8] == "index is"])
+def test_a_damaged_index_is_listed_as_that(what: str, demo: Path, tmp_path: Path, own_cache: Path) -> None:
+    path = _copy_of(demo, tmp_path)
+    entry = prepare(path)
+    _AMISS[what][0](path, own_cache / entry.name)
+    for words, status in ((("cache",), 0), (("cache", "--verify"), 1)):
+        done = run(*words)
+        assert (done.returncode, done.stderr) == (status, "")
+        assert "index is damaged" in done.stdout
+
+
 def test_every_bit_of_the_head_is_under_the_checksum(own_cache: Path) -> None:
     """A file with any of them flipped is refused by a LoadError, and the library goes the plain way."""
     library = build.build("demo")
