@@ -1,13 +1,14 @@
-/* What stands beside the loops, under gcc's sanitizers: rooms SEED RUNS SECONDS.
+/* What stands beside the loops, under gcc's sanitizers: rooms SEED RUNS SECONDS EDGES.
 
    Answers about libraries, what libraries call instead of dlopen(3), lazy binding, callbacks, the guard and the notes
    of faults: each is asked at random, everything that is handed over is exactly as long as it is said to be, and what
    comes of it is compared with the plainest way to find it.  At the end it says how many runs there were, how many edges,
-   and in which run the last of these was met first. */
+   and in which run the last of these was met first; EDGES is a file that gets the place of each. */
 
 #define _GNU_SOURCE
 #include <assert.h>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <link.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -22,18 +23,42 @@
 #include <time.h>
 #include <unistd.h>
 
-/* ---- edges that were come by (-fsanitize-coverage=trace-pc) */
-enum { EDGES = 1 << 16 };
-static uint8_t edges[EDGES];
-static uint64_t done, newest; /* runs until now, and the one that met an edge for the first time most lately */
+/* ---- edges that were come by (-fsanitize-coverage=trace-pc), also by children */
+enum { EDGES = 1 << 20 };
+static struct {
+    uint64_t newest; /* the run that met an edge for the first time most lately */
+    uint8_t met[EDGES];
+} *edges;
+static uint64_t done;         /* runs until now */
+static uint64_t until_change; /* how many edges on somebody does something meanwhile; 0 for never */
+static void change_meanwhile(void);
 extern char __executable_start;
 
 __attribute__((no_sanitize("address", "undefined"))) void __sanitizer_cov_trace_pc(void)
 {
-    uint8_t *edge = &edges[((uintptr_t)__builtin_return_address(0) - (uintptr_t)&__executable_start) % EDGES];
+    if (!edges)
+        return;
+    uint8_t *edge = &edges->met[((uintptr_t)__builtin_return_address(0) - (uintptr_t)&__executable_start) % EDGES];
     if (!*edge)
-        *edge = 1, newest = done;
+        *edge = 1, edges->newest = done;
+    if (until_change && --until_change == 0)
+        change_meanwhile();
 }
+
+/* Where each edge that was met returned to, as objdump(1) has it; their number. */
+static uint64_t list_edges(const char *path)
+{
+    FILE *file = fopen(path, "w");
+    uint64_t count = 0;
+    for (int edge = 0; file && edge < EDGES; edge++)
+        if (edges->met[edge])
+            fprintf(file, "%x\n", edge), count++;
+    if (file)
+        fclose(file);
+    return count;
+}
+
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
 
 static uint64_t state;
 
@@ -73,15 +98,21 @@ int answer_dl_iterate_phdr(Callback *, void *);
 int answer_dl_find_object(void *, Object *);
 char **answer_backtrace_symbols(void *const *, int);
 void answer_backtrace_symbols_fd(void *const *, int, int);
+void *symbol_of(const void *, const char *);
+void *symbol_for(uint64_t, const char *);
+void *handle_called(const char *);
 
 enum { LIBRARIES = 12, SPACE = 1 << 16 };
 static Entry models[LIBRARIES];
 static uint64_t ends[LIBRARIES];
 static const uint64_t theirs_start = 100, theirs_end = 200; /* what glibc knows */
+enum { MODULE = 3 };                                       /* whose thread-local storage it knows */
+static int no_file;                                        /* to write to */
 
 static int iterate(Callback *callback, void *data)
 {
-    struct dl_phdr_info info = {.dlpi_name = "theirs", .dlpi_adds = 1};
+    struct dl_phdr_info info = {
+        .dlpi_name = "theirs", .dlpi_adds = 1, .dlpi_tls_modid = MODULE, .dlpi_tls_data = &state};
     return callback(&info, sizeof info, data);
 }
 
@@ -103,7 +134,9 @@ static int object_of_theirs(void *address, Object *object)
 
 static char **symbols_of_theirs(void *const *addresses, int count)
 {
-    char **lines = malloc((size_t)count * sizeof *lines + 7);
+    char **lines = chance(8) ? malloc((size_t)count * sizeof *lines + 7) : NULL;
+    if (!lines)
+        return NULL;
     for (int i = 0; i < count; i++)
         lines[i] = memcpy((char *)(lines + count), "theirs", 7);
     return (void)addresses, lines;
@@ -117,6 +150,7 @@ static uint64_t visited, most_visits;
 static int count_visit(struct dl_phdr_info *info, size_t size, void *data)
 {
     assert(size == sizeof *info && data == &visited);
+    assert(info->dlpi_tls_data == (info->dlpi_tls_modid == MODULE ? &state : NULL));
     return ++visited == most_visits ? 7 : 0;
 }
 
@@ -127,18 +161,65 @@ static void relist(uint64_t number)
         ends[number] = 0;
         free((void *)models[number].symbols);
         free((void *)models[number].strings);
+        free((void *)models[number].map.dynamic);
         return;
     }
     uint64_t count = chance(20), bytes = 1 + chance(30), start = 1000 * (number + 1);
     ElfW(Sym) *symbols = malloc(count * sizeof *symbols + !count);
     char *strings = calloc(bytes, 1);
     for (uint64_t i = 0; i < count; i++)
-        symbols[i] = (ElfW(Sym)){.st_name = (uint32_t)chance(bytes), .st_info = (uint8_t)chance(8),
+        symbols[i] = (ElfW(Sym)){.st_name = (uint32_t)chance(bytes), .st_info = (uint8_t)(chance(3) << 4 | chance(12)),
                                  .st_shndx = (uint16_t)chance(3), .st_value = chance(1200), .st_size = chance(200)};
-    models[number] = (Entry){.info = {.dlpi_addr = start - chance(2) * 500, .dlpi_name = strings}, .start = start,
-                             .symbols = symbols, .symbol_count = count, .strings = strings};
+    for (uint64_t i = 0; i + 1 < bytes; i++)
+        strings[i] = (char)(chance(3) ? 'a' + chance(2) : 0);
+    ElfW(Dyn) *dynamic = chance(3) ? calloc(3, sizeof *dynamic) : NULL;
+    if (dynamic)
+        dynamic[0].d_tag = DT_NEEDED, dynamic[1] = (ElfW(Dyn)){chance(2) ? DT_SONAME : DT_NULL, {chance(bytes)}};
+    models[number] = (Entry){.info = {.dlpi_addr = start - chance(2) * 500, .dlpi_name = chance(4) ? strings : "/proc",
+                                      .dlpi_tls_modid = chance(2) * (MODULE - 1 + chance(2))},
+                             .start = start, .symbols = symbols, .symbol_count = count, .strings = strings,
+                             .map = {.dynamic = dynamic}};
     ends[number] = start + 1 + chance(999);
     list_entry(number, &models[number], ends[number]);
+}
+
+/* The plainest ways to find what is asked for when Python has ended. */
+static void *plain_symbol(uint64_t number, const char *name)
+{
+    for (uint64_t i = 0; number < LIBRARIES && ends[number] && i < models[number].symbol_count; i++) {
+        const ElfW(Sym) *symbol = &models[number].symbols[i];
+        unsigned type = symbol->st_info & 15;
+        bool is_right = symbol->st_shndx && symbol->st_info >> 4 && type != STT_TLS && type != STT_GNU_IFUNC;
+        if (is_right && !strcmp(models[number].strings + symbol->st_name, name))
+            return (void *)(models[number].info.dlpi_addr + symbol->st_value);
+    }
+    return NULL;
+}
+
+static void *plain_symbol_for(uint64_t owner, const char *name)
+{
+    void *found = plain_symbol(owner, name);
+    for (uint64_t i = 0; i < LIBRARIES && !found; i++)
+        found = plain_symbol(i, name);
+    return found;
+}
+
+static void *plain_handle(const char *name)
+{
+    for (uint64_t i = 0; i < LIBRARIES; i++) {
+        const ElfW(Dyn) *dynamic = models[i].map.dynamic;
+        const char *path = models[i].info.dlpi_name;
+        if (ends[i] && (!strcmp(path, name) || (!strcmp(path, "/proc") && !strcmp(name, "/proc/.")) ||
+                        (dynamic && dynamic[1].d_tag && !strcmp(models[i].strings + dynamic[1].d_un.d_val, name))))
+            return &entries[i].map;
+    }
+    return NULL;
+}
+
+static const char *some_name(void)
+{
+    static const char *const names[] = {"a", "b", "ab", "", "/proc", "/proc/.", "/no such", "a name"};
+    return names[chance(8)];
 }
 
 static void try_answers(void)
@@ -181,12 +262,17 @@ static void try_answers(void)
     char **lines = answer_backtrace_symbols(addresses, 2), line[64];
     snprintf(line, sizeof line, "[%p]", (void *)address);
     bool is_ours = owner < LIBRARIES;
-    assert(!strcmp(is_ours ? strstr(lines[0], "[") : lines[0], is_ours ? line : "theirs"));
-    assert(!strcmp(lines[1], "theirs"));
+    assert(!lines || !strcmp(is_ours ? strstr(lines[0], "[") : lines[0], is_ours ? line : "theirs"));
+    assert(!lines || !strcmp(lines[1], "theirs"));
     free(lines);
+    free(answer_backtrace_symbols(addresses, 0));
     written = 0;
-    answer_backtrace_symbols_fd(addresses + is_ours, 2 - is_ours, 0);
-    assert(written == 2 - is_ours);
+    answer_backtrace_symbols_fd(addresses, 2, no_file);
+    assert(written == (2 - is_ours) * (1 + no_file));
+    const char *name = some_name();
+    uint64_t number = chance(LIBRARIES + 4);
+    assert(symbol_of(&entries[number].map, name) == plain_symbol(number, name) && !symbol_of(&number, name));
+    assert(symbol_for(address, name) == plain_symbol_for(owner, name) && handle_called(name) == plain_handle(name));
     visited = 0;
     most_visits = chance(LIBRARIES + 2);
     int result = answer_dl_iterate_phdr(count_visit, &visited);
@@ -227,7 +313,11 @@ static void *their_open(const char *name, int flags)
     snprintf(opened, sizeof opened, "%s", name ? name : "the program");
     return (void *)THEIRS;
 }
-static void *their_symbol(void *handle, const char *name) { return (void)name, handle ? NULL : (void *)THEIRS; }
+static bool knows;
+static void *their_symbol(void *handle, const char *name)
+{
+    return (void)name, handle || !knows ? NULL : (void *)THEIRS;
+}
 static void *their_version(void *handle, const char *name, const char *version)
 {
     return (void)version, their_symbol(handle, name);
@@ -243,12 +333,20 @@ static void *their_namespace(long namespace, const char *name, int flags)
 }
 static char *their_error(void) { return NULL; }
 
-static int lock(void) { return (int)++locks; }
+static __thread bool is_first = true; /* thread */
+static unsigned delay;
+static int lock(void)
+{
+    if (!is_first)
+        usleep(delay);
+    return (int)++locks;
+}
 static void unlock(int held) { assert(held == (int)locks--); }
 static void *number(uint64_t value)
 {
-    uint64_t *boxed = malloc(sizeof *boxed);
-    *boxed = value;
+    uint64_t *boxed = fails && chance(2) ? NULL : malloc(sizeof *boxed);
+    if (boxed)
+        *boxed = value;
     return boxed;
 }
 static void *call(const void *function, void *argument)
@@ -257,27 +355,42 @@ static void *call(const void *function, void *argument)
     asked++;
     Question *question = (Question *)*(uint64_t *)argument;
     if (fails)
-        return NULL;
+        return chance(2) ? NULL : number(0);
     question->result = 0x222;
     if (with_error)
         question->error = (uint64_t)strdup("an error of ours");
     return number(answers || with_error);
 }
-static int truth(void *value) { return *(uint64_t *)value != 0; }
+static int truth(void *value) { return fails ? -1 : *(uint64_t *)value != 0; }
 static void complain(const void *function) { assert(function == &answered && fails); }
 
 static void *thread_state(void) { return &state; }
 static void *interpreter_of(const void *thread) { return (void *)thread; }
 
-/* One thread more, which waits for its turn: here it is over at once. */
-static void *state_of_thread(void) { return chance(2) ? &state : NULL; }
+/* One thread more, which waits for its turn: mostly it is over at once. */
+static bool is_unknown, is_running;
+static struct {
+    void *(*function)(void *);
+    void *argument;
+} task;
+static void *state_of_thread(void) { return is_unknown || chance(2) ? NULL : &state; }
+static void *run_task(void *unused) { return is_first = false, (void)unused, task.function(task.argument); }
 static int start(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument)
 {
     assert(!attributes);
     *thread = 1;
+    is_running = is_unknown || chance(64) == 0;
+    task.function = function, task.argument = argument;
+    if (is_running)
+        return pthread_create((pthread_t *)thread, NULL, run_task, NULL);
     return chance(4) ? function(argument) != NULL : 11;
 }
-static int detach(uint64_t thread) { return assert(thread == 1), 0; }
+static int detach(uint64_t thread)
+{
+    if (is_running)
+        pthread_detach((pthread_t)thread);
+    return assert(is_running || thread == 1), 0;
+}
 
 static uint64_t ended;
 static void destructor(void) { ended++; }
@@ -289,11 +402,17 @@ static void try_askers(void)
         uint64_t row[3];
         char directories[16];
     } table = {{0, chance(2) ? UINT64_MAX : 0, 24}, "/no such/\0/\0"};
-    const char *names[] = {"proc", "/proc", "no such file", "", NULL}, *name = names[chance(5)];
+    static char far_too_long[5000];
+    memset(far_too_long, 'n', sizeof far_too_long - 1);
+    const char *names[] = {"proc", "/proc", "no such file", "", NULL, "a", far_too_long}, *name = names[chance(7)];
     set_askers(&table, 1, sizeof table);
-    assert(inside_open(name, 1) == (void *)THEIRS);
     bool is_found = table.row[1] && name && !strcmp(name, "proc");
-    assert(!strcmp(opened, is_found ? "/proc" : name ? name : "the program"));
+    void *known = name && *name ? plain_handle(name) : NULL;
+    if (is_found && !known)
+        known = plain_handle("/proc");
+    strcpy(opened, "");
+    assert(inside_open(name, 1) == (known ? known : (void *)THEIRS));
+    assert(known || !strncmp(opened, is_found ? "/proc" : name ? name : "the program", sizeof opened - 1));
     set_askers(NULL, 0, 0);
 }
 
@@ -309,8 +428,9 @@ static void try_inside(void)
     answers = chance(2), fails = !chance(6), with_error = !fails && !chance(4);
     void *const handles[] = {NULL, (void *)-1, (void *)FIRST, (void *)(FIRST + LENGTH), (void *)PROGRAM};
     void *handle = handles[chance(5)], *found = NULL;
-    char where[8], name[] = "a name";
-    asked = 0;
+    const char *name = some_name();
+    char where[8];
+    asked = 0, knows = chance(4), delay = 500;
     switch (chance(7)) {
     case 0: found = inside_open(chance(2) ? name : NULL, 1); break;
     case 1: found = inside_import(name, 1); break;
@@ -321,7 +441,8 @@ static void try_inside(void)
     case 6: found = inside_namespace(0, name, 1); break;
     }
     assert(locks == 0 && asked <= 2);
-    assert(!found || found == (void *)THEIRS || found == (void *)0x222 || found == (void *)0x333);
+    assert(!found || found == (void *)THEIRS || found == (void *)0x222 || found == (void *)0x333 ||
+           found == plain_handle(name) || found == plain_symbol_for(LIBRARIES, name));
     char *said = inside_error();
     bool is_told = asked && with_error && said && !strcmp(said, "an error of ours");
     assert(!said || is_told || (handle == (void *)FIRST && strstr(said, "has ended")));
@@ -338,6 +459,36 @@ static void try_inside(void)
     set_destructors(NULL, 0);
     set_inside(NULL, NULL, NULL, 0, 0, 0);
     try_askers();
+}
+
+/* Who waits for too long is answered by glibc, and the thread that waited in its place goes alone. */
+static void try_patience(void)
+{
+    static const void *const interface[] = {
+        lock, unlock, number, call, truth, free, complain, state_of_thread, start, detach};
+    static const void *const functions[] = {
+        their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
+    set_inside(&answered, interface, functions, FIRST, LENGTH, PROGRAM);
+    is_unknown = true, delay = 2300000, asked = 0;
+    assert(inside_open("a name", 1) == (void *)THEIRS && asked == 0);
+    usleep(600000);
+    assert(locks == 0);
+    is_unknown = false, delay = 0;
+    set_inside(NULL, NULL, NULL, 0, 0, 0);
+}
+
+/* Where there is not enough memory nobody asks, and nothing is left to call. */
+static void try_shortage(void)
+{
+    const uint64_t row[3] = {0, UINT64_MAX, 24};
+    set_askers(row, 1, UINT64_C(1) << 60);
+    strcpy(opened, "");
+    inside_open("no such file", 1);
+    assert(!strcmp(opened, "no such file"));
+    ended = 0;
+    set_destructors(row, UINT64_C(1) << 58);
+    finalise(NULL);
+    assert(ended == 0);
 }
 
 /* ---- host.c */
@@ -357,7 +508,9 @@ static void try_host(void)
     uint64_t size = 128 + 8 * chance(64), entries = 1 + chance(8), half = 64 + 8 * chance(size / 8 - 8);
     uint64_t *memory = malloc(size), bias = (uint64_t)memory;
     for (uint64_t i = 0; i < size / 8; i++)
-        memory[i] = chance(4) ? chance(4) : chance(UINT64_MAX);
+        memory[i] = chance(8) == 0 ? chance(size) | UINT64_C(0x1001200000000) /* a function has this name */
+                    : chance(4)    ? chance(4)
+                                   : chance(UINT64_MAX);
     for (uint64_t i = 0; i < entries && 16 * i + 16 <= size; i++) {
         memory[2 * i] = (uint64_t)tags[chance(8)];
         memory[2 * i + 1] = chance(4) ? chance(size + 8) + (chance(2) ? bias : 0) : chance(UINT64_MAX);
@@ -373,6 +526,10 @@ static void try_host(void)
     is_global(looked_up, chance(2) ? memory : room, bias, headers, 3);
     free(memory);
 }
+
+static uint8_t *pages; /* one that can be read, one that cannot, one whose file is gone, one that can be read */
+enum { PAGE = 4096, ROOM = 4 * PAGE };
+enum { FINE, GONE };
 
 /* ---- prepared.c */
 typedef struct { uint64_t offset, addend, definer; } Value;
@@ -412,12 +569,18 @@ static void try_prepared(void)
         fits &= numbers[i] < values && places[i] + UINT64_C(8) <= size;
     }
     assert((fill_slots(room, size, places, numbers, slots, table, results, values) == 0) == fits);
+    const uint32_t place = 0;
+    const uint64_t sum[2] = {0};
+    assert(compare_sums((uint64_t *)(pages + (1 + chance(2)) * PAGE), 8, 8, sum, 2) == GONE);
+    assert(fill_slots((char *)pages + PAGE, PAGE, &place, &place, 1, &(Value){0, 0, 0}, sum, 1) == GONE);
     free(room), free(numbers), free(places), free(results), free(biases), free(table), free(sums), free(words);
 }
 
 /* ---- calls.c */
 void call_each(void (*const *)(int, void *, void *), uint64_t, int, void *, void *);
 void resolve(uint64_t *, const int64_t *, uint64_t);
+uint64_t thread_pointer(void);
+void flush_code(uint64_t, uint64_t);
 static uint64_t called;
 static void constructor(int argc, void *argv, void *envp) { called += (uint64_t)argc, (void)argv, (void)envp; }
 static uint64_t chosen(void) { return 0x444; }
@@ -445,17 +608,15 @@ static void try_calls(void)
     called = 0;
     call_each(functions, count, 3, NULL, NULL);
     resolve(addresses, places, count);
+    assert(thread_pointer() == (uint64_t)__builtin_thread_pointer());
+    flush_code((uint64_t)room, (uint64_t)room + size);
     assert(called == 3 * count && (!count || addresses[0] == 0x444));
     free(places), free(functions), free(name), free(table), free(addresses), free(room);
 }
 
 /* ---- guard.c */
-enum { FINE, GONE };
 int64_t copy(void *, const void *, uint64_t, uint64_t *);
 int64_t guard_is_kept(void);
-static uint8_t *pages; /* one that can be read, one that cannot, one whose file is gone, one that can be read */
-enum { PAGE = 4096, ROOM = 4 * PAGE };
-
 static void lay_pages(void)
 {
     FILE *file = tmpfile();
@@ -478,6 +639,79 @@ static void try_guard(void)
     if (!chance(64))
         assert(guard_is_kept());
     free(buffer);
+}
+
+void guard_begin(void);
+void guard_end(void);
+static volatile int met_by_others;
+static void their_handler(int number) { met_by_others += number == SIGSEGV; }
+static void their_action(int number, siginfo_t *info, void *context)
+{
+    their_handler(number);
+    if (info->si_code > 0) /* a fault of another thread's */
+        mprotect(pages + PAGE, PAGE, PROT_READ);
+    (void)context;
+}
+
+static void *fault_of_another(void *unused) { return (void)*(volatile uint8_t *)&pages[PAGE], unused; }
+
+static void install_theirs(uint64_t which)
+{
+    struct sigaction theirs = {.sa_handler = which == 1 ? their_handler : which == 2 ? SIG_IGN : SIG_DFL};
+    if (which == 0)
+        theirs = (struct sigaction){.sa_sigaction = their_action, .sa_flags = SA_SIGINFO};
+    sigaction(SIGSEGV, &theirs, NULL);
+}
+
+static void change_meanwhile(void) { install_theirs(1); }
+
+/* Another one's handler gets what is not the guard's, and stays when it comes meanwhile. */
+static void try_other_handlers(void)
+{
+    struct sigaction old, now;
+    sigaction(SIGSEGV, NULL, &old);
+    uint64_t which = chance(2);
+    pthread_t thread;
+    met_by_others = 0;
+    install_theirs(which);
+    guard_begin();
+    raise(SIGSEGV);
+    assert(met_by_others == 1);
+    if (which == 0) {
+        pthread_create(&thread, NULL, fault_of_another, NULL);
+        pthread_join(thread, NULL);
+        assert(met_by_others == 2);
+        mprotect(pages + PAGE, PAGE, PROT_NONE);
+    }
+    guard_end();
+    install_theirs(2);
+    guard_begin();
+    raise(SIGSEGV);
+    guard_end();
+    for (uint64_t edge = 1; edge < 30; edge++) {
+        install_theirs(0);
+        until_change = edge;
+        guard_begin();
+        guard_end();
+        sigaction(SIGSEGV, NULL, &now);
+        assert(until_change || now.sa_handler == their_handler);
+        until_change = 0;
+    }
+    sigaction(SIGSEGV, &old, NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        which = 2 + chance(2);
+        install_theirs(which);
+        guard_begin();
+        if (which == 3 && chance(2))
+            raise(SIGSEGV);
+        pthread_create(&thread, NULL, fault_of_another, NULL);
+        pthread_join(thread, NULL);
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
 }
 
 static void *guard_on_a_stack(void *unused)
@@ -503,6 +737,33 @@ typedef struct {
     uint64_t address, instruction, how, back;
 } Fault;
 void note_faults(Fault *, void *, uint64_t);
+void tell_faults(char *const *);
+
+/* A command that is told of the fault says what it was told; one that cannot be run does not hurt. */
+static void try_teller(void)
+{
+    int ends[2];
+    char script[64], said[256] = "";
+    assert(!pipe(ends));
+    snprintf(script, sizeof script, "echo \"$*\" >&%d", ends[1]);
+    char *command[] = {chance(2) ? "/bin/sh" : "/no such program", "-c", script, "tell", NULL};
+    pid_t child = fork();
+    if (child == 0) {
+        note_faults(NULL, malloc(1 << 16), 1 << 16);
+        tell_faults(command);
+        ((volatile uint8_t *)pages)[PAGE] = 1;
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    close(ends[1]);
+    ssize_t length = read(ends[0], said, sizeof said - 1);
+    close(ends[0]);
+    unsigned long told[4] = {0};
+    if (!strcmp(command[0], "/bin/sh"))
+        assert(length == 7 * 17 && sscanf(said, "%lx %lx %lx %lx", told, told + 1, told + 2, told + 3) == 4 &&
+               told[0] == (unsigned long)child && told[1] == SIGSEGV && told[3] == (unsigned long)pages + PAGE);
+    assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+}
 
 static void try_fault(void)
 {
@@ -647,10 +908,12 @@ static void try_arguments(void)
 
 int main(int argc, char **words)
 {
-    if (argc != 4)
+    if (argc != 5)
         return 2;
     static const void *const theirs[] = {
         iterate, address_of_theirs, object_of_theirs, NULL, symbols_of_theirs, write_of_theirs};
+    edges = mmap(NULL, sizeof *edges, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    no_file = open("/dev/null", O_WRONLY);
     set_answers(theirs);
     lay_pages();
     state = strtoull(words[1], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
@@ -665,20 +928,22 @@ int main(int argc, char **words)
         try_guard();
         try_lazy();
         try_arguments();
-        if (done % 256 == 0) {
+        if (done % 64 == 0) {
             pthread_t thread;
             pthread_create(&thread, NULL, guard_on_a_stack, NULL);
             pthread_join(thread, NULL);
             try_fault();
+            try_teller();
+            try_other_handlers();
         }
+        if (done % 65536 == 1)
+            try_patience(), try_shortage();
     }
     for (uint64_t i = 0; i < LIBRARIES; i++)
         if (ends[i])
             relist(i);
-    uint64_t met = 0;
-    for (int edge = 0; edge < EDGES; edge++)
-        met += edges[edge];
+    uint64_t met = list_edges(words[4]);
     printf("%llu runs, %llu edges, the last of them first in run %llu\n", (unsigned long long)done, (unsigned long long)met,
-           (unsigned long long)newest);
+           (unsigned long long)edges->newest);
     return 0;
 }
