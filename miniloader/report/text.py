@@ -71,7 +71,14 @@ def plain(line: Line) -> str:
 
 def stripped(line: Sequence[Piece]) -> Line:
     """``line`` without the spaces at its end."""
-    return _cut(tuple(line), 0, len(plain(tuple(line)).rstrip()))
+    pieces = list(line)
+    while pieces:
+        last = pieces.pop()
+        text = last if isinstance(last, str) else last[0]
+        if kept := text.rstrip():
+            pieces.append(kept if isinstance(last, str) else (kept, last[1]))
+            break
+    return tuple(pieces)
 
 
 def heading(title: str, about: str = "") -> Line:
