@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MEMORY_LIMITS",
     "NO_ROOM",
+    "PROCESS_LIMITS",
     "ElfError",
     "EvidenceError",
     "LoadError",
@@ -46,6 +47,8 @@ __all__ = [
 
 MEMORY_LIMITS: Final = "ulimit -v, a control group, vm.overcommit_memory, vm.max_map_count"
 """What may be behind a system call that fails for lack of memory, or of mappings (ENOMEM)."""
+PROCESS_LIMITS: Final = "ulimit -u, pids.max of a control group"
+"""What may be behind a process that cannot be started (EAGAIN)."""
 NO_ROOM: Final = f"too little memory, or too few mappings: {MEMORY_LIMITS}"
 """What to say then."""
 

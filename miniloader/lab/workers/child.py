@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn, Self
 
-from miniloader.errors import WorkerError
+from miniloader.errors import PROCESS_LIMITS, WorkerError
 from miniloader.forking import importing
 from miniloader.kernel import syscalls
 
@@ -110,6 +110,9 @@ class ForkedProcess:
             with uninterrupted():
                 self.pid = os.fork() or self._be_the_child(body, parent)
                 self._runs = True
+        except BlockingIOError as error:
+            said = f"cannot start a process: {error.strerror} ({PROCESS_LIMITS})"
+            raise OSError(error.errno, said) from error
         except BaseException:
             self.kill()
             raise

@@ -18,6 +18,7 @@ start at once while the parent is still importing what it needs to look at them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import selectors
@@ -30,7 +31,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, Final, Self
 
 from miniloader import errors
-from miniloader.errors import MiniloaderError, UsageError, WorkerError
+from miniloader.errors import PROCESS_LIMITS, MiniloaderError, UsageError, WorkerError
 from miniloader.lab.workers.child import death, kill, require_ending, uninterrupted
 
 __all__ = ["Crew", "Reply", "Worker"]
@@ -68,7 +69,10 @@ class Worker:
                     process_group=0,  # Ctrl-C is for the parent to deal with
                 )
             except OSError as error:
-                raise WorkerError(f"cannot start worker {number} of {of}: {error.strerror}") from error
+                limits = f" ({PROCESS_LIMITS})" if error.errno == errno.EAGAIN else ""
+                raise WorkerError(
+                    f"cannot start worker {number} of {of}: {error.strerror}{limits}"
+                ) from error
             undo.pop_all()
         worker_end.close()
         self.number = number

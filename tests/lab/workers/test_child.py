@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import threading
 import time
 
 import pytest
 
+from miniloader.errors import WorkerError
 from miniloader.lab.workers.child import ForkedProcess, death, ending, signal_name, uninterrupted
+from miniloader.lab.workers.crew import Crew
 from tests.lab.conftest import lives, wait_until_gone
 
 
@@ -43,6 +46,19 @@ def test_it_is_killed_when_it_is_left() -> None:
         raise KeyError
     assert not lives(process.pid)
     assert process.wait() == -signal.SIGKILL
+
+
+def test_where_no_process_may_be_started_the_limits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    said = r"Resource temporarily unavailable \(ulimit -u, pids.max of a control group\)$"
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(OSError, match=f"cannot start a process: {said}"):
+        ForkedProcess(lambda: 0)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(WorkerError, match=f"^cannot start worker 1 of 2: {said}"):
+        Crew(2)
 
 
 def test_what_a_leader_has_started_ends_with_it() -> None:
