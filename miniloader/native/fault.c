@@ -1,8 +1,11 @@
 /* Which fault has ended a process: a signal's handler notes it in memory that another process has, too. */
 
 #define _GNU_SOURCE
+#include <errno.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -75,6 +78,14 @@ static uint64_t how_of(const ucontext_t *context)
 }
 #endif
 
+#if defined __x86_64__
+/* Whether eight bytes can be read: the kernel reads them first, and then refuses to do what it does not know. */
+static bool is_readable(uint64_t address)
+{
+    return syscall(SYS_rt_sigprocmask, -1, address, NULL, sizeof address) == -1 && errno == EINVAL;
+}
+#endif
+
 static void note(int number, siginfo_t *info, void *data)
 {
     const ucontext_t *context = data;
@@ -83,7 +94,8 @@ static void note(int number, siginfo_t *info, void *data)
     const greg_t *registers = context->uc_mcontext.gregs;
     fault.instruction = (uint64_t)registers[REG_RIP];
     fault.how = (uint64_t)registers[REG_ERR];
-    if (fault.how & IS_FETCH) /* of a jump to where nothing can be run: where it would have returned to */
+    /* Of a jump to where nothing can be run: where it would have returned to. */
+    if (fault.how & IS_FETCH && is_readable((uint64_t)registers[REG_RSP]))
         fault.back = *(const uint64_t *)registers[REG_RSP];
 #elif defined __aarch64__
     fault.instruction = context->uc_mcontext.pc;

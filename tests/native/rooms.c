@@ -767,9 +767,14 @@ static void try_teller(void)
 
 static void try_fault(void)
 {
-    static const int numbers[] = {SIGSEGV, SIGSEGV, SIGSEGV, SIGBUS, SIGILL};
+    static const int numbers[] = {SIGSEGV, SIGSEGV, SIGSEGV, SIGBUS, SIGILL, SIGSEGV};
+#if defined __x86_64__
+    enum { WAYS = 6 };
+#else
+    enum { WAYS = 5 };
+#endif
     Fault *fault = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    uint64_t which = chance(5);
+    uint64_t which = done / 64 % WAYS;
     volatile uint8_t *const nowhere = (uint8_t *)8;
     pid_t child = fork();
     if (child == 0) {
@@ -780,15 +785,19 @@ static void try_fault(void)
         case 2: ((void (*)(void))(uintptr_t)nowhere)(); break;
         case 3: (void)((volatile uint8_t *)pages)[2 * PAGE]; break;
         case 4: __builtin_trap();
+#if defined __x86_64__
+        case 5: __asm__ volatile("mov $64, %%rsp\n jmp *%0" ::"r"(nowhere)); /* and its stack is nowhere, too */
+#endif
         }
         _exit(0);
     }
     int status = 0;
     waitpid(child, &status, 0);
     assert(WIFSIGNALED(status) && WTERMSIG(status) == numbers[which] && fault->number == numbers[which]);
-    const uint64_t places[] = {(uint64_t)pages + PAGE, (uint64_t)pages + PAGE + 8, 8, (uint64_t)pages + 2 * PAGE};
-    assert(which > 3 || fault->address == places[which]);
-    assert((fault->how & 2) == (which == 0 ? 2 : 0) || which > 3);
+    const uint64_t places[] = {(uint64_t)pages + PAGE, (uint64_t)pages + PAGE + 8, 8, (uint64_t)pages + 2 * PAGE, 0, 8};
+    assert(which == 4 || fault->address == places[which]);
+    assert((fault->how & 2) == (which == 0 ? 2 : 0) || which == 4);
+    assert(which != 5 || !fault->back);
     munmap(fault, PAGE);
 }
 

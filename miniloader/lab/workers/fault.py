@@ -53,7 +53,7 @@ class FaultRecord:
 @dataclass(frozen=True)
 class Fault:
     """What a signal's handler is told: the signal's ``number``, its ``cause`` and ``address``; the
-    ``instruction``, how the page fault came about, and where a jump would have returned to."""
+    ``instruction``, how the page fault came about, and where a jump would have returned to (0: unknown)."""
 
     number: int
     cause: int
@@ -67,7 +67,8 @@ class Fault:
         if self.cause <= 0:  # sent by a process, not by a fault
             return ""
         if self.number == signal.SIGSEGV and self.how & _FETCH and self.instruction == self.address:
-            return f" jumping to address {self.address:#x}, called from {_place(self.back, mappings)}"
+            caller = f", called from {_place(self.back, mappings)}" if self.back else ""
+            return f" jumping to address {self.address:#x}{caller}"
         place = _place(self.instruction, mappings)
         if self.number in (signal.SIGSEGV, signal.SIGBUS):
             how = "writing" if self.how & _WRITE else "reading"

@@ -24,6 +24,7 @@ int reads(void) { return *(volatile int *)16; }
 int writes(long address) { *(volatile int *)address = 1; return 0; }
 static void (*nothing)(void);
 int jumps(void) { nothing(); return 1; }
+int lost(void) { __asm__ volatile("mov $64, %rsp; mov $8, %eax; jmp *%rax"); return 1; }
 int traps(void) { __builtin_trap(); }
 int deep(int n) { volatile char room[4096]; room[0] = n; return deep(n + 1) + room[0]; }
 int outside(void) { return *(volatile int *)0x8000000000000000UL; }
@@ -48,6 +49,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("reads()", rf"{SEGV} reading address 0x10, in reads{IN}"),
         ("writes(4096)", rf"{SEGV} writing address 0x1000, in writes{IN}"),
         ("jumps()", rf"{SEGV} jumping to address 0x0, called from jumps{IN}"),
+        ("lost()", rf"{SEGV} jumping to address 0x8"),
         ("traps()", rf"was killed by SIGILL \(Illegal instruction\) in traps{IN}"),
         ("deep(0)", rf"{SEGV} writing address 0x7[0-9a-f]+, in deep{IN}"),
         ("outside()", rf"{SEGV} reading an address that no process has, in outside{IN}"),
