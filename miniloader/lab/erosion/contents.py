@@ -21,6 +21,10 @@ from miniloader.values import NamedTuple
 __all__ = ["PagePart", "compare", "in_huge_copies"]
 
 _AT_ONCE: Final = 1024  # pages
+#: Bytes of memory that is taken and let go once, untouched: glibc's malloc learns from it that as much comes
+#: again, and does not give the kernel back what a part took, to have it cleared page by page (mallopt(3),
+#: M_MMAP_THRESHOLD).  More than the largest array of a part, and less than what malloc learns from.
+_KEPT: Final = 24 << 20
 _HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
 
 
@@ -49,6 +53,7 @@ def compare(pair: Pair) -> Iterator[PagePart]:
     with ExitStack() as stack:
         maps = [stack.enter_context(PageMap(pid)) for pid in pids]
         memories = [stack.enter_context(ProcessMemory(pid)) for pid in pids]
+        np.empty(_KEPT, np.uint8)  # and malloc keeps what is let go after a part for the next one
         rooms = [np.empty((_AT_ONCE, PAGE_SIZE), np.uint8) for _ in pids]
         for start in range(0, len(pair.apart), _AT_ONCE):
             rows = slice(start, start + _AT_ONCE)

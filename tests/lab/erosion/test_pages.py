@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -368,3 +370,29 @@ def _to_compare(workers: Pool, start: int) -> float:
     assert same is not None
     assert same >= 32 << 20
     return (time.process_time() - told - counted) / plainly
+
+
+_AGAIN = """
+import resource, sys
+import numpy as np
+from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.survey import Memo, survey
+from miniloader.lab.erosion.erode import erosion
+memo = Memo()
+surveys = [survey(int(pid), memo, wanted=lambda _: False) for pid in sys.argv[1:]]
+for _ in range(3):
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [row] = erosion(surveys, np.empty(0, np.uint64), contents=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began) / (row.proven + row.possible) * PAGE_SIZE)
+"""
+
+
+def test_what_a_part_took_the_next_one_has() -> None:
+    """No memory is had from the kernel for each part, which clears it page by page."""
+    with pool(_DATA.replace("20_000", "80_000")) as workers:
+        workers.ask(workers.fork(), _READ)
+        pids = map(str, workers.pids)
+        done = subprocess.run(
+            [sys.executable, "-c", _AGAIN, *pids], capture_output=True, text=True, check=True
+        )
+    assert float(done.stdout) < 0.1, done.stdout
