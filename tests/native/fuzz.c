@@ -790,6 +790,32 @@ APART static void try_program(void)
     free(noted), free(link), free(image);
 }
 
+/* Two names of a version that are the same to where their tables end, and, sometimes, end there in no NUL any more. */
+APART static void try_version(void)
+{
+    enum { SYMTAB = 8, VERSYM = 32, VERNEED = 40, VERDEF = 72, STRINGS = 100, ALL = STRINGS + 5 };
+    static const uint16_t records[] = {0, 0, 0, 0, 1, 1, 1, 0, 16, 0, 0, 0, 7, 0, 0, 2, 3, 0, 0, 0,
+                                       1, 0, 2, 1, 7, 0, 20, 0, 0, 0, 3, 0, 0, 0};
+    const Span readable[] = {{SYMTAB, ALL}};
+    const bool is_spoiled = chance(2);
+    uint8_t *images[2];
+    Table tables[2];
+    for (int i = 0; i < 2; i++) {
+        images[i] = calloc(1, ALL);
+        memcpy(images[i] + VERSYM, records, sizeof records);
+        memcpy(images[i] + STRINGS, "\0f\0V", 5);
+        tables[i] = (Table){.bias = (uint64_t)images[i], .readable = readable, .readable_count = 1, .strtab = STRINGS,
+                            .strsz = 5, .symtab = SYMTAB, .versym = VERSYM, .verneed = VERNEED, .verneednum = 1,
+                            .verdef = VERDEF, .verdefnum = 1, .count = 1};
+        is_to_be(open_table(&tables[i], 1) == FINE, "a table with versions is not opened");
+        images[i][ALL - 1] = is_spoiled ? 'n' : 0;
+    }
+    uint64_t missing = 0;
+    is_to_be(missing_version(&tables[0], "f", &tables[1], &missing) == FINE, "versions are not compared");
+    is_to_be(missing == (is_spoiled ? 3 : 0), "another version is missing");
+    free(images[0]), free(images[1]);
+}
+
 /* ---- lists: each is as long as it can be, and is compared with the plainest way to make it */
 static void differs(const char *loop)
 {
@@ -894,7 +920,7 @@ int main(int argc, char **words)
         if (chance(128) == 0)
             try_many();
         if (chance(128) == 0)
-            try_program();
+            try_program(), try_version();
         if (chance(16) == 0)
             move_in(&seeds[chance(seed_count)]);
     }
