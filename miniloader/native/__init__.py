@@ -22,6 +22,7 @@ composed in :mod:`miniloader.loader.symbol_lookup` and :mod:`miniloader.loader.r
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from _ctypes import dlsym
 from array import array
@@ -37,8 +38,8 @@ __all__ = [
     "ANSWERS",
     "FINALISE",
     "FORMULAS",
-    "IMPORT",
     "INDIRECT_FUNCTION",
+    "INNERMOST",
     "INSIDE",
     "INTERFACE",
     "KINDS",
@@ -182,7 +183,23 @@ INTERFACE: Final = (
     b"PyObject_IsTrue",
     b"Py_DecRef",
     b"PyErr_WriteUnraisable",
+    b"PyErr_Fetch",
+    b"PyErr_Restore",
+    b"PyErr_CheckSignals",
+    b"Py_AddPendingCall",
+    b"PyThreadState_EnterTracing",
+    b"PyThreadState_LeaveTracing",
     b"PyGILState_GetThisThreadState",
+    b"_PyThreadState_UncheckedGet" if sys.version_info < (3, 13) else b"PyThreadState_GetUnchecked",
+    b"PyThreadState_GetInterpreter",
+    b"PyInterpreterState_Main",
+    b"PyInterpreterState_Head",
+    b"PyInterpreterState_Next",
+    b"PyEval_SaveThread",
+    b"PyEval_RestoreThread",
+    b"PyThreadState_New",
+    b"PyThreadState_Clear",
+    b"PyThreadState_DeleteCurrent",
     b"pthread_create",
     b"pthread_detach",
 )
@@ -196,8 +213,8 @@ _VALUES: Final = (
     "PyLong_AsUnsignedLongLongMask",
     "PyErr_Occurred",
 )
-#: What stands for dlopen(3) where CPython imports extension modules.
-IMPORT: Final = "inside_import"
+#: Where a ``PyThreadState`` has the address of its innermost ``_PyCFrame``; 0 where inside.c need not know.
+INNERMOST: Final = 56 if sys.version_info < (3, 12) else 0
 #: What exit(3) calls.
 FINALISE: Final = "finalise"
 
@@ -230,7 +247,6 @@ _ARGUMENTS: Final = {
     "set_askers": 3,
     "set_destructors": 2,
     "set_inside": 6,
-    "set_python": 3,
     "survey": 3,
     "tell_faults": 1,
     "text_at": 6,

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -51,9 +52,29 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     int (*truth)(void *);
     void (*forget)(void *);
     void (*complain)(const void *function);
-    void *(*state)(void); /* the thread's own, of a thread that Python knows */
+    void (*put_by)(void **type, void **value, void **traceback); /* what is being raised */
+    void (*raise)(void *type, void *value, void *traceback);
+    int (*handle_signals)(void);
+    int (*later)(int (*function)(void *), void *argument); /* in Python's main thread, between its instructions */
+    void (*hush)(void *state); /* who traces or profiles it */
+    void (*unhush)(void *state);
+    void *(*own)(void); /* the thread's state by which it takes the lock, of a thread that Python knows */
+    void *(*current)(void); /* the state that holds the lock: this thread's, or until 3.11 any thread's */
+    void *(*interpreter)(const void *state);
+    void *(*main)(void);
+    void *(*head)(void); /* an interpreter, and the one behind it */
+    void *(*next)(const void *interpreter);
+    void *(*let_go)(void); /* of the lock: the state that had it */
+    void (*take)(void *state);
+    void *(*create)(void *interpreter); /* another state of this thread */
+    void (*clear)(void *state);
+    void (*end)(void); /* of the current state, and let go */
     int (*start)(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument); /* pthread_ */
     int (*detach)(uint64_t thread);
+    const void *handler_of; /* a function of Python: its handler of a signal */
+    int (*is_callable)(void *);
+    void (*handler)(int); /* of signals: makes Python call its own handlers, between its instructions; or NULL */
+    uint64_t innermost;   /* where a state has the address of its innermost frame on the stack; 0: need not be known */
 } interface;
 static const void *_Atomic answerer;          /* a function of Python, which gets a question's address */
 static uint64_t first_handle, last_handle;    /* of ours */
@@ -69,11 +90,183 @@ static bool is_ours(const void *handle)
     return (uint64_t)handle >= first_handle && (uint64_t)handle < last_handle;
 }
 
+/* Python answers in the main interpreter.  A thread may hold the lock in another one, which imports there or uses
+   ctypes, or be one of that one's threads: then it lets go of that lock meanwhile, as whoever calls what may block. */
+typedef struct {
+    void *left, *created; /* states, or NULL */
+    int lock;
+} Visitor;
+
+/* Whether this thread is where that state runs.  Until 3.11 no state tells whose it is: then the frames tell, which
+   are on the stack of who runs them.  At the end of a thread's stack glibc has what the thread pointer points at; that
+   of the first thread is above all others. */
+static bool runs_here(const void *state)
+{
+    uint64_t here = (uint64_t)__builtin_frame_address(0), end = (uint64_t)__builtin_thread_pointer();
+    uint64_t frame = interface.innermost ? *(const uint64_t *)((const char *)state + interface.innermost) : 0;
+    return !interface.innermost || (frame > here && (end < here || frame < end));
+}
+
+static bool is_of_main(const void *state)
+{
+    return !state || interface.interpreter(state) == interface.main();
+}
+
+/* What Python's handlers of signals do, and raise, must not come to those who answer: as while dlopen(3) runs, they are
+   called when that is over.  They are called in the main thread alone; so while that one asks, what has them called
+   notes that it was to. */
+static struct {
+    struct sigaction were[_NSIG];
+    bool is_handled[_NSIG], is_kept[_NSIG];
+    _Atomic bool met[_NSIG];
+    bool begun;
+    uint64_t lookups;   /* since Python has been asked which it handles for something else */
+    const void *thread; /* the main one's pointer */
+} signals;
+
+static void note_signal(int number)
+{
+    signals.met[number] = true;
+}
+
+/* Python tells in a twentieth of the time which signals it has handlers for: to ask the kernel is a call each. */
+static bool has_handler(int number)
+{
+    void *boxed = interface.number((uint64_t)number);
+    void *handler = boxed ? interface.call(interface.handler_of, boxed) : NULL;
+    bool result = handler && interface.is_callable(handler);
+    if (handler)
+        interface.forget(handler);
+    if (boxed)
+        interface.forget(boxed);
+    return result;
+}
+
+/* Before each answer, but for what takes least: of names that are looked up one after the other, before every eighth. */
+static void look_at_signals(bool is_lookup)
+{
+    enum { OFTEN = 8 };
+    signals.lookups = is_lookup ? signals.lookups + 1 : 0;
+    if (signals.lookups % OFTEN)
+        return;
+    for (int i = 1; i < _NSIG; i++)
+        signals.is_handled[i] = has_handler(i);
+}
+
+/* The kernel has a function called: with the flags and the mask that this one has. */
+static bool put_in_place(int number, void (*function)(int), void (*expected)(int), struct sigaction *were)
+{
+    struct sigaction ours = *were;
+    ours.sa_handler = function;
+    if (sigaction(number, &ours, were))
+        return false;
+    if (were->sa_handler == expected && were->sa_flags == ours.sa_flags)
+        return true;
+    ours = *were;
+    if (were->sa_handler == expected)
+        ours.sa_handler = function;
+    sigaction(number, &ours, NULL);
+    return were->sa_handler == expected;
+}
+
+static bool is_main_thread(void)
+{
+    if (signals.thread == __builtin_thread_pointer())
+        return true;
+    if (syscall(SYS_gettid) != syscall(SYS_getpid))
+        return false;
+    signals.thread = __builtin_thread_pointer();
+    return true;
+}
+
+static bool keep_signals(bool is_lookup)
+{
+    if (!interface.handler || !is_main_thread() || signals.begun)
+        return false;
+    signals.begun = true;
+    look_at_signals(is_lookup);
+    for (int i = 1; i < _NSIG; i++)
+        signals.is_kept[i] =
+            signals.is_handled[i] && put_in_place(i, note_signal, interface.handler, &signals.were[i]);
+    return true;
+}
+
+/* Who has installed another handler meanwhile, a constructor maybe, keeps it. */
+static void release_signals(void)
+{
+    for (int i = 1; i < _NSIG; i++)
+        if (signals.is_kept[i])
+            put_in_place(i, interface.handler, note_signal, &signals.were[i]);
+    signals.begun = false;
+    for (int i = 1; i < _NSIG; i++)
+        if (atomic_load_explicit(&signals.met[i], memory_order_relaxed) && atomic_exchange(&signals.met[i], false))
+            interface.handler(i);
+}
+
+typedef struct {
+    void *type, *value, *traceback;
+} Raised;
+
+static int raise_again(void *place)
+{
+    Raised *raised = place;
+    interface.raise(raised->type, raised->value, raised->traceback);
+    free(raised);
+    return -1;
+}
+
+/* What has been raised is the program's: it is raised there, when dlopen(3) and its like are over. */
+static void raise_later(const void *function)
+{
+    Raised *raised = malloc(sizeof *raised);
+    if (raised) {
+        interface.put_by(&raised->type, &raised->value, &raised->traceback);
+        if (interface.later(raise_again, raised) == 0)
+            return;
+        raise_again(raised);
+    }
+    interface.complain(function);
+}
+
+static Visitor enter_main(void)
+{
+    Visitor visitor = {0};
+    bool is_only = !interface.next(interface.head());
+    const void *current = is_only ? NULL : interface.current();
+    if (!is_of_main(current) && runs_here(current))
+        visitor.left = interface.let_go();
+    if (is_only || is_of_main(interface.own())) {
+        visitor.lock = interface.lock();
+        return visitor;
+    }
+    visitor.created = interface.create(interface.main());
+    interface.take(visitor.created);
+    return visitor;
+}
+
+static void leave_main(Visitor visitor)
+{
+    if (visitor.created) {
+        interface.clear(visitor.created);
+        interface.end();
+    } else
+        interface.unlock(visitor.lock);
+    if (visitor.left)
+        interface.take(visitor.left);
+}
+
 /* Whether Python's function has answered.  Not by a callback of ctypes': libffi asks the kernel whether it is SELinux
    before it makes its first one, which takes as long as all else that dlopen(3) takes. */
 static bool has_answered(const void *function, Question *question)
 {
-    int state = interface.lock();
+    Visitor visitor = enter_main();
+    Raised earlier;
+    interface.put_by(&earlier.type, &earlier.value, &earlier.traceback); /* who asks may clean up for that */
+    void *state = interface.current();
+    interface.hush(state);
+    bool is_first = keep_signals(question->function == SYMBOL || question->function == VERSIONED);
+    if (is_first && interface.handle_signals()) /* that have come before */
+        raise_later(function);
     void *place = interface.number((uint64_t)question);
     void *result = place ? interface.call(function, place) : NULL;
     int truth = result ? interface.truth(result) : -1;
@@ -83,7 +276,11 @@ static bool has_answered(const void *function, Question *question)
         interface.forget(result);
     if (place)
         interface.forget(place);
-    interface.unlock(state);
+    interface.unhush(state);
+    interface.raise(earlier.type, earlier.value, earlier.traceback);
+    leave_main(visitor);
+    if (is_first)
+        release_signals();
     return truth > 0;
 }
 
@@ -111,7 +308,7 @@ static void *wait_for_turn(void *place)
 static bool has_turn(void)
 {
     uint64_t thread;
-    Turn *turn = interface.state() ? NULL : calloc(1, sizeof *turn);
+    Turn *turn = interface.own() ? NULL : calloc(1, sizeof *turn);
     if (!turn)
         return true;
     if (interface.start(&thread, NULL, wait_for_turn, turn)) {
@@ -212,29 +409,6 @@ void *inside_open(const char *name, int flags)
     if (ask(&question))
         return (void *)question.result;
     return answerer ? theirs.open(name, flags) : open_at_end(name, flags, question.caller);
-}
-
-/* CPython imports an extension module: it holds its lock, in the interpreter of the importing thread.  Python answers in
-   the main interpreter alone: in another one, where it would wait for a lock that its own thread holds, glibc does. */
-static struct {
-    void *(*thread)(void);              /* the thread state that holds the lock */
-    void *(*interpreter)(const void *); /* its interpreter */
-    const void *main;
-} python;
-
-void *inside_import(const char *name, int flags)
-{
-    Question question = {.function = OPEN, .caller = CALLER, .name = (uint64_t)name, .number = (uint64_t)flags};
-    if (python.main && python.interpreter(python.thread()) != python.main)
-        return theirs.open(name, flags);
-    return ask(&question) ? (void *)question.result : theirs.open(name, flags);
-}
-
-void set_python(void *(*thread)(void), void *(*interpreter)(const void *), const void *main)
-{
-    python.thread = thread;
-    python.interpreter = interpreter;
-    python.main = main;
 }
 
 void *symbol_of(const void *handle, const char *name); /* answers.c */

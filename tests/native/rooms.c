@@ -289,7 +289,6 @@ typedef struct {
 } StandIn;
 extern StandIn stand_ins[];
 void *inside_open(const char *, int);
-void *inside_import(const char *, int);
 void *inside_symbol(void *, const char *);
 void *inside_versioned(void *, const char *, const char *);
 int inside_close(void *);
@@ -300,10 +299,19 @@ void set_inside(const void *, const void *, const void *, uint64_t, uint64_t, ui
 void set_askers(const void *, uint64_t, uint64_t);
 void set_destructors(const uint64_t *, uint64_t);
 void finalise(void *);
-void set_python(void *(*)(void), void *(*)(const void *), const void *);
 
 enum { THEIRS = 0x111, FIRST = 0x5000, LENGTH = 0x100, PROGRAM = 0x77 };
-static uint64_t answered, asked, locks;
+static uint64_t answered, asked, locks, handlers;
+static const void *raised; /* what Python is raising, if anything */
+static bool is_hushed;
+static volatile bool signalled;
+static int signals; /* whether one comes while an answer is made, and whether it is known to be Python's */
+enum { PENDING = 8 };
+static struct {
+    int (*function)(void *);
+    void *argument;
+} pending[PENDING];
+static int pending_count;
 static bool answers, fails, with_error;
 
 static char opened[64];
@@ -333,39 +341,134 @@ static void *their_namespace(long namespace, const char *name, int flags)
 }
 static char *their_error(void) { return NULL; }
 
+/* Python's lock, and who has it: a state of this thread or of another one, in one of two interpreters. */
+typedef struct {
+    const char *interpreter;
+    const void *frame; /* its innermost */
+} State;
+static const char interpreters[] = {'m', 'o'};
+static State in_main, in_other, created;
+static State *holder, *own;
+static bool holds, is_created; /* whether the holder is this thread's; whether there is one state more */
+static bool is_only;           /* whether there is one interpreter */
+
+static void *own_state(void) { return own; }
+static void *current_state(void) { return holder; }
+static void *interpreter_of(const void *thread) { return (void *)((const State *)thread)->interpreter; }
+static void *main_interpreter(void) { return (void *)&interpreters[0]; }
+static void *head_interpreter(void) { return (void *)&interpreters[!is_only]; }
+static void *next_interpreter(const void *first) { return first == &interpreters[1] ? main_interpreter() : NULL; }
+static bool is_of_main(const State *thread) { return thread->interpreter == &interpreters[0]; }
+
 static __thread bool is_first = true; /* thread */
 static unsigned delay;
 static int lock(void)
 {
     if (!is_first)
         usleep(delay);
+    assert(!is_first || !holds || holder == own); /* else it would wait for itself */
+    assert(!own || is_of_main(own));
     return (int)++locks;
 }
 static void unlock(int held) { assert(held == (int)locks--); }
+static void *let_go(void)
+{
+    assert(holds && holder);
+    holds = false;
+    return holder;
+}
+static void take(void *thread)
+{
+    assert(!holds && thread);
+    holder = thread, holds = true;
+}
+static void *create(void *interpreter)
+{
+    assert(interpreter == &interpreters[0] && !is_created);
+    is_created = true;
+    created.interpreter = interpreter;
+    return &created;
+}
+static void clear(void *thread) { assert(thread == &created && holder == thread && holds); }
+static void end(void)
+{
+    assert(holder == &created && holds && is_created);
+    holder = NULL, holds = is_created = false;
+}
 static void *number(uint64_t value)
 {
-    uint64_t *boxed = fails && chance(2) ? NULL : malloc(sizeof *boxed);
+    uint64_t *boxed = fails && value > 64 && chance(2) ? NULL : malloc(sizeof *boxed); /* small ones are there */
     if (boxed)
         *boxed = value;
+    else
+        raised = &answered;
     return boxed;
 }
 static void *call(const void *function, void *argument)
 {
-    assert(function == &answered);
+    if (function == &handlers)
+        return number(*(uint64_t *)argument == SIGUSR1 || *(uint64_t *)argument == SIGUSR2);
+    assert(function == &answered && !raised && is_hushed);
+    assert((locks && !is_created) || (holds && holder == &created)); /* in the main interpreter */
     asked++;
+    if (signals) { /* they are kept for later, where they can be told */
+        bool is_kept = signals == 2;
+        signalled = false;
+        raise(SIGUSR1);
+        assert(signalled == !is_kept);
+    }
     Question *question = (Question *)*(uint64_t *)argument;
     if (fails)
-        return chance(2) ? NULL : number(0);
+        return chance(2) ? (raised = &answered, NULL) : number(0);
     question->result = 0x222;
     if (with_error)
         question->error = (uint64_t)strdup("an error of ours");
     return number(answers || with_error);
 }
-static int truth(void *value) { return fails ? -1 : *(uint64_t *)value != 0; }
-static void complain(const void *function) { assert(function == &answered && fails); }
-
-static void *thread_state(void) { return &state; }
-static void *interpreter_of(const void *thread) { return (void *)thread; }
+static int truth(void *value)
+{
+    if (fails)
+        raised = &answered;
+    return fails ? -1 : *(uint64_t *)value != 0;
+}
+static void complain(const void *function)
+{
+    assert(function == &answered && raised);
+    raised = NULL;
+}
+static void hush(void *thread)
+{
+    assert(thread == holder || (!holder && !holds));
+    is_hushed = true;
+}
+static void unhush(void *thread) { hush(thread), is_hushed = false; }
+static void put_by(void **type, void **value, void **traceback)
+{
+    *type = (void *)raised, *value = *traceback = NULL;
+    raised = NULL;
+}
+static void raise_it(void *type, void *value, void *traceback)
+{
+    assert(!value && !traceback);
+    raised = type;
+}
+static int handle_signals(void)
+{
+    bool is_raised = chance(2);
+    if (is_raised)
+        raised = &handlers;
+    return -is_raised;
+}
+static int later(int (*function)(void *), void *argument)
+{
+    if (pending_count == PENDING || !chance(4))
+        return -1;
+    pending[pending_count].function = function;
+    pending[pending_count++].argument = argument;
+    return 0;
+}
+static int is_callable(void *value) { return *(uint64_t *)value != 0; }
+static void on_signal(int signal) { signalled = signal == SIGUSR1; }
 
 /* One thread more, which waits for its turn: mostly it is over at once. */
 static bool is_unknown, is_running;
@@ -373,7 +476,6 @@ static struct {
     void *(*function)(void *);
     void *argument;
 } task;
-static void *state_of_thread(void) { return is_unknown || chance(2) ? NULL : &state; }
 static void *run_task(void *unused) { return is_first = false, (void)unused, task.function(task.argument); }
 static int start(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument)
 {
@@ -383,7 +485,12 @@ static int start(uint64_t *thread, const void *attributes, void *(*function)(voi
     task.function = function, task.argument = argument;
     if (is_running)
         return pthread_create((pthread_t *)thread, NULL, run_task, NULL);
-    return chance(4) ? function(argument) != NULL : 11;
+    State *const left = holder;
+    bool held = holds;
+    holder = NULL, holds = false; /* it is no thread that holds it */
+    int result = chance(4) ? function(argument) != NULL : 11;
+    holder = left, holds = held;
+    return result;
 }
 static int detach(uint64_t thread)
 {
@@ -418,12 +525,30 @@ static void try_askers(void)
 
 static void try_inside(void)
 {
-    static const void *const interface[] = {
-        lock, unlock, number, call, truth, free, complain, state_of_thread, start, detach};
+    signals = (int)chance(3), signalled = false, pending_count = 0;
+    const struct sigaction python = {.sa_handler = on_signal, .sa_flags = SA_ONSTACK};
+    sigaction(SIGUSR1, &python, NULL);
+    raised = chance(2) ? &raised : NULL;
+    const void *const is_raised = raised;
+    const void *const interface[] = {
+        lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
+        own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
+        create, clear, end, start, detach, &handlers, is_callable, signals == 1 ? NULL : on_signal,
+        (const void *)(chance(2) ? __builtin_offsetof(State, frame) : 0)};
     static const void *const functions[] = {
         their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
     set_inside(chance(8) ? &answered : NULL, interface, functions, FIRST, LENGTH, PROGRAM);
-    set_python(thread_state, interpreter_of, chance(2) ? &state : &answered);
+    bool tells = !interface[sizeof interface / sizeof *interface - 1]; /* then no state is there but of this thread */
+    is_only = chance(2);
+    in_main = (State){&interpreters[0], NULL}, in_other = (State){&interpreters[1], NULL};
+    own = chance(3) ? is_only || chance(2) ? &in_main : &in_other : NULL;
+    State *const before = holder = chance(3) ? is_only || chance(2) ? &in_main : &in_other : NULL;
+    holds = holder && (tells || (own && chance(2)));
+    if (holds && (is_of_main(holder) || tells))
+        own = holder; /* since 3.12 whichever this thread has; before that the first one */
+    if (holder)
+        holder->frame = holds ? __builtin_frame_address(0) : (const void *)&in_main;
+    const bool held = holds;
     stand_ins[3] = (StandIn){chance(2) ? 0x333 : 0, THEIRS};
     answers = chance(2), fails = !chance(6), with_error = !fails && !chance(4);
     void *const handles[] = {NULL, (void *)-1, (void *)FIRST, (void *)(FIRST + LENGTH), (void *)PROGRAM};
@@ -431,16 +556,18 @@ static void try_inside(void)
     const char *name = some_name();
     char where[8];
     asked = 0, knows = chance(4), delay = 500;
-    switch (chance(7)) {
+    switch (chance(6)) {
     case 0: found = inside_open(chance(2) ? name : NULL, 1); break;
-    case 1: found = inside_import(name, 1); break;
-    case 2: found = inside_symbol(handle, name); break;
-    case 3: found = inside_versioned(handle, name, "V"); break;
-    case 4: inside_close(handle); break;
-    case 5: inside_information(handle, 1, where); break;
-    case 6: found = inside_namespace(0, name, 1); break;
+    case 1: found = inside_symbol(handle, name); break;
+    case 2: found = inside_versioned(handle, name, "V"); break;
+    case 3: inside_close(handle); break;
+    case 4: inside_information(handle, 1, where); break;
+    case 5: found = inside_namespace(0, name, 1); break;
     }
-    assert(locks == 0 && asked <= 2);
+    assert(raised == is_raised && !is_hushed && signalled == (signals && asked));
+    struct sigaction there;
+    assert(!sigaction(SIGUSR1, NULL, &there) && there.sa_handler == on_signal);
+    assert(locks == 0 && asked <= 2 && !is_created && holds == held && (!held || holder == before));
     assert(!found || found == (void *)THEIRS || found == (void *)0x222 || found == (void *)0x333 ||
            found == plain_handle(name) || found == plain_symbol_for(LIBRARIES, name));
     char *said = inside_error();
@@ -458,6 +585,10 @@ static void try_inside(void)
     assert(ended == count && locks == 0);
     set_destructors(NULL, 0);
     set_inside(NULL, NULL, NULL, 0, 0, 0);
+    for (int i = 0; i < pending_count; i++) {
+        assert(pending[i].function(pending[i].argument) == -1);
+        assert(raised == &handlers || raised == &answered);
+    }
     try_askers();
 }
 
@@ -465,11 +596,13 @@ static void try_inside(void)
 static void try_patience(void)
 {
     static const void *const interface[] = {
-        lock, unlock, number, call, truth, free, complain, state_of_thread, start, detach};
+        lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
+        own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
+        create, clear, end, start, detach, &handlers, is_callable, NULL, NULL};
     static const void *const functions[] = {
         their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
     set_inside(&answered, interface, functions, FIRST, LENGTH, PROGRAM);
-    is_unknown = true, delay = 2300000, asked = 0;
+    is_unknown = is_only = true, own = holder = NULL, holds = false, delay = 2300000, asked = 0;
     assert(inside_open("a name", 1) == (void *)THEIRS && asked == 0);
     usleep(600000);
     assert(locks == 0);

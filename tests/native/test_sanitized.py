@@ -120,6 +120,12 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
         ("prepared.c", "slots[i] > size - 8", "slots[i] > size"),
         ("arguments.c", "interface.close(&buffers[--opened])", "--opened"),
         ("arguments.c", "!interface.error()", "false"),
+        ("inside.c", "visitor.left = interface.let_go();", ";"),
+        ("inside.c", "interface.take(visitor.left);", ";"),
+        ("inside.c", "frame > here && ", ""),
+        ("inside.c", "ours.sa_handler = function;", ";"),
+        ("inside.c", "interface.handler(i);", ";"),
+        ("inside.c", "interface.raise(earlier.type, earlier.value, earlier.traceback);", ";"),
         ("lazy.c", '"mov $0xee, %eax\\n" save', '"mov $0xe0, %eax\\n" save'),
     ],
 )

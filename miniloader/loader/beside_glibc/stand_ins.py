@@ -12,13 +12,14 @@ library of ours opens comes through us, too (:mod:`miniloader.loader.from_inside
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal makes enumerations of it, which takes a millisecond
 import ctypes
 import os
 import struct
 from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_STRTAB, DT_SYMTAB
@@ -28,7 +29,7 @@ from miniloader.loader.memory import Memory
 from miniloader.native import (
     ANSWERS,
     FINALISE,
-    IMPORT,
+    INNERMOST,
     INSIDE,
     INTERFACE,
     STAND_INS,
@@ -45,7 +46,6 @@ __all__ = [
     "be_asked_at_exit",
     "by_name",
     "fall_silent",
-    "for_imports",
     "handle_of",
     "headers_of",
     "is_handle",
@@ -223,7 +223,34 @@ def _answerer() -> int:
 
 def _interface() -> array[int]:
     """The addresses of what inside.c takes to ask Python."""
-    return array("Q", [_of_python(name) for name in INTERFACE])
+    numbers = [id(_signal.getsignal), _of_python(b"PyCallable_Check"), _signal_handler(), INNERMOST]
+    return array("Q", [*map(_of_python, INTERFACE), *numbers])
+
+
+def _signal_handler() -> int:
+    """The address of what CPython has the kernel call at signals that it handles; 0 where nobody can tell."""
+    handled = [number for number in range(1, _signal.NSIG) if callable(_signal.getsignal(number))]
+    if handled:
+        return _called_at(handled[0])
+    number = _signal.SIGWINCH  # by default it is ignored
+    if _signal.getsignal(number) != _signal.SIG_DFL:
+        return 0
+    try:
+        _signal.signal(number, _signal.default_int_handler)
+    except ValueError:  # only Python's main thread may
+        return 0
+    address = _called_at(number)
+    _signal.signal(number, _signal.SIG_DFL)
+    return address
+
+
+def _called_at(number: int) -> int:
+    """The address of the function that the kernel calls at a signal of this number."""
+    found = (ctypes.c_uint64 * 32)()  # sigaction(2)'s structure, which begins with it
+    dynamic_linker.declared("sigaction", ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 2)(
+        number, None, found
+    )
+    return found[0]
 
 
 @lru_cache(maxsize=1)
@@ -249,25 +276,6 @@ def by_name() -> dict[bytes, int]:
     """What stands for each function of :data:`~miniloader.native.INSIDE`; empty where nothing can."""
     pairs, theirs = stand_ins(), _of_host()
     return {name: pairs[theirs[name]] for name in INSIDE if theirs.get(name) in pairs}
-
-
-def for_imports() -> tuple[int, int]:
-    """An address in the library whose dlopen(3) imports extension modules, and what stands for it there."""
-    python, loops = ctypes.pythonapi, functions()
-    names = ("PyThreadState_GetUnchecked", "_PyThreadState_UncheckedGet")  # since 3.13, and until then
-    current = next(name for name in names if hasattr(python, name))
-    main = _address(python.PyInterpreterState_Main)
-    python.PyInterpreterState_Main.restype = ctypes.c_void_p
-    loops.set_python(
-        _address(python[current]),
-        _address(python.PyThreadState_GetInterpreter),
-        python.PyInterpreterState_Main(),
-    )
-    return main, _address(loops[IMPORT])
-
-
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=1)

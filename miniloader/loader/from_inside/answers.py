@@ -47,13 +47,15 @@ _inside: Final[list[Caller]] = []  # who is being answered
 
 def answer(place: int, load: Load) -> int:
     """Answer the question at the address ``place``; 0 where glibc shall.  ``load`` loads what is found."""
-    opening.load_with(load)
-    question = QuestionStructure.from_address(place)
-    function, failed = _FUNCTIONS[question.function]
     with unload.lock:
-        watch = watches[-1] if watches else None
-        name = os.fsdecode(_text(question.name)) if function is _open and question.name else None
-        begin = watch.begin(name) if watch is not None else 0.0
+        watch, name = watches[-1] if watches else None, None
+        begin = watch.begin(None) if watch is not None else 0.0
+        question = QuestionStructure.from_address(place)
+        function, failed = _FUNCTIONS[question.function]
+        if function is _open and question.name and watch is not None:
+            name = os.fsdecode(_text(question.name))
+            begin = watch.begin(name)
+        opening.load_with(load)
         caller, how = caller_at(question.caller), None
         _inside.append(caller)
         try:
@@ -69,12 +71,11 @@ def answer(place: int, load: Load) -> int:
             result, how = failed, "refused"
         finally:
             _inside.pop()
+        if result is not None:
+            question.result = result & 0xFFFFFFFFFFFFFFFF
         if watch is not None:
             watch.end(name, begin, "glibc" if result is None else how)
-    if result is None:
-        return 0
-    question.result = result & 0xFFFFFFFFFFFFFFFF
-    return 1
+    return int(result is not None)
 
 
 def _text(address: int) -> bytes:

@@ -102,13 +102,8 @@ def _places(strings: bytes, text: bytes) -> Iterator[int]:
 def lead(libraries: Iterable[HostLibrary]) -> dict[LedWord, int]:
     """Have what ``libraries`` call of :data:`~miniloader.native.INSIDE` come to us: what each word was."""
     ours = stand_ins.by_name()
-    imports, address = stand_ins.for_imports()
-    words: list[tuple[LedWord, int]] = []
-    for library in libraries:
-        is_python = any(start <= imports - library.bias < end for start, end in library.ranges)
-        led = ours | {b"dlopen": address} if is_python else ours
-        words += ((slot, led[slot.name]) for slot in slots_of(library) if slot.name in led)
-    return _write(words)
+    slots = (slot for library in libraries for slot in slots_of(library))
+    return _write((slot, ours[slot.name]) for slot in slots if slot.name in ours)
 
 
 def put_back(words: dict[LedWord, int], names: Iterable[bytes]) -> None:

@@ -187,21 +187,97 @@ def test_forked_children_and_threads_keep_it() -> None:
     assert sorted(done.stdout.split("\n")) == ["", "_decimal True", "_lsprof True", "_sqlite3 True"]
 
 
-def test_in_a_subinterpreter_modules_come_from_ld_so() -> None:
-    """Python answers in the main one alone: to wait for it there would be to wait for ever."""
+@pytest.mark.parametrize(
+    "what", ["import _lsprof; print(1)", "import ctypes; ctypes.CDLL('liblzma.so.5'); print(1)"]
+)
+@pytest.mark.parametrize("thread", ["", "thread"])
+def test_other_interpreters_load_by_us_too(what: str, thread: str) -> None:
+    """They hold Python's lock, or one of their own, as they ask; the main one answers."""
     module = "_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters"
-    program = (
-        "import miniloader\n"
-        "with miniloader.importing():\n"
-        f"    import {module} as interpreters\n"
-        "    other = interpreters.create()\n"
-        "    interpreters.run_string(other, 'import _lsprof; print(_lsprof.__name__)')\n"
-        "    interpreters.destroy(other)\n"
-        "    import _decimal\n"
-        "print(_decimal.Decimal(2))\n"
-    )
+    program = f"""
+import sys, threading, miniloader, {module} as interpreters
+from miniloader.loader.beside_glibc import host
+
+def in_other(what):
+    interpreters.run_string(created, what)
+
+with miniloader.importing() as imports:
+    created = interpreters.create()
+    if sys.argv[2]:
+        asks = threading.Thread(target=in_other, args=sys.argv[1:2])
+        asks.start()
+        asks.join()
+    else:
+        in_other(sys.argv[1])
+    interpreters.destroy(created)
+    import _decimal
+print(_decimal.Decimal(2), imports.fell_back)
+print([library.path for library in host.libraries() if "_lsprof" in library.path or "lzma" in library.path])
+"""
+    done = python(program, what, thread)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2 []\n[]\n", "")
+
+
+_RAISES = """
+#include <signal.h>
+static void own(int number) { (void)number; }
+__attribute__((constructor)) static void begin(void)
+{
+    raise(SIGUSR1);
+    signal(SIGUSR2, own);
+}
+"""
+_SIGNALS = """
+import _ctypes, ctypes, signal, sys, threading, miniloader
+class Late(Exception):
+    pass
+def handler(number, frame):
+    raise Late(frame.f_code.co_filename == __file__)
+__file__ = handler.__code__.co_filename
+def at(number):
+    words = (ctypes.c_uint64 * 32)()
+    ctypes.CDLL(None).sigaction(int(number), None, words)
+    return words[0]
+LED = len(sys.argv) > 2
+with miniloader.importing(strict=True) if LED else threading.Lock():
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, handler)
+    signal.siginterrupt(signal.SIGUSR1, False)
+    ours = at(signal.SIGUSR1)
+    opened = []
+    for name in ("libbz2.so.1.0", sys.argv[1], sys.argv[1]):
+        try:
+            opened.append(_ctypes.dlopen(name, 2))
+            print("opened")
+        except Late as error:
+            print("late", error)
+    print(len(opened), at(signal.SIGUSR1) == ours, at(signal.SIGUSR2) == ours)
+"""
+
+
+def test_handlers_of_signals_run_when_what_was_asked_is_answered(tmp_path: Path) -> None:
+    """As with ld.so they are the program's, and what they raise, too.  A constructor may install others."""
+    library = tmp_path / "raises.so"
+    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=_RAISES, text=True, check=True)
+    done = python(_SIGNALS, library, "led")
+    assert (done.stdout, done.stderr) == (python(_SIGNALS, library).stdout, "")
+    assert "late True" in done.stdout
+
+
+def test_who_profiles_the_program_hears_nothing_of_ours() -> None:
+    program = """
+import _ctypes, sys, miniloader
+heard = []
+with miniloader.importing(strict=True) as imports:
+    sys.setprofile(lambda frame, event, argument: heard.append((event, frame.f_code.co_filename)))
+    handle = _ctypes.dlopen("libbz2.so.1.0", 2)
+    _ctypes.dlsym(handle, "BZ2_bzlibVersion")
+    sys.setprofile(None)
+print({file for _, file in heard}, len(heard), len(imports.bill.opened))
+"""
     done = python(program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "_lsprof\n2\n", "")
+    assert (done.stdout, done.stderr) == ("{'<string>'} 5 1\n", "")
 
 
 def test_numpy_itself_comes_from_us_where_prepared_pages_are_asked_for() -> None:
