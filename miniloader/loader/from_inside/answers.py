@@ -49,7 +49,7 @@ def answer(place: int, load: Load) -> int:
     """Answer the question at the address ``place``; 0 where glibc shall.  ``load`` loads what is found."""
     with unload.lock:
         watch, name = watches[-1] if watches else None, None
-        begin = watch.begin(None) if watch is not None else 0.0
+        begin = watch.begin(None) if watch is not None else 0.0  # reading the question counts
         question = QuestionStructure.from_address(place)
         function, failed = _FUNCTIONS[question.function]
         if function is _open and question.name and watch is not None:
