@@ -105,9 +105,12 @@ def test_nor_does_an_unwind_table_whose_last_function_is_described_first(tmp_pat
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "5 False\n"
 
 
-@pytest.mark.parametrize("name", ["demo_relr", "tls_general", "cxx", "ifunc", "versions"])
-def test_nor_do_the_rarer_relocations(name: str) -> None:
-    code = "import sys, miniloader; miniloader.load(sys.argv[1]); print('numpy' in sys.modules)"
+@pytest.mark.parametrize("bind", ["now", "lazy"])
+@pytest.mark.parametrize("name", ["demo_relr", "tls_general", "cxx", "ifunc", "versions", "lazy"])
+def test_nor_do_the_rarer_relocations(name: str, bind: str) -> None:
+    code = (
+        f"import sys, miniloader; miniloader.load(sys.argv[1], bind={bind!r}); print('numpy' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(build.build(name))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 

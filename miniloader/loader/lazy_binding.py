@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
-from miniloader.elf.tables import Table
 from miniloader.errors import MiniloaderError
 from miniloader.kernel.cpuinfo import features
 from miniloader.loader.memory import Memory
+from miniloader.loader.relocation_groups import LazySlots
 from miniloader.native import address_of, gate
 
 __all__ = ["Slots"]
@@ -43,7 +43,7 @@ class Slots:
     They are of use once they are connected, and must be closed when the library goes.
     """
 
-    def __init__(self, image: ElfImage, memory: Memory, slots: Table, find: Callable[[int], int]) -> None:
+    def __init__(self, image: ElfImage, memory: Memory, slots: LazySlots, find: Callable[[int], int]) -> None:
         self._memory = memory
         self._slots = slots
         self._find = find
@@ -81,8 +81,7 @@ class Slots:
         return address
 
     def _fill(self, index: int) -> int:
-        row: Any = self._slots[index]
-        address = self._find(int(row["symbol"]))
-        ctypes.c_uint64.from_address(self._memory.bias + int(row["offset"])).value = address
+        address = self._find(self._slots.symbols[index])
+        ctypes.c_uint64.from_address(self._memory.bias + self._slots.offsets[index]).value = address
         self._left.discard(index)
         return address

@@ -122,7 +122,7 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     restore = read_only if image.dynamic.text_relocations else []
     for mapping in restore:
         memory.protect(mapping.start, mapping.end, "rw" + mapping.protection[2])
-    if relocations.lazy is not None and relocations.left:  # before an IFUNC's resolver calls through them
+    if left := len(relocations.lazy):  # before an IFUNC's resolver calls through them
         with importing:
             from miniloader.loader.lazy_binding import Slots
 
@@ -146,8 +146,8 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
     if carrier is not None and image.tls is not None:
         text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"
         graph.event("tls", image.path, text, module=carrier.module, bytes=image.tls.memsz)
-    if relocations.left:
-        graph.event("bind", image.path, f"{relocations.left} PLT slots left for their first call")
+    if left:
+        graph.event("bind", image.path, f"{left} PLT slots left for their first call")
     if graph.tell is not None:
         total, where = len(image.relocations), ", in read-only segments too" if restore else ""
         graph.event(

@@ -65,8 +65,7 @@ class Relocation:
                 raise ElfError(image.path, "relocations", found, "inside a segment that can be read")
         try:
             counts, highest = self._job.survey(relocations.kinds)
-            if relocations.lazy is not None and relocations.left:
-                highest = max(highest, int(relocations.lazy["symbol"].max()))
+            highest = max(highest, max(relocations.lazy.symbols, default=0))
             self.names = open_names(image, spans, memory.bias, at_least=highest + 1)
             self.wanted = self._job.used(len(self.names))
             self._counts = {relocations.kinds[code]: (code, count) for code, count in counts.items()}
@@ -92,8 +91,8 @@ class Relocation:
         """
         relocations, job = self._relocations, self._job
         called, pointed = bindings.places(call=True), bindings.places(call=False)
-        added = array("Q") if relocations.lazy is None else array("Q", relocations.lazy["offset"].tolist())
         words = called, pointed, addresses, bindings.rows, late
+        added = relocations.lazy.offsets
         try:
             job.relocate(relocations.located, relocations.relr_part, added, relocations.head, *words)
             for vaddrs, values, size in thread_local(self._rows_of(*TLS)):

@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
-from itertools import count
+from itertools import compress, count
 from operator import itemgetter
 from typing import Final
 
@@ -49,6 +49,17 @@ _SMALL: Final = 256
 
 
 @dataclass(frozen=True, eq=False)
+class LazySlots:
+    """The PLT slots left for their first call, in the order in which the PLT counts them, from 0 on."""
+
+    offsets: array[int]
+    symbols: array[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+@dataclass(frozen=True, eq=False)
 class Sorted:
     """A library's relocations by what they need: ``rows`` of each formula, in table order.
 
@@ -59,17 +70,12 @@ class Sorted:
     image: ElfImage
     kinds: Mapping[int, Kind]
     located: array[int]
-    lazy: Table | None
+    lazy: LazySlots
 
     @property
     def dynamic(self) -> Table:
         """The rows that are ``located``, as an array."""
         return np.asarray(self.located).view(RELOCATION)
-
-    @property
-    def left(self) -> int:
-        """How many rows are ``lazy``."""
-        return 0 if self.lazy is None else len(self.lazy)
 
     @property
     def relr(self) -> NDArray[np.uint64]:
@@ -94,7 +100,7 @@ class Sorted:
         return [
             (table.vaddr + first * table.entry_size, table.count - first)
             for table in self.image.relocations.tables
-            if (first := table.head + (self.left if table.name == _PLT else 0)) < table.count
+            if (first := table.head + (len(self.lazy) if table.name == _PLT else 0)) < table.count
             and not table.unpacked
         ]
 
@@ -125,8 +131,7 @@ class Sorted:
         yield self.relr
         relative = self.relative["offset"]
         yield relative
-        if self.lazy is not None:
-            yield self.lazy["offset"]
+        yield np.asarray(self.lazy.offsets)
         if len(relative) and int(np.bitwise_or.reduce(relative)) & 7:
             yield relative + np.uint64(_WORD - 1)
         for kind, rows in self.others:
@@ -136,7 +141,7 @@ class Sorted:
     @cached_property
     def _groups(self) -> tuple[tuple[Kind, Table], ...]:
         tables = self.image.relocations.tables
-        parts = (table.rows[self.left if table.name == _PLT else 0 :] for table in tables)
+        parts = (table.rows[len(self.lazy) if table.name == _PLT else 0 :] for table in tables)
         rows = np.concatenate([np.empty(0, RELOCATION), *parts])
         codes = _distinct(rows["type"])
         for code in codes:
@@ -160,17 +165,24 @@ def sort_relocations(image: ElfImage, *, lazy: bool = False) -> Sorted:
     kinds = KINDS.get(image.header.machine)
     if kinds is None:
         raise LoadError(f"{image.path}: relocations of {image.header.machine} cannot be applied")
-    later: Table | None = None
+    later = LazySlots(array("Q"), array("I"))
     for table in image.relocations.tables:
         if not table.addends:
             raise LoadError(f"{image.path}: {table.name}: found REL, expected RELA on this machine")
         if lazy and table.name == _PLT:
-            code_of_slot = next(code for code, kind in kinds.items() if kind.call)
-            slots = (
-                table.rows["type"] == code_of_slot
-            )  # the PLT counts them: none may be left out between them
-            later = table.rows[: len(slots) if slots.all() else int(np.argmin(slots))]
+            later = _lazy_slots(table, next(code for code, kind in kinds.items() if kind.call))
     return Sorted(image, kinds, _located(image), later)
+
+
+def _lazy_slots(table: RelocationTable, code: int) -> LazySlots:
+    """The ``table``'s first rows, as far as they are of kind ``code``: the PLT counts them without a gap."""
+    words, halves = array("Q"), array("I")  # of Elf64_Rela: offset, kind and symbol, addend
+    data = table.bytes_behind(0)
+    words.frombytes(data)
+    halves.frombytes(data)
+    kinds, symbols = halves[2::6], halves[3::6]
+    count = next(compress(range(len(kinds)), map(code.__ne__, kinds)), len(kinds))
+    return LazySlots(words[::3][:count], symbols[:count])
 
 
 def symbols_of(table: RelocationTable, codes: Collection[int]) -> array[int]:
