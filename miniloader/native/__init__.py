@@ -1,7 +1,7 @@
 """The inner loops of linking, in C: looking up names, noting what they are bound to, writing words.
 
 They are in ``names.c``, ``notes.c`` and ``words.c``; ``link.c`` goes through all of them for an ordinary
-library, ``prepared.c`` has those of prepared pages.
+library, ``prepared.c`` has those of prepared pages, ``objects.c`` looks at copies of others' pages.
 
 Beside them stands what libraries of ours call instead of dlopen(3) and its like (``inside.c``).
 
@@ -222,9 +222,11 @@ FINALISE: Final = "finalise"
 #: The loops, and how many numbers each gets.
 _ARGUMENTS: Final = {
     "bind_ordinary": 12,
+    "compare_pages": 5,
     "compare_sums": 5,
     "compute_values": 5,
     "copy": 4,
+    "count_objects": 12,
     "fill_slots": 8,
     "flush_code": 2,
     "gather": 6,

@@ -664,6 +664,152 @@ static uint8_t *pages; /* one that can be read, one that cannot, one whose file 
 enum { PAGE = 4096, ROOM = 4 * PAGE };
 enum { FINE, GONE };
 
+/* ---- objects.c */
+typedef struct {
+    int64_t size, end, offset;
+} Surrounding;
+typedef struct {
+    uint64_t pointer, type;
+} Met;
+typedef struct {
+    int64_t size, before, count, pages, last_page;
+} Type;
+typedef struct {
+    uint64_t page, word, type;
+} Listed;
+typedef struct {
+    uint64_t met, fresh, listed;
+} Found;
+int64_t compare_pages(const uint8_t *, const uint8_t *, uint64_t, uint64_t, uint8_t *);
+int64_t count_objects(const uint64_t *, uint64_t, uint64_t, const Surrounding *, const uint8_t *, const uint64_t *,
+                      uint64_t, Met *, Type *, Listed *, uint64_t *, Found *);
+
+enum { BITS = 18, PLACES = 1 << BITS, MOST_MET = PLACES / 2, TYPES = 4, WIDTH = 32, STEPS = 64 };
+static const uint64_t arena_edges[] = {1 << 21, 1 << 22, 1 << 23, 1 << 24};
+/* The first three are types; what follows is in a pool, or not aligned, or too low or too high. */
+static const uint64_t pointers[] = {
+    1 << 25, (1 << 25) + 8, UINT64_C(0x7fffffffffe8), 1 << 22, (1 << 22) - 8, 1 << 23, (1 << 25) + 4, 1 << 19,
+    UINT64_C(1) << 47, 0};
+enum { POINTERS = sizeof pointers / sizeof *pointers };
+
+static uint64_t type_of(uint64_t pointer)
+{
+    for (uint64_t type = 1; type < TYPES; type++)
+        if (pointers[type - 1] == pointer)
+            return type;
+    return 0;
+}
+
+/* Where a pointer is looked for first. */
+static uint64_t place_of_pointer(uint64_t pointer) { return (pointer >> 4) * 0x9e3779b97f4a7c15u >> (64 - BITS); }
+
+static bool is_plainly_block(const Surrounding *around, const uint64_t *page, int64_t block, int64_t needed)
+{
+    if (around->size) {
+        for (int64_t start = 48; start < around->end; start += around->size)
+            if (start == around->offset + 8 * block)
+                return needed <= around->size;
+        return false;
+    }
+    if (block < 1)
+        return false;
+    uint64_t length = page[block - 1] / 8 * 8;
+    return length > 512 && length >> 40 == 0 && length % 16 == 0 && (uint64_t)needed + 8 <= length;
+}
+
+static void try_pages(void)
+{
+    uint64_t count = chance(4), length = 1 + chance(40);
+    uint8_t *first = malloc(count * length + 1), *second = malloc(count * length + 1), *same = malloc(count + 1);
+    for (uint64_t i = 0; i < count * length; i++)
+        first[i] = second[i] = (uint8_t)chance(256);
+    uint64_t place = chance(count * length), changes = count * length && chance(2);
+    second[place] = (uint8_t)(second[place] + changes);
+    first = realloc(first, count * length + !count), second = realloc(second, count * length + !count);
+    compare_pages(first, second, count, length, same);
+    for (uint64_t i = 0; i < count; i++)
+        assert(same[i] == !(changes && place / length == i));
+    free(first), free(second), free(same);
+}
+
+static void try_objects(void)
+{
+    static Met *met;
+    met = met ? met : calloc(PLACES, sizeof *met);
+    uint64_t count = chance(4), wanted_count = 0, listed = 0;
+    uint64_t *words = malloc(8 * WIDTH * count + !count);
+    Surrounding *around = malloc(count * sizeof *around + !count);
+    uint8_t *wanted = malloc(count + !count);
+    for (uint64_t i = 0; i < count; i++) {
+        int64_t size = chance(3) ? 16 + 16 * (int64_t)chance(8) : 0;
+        around[i] = (Surrounding){size, size ? 48 + size * (int64_t)chance(12) : 0, (int64_t)(8 * WIDTH * chance(4))};
+        wanted_count += wanted[i] = (uint8_t)chance(2);
+        for (uint64_t word = 0; word < WIDTH; word++) {
+            const uint64_t numbers[] = {0, 1, 3, UINT64_C(0xffff000000000002), 0xffffffff, UINT64_C(1) << 32, 0x221,
+                                        0x229, UINT64_C(1) << 41, chance(UINT64_MAX)};
+            words[WIDTH * i + word] = chance(2) ? pointers[chance(POINTERS)] : numbers[chance(10)];
+        }
+    }
+    Type types[TYPES] = {{0}};
+    for (uint64_t type = 1; type < TYPES; type++) {
+        types[type].before = 2 * (int64_t)chance(3);
+        types[type].size = 16 + 8 * types[type].before + 8 * (int64_t)chance(8);
+    }
+    /* Where something is in the way, or too much is known already, a pointer is not met. */
+    uint64_t hidden = chance(4) ? 0 : pointers[chance(TYPES)], start = place_of_pointer(hidden);
+    for (uint64_t i = 0; hidden && i < STEPS; i++)
+        met[(start + i) % PLACES] = (Met){UINT64_MAX - i, 0};
+    Found found = {chance(4) ? chance(100) : MOST_MET - chance(3), 0, 0};
+    Listed *objects = malloc(wanted_count * WIDTH / 2 * sizeof *objects + !wanted_count);
+    uint64_t room = WIDTH / 2 * count, *fresh = malloc(8 * room + !room), places[POINTERS], place_count = 0;
+    for (bool again = true; again;) {
+        again = false;
+        for (uint64_t type = 0; type < TYPES; type++)
+            types[type].count = types[type].pages = types[type].last_page = 0;
+        count_objects(words, count, WIDTH, around, wanted, arena_edges, 4, met, types, objects, fresh, &found);
+        for (uint64_t i = 0; i < found.fresh; i++) {
+            uint64_t pointer = met[fresh[i]].pointer;
+            assert(place_count < POINTERS && pointer != hidden);
+            places[place_count++] = fresh[i];
+            again |= met[fresh[i]].type = type_of(pointer);
+        }
+        assert(found.met <= MOST_MET);
+    }
+    uint64_t numbers[TYPES] = {0}, pages_of[TYPES] = {0}, row = 0;
+    const uint64_t *last = NULL; /* where the block before began */
+    for (uint64_t i = 0; i < count; row += wanted[i++]) {
+        uint64_t before[TYPES];
+        memcpy(before, numbers, sizeof before);
+        for (uint64_t word = 0; word < WIDTH; word += 2) {
+            const uint64_t *page = words + WIDTH * i, least = page[word] % (UINT64_C(1) << 48);
+            uint64_t type = 0;
+            for (uint64_t place = 0; place < place_count; place++)
+                if (met[places[place]].pointer == page[word + 1])
+                    type = met[places[place]].type;
+            int64_t block = (int64_t)word - types[type].before;
+            if (!type || !least || least >> 32 || !is_plainly_block(&around[i], page, block, types[type].size)
+                || page + block == last)
+                continue;
+            last = page + block;
+            numbers[type]++;
+            if (wanted[i]) {
+                assert(objects[listed].page == row && objects[listed].word == word && objects[listed].type == type);
+                listed++;
+            }
+        }
+        for (uint64_t type = 1; type < TYPES; type++)
+            pages_of[type] += numbers[type] > before[type];
+    }
+    assert(found.listed == listed);
+    for (uint64_t type = 1; type < TYPES; type++)
+        assert(types[type].count == (int64_t)numbers[type] && types[type].pages == (int64_t)pages_of[type]);
+    for (uint64_t i = 0; hidden && i < STEPS; i++)
+        met[(start + i) % PLACES] = (Met){0, 0};
+    while (place_count)
+        met[places[--place_count]] = (Met){0, 0};
+    free(words), free(around), free(wanted), free(objects), free(fresh);
+}
+
 /* ---- prepared.c */
 typedef struct { uint64_t offset, addend, definer; } Value;
 int64_t compare_sums(const uint64_t *, uint64_t, uint64_t, const uint64_t *, uint64_t);
@@ -1066,6 +1212,8 @@ int main(int argc, char **words)
         try_inside();
         try_host();
         try_prepared();
+        try_pages();
+        try_objects();
         try_calls();
         try_guard();
         try_lazy();

@@ -8,8 +8,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
+from miniloader.lab.erosion.object_loop import ObjectLoop, has_loop
 from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pools import Pools, pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
@@ -27,25 +29,32 @@ class Census:
 
     def __init__(self, pools: Pools, types: Types) -> None:
         self._pools, self._types = pools, types
+        self._loop = ObjectLoop(pools, types) if has_loop() else None
         self._numbers, self._pages = Counter[int](), Counter[int]()
 
-    def count(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> Objects:
-        """Count the objects on these pages, and tell where they are."""
-        objects = objects_on(addresses, words, self._pools, self._types)
-        of_type = self._types.addresses
-        numbers = np.bincount(objects.kind, minlength=len(of_type))
+    def count(
+        self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
+    ) -> Objects:
+        """Count the objects on these pages, and tell where those are on pages that are to be ``listed``."""
+        if self._loop is not None:
+            numbers, pages, objects = self._loop.count(addresses, words, listed)
+        else:
+            objects = objects_on(addresses, words, self._pools, self._types)
+            numbers, pages = self._counted(objects, len(addresses))
+            objects = objects.on(listed)
         met = np.flatnonzero(numbers)
-        row = np.cumsum(numbers > 0) - 1
-        places = np.bincount(
-            row[objects.kind] * len(addresses) + objects.page, minlength=len(met) * len(addresses)
-        )
-        pages = np.count_nonzero(places.reshape(len(met), len(addresses)), axis=1)
         for address, number, on in zip(
-            of_type[met].tolist(), numbers[met].tolist(), pages.tolist(), strict=True
+            self._types.addresses[met].tolist(), numbers[met].tolist(), pages[met].tolist(), strict=True
         ):
             self._numbers[address] += number
             self._pages[address] += on
         return objects
+
+    def _counted(self, objects: Objects, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """How many objects of each type there are, and on how many of a ``number`` of pages."""
+        length = len(self._types.addresses)
+        kinds = distinct(objects.kind * number + objects.page) // max(number, 1)
+        return np.bincount(objects.kind, minlength=length), np.bincount(kinds, minlength=length)
 
     def objects(self) -> tuple[ErodedObjects, ...]:
         """The types with the most objects, the most first."""
@@ -73,5 +82,6 @@ def objects_at(process: Survey, addresses: NDArray[np.uint64]) -> tuple[ErodedOb
             part = addresses[start : start + _AT_ONCE]
             data, read = memory.pages(part)
             if read.any():
-                census.count(part[read], data[read].view(np.uint64).reshape(-1, PAGE_SIZE // 8))
+                words = data[read].view(np.uint64).reshape(-1, PAGE_SIZE // 8)
+                census.count(part[read], words, np.zeros(len(words), np.bool_))
         return census.objects()

@@ -15,6 +15,7 @@ from miniloader.kernel.process_memory import ProcessMemory
 from miniloader.kernel.scan import IS_HUGE, scan
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.moved_pages import frames_at
+from miniloader.lab.erosion.object_loop import equal_pages
 from miniloader.lab.erosion.pairs import Pair
 from miniloader.values import NamedTuple
 
@@ -29,15 +30,15 @@ _HUGE: Final = PAGE_SIZE // 8  # pages of a huge page: the entries of a table
 
 
 class PagePart(NamedTuple):
-    """Some pages of both processes: their ``addresses``, and the ``words`` of the process, a row a page.
+    """Some pages of both processes: their ``addresses``, and the ``words`` of each, a row a page.
 
     ``read`` says of each whether both could be read and were the pages that the audit saw, before and after;
-    ``same`` whether all bytes are equal then, ``equal`` of each word.
+    ``same`` whether all bytes are equal then.
     """
 
     addresses: NDArray[np.uint64]
     words: NDArray[np.uint64]
-    equal: NDArray[np.bool_]
+    words_of_relative: NDArray[np.uint64]
     read: NDArray[np.bool_]
     same: NDArray[np.bool_]
 
@@ -65,8 +66,8 @@ def compare(pair: Pair) -> Iterator[PagePart]:
                 words.append(_spread(live.view(np.uint64), read))
                 read[np.flatnonzero(read)[~done]] = False
             read &= _still(maps, addresses, seen)
-            equal = words[0] == words[1]
-            yield PagePart(addresses, words[0], equal, read, read & equal.all(axis=1))
+            same = read & equal_pages(words[0], words[1])
+            yield PagePart(addresses, words[0], words[1], read, same)
 
 
 def _spread(live: NDArray[np.uint64], read: NDArray[np.bool_]) -> NDArray[np.uint64]:

@@ -121,12 +121,12 @@ def _chunks(memory: PresentMemory, pair: Pair, process: Survey) -> tuple[ErodedO
 
 def _causes(part: PagePart, census: Census | None) -> Mapping[str, int]:
     """How many of the pages that were read there are of each cause; their objects are counted."""
-    read = np.flatnonzero(part.read)
+    differs = part.read & ~part.same
+    changed, read = np.flatnonzero(differs), np.count_nonzero(part.read)
     objects = None
-    if census is not None and len(read):
-        objects = census.count(
-            part.addresses[read], part.words if len(read) == len(part.read) else part.words[read]
-        )
-    changed = np.flatnonzero(~part.same[read])
-    causes = causes_of(~part.equal[read[changed]], objects.on(changed) if objects is not None else None)
-    return {**causes, "unknown": len(read) - len(changed)}
+    if census is not None and read == len(part.read):
+        objects = census.count(part.addresses, part.words, differs)
+    elif census is not None and read:
+        objects = census.count(part.addresses[part.read], part.words[part.read], differs[part.read])
+    causes = causes_of(part.words[changed] != part.words_of_relative[changed], objects)
+    return {**causes, "unknown": int(read) - len(changed)}

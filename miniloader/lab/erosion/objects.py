@@ -39,11 +39,11 @@ class Objects(NamedTuple):
     kind: NDArray[np.intp]
     before: NDArray[np.intp]
 
-    def on(self, pages: NDArray[np.intp]) -> Objects:
-        """Only the objects on these rows of pages, which ascend; their rows are counted anew."""
-        at = np.searchsorted(pages, self.page)
-        chosen = np.flatnonzero(np.append(pages, -1)[at] == self.page)
-        return Objects(at[chosen], self.word[chosen], self.kind[chosen], self.before[chosen])
+    def on(self, pages: NDArray[np.bool_]) -> Objects:
+        """Only the objects on the pages that are chosen, whose rows are counted anew."""
+        chosen = pages[self.page]
+        rows = np.cumsum(pages) - 1
+        return Objects(rows[self.page[chosen]], self.word[chosen], self.kind[chosen], self.before[chosen])
 
 
 def objects_on(

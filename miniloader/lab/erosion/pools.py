@@ -44,18 +44,26 @@ class Pools:
         rows = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
         return np.where(self.starts[rows] == starts, rows, -1)
 
+    def around(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Of each page, a row: the size and the end of its pool (0: it is in none), and its place there."""
+        rows, columns = self.of(addresses), np.zeros((len(addresses), 3), np.int64)
+        inside = np.flatnonzero(rows >= 0)
+        columns[inside, 0], columns[inside, 1] = self.sizes[rows[inside]], self.ends[rows[inside]]
+        columns[:, 2] = addresses & np.uint64(POOL - 1)
+        return columns
+
     @cached_property
-    def _arenas(self) -> NDArray[np.uint64]:
+    def edges(self) -> NDArray[np.uint64]:
         """Where memory of pools begins and ends, in turn: neighbours are one."""
+        if not len(self.starts):
+            return np.empty(0, np.uint64)
         gaps = np.flatnonzero(np.diff(self.starts) != POOL) + 1
         first, last = np.append(0, gaps), np.append(gaps - 1, len(self.starts) - 1)
         return np.stack([self.starts[first], self.starts[last] + np.uint64(POOL)], axis=1).reshape(-1)
 
     def holds(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which addresses lie in a pool."""
-        if not len(self.starts):
-            return np.zeros(len(addresses), np.bool_)
-        return np.asarray(np.searchsorted(self._arenas, addresses, side="right") % 2 == 1)
+        return np.asarray(np.searchsorted(self.edges, addresses, side="right") % 2 == 1)
 
     def begins(
         self, rows: NDArray[np.intp], offsets: NDArray[np.int64], needed: NDArray[np.int64]

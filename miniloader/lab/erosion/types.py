@@ -18,7 +18,7 @@ from miniloader.lab.erosion.pools import Pools
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.values import NamedTuple
 
-__all__ = ["COLLECTED", "PRE_HEADER", "Types"]
+__all__ = ["COLLECTED", "MOST_MET", "PRE_HEADER", "Types"]
 
 _HEAP: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _READY: Final = 1 << 12  # Py_TPFLAGS_READY
@@ -37,7 +37,8 @@ _ENTRY: Final = {0: (24, 8), 1: (16, 0)}  # by kind of keys: bytes of an entry, 
 _MOST_ENTRIES: Final = 64  # __module__ comes first in the body of a class
 _MODULE: Final = b"__module__"
 _TEXT: Final = (40, 48)  # where the letters of an ASCII str begin: from 3.12 on, and in 3.11
-_MOST_CANDIDATES: Final = 1 << 17
+MOST_MET: Final = 1 << 17
+"""So many pointers are looked at, about."""
 _FILTER: Final = 14  # bits
 
 
@@ -59,44 +60,68 @@ class Types:
     """The types that are met in one process.  ``type_type`` is the address of ``type`` itself.
 
     A type is larger than what comes from ``pools``, so none is looked for there.  ``addresses`` has a row for
-    each type that was found, ascending; ``sizes`` how many bytes its objects have at least, with the words
-    that stand ``before`` them.
+    each type that was found, in the order in which they were, after a first one that is none; ``sizes`` how
+    many bytes its objects have at least, with the words that stand ``before`` them.
     """
 
     def __init__(self, memory: PresentMemory, pools: Pools, type_type: int) -> None:
         self._memory, self._pools, self._type_type = memory, pools, type_type
         self._met: dict[int, _Described | None] = {}
         self._decided = np.zeros(1, np.uint64)
-        self.addresses = np.zeros(1, np.uint64)
+        self._listed = list[_Described]()
+        self._rows = {0: 0}
+        self.addresses = self._ascending = np.zeros(1, np.uint64)
+        self._order = np.zeros(1, np.intp)
         self.sizes = self.before = np.zeros(1, np.int64)
         self._maybe = np.zeros(1 << _FILTER, np.bool_)
 
     def rows_of(self, pointers: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Which of ``pointers`` lead to a type, and to which: rows of :attr:`addresses`."""
         places = _filtered(pointers)
-        self._meet(pointers[~self._maybe[places]])
+        fresh = pointers[~self._maybe[places]]
+        self._meet(fresh[~self._pools.holds(fresh)])
         chosen = np.flatnonzero(self._maybe[places])
-        rows = np.minimum(np.searchsorted(self.addresses, pointers[chosen]), len(self.addresses) - 1)
-        real = self.addresses[rows] == pointers[chosen]
-        return chosen[real], rows[real]
+        at = np.minimum(np.searchsorted(self._ascending, pointers[chosen]), len(self._ascending) - 1)
+        real = self._ascending[at] == pointers[chosen]
+        return chosen[real], self._order[at[real]]
 
-    def _meet(self, fresh: NDArray[np.uint64]) -> None:
-        """Have a look at those of ``fresh`` pointers that have not been met before."""
-        candidates = np.sort(fresh[~self._pools.holds(fresh)])
+    def _meet(self, pointers: NDArray[np.uint64]) -> None:
+        """Have a look at those of ``pointers`` that have not been met before."""
+        candidates = np.sort(pointers)
         at = np.minimum(np.searchsorted(self._decided, candidates), len(self._decided) - 1)
         candidates = candidates[self._decided[at] != candidates]
-        if not len(candidates) or len(self._decided) > _MOST_CANDIDATES:
-            return
-        candidates = candidates[np.append(True, np.diff(candidates) != 0)]
-        self._decided = np.sort(np.concatenate([self._decided, candidates]))
-        for address in candidates[self._may_be_types(candidates)].tolist():
+        if len(candidates) and len(self._decided) <= MOST_MET:
+            candidates = candidates[np.append(True, np.diff(candidates) != 0)]
+            self._decided = np.sort(np.concatenate([self._decided, candidates]))
+            self.met(candidates)
+
+    def met(self, pointers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Which types these ascending pointers lead to, none of which was asked for before: rows of
+        :attr:`addresses`, 0 where they lead to none.
+        """
+        likely = np.flatnonzero(self._may_be_types(pointers))
+        rows = np.zeros(len(pointers), np.uint64)
+        for address in pointers[likely].tolist():
             self._describe(address)
-        known = sorted(filter(None, self._met.values()))
-        self.addresses = np.array([0, *(described.address for described in known)], np.uint64)
+        self._list()
+        rows[likely] = [self._rows.get(address, 0) for address in pointers[likely].tolist()]
+        return rows
+
+    def _list(self) -> None:
+        """Give a row to each type that has none yet."""
+        for described in self._met.values():
+            if described is not None and described.address not in self._rows:
+                self._rows[described.address] = len(self._rows)
+                self._listed.append(described)
+        self.addresses = np.array([*self._rows], np.uint64)
+        self._order = np.argsort(self.addresses)
+        self._ascending = self.addresses[self._order]
         self._maybe[_filtered(self.addresses)] = True
-        flags = np.array([0, *(described.flags for described in known)], np.int64)
+        flags = np.array([0, *(described.flags for described in self._listed)], np.int64)
         self.before = 2 * ((flags & COLLECTED) != 0).astype(np.int64) + 2 * ((flags & PRE_HEADER) != 0)
-        self.sizes = 8 * self.before + np.array([0, *(described.size for described in known)], np.int64)
+        self.sizes = 8 * self.before + np.array(
+            [0, *(described.size for described in self._listed)], np.int64
+        )
 
     def _may_be_types(self, candidates: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of these ascending addresses have the flags of a type, as far as these are on the page."""

@@ -18,14 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniloader.errors import EvidenceError
+from miniloader.errors import EvidenceError, UnsupportedError
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.pagemap import FRAME, PRESENT, read_pagemap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.result import Audit
+from miniloader.lab.erosion import object_loop
 from miniloader.lab.erosion.causes import causes_of
 from miniloader.lab.erosion.interpreter import interpreter_in
+from miniloader.lab.erosion.object_loop import ObjectLoop
 from miniloader.lab.erosion.objects import Objects, objects_on
 from miniloader.lab.erosion.pools import POOL, Pools, is_chunk, pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
@@ -132,6 +134,27 @@ def test_nothing_is_mapped_copied_or_moved() -> None:
 
 
 @needs_frames
+def test_without_the_loop_the_same_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise UnsupportedError("the loader's own loops are missing")
+
+    with pool(_OBJECTS) as workers:
+        child = workers.fork()
+        workers.ask(child, "read(); data[0]['id'] = 7; held = data[:100]")
+        by_loop = row_of(look(workers), child)
+        with monkeypatch.context() as without:
+            without.setattr(object_loop, "functions", missing)
+            object_loop.has_loop.cache_clear()
+            by_numpy = row_of(look(workers), child)
+            assert not object_loop.has_loop()
+        object_loop.has_loop.cache_clear()
+    assert object_loop.has_loop()
+    assert {kind.type: kind for kind in by_loop.objects} == {kind.type: kind for kind in by_numpy.objects}
+    assert (by_loop.same, by_loop.causes) == (by_numpy.same, by_numpy.causes)
+    assert by_loop.causes["reference-count"] > 0
+
+
+@needs_frames
 def test_sentences_say_what_to_do() -> None:
     with pool(_OBJECTS) as workers:
         child = workers.fork()
@@ -193,7 +216,7 @@ def test_causes_of_words() -> None:
     told_of = {"reference-count": 1, "collector": 1, "other-write": 2, "unknown": 1}
     assert causes_of(differs, objects) == told_of
     assert causes_of(differs[:3], None) == {**dict.fromkeys(told_of, 0), "other-write": 3}
-    assert Objects(*objects).on(np.array([1, 3])).page.tolist() == [0, 1]
+    assert objects.on(np.array([False, True, False, True, False])).page.tolist() == [0, 1]
 
 
 def test_chunks() -> None:
@@ -248,12 +271,19 @@ def a_pool(size: int, blocks: int, count: int | None = None) -> bytearray:
 
 
 def found_in(page: bytes, type_: bytes) -> list[int]:
-    """Where objects are found on a page that begins a pool, by their bytes from its start."""
+    """Where objects are found on a page that begins a pool, by bytes from its start: by numpy, and in C."""
     sight = Bytes({_AT: bytes(page), _TYPE: type_.ljust(PAGE_SIZE, b"\0")})
     addresses = np.array([_AT], np.uint64)
     pools = pools_in(addresses, sight)
-    words = np.frombuffer(bytes(page), np.uint64).reshape(1, -1)
-    return (objects_on(addresses, words, pools, Types(sight, pools, _TYPE)).word * 8).tolist()
+    words = np.frombuffer(bytearray(page), np.uint64).reshape(1, -1)
+    found = objects_on(addresses, words, pools, Types(sight, pools, _TYPE))
+    loop = ObjectLoop(pools, Types(sight, pools, _TYPE))
+    for _ in range(2):  # where pointers lead is known the second time
+        numbers, pages, listed = loop.count(addresses, words, np.ones(1, np.bool_))
+        assert [column.tolist() for column in listed] == [column.tolist() for column in found]
+        assert numbers.sum() == len(found.page)
+        assert pages.max() == min(1, len(found.page))
+    return (found.word * 8).tolist()
 
 
 def test_only_what_fits_in_all_respects_is_an_object() -> None:
