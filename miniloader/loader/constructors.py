@@ -163,6 +163,8 @@ def destructor_order(
     ``holds`` gives what each is bound to without needing it.  It counts only where needs leave it open.
     ``closed`` is the item whose closing ends them; None at the end of the process.
     """
+    if len(items) == 1:  # mostly, where there is no order to be found
+        return list(items)
     first = [item for item in items if item is closed and _CLOSED_FIRST]
     items = [*first, *(item for item in items if item not in first)]
     order = dependents_first(items, lambda item: [*before(item), *reversed(holds(item))])

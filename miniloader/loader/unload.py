@@ -197,9 +197,9 @@ def _unmap(gone: list[Loaded], is_all_known: bool = True) -> None:
     """
     users = present if _lingering or not is_all_known else ()
     gone += (library for library in _lingering if library not in gone)
-    for library in gone:
-        library.has_let_go()  # one carrier may be what another one waits for
-    waiting = [*users, *(library for library in gone if not library.has_let_go())]
+    left = [library for library in gone if not library.has_let_go()]
+    # Asked once more: one carrier may be what another one waits for.
+    waiting = [*users, *(library for library in left if not library.has_let_go())]
     _add_what_they_use(waiting)
     _lingering[:] = [library for library in gone if library in waiting or not library.discard()]
     for library in present:  # who is gone is nobody's root, and its file is open no longer

@@ -17,6 +17,7 @@ __all__ = [
     "close_host",
     "declared",
     "global_handle",
+    "handle_at",
     "in_global_scope",
     "information",
     "load_address",
@@ -32,6 +33,7 @@ RTLD_LAZY: Final = 1
 RTLD_NOW: Final = 2
 RTLD_NOLOAD: Final = 4
 RTLD_GLOBAL: Final = 0x100
+RTLD_DL_LINKMAP: Final = 2
 RTLD_DI_LINKMAP: Final = 2
 RTLD_DI_TLS_MODID: Final = 9
 RTLD_DI_TLS_DATA: Final = 10
@@ -53,6 +55,7 @@ _dlclose: Final = declared("dlclose", ctypes.c_int, ctypes.c_void_p)
 _dlsym: Final = declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 _dlvsym: Final = declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
 _dlerror: Final = declared("dlerror", ctypes.c_char_p)
+_dladdr1: Final = declared("dladdr1", ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int)
 _dlinfo: Final = declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -104,6 +107,18 @@ def load_address(handle: int) -> int:
     link_map = ctypes.c_uint64()
     information(handle, RTLD_DI_LINKMAP, ctypes.addressof(link_map))
     return int(ctypes.c_uint64.from_address(link_map.value).value)
+
+
+def handle_at(address: int) -> int | None:
+    """The handle of ld.so's library that has ``address``, None where none has; it is not opened by that.
+
+    >>> handle_at(symbol_address(global_handle(), b"dladdr1")) == open_host("libc.so.6", load=False)
+    True
+    """
+    # A handle is the link map, which dladdr1(3) tells.
+    told = array("Q", bytes(40))  # struct Dl_info, which nobody reads, and what is asked for
+    place = told.buffer_info()[0]
+    return told[4] if _dladdr1(address, place, place + 32, RTLD_DL_LINKMAP) else None
 
 
 def tls_module(handle: int) -> int:

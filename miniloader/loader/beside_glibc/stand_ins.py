@@ -222,9 +222,18 @@ def _answerer() -> int:
 
 
 def _interface() -> array[int]:
-    """The addresses of what inside.c takes to ask Python."""
-    numbers = [id(_signal.getsignal), _of_python(b"PyCallable_Check"), _signal_handler(), INNERMOST]
-    return array("Q", [*map(_of_python, INTERFACE), *numbers])
+    """The addresses of what inside.c takes to ask Python: the same ever after, once all are known."""
+    if _interfaces:
+        return _interfaces[0]
+    handler = _signal_handler()
+    numbers = [id(_signal.getsignal), _of_python(b"PyCallable_Check"), handler, INNERMOST]
+    interface = array("Q", [*map(_of_python, INTERFACE), *numbers])
+    if handler:
+        _interfaces.append(interface)
+    return interface
+
+
+_interfaces: Final[list[array[int]]] = []
 
 
 def _signal_handler() -> int:
@@ -284,11 +293,8 @@ def _map_before() -> int:
 
     Ours are not in glibc's list, and what is loaded later may go; ld.so stays.
     """
-    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), b"__tls_get_addr") or 0
-    theirs = (library for library in host.libraries() if library.path)
-    ranges = ((library, range(*each)) for library in theirs for each in library.ranges)
-    linker = next((library for library, vaddrs in ranges if address - library.bias in vaddrs), None)
-    return linker.handle if linker is not None else dynamic_linker.global_handle()
+    address = dynamic_linker.symbol_address(dynamic_linker.global_handle(), b"__tls_get_addr")
+    return dynamic_linker.handle_at(address or 0) or dynamic_linker.global_handle()
 
 
 @lru_cache(maxsize=1)
