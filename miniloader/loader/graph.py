@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
 from miniloader.elf.dynamic import DT_AUXILIARY, DT_NEEDED
+from miniloader.elf.layout import EHDR
 from miniloader.errors import ElfError, LoadError, MiniloaderError
 from miniloader.forking import cached_property, importing
 from miniloader.loader.beside_glibc import dynamic_linker, host
@@ -21,8 +22,8 @@ from miniloader.loader.events import BriefListener, Event, OnEvent, Stage, is_br
 from miniloader.loader.loaded import Loaded, called_so, move_before, search_order
 from miniloader.loader.policy import Policy, comes_from_host, refuse
 from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings
-from miniloader.loader.search import Asker, Surroundings, expand, find
-from miniloader.loader.surroundings import of_process
+from miniloader.loader.search import Asker, Surroundings, expand, find, fits
+from miniloader.loader.surroundings import of_process, own_machine
 from miniloader.loader.unload import of_file, present
 from miniloader.values import dataclass
 
@@ -187,8 +188,7 @@ class Graph:
         if same is not None:
             same.call(name)  # where that is its SONAME
             return Resolution(same, "loaded already")
-        path = self._search(name, asker, who)
-        source = Source.open(path)
+        source = self._open_path(name) or Source.open(self._search(name, asker, who))
         same_file = self._same_file(source)
         if same_file is not None:
             source.close()
@@ -200,9 +200,9 @@ class Graph:
         image = _image_of(source)
         if open_host and (comes_from_host(name) or (image and comes_from_host(image.soname))):
             source.close()
-            handle = dynamic_linker.open_host(path, load=True)
+            handle = dynamic_linker.open_host(source.name, load=True)
             assert handle is not None  # or it had raised
-            library = self._behind(handle, path)
+            library = self._behind(handle, source.name)
             return Resolution(library, f"the system's loader has loaded {library.name}", handle)
         return Resolution(source, "found", None, None, image)
 
@@ -239,6 +239,19 @@ class Graph:
             dynamic_linker.close_host(handle)
             raise LoadError(f"{path}: the system's loader has it, but does not list it")
         return self.listing.by_bias[bias]
+
+    def _open_path(self, name: str) -> Source | None:
+        """The file at the path ``name``, opened once if nobody hears of the search and it is right."""
+        if "/" not in name or "$" in name or (self.tell is not None and not self.brief):
+            return None
+        try:
+            source = Source.open(name)
+        except ElfError:
+            return None
+        if fits(source.read(0, min(EHDR.size, source.size), "ELF header"), own_machine()):
+            return source
+        source.close()
+        return None
 
     def _search(self, name: str, asker: Asker | None, who: str) -> str:
         """The path of the file that ld.so would take for ``name``; each place is told."""

@@ -37,8 +37,9 @@ from miniloader.values import dataclass
 if TYPE_CHECKING:
     from miniloader.elf.header import Header
     from miniloader.elf.image import ElfImage
+    from miniloader.elf.source import Bytes
 
-__all__ = ["Asker", "Found", "Machine", "Place", "Step", "Surroundings", "expand", "find", "places"]
+__all__ = ["Asker", "Found", "Machine", "Place", "Step", "Surroundings", "expand", "find", "fits", "places"]
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,11 @@ def _judge(root: Root, path: str, machine: Machine | None) -> tuple[str, int]:
     finally:
         os.close(fd)
     return _judge_header(head, machine), 0
+
+
+def fits(head: Bytes, machine: Machine | None) -> bool:
+    """Whether ld.so takes a file for ``machine`` that begins with ``head``, its first 64 bytes."""
+    return _judge_header(bytes(head), machine) == _FOUND
 
 
 def _judge_header(head: bytes, machine: Machine | None) -> str:

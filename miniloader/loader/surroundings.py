@@ -41,6 +41,7 @@ __all__ = [
     "interpreter_for",
     "of_process",
     "of_root",
+    "own_machine",
 ]
 
 _LINUX: Final = "/lib/ld-linux"
@@ -107,6 +108,12 @@ def _program() -> tuple[Header, Asker, str]:
 
 
 @lru_cache(maxsize=1)
+def own_machine() -> Machine:
+    """What files have to be for to be loaded into this process."""
+    return Machine.of(_program()[0])
+
+
+@lru_cache(maxsize=1)
 def _library_path() -> tuple[str, ...]:
     """``LD_LIBRARY_PATH`` as it was when the program started, which is what ld.so goes by."""
     return split_library_path(os.fsdecode(next(_at_start(b"LD_LIBRARY_PATH="), b"")))
@@ -138,7 +145,7 @@ def _own_cache() -> Cache | None:
         return None
     stamp = (status.st_mtime_ns, status.st_ino)
     if not _last_cache or _last_cache[0][0] != stamp:
-        machine = Machine.of(_program()[0])
+        machine = own_machine()
         _last_cache[:] = [(stamp, read_cache(CACHE, machine.number, machine.order))]
     return _last_cache[0][1]
 
