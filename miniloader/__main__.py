@@ -1,6 +1,11 @@
 """``python -m miniloader``: the command line."""
 
-from miniloader.cli import main
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    import gc
+
+    paused = gc.isenabled()
+    gc.disable()  # what is imported first is no garbage
+
+    from miniloader.cli import main
+
+    raise SystemExit(main(paused=paused))

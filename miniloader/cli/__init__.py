@@ -58,8 +58,10 @@ _PROJECTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, paused: bool = False) -> int:
     """Run one command line (``sys.argv`` when ``argv`` is None) and return its exit status.
+
+    Where looking for garbage is ``paused``, it goes on when what comes first is imported.
 
     An error is one line on standard error and, with ``--json``, the object
     ``{"error": {"kind", "message"}}`` on standard output.  ``--debug``, which no help shows, lets the
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _main(words, is_process=argv is None)
+        return _main(words, is_process=argv is None, paused=paused)
     except Exception as error:  # where there is no memory, anything: Python may lose what it was to raise
         _spare.clear()
         if "--debug" in words:
@@ -79,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
 
 
-def _main(words: list[str], *, is_process: bool) -> int:
+def _main(words: list[str], *, is_process: bool, paused: bool) -> int:
     """The status of a command line; the process ends with it where it ``is_process``."""
     if words[:1] == [_ANOTHER_PROGRAM]:
-        return _run_another(words)
+        return _run_another(words, paused=paused)
     travel_light()
+    if paused:
+        gc.enable()
     demand_room()
     if sys.stdout is None:  # closed from the start: who does that wants nothing printed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
@@ -131,15 +135,23 @@ _spare: list[bytes] = []
 _ANOTHER_PROGRAM = "run"
 
 
-def _run_another(words: list[str]) -> int:
+def _run_another(words: list[str], *, paused: bool) -> int:
     """The status of another program, run in this process: :func:`main` without what is for commands alone."""
-    from miniloader.cli.parser import build, parse
 
     def run() -> int:
-        try:
-            arguments = parse(build((_ANOTHER_PROGRAM,)), words)
-        except SystemExit as done:  # --help
-            return int(done.code or 0)
+        from miniloader.cli.run import without_options
+
+        arguments = without_options(words[1:])
+        if arguments is None:
+            from miniloader.cli.parser import build, parse
+
+            try:
+                arguments = parse(build((_ANOTHER_PROGRAM,)), words)
+            except SystemExit as done:  # --help
+                return int(done.code or 0)
+        if paused:
+            gc.freeze()  # of what is there nothing is garbage
+            gc.enable()
         status: int = arguments.run(arguments)
         return status
 

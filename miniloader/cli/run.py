@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from miniloader.cli import options
-
+TYPE_CHECKING = False  # typing, argparse: the program may do without
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from miniloader.loader.running.bill import Bill
     from miniloader.loader.running.program import PythonProgram
 
-__all__ = ["HELP", "configure", "run"]
+__all__ = ["HELP", "configure", "run", "without_options"]
 
 HELP = "run a Python program with its extension modules loaded by miniloader, and say what each cost"
 
@@ -32,6 +33,10 @@ status, output, signals are its own.
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The program, with all that follows it, and what is to be done with the bill."""
+    import argparse
+
+    from miniloader.cli import options
+
     options.examples(parser, _EXAMPLES)
     parser.usage = "miniloader run [OPTIONS] (PROGRAM | -m MODULE | -c CODE) [ARGUMENTS]"
     parser.add_argument(
@@ -56,6 +61,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", action="store_true", help="tell each step on standard error as it happens")
     parser.add_argument("--follow", action="store_true", help="new Python interpreters that it starts, too")
     options.prepared(parser)
+
+
+#: What there is of each option that is not given.
+_WITHOUT = {
+    **dict.fromkeys(("module", "code", "bill", "only")),
+    **dict.fromkeys(("no_bill", "strict", "trace", "follow", "prepared", "json", "debug"), False),
+}
+
+
+def without_options(words: Sequence[str]) -> argparse.Namespace | None:
+    """What the ``words`` behind ``run`` say where no option is before the program; else None.
+
+    As the parser would have it, which takes longer to be made than all modules of a small program.
+    """
+    names = {"-m": "module", "-c": "code"}
+    name = names.get(words[0], "program") if words else ""
+    told = list(words if name == "program" else words[1:])
+    if not told or told[0].startswith("-") or "--" in told:
+        return None
+    return SimpleNamespace(**{**_WITHOUT, "program": [], name: told, "run": run})  # type: ignore[return-value]
 
 
 def run(arguments: argparse.Namespace) -> int:

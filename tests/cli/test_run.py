@@ -16,6 +16,9 @@ import jsonschema
 import pytest
 
 from fixtures import build
+from miniloader.cli.parser import build as build_parser
+from miniloader.cli.parser import parse
+from miniloader.cli.run import without_options
 from miniloader.report.schemas import SCHEMAS
 
 PLAIN = (sys.executable,)
@@ -243,3 +246,44 @@ def test_trace_tells_on_standard_error(place: Path) -> None:
     assert done.stdout == "out\n"
     assert "_lsprof" in done.stderr
     assert "dlopen " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("script.py",),
+        ("script.py", "--bill", "x", "-m"),
+        ("-m", "package", "--json", "-c"),
+        ("-c", "pass", "-x"),
+        ("-c", ""),
+        ("",),
+    ],
+    ids=" ".join,
+)
+def test_without_options_no_parser_is_made(words: tuple[str, ...]) -> None:
+    parsed = parse(build_parser(("run",)), ["run", *words])
+    told = without_options(words)
+    assert told is not None
+    assert vars(told).items() == {key: vars(parsed)[key] for key in vars(parsed).keys() - _OF_PARSER}.items()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("-",), ("-c",), ("--bill", "-", "x.py"), ("-cpass",), ("-h",), ("x.py", "--", "y")],
+    ids=" ".join,
+)
+def test_options_are_the_parsers(words: tuple[str, ...]) -> None:
+    assert without_options(words) is None
+
+
+_OF_PARSER = {"completion", "parser"}
+
+
+def test_for_what_is_imported_first_no_garbage_is_looked_for(tmp_path: Path) -> None:
+    """A collection or two are Python's own, which finds the module by then; the rest stays as it was."""
+    code = (
+        "import gc; print(gc.isenabled(), *gc.get_threshold(), sum(s['collections'] for s in gc.get_stats()))"
+    )
+    plain, ours = (run(command, "-c", code, cwd=tmp_path).stdout.split() for command in (PLAIN, RUN))
+    assert ours[:-1] == plain[:-1]
+    assert int(ours[-1]) <= int(plain[-1]) + 4
