@@ -10,7 +10,7 @@ from miniloader.arrays import NDArray
 from miniloader.forking import importing
 from miniloader.later import Later, leaving_out
 
-__all__ = ["import_numpy", "travel_light"]
+__all__ = ["import_argparse", "import_numpy", "travel_light"]
 
 #: What numpy imports for functions that nobody calls here, and which of them it takes from there.
 _UNCALLED = {
@@ -29,6 +29,15 @@ def travel_light() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # importing numpy starts threads, for nothing here
     for name in _DOCSTRINGS:  # and gives functions written in C their docstrings, but under `python -OO`
         sys.modules.setdefault(name, type(sys)(name))
+
+
+def import_argparse() -> None:
+    """Import argparse without what looks for translations of its words, of which Python has none."""
+    with importing:
+        left_out = leaving_out("gettext")
+        with left_out:
+            _stand_in("gettext", gettext=str, ngettext=lambda one, more, number: one if number == 1 else more)
+            import argparse  # noqa: F401 - for all who import it later
 
 
 def import_numpy() -> None:

@@ -213,6 +213,47 @@ def test_a_program_begins_without_what_few_ask_for() -> None:
     assert (answer.stdout, answer.stderr) == ("\n", "")
 
 
+#: What an audit that only counts does without: translations, judges of files and of single pages.
+NOT_TO_COUNT = (
+    *("gettext", "locale", "heapq", "queue", "inspect"),
+    *("miniloader.elf.checks", "miniloader.evidence.cause", "miniloader.evidence.layout"),
+    *("miniloader.evidence.space", "miniloader.lab.audit.explain", "miniloader.lab.erosion.erode"),
+)
+
+
+def test_an_audit_that_counts_begins_without_what_explains() -> None:
+    code = (
+        "import os, sys\n"
+        "from miniloader.cli import main\n"
+        "assert main(['audit', '--no-causes', str(os.getpid())]) == 0\n"
+        f"print(*[name for name in {NOT_TO_COUNT} if name in sys.modules], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=True)
+    assert answer.stderr == "\n"
+
+
+def test_argparse_says_the_same_without_translations() -> None:
+    code = (
+        "import sys\n"
+        "if len(sys.argv) > 1:\n"
+        "    from miniloader.startup import import_argparse; import_argparse()\n"
+        "import argparse\n"
+        "parser = argparse.ArgumentParser(prog='p', exit_on_error=False)\n"
+        "parser.add_argument('a', nargs=2, help='an a')\n"
+        "parser.print_help()\n"
+        "try: parser.parse_args(['x'])\n"
+        "except SystemExit: print('gettext' in sys.modules)\n"
+        "import gettext; assert gettext.gettext('a') == 'a' and gettext.find('nothing') is None"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        for words in ((), ("without",))
+    ]
+    assert said[0].stderr == said[1].stderr != ""
+    assert said[0].stdout.replace("True", "False") == said[1].stdout
+
+
 def test_pyelftools_has_its_bits_when_they_are_asked_for() -> None:
     code = (
         "import sys, miniloader.elf\n"

@@ -18,7 +18,7 @@ from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
 from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable
 from miniloader.shortage import demand_room, fault
-from miniloader.startup import travel_light
+from miniloader.startup import import_argparse, travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def _dispatch(words: list[str]) -> int:
     if words in (["--version"], ["-V"], ["version"]):  # not worth the price of argparse
         print(f"miniloader {__version__}")
         return 0
+    import_argparse()
     from miniloader.cli.parser import build, parse
 
     if words[:1] == ["help"]:

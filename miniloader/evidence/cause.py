@@ -23,23 +23,20 @@ Whether the first of several definitions was chosen is not decided again here: t
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.tables import Table
+from miniloader.evidence.cause_names import CAUSES, bit
 from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.layout import Layout, Layouts, Symbolic
 from miniloader.evidence.space import Space
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.values import NamedTuple, dataclass
 
-__all__ = ["CAUSES", "WORD_DTYPE", "Cause", "Classified", "bit", "cause_names", "classify"]
-
-Cause = Literal["relocation", "overwritten", "loader", "bss", "write", "identical", "unknown"]
-CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
-"""Every cause; cause ``CAUSES[i]`` is bit ``i`` of a set."""
+__all__ = ["WORD_DTYPE", "Classified", "classify"]
 
 Words = Literal["none", "own", "every"]
 
@@ -57,24 +54,6 @@ WORD_DTYPE: Final = np.dtype(
 """A word that the loader writes, or that differs from the file."""
 
 _MOST_MODULES: Final = 1 << 20
-
-
-def bit(cause: Cause) -> int:
-    """The bit that stands for ``cause`` in a set of causes.
-
-    >>> bit("relocation") | bit("write")
-    17
-    """
-    return 1 << CAUSES.index(cause)
-
-
-def cause_names(causes: int) -> tuple[Cause, ...]:
-    """The causes in the set ``causes``, in the order of CAUSES.
-
-    >>> cause_names(17)
-    ('relocation', 'write')
-    """
-    return tuple(cause for index, cause in enumerate(CAUSES) if causes >> index & 1)
 
 
 _RELOCATION, _OVERWRITTEN, _LOADER, _BSS, _WRITE, _IDENTICAL, _UNKNOWN = map(bit, CAUSES)

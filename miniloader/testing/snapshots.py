@@ -14,7 +14,8 @@ from miniloader.elf.debug_file import read_all_symbols
 from miniloader.elf.symbols import SHN_ABS, SHN_UNDEF, STT_TLS
 from miniloader.elf.tables import Table
 from miniloader.errors import EvidenceError, ProcessGone, UsageError
-from miniloader.evidence.cause import WORD_DTYPE, Cause, bit, cause_names, classify
+from miniloader.evidence.cause import WORD_DTYPE, classify
+from miniloader.evidence.cause_names import Cause, bit, cause_names
 from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.sharing import COPIED, COPIED_SHARED, Sharing, analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, take

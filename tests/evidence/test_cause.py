@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from miniloader.elf import Source
 from miniloader.elf.image import read_image
-from miniloader.evidence.cause import CAUSES, Classified, bit, cause_names, classify
+from miniloader.evidence.cause import Classified, classify
+from miniloader.evidence.cause_names import CAUSES, bit, cause_names
 from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.evidence.space import Placed, Space

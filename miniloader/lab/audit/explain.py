@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from miniloader.elf import inspect
 from miniloader.errors import ElfError, EvidenceError, MiniloaderError, ProcessGone
 from miniloader.evidence.address_ranges import AddressRanges
-from miniloader.evidence.cause import Classified, bit, classify
+from miniloader.evidence.cause import Classified, classify
+from miniloader.evidence.cause_names import bit
 from miniloader.evidence.layout import Layouts
 from miniloader.evidence.space import Placed, Space
 from miniloader.kernel.maps import Vma

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.evidence.cause import bit
+from miniloader.evidence.cause_names import bit
 from miniloader.lab.audit.file_in_process import FileInProcess
 from miniloader.values import NamedTuple
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.header import Segment
-from miniloader.evidence.cause import bit, cause_names
+from miniloader.evidence.cause_names import bit, cause_names
 from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.slots import LOADER
 from miniloader.kernel.features import LevelName

@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from miniloader.errors import UsageError
-from miniloader.evidence.cause import Cause, cause_names, classify
+from miniloader.evidence.cause import classify
+from miniloader.evidence.cause_names import Cause, cause_names
 from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.slots import RELATIVE, SYMBOL
 from miniloader.evidence.space import Space

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.errors import EvidenceError, ProcessGone
-from miniloader.evidence.layout import Layouts
-from miniloader.forking import importing
+from miniloader.forking import cached_property, importing
 from miniloader.kernel.maps import Vma
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.smaps import read_rollup
@@ -31,6 +30,7 @@ from miniloader.lab.audit.process_pages import PageColumns, Pages, count_set
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
+    from miniloader.evidence.layout import Layouts
     from miniloader.lab.erosion.interpreter import Interpreter
 
 __all__ = ["Memo", "Survey", "locate", "mappings_in", "survey"]
@@ -89,11 +89,17 @@ class Memo:
         self.files = MappedFiles()
         self.outlines = Outlines()
         self.arrangements = Arrangements()
-        self.layouts = Layouts()
         self.explained = Explained()
         self.names = MappingNames()
         self.arrays = EqualArrays()
         self.users = Users()
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        """How slots lie on pages: asked for by who explains them, and imported then."""
+        with importing:
+            from miniloader.evidence.layout import Layouts
+        return Layouts()
 
 
 def survey(

@@ -18,7 +18,7 @@ from miniloader.lab.workers.shared_value import SharedValue
 
 __all__ = ["share_out"]
 
-_MY_SHARE, _HELPERS_SHARE = 8, 7  # how large the parts are: a helper has to write its answer, too
+_MY_SHARE, _HELPERS_SHARE = 4, 3  # how large the parts are: a helper has to start, and write its answer, too
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -33,8 +33,8 @@ def share_out(
     is done here in the end, and raises here.  For a program without threads: one of them could hold a lock
     for ever that ``work`` needs in the helper (fork(2)).
 
-    >>> share_out(list, range(15), 2)
-    [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]
+    >>> share_out(list, range(7), 2)
+    [[0, 1, 2, 3], [4, 5, 6]]
     """
     whole = _MY_SHARE + _HELPERS_SHARE * (parts - 1)
     bounds = [0] + [len(items) * (_MY_SHARE + _HELPERS_SHARE * part) // whole for part in range(parts)]

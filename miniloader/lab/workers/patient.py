@@ -12,9 +12,9 @@ import re
 import threading
 import time
 import weakref
+from _queue import Empty, SimpleQueue  # what queue has of its own is not wanted
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from miniloader.forking import importing
