@@ -141,7 +141,8 @@ def said_of_family(family: Family) -> Iterator[str]:
         if processes:
             yield f"{word} {listed([str(process.pid) for process in processes], _MOST_PROCESSES)}"
     for before, after in family.replaced:
-        yield f"{after.pid} executed {after.name} (was {before.name})"
+        was = f"was {before.name}" if before.name != after.name else "once more"
+        yield f"{after.pid} executed {after.name} ({was})"
 
 
 def _said_of_processes(growth: Growth) -> str:

@@ -127,7 +127,7 @@ def _told(piece: Advice) -> str:
     workers = f"{listed([str(pid) for pid in piece.pids], _MOST_NAMES)}"
     return {
         "one-more": f"one more process like {workers}: costs {amount}",
-        "ending-one": f"ending one of {workers}: frees {amount}",
+        "ending-one": f"ending {'one of ' * (len(piece.pids) > 1)}{workers}: frees {amount}",
         "freeze": f"gc.freeze() before the fork: {amount} of {workers}, less what is read there as well",
         "huge-pages": f"no huge pages (PR_SET_THP_DISABLE) after the fork: {amount} of {workers}",
         "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",

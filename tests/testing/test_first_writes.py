@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -123,6 +124,34 @@ def test_functions_and_the_kernel(server: Workers) -> None:
     (reads,) = server.fork(1).first_writes("collect")
     assert sum(reads.functions.values()) == len(reads.writes) == len(reads.causes)
     assert all(name == name.strip() for name in reads.functions)
+
+
+_STATIC = """
+static __attribute__((noinline)) void mark(volatile char *place) { *place = 2; }
+void mark_all(char *array) { for (int page = 0; page < 64; page++) mark(array + page * 4096); }
+"""
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_static_functions_are_told(server: Workers, tmp_path: Path, apart: bool) -> None:
+    """By the symbols of a library, or those that were split off it to a debug file."""
+    library, debug = tmp_path / "libmark.so", tmp_path / "libmark.debug"
+    (tmp_path / "mark.c").write_text(_STATIC)
+    commands = [["gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "mark.c")]]
+    if apart:
+        commands.append(["objcopy", "--only-keep-debug", str(library), str(debug)])
+        commands.append(["strip", "--strip-unneeded", str(library)])
+        commands.append(["objcopy", f"--add-gnu-debuglink={debug}", str(library)])
+    for command in commands:
+        subprocess.run(command, check=True)
+    (tmp_path / "marking.py").write_text(
+        f"import ctypes, written_shop\nlibrary = ctypes.CDLL({str(library)!r})\n"
+        "def mark(): library.mark_all(ctypes.c_void_p(written_shop.start))\n"
+    )
+    server.call("importlib:import_module", "marking")
+    (writes,) = server.fork(1).first_writes("marking:mark")
+    assert writes.functions["mark"] == 64
+    assert writes.pages("other-write") >= 64
 
 
 def test_the_worker_goes_on(server: Workers) -> None:

@@ -218,6 +218,7 @@ def _cost(process: Survey, leader: int, pss: int | None, merged: NDArray[np.uint
         command=process.known.command,
         cgroup=process.known.cgroup,
         arenas_free=process.arenas_free,
+        stack=process.known.stack,
     )
 
 

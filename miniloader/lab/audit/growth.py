@@ -104,7 +104,7 @@ class Family(NamedTuple):
     """What has become of the processes between two looks.
 
     ``forked`` have a parent among those of the look before, ``came`` have none; ``replaced`` are the same
-    process with another program: its name before and after.
+    process with a program that it has executed since: before and after.
     """
 
     forked: tuple[AuditedProcess, ...]
@@ -135,7 +135,7 @@ def family_of(before: Audit, after: Audit) -> Family:
     return Family(
         forked=tuple(process for process in strangers if process.parent in parents),
         came=tuple(process for process in strangers if process.parent not in parents),
-        replaced=tuple((first, second) for first, second in both if first.name != second.name),
+        replaced=tuple((first, second) for first, second in both if second.executed_since(first)),
         ended=tuple(process for key, process in old.items() if key not in new),
     )
 

@@ -57,7 +57,8 @@ class AuditedProcess:
     ``user`` is a name (else a number), ``command`` the command line, ``cgroup`` the path of the most telling
     control group; "" where the kernel did not tell it, and in audits that older versions saved.
     ``arenas_free`` is what glibc's malloc holds free for single threads, in bytes of this process alone; None
-    where nobody looked, or it is too much to be looked at.
+    where nobody looked, or it is too much to be looked at.  ``stack`` is the address where the program's
+    stack began: another one when it has executed a program; 0 in audits that older versions saved.
     """
 
     pid: int
@@ -78,6 +79,13 @@ class AuditedProcess:
     command: str = ""
     cgroup: str = ""
     arenas_free: int | None = None
+    stack: int = 0
+
+    def executed_since(self, before: AuditedProcess) -> bool:
+        """Whether it has executed a program since it was seen ``before``: a name alone may be changed."""
+        if self.stack and before.stack:
+            return self.stack != before.stack
+        return self.name != before.name
 
 
 @dataclass(frozen=True)
@@ -379,7 +387,7 @@ AUDIT_KEYS: Final = {
     "format": TEXT, "level": LEVEL_SCHEMA, "when": NUMBER | {"minimum": 0, "maximum": _LAST},
     "page_size": INT | {"minimum": 1}, "explained": BOOL,
     "processes": array(record(
-        keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped"),
+        keys(COUNT, "pid parent started rss uss anonymous anonymous_shared zero huge swapped stack"),
         keys(TEXT, "name user command cgroup"),
         dict.fromkeys(("pss", "ksm", "memory_of", "arenas_free"), nullable(COUNT)),
     )),

@@ -30,7 +30,7 @@ class Advice:
     - ``ending-one``: ending one of them frees at least so much: the least that one has of its own.
     - ``freeze``: ``gc.freeze()`` before the fork saves at most this over all of ``pids``: what holds the same
       bytes as its relative has, which references may have touched as well, or differs in the collector's
-      words.
+      words; a copy that several of them have in common is counted once.
     - ``huge-pages``: what was collapsed into huge pages since the fork, and holds the same bytes as before,
       is saved at most where these workers may have no transparent huge pages (``PR_SET_THP_DISABLE``).
     - ``preload``: that the parent loads ``libraries`` before it forks saves at least this: copies that are
@@ -79,7 +79,7 @@ def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Ad
             yield Advice("one-more", "at most", max(costs), pids)
         yield Advice("ending-one", "at least", min(costs), pids)
     touched = {
-        row.pid: (row.same or 0) + row.causes.get("collector", 0)
+        row.pid: row.spared or 0
         for row in audit.erosion or ()
         if row.pid in pids and (row.runtime or "").startswith("cpython")
     }

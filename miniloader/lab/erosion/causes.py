@@ -20,14 +20,16 @@ CAUSES: Final[tuple[ErosionCause, ...]] = ("reference-count", "collector", "othe
 _COLLECTOR: Final = 2  # words in front of an object
 
 
-def causes_of(differs: NDArray[np.bool_], objects: Objects | None) -> Mapping[str, int]:
-    """How many of these pages there are of each cause.  ``differs``: which words do, a row a page.
+def causes_of(
+    differs: NDArray[np.bool_], objects: Objects | None
+) -> Mapping[ErosionCause, NDArray[np.bool_]]:
+    """Which of these pages are of each cause.  ``differs``: which words do, a row a page.
 
     ``objects`` are those on the pages; without them any difference is a write.  A page with several causes
-    counts for the gravest: other writes, then the collector, then counts.
+    is of the gravest: other writes, then the collector, then counts.
     """
     data, heads = differs, np.zeros(len(differs), np.bool_)
-    changed = differs.any(axis=1)
+    changed = np.asarray(differs.any(axis=1))
     if objects is not None:
         data = differs.copy()
         data[objects.page, objects.word] = False
@@ -37,12 +39,11 @@ def causes_of(differs: NDArray[np.bool_], objects: Objects | None) -> Mapping[st
             place = objects.page[chosen], objects.word[chosen] - distance
             heads[place[0][data[place]]] = True
             data[place] = False
-    written = data.any(axis=1)
+    written = np.asarray(data.any(axis=1))
     collected = changed & heads & ~written
-    numbers = {
+    return {
         "reference-count": changed & ~written & ~collected,
         "collector": collected,
         "other-write": written,
         "unknown": ~changed,
     }
-    return {cause: int(np.count_nonzero(numbers[cause])) for cause in CAUSES}

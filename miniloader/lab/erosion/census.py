@@ -12,7 +12,7 @@ from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.object_loop import ObjectLoop, has_loop
-from miniloader.lab.erosion.objects import Objects, objects_on
+from miniloader.lab.erosion.objects import Objects, objects_in_blocks, static_objects, together
 from miniloader.lab.erosion.pools import Pools, pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects
@@ -29,26 +29,45 @@ class Census:
 
     def __init__(self, pools: Pools, types: Types) -> None:
         self._pools, self._types = pools, types
-        self._loop = ObjectLoop(pools, types) if has_loop() else None
+        self._loop = ObjectLoop(pools, types) if has_loop() and pools.usual else None
         self._numbers, self._pages = Counter[int](), Counter[int]()
 
     def count(
         self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
     ) -> Objects:
         """Count the objects on these pages, and tell where those are on pages that are to be ``listed``."""
+        of_files = self._pools.of_files(addresses)
+        if not of_files.any():
+            return self._count_blocks(addresses, words, listed)
+        static, others = np.flatnonzero(of_files), np.flatnonzero(~of_files)
+        in_blocks = self._count_blocks(addresses[others], words[others], listed[others])
+        objects = static_objects(words[static], self._types)
+        self._add(*self._counted(objects, len(static)))
+        rows = np.cumsum(listed) - 1
+        objects = objects.on(listed[static])
+        return together(in_blocks, rows[others[listed[others]]], objects, rows[static[listed[static]]])
+
+    def _count_blocks(
+        self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
+    ) -> Objects:
+        """As :meth:`count`, of pages of anonymous memory."""
         if self._loop is not None:
             numbers, pages, objects = self._loop.count(addresses, words, listed)
         else:
-            objects = objects_on(addresses, words, self._pools, self._types)
+            objects = objects_in_blocks(addresses, words, self._pools, self._types)
             numbers, pages = self._counted(objects, len(addresses))
             objects = objects.on(listed)
+        self._add(numbers, pages)
+        return objects
+
+    def _add(self, numbers: NDArray[np.int64], pages: NDArray[np.int64]) -> None:
+        """Add to what was counted: so many objects of each type, on so many pages."""
         met = np.flatnonzero(numbers)
         for address, number, on in zip(
             self._types.addresses[met].tolist(), numbers[met].tolist(), pages[met].tolist(), strict=True
         ):
             self._numbers[address] += number
             self._pages[address] += on
-        return objects
 
     def _counted(self, objects: Objects, number: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """How many objects of each type there are, and on how many of a ``number`` of pages."""

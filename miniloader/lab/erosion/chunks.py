@@ -24,7 +24,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.result import ErodedObjects
 
-__all__ = ["HEAP", "Chunks", "chunks_between", "chunks_of_arena", "eroded_chunks"]
+__all__ = ["HEAP", "Chunks", "begins_with_chunks", "chunks_between", "chunks_of_arena", "eroded_chunks"]
 
 _BLOCK: Final = 256  # pages that are read at once
 _LEAST, _ALIGNED = 32, 16  # bytes of a chunk
@@ -71,6 +71,14 @@ def _on_pages(
         if chosen.any():
             kind = name.replace("chunk", f"chunk {state}", 1)
             yield ErodedObjects(kind, len(np.unique(pages[chosen])), int(np.count_nonzero(chosen)))
+
+
+def begins_with_chunks(memory: PresentMemory) -> bool:
+    """Whether the heap of a process is malloc's, as far as its first page tells."""
+    if not memory.heap:
+        return False
+    words: list[int] = memory.words(np.array([memory.heap], np.uint64), PAGE_SIZE // 8)[0].tolist()
+    return _follow(words, 1, []) >= len(words)
 
 
 def chunks_of_arena(memory: PresentMemory, start: int) -> Chunks | None:

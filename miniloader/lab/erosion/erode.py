@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from miniloader.errors import EvidenceError
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Survey
-from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.causes import ErosionCause, causes_of
 from miniloader.lab.erosion.census import Census
 from miniloader.lab.erosion.chunks import eroded_chunks
 from miniloader.lab.erosion.contents import PagePart, compare, in_huge_copies
@@ -41,7 +41,8 @@ def erosion(
         return erosion_of(memories, merged)
     surveys = {process.pid: process for process in processes}
     pairs = map(without_moved, pairs_of(memories, merged))
-    return tuple(_read(pair, surveys[pair.pid]) for pair in pairs)
+    copies: dict[int, set[int]] = {}
+    return tuple(_read(pair, surveys[pair.pid], copies.setdefault(pair.relative, set())) for pair in pairs)
 
 
 def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | None) -> tuple[Erosion, ...]:
@@ -52,20 +53,22 @@ def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | N
 @dataclass(frozen=True, eq=False)
 class _Contents:
     """What is on the pages that are two frames: which hold the same bytes (and how many of them are in huge
-    copies, None: not known), how many could not be read.
+    copies, None: not known), how many freezing may have spared, how many could not be read.
     """
 
     same: NDArray[np.uint64]
+    spared: int
     huge: int | None
     unread: int
     causes: Mapping[str, int]
     objects: tuple[ErodedObjects, ...]
 
 
-def _read(pair: Pair, process: Survey) -> Erosion:
+def _read(pair: Pair, process: Survey, copies: set[int]) -> Erosion:
+    """The row of a pair; ``copies`` are frames that have been counted for its relative, and are by this."""
     runtime = process.interpreter.name if process.interpreter is not None else None
     with suppress(EvidenceError):  # one of them has ended, or nobody may read it
-        return _row(pair, runtime, _contents(pair, process))
+        return _row(pair, runtime, _contents(pair, process, copies))
     return _row(pair, runtime, None)
 
 
@@ -85,6 +88,7 @@ def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
         same=None if found is None else len(found.same) * PAGE_SIZE,
         changed=0 if found is None else found.unread * PAGE_SIZE,
         huge=None if found is None or found.huge is None else found.huge * PAGE_SIZE,
+        spared=None if found is None else found.spared * PAGE_SIZE,
         causes={} if found is None else {name: pages * PAGE_SIZE for name, pages in found.causes.items()},
         objects=() if found is None else found.objects,
         runtime=runtime,
@@ -92,9 +96,10 @@ def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
     )
 
 
-def _contents(pair: Pair, process: Survey) -> _Contents:
+def _contents(pair: Pair, process: Survey, copies: set[int]) -> _Contents:
     """Read the pages that are two frames, a part at a time: no more than a part is kept."""
     census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
+    done = spared = 0
     with ExitStack() as stack:
         memory = stack.enter_context(PresentMemory(pair.pid, process.present))
         if process.interpreter is not None and process.interpreter.is_known:
@@ -103,10 +108,17 @@ def _contents(pair: Pair, process: Survey) -> _Contents:
         for part in compare(pair):
             same.append(part.addresses[part.same])
             unread += int(np.count_nonzero(~part.read))
-            causes.update(_causes(part, census))
+            of_cause = _causes(part, census)
+            causes.update({cause: int(np.count_nonzero(pages)) for cause, pages in of_cause.items()})
+            rows = slice(done, done := done + len(part.addresses))
+            lost = part.same | of_cause["collector"]
+            in_common = pair.frames[0][rows][lost & pair.several[rows]].tolist()
+            spared += int(np.count_nonzero(lost & ~pair.several[rows])) + len({*in_common} - copies)
+            copies.update(in_common)
         equal = np.concatenate([np.empty(0, np.uint64), *same])
         return _Contents(
             same=equal,
+            spared=spared,
             huge=in_huge_copies(pair.pid, pair.apart, equal),
             unread=unread,
             causes=causes,
@@ -119,14 +131,17 @@ def _chunks(memory: PresentMemory, pair: Pair, process: Survey) -> tuple[ErodedO
     return eroded_chunks(memory, pair.apart) if process.interpreter is None else ()
 
 
-def _causes(part: PagePart, census: Census | None) -> Mapping[str, int]:
-    """How many of the pages that were read there are of each cause; their objects are counted."""
+def _causes(part: PagePart, census: Census | None) -> Mapping[ErosionCause, NDArray[np.bool_]]:
+    """Which of the pages that were read there are of each cause; their objects are counted."""
     differs = part.read & ~part.same
-    changed, read = np.flatnonzero(differs), np.count_nonzero(part.read)
+    changed = np.flatnonzero(differs)
     objects = None
-    if census is not None and read == len(part.read):
+    if census is not None and part.read.all():
         objects = census.count(part.addresses, part.words, differs)
-    elif census is not None and read:
+    elif census is not None and part.read.any():
         objects = census.count(part.addresses[part.read], part.words[part.read], differs[part.read])
-    causes = causes_of(part.words[changed] != part.words_of_relative[changed], objects)
-    return {**causes, "unknown": int(read) - len(changed)}
+    found = causes_of(part.words[changed] != part.words_of_relative[changed], objects)
+    causes = {cause: np.zeros(len(part.read), np.bool_) for cause in found}
+    for cause, pages in found.items():
+        causes[cause][changed] = pages
+    return causes | {"unknown": part.same}

@@ -6,6 +6,9 @@ have it, the parent had it from the first of these forks to the last, and whoeve
 it as well.  A parent that has it still has had it since.  That is how a third relative proves what two can
 only suggest: where both built the same thing after the fork, no third one has a frame of either.
 
+Who was there before that parent began cannot descend from it.  What such a relative and one of these lineages
+have in one frame the parent has had since it began.
+
 The kernel calls parent also who has adopted an orphan: the first process of a namespace, a subreaper
 (PR_SET_CHILD_SUBREAPER).  The orphan's own parent was a descendant of it, and has ended.  So where a parent,
 or a descendant of it, has lost a child, nothing is proven by third relatives.
@@ -28,6 +31,7 @@ from miniloader.values import NamedTuple
 __all__ = ["Kin", "OneFrame", "kin_of", "one_frame"]
 
 _STILL: Final = np.iinfo(np.int64).max
+_BEFORE: Final = -1  # all forks of a parent: of who was there before it
 
 
 class Kin(NamedTuple):
@@ -162,9 +166,15 @@ def _fork(
     by_pid: Mapping[int, PrivateMemory],
     rank: Mapping[int, int],
 ) -> int | None:
-    """By which fork of ``parent`` the process or its ancestor came; None where neither did."""
+    """By which fork of ``parent`` the process or its ancestor came; None where neither did.
+
+    Who was there before that parent had what they have in common before all of its forks.
+    """
     if process.pid == parent:
         return _STILL
+    of_parent = by_pid.get(parent)
+    if of_parent is not None and process.stack == of_parent.stack and process.started < of_parent.started:
+        return _BEFORE
     for _ in by_pid:
         if process.parent == parent:
             return rank[process.pid]

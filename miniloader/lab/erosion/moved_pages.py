@@ -74,4 +74,5 @@ def _with_one_frame(
         apart=pair.apart[~common],
         proven=np.setdiff1d(pair.proven, moved, assume_unique=True),
         frames=(frames[0][~common], frames[1][~common]),
+        several=pair.several[~common],
     )

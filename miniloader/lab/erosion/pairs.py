@@ -22,7 +22,7 @@ class Pair:
 
     ``together`` are one frame for both; ``apart`` are two frames at one address, at least one of them a copy;
     of these it is ``proven`` that they were one.  ``frames`` are those of the pages apart, of the process
-    and of the relative.
+    and of the relative; ``several`` says which of the process's are mapped by others, too.
     """
 
     pid: int
@@ -31,6 +31,7 @@ class Pair:
     apart: Addresses
     proven: Addresses
     frames: tuple[Addresses, Addresses]
+    several: NDArray[np.bool_]
 
 
 def pairs_of(processes: Sequence[PrivateMemory], merged: Addresses | None) -> Iterator[Pair]:
@@ -68,6 +69,7 @@ def _pair(kin: Kin, history: tuple[OneFrame, dict[int, int]] | None) -> Pair:
         apart=addresses[apart],
         proven=proven,
         frames=(frames[0][apart], frames[1][apart]),
+        several=process.several[first][apart],
     )
 
 

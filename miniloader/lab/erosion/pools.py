@@ -7,16 +7,18 @@ so several times, so that what is no pool is told from one.  malloc writes the l
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.forking import cached_property
+from miniloader.lab.erosion.chunks import begins_with_chunks
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.values import dataclass
 
-__all__ = ["POOL", "Pools", "is_chunk", "pools_in"]
+__all__ = ["DEBUGGED", "POOL", "Pools", "is_chunk", "pools_in"]
 
 POOL: Final = 16 << 10
 """Bytes of a pool."""
@@ -24,17 +26,28 @@ _HEAD: Final = 48
 _ALIGNED: Final = 16
 _CLASSES: Final = 32  # of sizes: 16, 32, … 512 bytes
 _SMALL: Final = _ALIGNED * _CLASSES
+_LARGEST: Final = 1 << 40  # bytes of a chunk
+#: What is in front of a block that PYTHONMALLOC=debug has given: ``o`` for objects, and forbidden bytes.
+DEBUGGED: Final = np.uint64(0xFDFDFDFDFDFDFD6F)
+_FEWEST: Final = 16  # an arena has 64, and the interpreter alone needs more than one
 
 
 @dataclass(frozen=True, eq=False)
 class Pools:
     """The pools of a process, a row each by ascending address: ``starts``, the ``sizes`` of their blocks, and
-    the ``ends`` of what has been in use, in bytes from the start.
+    the ``ends`` of what has been in use, in bytes from the start.  ``files`` has where data of files begins
+    and ends, in turn: no pool is there.  Chunks of objects have more bytes than ``chunks_above``: what is
+    smaller comes from pools, where there are any (``PYTHONMALLOC=malloc``: there are none); none has
+    where malloc is not glibc's.  ``usual``: the objects are in pools, and nothing of a debugging allocator is
+    in front of them.
     """
 
     starts: NDArray[np.uint64]
     sizes: NDArray[np.int64]
     ends: NDArray[np.int64]
+    files: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    chunks_above: int = _SMALL
+    usual: bool = True
 
     def of(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
         """The row of the pool that each address lies in; -1 where it lies in none."""
@@ -65,6 +78,10 @@ class Pools:
         """Which addresses lie in a pool."""
         return np.asarray(np.searchsorted(self.edges, addresses, side="right") % 2 == 1)
 
+    def of_files(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which addresses lie in the data of a file."""
+        return np.asarray(np.searchsorted(self.files, addresses, side="right") % 2 == 1)
+
     def begins(
         self, rows: NDArray[np.intp], offsets: NDArray[np.int64], needed: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
@@ -86,14 +103,21 @@ def pools_in(addresses: NDArray[np.uint64], memory: PresentMemory) -> Pools:
     blocks = end - _HEAD
     valid = (number < _CLASSES) & (last == POOL - sizes) & (blocks >= 0) & (end <= POOL)
     valid &= (blocks % sizes == 0) & (low[:, 0].astype(np.int64) <= blocks // sizes)
-    return Pools(starts[valid], sizes[valid], end[valid])
+    starts = starts[valid]
+    has_pools, has_chunks = len(starts) >= _FEWEST, begins_with_chunks(memory)
+    above = (_SMALL if has_pools else _ALIGNED) if has_chunks else _LARGEST
+    first = memory.words(starts[:_FEWEST] + np.uint64(_HEAD), 2)[:, 1]
+    usual = has_pools and has_chunks and not (first == DEBUGGED).any()
+    return Pools(starts, sizes[valid], end[valid], memory.files, above, usual)
 
 
-def is_chunk(lengths: NDArray[np.uint64], needed: NDArray[np.int64]) -> NDArray[np.bool_]:
+def is_chunk(
+    lengths: NDArray[np.uint64], needed: NDArray[np.int64], above: int = _SMALL
+) -> NDArray[np.bool_]:
     """Whether the words in front of blocks are ``lengths`` of chunks that have the bytes that are ``needed``.
 
-    What is as small as a block of a pool comes from a pool.
+    Only chunks of more bytes than ``above`` count (:attr:`Pools.chunks_above`).
     """
     size = lengths & ~np.uint64(7)
-    fits = (size > np.uint64(_SMALL)) & (size < np.uint64(1 << 40)) & (size & np.uint64(8) == 0)
+    fits = (size > np.uint64(above)) & (size < np.uint64(_LARGEST)) & (size & np.uint64(8) == 0)
     return np.asarray(fits & (needed.astype(np.uint64) <= size - np.uint64(8)))

@@ -25,17 +25,26 @@ class PresentMemory:
     """The memory of process ``pid``, where ``present`` are the ascending addresses of the pages in memory.
 
     Constants of a library are often not in the page table of a child: to read them there would map them.  So
-    a page that is not present is read from the file that is mapped there, if nobody may write to it.  Use it
-    as a context manager.
+    a page that is not present is read from the file that is mapped there, if nobody may write to it.
+    ``heap`` is where ``[heap]`` begins, 0 where there is none.  Use it as a context manager.
     """
 
     def __init__(self, pid: int, present: NDArray[np.uint64]) -> None:
         """Open it; raises ProcessGone, or EvidenceError where memory may not be read."""
         self.pid, self._present = pid, present
-        self._vmas = [vma for vma in read_maps(pid) if vma.is_file and vma.protection[1] != "w"]
+        vmas = read_maps(pid)
+        self.heap = next((vma.start for vma in vmas if vma.path == "[heap]"), 0)
+        of_files = [vma for vma in vmas if vma.is_file]
+        self._vmas = [vma for vma in of_files if vma.protection[1] != "w"]
+        self._data = [vma for vma in of_files if vma.protection[1] == "w" and not vma.shared]
         self._memory = ProcessMemory(pid)  # last: what raises above has opened nothing
         self._files: dict[str, int] = {}
         self._pages: dict[int, bytes] = {}
+
+    @property
+    def files(self) -> NDArray[np.uint64]:
+        """Where private mappings of files that may be written to begin and end, in turn, ascending."""
+        return np.array([edge for vma in self._data for edge in (vma.start, vma.end)], np.uint64)
 
     def __enter__(self) -> Self:
         return self

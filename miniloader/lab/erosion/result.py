@@ -51,7 +51,9 @@ class Erosion:
     bytes are all equal; None where nobody read them.  ``changed``: what changed while it was read, or could
     not be read; nothing is said of its bytes.  ``huge``: the part of ``same`` in huge pages of the process of
     which no page is one frame with the relative's, as a collapse leaves them; None where nobody knows.
-    ``causes`` sums up by cause, ``objects`` are the objects on
+    ``spared``: what ``gc.freeze()`` may have spared, the part of ``same`` and of the collector's cause, where
+    a copy that several processes have apart from this relative counts in one of their rows only; None where
+    nobody read the bytes.  ``causes`` sums up by cause, ``objects`` are the objects on
     these pages, where ``runtime`` (such as ``cpython-3.12``, None: none that is known) tells them.
     """
 
@@ -62,6 +64,7 @@ class Erosion:
     same: int | None = None
     changed: int = 0
     huge: int | None = None
+    spared: int | None = None
     causes: Mapping[str, int] = field(default_factory=dict)
     objects: tuple[ErodedObjects, ...] = ()
     runtime: str | None = None
@@ -118,6 +121,7 @@ EROSION_SCHEMA: Final = record(
     {
         "same": nullable(COUNT),
         "huge": nullable(COUNT),
+        "spared": nullable(COUNT),
         "causes": {"type": "object", "additionalProperties": COUNT},
         "objects": array(record({"type": TEXT}, keys(COUNT, "pages count"))),
         "runtime": nullable(TEXT),

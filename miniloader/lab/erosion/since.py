@@ -101,11 +101,13 @@ def _proven(row: Erosion, together: NDArray[np.uint64], page_size: int) -> Erosi
 
 def _stayed(first: Audit, now: Audit) -> frozenset[int]:
     """The pids of the same processes as at first, none of which has executed another program since."""
-    at_first, still = (
-        {(process.pid, process.started, process.name) for process in audit.processes}
-        for audit in (first, now)
+    at_first = {(process.pid, process.started): process for process in first.processes}
+    return frozenset(
+        process.pid
+        for process in now.processes
+        if (before := at_first.get((process.pid, process.started))) is not None
+        and not process.executed_since(before)
     )
-    return frozenset(pid for pid, _, _ in at_first & still)
 
 
 def _together_at(

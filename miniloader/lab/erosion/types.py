@@ -30,6 +30,9 @@ _OF_TYPE: Final = 1 << 31  # Py_TPFLAGS_TYPE_SUBCLASS
 _OF_TEXT: Final = 1 << 28  # Py_TPFLAGS_UNICODE_SUBCLASS: most are shorter than tp_basicsize says
 _HEAD: Final = struct.Struct("<qQqQqq")  # ob_refcnt, ob_type, ob_size, tp_name, tp_basicsize, tp_itemsize
 _FLAGS, _DICT, _LENGTH = 168, 264, 272
+#: Bytes of objects that are shorter than ``tp_basicsize`` says: without a time zone they end before the
+#: pointer to it (Modules/_datetimemodule.c).
+_SHORT: Final = {"datetime.time": 32, "datetime.datetime": 40}
 _LONGEST_NAME: Final = 256
 _LARGEST: Final = 1 << 24  # bytes of an object without its items
 _KEYS: Final = 32  # of a dict; also where the index begins, in its keys
@@ -78,22 +81,34 @@ class Types:
     def rows_of(self, pointers: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Which of ``pointers`` lead to a type, and to which: rows of :attr:`addresses`."""
         places = _filtered(pointers)
-        fresh = pointers[~self._maybe[places]]
-        self._meet(fresh[~self._pools.holds(fresh)])
+        chosen, rows = self._known(pointers, places)
+        strange = np.ones(len(pointers), np.bool_)
+        strange[chosen] = False
+        fresh = pointers[strange]
+        if not self._meet(fresh[~self._pools.holds(fresh)]):
+            return chosen, rows
+        return self._known(pointers, places)
+
+    def _known(
+        self, pointers: NDArray[np.uint64], places: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """As :meth:`rows_of`, of the types that have been met; ``places`` are the pointers, filtered."""
         chosen = np.flatnonzero(self._maybe[places])
         at = np.minimum(np.searchsorted(self._ascending, pointers[chosen]), len(self._ascending) - 1)
         real = self._ascending[at] == pointers[chosen]
         return chosen[real], self._order[at[real]]
 
-    def _meet(self, pointers: NDArray[np.uint64]) -> None:
-        """Have a look at those of ``pointers`` that have not been met before."""
+    def _meet(self, pointers: NDArray[np.uint64]) -> bool:
+        """Have a look at those of ``pointers`` that have not been met before; whether there are any."""
         candidates = np.sort(pointers)
         at = np.minimum(np.searchsorted(self._decided, candidates), len(self._decided) - 1)
         candidates = candidates[self._decided[at] != candidates]
-        if len(candidates) and len(self._decided) <= MOST_MET:
-            candidates = candidates[np.append(True, np.diff(candidates) != 0)]
-            self._decided = np.sort(np.concatenate([self._decided, candidates]))
-            self.met(candidates)
+        if not len(candidates) or len(self._decided) > MOST_MET:
+            return False
+        candidates = candidates[np.append(True, np.diff(candidates) != 0)]
+        self._decided = np.sort(np.concatenate([self._decided, candidates]))
+        self.met(candidates)
+        return True
 
     def met(self, pointers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Which types these ascending pointers lead to, none of which was asked for before: rows of
@@ -155,8 +170,8 @@ class Types:
             if metaclass is None or not metaclass.flags & _OF_TYPE:
                 return None
         text = self._text(name)
-        least = min(size, _TEXT[0]) if flags & _OF_TEXT else size
-        return _Described(address, flags & 0xFFFFFFFF, least, text) if text else None
+        least = _TEXT[0] if flags & _OF_TEXT else _SHORT.get(text, size)
+        return _Described(address, flags & 0xFFFFFFFF, min(size, least), text) if text else None
 
     def _text(self, address: int) -> str:
         """The C string there; "" where it is no name."""

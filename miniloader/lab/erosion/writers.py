@@ -19,7 +19,6 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.elf.symtab import read_symtab
 from miniloader.errors import ElfError, EvidenceError
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import PageMap
@@ -199,13 +198,10 @@ def _functions(pid: int, instructions: Sequence[int]) -> list[str]:
 
 def _function(placed: FileInProcess, instruction: int) -> str:
     facts = placed.file.facts
-    if facts is None or facts.image is None:
+    if facts is None:
         return ""
     try:
-        for table in (read_symtab(facts.image), facts.symbols):
-            symbol = table.at(instruction - placed.base) if table is not None else None
-            if table is not None and symbol is not None:
-                return table.name(symbol[0])
+        number = int(facts.symbols_at(np.array([instruction - placed.base], np.uint64))[0])
+        return facts.symbol_name(number) if number >= 0 else ""
     except (ElfError, EvidenceError):
         return ""
-    return ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
+from subprocess import PIPE, Popen
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
@@ -59,6 +62,33 @@ def test_who_came_and_who_went() -> None:
     assert [process.pid for process in family.ended] == first
     assert not family.came
     assert f"forked {second[0]}, ended {first[0]}" in plain(tick(after, before))
+
+
+_WAITS = "import os, sys, ctypes; os.write(1, b'x'); os.read(0, 1)"
+_EXECUTES = f"{_WAITS}; os.execv(sys.executable, [sys.executable, '-c', {_WAITS!r}])"
+_IS_RENAMED = f"{_WAITS}; ctypes.CDLL(None).prctl(15, b'worker 1'); os.write(1, b'x'); os.read(0, 1)"
+
+
+def test_who_executed_a_program_and_who_changed_its_name() -> None:
+    """A server may execute itself once more, and call its workers by other names."""
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE, bufsize=0))
+            for program in (_EXECUTES, _IS_RENAMED)
+        ]
+        pids = [process.pid for process in processes]
+        looks = []
+        for _ in range(2):
+            for process in processes:
+                assert process.stdout is not None
+                assert process.stdout.read(1) == b"x"
+            looks.append(audit(pids, causes=False))
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write(b"x")
+    assert [process.pid for process, _ in family_of(*looks).replaced] == pids[:1]
+    assert [process.name for process in looks[1].processes] == [looks[0].processes[0].name, "worker 1"]
+    assert f"{pids[0]} executed {looks[0].processes[0].name} (once more)" in plain(tick(looks[1], looks[0]))
 
 
 def test_a_library_that_is_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,9 +65,14 @@ class Pool:
 
 
 @contextmanager
-def pool(*lines: str, python: str = sys.executable) -> Iterator[Pool]:
-    """A parent that has done what ``lines`` say; ``scope`` is what they share, ``mapped`` gives memory."""
+def pool(*lines: str, python: str = sys.executable, allocator: str = "") -> Iterator[Pool]:
+    """A parent that has done what ``lines`` say; ``scope`` is what they share, ``mapped`` gives memory.
+
+    ``allocator`` is what Python is to take memory from, by ``PYTHONMALLOC``.
+    """
     options: dict[str, Any] = {} if python == sys.executable else {"env": {"PATH": "/usr/bin:/bin"}}
+    if allocator:
+        options["env"] = {**options.get("env", os.environ), "PYTHONMALLOC": allocator}
     with told(ANONYMOUS, _FORK, *lines, python=python, **options) as parent:
         parent("import json; scope = globals()")
         yield Pool(parent)

@@ -199,6 +199,28 @@ def test_an_elder_relative_proves() -> None:
             assert third in pages(row_of(found, pid).pages.same)
 
 
+def test_who_was_there_before_the_parent_proves() -> None:
+    """A worker forks one itself: what it has in common with its own parent it has had before that fork."""
+    with pool(_ARRAY) as workers:
+        worker = workers.fork()
+        time.sleep(0.05)  # the clock of starts ticks every 10 ms
+        length = _PAGES * PAGE_SIZE
+        start, late = workers.parent("late = mapped(size); answer = array, late")
+        workers.ask(worker, f"libc.mmap({late}, size, 3, 0x100032, -1, 0); ctypes.memset({late}, 7, size)")
+        grandchild = workers.ask(worker, "answer = fork()")
+        wait_until_at_rest(grandchild)
+        write = f"ctypes.memset(array, 1, {PAGE_SIZE}); ctypes.memset({late}, 1, 1)"
+        workers.ask(worker, f"answer = ask({grandchild}, {write!r})")
+        workers.parent(f"ctypes.memset({late}, 7, {length})")  # built twice, after the fork
+        wait_until_at_rest(*workers.pids, grandchild)
+        found = audit([*workers.pids, grandchild], library="nothing")
+        row = row_of(found, grandchild)
+        assert row.relative == worker
+        assert start in pages(row.pages.proven)
+        assert late in pages(row.pages.possible)
+        assert not {late + number * PAGE_SIZE for number in range(_PAGES)} & pages(row.pages.proven)
+
+
 _ORPHANS = f"""
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 (told, tells), (ends, end) = os.pipe(), os.pipe()
