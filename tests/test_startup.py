@@ -42,7 +42,8 @@ BARE = """
 import sys
 from miniloader.startup import import_numpy
 import_numpy()
-left_out = ("ast", "inspect", "pickle", "platform", "numpy.lib._npyio_impl", "numpy.linalg", "numpy._typing")
+left_out = ("inspect", "pickle", "platform", "numpy.lib._npyio_impl", "numpy.linalg", "numpy._typing")
+left_out += ("ast",) * (sys.version_info < (3, 14))  # from there on dataclasses imports it
 print(*[name for name in left_out if name in sys.modules])
 import numpy, inspect, pickle, platform
 from numpy.typing import NDArray

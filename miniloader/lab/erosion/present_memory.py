@@ -64,6 +64,8 @@ class PresentMemory:
     def pages(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The bytes of the pages at these ascending addresses, and which were read: only what is present."""
         present = self.is_present(addresses)
+        if present.all():
+            return self._memory.pages(addresses)
         data = np.zeros((len(addresses), PAGE_SIZE), np.uint8)
         live, done = self._memory.pages(addresses[present])
         data[present] = live

@@ -40,6 +40,7 @@ _ENTRY: Final = {0: (24, 8), 1: (16, 0)}  # by kind of keys: bytes of an entry, 
 _MOST_ENTRIES: Final = 64  # __module__ comes first in the body of a class
 _MODULE: Final = b"__module__"
 _TEXT: Final = (40, 48)  # where the letters of an ASCII str begin: from 3.12 on, and in 3.11
+_AT_ONCE: Final = 1024  # pages of a candidate each, read at once
 MOST_MET: Final = 1 << 17
 """So many pointers are looked at, about."""
 _FILTER: Final = 14  # bits
@@ -140,6 +141,14 @@ class Types:
 
     def _may_be_types(self, candidates: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of these ascending addresses have the flags of a type, as far as these are on the page."""
+        present = self._memory.is_present(candidates & ~np.uint64(PAGE_SIZE - 1))
+        there = candidates[present]
+        parts = (there[start : start + _AT_ONCE] for start in range(0, len(there), _AT_ONCE))
+        present[present] = [may_be for part in parts for may_be in self._some_may_be_types(part).tolist()]
+        return present
+
+    def _some_may_be_types(self, candidates: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """The same of as many as have their pages read at once."""
         pages = candidates & ~np.uint64(PAGE_SIZE - 1)
         first = np.append(True, np.diff(pages) != 0)
         data, read = self._memory.pages(pages[first])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -405,6 +406,27 @@ def test_no_pools_and_no_types() -> None:
     assert pools.of(np.array([1], np.uint64)).tolist() == [-1]
     sight = Bytes({})
     assert not len(objects_on(nothing, np.empty((0, 512), np.uint64), pools, Types(sight, pools, 0)).page)
+
+
+def test_pointers_to_many_pages_are_looked_at_a_part_at_a_time() -> None:
+    """Words that lead to as many pages are no types most often; their pages come to 64 MiB."""
+    room = np.ones(((1 << 14) + 1, PAGE_SIZE), np.uint8)
+    first = -(-room.ctypes.data // PAGE_SIZE) * PAGE_SIZE
+    numbers = np.arange(len(room) - 1, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(first)
+    pointers = np.sort(np.append(numbers, np.uint64(id(int))))
+    present = np.unique(pointers & ~np.uint64(PAGE_SIZE - 1))
+    nothing = np.empty(0, np.uint64)
+    pools = Pools(nothing, np.empty(0, np.int64), np.empty(0, np.int64))
+    with PresentMemory(os.getpid(), present) as memory:
+        types = Types(memory, pools, id(type))
+        tracemalloc.start()
+        try:
+            rows = types.met(pointers)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert [types.name(int(pointers[row])) for row in np.flatnonzero(rows)] == ["int"]
+    assert most < 16 << 20
 
 
 def test_no_interpreter() -> None:
