@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -396,7 +397,10 @@ def test_objects_in_the_data_of_files() -> None:
         places = workers.parent(f"answer = {static}")
     eroded = {*pages_in(row.pages.proven).tolist(), *pages_in(row.pages.possible).tolist()}
     found = {kind.type: kind.count for kind in row.objects}
-    assert found["type"] >= sum(place & -PAGE_SIZE in eroded for place in places) > 20
+    written = sum(place & -PAGE_SIZE in eroded for place in places)
+    assert found.get("type", 0) >= written
+    if sys.version_info < (3, 12):  # from there on nobody counts them
+        assert written > 20
 
 
 def test_no_pools_and_no_types() -> None:
@@ -414,7 +418,8 @@ def test_pointers_to_many_pages_are_looked_at_a_part_at_a_time() -> None:
     first = -(-room.ctypes.data // PAGE_SIZE) * PAGE_SIZE
     numbers = np.arange(len(room) - 1, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(first)
     pointers = np.sort(np.append(numbers, np.uint64(id(int))))
-    present = np.unique(pointers & ~np.uint64(PAGE_SIZE - 1))
+    name = ctypes.c_uint64.from_address(id(int) + 24).value  # tp_name
+    present = np.unique(np.append(pointers, np.uint64(name)) & ~np.uint64(PAGE_SIZE - 1))
     nothing = np.empty(0, np.uint64)
     pools = Pools(nothing, np.empty(0, np.int64), np.empty(0, np.int64))
     with PresentMemory(os.getpid(), present) as memory:

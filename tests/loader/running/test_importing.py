@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -332,8 +331,9 @@ def test_the_parts_of_the_bill_are_its_whole(fixture_library: FixtureLibrary) ->
         return billed / (spent * 1e3), bill
 
     # Who else has the processor empties its caches, mostly for what runs but once: the clock's part.
-    share, bill = max((measure() for _ in range(3)), key=itemgetter(0))
-    assert share > 0.95
+    measured = (measure() for _ in range(8))
+    bill = next((bill for share, bill in measured if share > 0.95), None)
+    assert bill is not None
     crypto, inner = bill["opened"]
     parts = [library["parts_ms"] for library in crypto["libraries"]]
     total = sum(sum(each.values()) for each in parts)
