@@ -310,7 +310,7 @@ def timed(function, *arguments):
 
 with miniloader.importing() as imports:
     libcrypto = timed(_ctypes.dlopen, "libcrypto.so.3", 2)
-    for name in ("SHA1", "SHA224", "SHA256", "SHA384", "SHA512", "MD5") * 20:
+    for name in ("SHA1", "SHA224", "SHA256", "SHA384", "SHA512", "MD5") * 2:  # a program: one for each load
         timed(_ctypes.dlsym, libcrypto, name)
     timed(_ctypes.dlopen, sys.argv[1], 2)
 print(json.dumps([spent, as_json(imports.bill)]))
@@ -338,7 +338,7 @@ def test_the_parts_of_the_bill_are_its_whole(fixture_library: FixtureLibrary) ->
     parts = [library["parts_ms"] for library in crypto["libraries"]]
     total = sum(sum(each.values()) for each in parts)
     assert total == pytest.approx(crypto["ms"], rel=0.01)
-    assert bill["lookups"] == 120
+    assert bill["lookups"] == 12
     assert {"search", "map", "bind", "relocate", "constructors"} <= {
         name for each in parts for name, taken in each.items() if taken > 0
     }
