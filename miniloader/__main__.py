@@ -1,11 +1,17 @@
-"""``python -m miniloader``: the command line."""
+"""``miniloader``, the command, and ``python -m miniloader``."""
 
-if __name__ == "__main__":
-    import gc
+import gc
 
+
+def command() -> int:
+    """Run the command line and return its exit status; its first imports are not searched for garbage."""
     paused = gc.isenabled()
     gc.disable()  # what is imported first is no garbage
 
     from miniloader.cli import main
 
-    raise SystemExit(main(paused=paused))
+    return main(paused=paused)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command())
