@@ -111,6 +111,17 @@ static bool leads(const Job *job, uint64_t vaddr, uint64_t value)
     return !inside(job->pointers, job->pointer_count, vaddr, 1) || inside(job->code, job->code_count, value, 1);
 }
 
+/* From the first to the last vaddr of spans: what is outside is in none of them, which one comparison tells. */
+static Span hull(const Span *spans, uint64_t count)
+{
+    Span all = {UINT64_MAX, 0};
+    for (const Span *span = spans; span < spans + count; span++) {
+        all.start = span->start < all.start ? span->start : all.start;
+        all.end = span->end > all.end ? span->end : all.end;
+    }
+    return all;
+}
+
 /* Which page of the job a vaddr is in: pages have a power of two of bytes, and dividing would take long. */
 static uint64_t page_of(const Job *job, uint64_t vaddr)
 {
@@ -178,11 +189,13 @@ static int64_t add_packed(Job *job, const u64 *entries, uint64_t count)
    half of what it takes to come to each by a fault.  Where it cannot, each word's own fault does. */
 static void copy_pages_of(const Job *job, const Row *rows, uint64_t count)
 {
-    uint64_t low = UINT64_MAX, high = 0, last = UINT64_MAX;
+    uint64_t low = UINT64_MAX, high = 0, last = UINT64_MAX, shift = (uint64_t)__builtin_ctzll(job->page_size);
     for (const Row *row = rows; row < rows + count; row++) {
+        uint64_t vaddr = ONCE(row->offset), page = (vaddr - job->start) >> shift;
+        if (page == last)
+            continue;
         unsigned formula = kind_of(job, ONCE(row->type))->formula;
-        uint64_t vaddr = ONCE(row->offset), page = page_of(job, vaddr);
-        if (page == last || formula < B_A || formula > Z_A || !inside(job->writable, job->writable_count, vaddr, 1))
+        if (formula < B_A || formula > Z_A || !inside(job->writable, job->writable_count, vaddr, 1))
             continue;
         last = page;
         if (job->pages[page])
@@ -201,32 +214,36 @@ static void copy_pages_of(const Job *job, const Row *rows, uint64_t count)
     }
 }
 
-/* Rows that do nothing but add the load bias: nearly all of a large library's. */
+/* Rows that do nothing but add the load bias: nearly all of a large library's, and each instruction here is done
+   hundreds of thousands of times; so what was found of the last row is kept, as it is true of most that follow. */
 static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
 {
-    uint64_t bias = job->bias, in_page = job->page_size - 1;
-    uint64_t low = 1, high = 0, last = UINT64_MAX; /* where the last one was: most are near it */
-    for (const Row *row = rows; row < rows + count; row++) {
-        uint64_t done = (uint64_t)(row - rows);
-        if (done % BLOCK == 0)
-            copy_pages_of(job, row, count - done < BLOCK ? count - done : BLOCK);
-        uint64_t vaddr = ONCE(row->offset), addend = (uint64_t)ONCE(row->addend), value = bias + addend;
-        if (kind_of(job, ONCE(row->type))->formula != B_A)
-            return fault(job, NOT_RELATIVE, vaddr, row->type);
-        if (vaddr < low || vaddr > high) {
-            const Span *span = span_of(job, vaddr);
-            if (!span)
-                return fault(job, OUTSIDE, vaddr, row->type);
-            low = span->start;
-            high = span->end - sizeof value;
+    uint64_t bias = job->bias, page_mask = -job->page_size, last = UINT64_MAX; /* where the last one was */
+    uint64_t relative = UINT64_MAX; /* its type */
+    Span span = {0, 0}, pointers = hull(job->pointers, job->pointer_count);
+    for (uint64_t begin = 0; begin < count; begin += BLOCK) {
+        const Row *end = rows + (count - begin < BLOCK ? count : begin + BLOCK);
+        copy_pages_of(job, rows + begin, (uint64_t)(end - rows) - begin);
+        for (const Row *row = rows + begin; row < end; row++) {
+            uint64_t vaddr = ONCE(row->offset), addend = (uint64_t)ONCE(row->addend), value = bias + addend;
+            uint32_t type = ONCE(row->type);
+            if (type != relative && kind_of(job, type)->formula != B_A)
+                return fault(job, NOT_RELATIVE, vaddr, type);
+            relative = type;
+            if (!inside(&span, 1, vaddr, sizeof value)) {
+                const Span *found = span_of(job, vaddr);
+                if (!found)
+                    return fault(job, OUTSIDE, vaddr, type);
+                span = *found;
+            }
+            if (inside(&pointers, 1, vaddr, 1) && !leads(job, vaddr, addend))
+                return fault(job, NO_CODE, vaddr, addend);
+            if (((vaddr ^ last) | ((vaddr + sizeof value - 1) ^ last)) & page_mask)
+                store(job, vaddr, value, sizeof value);
+            else
+                memcpy((char *)(bias + vaddr), &value, sizeof value);
+            last = vaddr;
         }
-        if (!leads(job, vaddr, addend))
-            return fault(job, NO_CODE, vaddr, addend);
-        if ((vaddr ^ last) & ~in_page || (vaddr & in_page) > in_page + 1 - sizeof value)
-            store(job, vaddr, value, sizeof value);
-        else
-            memcpy((char *)(bias + vaddr), &value, sizeof value);
-        last = vaddr;
     }
     return FINE;
 }
