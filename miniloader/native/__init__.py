@@ -146,10 +146,11 @@ class LinkStructure(ctypes.Structure):
 class QuestionStructure(ctypes.Structure):
     """``Question`` of inside.c: what a library of ours asks glibc for, and what it is answered.
 
-    ``function`` is the place of its name in :data:`INSIDE`, ``caller`` the address that it returns to.
+    ``function`` is the place of its name in :data:`INSIDE`, ``caller`` the address that it returns to, and
+    ``begun`` when it asked: nanoseconds by the clock of :func:`time.perf_counter`.
     """
 
-    _fields_ = _words("function caller handle name version number where result error")
+    _fields_ = _words("function caller handle name version number where begun result error")
 
 
 #: What the compiled loops are called, and their table of what libraries of ours call instead of glibc's.
@@ -202,6 +203,7 @@ INTERFACE: Final = (
     b"PyThreadState_DeleteCurrent",
     b"pthread_create",
     b"pthread_detach",
+    b"clock_gettime",
 )
 #: Functions of CPython's C interface by which arguments.c looks at what a loop is called with.
 _VALUES: Final = (

@@ -23,6 +23,7 @@ enum { OPEN, SYMBOL, VERSIONED, CLOSE, INFORMATION, NAMESPACE, END }; /* what is
 
 typedef struct { /* see __init__.py, which declares the same for Python */
     uint64_t function, caller, handle, name, version, number, where;
+    uint64_t begun;         /* when Python was asked: nanoseconds by the monotonic clock */
     uint64_t result, error; /* of malloc(3), or 0 */
 } Question;
 
@@ -71,6 +72,7 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     void (*end)(void); /* of the current state, and let go */
     int (*start)(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument); /* pthread_ */
     int (*detach)(uint64_t thread);
+    int (*clock)(int which, struct timespec *now); /* clock_gettime(2): glibc's own came to libc with 2.17 */
     const void *handler_of; /* a function of Python: its handler of a signal */
     int (*is_callable)(void *);
     void (*handler)(int); /* of signals: makes Python call its own handlers, between its instructions; or NULL */
@@ -255,10 +257,19 @@ static void leave_main(Visitor visitor)
         interface.take(visitor.left);
 }
 
+static struct timespec now(void)
+{
+    struct timespec time;
+    interface.clock(CLOCK_MONOTONIC, &time);
+    return time;
+}
+
 /* Whether Python's function has answered.  Not by a callback of ctypes': libffi asks the kernel whether it is SELinux
    before it makes its first one, which takes as long as all else that dlopen(3) takes. */
 static bool has_answered(const void *function, Question *question)
 {
+    struct timespec begun = now();
+    question->begun = (uint64_t)begun.tv_sec * 1000000000 + (uint64_t)begun.tv_nsec;
     Visitor visitor = enter_main();
     Raised earlier;
     interface.put_by(&earlier.type, &earlier.value, &earlier.traceback); /* who asks may clean up for that */
@@ -316,8 +327,7 @@ static bool has_turn(void)
         return true;
     }
     interface.detach(thread);
-    struct timespec end;
-    syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &end); /* glibc's own came to libc with 2.17 */
+    struct timespec end = now();
     end.tv_sec += PATIENCE;
     long result = 0;
     while (turn->state == WAITING && (result == 0 || errno != ETIMEDOUT))

@@ -282,7 +282,7 @@ static void try_answers(void)
 
 /* ---- inside.c */
 typedef struct {
-    uint64_t function, caller, handle, name, version, number, where, result, error;
+    uint64_t function, caller, handle, name, version, number, where, begun, result, error;
 } Question;
 typedef struct {
     uint64_t ours, theirs;
@@ -420,6 +420,7 @@ static void *call(const void *function, void *argument)
     Question *question = (Question *)*(uint64_t *)argument;
     if (fails)
         return chance(2) ? (raised = &answered, NULL) : number(0);
+    assert(question->begun);
     question->result = 0x222;
     if (with_error)
         question->error = (uint64_t)strdup("an error of ours");
@@ -533,7 +534,7 @@ static void try_inside(void)
     const void *const interface[] = {
         lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
         own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
-        create, clear, end, start, detach, &handlers, is_callable, signals == 1 ? NULL : on_signal,
+        create, clear, end, start, detach, clock_gettime, &handlers, is_callable, signals == 1 ? NULL : on_signal,
         (const void *)(chance(2) ? __builtin_offsetof(State, frame) : 0)};
     static const void *const functions[] = {
         their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
@@ -598,7 +599,7 @@ static void try_patience(void)
     static const void *const interface[] = {
         lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
         own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
-        create, clear, end, start, detach, &handlers, is_callable, NULL, NULL};
+        create, clear, end, start, detach, clock_gettime, &handlers, is_callable, NULL, NULL};
     static const void *const functions[] = {
         their_open, their_symbol, their_version, their_close, their_information, their_namespace, their_error};
     set_inside(&answered, interface, functions, FIRST, LENGTH, PROGRAM);

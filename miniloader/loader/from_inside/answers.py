@@ -29,14 +29,14 @@ _BASE, _NEW, _CALLERS = 0, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFE
 
 
 class Watch(Protocol):
-    """Who is told when a call begins and ends: of dlopen(3) the name, None for all others."""
+    """Who is told of calls, of dlopen(3) by its name, None for all others; times are time.perf_counter's."""
 
-    def begin(self, name: str | None, /) -> float:
-        """A call begins; to be given to :meth:`end`."""
+    def begin(self, name: str, begin: float, /) -> None:
+        """A call of dlopen(3) has begun."""
         ...
 
     def end(self, name: str | None, begin: float, how: str | None, /) -> None:
-        """A call ends: ``how`` is ``glibc`` where that answers, ``refused`` where nobody does."""
+        """It ends: ``how`` is ``glibc`` where that answers, ``refused`` where nobody does."""
         ...
 
 
@@ -49,12 +49,12 @@ def answer(place: int, load: Load) -> int:
     """Answer the question at the address ``place``; 0 where glibc shall.  ``load`` loads what is found."""
     with unload.lock:
         watch, name = watches[-1] if watches else None, None
-        begin = watch.begin(None) if watch is not None else 0.0  # reading the question counts
         question = QuestionStructure.from_address(place)
+        begin = question.begun / 1e9
         function, failed = _FUNCTIONS[question.function]
         if function is _open and question.name and watch is not None:
             name = os.fsdecode(_text(question.name))
-            begin = watch.begin(name)
+            watch.begin(name, begin)
         opening.load_with(load)
         caller, how = caller_at(question.caller), None
         _inside.append(caller)

@@ -167,13 +167,10 @@ class Meter:
         self._lookups, self._lookup_seconds = 0, 0.0
         self.fell_back: list[tuple[str, str]] = []
 
-    def begin(self, name: str | None) -> float:
-        """A call begins: of dlopen(3) with a ``name``, else another; to be given to :meth:`end`."""
-        now = time.perf_counter()
-        if name is not None:
-            self._interrupt(now)
-            self._calls.append(_Call(name, now))
-        return now
+    def begin(self, name: str, begin: float) -> None:
+        """A call of dlopen(3) began then."""
+        self._interrupt(begin)
+        self._calls.append(_Call(name, begin))
 
     def end(self, name: str | None, begin: float, how: str | None = None) -> None:
         """The call that began at ``begin`` is answered."""
@@ -196,7 +193,7 @@ class Meter:
         opened = Opened(name, loaded, end - begin, faults, libraries, nested)
         if self._calls:
             self._calls[-1].nested.append(opened)
-            self._calls[-1].since = time.perf_counter()
+            self._calls[-1].since = end
         else:
             self._opened.append(opened)
 
