@@ -20,6 +20,7 @@ control characters in them stay inert.
 from __future__ import annotations
 
 import os
+import sys
 
 from miniloader.forking import importing
 
@@ -42,6 +43,7 @@ __all__ = [
     "WorkerError",
     "printable",
     "shortened",
+    "tell",
     "without_room",
 ]
 
@@ -72,6 +74,18 @@ def printable(text: object) -> str:
     """``text`` on one line, with every character that a terminal could act on escaped; :func:`shortened`."""
     plain = shortened(os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+
+
+def tell(text: str) -> None:
+    """Print a line on standard error; nothing where that is closed, full, or has lost its reader.
+
+    ``print`` takes standard output where ``sys.stderr`` is None.
+    """
+    if sys.stderr is not None:
+        try:  # noqa: SIM105 - contextlib is slow to import
+            print(text, file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody hears of it
+            pass
 
 
 class MiniloaderError(Exception):

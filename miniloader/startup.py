@@ -10,7 +10,7 @@ from miniloader.arrays import NDArray
 from miniloader.forking import importing
 from miniloader.later import Later, leaving_out
 
-__all__ = ["import_argparse", "import_numpy", "travel_light"]
+__all__ = ["import_argparse", "import_numpy", "open_what_is_closed", "travel_light"]
 
 #: What numpy imports for functions that nobody calls here, and which of them it takes from there.
 _UNCALLED = {
@@ -29,6 +29,21 @@ def travel_light() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # importing numpy starts threads, for nothing here
     for name in _DOCSTRINGS:  # and gives functions written in C their docstrings, but under `python -OO`
         sys.modules.setdefault(name, type(sys)(name))
+
+
+def open_what_is_closed() -> None:
+    """Have the null device where the process that started this one has closed a standard stream.
+
+    Else the next file that is opened takes its number: what a library prints would be written into a report,
+    and what a child is to read from, or to write to, would come in the place of a file that is in use.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process
 
 
 def import_argparse() -> None:

@@ -16,9 +16,9 @@ import sys
 
 from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
-from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable, tell
 from miniloader.shortage import demand_room, fault
-from miniloader.startup import import_argparse, travel_light
+from miniloader.startup import import_argparse, open_what_is_closed, travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def _main(words: list[str], *, is_process: bool, paused: bool) -> int:
     if paused:
         gc.enable()
     demand_room()
-    if sys.stdout is None:  # closed from the start: who does that wants nothing printed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    open_what_is_closed()
     _escape_what_cannot_be_printed()
     try:
         _spare[:] = [bytes(_SPARE)]  # which touches no page of it
@@ -187,7 +184,7 @@ def _dispatch(words: list[str]) -> int:
     except SystemExit as done:  # --help, --completion
         return int(done.code or 0)
     if arguments.run is None:
-        parser.print_help(sys.stderr)
+        tell(parser.format_help().rstrip("\n"))
         return 2
     return _interruptible(arguments.run, arguments)
 
@@ -273,7 +270,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         _flush()
     except OSError:  # what matters is the error itself
         _drop_output()
-    print(f"miniloader: {printable(message)}", file=sys.stderr)
+    tell(f"miniloader: {printable(message)}")
     return status
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from miniloader.cli import options
-from miniloader.errors import UsageError, printable
+from miniloader.errors import UsageError, printable, tell
 from miniloader.startup import import_numpy
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def show(arguments: argparse.Namespace, result: Audit) -> None:
 
         write_csv(result, sys.stdout, arguments.csv, groups)
         for process in result.unreadable:
-            print(f"not audited: {said_of(process)}", file=sys.stderr)
+            tell(f"not audited: {said_of(process)}")
     else:
         out = Output()
         out.show(lines(result, pages=arguments.library is not None, groups=groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn, Protocol, cast
@@ -49,6 +50,9 @@ class _CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         self._shown = True
         return super().format_help()
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stdout).write(message)  # argparse passes over a full disk, and a reader who has gone
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see {self.prog} --help")

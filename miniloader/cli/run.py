@@ -232,10 +232,6 @@ def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
     try:
         write_whole(path, [text.encode(errors="surrogateescape")])
     except OSError as error:  # the program has ended, and its status stays
-        from contextlib import suppress
+        from miniloader.errors import printable, tell
 
-        from miniloader.errors import printable
-
-        if sys.stderr is not None:
-            with suppress(OSError):  # nobody hears of it
-                print(f"miniloader: {printable(path)}: {error.strerror}", file=sys.stderr)
+        tell(f"miniloader: {printable(path)}: {error.strerror}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
-from miniloader.errors import MiniloaderError
+from miniloader.errors import MiniloaderError, tell
 from miniloader.kernel.cpuinfo import features
 from miniloader.loader.memory import Memory
 from miniloader.loader.relocation_groups import LazySlots
@@ -75,7 +74,7 @@ class Slots:
         except (MiniloaderError, IndexError) as error:
             # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too.
             text = getattr(error, "ld_so", None) or f"{self._name}: {error}"
-            print(f"miniloader: symbol lookup error: {text}", file=sys.stderr, flush=True)
+            tell(f"miniloader: symbol lookup error: {text}")
             os._exit(127)
         _errno().contents.value = number
         return address

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from miniloader.forking import cached_property, importing
@@ -61,11 +61,20 @@ class Output:
     def show(self, parts: Iterable[Part], *, wrap: bool = True) -> None:
         """Print lines and tables; without ``wrap`` a terminal breaks long lines, and copies them whole."""
         lines = laid_out(parts, self.width if wrap or self._console is None else None)
-        if self._console is None:
-            for line in lines:
-                print(plain(line).rstrip(), file=sys.stderr if self._stderr else sys.stdout)
+        if self._stderr:
+            with suppress(OSError):  # nobody hears of it
+                self._print(lines)
         else:
-            for line in lines:
+            self._print(lines)
+
+    def _print(self, lines: Iterable[Line]) -> None:
+        stream = sys.stderr if self._stderr else sys.stdout
+        if stream is None:  # closed, and print would take the other one
+            return
+        for line in lines:
+            if self._console is None:
+                print(plain(line).rstrip(), file=stream)
+            else:
                 self._console.print(_text(line), soft_wrap=True)
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from miniloader.forking import importing
@@ -70,13 +70,18 @@ class _Line:
         with self._lock:
             self._over = True
             if self._shown:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+                _put("")
 
     def _write(self) -> None:
         with importing:
             import shutil  # which few need
 
         width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\x1b[K{self._text[:width]}")
+        _put(self._text[:width])
+
+
+def _put(text: str) -> None:
+    """Have the text in the terminal's line, in the place of what is there."""
+    with suppress(OSError):  # the terminal is gone
+        sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import json
 import os
 import resource
 import signal
@@ -235,6 +236,60 @@ def test_nobody_to_hear_of_errors(command: tuple[str, ...]) -> None:
     done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=False, cwd=build.ROOT)
     assert done.returncode == 0
     assert done.stdout
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (("run", "-m", "zlib"), 1),
+        (("run", "--trace", "-c", "import zlib"), 0),
+        (("inspect",), 2),
+        ((), 2),
+        (("load", "/nonexistent/x"), 1),
+    ],
+    ids=str,
+)
+def test_what_nobody_can_be_told_is_told_nobody(command: tuple[str, ...], status: int, stderr: str) -> None:
+    """Neither on standard output instead, nor does it change how the command ends."""
+    closed = ["sh", "-c", f'exec "$@" {stderr}', "sh", *COMMAND, *command]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=False, cwd=build.ROOT)
+    assert (done.returncode, done.stdout) == (status, "")
+
+
+@pytest.mark.parametrize("command", [("help", "load"), ("--help",), ("--completion", "bash")], ids=" ".join)
+def test_help_that_is_lost_is_no_success(command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=build.ROOT
+        )
+    assert (done.returncode, done.stderr) == (1, "miniloader: No space left on device\n")
+
+
+def test_an_error_that_cannot_be_told_is_one_object() -> None:
+    full = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *COMMAND, "inspect", "/nonexistent/x", "--json"]
+    done = subprocess.run(full, stdout=subprocess.PIPE, text=True, check=False, cwd=build.ROOT)
+    assert (done.returncode, json.loads(done.stdout)["error"]["kind"]) == (1, "ElfError")
+
+
+def test_a_stream_that_is_closed_is_no_files(tmp_path: Path) -> None:
+    """The next file that is opened would have its number, and so what is meant for the stream, or its end."""
+    snippet = tmp_path / "try.py"
+    snippet.write_text("print('it says so')\n")
+    done = {
+        name: subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *words(command)],
+            stdout=subprocess.PIPE, text=True, check=False, cwd=build.ROOT,
+        )
+        for name, closed, command in (
+            ("check", "<&-", ("walkthrough", "cow", "--check", str(snippet))),
+            ("gdb", "<&-", ("load", DEMO, "--gdb")),
+            ("json", "2>&-", ("load", DEMO, "--json")),
+        )
+    }  # fmt: skip
+    assert "it says so" in done["check"].stdout
+    assert done["gdb"].returncode == 0
+    assert json.loads(done["json"].stdout)["base"]
 
 
 @pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)

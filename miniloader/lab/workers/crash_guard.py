@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
-from miniloader.errors import MiniloaderError, WorkerError
+from miniloader.errors import WorkerError
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.lab.workers.child import ForkedProcess, death
 from miniloader.lab.workers.fault import FaultRecord
@@ -45,7 +45,7 @@ def in_child(body: Callable[[Doing], int], library: str = "") -> int:
 
     def guarded() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C works within machine code, too
-        with suppress(MiniloaderError):  # where our own code is missing: the body will meet it, and say so
+        with suppress(Exception):  # our own code, or memory, is missing: the body will meet it, and say so
             fault.be_noted()
         mappings: tuple[Vma, ...] = ()
 

@@ -19,6 +19,7 @@ start at once while the parent is still importing what it needs to look at them.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import selectors
@@ -55,7 +56,10 @@ class Worker:
         require_ending()
         with ExitStack() as undo:
             try:
-                self._socket, worker_end = map(undo.enter_context, socket.socketpair())
+                self._socket, lowest = map(undo.enter_context, socket.socketpair())
+                with lowest:  # which may be 2, where standard error is closed: that is for what it prints
+                    higher = fcntl.fcntl(lowest, fcntl.F_DUPFD_CLOEXEC, 3)
+                worker_end = undo.enter_context(socket.socket(fileno=higher))
                 # What it prints, to be quoted when it dies; a file, so that it never waits for a reader.
                 self._output = os.memfd_create("miniloader-worker-output", os.MFD_CLOEXEC)
                 undo.callback(os.close, self._output)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import accumulate, islice
 from typing import Final
 
-from miniloader.errors import MiniloaderError, printable
+from miniloader.errors import MiniloaderError, printable, tell
 from miniloader.forking import importing
 from miniloader.kernel import syscalls
 from miniloader.native import functions
@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> int:
     except MiniloaderError as error:
         where = f" ({error})"
     name = signal.Signals(fault.number).name
-    print(printable(f"{TOLD}{name}{where}"), file=sys.stderr, flush=True)
+    tell(printable(f"{TOLD}{name}{where}"))
     return 0
 
 

@@ -6,13 +6,12 @@ The words through which the program and its libraries call dlopen(3) and its lik
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Final
 
-from miniloader.errors import MiniloaderError, UsageError
+from miniloader.errors import MiniloaderError, UsageError, tell
 from miniloader.loader import unload
 from miniloader.loader.beside_glibc import host
 from miniloader.loader.beside_glibc.host import HostLibrary
@@ -81,7 +80,7 @@ def importing(
     def fell_back(name: str, error: MiniloaderError) -> None:
         meter.fell_back.append((name, str(error)))
         if warn:
-            print(f"miniloader: {name}: loaded by ld.so instead: {error}", file=sys.stderr)
+            tell(f"miniloader: {name}: loaded by ld.so instead: {error}")
         _lead_new()
 
     gate.require_loading()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 from miniloader.errors import WorkerError
 from miniloader.lab.workers.child import crash_quietly
 from miniloader.lab.workers.crash_guard import Doing, in_child
+from miniloader.lab.workers.fault import FaultRecord
 
 
 def test_the_status_of_the_body_is_returned() -> None:
@@ -52,6 +54,16 @@ def test_a_note_has_an_end() -> None:
     ) as raised:
         in_child(crash)
     assert len(str(raised.value)) < 10_000
+
+
+def test_a_crash_that_cannot_be_noted_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no memory for a stack of signals: what can be done without is done."""
+
+    def fail(self: FaultRecord) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(FaultRecord, "be_noted", fail)
+    assert in_child(lambda doing: 5) == 5
 
 
 def test_an_exception_is_printed_as_an_interpreter_does(capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,20 @@ def test_workers_load_step_by_step_and_are_gone_afterwards(demo: Path) -> None:
     assert not any(map(lives, pids))
 
 
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_program_whose_standard_streams_are_closed_has_a_crew(
+    closed: str, demo: Path, tmp_path: Path
+) -> None:
+    """As a service may be started: what a worker is told by comes in the place of none of them."""
+    script = (
+        "import sys; from pathlib import Path; from miniloader.lab.workers.crew import Crew\n"
+        "with Crew(2) as crew: Path(sys.argv[1]).write_text(str(len(crew.ask('load', path=sys.argv[2]))))"
+    )
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", script]
+    subprocess.run([*words, tmp_path / "answers", demo], check=True, cwd=build.ROOT)
+    assert (tmp_path / "answers").read_text() == "2"
+
+
 def test_no_constructor_runs_before_a_worker_initialises(
     misbehaves: Callable[[str], str],
 ) -> None:
