@@ -23,6 +23,7 @@ __all__ = [
     "read_regular",
     "read_text",
     "walked_to",
+    "working_directory",
     "write_whole",
 ]
 
@@ -120,6 +121,18 @@ def _parts_of(path: str | os.PathLike[str], length: int) -> Iterator[bytes]:
         raise
     finally:
         os.close(descriptor)
+
+
+def working_directory() -> str:
+    """Where this process is; "" where that has been removed.
+
+    >>> working_directory() == os.getcwd()
+    True
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def write_whole(

@@ -72,7 +72,10 @@ def write_audit(audit: Audit, sights: Sequence[Sight], path: Path, moments: Iter
 
 def refuse_unwritable(path: Path, what: str = "page") -> None:
     """MiniloaderError when ``what`` could not be written to ``path``, as far as can be told beforehand."""
-    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        directory = os.path.dirname(os.path.realpath(path))
+    except FileNotFoundError:  # where this process is has been removed
+        directory = ""
     why = errno.ENOENT if not os.path.isdir(directory) else errno.EISDIR if os.path.isdir(path) else 0
     if not why and not os.path.exists(path) and not os.access(directory, os.W_OK | os.X_OK):
         why = errno.EROFS if os.statvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES

@@ -6,6 +6,7 @@ import os
 from typing import Final
 
 from miniloader.errors import EvidenceError
+from miniloader.files import working_directory
 from miniloader.kernel.mounts import mount_of
 from miniloader.values import dataclass
 
@@ -38,8 +39,9 @@ def scratch_directory(kind: str) -> ScratchDirectory:
     if kind == "tmpfs":
         wanted = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/tmp", "/run"]
     else:
-        wanted = [os.environ.get("TMPDIR", ""), "/var/tmp", "/tmp", os.path.expanduser("~"), os.getcwd()]
-    writable = (path for path in wanted if path and os.access(path, os.W_OK | os.X_OK))
+        home = os.path.expanduser("~")
+        wanted = [os.environ.get("TMPDIR", ""), "/var/tmp", "/tmp", home, working_directory()]
+    writable = (path for path in wanted if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK))
     directories = [
         scratch
         for path in writable

@@ -20,6 +20,7 @@ import pytest
 from fixtures import build
 from fixtures.surroundings import refuse
 from miniloader import cli
+from miniloader.walkthrough.scratch_files import scratch_directory
 from tests.conftest import become_nobody
 
 COMMAND = [sys.executable, "-m", "miniloader"]
@@ -290,6 +291,43 @@ def test_a_stream_that_is_closed_is_no_files(tmp_path: Path) -> None:
     assert "it says so" in done["check"].stdout
     assert done["gdb"].returncode == 0
     assert json.loads(done["json"].stdout)["base"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("run", "-c", "print(5)"), ""),
+        (("run", "{program}"), ""),
+        (("run", "-m", "platform"), ""),
+        (("walkthrough", "mapping"), ""),
+        (("walkthrough", "mapping", "--html", "page"), "page: cannot write the page"),
+    ],
+    ids=str,
+)
+def test_where_the_process_is_has_been_removed(command: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("print(5)\n")
+    place = tmp_path / "gone"
+    place.mkdir()
+    removed = ["sh", "-c", 'rmdir "$0" && exec "$@"', str(place), *COMMAND]
+    done = subprocess.run(
+        [*removed, *(word.format(program=program) for word in command)],
+        capture_output=True, text=True, check=False, cwd=place,
+        env=os.environ | {"PYTHONPATH": str(build.ROOT)},
+    )  # fmt: skip
+    if said:
+        assert (done.returncode, done.stderr) == (1, f"miniloader: {said}: No such file or directory\n")
+    else:
+        assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
+        assert done.stdout
+
+
+def test_a_place_for_files_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where TMPDIR is a file that could be executed."""
+    file = tmp_path / "file"
+    file.touch(0o755)
+    monkeypatch.setenv("TMPDIR", str(file))
+    assert scratch_directory("disk").directory != str(file)
 
 
 @pytest.mark.parametrize("command", OUTPUTS, ids=NAMES)

@@ -13,7 +13,7 @@ import numpy as np
 
 from miniloader.elf import ElfImage, LoadPlan, Source
 from miniloader.elf.source import unreadable
-from miniloader.errors import ElfError, EvidenceError
+from miniloader.errors import ElfError, EvidenceError, LoadError
 from miniloader.evidence.sharing import SHARED, SOLE, analyse
 from miniloader.evidence.snapshot import ProcessRange, Snapshot, on_same_pages, take
 from miniloader.files import open_regular
@@ -121,11 +121,15 @@ def experiment(
     )
 
 
-def _prepared(image: ElfImage) -> Prepared | None:
+def _prepared(image: ElfImage) -> Prepared:
+    """What the cache has of the library; LoadError."""
     with importing:
         from miniloader.loader.prepared.pages import find
 
-    return find(image)
+    try:
+        return find(image)
+    except LoadError as error:
+        raise LoadError(f"{image.path}: {error.message}", hint=error.hint) from None
 
 
 class _LedCrew:

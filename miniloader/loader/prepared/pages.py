@@ -318,7 +318,7 @@ def open_prepared(name: str) -> Prepared:
     except FileNotFoundError:
         raise LoadError("it is not in the cache", hint=_AGAIN) from None
     except OSError as error:
-        raise LoadError(f"{name}: {error.strerror}") from None
+        raise LoadError(f"{os.path.join(store.directory(), name)}: {error.strerror}") from None
     try:
         return read_index(fd, status.st_size)
     except BaseException:

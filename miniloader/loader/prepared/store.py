@@ -31,9 +31,29 @@ _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
 
 def directory() -> str:
-    """The path of the directory, which may not exist."""
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(os.path.abspath(parent), "miniloader", "prepared")
+    """The path of the directory, which may not exist; :class:`LoadError` for a user without a home.
+
+    What is empty or not an absolute path counts as not set, as the XDG Base Directory Specification has it.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME", "")
+    if not parent.startswith("/"):
+        parent = f"{_home()}/.cache"
+    return os.path.join(parent, "miniloader", "prepared")
+
+
+def _home() -> str:
+    """The user's home directory: $HOME, or what the list of users has."""
+    home = os.environ.get("HOME", "")
+    if not home.startswith("/"):
+        with importing:
+            import pwd
+        try:
+            home = pwd.getpwuid(os.geteuid()).pw_dir
+        except KeyError:
+            home = ""
+    if not home.startswith("/"):
+        raise LoadError("no directory for the cache: this user has no home", hint="set XDG_CACHE_HOME")
+    return home.rstrip("/")
 
 
 @lru_cache(maxsize=1)

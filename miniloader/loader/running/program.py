@@ -18,6 +18,7 @@ from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Final, TypeVar
 
 from miniloader.errors import LoadError
+from miniloader.files import working_directory
 from miniloader.values import dataclass
 
 __all__ = ["PythonProgram", "code", "module", "script"]
@@ -81,7 +82,7 @@ def script(path: str) -> PythonProgram:
         _begin_path("")
         of_stdin = {**_OF_NO_FILE, "__file__": "<stdin>", "__cached__": None}
         return PythonProgram(_compiled(_read(0), "<stdin>"), path, of_stdin)
-    file = os.path.join(os.getcwd(), path)
+    file = os.path.join(working_directory(), path)
     if os.path.isdir(path) or _is_zip(path):
         _begin_path(file)
         return _found(path, path, lambda: PathFinder.find_spec("__main__", [file]))
@@ -149,7 +150,7 @@ def code(text: str) -> PythonProgram:
 
 def module(name: str) -> PythonProgram:
     """The program that the module ``name`` is, or the ``__main__`` of a package."""
-    _begin_path(os.getcwd())
+    _begin_path(working_directory())
     return _found(name, None, lambda: _spec_of(name))
 
 

@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import pwd
 import re
 import shutil
 import struct
@@ -498,6 +499,42 @@ def test_another_users_link_leads_to_no_cache_of_ours(demo: Path, own_cache: Pat
     loading = Loading(demo)
     assert loading.used
     loading.library.close()
+
+
+@pytest.mark.parametrize("home", [None, "", "elsewhere", "."])
+@pytest.mark.parametrize("cache", [None, "", "cache"])
+def test_what_is_no_absolute_path_is_no_place_for_a_cache(
+    home: str | None, cache: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be below wherever a program happens to be, or below the root: the user's own home instead."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HOME", home), ("XDG_CACHE_HOME", cache)):
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    own = pwd.getpwuid(os.geteuid()).pw_dir
+    assert store.directory() == f"{own}/.cache/miniloader/prepared"
+
+    def nobody(user: int) -> object:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(LoadError, match="this user has no home; set XDG_CACHE_HOME"):
+        store.names()
+    monkeypatch.setenv("HOME", "/")
+    assert store.directory() == "/.cache/miniloader/prepared"
+
+
+def test_a_proof_without_prepared_pages_names_the_library(demo: Path) -> None:
+    with pytest.raises(LoadError, match=f"^{demo}: it is not in the cache; miniloader prepare LIB$"):
+        miniloader.prove(demo, 2, prepared=True)
+
+
+def test_what_is_no_directory_is_named_whole(demo: Path, own_cache: Path) -> None:
+    own_cache.parent.parent.write_text("")
+    with pytest.raises(LoadError, match=f"^{demo}: {own_cache}/[0-9a-f]+.prepared: Not a directory$"):
+        miniloader.prove(demo, 2, prepared=True)
 
 
 def test_nothing_is_kept_when_the_disk_is_full(
