@@ -248,10 +248,13 @@ class Graph:
             source = Source.open(name)
         except ElfError:
             return None
-        if fits(source.read(0, min(EHDR.size, source.size), "ELF header"), own_machine()):
-            return source
-        source.close()
-        return None
+        is_right = False
+        try:  # the file may be cut short meanwhile
+            is_right = fits(source.read(0, min(EHDR.size, source.size), "ELF header"), own_machine())
+        finally:
+            if not is_right:
+                source.close()
+        return source if is_right else None
 
     def _search(self, name: str, asker: Asker | None, who: str) -> str:
         """The path of the file that ld.so would take for ``name``; each place is told."""
