@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from miniloader.elf import ElfImage
 from miniloader.elf.dynamic import DT_PLTGOT
-from miniloader.errors import MiniloaderError, tell
+from miniloader.errors import MiniloaderError
 from miniloader.kernel.cpuinfo import features
 from miniloader.loader.memory import Memory
 from miniloader.loader.relocation_groups import LazySlots
@@ -72,9 +73,12 @@ class Slots:
         try:
             address = self._fill(index)
         except (MiniloaderError, IndexError) as error:
-            # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too.
+            # There is nobody to raise to: the caller is machine code.  ld.so ends the program here, too,
+            # and says it like this, wherever the program's own sys.stderr leads.
             text = getattr(error, "ld_so", None) or f"{self._name}: {error}"
-            tell(f"miniloader: symbol lookup error: {text}")
+            program = next(iter(sys.orig_argv), "<program name unknown>")
+            with suppress(OSError):  # nobody hears of it
+                os.write(2, os.fsencode(f"{program}: symbol lookup error: {text}\n"))
             os._exit(127)
         _errno().contents.value = number
         return address

@@ -99,19 +99,24 @@ def test_an_undefined_function_ends_the_program_as_in_ld_so(
     assert row is not None
     data[row : row + 4] = (int(symbols.rows["name"][index]) + 1).to_bytes(4, "little")
     library.write_bytes(data)
-    program = (
-        "import ctypes, miniloader\n"
-        f"lib = miniloader.load({str(library)!r}, bind='lazy')\n"
-        "print(lib.function('call_own', ctypes.c_int, [ctypes.c_int])(1), flush=True)\n"
-        "lib.function('call_strlen', ctypes.c_ulong, [ctypes.c_char_p])(b'1')\n"
-    )
-    root = Path(miniloader.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (127, "2\n")
-    assert f"symbol lookup error: {library}: undefined symbol: trlen" in done.stderr  # as ld.so has it
-    assert "Traceback" not in done.stderr
+    path, root = str(library), Path(miniloader.__file__).parents[1]
+
+    def dies(load: str) -> tuple[int, str, str]:
+        program = (
+            "import ctypes, io, sys, miniloader\n"
+            f"lib = {load}\n"
+            "sys.stderr = io.StringIO()\n"  # which ld.so does not know of
+            "print(lib.call_own(1), flush=True)\n"
+            "lib.call_strlen(b'1')\n"
+        )
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    theirs = dies(f"ctypes.CDLL({path!r}, 1)")
+    assert theirs[:2] == (127, "2\n")
+    assert f"symbol lookup error: {library}: undefined symbol: trlen" in theirs[2]
+    assert dies(f"miniloader.load({path!r}, bind='lazy')") == theirs
 
 
 # ---------------------------------------------------------------------------- what is closed meanwhile
