@@ -23,6 +23,7 @@ _EXAMPLES = """\
   miniloader run -c 'import scipy.linalg'
   generate | miniloader run -
   miniloader run --bill - -c 'import sqlite3'       every library, in full, on standard error
+  miniloader run --writers - server.py              who wrote first to the pages that workers inherit
 
 Options of miniloader stand before the program. The interpreter's own calls of dlopen are led to
 miniloader, so that import, ctypes and cffi all load through it; CPython initialises the modules as ever.
@@ -53,6 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-bill", action="store_true", help="say nothing of what it cost")
     parser.add_argument(
+        "--writers",
+        metavar="FILE",
+        help="write there (- for standard error) which pages forked processes were the first to write to",
+    )
+    parser.add_argument(
         "--only", metavar="PATTERN", help="load only what fits, such as '*/scipy/*'; the rest is ld.so's"
     )
     parser.add_argument(
@@ -65,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 #: What there is of each option that is not given.
 _WITHOUT = {
-    **dict.fromkeys(("module", "code", "bill", "only")),
+    **dict.fromkeys(("module", "code", "bill", "writers", "only")),
     **dict.fromkeys(("no_bill", "strict", "trace", "follow", "prepared", "json", "debug"), False),
 }
 
@@ -121,6 +127,8 @@ def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
         from miniloader.report.load import Narrator
 
         tell = Narrator(stderr=True)
+    if arguments.writers is not None:  # before what is imported is loaded by us, and billed
+        from miniloader.lab.erosion.watched_program import watch
     loading = ExitStack()
     imports = loading.enter_context(
         importing(arguments.only, strict=arguments.strict, prepared=arguments.prepared, on_event=tell)
@@ -132,6 +140,8 @@ def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
         raise
     # Left at the very end: what the program's threads and exit handlers import comes through us, too.
     atexit.register(loading.close)
+    if arguments.writers is not None:
+        watch("miniloader.cli.run_writers", arguments.writers, "json" if arguments.json else "text")
     if not arguments.no_bill:
         atexit.register(lambda: _write(imports.bill, arguments.bill, as_json=arguments.json))
     if arguments.follow:
@@ -204,34 +214,8 @@ def _end() -> None:
 
 def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:
     """Write the bill: a summary unless there is a ``path``, to standard error unless that is of a file."""
+    from miniloader.cli.aside import tell_aside
     from miniloader.report import bill as shown
 
-    def in_json() -> str:
-        import json
-
-        return json.dumps(shown.as_json(bill))
-
-    if path in (None, "-"):
-        if sys.stderr is None:
-            return
-        if as_json:
-            print(in_json(), file=sys.stderr)
-        else:
-            from miniloader.report.output import Output
-
-            Output(stderr=True).show(shown.lines(bill) if path else shown.summary(bill))
-        return
-    from miniloader.files import write_whole
-    from miniloader.report.text import laid_out, plain
-
-    assert path is not None
-    if as_json:
-        text = in_json()
-    else:
-        text = "".join(f"{plain(line).rstrip()}\n" for line in laid_out(shown.lines(bill), None))
-    try:
-        write_whole(path, [text.encode(errors="surrogateescape")])
-    except OSError as error:  # the program has ended, and its status stays
-        from miniloader.errors import printable, tell
-
-        tell(f"miniloader: {printable(path)}: {error.strerror}")
+    parts = shown.lines(bill) if path else shown.summary(bill)
+    tell_aside(path or "-", parts, shown.as_json(bill) if as_json else None)

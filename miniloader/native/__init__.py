@@ -11,7 +11,8 @@ So these loops are C, and nothing else is: which libraries there are, in which o
 Python's to say.  They work where the library lies in memory, as ld.so does: nothing is copied.
 
 Beside them is what must not wait for Python, or what Python cannot do: ``lazy.c``, ``fault.c``, ``calls.c``,
-``host.c``, ``debugger.c``; and what looks at the values that Python calls a loop with, ``arguments.c``.
+``host.c``, ``debugger.c``, ``keep.c``; and what looks at the values that Python calls a loop with,
+``arguments.c``.
 
 All of it is compiled once, for x86-64 and aarch64, and lies beside this file (``tools/native`` makes it
 anew, and a test compares).  ``loops.h`` has the structures; they are declared here again,
@@ -233,6 +234,7 @@ _ARGUMENTS: Final = {
     "flush_code": 2,
     "gather": 6,
     "guard_is_kept": 0,
+    "keep_as_it_is": 2,
     "list_asked": 6,
     "list_entry": 3,
     "list_places": 5,

@@ -16,7 +16,18 @@ from miniloader.lab.audit.page_words import PAGE_SCHEMA
 from miniloader.lab.audit.result import AUDIT_KEYS
 from miniloader.lab.erosion.advice import ADVICE_SCHEMA
 from miniloader.lab.proof.proof import PROOF_SCHEMA
-from miniloader.report import bill, bindings, check, disasm, doctor, inspect, load, prepared, tree
+from miniloader.report import (
+    bill,
+    bindings,
+    check,
+    disasm,
+    doctor,
+    forked_writes,
+    inspect,
+    load,
+    prepared,
+    tree,
+)
 from miniloader.walkthrough.run_chapter import CHAPTER_SCHEMA
 
 __all__ = ["ERROR", "SCHEMAS"]
@@ -29,7 +40,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "tree": tree.SCHEMA,
     "check": either(check.SCHEMA, bindings.SCHEMA),
     "load": load.SCHEMA,
-    "run": bill.SCHEMA,
+    "run": either(bill.SCHEMA, forked_writes.SCHEMA),
     "disasm": disasm.SCHEMA,
     "prove": PROOF_SCHEMA,
     "audit": either(

@@ -23,7 +23,7 @@ from miniloader.lab.audit.served_files import UNANSWERED, ServedFile
 from miniloader.lab.workers.patient import Blocked, PatientProcess
 from miniloader.values import NamedTuple
 
-__all__ = ["Identity", "MappedFile", "MappedFiles", "identity_of"]
+__all__ = ["Identity", "MappedFile", "MappedFiles", "facts_of", "identity_of"]
 
 _TOP: Final = 1 << 63  # above is the kernel's half
 _MAGIC: Final = b"\x7fELF"
@@ -132,7 +132,7 @@ class MappedFiles:
             served = ServedFile(self._reader, path) if is_served else None
             try:
                 source = Source.open(path) if served is None else served.source()
-                facts = _facts(source, self._names)
+                facts = facts_of(source, self._names)
                 is_mapped = viewer == _KERNEL or _is(source, facts, file, viewer)
             except (MiniloaderError, OSError):
                 is_mapped = False
@@ -197,7 +197,7 @@ def _kernels_build_id(pid: int, vma: Vma) -> str | None:
     return answer.build_id.hex()
 
 
-def _facts(source: Source, names: NameNumbers) -> FileFacts:
+def facts_of(source: Source, names: NameNumbers) -> FileFacts:
     """What the file says: no image where it cannot be read."""
     image = None
     with suppress(ElfError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from bisect import bisect_right
 from operator import attrgetter
@@ -109,7 +110,20 @@ class PresentMemory:
         name = f"map_files/{vma.start:x}-{vma.end:x}"
         try:
             if name not in self._files:
-                self._files[name] = os.open(process_file(self.pid, name), os.O_RDONLY | os.O_CLOEXEC)
+                self._files[name] = _opened(process_file(self.pid, name), vma)
             return os.pread(self._files[name], PAGE_SIZE, vma.file_offset + address - vma.start)
         except (OSError, EvidenceError):
             return b""
+
+
+def _opened(link: str, vma: Vma) -> int:
+    """The file that is mapped: by the kernel's ``link``, which leads root alone there, or by its path."""
+    try:
+        return os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        file = os.open(vma.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(file)
+    if (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino) != (*vma.device, vma.inode):
+        os.close(file)
+        raise FileNotFoundError(errno.ENOENT, "another file has that path", vma.path)
+    return file

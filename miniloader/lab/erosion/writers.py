@@ -13,30 +13,43 @@ import select
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.errors import ElfError, EvidenceError
+from miniloader.elf import Source
+from miniloader.errors import ElfError, EvidenceError, MiniloaderError
+from miniloader.evidence.file_facts import FileFacts
+from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.pagemap import PageMap
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.kernel.userfault import WriteTrap
-from miniloader.lab.audit.file_in_process import FileInProcess
+from miniloader.lab.audit.mapped_files import facts_of
 from miniloader.lab.audit.survey import Memo, locate, survey
 from miniloader.lab.erosion.causes import ErosionCause
 from miniloader.lab.erosion.objects import objects_on
-from miniloader.lab.erosion.pools import pools_in
+from miniloader.lab.erosion.pools import Pools, pools_in
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.lab.erosion.types import Types
 from miniloader.values import NamedTuple, dataclass
 
-__all__ = ["FirstWrite", "FirstWriters", "FirstWrites", "explain", "written_memory"]
+__all__ = [
+    "CodePlace",
+    "FirstWrite",
+    "FirstWriters",
+    "FirstWrites",
+    "MappedCode",
+    "explain",
+    "written_memory",
+]
 
 _TRIES: Final = 100
+_AT_ONCE: Final = 4096  # pages
 _OF_KERNEL: Final = "the kernel"
 
 
@@ -47,31 +60,51 @@ class FirstWrite(NamedTuple):
     instruction: int
 
 
+class CodePlace(NamedTuple):
+    """The ``function`` that an instruction belongs to, "" where no symbol covers it, and its file's path."""
+
+    function: str
+    path: str = ""
+
+
+class MappedCode(NamedTuple):
+    """Code of the file at ``path``, from ``file_offset`` on, that a process has mapped at [start, end)."""
+
+    start: int
+    end: int
+    file_offset: int
+    path: str
+
+
 @dataclass(frozen=True)
 class FirstWrites:
-    """The first writes to pages of process ``pid``, by ascending address, each with its cause.
+    """The first writes to pages of process ``pid``, by ascending address, each with its cause and its place.
 
-    ``functions`` has how many pages each function was the first to write to; "" is code without a symbol.
     ``unseen`` says which writes are not among them, "" where all are.
     """
 
     pid: int
     writes: tuple[FirstWrite, ...]
     causes: tuple[ErosionCause, ...]
-    functions: Mapping[str, int]
+    places: tuple[CodePlace, ...]
     unseen: str = ""
+
+    @property
+    def functions(self) -> Mapping[str, int]:
+        """How many pages each function was the first to write to; "" is code without a symbol."""
+        return Counter(place.function for place in self.places)
 
     def pages(self, cause: ErosionCause) -> int:
         """How many pages were first written to for that cause."""
         return self.causes.count(cause)
 
 
-def written_memory(pid: int) -> list[Vma]:
-    """The private anonymous memory of ``pid`` that it may write to."""
+def written_memory(pid: int, *, files: bool = False) -> list[Vma]:
+    """The private anonymous memory of ``pid`` that it may write to; that of ``files`` (data), too."""
     return [
         vma
         for vma in read_maps(pid)
-        if not vma.inode
+        if (files or not vma.inode)
         and not vma.shared
         and vma.protection.startswith("rw")
         and not vma.path.startswith("[v")
@@ -146,12 +179,17 @@ class FirstWriters:
 
 
 def explain(
-    pid: int, writes: Sequence[FirstWrite], relative: int | None = None, unseen: str = ""
+    pid: int,
+    writes: Sequence[FirstWrite],
+    relative: int | None = None,
+    unseen: str = "",
+    code: Sequence[MappedCode] = (),
 ) -> FirstWrites:
     """The causes of first writes to pages of ``pid``, by what was there, and the functions that wrote.
 
     What was there is read from ``relative``, which has the pages as they were at the fork (None: from the
-    process itself, as they are now).  Raises ProcessGone, or EvidenceError where memory may not be read.
+    process itself, as they are now).  ``code`` is what was mapped, besides what ``pid`` has.  Raises
+    ProcessGone, or EvidenceError where memory may not be read.
     """
     by_page = {write.address & -PAGE_SIZE: write for write in reversed(writes)}  # of several the first
     ordered = tuple(by_page[page] for page in sorted(by_page))
@@ -160,7 +198,7 @@ def explain(
         pid=pid,
         writes=ordered,
         causes=tuple(_causes(relative or pid, addresses)),
-        functions=Counter(_functions(pid, [write.instruction for write in ordered])),
+        places=tuple(_places(pid, [write.instruction for write in ordered], code)),
         unseen=unseen,
     )
 
@@ -170,38 +208,71 @@ def _causes(pid: int, addresses: NDArray[np.uint64]) -> list[ErosionCause]:
     process = survey(pid, Memo(), frames=False, wanted=lambda _: False)
     if process.interpreter is None or not process.interpreter.is_known or not len(addresses):
         return ["other-write"] * len(addresses)
-    pages = addresses & ~np.uint64(PAGE_SIZE - 1)
-    marks = np.zeros((len(pages), PAGE_SIZE // 8), np.uint8)
+    names: tuple[ErosionCause, ...] = ("other-write", "reference-count", "collector")
+    causes = list[ErosionCause]()
     with PresentMemory(pid, process.present) as memory:
         pools = pools_in(process.copies.addresses, memory)
-        words = memory.pages(pages)[0].view(np.uint64)
-        objects = objects_on(pages, words, pools, Types(memory, pools, process.interpreter.type_address))
+        types = Types(memory, pools, process.interpreter.type_address)
+        for start in range(0, len(addresses), _AT_ONCE):
+            marks = _marks(addresses[start : start + _AT_ONCE], memory, pools, types)
+            causes += [names[mark] for mark in marks.tolist()]
+    return causes
+
+
+def _marks(
+    addresses: NDArray[np.uint64], memory: PresentMemory, pools: Pools, types: Types
+) -> NDArray[np.uint8]:
+    """Of each address 1 where a count is, 2 where a collector's word is, else 0."""
+    pages = addresses & ~np.uint64(PAGE_SIZE - 1)
+    marks = np.zeros((len(pages), PAGE_SIZE // 8), np.uint8)
+    words = memory.pages(pages)[0].view(np.uint64)
+    objects = objects_on(pages, words, pools, types)
     for distance in (1, 2):
         chosen = (objects.before > 0) & (objects.word >= distance)
         marks[objects.page[chosen], objects.word[chosen] - distance] = 2
     marks[objects.page, objects.word] = 1
-    names: tuple[ErosionCause, ...] = ("other-write", "reference-count", "collector")
     place = ((addresses - pages) // np.uint64(8)).astype(np.intp)
-    return [names[mark] for mark in marks[np.arange(len(pages)), place].tolist()]
+    return marks[np.arange(len(pages)), place]
 
 
-def _functions(pid: int, instructions: Sequence[int]) -> list[str]:
-    """The function that each instruction of ``pid`` belongs to; "" where no symbol covers it."""
+def _places(pid: int, instructions: Sequence[int], code: Sequence[MappedCode]) -> list[CodePlace]:
+    """The function that each instruction of ``pid`` belongs to."""
+    memo = Memo()
     with PageMap(pid) as pagemap:
-        _, _, files = locate(pid, pagemap, Memo(), frames=False)
-    names = {0: _OF_KERNEL}
+        _, _, files = locate(pid, pagemap, memo, frames=False)
+    places = {0: CodePlace(_OF_KERNEL)}
     for instruction in {*instructions} - {0}:
         placed = next((file for file in files if file.start <= instruction < file.end), None)
-        names[instruction] = _function(placed, instruction) if placed is not None else ""
-    return [names[instruction] for instruction in instructions]
+        mapped = next((part for part in reversed(code) if part.start <= instruction < part.end), None)
+        if placed is not None:
+            name = _function(placed.file.facts, instruction - placed.base)
+            places[instruction] = CodePlace(name, placed.file.identity.path)
+        elif mapped is not None:
+            places[instruction] = _place_in(mapped, instruction)
+        else:
+            places[instruction] = CodePlace("")
+    return [places[instruction] for instruction in instructions]
 
 
-def _function(placed: FileInProcess, instruction: int) -> str:
-    facts = placed.file.facts
+def _function(facts: FileFacts | None, vaddr: int) -> str:
     if facts is None:
         return ""
     try:
-        number = int(facts.symbols_at(np.array([instruction - placed.base], np.uint64))[0])
+        number = int(facts.symbols_at(np.array([vaddr % 2**64], np.uint64))[0])
         return facts.symbol_name(number) if number >= 0 else ""
     except (ElfError, EvidenceError):
         return ""
+
+
+def _place_in(mapped: MappedCode, instruction: int) -> CodePlace:
+    """The function, by the file of that path as it is now."""
+    offset, function = instruction - mapped.start + mapped.file_offset, ""
+    try:
+        with closing(Source.open(mapped.path)) as source:
+            facts = facts_of(source, NameNumbers())
+            for segment in facts.image.loads if facts.image is not None else ():
+                if 0 <= offset - segment.file_offset < segment.filesz:
+                    function = _function(facts, offset - segment.file_offset + segment.vaddr)
+    except (MiniloaderError, OSError):
+        pass
+    return CodePlace(function, mapped.path)

@@ -25,9 +25,10 @@ from miniloader.kernel.pagemap import FILE, PRESENT, PageMap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.writers import FirstWrite, written_memory
 
-__all__ = ["WritersByFaults"]
+__all__ = ["BY_KERNEL", "WritersByFaults", "present_pages"]
 
-_BY_KERNEL: Final = "what the kernel writes to in system calls (kernel.perf_event_paranoid 1, or CAP_PERFMON)"
+BY_KERNEL: Final = "what the kernel writes to in system calls (kernel.perf_event_paranoid 1, or CAP_PERFMON)"
+"""What is not seen where the kernel's own page faults are not told."""
 _LOST: Final = "faults that came too fast to be read"
 
 
@@ -46,7 +47,7 @@ class WritersByFaults:
 
     def __enter__(self) -> Self:
         try:
-            self._shared = _present(self.pid)
+            self._shared = present_pages(self.pid)
         except BaseException:
             self._close()
             raise
@@ -61,7 +62,7 @@ class WritersByFaults:
         self._read()
         pages = np.array([write.address & -PAGE_SIZE for write in self.writes], np.uint64)
         self.writes = [self.writes[row] for row in np.flatnonzero(np.isin(pages, self._shared)).tolist()]
-        unseen = ([] if self._log.sees_kernel else [_BY_KERNEL]) + ([_LOST] if self._log.has_lost else [])
+        unseen = ([] if self._log.sees_kernel else [BY_KERNEL]) + ([_LOST] if self._log.has_lost else [])
         self.unseen = " and ".join(unseen)
         self._close()
 
@@ -82,11 +83,14 @@ class WritersByFaults:
         self.writes += [FirstWrite(*fault) for fault in self._log.read()]
 
 
-def _present(pid: int) -> NDArray[np.uint64]:
-    """The pages of memory that ``pid`` may write to and has: a fault there is a write."""
+def present_pages(pid: int, *, files: bool = False) -> NDArray[np.uint64]:
+    """The pages of memory that ``pid`` may write to and has, ascending: a fault there is a write.
+
+    Those of data of ``files`` that have been written to before, too.
+    """
     pages = [np.empty(0, np.uint64)]
     with PageMap(pid) as pagemap:
-        for vma in written_memory(pid):
+        for vma in written_memory(pid, files=files):
             entries = pagemap.read(vma.start, vma.end)
             places = np.flatnonzero((entries & PRESENT != 0) & (entries & FILE == 0))
             pages.append(np.uint64(vma.start) + places.astype(np.uint64) * np.uint64(PAGE_SIZE))
