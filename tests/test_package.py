@@ -14,6 +14,7 @@ import miniloader
 PACKAGE: Final = Path(miniloader.__file__).parent
 #: Where a function may import without :data:`miniloader.forking.importing`, and why no fork meets it there.
 UNGUARDED: Final = {
+    "__main__.py": "the command begins there: no other thread is there yet",
     "cli": "the command line: its first thread does all this, and forks itself",
     "lab/workers/scripted.py": "a process of ours, whose only thread carries out one command at a time",
     "lab/workers/worker.py": "a process of ours, whose only thread carries out one command at a time",
