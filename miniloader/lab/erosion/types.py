@@ -148,7 +148,7 @@ class Types:
         return present
 
     def _some_may_be_types(self, candidates: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """The same of as many as have their pages read at once."""
+        """Which of these addresses have the flags of a type, where all their pages are read at once."""
         pages = candidates & ~np.uint64(PAGE_SIZE - 1)
         first = np.append(True, np.diff(pages) != 0)
         data, read = self._memory.pages(pages[first])
