@@ -51,11 +51,13 @@ def erosion_view(audit: Audit) -> Iterator[Part]:
         cells.append([f"… {more(len(rows) - _MOST)}"])
     yield Table(("process", "with", ">proven", ">possible", ">same bytes", "also"), cells)
     yield from (_sentence(row) for row in rows[:_MOST] if row.same is not None)
-    if any(_is_counted(row) for row in rows):
+    counted = [row for row in rows if _is_counted(row)]
+    if counted:
+        known = any(2 * row.proven_same >= (row.same or 0) for row in counted)
         said = (
             "gc.freeze() before the fork would help only against the collector: who reads an object counts it"
         )
-        yield ((f"  {said}, and so copies its page", "dim"),)
+        yield ((f"  {'' if known else 'if it was shared: '}{said}, and so copies its page", "dim"),)
     if sum(row.possible for row in rows) > sum(row.proven for row in rows):
         said = "possible: two that built the same thing after the fork look alike; an earlier look proves it"
         yield ((f"  {said} (--save FILE now, `miniloader diff` later; or --every)", "dim"),)
@@ -81,11 +83,17 @@ def _counts(row: Erosion) -> int:
 
 def _sentence(row: Erosion) -> Line:
     """How much of it holds the same bytes, what differs in the others, and which objects lie there."""
-    same = size(row.same or 0)
-    of_all = f"{size(row.apart)} that it no longer shares with {row.relative}"
-    text = f": {same} of {of_all} hold the same bytes as there"
-    if _of_python(row) and row.same:
-        text += ": reference counts or the garbage collector touched them"
+    texts, proven_same = [], row.proven_same
+    if row.proven:
+        of_all = f"{size(row.proven)} that it no longer shares with {row.relative}"
+        text = f"{size(proven_same)} of {of_all} hold the same bytes as there"
+        texts.append(text + (f": {_TOUCHED} them" if _of_python(row) and proven_same else ""))
+    if row.possible:  # that both have a frame of their own, and the same bytes, is all that is known
+        same = (row.same or 0) - proven_same
+        of_all = f"{size(row.possible)} that it and {row.relative} have a frame of their own for"
+        text = f"{size(same)} of {of_all} hold the same bytes in both"
+        texts.append(text + (f": if it was shared, {_TOUCHED} it" if _of_python(row) and same else ""))
+    text = ": " + "; ".join(texts)
     differing = {cause: number for cause, number in row.causes.items() if number and cause in _DIFFERING}
     if differing:
         listing = ", ".join(f"{size(number)} {_DIFFERING[cause]}" for cause, number in differing.items())
@@ -96,6 +104,7 @@ def _sentence(row: Erosion) -> Line:
     return ((str(row.pid), "bold"), text)
 
 
+_TOUCHED: Final = "reference counts or the garbage collector touched"
 _DIFFERING: Final = {
     "reference-count": "reference counts",
     "collector": "the collector's words",

@@ -79,6 +79,24 @@ class Erosion:
         """
         return self.proven + self.possible
 
+    @property
+    def proven_same(self) -> int:
+        """The part of ``same`` that is proven, in bytes.
+
+        >>> pages = ErodedPages(proven=((0, 8192),), same=((4096, 16384),))
+        >>> Erosion(4712, 4700, proven=8192, possible=8192, same=12288, pages=pages).proven_same
+        4096
+        """
+        spans, total = iter(self.pages.same), 0
+        start, end = next(spans, (0, 0))
+        for first, last in self.pages.proven:
+            while end and start < last:
+                total += max(min(end, last) - max(start, first), 0)
+                if end > last:
+                    break
+                start, end = next(spans, (0, 0))
+        return total
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Erosion:
         """The row in such an object as :func:`dataclasses.asdict` makes; raises TypeError or KeyError."""

@@ -166,11 +166,25 @@ def test_sentences_say_what_to_do() -> None:
         workers.ask(child, "read()")
         found = look(workers)
         row = row_of(found, child)
+        possible = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
+    with pool(_OBJECTS) as workers:
+        workers.fork()  # has the parent's frames still, which were the younger one's, too
+        child = workers.fork()
+        workers.ask(child, "read()")
+        proven = row_of(look(workers), child)
         told_of = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
     assert row.same is not None
     assert row.same > row.apart // 2
     assert sum(row.causes.values()) == row.apart - row.changed
     assert row.causes["unknown"] == row.same
+    assert not row.proven_same
+    assert "touched them" not in possible
+    assert "that it no longer shares with" not in possible
+    assert f"that it and {row.relative} have a frame of their own for hold the same bytes in both" in possible
+    assert "if it was shared, reference counts or the garbage collector touched it" in possible
+    assert "if it was shared: gc.freeze() before the fork would help only against the collector" in possible
+    assert proven.proven_same > row.apart // 2
+    assert "if it was shared: gc" not in told_of
     assert "hold the same bytes as there: reference counts or the garbage collector touched them" in told_of
     assert re.search(r"Objects there: [\d,]+ \w+, .*shop\.Slim", told_of)
     assert "gc.freeze() before the fork would help only against the collector" in told_of
