@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ def _opened(*, create: bool) -> Iterator[int]:
     """A descriptor of the directory, which is ours alone."""
     path = directory()
     if create:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _make(os.path.dirname(path))
     try:
         parent, name = walked_to(path)
     except PermissionError as error:
@@ -197,6 +198,13 @@ def _opened(*, create: bool) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _make(path: str) -> None:
+    """Make a directory and those that it is in, however many: os.makedirs calls itself for each."""
+    for part in re.finditer(r"/+[^/]+", path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path[: part.end()])
 
 
 def _ownership(status: os.stat_result) -> str:

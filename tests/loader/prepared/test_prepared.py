@@ -526,6 +526,19 @@ def test_what_is_no_absolute_path_is_no_place_for_a_cache(
     assert store.directory() == "/.cache/miniloader/prepared"
 
 
+def test_a_cache_far_below_the_root(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        for depth, fails in ((1100, False), (2100, True)):  # Python's limit of calls, and PATH_MAX
+            monkeypatch.setenv("XDG_CACHE_HOME", directory + "/y" * depth)
+            if fails:
+                with pytest.raises(LoadError, match=r"prepared.*: File name too long"):
+                    prepare(demo)
+            else:
+                prepare(demo)
+                assert len(entries()) == 1
+        subprocess.run(["rm", "-rf", f"{directory}/y"], check=True)  # which Python's own way cannot
+
+
 def test_a_proof_without_prepared_pages_names_the_library(demo: Path) -> None:
     with pytest.raises(LoadError, match=f"^{demo}: it is not in the cache; miniloader prepare LIB$"):
         miniloader.prove(demo, 2, prepared=True)
