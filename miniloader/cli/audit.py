@@ -11,6 +11,7 @@ __all__ = ["HELP", "configure", "run"]
 
 HELP = "say which pages of running processes are really shared, and why the others are not"
 
+_LONGEST = 1 << 30  # seconds, which every clock can count
 _EXAMPLES = """\
 examples:
 
@@ -85,7 +86,7 @@ def _csv(text: str) -> str | int:
 def _seconds(text: str) -> float:
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
     seconds = float(parts[1]) * {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}[parts[2]] if parts else 0.0
-    if seconds <= 0:
+    if not 0 < seconds <= _LONGEST:
         raise argparse.ArgumentTypeError(f"{text!r} is no time, such as 500ms, 2s or 1m")
     return seconds
 

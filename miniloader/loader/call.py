@@ -190,6 +190,14 @@ def _integer(tokens: list[str], words: str) -> str:
     return "u" * (signs == ["unsigned"]) + names[tuple(sizes)]
 
 
+def _number_in(text: str) -> int | None:
+    """A decimal or hexadecimal number; None where it has a zero before it, or thousands of digits."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
+
+
 _SPACE: Final = re.compile(r"\s*")
 _NAME: Final = re.compile(r"[^\s()@,\"]+")
 _STRING: Final = re.compile(r'(b?)"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -291,8 +299,8 @@ class _Parser:
             kind, value = self.number()
             return _POINTER_TO[kind], value
         if match := self.take(_BUFFER):
-            size = int(match[1], 0)
-            if not 0 < size <= _MOST:
+            size = _number_in(match[1])
+            if size is None or not 0 < size <= _MOST:
                 raise self.fault(f"a buffer has 1 to {_MOST} bytes", start)
             return "out", size
         word = _WORD.match(self.text, self.at)
@@ -306,8 +314,8 @@ class _Parser:
         if match := self.take(_FLOAT):
             return ("float" if match[2] else "double"), float(match[1])
         if match := self.take(_INTEGER):
-            value = int(match[1] + match[2], 0)
-            if not -(1 << 63) <= value < 1 << 64:
+            value = _number_in(match[1] + match[2])
+            if value is None or not -(1 << 63) <= value < 1 << 64:
                 raise self.fault("an integer has 64 bits", start)
             return "long", value
         raise self.fault('expected a number, a "text", b"bytes", out[N], &NUMBER, NULL, true or false')

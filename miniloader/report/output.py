@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from miniloader.forking import cached_property, importing
 from miniloader.report.text import Line, Part, laid_out, more, plain
+from miniloader.whole_numbers import whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,7 +154,12 @@ def _console(stderr: bool) -> Console:
             """Let the BrokenPipeError go on when nobody reads any more; rich's own leaves by SystemExit."""
             raise
 
-    console = Drawn(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES") or whole_number(value) is not None
+    }
+    console = Drawn(stderr=stderr, markup=False, emoji=False, highlight=False, _environ=environment)
+    if not console.is_terminal and "COLUMNS" not in environment:
         console.width = _PIPE_WIDTH
     return console

@@ -583,3 +583,40 @@ def test_what_is_kept_for_errors_is_kept_once_in_a_process_that_runs_many_comman
     for _ in range(2):
         assert cli.main(["version"]) == 0
         assert [len(each) for each in cli._spare] == [4 << 20]
+
+
+# ------------------------------------------------------------------------------------------- numbers
+MANY = "9" * 5000  # more digits than int() takes
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("check", "--in", MANY, "libz.so.1"), "9: no library of that name"),
+        (("check", "--libc", f"2.{MANY}", "libz.so.1"), "is no release of glibc"),
+        (("audit", "--user", MANY), "no such user"),
+        (("audit", "1", "--every", f"{MANY}s"), "is no time"),
+        (("audit", "1", "--every", "99999999999s"), "is no time"),
+        (("walkthrough", MANY), "no chapter"),
+        (("load", "libz.so.1", "--call", f"crc32({MANY})"), "an integer has 64 bits"),
+        (("load", "libz.so.1", "--call", f"crc32(out[{MANY}])"), "a buffer has 1 to "),
+        (("load", "libz.so.1", "--call", "crc32(out[08])"), "a buffer has 1 to "),
+    ],
+    ids=lambda value: value[-1][:20] if isinstance(value, tuple) else "",
+)
+def test_a_number_of_any_length_is_no_fault_of_ours(
+    command: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(list(command)) in (1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+    assert "fault of" not in line
+
+
+@pytest.mark.parametrize("columns", ["\N{SUPERSCRIPT TWO}", MANY, "", "x", "-5"])
+def test_a_width_that_is_none_is_passed_over(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["inspect", "libz.so.1"]) == 0
+    assert "SONAME" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from miniloader.errors import EvidenceError, ProcessGone, UsageError, printable
 from miniloader.kernel.control_groups import ControlGroups, read_control_groups
 from miniloader.kernel.procfs import read_command, read_owner, read_stat, require_proc
 from miniloader.values import dataclass
+from miniloader.whole_numbers import whole_number
 
 __all__ = ["CRITERIA", "choose", "matches", "still_there"]
 
@@ -225,8 +226,9 @@ def _descendants(root: int, candidates: dict[int, _Candidate]) -> set[int]:
 
 
 def _uid(user: str) -> int:
-    if user.isdecimal():
-        return int(user)
+    number = whole_number(user)
+    if number is not None:
+        return number
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:

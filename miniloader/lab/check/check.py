@@ -6,6 +6,7 @@ The verdict is that of ``dlopen(RTLD_NOW)`` for a library, and for a program tha
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +14,12 @@ from typing import Final
 
 from miniloader.errors import (
     ElfError,
-    EvidenceError,
     LoadError,
     MiniloaderError,
     UnsupportedError,
     UsageError,
 )
-from miniloader.kernel.procfs import read_process_file
+from miniloader.kernel.procfs import read_process_file, refusal
 from miniloader.lab.check.closure import Closure, gather
 from miniloader.lab.check.load_rule import LoadProblem
 from miniloader.lab.check.releases import Limit, limit_of
@@ -30,6 +30,7 @@ from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Surroundings, find
 from miniloader.loader.surroundings import find_path, interpreter_for, of_root, split_library_path
 from miniloader.values import dataclass
+from miniloader.whole_numbers import whole_number
 
 __all__ = ["Checked", "Checker", "check"]
 
@@ -93,8 +94,9 @@ class Checker:
             split_library_path(os.environ.get("LD_LIBRARY_PATH", "")) if self.root.is_ours else ()
         )
         self._within: str | None = None
-        if isinstance(within, int) or (within or "").isdigit():
-            self._enter(int(within or 0))
+        pid = within if isinstance(within, int) else whole_number(within or "")
+        if pid is not None:
+            self._enter(pid)
         elif within is not None:
             self._within = self._inside(str(within))
         self._hwcaps = self.root.is_ours if hwcaps is None else hwcaps
@@ -148,10 +150,11 @@ class Checker:
         try:
             program = os.readlink(f"/proc/{pid}/exe")
             same = os.path.samestat(os.stat(f"{directory}/"), os.stat("/"))
-        except FileNotFoundError:
-            raise LoadError(f"process {pid}: there is none") from None
         except OSError as error:
-            raise EvidenceError(f"process {pid}: {error.strerror}") from None
+            if error.errno == errno.ENOENT and os.path.exists(f"/proc/{pid}"):
+                said = f"process {pid}: runs no program: a thread of the kernel, or it has ended"
+                raise LoadError(said) from None
+            raise refusal(pid, "exe", error) from None
         if not same:
             self.root.directory = directory
         entries = read_process_file(pid, "environ").split(b"\0")

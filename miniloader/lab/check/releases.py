@@ -156,7 +156,7 @@ def limit_of(*, libc: str | None = None, policy: str | None = None) -> Limit | N
             return limit
     if libc is None:
         return None
-    if not re.fullmatch(r"\d+\.\d+", libc):
+    if not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", libc):
         raise UsageError(f"{libc!r} is no release of glibc, such as 2.28")
     number = tuple(int(part) for part in libc.split("."))
     newest = {**(limit.newest if policy is not None and limit else {}), "GLIBC": number}

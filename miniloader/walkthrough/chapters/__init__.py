@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from miniloader.errors import UsageError
 from miniloader.forking import importing
 from miniloader.suggestions import did_you_mean
+from miniloader.whole_numbers import whole_number
 
 if TYPE_CHECKING:
     from miniloader.walkthrough.chapter import Chapter
@@ -49,9 +50,10 @@ def chapter(name: str) -> Chapter[Any]:
     """
     if name in CHAPTERS:
         return _load(name)
-    if name.isdecimal():
+    number = whole_number(name)
+    if number is not None:
         for numbered in chapters():
-            if numbered.number == int(name):
+            if numbered.number == number:
                 return numbered
     meant = did_you_mean(name, CHAPTERS)
     raise UsageError(f"no chapter {name!r}", hint=meant or f"there are {', '.join(CHAPTERS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,8 @@ import pytest
 import miniloader
 from miniloader.elf.dynamic import DT_SYMTAB
 from miniloader.elf.symbols import sysv_hash
-from miniloader.errors import ElfError, UsageError
+from miniloader.errors import ElfError, EvidenceError, LoadError, MiniloaderError, ProcessGone, UsageError
+from miniloader.kernel import procfs
 from miniloader.lab.check.bindings import bindings
 from miniloader.lab.check.check import Checker
 from miniloader.lab.check.releases import limit_of
@@ -377,6 +379,43 @@ def test_nothing_is_judged_inside_a_library(demo: Path) -> None:
         with pytest.raises(UsageError, match="a library; --in names a program or a process"):
             miniloader.check("libz.so.1", within=process.pid)
         process.kill()
+
+
+def test_a_process_that_is_hidden_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with hidepid=invisible, or without a /proc at all."""
+    pid, exists = os.getppid(), os.path.exists
+
+    def hidden(path: str) -> str:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    monkeypatch.setattr(os, "readlink", hidden)
+    monkeypatch.setattr(os.path, "exists", lambda path: f"/{pid}" not in str(path) and exists(path))
+    with pytest.raises(EvidenceError, match=f"^/proc/{pid}/exe: /proc hides process {pid}"):
+        miniloader.check("libz.so.1", within=pid)
+    monkeypatch.setattr(procfs, "require_proc", _refuse)
+    with pytest.raises(EvidenceError, match=r"^/proc: not mounted here$"):
+        miniloader.check("libz.so.1", within=pid)
+
+
+def _refuse() -> None:
+    raise EvidenceError("/proc: not mounted here")
+
+
+def test_who_runs_no_program_is_said_to_run_none() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(LoadError, match=f"^process {process.pid}: runs no program"):
+            miniloader.check("libz.so.1", within=process.pid)
+    with pytest.raises(ProcessGone, match=f"^process {process.pid}: there is none"):
+        miniloader.check("libz.so.1", within=str(process.pid))
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5000])
+def test_what_python_takes_for_no_number_is_a_name(name: str) -> None:
+    with pytest.raises(MiniloaderError, match=r"no library of that name|File name too long"):
+        miniloader.check("libz.so.1", within=name)
+    with pytest.raises(UsageError, match=r"is no release of glibc, such as 2\.28$"):
+        limit_of(libc=f"2.{name}")
 
 
 def test_another_root_is_searched_inside_of_it(tmp_path: Path) -> None:
