@@ -123,6 +123,8 @@ def leave(status: int) -> None:
     ctypes.PyDLL(None).exit(status)  # of C: destructors of libraries run, and what C has printed is written
 
 
+#: What a system call fails with that is not allowed, or not there.
+_FORBIDDEN = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 _SPARE = 4 << 20
 _spare: list[bytes] = []
 """Memory that is let go when something goes wrong: where there was none left, it can be said."""
@@ -253,7 +255,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             status, message = INTERRUPTED, "interrupted"
         case OSError(strerror=str(reason)):
             status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
-            if isinstance(error, PermissionError) and error.filename is None:
+            if error.errno in _FORBIDDEN and error.filename is None:
                 message += ": a system call is forbidden here (seccomp?); --debug shows which"
             if error.errno == errno.ENOMEM:
                 message += f" ({MEMORY_LIMITS})"

@@ -7,7 +7,7 @@ table), the LSB (symbol versions), and binutils' description of ``DT_GNU_HASH``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any, Final
 
@@ -220,19 +220,21 @@ class SymbolTable:
         A hidden version (``name@V``, not ``name@@V``) is found by its version only, as ``dlvsym(3)`` does;
         where a library has no versions at all, its symbols are found by any.
         """
-        wanted = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
-        if self.hash is None:
-            matching = np.flatnonzero(self.defined).tolist()
-            candidates = [index for index in matching if self.name_bytes(index) == wanted]
-        else:
-            usable = (index for index in self.hash.candidates(wanted) if index < len(self.rows))
-            candidates = [
-                index for index in usable if self.defined[index] and self.name_bytes(index) == wanted
-            ]
+        candidates = self.definitions(
+            name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+        )
         if version is None or not len(self.versym):
             return next((index for index in candidates if not self.hidden(index)), None)
         named = (index for index in candidates if (self.version(index) or _NO_VERSION).name == version)
         return next(named, None)
+
+    def definitions(self, name: bytes) -> list[int]:
+        """The indices of the defined symbols ``name``, of whatever version, as the hash table has them."""
+        if self.hash is None:
+            places: Iterable[int] = np.flatnonzero(self.defined).tolist()
+        else:
+            places = (index for index in self.hash.candidates(name) if index < len(self.rows))
+        return [index for index in places if self.defined[index] and self.name_bytes(index) == name]
 
     def versions_of(self, name: bytes) -> list[str]:
         """Each version in which ``name`` is defined, such as ``["GLIBC_2.2.5", "GLIBC_2.14"]``."""

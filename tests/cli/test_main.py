@@ -105,6 +105,11 @@ def test_an_interrupt_that_python_hides_comes_again(
             1,
             "Operation not permitted: a system call is forbidden here (seccomp?); --debug shows which",
         ),
+        (
+            OSError(38, "Function not implemented"),
+            1,
+            "Function not implemented: a system call is forbidden here (seccomp?); --debug shows which",
+        ),
         (EvidenceError("/proc is not there"), 3, "/proc is not there"),
         (
             FileNotFoundError(2, "No such file or directory", "x\n\x07.so"),

@@ -108,13 +108,28 @@ def defined_on_machine(name: str, surroundings: Surroundings, shelf: Shelf) -> l
     for path in shelf.once(("libraries", surroundings.machine), lambda: list(_libraries(surroundings))):
         try:
             names = shelf.once(("strings", path), partial(_strings, shelf, path))
-            if text in names and definers(name, [shelf.take(path)]):
+            if text in names and _may_define(shelf, path, text[1:-1]) and definers(name, [shelf.take(path)]):
                 providers.append(path)
         except ElfError:
             continue
         if len(providers) == _MOST:
             break
     return providers
+
+
+def _may_define(shelf: Shelf, path: str, name: bytes) -> bool:
+    """Whether the library defines ``name`` in some version; the whole of it is taken only then.
+
+    Every library that gcc has linked refers to ``_ITM_registerTMCloneTable``, and next to none defines it.
+    """
+    try:
+        source = Source.open(shelf.root.outside(path))
+    except (OSError, ValueError):
+        return False
+    try:
+        return bool(read_image(source).symbols.definitions(name))
+    finally:
+        source.close()
 
 
 def _strings(shelf: Shelf, path: str) -> bytes:

@@ -26,6 +26,7 @@ from miniloader.lab.check.bindings import bindings
 from miniloader.lab.check.check import Checker
 from miniloader.lab.check.releases import limit_of
 from miniloader.lab.check.rules import LOAD_RULES
+from miniloader.lab.check.shared_object import Shelf
 from tests.lab.audit.told_processes import wait_until_at_rest
 from tests.lab.check.conftest import OpenEach, ldd_complains, open_each_in_python
 
@@ -426,6 +427,25 @@ def test_another_root_is_searched_inside_of_it(tmp_path: Path) -> None:
     problems = miniloader.check("/usr/lib/libuser.so", root=root).problems
     missing = {problem.name for problem in problems if problem.kind == "missing-library"}
     assert "libdep.so" in missing  # though its run-path leads to one in this machine's root
+
+
+def test_what_all_refer_to_and_none_defines_is_looked_for_in_few_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gcc has every library refer to it weakly; for one that does not each of the machine was taken whole."""
+    source = "void _ITM_registerTMCloneTable(void); void f(void) { _ITM_registerTMCloneTable(); }"
+    library = compile_library(tmp_path / "libuser.so", source, "-Wl,--no-as-needed", "-lc")
+    taken, take = set[str](), Shelf.take
+
+    def counted(self: Shelf, path: str) -> object:
+        taken.add(path)
+        return take(self, path)
+
+    monkeypatch.setattr(Shelf, "take", counted)
+    (problem,) = (each for each in miniloader.check(library).problems if each.kind == "undefined-symbol")
+    assert problem.symbol == "_ITM_registerTMCloneTable"
+    assert all("libitm" in path for path in problem.providers)
+    assert len(taken) < 10
 
 
 # ------------------------------------------------------------------------------------------- as glibc
