@@ -10,8 +10,11 @@ static const uint64_t LEAST = 1ull << 20, MOST = 1ull << 47; /* addresses */
 /* Pointers that were met lie where a sum of theirs says, or a little further: no bytes make that a long way. */
 enum { BITS = 18, PLACES = 1 << BITS, MOST_MET = PLACES / 2, MOST_STEPS_ON = 64, FEW_BITS = 6 };
 
-typedef struct { /* where a page lies: in a pool with blocks of a size (0: in none), used up to an end */
-    int64_t size, end, offset;
+enum { BEFORE = 5 };
+typedef struct { /* where a page lies: in a pool with blocks of a size (0: in none), used up to an end; how far its
+                    mapping goes on, and the last words of the page before */
+    int64_t size, end, offset, space;
+    uint64_t before[BEFORE];
 } Surrounding;
 
 typedef struct { /* a pointer that was met (0: none yet), and the number of the type that it leads to (0: to none) */
@@ -100,10 +103,11 @@ static bool is_block(const Surrounding *around, const uint64_t *page, int64_t bl
         return offset >= 0 && offset < around->end - HEAD && needed <= around->size
                && (uint32_t)offset % (uint32_t)around->size == 0;
     }
-    if (block <= 0)
+    if (block <= -BEFORE)
         return false;
-    uint64_t size = page[block - 1] & ~7ull;
-    return size > SMALL && size < 1ull << 40 && !(size & 8) && (uint64_t)needed <= size - 8;
+    uint64_t size = (block > 0 ? page[block - 1] : around->before[BEFORE - 1 + block]) & ~7ull;
+    return size > SMALL && size < 1ull << 40 && !(size & 8) && (uint64_t)needed <= size - 8
+           && (int64_t)size <= around->space - 8 * block + 16;
 }
 
 /* Count the objects of each type on pages of width words; list those on the pages that are wanted, by the numbers

@@ -667,7 +667,8 @@ enum { FINE, GONE };
 
 /* ---- objects.c */
 typedef struct {
-    int64_t size, end, offset;
+    int64_t size, end, offset, space;
+    uint64_t before[5];
 } Surrounding;
 typedef struct {
     uint64_t pointer, type;
@@ -712,9 +713,9 @@ static bool is_plainly_block(const Surrounding *around, const uint64_t *page, in
                 return needed <= around->size;
         return false;
     }
-    if (block < 1)
+    uint64_t length = (block < 1 ? around->before[4 + block] : page[block - 1]) / 8 * 8;
+    if (length + 8 * (uint64_t)(block + 4) > (uint64_t)around->space + 48) /* it would go on behind the mapping */
         return false;
-    uint64_t length = page[block - 1] / 8 * 8;
     return length > 512 && length >> 40 == 0 && length % 16 == 0 && (uint64_t)needed + 8 <= length;
 }
 
@@ -743,7 +744,10 @@ static void try_objects(void)
     uint8_t *wanted = malloc(count + !count);
     for (uint64_t i = 0; i < count; i++) {
         int64_t size = chance(3) ? 16 + 16 * (int64_t)chance(8) : 0;
-        around[i] = (Surrounding){size, size ? 48 + size * (int64_t)chance(12) : 0, (int64_t)(8 * WIDTH * chance(4))};
+        around[i] = (Surrounding){size, size ? 48 + size * (int64_t)chance(12) : 0, (int64_t)(8 * WIDTH * chance(4)),
+                                  chance(2) ? INT64_C(1) << 41 : 16 * (int64_t)chance(50), {0}};
+        for (int word = 0; word < 5; word++)
+            around[i].before[word] = chance(2) ? 0x221 : chance(2) ? 0x229 : chance(UINT64_MAX);
         wanted_count += wanted[i] = (uint8_t)chance(2);
         for (uint64_t word = 0; word < WIDTH; word++) {
             const uint64_t numbers[] = {0, 1, 3, UINT64_C(0xffff000000000002), 0xffffffff, UINT64_C(1) << 32, 0x221,

@@ -57,7 +57,7 @@ class ObjectLoop:
 
         Types are the rows of :class:`~miniloader.lab.erosion.types.Types`.
         """
-        around, width = self._pools.around(addresses), words.shape[1]
+        around, width = self._pools.around(addresses, words), words.shape[1]
         room = np.empty((np.count_nonzero(listed) * width // 2, 3), np.uint64)
         edges = self._pools.edges
         while True:

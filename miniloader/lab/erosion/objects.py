@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from miniloader.lab.erosion.pools import DEBUGGED, POOL, Pools, is_chunk
+from miniloader.lab.erosion.pools import BEFORE, DEBUGGED, POOL, Pools, is_chunk
 from miniloader.lab.erosion.types import Types
 from miniloader.values import NamedTuple
 
@@ -88,12 +88,12 @@ def objects_in_blocks(
     of_page = pools.of(addresses)
     offset = (addresses & np.uint64(POOL - 1)).astype(np.int64)
     fits = pools.begins(of_page[page], offset[page] + 8 * block, needed)
-    known, front = block > 0, words.reshape(-1)[page * width + block - 1]
+    front = np.concatenate([pools.before(addresses, words), words], axis=1)[page, BEFORE + block - 1]
     if not pools.usual:
-        known |= np.append(False, np.diff(addresses) == 8 * width)[page]  # behind the page before
-        fits |= known & (front == DEBUGGED)
-    large = np.flatnonzero((of_page[page] < 0) & known & (block % 2 == 0) & ~fits)
-    fits[large] = is_chunk(front[large], needed[large], pools.chunks_above)
+        fits |= front == DEBUGGED
+    large = np.flatnonzero((of_page[page] < 0) & (block % 2 == 0) & ~fits)
+    space = pools.spaces(addresses)[page[large]] - 8 * block[large] + 16  # of the whole chunk
+    fits[large] = is_chunk(front[large], needed[large], pools.chunks_above, space)
     fits[1:] &= _first_of_block(page * width + block, fits)
     return Objects(page[fits], word[fits], kind[fits], before[fits])
 

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.forking import cached_property
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.erosion.chunks import begins_with_chunks
 from miniloader.lab.erosion.present_memory import PresentMemory
 from miniloader.values import dataclass
 
-__all__ = ["DEBUGGED", "POOL", "Pools", "is_chunk", "pools_in"]
+__all__ = ["BEFORE", "DEBUGGED", "POOL", "Pools", "is_chunk", "pools_in"]
 
 POOL: Final = 16 << 10
 """Bytes of a pool."""
@@ -27,6 +28,8 @@ _ALIGNED: Final = 16
 _CLASSES: Final = 32  # of sizes: 16, 32, … 512 bytes
 _SMALL: Final = _ALIGNED * _CLASSES
 _LARGEST: Final = 1 << 40  # bytes of a chunk
+BEFORE: Final = 5
+"""How many words before a page are looked at: as many as may stand before an object, and a length."""
 #: What is in front of a block that PYTHONMALLOC=debug has given: ``o`` for objects, and forbidden bytes.
 DEBUGGED: Final = np.uint64(0xFDFDFDFDFDFDFD6F)
 _FEWEST: Final = 16  # an arena has 64, and the interpreter alone needs more than one
@@ -39,7 +42,7 @@ class Pools:
     and ends, in turn: no pool is there.  Chunks of objects have more bytes than ``chunks_above``: what is
     smaller comes from pools, where there are any (``PYTHONMALLOC=malloc``: there are none); none has
     where malloc is not glibc's.  ``usual``: the objects are in pools, and nothing of a debugging allocator is
-    in front of them.
+    in front of them.  ``memory`` is where all that is (None: what is around pages is not known).
     """
 
     starts: NDArray[np.uint64]
@@ -48,6 +51,7 @@ class Pools:
     files: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     chunks_above: int = _SMALL
     usual: bool = True
+    memory: PresentMemory | None = None
 
     def of(self, addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
         """The row of the pool that each address lies in; -1 where it lies in none."""
@@ -57,13 +61,43 @@ class Pools:
         rows = np.minimum(np.searchsorted(self.starts, starts), len(self.starts) - 1)
         return np.where(self.starts[rows] == starts, rows, -1)
 
-    def around(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Of each page, a row: the size and the end of its pool (0: it is in none), and its place there."""
-        rows, columns = self.of(addresses), np.zeros((len(addresses), 3), np.int64)
+    def around(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Of each page, a row: the size and the end of its pool (0: it is in none), and its place there; how
+        far its mapping goes on (:meth:`spaces`), and what is before it (:meth:`before`).
+        """
+        rows, columns = self.of(addresses), np.zeros((len(addresses), 4 + BEFORE), np.int64)
         inside = np.flatnonzero(rows >= 0)
         columns[inside, 0], columns[inside, 1] = self.sizes[rows[inside]], self.ends[rows[inside]]
         columns[:, 2] = addresses & np.uint64(POOL - 1)
+        columns[:, 3] = self.spaces(addresses)
+        columns[:, 4:] = self.before(addresses, words).view(np.int64)
         return columns
+
+    def before(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The last words before each of the pages at these ascending addresses, whose own are ``words``.
+
+        A chunk of malloc begins where it comes to be, and its length may be on the page before.  Zeroes where
+        that is not in memory, and in pools, which begin with a page.
+        """
+        fronts = np.zeros((len(addresses), BEFORE), np.uint64)
+        follows = np.append(False, np.diff(addresses) == PAGE_SIZE)
+        fronts[1:][follows[1:]] = words[:-1][follows[1:], -BEFORE:]
+        others = np.flatnonzero(~follows & ~self.holds(addresses))
+        if self.memory is not None and len(others):
+            fronts[others] = self.memory.words(addresses[others] - np.uint64(8 * BEFORE), BEFORE)
+        return fronts
+
+    def spaces(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """How many bytes there are from these addresses to the end of their memory; no chunk is longer.
+
+        Where programs begin low, addresses of the heap look like lengths.
+        """
+        if self.memory is None or not len(self.memory.anonymous):
+            return np.full(len(addresses), _LARGEST)
+        edges = self.memory.anonymous
+        at = np.searchsorted(edges, addresses, side="right")
+        ends = edges[np.minimum(at, len(edges) - 1)]
+        return np.where(at % 2 == 1, (ends - addresses).astype(np.int64), 0)
 
     @cached_property
     def edges(self) -> NDArray[np.uint64]:
@@ -108,16 +142,21 @@ def pools_in(addresses: NDArray[np.uint64], memory: PresentMemory) -> Pools:
     above = (_SMALL if has_pools else _ALIGNED) if has_chunks else _LARGEST
     first = memory.words(starts[:_FEWEST] + np.uint64(_HEAD), 2)[:, 1]
     usual = has_pools and has_chunks and not (first == DEBUGGED).any()
-    return Pools(starts, sizes[valid], end[valid], memory.files, above, usual)
+    return Pools(starts, sizes[valid], end[valid], memory.files, above, usual, memory)
 
 
 def is_chunk(
-    lengths: NDArray[np.uint64], needed: NDArray[np.int64], above: int = _SMALL
+    lengths: NDArray[np.uint64],
+    needed: NDArray[np.int64],
+    above: int = _SMALL,
+    space: NDArray[np.int64] | int = _LARGEST,
 ) -> NDArray[np.bool_]:
-    """Whether the words in front of blocks are ``lengths`` of chunks that have the bytes that are ``needed``.
+    """Whether the words in front of blocks are ``lengths`` of chunks that have the bytes that are ``needed``,
+    where there is so much ``space``.
 
     Only chunks of more bytes than ``above`` count (:attr:`Pools.chunks_above`).
     """
     size = lengths & ~np.uint64(7)
     fits = (size > np.uint64(above)) & (size < np.uint64(_LARGEST)) & (size & np.uint64(8) == 0)
+    fits &= size.astype(np.int64) <= space
     return np.asarray(fits & (needed.astype(np.uint64) <= size - np.uint64(8)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Final, Self
 
@@ -38,6 +39,9 @@ class PresentMemory:
         of_files = [vma for vma in vmas if vma.is_file]
         self._vmas = [vma for vma in of_files if vma.protection[1] != "w"]
         self._data = [vma for vma in of_files if vma.protection[1] == "w" and not vma.shared]
+        self._anonymous = _edges(
+            vma for vma in vmas if not vma.inode and not vma.shared and vma.protection[1] == "w"
+        )
         self._memory = ProcessMemory(pid)  # last: what raises above has opened nothing
         self._files: dict[str, int] = {}
         self._pages: dict[int, bytes] = {}
@@ -46,6 +50,11 @@ class PresentMemory:
     def files(self) -> NDArray[np.uint64]:
         """Where private mappings of files that may be written to begin and end, in turn, ascending."""
         return np.array([edge for vma in self._data for edge in (vma.start, vma.end)], np.uint64)
+
+    @property
+    def anonymous(self) -> NDArray[np.uint64]:
+        """Where private memory that is no file's and may be written to begins and ends, in turn."""
+        return self._anonymous
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +123,18 @@ class PresentMemory:
             return os.pread(self._files[name], PAGE_SIZE, vma.file_offset + address - vma.start)
         except (OSError, EvidenceError):
             return b""
+
+
+def _edges(vmas: Iterable[Vma]) -> NDArray[np.uint64]:
+    """Where the mappings begin and end; neighbours are one."""
+    edges = list[int]()
+    for vma in vmas:
+        if edges and edges[-1] == vma.start:
+            edges.pop()
+        else:
+            edges.append(vma.start)
+        edges.append(vma.end)
+    return np.array(edges, np.uint64)
 
 
 def _opened(link: str, vma: Vma) -> int:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -26,8 +27,10 @@ from miniloader.kernel.pagemap import FRAME, PRESENT, read_pagemap
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.result import Audit
-from miniloader.lab.erosion import object_loop
+from miniloader.lab.audit.survey import Memo, survey
+from miniloader.lab.erosion import census, object_loop
 from miniloader.lab.erosion.causes import causes_of
+from miniloader.lab.erosion.census import objects_at
 from miniloader.lab.erosion.interpreter import interpreter_in
 from miniloader.lab.erosion.object_loop import ObjectLoop
 from miniloader.lab.erosion.objects import Objects, objects_on
@@ -239,10 +242,44 @@ def test_causes_of_words() -> None:
     assert objects.on(np.array([False, True, False, True, False])).page.tolist() == [0, 1]
 
 
+_LARGE = """
+import random, sys
+class Text(str): __slots__ = ()
+class Row(tuple): __slots__ = ()
+class Wide: __slots__ = tuple(f"s{number}" for number in range(80))
+class Never: pass
+random.seed(1)
+data = [Text("x" * random.randrange(600, 6000)) for _ in range(3_000)]
+data += [Row(range(random.randrange(70, 600))) for _ in range(3_000)]
+data += [Wide() for _ in range(3_000)]
+lists = [[Never, thing, Never, Never] * random.randrange(40, 300) for thing in data[::3]]
+print("ready", flush=True); sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/usr/bin/python3"])
+def test_large_objects_wherever_they_begin_and_no_others(
+    python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of chunks that begin on the page before, too; and addresses of a low heap are no lengths of chunks."""
+    known = {"Text": 3_000, "Row": 3_000, "Wide": 3_000, "Never": 0}
+    with subprocess.Popen([python, "-c", _LARGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        surveyed = survey(process.pid, Memo(), frames=False, wanted=lambda _: False)
+        for is_loop in (True, False):
+            with monkeypatch.context() as patched:
+                if not is_loop:
+                    patched.setattr(census, "has_loop", lambda: False)
+                counts = {kind.type: kind.count for kind in objects_at(surveyed, surveyed.copies.addresses)}
+            assert {name: counts.get(f"__main__.{name}", 0) for name in known} == known
+
+
 def test_chunks() -> None:
     lengths, needed = np.array([0x411, 0x410, 0x419, 0x31, 1 << 50, 0], np.uint64), np.full(6, 900)
     assert is_chunk(lengths, needed).tolist() == [True, True, False, False, False, False]
     assert not is_chunk(lengths[:1], np.array([0x410])).any()
+    assert is_chunk(lengths[:2], needed[:2], space=np.array([0x410, 0x408])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -263,6 +300,10 @@ class Bytes(PresentMemory):
 
     @property
     def files(self) -> np.ndarray:
+        return np.empty(0, np.uint64)
+
+    @property
+    def anonymous(self) -> np.ndarray:
         return np.empty(0, np.uint64)
 
     def pages(self, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
