@@ -6,10 +6,11 @@ any place.  So it is the kernel that is asked, not the error.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
-from miniloader.errors import MEMORY_LIMITS, MiniloaderError, without_room
+from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable, without_room
 from miniloader.forking import importing
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
@@ -17,13 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Final
 
-__all__ = ["Room", "demand_room", "fault", "mappings_left", "shortage", "shortage_behind", "space_left"]
+__all__ = [
+    "Room",
+    "demand_room",
+    "fault",
+    "mappings_left",
+    "refused",
+    "shortage",
+    "shortage_behind",
+    "space_left",
+]
 
 #: By the rows of /proc/self/limits, which field of /proc/self/statm they limit, in pages, and who sets them.
 _LIMITS: Final = (("Max address space", 0, "ulimit -v"), ("Max data size", 5, "ulimit -d"))
 #: What else there may be too little of: where the kernel promises no more than it has, to all together.
 _PROMISED: Final = "vm.overcommit_memory=2"
 _MANY: Final = sys.maxsize
+#: What a system call fails with that a filter does not allow, or that is not there.
+_FORBIDDEN: Final = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 #: What must be left for Python to import what it needs; where there is less, much goes wrong.  Of the modules
 #: but numpy the largest take 10 MiB; the rest is what unwinding has given back by then.
 _MAPPINGS: Final = 16
@@ -98,7 +110,7 @@ def shortage(size: int = _BYTES, mappings: int = _MAPPINGS) -> str:
 
 
 def shortage_behind(error: BaseException) -> str:
-    """What is said of an error that a shortage explains; "" of another one."""
+    """What is said of an error that a shortage explains, or what is forbidden here; "" of another one."""
     match error:
         case MemoryError():
             return f"too little memory ({MEMORY_LIMITS})"
@@ -106,9 +118,25 @@ def shortage_behind(error: BaseException) -> str:
             return f"too little memory ({MEMORY_LIMITS}), or a fault of Python's own: {error}"
         case ImportError() | OSError() if library := without_room(str(error)):
             return f"{library}: too little memory, or too few mappings ({MEMORY_LIMITS})"
+        case OSError(errno=int(number)) if number in _FORBIDDEN:
+            return refused(error)
         case Exception() if short := shortage():
             return f"{short}: {type(error).__name__}: {error}"
     return ""
+
+
+def refused(error: OSError, hint: str = "") -> str:
+    """What the kernel has refused, and what may be behind that, with a ``hint`` where it is a filter.
+
+    >>> refused(FileNotFoundError(2, "No such file or directory", "x.so"))
+    'x.so: No such file or directory'
+    >>> refused(OSError(38, "Function not implemented", "/proc/self"))
+    '/proc/self: Function not implemented: a system call is forbidden here (seccomp?)'
+    """
+    said = f"{printable(error.filename)}: {error.strerror}" if error.filename else str(error.strerror)
+    if error.errno == errno.ENOSYS or (error.filename is None and error.errno in _FORBIDDEN):
+        said += f": a system call is forbidden here (seccomp?){hint}"
+    return f"{said} ({MEMORY_LIMITS})" if error.errno == errno.ENOMEM else said
 
 
 def fault(error: BaseException, hint: str = "") -> str:
@@ -116,6 +144,8 @@ def fault(error: BaseException, hint: str = "") -> str:
 
     >>> fault(KeyError("x"), "; and what to do")
     "a fault of miniloader's own, KeyError: 'x'; and what to do"
+    >>> fault(PermissionError(1, "Operation not permitted"))
+    'Operation not permitted: a system call is forbidden here (seccomp?)'
     """
     own = f"a fault of miniloader's own, {type(error).__name__}: {error}{hint}"
     return shortage_behind(error) or own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -152,6 +153,18 @@ def test_a_process_that_no_memory_was_left_for_is_told_so() -> None:
     said = _unreadable(1, MemoryError())
     assert said.reason.startswith("too little memory (")
     assert not said.needed
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.ENOSYS])
+def test_what_is_forbidden_is_no_fault_of_ours(number: int) -> None:
+    """As where a filter answers readlink(2) so, in a program that is run or while a process is audited."""
+    reason = os.strerror(number)
+    where = OSError(number, reason, "/proc/self")
+    said = shortage.fault(where)
+    assert said.startswith(f"/proc/self: {reason}")
+    assert _unreadable(1, where).reason == said
+    assert ("seccomp" in said) == (number == errno.ENOSYS)  # a file may be another's, or be immutable
+    assert shortage.fault(OSError(number, reason)) == f"{reason}: a system call is forbidden here (seccomp?)"
 
 
 def test_a_library_that_no_memory_was_left_for_falls_back_for_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,14 @@ Exit status: see :data:`EXIT_STATUSES`.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
 
 from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
-from miniloader.errors import MEMORY_LIMITS, MiniloaderError, printable, tell
-from miniloader.shortage import demand_room, fault
+from miniloader.errors import MiniloaderError, printable, tell
+from miniloader.shortage import demand_room, fault, refused
 from miniloader.startup import import_argparse, open_what_is_closed, travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
@@ -123,8 +122,6 @@ def leave(status: int) -> None:
     ctypes.PyDLL(None).exit(status)  # of C: destructors of libraries run, and what C has printed is written
 
 
-#: What a system call fails with that is not allowed, or not there.
-_FORBIDDEN = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 _SPARE = 4 << 20
 _spare: list[bytes] = []
 """Memory that is let go when something goes wrong: where there was none left, it can be said."""
@@ -253,12 +250,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
             # end by SIGINT after all, but for another exec().
             exec("")
             status, message = INTERRUPTED, "interrupted"
-        case OSError(strerror=str(reason)):
-            status, message = 1, f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
-            if error.errno in _FORBIDDEN and error.filename is None:
-                message += ": a system call is forbidden here (seccomp?); --debug shows which"
-            if error.errno == errno.ENOMEM:
-                message += f" ({MEMORY_LIMITS})"
+        case OSError(strerror=str()):
+            status, message = 1, refused(error, "; --debug shows which")
         case ModuleNotFoundError(name=str(name)) if name in _PROJECTS:
             install = f"{sys.executable} -m pip install {_PROJECTS[name]}"
             status, message = 3, f"this Python lacks {_PROJECTS[name]}, which miniloader needs; {install}"
