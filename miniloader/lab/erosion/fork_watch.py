@@ -12,12 +12,14 @@ connects here and waits until the connection ends.  It has which pages were inhe
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -31,6 +33,7 @@ from miniloader.kernel import syscalls
 from miniloader.kernel.ended import exit_code
 from miniloader.kernel.family_faults import FAULT_DTYPE, FamilyEvent, FamilyLog
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.survey import Memo
 from miniloader.lab.erosion.forked_writes import FamilyWrites, ForkedWrites, HowEnded, by_cause_and_place
 from miniloader.lab.erosion.writers import FirstWrite, MappedCode, explain
 from miniloader.lab.erosion.writers_by_faults import BY_KERNEL, present_pages
@@ -112,7 +115,7 @@ class _Forked:
             self._writes[rows, 0] = part["address"][first]
             self._writes[rows, 1] = part["instruction"][first]
 
-    def told(self) -> ForkedWrites:
+    def told(self, memo: Memo) -> ForkedWrites:
         """What can be said of it: in a process of its own, as it takes long."""
         assert self.copy is not None
         if self.copy.trouble:
@@ -122,7 +125,7 @@ class _Forked:
         replaced = int(self._touched.sum()) - len(rows)
         inherited = len(self.copy.pages)
         try:
-            told = explain(self.copy.pid, writes, code=self.code)
+            told = explain(self.copy.pid, writes, code=self.code, memo=memo)
         except (MiniloaderError, OSError) as error:
             return self.unknown(str(error))
         parts = by_cause_and_place(told)
@@ -167,7 +170,7 @@ class ForkWatch:
         self._living: dict[int, _Forked] = {}
         self._forked = list[_Forked]()
         self._descriptors: dict[int, int] = {}
-        self._queue, self._jobs = list[_Forked](), dict[int, tuple[_Forked, _Job]]()
+        self._queue, self._jobs = list[_Forked](), dict[int, _Job]()
         self._ending: socket.socket | None = None
 
     def watch(self) -> FamilyWrites:
@@ -286,20 +289,23 @@ class ForkWatch:
     # ------------------------------------------------------------------------------- what becomes of it
     def _work(self, most: int) -> None:
         """Have explained what those have written to that have ended, so many at once; and what has been."""
-        for reading, (forked, job) in [*self._jobs.items()]:
+        for reading, job in [*self._jobs.items()]:
             if job.has_told():
-                forked.result = job.result or forked.unknown(f"what would explain it {job.ending}")
-                self._release(forked)
                 del self._jobs[reading]
-        for forked in [*self._queue]:
-            if forked.copy is None and forked.is_old:
-                self._queue.remove(forked)
-                self._forked.remove(forked)
-                _close(forked.descriptor)
-            elif forked.copy is not None and len(self._jobs) < most:
-                self._queue.remove(forked)
-                job = _Job(forked)
-                self._jobs[job.fileno()] = forked, job
+                for forked in job.forked:
+                    forked.result = forked.result or forked.unknown(f"what would explain it {job.ending}")
+                    self._release(forked)
+        for forked in [forked for forked in self._queue if forked.copy is None and forked.is_old]:
+            self._queue.remove(forked)
+            self._forked.remove(forked)
+            _close(forked.descriptor)
+        ready = [forked for forked in self._queue if forked.copy is not None]
+        share = -(-len(ready) // most)
+        while ready and len(self._jobs) < most:
+            job = _Job(ready[:share])
+            self._jobs[job.fileno()] = job
+            del ready[:share]
+        self._queue = [forked for forked in self._queue if forked.copy is None or forked in ready]
 
     def _release(self, forked: _Forked) -> None:
         """Let its copy end; how it has ended itself may be known by now."""
@@ -334,12 +340,12 @@ class ForkWatch:
 
 
 class _Job:
-    """A process that explains what a forked one has written to."""
+    """A process that explains what ``forked`` ones have written to: what they have in common is read once."""
 
-    def __init__(self, forked: _Forked) -> None:
+    def __init__(self, forked: Sequence[_Forked]) -> None:
+        self.forked = forked
         self._reading, writing = os.pipe()
         self._octets = bytearray()
-        self.result: ForkedWrites | None = None
         self.ending = ""
         try:
             os.set_blocking(self._reading, False)
@@ -358,15 +364,19 @@ class _Job:
                 self._octets += part
             os.close(self._reading)
             self.ending = ending(self._process.wait())
+            told = io.BytesIO(self._octets)
             with suppress(EOFError, pickle.UnpicklingError):
-                self.result = pickle.loads(self._octets)
+                for forked in self.forked:
+                    forked.result = pickle.load(told)
             return True
         return False
 
 
-def _tell(forked: _Forked, writing: int) -> int:
+def _tell(several: Sequence[_Forked], writing: int) -> int:
+    memo = Memo()
     with open(writing, "wb") as pipe:
-        pickle.dump(forked.told(), pipe)
+        for forked in several:
+            pickle.dump(forked.told(memo), pipe)
     return 0
 
 

@@ -184,28 +184,31 @@ def explain(
     relative: int | None = None,
     unseen: str = "",
     code: Sequence[MappedCode] = (),
+    memo: Memo | None = None,
 ) -> FirstWrites:
     """The causes of first writes to pages of ``pid``, by what was there, and the functions that wrote.
 
     What was there is read from ``relative``, which has the pages as they were at the fork (None: from the
-    process itself, as they are now).  ``code`` is what was mapped, besides what ``pid`` has.  Raises
-    ProcessGone, or EvidenceError where memory may not be read.
+    process itself, as they are now).  ``code`` is what was mapped, besides what ``pid`` has.  With one
+    ``memo`` for several processes their files are read once.  Raises ProcessGone, or EvidenceError where
+    memory may not be read.
     """
+    memo = memo or Memo()
     by_page = {write.address & -PAGE_SIZE: write for write in reversed(writes)}  # of several the first
     ordered = tuple(by_page[page] for page in sorted(by_page))
     addresses = np.array([write.address for write in ordered], np.uint64)
     return FirstWrites(
         pid=pid,
         writes=ordered,
-        causes=tuple(_causes(relative or pid, addresses)),
-        places=tuple(_places(pid, [write.instruction for write in ordered], code)),
+        causes=tuple(_causes(relative or pid, addresses, memo)),
+        places=tuple(_places(pid, [write.instruction for write in ordered], code, memo)),
         unseen=unseen,
     )
 
 
-def _causes(pid: int, addresses: NDArray[np.uint64]) -> list[ErosionCause]:
+def _causes(pid: int, addresses: NDArray[np.uint64], memo: Memo) -> list[ErosionCause]:
     """Whether each of these ascending addresses of ``pid`` is a count, a collector's word, or else."""
-    process = survey(pid, Memo(), frames=False, wanted=lambda _: False)
+    process = survey(pid, memo, frames=False, wanted=lambda _: False)
     if process.interpreter is None or not process.interpreter.is_known or not len(addresses):
         return ["other-write"] * len(addresses)
     names: tuple[ErosionCause, ...] = ("other-write", "reference-count", "collector")
@@ -235,9 +238,8 @@ def _marks(
     return marks[np.arange(len(pages)), place]
 
 
-def _places(pid: int, instructions: Sequence[int], code: Sequence[MappedCode]) -> list[CodePlace]:
+def _places(pid: int, instructions: Sequence[int], code: Sequence[MappedCode], memo: Memo) -> list[CodePlace]:
     """The function that each instruction of ``pid`` belongs to."""
-    memo = Memo()
     with PageMap(pid) as pagemap:
         _, _, files = locate(pid, pagemap, memo, frames=False)
     places = {0: CodePlace(_OF_KERNEL)}
