@@ -125,6 +125,18 @@ def test_hashlib_prints_no_traceback_of_its_own(left: int, tmp_path: Path) -> No
     assert "vm.max_map_count" in line  # too few mappings, or what Python makes of it: too little memory
 
 
+def test_pickle_without_its_c_part_is_not_begun_with(demo: Path) -> None:
+    """Python passes over an extension module that it cannot map; a child ended without a word of why."""
+    script = (
+        "import sys; sys.modules['_pickle'] = None; from miniloader import cli\n"
+        "raise SystemExit(cli.main(['load', sys.argv[1]]))"
+    )
+    done = run(["-c", script, str(demo)], 40 << 20)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("miniloader: too little address space, ")
+
+
 def test_who_lacks_even_the_memory_to_say_so_says_it() -> None:
     script = (
         "from miniloader import cli\n"

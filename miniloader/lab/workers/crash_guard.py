@@ -60,8 +60,10 @@ def in_child(body: Callable[[Doing], int], library: str = "") -> int:
             status = body(note_it)
         except BaseException:  # noqa: BLE001 - this process ends here, as an interpreter does
             sys.excepthook(*sys.exc_info())
-        status = _flush(status)
-        note.leave(status)
+        note.leave(status)  # at once: where memory lacks, what comes now fails as well
+        with suppress(Exception):
+            status = _flush(status)
+            note.leave(status)
         return status
 
     about = f"{library}: " if library else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+from pickle import PickleBuffer  # now: pickle goes on without it where there is no memory for its C part
 from typing import Any, Final
 
 __all__ = ["SharedValue"]
@@ -39,7 +40,7 @@ class SharedValue:
 
     def leave(self, value: object) -> int:
         """Leave a value that can be pickled; 0, as an exit status."""
-        buffers = list[pickle.PickleBuffer]()
+        buffers = list[PickleBuffer]()
         pickled = pickle.dumps(value, 5, buffer_callback=buffers.append)
         arrays = [buffer.raw() for buffer in buffers]
         parts: list[bytes | memoryview] = [

@@ -11,6 +11,7 @@ import signal
 import pytest
 
 from miniloader.errors import WorkerError
+from miniloader.lab.workers import crash_guard
 from miniloader.lab.workers.child import crash_quietly
 from miniloader.lab.workers.crash_guard import Doing, in_child
 from miniloader.lab.workers.fault import FaultRecord
@@ -63,6 +64,16 @@ def test_a_crash_that_cannot_be_noted_ends_nothing(monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(FaultRecord, "be_noted", fail)
+    assert in_child(lambda doing: 5) == 5
+
+
+def test_a_status_is_told_before_anything_else_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no memory to write out what C has in its buffers: what was told is not told again."""
+
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(crash_guard, "flush_c_output", fail)
     assert in_child(lambda doing: 5) == 5
 
 
