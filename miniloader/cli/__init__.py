@@ -151,14 +151,19 @@ def _run_another(words: list[str], *, paused: bool) -> int:
         status: int = arguments.run(arguments)
         return status
 
-    return reported(run, as_json=False, debug="--debug" in words[:2])
+    return reported(run, as_json=False, debug="--debug" in words[:2], flushes=False)
 
 
-def reported(function: Callable[[], int], *, as_json: bool, debug: bool) -> int:
-    """The status that ``function`` returns, or that of the error it raises, which is reported."""
+def reported(function: Callable[[], int], *, as_json: bool, debug: bool, flushes: bool = True) -> int:
+    """The status that ``function`` returns, or that of the error it raises, which is reported.
+
+    What it has printed is flushed, so that it can be told where that fails; a program's own output is
+    flushed, and told of, by Python.
+    """
     try:
         status = function()
-        _flush()
+        if flushes:
+            _flush()
         return status
     except (Exception, KeyboardInterrupt) as error:
         _spare.clear()

@@ -127,12 +127,25 @@ def test_what_has_zero_bytes_is_no_program(path: str, place: Path) -> None:
         "raise KeyboardInterrupt",
         "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
         "import atexit, threading\natexit.register(print, 1)\nthreading.Timer(0.1, print, [2]).start()",
+        "import sys; sys.stdout.close()",
+        "print('out', end=''); import os; os.close(1)",
     ],
 )
 def test_it_ends_as_the_program_ends(code: str, place: Path) -> None:
     (place / "ends.py").write_text(code)
     plain, ours = run(PLAIN, "ends.py", cwd=place), run(RUN, "--no-bill", "ends.py", cwd=place)
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+@pytest.mark.parametrize("how", ["script", "code"])
+def test_what_it_imports_from_the_future_is_its_own(how: str, place: Path) -> None:
+    """Annotations are what they say, unless the program itself asks for texts."""
+    text = "x: int = 3\ndef f(a: int): pass\nprint(__annotations__, f.__annotations__)\n"
+    for code in (text, "from __future__ import annotations\n" + text):
+        (place / "notes.py").write_text(code)
+        words = ("notes.py",) if how == "script" else ("-c", code)
+        plain, ours = run(PLAIN, *words, cwd=place), run(RUN, "--no-bill", *words, cwd=place)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
 
 
 def test_the_bill(place: Path) -> None:

@@ -127,7 +127,7 @@ def _compiled(text: bytes | str, file: str) -> CodeType:
     if isinstance(text, bytes) and (end := text.find(b"\0")) >= 0:
         line = text.count(b"\n", 0, end) + 1
         raise SyntaxError("source code cannot contain null bytes", (file, line, None, None))
-    compiled: CodeType = compile(text, file, "exec")
+    compiled: CodeType = compile(text, file, "exec", dont_inherit=True)  # this module's own __future__
     return compiled
 
 
