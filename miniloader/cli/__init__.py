@@ -135,16 +135,19 @@ def _run_another(words: list[str], *, paused: bool) -> int:
     """The status of another program, run in this process: :func:`main` without what is for commands alone."""
 
     def run() -> int:
-        from miniloader.cli.run import without_options
+        from miniloader.cli.run import put_program, split, without_options
 
         arguments = without_options(words[1:])
         if arguments is None:
             from miniloader.cli.parser import build, parse
 
+            options, program = split(words[1:])
             try:
-                arguments = parse(build((_ANOTHER_PROGRAM,)), words)
+                arguments = parse(build((_ANOTHER_PROGRAM,)), [_ANOTHER_PROGRAM, *options])
             except SystemExit as done:  # --help
                 return int(done.code or 0)
+            if program:
+                put_program(arguments, program)
         if paused:
             gc.freeze()  # of what is there nothing is garbage
             gc.enable()

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from miniloader.loader.running.bill import Bill
+    from miniloader.loader.running.importing import Imports
     from miniloader.loader.running.program import PythonProgram
 
-__all__ = ["HELP", "configure", "run", "without_options"]
+__all__ = ["HELP", "configure", "put_program", "run", "split", "without_options"]
 
 HELP = "run a Python program with its extension modules loaded by miniloader, and say what each cost"
 
@@ -81,12 +82,39 @@ def without_options(words: Sequence[str]) -> argparse.Namespace | None:
 
     As the parser would have it, which takes longer to be made than all modules of a small program.
     """
-    names = {"-m": "module", "-c": "code"}
-    name = names.get(words[0], "program") if words else ""
-    told = list(words if name == "program" else words[1:])
-    if not told or told[0].startswith("-") or "--" in told:
+    options, program = split(words)
+    if options or not program:
+        return None
+    name, told = _program_of(words)
+    if not told or told[0].startswith("-"):
         return None
     return SimpleNamespace(**{**_WITHOUT, "program": [], name: told, "run": run})  # type: ignore[return-value]
+
+
+def _program_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """What those ``words`` are called among parsed arguments: the program, and its own."""
+    name = {"-m": "module", "-c": "code"}.get(words[0], "program")
+    return name, list(words if name == "program" else words[1:])
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options before the program, and the rest, whose words are the program's, ``--`` too.
+
+    A parser takes that one for its own, and drops it.
+    """
+    place = 0
+    while place < len(words) and words[place] not in ("-m", "-c", "-") and words[place].startswith("-"):
+        if words[place] == "--" or words[place][:2] in ("-m", "-c"):  # as one word: the parser's
+            return list(words), []
+        with_value = any(option.startswith(words[place]) for option in ("--bill", "--only"))
+        place += 2 if with_value else 1
+    return list(words[:place]), list(words[place:])
+
+
+def put_program(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    """Have the parsed ``arguments`` name the program, and its own words, that :func:`split` has found."""
+    name, told = _program_of(words)
+    setattr(arguments, name, told)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -143,7 +171,7 @@ def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
     if arguments.writers is not None:
         watch("miniloader.cli.run_writers", arguments.writers, "json" if arguments.json else "text")
     if not arguments.no_bill:
-        atexit.register(lambda: _write(imports.bill, arguments.bill, as_json=arguments.json))
+        atexit.register(_write_at_end, imports, arguments.bill, arguments.json)
     if arguments.follow:
         _have_followed(arguments)
     _tell_of_a_crash()
@@ -182,25 +210,32 @@ def _tell_of_a_crash() -> None:
 
 def _run(program: PythonProgram, words: list[str]) -> int:
     """Run it; an exception that it does not catch is shown as Python shows it, and ends it so."""
+    import atexit
     import os
     import signal
 
+    from miniloader.loader.running.outermost import show_outermost
+
     try:
         program.run(words)
-    except SystemExit:
+        return 0
+    except SystemExit as error:
+        if not program.has_begun(error.__traceback__):
+            atexit.unregister(_write_at_end)
         raise
-    except BaseException as error:  # the program's, and shown as Python would
+    except BaseException as error:  # the program's
         own = program.own_traceback(error.__traceback__)
+        if not program.has_begun(own):
+            atexit.unregister(_write_at_end)
         if own is None and isinstance(error, Exception):  # it has not begun: memory lacks even for that
             raise
-        error.__traceback__ = own or error.__traceback__
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            _end()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        return 1
-    return 0
+        uncaught = error.with_traceback(own or error.__traceback__)
+    show_outermost(uncaught)  # here none is being handled any more, as Python's own main has it
+    if isinstance(uncaught, KeyboardInterrupt):
+        _end()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1
 
 
 def _end() -> None:
@@ -210,6 +245,11 @@ def _end() -> None:
 
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+
+
+def _write_at_end(imports: Imports, path: str | None, as_json: bool) -> None:
+    """Write the bill of a program that has begun."""
+    _write(imports.bill, path, as_json=as_json)
 
 
 def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:

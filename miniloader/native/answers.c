@@ -108,8 +108,11 @@ static const ElfW(Sym) *nearest(const Entry *entry, uint64_t vaddr)
     return best;
 }
 
+const void *glibcs_own(const void *function); /* inside.c */
+
 int answer_dladdr1(const void *address, Dl_info *info, void **extra, int flags)
 {
+    address = glibcs_own(address); /* who asks for dlopen(3) itself means glibc's, and where that is */
     int known = theirs.address(address, info, extra, flags);
     const Entry *entry = known ? NULL : entry_at((uint64_t)address);
     if (!entry)

@@ -364,6 +364,14 @@ static void *meant(void *function)
     return function;
 }
 
+const void *glibcs_own(const void *function)
+{
+    for (StandIn *stand_in = stand_ins; stand_in < stand_ins + STAND_INS; stand_in++)
+        if (stand_in->ours && stand_in->ours == (uint64_t)function)
+            return (const void *)stand_in->theirs;
+    return function;
+}
+
 #define CALLER (uint64_t)__builtin_return_address(0)
 
 /* When Python has ended, destructors may still open: what is there already, or what glibc loads.  For each library of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import resource
 import shlex
 import signal
@@ -65,13 +66,16 @@ def place(tmp_path: Path) -> Path:
         ("-m", "package", "-c", "y"),
         ("package",),
         ("-c", SHOW, "a", "--bill"),
+        ("-c", SHOW, "--", "-m", "--"),
+        ("script.py", "--", "--bill"),
     ],
     ids=" ".join,
 )
 def test_a_program_is_what_it_is_without(words: tuple[str, ...], place: Path) -> None:
     plain = run(PLAIN, *words, cwd=place)
-    ours = run(RUN, "--no-bill", "--strict", *words, cwd=place)
-    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    for options in ("--no-bill", "--strict"), ("--bill", os.devnull):
+        ours = run(RUN, *options, *words, cwd=place)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
     assert plain.returncode == 0
 
 
@@ -129,11 +133,59 @@ def test_what_has_zero_bytes_is_no_program(path: str, place: Path) -> None:
         "import atexit, threading\natexit.register(print, 1)\nthreading.Timer(0.1, print, [2]).start()",
         "import sys; sys.stdout.close()",
         "print('out', end=''); import os; os.close(1)",
+        "import sys; sys.excepthook = None; 1 / 0",
+        "import sys; del sys.excepthook; 1 / 0",
+        "import sys; sys.excepthook = lambda *error: 2 / 0; 1 / 0",
+        "import sys; sys.excepthook = lambda *error: sys.exit(7); 1 / 0",
+        "import sys, traceback; sys.excepthook = lambda *error: traceback.print_stack(); 1 / 0",
     ],
 )
 def test_it_ends_as_the_program_ends(code: str, place: Path) -> None:
     (place / "ends.py").write_text(code)
     plain, ours = run(PLAIN, "ends.py", cwd=place), run(RUN, "--no-bill", "ends.py", cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+#: Says who has called it, as far as it can see, and how deep it can call.
+STANDS = """
+import inspect, sys, traceback
+def f(): traceback.print_stack(file=sys.stdout); return len(inspect.stack())
+print(f(), inspect.stack()[-1].filename)
+def deeper(depth):
+    try: return deeper(depth + 1)
+    except RecursionError: return depth
+print(deeper(0) // 10)
+1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stands.py",),
+        ("-c", STANDS),
+        ("-m", "stands"),
+        ("stands",),
+        ("compiled.pyc",),
+        ("-m", "falls"),
+        ("falls",),
+        ("-m", "os.path"),
+        ("-m", "none.at.all"),
+        ("-m", ".relative"),
+        ("-m", "package.none"),
+    ],
+    ids=lambda words: " ".join(words)[:20],
+)
+def test_where_it_stands_is_where_python_puts_it(words: tuple[str, ...], place: Path) -> None:
+    """Nothing of ours is beneath it: not in a traceback, for a debugger, or in how deep it may go."""
+    (place / "stands.py").write_text(STANDS)
+    (place / "stands").mkdir()
+    (place / "stands/__main__.py").write_text(STANDS)
+    (place / "falls").mkdir()
+    (place / "falls/__init__.py").write_text("1 / 0")
+    compiled = py_compile.compile(str(place / "stands.py"), str(place / "compiled.pyc"), doraise=True)
+    assert compiled
+    plain, ours = run(PLAIN, *words, cwd=place), run(RUN, "--no-bill", *words, cwd=place)
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
 
 
@@ -282,7 +334,7 @@ def test_without_options_no_parser_is_made(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("-",), ("-c",), ("--bill", "-", "x.py"), ("-cpass",), ("-h",), ("x.py", "--", "y")],
+    [(), ("-",), ("-c",), ("--bill", "-", "x.py"), ("-cpass",), ("-h",), ("--", "x.py")],
     ids=" ".join,
 )
 def test_options_are_the_parsers(words: tuple[str, ...]) -> None:

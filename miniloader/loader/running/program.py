@@ -1,24 +1,27 @@
 """A Python program, run as ``python`` itself would: a script, a module (``-m``), or lines of code (``-c``).
 
-What ``__main__``, ``sys.argv`` and ``sys.path[0]`` are is as :mod:`runpy` and Python's own start have it.
+What ``__main__``, ``sys.argv`` and ``sys.path[0]`` are is as Python's own start has it; modules, directories
+and zip files are run by :mod:`runpy`, as Python itself runs them.
 """
 
 from __future__ import annotations
 
 import builtins
-import importlib.util
 import os
+import runpy
 import stat
 import struct
 import sys
 import zipimport
 from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import BuiltinImporter, PathFinder, SourceFileLoader
+from functools import partial
+from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Final, TypeVar
 
 from miniloader.errors import LoadError
 from miniloader.files import working_directory
+from miniloader.loader.running.outermost import call_outermost
 from miniloader.values import dataclass
 
 __all__ = ["PythonProgram", "code", "module", "script"]
@@ -45,11 +48,17 @@ def _with_room(function: _Function) -> _Function:
 
 @dataclass(frozen=True)
 class PythonProgram:
-    """What is to run: its ``code``, the first of ``sys.argv``, and the ``names`` that ``__main__`` has."""
+    """What is to run: its ``code``, the first of ``sys.argv``, and the ``names`` that ``__main__`` has.
 
-    code: CodeType
+    Without code it is the ``module`` that :mod:`runpy` finds, which names it in ``sys.argv`` where it
+    ``is_named`` so.
+    """
+
+    code: CodeType | None
     name: str
     names: Mapping[str, object]
+    module: str = "__main__"
+    is_named: bool = False
 
     @_with_room
     def run(self, arguments: Sequence[str]) -> None:
@@ -58,13 +67,24 @@ class PythonProgram:
         main.__dict__.update(self.names, __builtins__=builtins, __annotations__={})
         sys.modules["__main__"] = main
         sys.argv[:] = [self.name, *arguments]
-        exec(self.code, main.__dict__)
+        if self.code is None:
+            run_module = runpy._run_module_as_main  # type: ignore[attr-defined]  # what Python's main calls
+            call_outermost(partial(run_module, self.module), self.is_named)
+        else:
+            call_outermost(partial(exec, self.code, main.__dict__), main.__dict__)
 
     def own_traceback(self, trace: TracebackType | None) -> TracebackType | None:
         """The part of ``trace`` that is the program's, as Python would show it; None where nothing is."""
-        while trace is not None and trace.tb_frame.f_code is not self.code:
+        while trace is not None and trace.tb_frame.f_code is not call_outermost.__code__:
             trace = trace.tb_next
-        return trace
+        return trace.tb_next if trace is not None else None
+
+    def has_begun(self, trace: TracebackType | None) -> bool:
+        """Whether ``trace`` comes from the program, not from who looks for it."""
+        run_code = runpy._run_code.__code__  # type: ignore[attr-defined]
+        while self.code is None and trace is not None and trace.tb_frame.f_code is not run_code:
+            trace = trace.tb_next
+        return trace is not None
 
 
 def _begin_path(directory: str) -> None:
@@ -85,13 +105,14 @@ def script(path: str) -> PythonProgram:
     file = os.path.join(working_directory(), path)
     if os.path.isdir(path) or _is_zip(path):
         _begin_path(file)
-        return _found(path, path, lambda: PathFinder.find_spec("__main__", [file]))
+        return PythonProgram(None, path, _OF_NO_FILE)
     try:
         text = _read(path)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror}", hint="give a Python program") from None
     _begin_path(os.path.dirname(_place_of(path)))
-    loader = SourceFileLoader("__main__", file)
+    is_compiled = os.path.splitext(path)[1] == ".pyc"
+    loader = (SourcelessFileLoader if is_compiled else SourceFileLoader)("__main__", file)
     names = {
         "__file__": file,
         "__loader__": loader,
@@ -99,7 +120,12 @@ def script(path: str) -> PythonProgram:
         "__spec__": None,
         "__cached__": None,
     }
-    return PythonProgram(_compiled(text, file), path, names)
+    if not is_compiled:
+        return PythonProgram(_compiled(text, file), path, names)
+    try:
+        return PythonProgram(loader.get_code("__main__"), path, names)
+    except (ImportError, EOFError, ValueError) as error:
+        raise LoadError(f"{path}: {error}", hint="compiled by another version of Python?") from None
 
 
 def _place_of(path: str) -> str:
@@ -151,35 +177,4 @@ def code(text: str) -> PythonProgram:
 def module(name: str) -> PythonProgram:
     """The program that the module ``name`` is, or the ``__main__`` of a package."""
     _begin_path(working_directory())
-    return _found(name, None, lambda: _spec_of(name))
-
-
-def _spec_of(name: str) -> importlib.machinery.ModuleSpec | None:
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = importlib.util.find_spec(f"{name}.__main__")
-    return spec
-
-
-def _found(
-    what: str, called: str | None, find: Callable[[], importlib.machinery.ModuleSpec | None]
-) -> PythonProgram:
-    """The program that ``find`` finds, which is ``called`` so, or like its file."""
-    try:
-        spec = find()
-    except (ImportError, ValueError) as error:
-        raise LoadError(f"{what}: no module of that name: {error}") from None
-    if spec is None:
-        raise LoadError(f"{what}: no module of that name", hint="nor a package with a __main__")
-    look = getattr(spec.loader, "get_code", None)
-    compiled = look(spec.name) if look is not None else None
-    if compiled is None:
-        raise LoadError(f"{what}: is not Python code that could be run")
-    names = {
-        "__file__": spec.origin,
-        "__cached__": spec.cached,
-        "__loader__": spec.loader,
-        "__package__": spec.parent,
-        "__spec__": spec,
-    }
-    return PythonProgram(compiled, called or spec.origin or what, names)
+    return PythonProgram(None, "-m", _OF_NO_FILE, name, is_named=True)

@@ -100,6 +100,19 @@ CASES: Final[dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
             )
         },
     ),
+    "whose the functions are that ask": (
+        """
+        void *functions[] = {dlopen, dlsym, dlvsym, dlclose, dlinfo, dlmopen, dladdr, dl_iterate_phdr};
+        for (int function = 0; function < 8; function++) {
+            Dl_info info = {0};
+            struct link_map *map = 0;
+            int known = dladdr1(functions[function], &info, (void **)&map, RTLD_DL_LINKMAP);
+            tell("%d %s %s", known, last(info.dli_fname), info.dli_sname ? info.dli_sname : "-");
+            tell(" %s %d\\n", map ? last(map->l_name) : "-", dladdr(functions[function], &info));
+        }
+        """,
+        {},
+    ),
     "who comes next": (
         """
         void *handle = dlopen("./first.so", RTLD_NOW);
