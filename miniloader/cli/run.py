@@ -213,6 +213,7 @@ def _run(program: PythonProgram, words: list[str]) -> int:
     import atexit
     import os
     import signal
+    from contextlib import suppress
 
     from miniloader.loader.running.outermost import show_outermost
 
@@ -220,9 +221,14 @@ def _run(program: PythonProgram, words: list[str]) -> int:
         program.run(words)
         return 0
     except SystemExit as error:
-        if not program.has_begun(error.__traceback__):
-            atexit.unregister(_write_at_end)
-        raise
+        begun = program.has_begun(program.own_traceback(error.__traceback__))
+        if begun or not isinstance(error.code, str):
+            raise
+        atexit.unregister(_write_at_end)
+        if sys.stderr is not None:
+            with suppress(OSError):  # nobody hears of it
+                print(error.code, file=sys.stderr)
+        return 1
     except BaseException as error:  # the program's
         own = program.own_traceback(error.__traceback__)
         if not program.has_begun(own):
