@@ -44,7 +44,10 @@ typedef struct { /* struct dl_find_object, without what is for later versions */
 enum { MOST = 27000 }; /* a mapping of so many libraries would be refused long before */
 
 Entry entries[MOST];
-static _Atomic uint64_t used, listed, withdrawn; /* entries; how many libraries there ever were, and went */
+static _Atomic uint64_t used; /* entries */
+/* How many libraries there ever were, and went, that glibc does not count: it counts a carrier for each that has
+   thread-local storage. */
+static _Atomic uint64_t listed, withdrawn;
 
 typedef int Callback(struct dl_phdr_info *, size_t, void *);
 
@@ -70,13 +73,13 @@ void list_entry(uint64_t number, const Entry *new, uint64_t end)
     atomic_store_explicit(&entry->end, end, memory_order_release);
     if (number >= used)
         used = number + 1;
-    listed++;
+    listed += !new->info.dlpi_tls_modid;
 }
 
 void withdraw_entry(uint64_t number)
 {
     atomic_store_explicit(&entries[number].end, 0, memory_order_release);
-    withdrawn++;
+    withdrawn += !entries[number].info.dlpi_tls_modid;
 }
 
 static uint64_t end_of(const Entry *entry)
@@ -263,9 +266,20 @@ typedef struct {
     int result;
 } Visit;
 
+/* Whether it has the thread-local storage of a library of ours: see tls_carrier.py.  That one is told instead. */
+static bool is_carrier(const struct dl_phdr_info *info)
+{
+    for (const Entry *entry = entries; info->dlpi_tls_modid && entry < entries + used; entry++)
+        if (end_of(entry) && entry->info.dlpi_tls_modid == info->dlpi_tls_modid)
+            return true;
+    return false;
+}
+
 static int visit_theirs(struct dl_phdr_info *info, size_t size, void *context)
 {
     const Visit *visit = context;
+    if (is_carrier(info))
+        return 0;
     info->dlpi_adds += listed;
     info->dlpi_subs += withdrawn;
     return visit->callback(info, size, visit->data);

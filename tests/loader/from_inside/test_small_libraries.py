@@ -25,6 +25,13 @@ HEAD: Final = r"""
 static char text[1 << 16], *end = text;
 #define tell(...) (end += sprintf(end, __VA_ARGS__))
 static void tell_error(void) { const char *error = dlerror(); tell("%s\n", error ? error : "-"); }
+static int count(struct dl_phdr_info *info, size_t size, void *counts) {
+    unsigned long long *of = counts;
+    of[0]++;
+    of[1] = info->dlpi_adds;
+    of[2] = info->dlpi_subs;
+    return 0;
+}
 static const char *last(const char *path) { return path ? strrchr(path, '/') : "-"; }
 """
 #: What a library asks, and the libraries beside it, with the options that they are made with.
@@ -112,6 +119,21 @@ CASES: Final[dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
         }
         """,
         {},
+    ),
+    "how many libraries there are": (
+        """
+        unsigned long long counts[3][3] = {0};
+        void *handle = 0;
+        for (int time = 0; time < 3; time++) {
+            dl_iterate_phdr(count, counts[time]);
+            if (time == 0) handle = dlopen("./storage.so", RTLD_NOW);
+            if (time == 1) tell("closed %d\\n", dlclose(handle));
+        }
+        for (int time = 1; time < 3; time++)
+            for (int number = 0; number < 3; number++)
+                tell("%lld ", counts[time][number] - counts[time - 1][number]);
+        """,
+        {"storage.so": ("__thread int of_thread = 3; int ask(void) { return of_thread; }",)},
     ),
     "who comes next": (
         """
