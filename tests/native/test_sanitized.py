@@ -118,7 +118,7 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
         ("host.c", "room->used + length <= room->size", "room->used + length <= room->size + 8"),
         ("host.c", "if (length <= left)", "if (length <= left + 8)"),
         ("prepared.c", "slots[i] > size - 8", "slots[i] > size"),
-        ("objects.c", "block <= 0", "block < 0"),
+        ("objects.c", "before[BEFORE - 1 + block]", "before[BEFORE + block]"),
         ("objects.c", "i < MOST_STEPS_ON", "i < 2 * MOST_STEPS_ON"),
         ("objects.c", "found->met >= MOST_MET", "false"),
         ("objects.c", "search->arena = low - 1", "search->arena = low"),
