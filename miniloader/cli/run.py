@@ -70,9 +70,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.prepared(parser)
 
 
+_WITH_VALUE = ("bill", "writers", "only")
 #: What there is of each option that is not given.
 _WITHOUT = {
-    **dict.fromkeys(("module", "code", "bill", "writers", "only")),
+    **dict.fromkeys(("module", "code", *_WITH_VALUE)),
     **dict.fromkeys(("no_bill", "strict", "trace", "follow", "prepared", "json", "debug"), False),
 }
 
@@ -106,7 +107,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while place < len(words) and words[place] not in ("-m", "-c", "-") and words[place].startswith("-"):
         if words[place] == "--" or words[place][:2] in ("-m", "-c"):  # as one word: the parser's
             return list(words), []
-        with_value = any(option.startswith(words[place]) for option in ("--bill", "--only"))
+        with_value = any(f"--{option}".startswith(words[place]) for option in _WITH_VALUE)
         place += 2 if with_value else 1
     return list(words[:place]), list(words[place:])
 

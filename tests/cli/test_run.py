@@ -192,7 +192,7 @@ def test_where_it_stands_is_where_python_puts_it(words: tuple[str, ...], place: 
 @pytest.mark.parametrize("how", ["script", "code"])
 def test_what_it_imports_from_the_future_is_its_own(how: str, place: Path) -> None:
     """Annotations are what they say, unless the program itself asks for texts."""
-    text = "x: int = 3\ndef f(a: int): pass\nprint(__annotations__, f.__annotations__)\n"
+    text = "x: int = 3\ndef f(a: int): pass\nprint(globals().get('__annotations__'), f.__annotations__)\n"
     for code in (text, "from __future__ import annotations\n" + text):
         (place / "notes.py").write_text(code)
         words = ("notes.py",) if how == "script" else ("-c", code)

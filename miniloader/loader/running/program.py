@@ -64,7 +64,9 @@ class PythonProgram:
     def run(self, arguments: Sequence[str]) -> None:
         """Run it as ``__main__`` with these ``arguments``; what it raises is the caller's."""
         main = ModuleType("__main__")
-        main.__dict__.update(self.names, __builtins__=builtins, __annotations__={})
+        # From 3.14 on annotations are made when somebody asks for them.
+        annotations = {"__annotations__": dict[str, object]()} if sys.version_info < (3, 14) else {}
+        main.__dict__.update(self.names, __builtins__=builtins, **annotations)
         sys.modules["__main__"] = main
         sys.argv[:] = [self.name, *arguments]
         if self.code is None:
@@ -171,7 +173,12 @@ def _is_zip(path: str) -> bool:
 def code(text: str) -> PythonProgram:
     """The program that ``text`` is."""
     _begin_path("")
-    return PythonProgram(_compiled(text, "<string>"), "-c", _OF_NO_FILE)
+    compiled = _compiled(text, "<string>")
+    if sys.version_info >= (3, 13):  # from then on its lines are shown
+        import linecache
+
+        linecache._register_code(compiled, text, "<string>")  # type: ignore[attr-defined]  # as Python's main does
+    return PythonProgram(compiled, "-c", _OF_NO_FILE)
 
 
 def module(name: str) -> PythonProgram:
