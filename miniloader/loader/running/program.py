@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 
 from miniloader.errors import LoadError
 from miniloader.files import working_directory
+from miniloader.forking import importing
 from miniloader.loader.running.outermost import call_outermost
 from miniloader.values import dataclass
 
@@ -175,7 +176,8 @@ def code(text: str) -> PythonProgram:
     _begin_path("")
     compiled = _compiled(text, "<string>")
     if sys.version_info >= (3, 13):  # from then on its lines are shown
-        import linecache
+        with importing:
+            import linecache
 
         linecache._register_code(compiled, text, "<string>")  # type: ignore[attr-defined]  # as Python's main does
     return PythonProgram(compiled, "-c", _OF_NO_FILE)
