@@ -9,6 +9,7 @@ TYPE_CHECKING = False  # typing, argparse: the program may do without
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from contextlib import ExitStack
 
     from miniloader.loader.running.bill import Bill
     from miniloader.loader.running.importing import Imports
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     collects = gc.isenabled()
     gc.disable()  # what is imported until then is no garbage
     try:
-        program = _set_out(arguments, words[0])
+        program, loading = _set_out(arguments, words[0])
         gc.freeze()  # what is ours: the program's collections look at it as little as without us
     except SyntaxError as error:  # the program's, and shown as Python would
         sys.excepthook(type(error), error.with_traceback(None), None)
@@ -140,11 +141,11 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if collects:
             gc.enable()
-    return _run(program, words[1:])
+    return _run(program, words[1:], loading)
 
 
-def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
-    """The program; from now on what it opens comes through us."""
+def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, ExitStack]:
+    """The program; from now on, until the stack is closed, what it opens comes through us."""
     import atexit
     from contextlib import ExitStack
 
@@ -176,7 +177,7 @@ def _set_out(arguments: argparse.Namespace, word: str) -> PythonProgram:
     if arguments.follow:
         _have_followed(arguments)
     _tell_of_a_crash()
-    return program
+    return program, loading
 
 
 def _program(arguments: argparse.Namespace, word: str) -> PythonProgram:
@@ -209,9 +210,11 @@ def _tell_of_a_crash() -> None:
     tell_faults()
 
 
-def _run(program: PythonProgram, words: list[str]) -> int:
-    """Run it; an exception that it does not catch is shown as Python shows it, and ends it so."""
-    import atexit
+def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
+    """Run it; an exception that it does not catch is shown as Python shows it, and ends it so.
+
+    Of a program that has not begun there is no bill, and it opens nothing any more.
+    """
     import os
     import signal
     from contextlib import suppress
@@ -225,7 +228,7 @@ def _run(program: PythonProgram, words: list[str]) -> int:
         begun = program.has_begun(program.own_traceback(error.__traceback__))
         if begun or not isinstance(error.code, str):
             raise
-        atexit.unregister(_write_at_end)
+        _take_back(loading)
         if sys.stderr is not None:
             with suppress(OSError):  # nobody hears of it
                 print(error.code, file=sys.stderr)
@@ -233,7 +236,7 @@ def _run(program: PythonProgram, words: list[str]) -> int:
     except BaseException as error:  # the program's
         own = program.own_traceback(error.__traceback__)
         if not program.has_begun(own):
-            atexit.unregister(_write_at_end)
+            _take_back(loading)
         if own is None and isinstance(error, Exception):  # it has not begun: memory lacks even for that
             raise
         uncaught = error.with_traceback(own or error.__traceback__)
@@ -243,6 +246,15 @@ def _run(program: PythonProgram, words: list[str]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return 1
+
+
+def _take_back(loading: ExitStack) -> None:
+    """What was to be done at the end of a program is done now, or not at all."""
+    import atexit
+
+    atexit.unregister(_write_at_end)
+    atexit.unregister(loading.close)
+    loading.close()
 
 
 def _end() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from fixtures import build
 from miniloader import cli
+from miniloader.loader.from_inside.for_host import in_force
 from tests.lab.conftest import children_of
 
 COMMAND = [sys.executable, "-m", "miniloader"]
@@ -68,6 +69,7 @@ def test_a_file_or_a_process_that_is_not_there(
     assert "Traceback" not in shown.err
     missing = next(word for word in command if word in (MISSING, GONE) or "nonexistent" in word)
     assert missing in shown.err + shown.out
+    assert not in_force  # of a program that has not begun nothing is left, either
 
 
 def test_one_process_of_two_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
