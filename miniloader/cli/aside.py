@@ -26,8 +26,8 @@ def tell_aside(path: str, parts: Iterable[Part], value: dict[str, Any] | None = 
 
     text = None if value is None else _in_json(value)
     if path == "-":
-        if sys.stderr is not None and text is not None:
-            print(text, file=sys.stderr)
+        if text is not None:
+            tell(text)
         elif sys.stderr is not None:
             Output(stderr=True).show(parts)
         return

@@ -217,8 +217,8 @@ def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
     """
     import os
     import signal
-    from contextlib import suppress
 
+    from miniloader.errors import tell
     from miniloader.loader.running.outermost import show_outermost
 
     try:
@@ -229,9 +229,7 @@ def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
         if begun or not isinstance(error.code, str):
             raise
         _take_back(loading)
-        if sys.stderr is not None:
-            with suppress(OSError):  # nobody hears of it
-                print(error.code, file=sys.stderr)
+        tell(error.code)
         return 1
     except BaseException as error:  # the program's
         own = program.own_traceback(error.__traceback__)

@@ -39,7 +39,8 @@ class PresentMemory:
         of_files = [vma for vma in vmas if vma.is_file]
         self._vmas = [vma for vma in of_files if vma.protection[1] != "w"]
         self._data = [vma for vma in of_files if vma.protection[1] == "w" and not vma.shared]
-        self._anonymous = _edges(
+        #: Where private memory that is no file's and may be written to begins and ends, in turn.
+        self.anonymous = _edges(
             vma for vma in vmas if not vma.inode and not vma.shared and vma.protection[1] == "w"
         )
         self._memory = ProcessMemory(pid)  # last: what raises above has opened nothing
@@ -50,11 +51,6 @@ class PresentMemory:
     def files(self) -> NDArray[np.uint64]:
         """Where private mappings of files that may be written to begin and end, in turn, ascending."""
         return np.array([edge for vma in self._data for edge in (vma.start, vma.end)], np.uint64)
-
-    @property
-    def anonymous(self) -> NDArray[np.uint64]:
-        """Where private memory that is no file's and may be written to begins and ends, in turn."""
-        return self._anonymous
 
     def __enter__(self) -> Self:
         return self
