@@ -148,6 +148,7 @@ def _run_another(words: list[str], *, paused: bool) -> int:
                 return int(done.code or 0)
             if program:
                 put_program(arguments, program)
+        arguments.is_process = paused
         if paused:
             gc.freeze()  # of what is there nothing is garbage
             gc.enable()

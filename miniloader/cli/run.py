@@ -134,7 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
     gc.disable()  # what is imported until then is no garbage
     try:
         program, loading = _set_out(arguments, words[0])
-        gc.freeze()  # what is ours: the program's collections look at it as little as without us
+        if arguments.is_process:  # or what is there is another's, and its garbage would stay
+            gc.freeze()  # what is ours: the program's collections look at it as little as without us
     except SyntaxError as error:  # the program's, and shown as Python would
         sys.excepthook(type(error), error.with_traceback(None), None)
         return 1

@@ -252,6 +252,15 @@ def test_its_collections_do_not_look_at_what_is_ours(place: Path) -> None:
     assert plain.stdout.startswith("0 True")
 
 
+def test_in_a_process_of_another_its_garbage_is_still_looked_for(place: Path) -> None:
+    code = (
+        "import gc; from miniloader.cli import main\n"
+        "status = main(['run', '--no-bill', '-c', 'pass'])\n"
+        "print(status, gc.get_freeze_count(), gc.isenabled())"
+    )
+    assert run(PLAIN, "-c", code, cwd=place).stdout == "0 0 True\n"
+
+
 #: Prints the most page faults that a loop of calls meets, by how many calls it is made from.
 DEEPER = """
 import resource
