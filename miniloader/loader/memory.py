@@ -38,6 +38,8 @@ _FLAGS: Final = {
 }
 
 _NOEXEC: Final = "its file system is mounted noexec: copy it to another, or mount that with exec"
+_BEYOND: Final = "that is beyond the addresses that a process has here"
+_NEAR: Final = "give one such as 0x200000000, or none"
 _UNMAPPED: Final = "allow munmap(2) in the filter of system calls (seccomp)"
 
 
@@ -193,15 +195,23 @@ def map_plan(
             hint="load a copy of its bytes: Source.from_bytes",
         )
     first, *following = plan.calls(placed=address is not None)
+    if address is not None and not 0 <= address <= (1 << 64) - first.length:
+        raise LoadError(
+            f"{source.name}: reserving {plan.length:#x} bytes at {address:#x}: {_BEYOND}", hint=_NEAR
+        )
     try:
         start = _mmap(first, address or 0, source)
         if first.length > plan.length:
             start = _keep_aligned(plan, start, first.length)
     except OSError as error:
-        where = f"is {address:#x} free, and a multiple of the page size?" if address is not None else None
-        hint = _without_memory(error) or where
+        reason, hint = error.strerror, _without_memory(error)
+        if address is not None and hint is None:
+            hint = f"is {address:#x} free, and a multiple of the page size?"
+        elif address is not None and _is_room_elsewhere(plan):
+            reason, hint = _BEYOND, _NEAR
+        where = "" if address is None else f" at {address:#x}"
         raise LoadError(
-            f"{source.name}: reserving {plan.length:#x} bytes: {error.strerror}", hint=hint
+            f"{source.name}: reserving {plan.length:#x} bytes{where}: {reason}", hint=hint
         ) from None
     memory = Memory(source.name, plan, start - plan.start)
     try:
@@ -234,6 +244,16 @@ def _mmap(call: PlannedCall, address: int, source: Source | None) -> int:
         fd, offset = source.fd, source.start + call.file_offset
     protection, flags = protection_bits(call.protection), flag_bits(call.flags)
     return sys.mmap(address, call.length, protection, flags, fd, offset)
+
+
+def _is_room_elsewhere(plan: LoadPlan) -> bool:
+    """Whether what is refused at an address is granted at another: ENOMEM is also what lies too high."""
+    try:
+        start = sys.mmap(0, plan.length, sys.PROT_NONE, sys.MAP_PRIVATE | sys.MAP_ANONYMOUS, -1, 0)
+    except OSError:
+        return False
+    sys.munmap(start, plan.length)
+    return True
 
 
 def _keep_aligned(plan: LoadPlan, room: int, length: int) -> int:

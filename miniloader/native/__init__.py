@@ -39,6 +39,7 @@ __all__ = [
     "ANSWERS",
     "FINALISE",
     "FORMULAS",
+    "FRAME_RECORD",
     "INDIRECT_FUNCTION",
     "INNERMOST",
     "INSIDE",
@@ -216,8 +217,10 @@ _VALUES: Final = (
     "PyLong_AsUnsignedLongLongMask",
     "PyErr_Occurred",
 )
-#: Where a ``PyThreadState`` has the address of its innermost ``_PyCFrame``; 0 where inside.c need not know.
-INNERMOST: Final = 56 if sys.version_info < (3, 12) else 0
+#: Where a ``PyThreadState`` has the address of its innermost ``_PyCFrame``; 0 from 3.13 on, which has none.
+FRAME_RECORD: Final = 56 if sys.version_info < (3, 13) else 0
+#: The same for inside.c; 0 from 3.12 on, where such a frame is not on the stack and it need not know.
+INNERMOST: Final = FRAME_RECORD if sys.version_info < (3, 12) else 0
 #: What exit(3) calls.
 FINALISE: Final = "finalise"
 

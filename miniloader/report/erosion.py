@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
 from miniloader.forking import importing
-from miniloader.report.numbers import size
+from miniloader.report.numbers import count, size
 from miniloader.report.text import Line, Part, Table, heading, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.result import Audit
     from miniloader.lab.erosion.advice import Advice
-    from miniloader.lab.erosion.result import Erosion
+    from miniloader.lab.erosion.result import ErodedObjects, Erosion
     from miniloader.lab.erosion.since import ErodedSince
 
 __all__ = ["advice_view", "eroded_rows", "erosion_view"]
@@ -99,9 +99,15 @@ def _sentence(row: Erosion) -> Line:
         listing = ", ".join(f"{size(number)} {_DIFFERING[cause]}" for cause, number in differing.items())
         text += f"; what differs: {listing}"
     if row.objects:
-        names = [f"{kind.count:,} {printable(kind.type)}" for kind in row.objects]
+        names = [_counted(kind) for kind in row.objects]
         text += f". Objects there: {listed(names, _MOST_TYPES)}"
     return ((str(row.pid), "bold"), text)
+
+
+def _counted(kind: ErodedObjects) -> str:
+    """How many there are; a type of Python's keeps its name, whatever their number."""
+    name = printable(kind.type)
+    return count(kind.count, name, name.replace("malloc chunk", "malloc chunks", 1))
 
 
 _TOUCHED: Final = "reference counts or the garbage collector touched"

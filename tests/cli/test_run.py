@@ -79,6 +79,24 @@ def test_a_program_is_what_it_is_without(words: tuple[str, ...], place: Path) ->
     assert plain.returncode == 0
 
 
+@pytest.mark.parametrize("words", [("{}/script.py",), ("-m", "beside"), ("-c", "")], ids=" ".join)
+def test_a_removed_working_directory(words: tuple[str, ...], place: Path) -> None:
+    """Nothing is looked for there, and nothing of PYTHONPATH gets lost, which ``python -m`` begins with."""
+    for name in ("script", "beside"):
+        (place / f"{name}.py").write_text(f"import sys; print({str(place)!r}, sys.path)\n")
+    removed = 'rmdir "$PWD" && exec "$@"'
+    path = os.pathsep.join((str(build.ROOT), str(place)))
+    shown = ("-c", "import sys; print(sys.path)") if words[0] == "-c" else words
+    said = []
+    for command in (PLAIN, (*RUN, "--no-bill", "--strict")):
+        (directory := place / "away").mkdir()
+        line = [word.format(place) if "{" in word else word for word in shown]
+        said.append(run(("sh", "-c", removed, "sh", *command), *line, cwd=directory, PYTHONPATH=path))
+    plain, ours = said
+    assert str(build.ROOT) in plain.stdout
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
 @pytest.mark.parametrize("command", ["{} -", "{} /dev/stdin", "{} /dev/fd/0 a", "{} app.pyz b"])
 def test_a_program_from_a_pipe_or_behind_something_else(command: str, place: Path) -> None:
     """It is read once; a zip file may have anything before it, such as a line for the shell."""

@@ -9,7 +9,6 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,15 @@ from miniloader.kernel.page_faults import FaultLog
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.report.schemas import SCHEMAS
 from tests.conftest import RunAsNobody
+from tests.first_writes import INHERITED, STATIC, dense
 
 RUN = ("-m", "miniloader", "run", "--no-bill")
 PATH = os.pathsep.join((str(build.ROOT), *site.getsitepackages()))
 
 #: Forks processes that each do what they are told, and prints where things are and how each has ended.
-PROGRAM = """
-import ctypes, gc, json, mmap, os, signal, sys, time
-class Item:
-    def __init__(self, number): self.number = number
-DATA = [Item(number) for number in range(1_000, 31_000)]
-SIZE = 64 * 4096
-array = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-array.write(bytes([1]) * SIZE)
-start = ctypes.addressof(ctypes.c_char.from_buffer(array))
-gc.collect()
-def read():
-    for item in DATA: pass
+PROGRAM = (
+    f"import json, os, signal, sys, time{INHERITED}"
+    + """
 def store():
     for page in range(64): ctypes.memset(start + page * 4096 + 40, 2, 8)
 def mark():
@@ -75,11 +66,7 @@ print(json.dumps({"pids": pids, "start": start, "places": [id(item) for item in 
 print("and on standard error", len(os.listdir("/proc/self/fd")), file=sys.stderr)
 sys.exit(5)
 """
-
-STATIC = """
-static __attribute__((noinline)) void mark(volatile char *place) { *place = 2; }
-void mark_all(char *array) { for (int page = 0; page < 64; page++) mark(array + page * 4096); }
-"""
+)
 
 
 @pytest.fixture(autouse=True)
@@ -133,12 +120,6 @@ def pages_of(process: Mapping[str, Any], cause: str, function: str | None = None
         for start, end in part["spans"]
         for page in range(start, end, PAGE_SIZE)
     }
-
-
-def dense(places: list[int]) -> set[int]:
-    """The pages where hardly anything but these objects is."""
-    counts = Counter(place & -PAGE_SIZE for place in places)
-    return {page for page, number in counts.items() if number >= 0.9 * max(counts.values())}
 
 
 def check(place: Path, output: str) -> None:

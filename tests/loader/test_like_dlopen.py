@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -16,10 +17,12 @@ import pytest
 
 import miniloader
 from fixtures import build
-from miniloader.errors import WorkerError
+from miniloader.errors import LoadError, WorkerError
 from miniloader.kernel import syscalls
+from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.scope import Bindings
+from tests.memory import failing
 from tests.oracle import compare as lab
 from tests.oracle.compare import Comparison
 from tests.oracle.comparer import Comparer
@@ -106,6 +109,17 @@ def test_at_an_address_of_ones_own_choice(name: str) -> None:
             miniloader.load(path_of("bss"), address=wanted)
     with pytest.raises(miniloader.LoadError, match="a multiple of the page size"):
         miniloader.load(path, address=wanted + 1)
+
+
+@pytest.mark.parametrize("wanted", [-PAGE_SIZE, 1 << 62, 2**64 - 2 * PAGE_SIZE, 1 << 64, 1 << 80])
+def test_no_process_has_such_an_address(wanted: int) -> None:
+    """It is not memory that lacks: the kernel says ENOMEM, too, and ctypes would cut off the higher bits."""
+    with pytest.raises(LoadError, match=rf" at {wanted:#x}: that is beyond the addresses") as caught:
+        miniloader.load(path_of("demo"), address=wanted)
+    assert caught.value.hint == "give one such as 0x200000000, or none"
+    full = failing(errno.ENOMEM)
+    with syscalls.injected("mmap", full), pytest.raises(LoadError, match="too little memory"):
+        miniloader.load(path_of("demo"), address=0x2_0000_0000)
 
 
 # --------------------------------------------------------------------------------------------- words

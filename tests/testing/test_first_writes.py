@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,30 +20,22 @@ from miniloader.lab.erosion.writers import FirstWrites, explain
 from miniloader.lab.erosion.writers_by_faults import WritersByFaults
 from miniloader.testing import StartCrew, Workers, workers
 from tests.conftest import AsNobody
+from tests.first_writes import INHERITED, STATIC, dense
 
-_SHOP = """
-import ctypes, gc, mmap
-class Item:
-    def __init__(self, number): self.number = number
-DATA = [Item(number) for number in range(1_000, 31_000)]
-SIZE = 64 * 4096
-array = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-array.write(bytes([1]) * SIZE)
-view = ctypes.c_char.from_buffer(array)
-start = ctypes.addressof(view)
+_SHOP = (
+    INHERITED
+    + """
 MAP_DROPPABLE = 8  # Linux 6.11: memory that is not watched, which every process has from glibc 2.41 on
 ctypes.CDLL(None).mmap(None, 4096, 3, MAP_DROPPABLE | mmap.MAP_ANONYMOUS, -1, 0)
-gc.collect()
 def place(): return start
 def places(): return [id(item) for item in DATA]
-def read():
-    for item in DATA: pass
 def collect(): gc.collect()
 def store(offset):
     for page in range(64): ctypes.memset(start + page * 4096 + offset, 2, 8)
 def read_a_file():
     with open("/proc/self/exe", "rb", buffering=0) as file: file.readinto(memoryview(array)[:4096])
 """
+)
 
 
 def _refused(*_: object) -> int:
@@ -76,12 +67,6 @@ def server(
     (tmp_path / "written_shop.py").write_text(_SHOP)
     monkeypatch.syspath_prepend(tmp_path)
     return crew(1, module="written_shop")
-
-
-def dense(places: list[int]) -> set[int]:
-    """The pages where hardly anything but these objects is: what else is there is written, too."""
-    counts = Counter(place & -PAGE_SIZE for place in places)
-    return {page for page, number in counts.items() if number >= 0.9 * max(counts.values())}
 
 
 def first_in(found: FirstWrites) -> dict[int, tuple[int, str]]:
@@ -126,17 +111,11 @@ def test_functions_and_the_kernel(server: Workers) -> None:
     assert all(name == name.strip() for name in reads.functions)
 
 
-_STATIC = """
-static __attribute__((noinline)) void mark(volatile char *place) { *place = 2; }
-void mark_all(char *array) { for (int page = 0; page < 64; page++) mark(array + page * 4096); }
-"""
-
-
 @pytest.mark.parametrize("apart", [False, True])
 def test_static_functions_are_told(server: Workers, tmp_path: Path, apart: bool) -> None:
     """By the symbols of a library, or those that were split off it to a debug file."""
     library, debug = tmp_path / "libmark.so", tmp_path / "libmark.debug"
-    (tmp_path / "mark.c").write_text(_STATIC)
+    (tmp_path / "mark.c").write_text(STATIC)
     commands = [["gcc", "-O1", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "mark.c")]]
     if apart:
         commands.append(["objcopy", "--only-keep-debug", str(library), str(debug)])

@@ -24,7 +24,7 @@ def sparing(
     """
     try:
         return make(items), []
-    except Exception:
+    except Exception:  # what it is, the halves tell, with the item that it comes of
         if not items:
             raise
     kept, left_out = list[_Item](), list[tuple[_Item, Exception]]()

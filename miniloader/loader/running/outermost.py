@@ -11,13 +11,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
-from miniloader.native import address_of
+from miniloader.native import FRAME_RECORD, address_of
 
 __all__ = ["call_outermost", "show_outermost"]
 
 _HEAD: Final = 3 * struct.calcsize("P")  # of a frame that Python sees: its kind, count, and who called
 _STATE: Final = 256  # bytes of a PyThreadState: what is looked for is at its beginning
-_RECORD: Final = 56  # where it has the address of its innermost _PyCFrame, until 3.12
 _FUNCTIONS: Final = ("PyObject_CallOneArg", "Py_IncRef", "PyErr_Restore", "PyErr_PrintEx")
 
 
@@ -51,11 +50,11 @@ def _known() -> array[int]:
     record, frame = 0, 0
     if own in words:
         frame = words.index(own) * words.itemsize
-    elif sys.version_info < (3, 13):
+    elif FRAME_RECORD:
         within = 8 if sys.version_info < (3, 12) else 0
-        place = words[_RECORD // words.itemsize]
+        place = words[FRAME_RECORD // words.itemsize]
         if place and ctypes.c_uint64.from_address(place + within).value == own:
-            record, frame = _RECORD, within
+            record, frame = FRAME_RECORD, within
     limit, near = sys.getrecursionlimit(), 100
     depths = [
         place * numbers.itemsize

@@ -90,10 +90,16 @@ class PythonProgram:
         return trace is not None
 
 
-def _begin_path(directory: str) -> None:
-    """Modules are looked for in ``directory`` first, unless Python was told to look in no such place (-P)."""
+def _begin_path(directory: str | None) -> None:
+    """Modules are looked for in ``directory`` first, unless Python was told to look in no such place (-P).
+
+    It comes in the place of what miniloader's own start had put there, and where it is None nothing does.
+    ``python -m miniloader`` has put nothing there in a directory that has been removed.
+    """
     if not sys.flags.safe_path:
-        sys.path[0] = directory
+        is_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+        begun = 0 if is_module and not working_directory() else 1
+        sys.path[:begun] = [] if directory is None else [directory]
 
 
 def script(path: str) -> PythonProgram:
@@ -185,5 +191,5 @@ def code(text: str) -> PythonProgram:
 
 def module(name: str) -> PythonProgram:
     """The program that the module ``name`` is, or the ``__main__`` of a package."""
-    _begin_path(working_directory())
+    _begin_path(working_directory() or None)  # as Python's own -m in a directory that has been removed
     return PythonProgram(None, "-m", _OF_NO_FILE, name, is_named=True)

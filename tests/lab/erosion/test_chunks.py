@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.erosion.chunks import chunks_between, chunks_of_arena
+from miniloader.report.erosion import erosion_view
+from miniloader.report.text import laid_out, plain
 from tests.lab.erosion.pools import in_two_copies, needs_frames
 from tests.lab.erosion.test_objects import _AT, Bytes, row_of
 
@@ -109,13 +112,16 @@ def c_pool(directory: Path, program: str) -> Iterator[tuple[int, int]]:
 def test_chunks_of_a_c_program(tmp_path: Path, more: int) -> None:
     """Also where the child allocates more: what its heap grows by is a mapping of its own."""
     with c_pool(tmp_path, f"#define MORE {more}{_SOURCE}") as (parent, child):
-        row = row_of(audit([parent, child], library="nothing"), child)
+        result = audit([parent, child], library="nothing")
+    row = row_of(result, child)
     assert row.runtime is None
     found = {kind.type: kind for kind in row.objects}
     assert abs(found["malloc chunk in use"].count - 4_000) <= 60
     assert abs(found["malloc chunk free"].count - 1_000) <= 40
     assert found["malloc chunk in use"].pages <= row.apart // PAGE_SIZE
     assert row.causes["other-write"] > 0.95 * row.apart
+    said = " ".join(plain(line) for line in laid_out(erosion_view(result), 10_000))
+    assert re.search(r"Objects there: [\d,]+ malloc chunks in use, [\d,]+ malloc chunks free", said)
 
 
 @needs_frames
