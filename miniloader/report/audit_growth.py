@@ -16,7 +16,7 @@ from miniloader.report.text import Cell, Line, Part, Table, listed, more
 if TYPE_CHECKING:
     from miniloader.lab.audit.diff import PageChange
     from miniloader.lab.audit.growth import AmountChange, Family, Growth, LibraryGrowth, MappingGrowth
-    from miniloader.lab.audit.result import Audit
+    from miniloader.lab.audit.result import Audit, AuditedProcess
 
 __all__ = ["changes_view", "growth_view", "live_view", "said_of_family", "tick"]
 
@@ -140,7 +140,11 @@ def said_of_family(family: Family) -> Iterator[str]:
     for word, processes in (("forked", family.forked), ("came", family.came), ("ended", family.ended)):
         if processes:
             yield f"{word} {listed([str(process.pid) for process in processes], _MOST_PROCESSES)}"
-    for before, after in family.replaced:
+    yield from _said_of_replaced(family.replaced)
+
+
+def _said_of_replaced(replaced: Iterable[tuple[AuditedProcess, AuditedProcess]]) -> Iterator[str]:
+    for before, after in replaced:
         was = f"was {before.name}" if before.name != after.name else "once more"
         yield f"{after.pid} executed {after.name} ({was})"
 
@@ -152,6 +156,7 @@ def _said_of_processes(growth: Growth) -> str:
         if pids:
             names = "" if state == "stayed" else f" ({listed(pids, _MOST_PROCESSES)})"
             said.append(f"{count(len(pids), 'process', 'processes')} {state}{names}")
+    said += _said_of_replaced(growth.executed)
     return ", ".join(said) or "no process"
 
 

@@ -36,6 +36,7 @@ def as_json(family: FamilyWrites) -> dict[str, Any]:
         "page_size": PAGE_SIZE,
         "refused": family.refused,
         "unseen": family.unseen,
+        "others": family.others,
         "processes": [
             {
                 "pid": process.pid,
@@ -62,7 +63,7 @@ def as_json(family: FamilyWrites) -> dict[str, Any]:
 
 
 SCHEMA: Final = record(
-    {"page_size": COUNT, "processes": array(record(
+    {"page_size": COUNT, "others": COUNT, "processes": array(record(
         keys(COUNT, "pid parent inherited replaced"),
         {"end": words("exited killed executed running ended"), "status": nullable(COUNT), "unknown": TEXT},
         {"written": array(record(
@@ -83,7 +84,9 @@ def lines(family: FamilyWrites) -> Iterator[Part]:
         return
     told = [process for process in family.processes if not process.unknown]
     if not family.processes:
-        yield ("the program has forked no process by Python's own fork: nobody inherited a page",)
+        inherits = "" if family.others else ": nobody inherited a page"
+        yield (f"the program has forked no process by Python's own fork{inherits}",)
+        yield from _others(family)
         return
     written, inherited = sum(p.pages() for p in told), sum(process.inherited for process in told)
     yield (
@@ -98,8 +101,15 @@ def lines(family: FamilyWrites) -> Iterator[Part]:
         yield from _by_place(told)
     yield ()
     yield from _by_process(family)
+    yield from _others(family)
     if family.unseen:
         yield ((f"  not seen: {family.unseen}", "dim"),)
+
+
+def _others(family: FamilyWrites) -> Iterator[Part]:
+    if family.others:
+        number = count(family.others, "more process", "more processes")
+        yield ((f"  not told: {number}, forked by other code than Python's own (os.fork)", "dim"),)
 
 
 def _by_place(told: list[ForkedWrites]) -> Iterator[Part]:

@@ -244,6 +244,25 @@ def test_what_is_not_forked_by_python_is_not_told(place: Path) -> None:
     assert done.stderr == "the program has forked no process by Python's own fork: nobody inherited a page\n"
 
 
+@pytest.mark.parametrize("also", ["", "os.fork() or os._exit(0); os.wait()"])
+def test_that_something_is_not_told_is_said(place: Path, also: str) -> None:
+    """What a library in C forks has inherited pages, too; who only waits to execute a program has not."""
+    code = f"""import ctypes, os, subprocess
+subprocess.run(["true"]); {also}
+libc = ctypes.CDLL(None)
+for _ in range(2):
+    libc.fork() or libc._exit(0)
+    os.wait()
+"""
+    done = python(*RUN, "--writers", "found", "--json", "-c", code, cwd=place)
+    assert done.returncode == 0
+    found = json.loads((place / "found").read_text())
+    assert (len(found["processes"]), found["others"]) == (bool(also), 2)
+    said = python(*RUN, "--writers", "-", "-c", code, cwd=place).stderr
+    assert "not told: 2 more processes, forked by other code than Python's own (os.fork)" in said
+    assert "nobody inherited" not in said
+
+
 def test_where_the_kernel_does_not_allow_it(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

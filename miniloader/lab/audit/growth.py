@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final, Literal
 
 from miniloader.json_schema import COUNT, HEX, TEXT, array, nullable, record, words
@@ -84,7 +84,8 @@ class Growth:
     """What grew.  There are no ``mappings`` where an older version saved one of the audits without them.
 
     ``rss``, ``pss`` and ``uss`` are those of all processes, each memory counted once.  ``erosion`` is what
-    relatives have no longer in common; None where one of the audits had no frames.
+    relatives have no longer in common; None where one of the audits had no frames.  ``executed`` are those
+    that stayed with another program, before and after.
     """
 
     rss: AmountChange
@@ -94,10 +95,13 @@ class Growth:
     mappings: tuple[MappingGrowth, ...]
     libraries: tuple[LibraryGrowth, ...]
     erosion: tuple[ErodedSince, ...] | None = None
+    executed: tuple[tuple[AuditedProcess, AuditedProcess], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``diff --json`` has besides ``changes``."""
-        return {name: value for name, value in asdict(self).items() if name in GROWTH_KEYS}
+        figures = asdict(replace(self, executed=()))
+        figures["executed"] = [after.pid for _, after in self.executed]
+        return {name: value for name, value in figures.items() if name in GROWTH_KEYS}
 
 
 class Family(NamedTuple):
@@ -123,6 +127,7 @@ def growth(before: Audit, after: Audit) -> Growth:
         mappings=tuple(sorted(_mappings(before, after), key=_order)),
         libraries=tuple(sorted(_libraries(before, after), key=_order)),
         erosion=eroded_since(before, after),
+        executed=family_of(before, after).replaced,
     )
 
 
@@ -215,5 +220,6 @@ GROWTH_KEYS: Final = {
     "mappings": array(record({"kind": KIND_SCHEMA, "name": TEXT}, _FIGURES)),
     "libraries": array(record({"path": TEXT, "build_id": nullable(HEX)}, _FIGURES)),
     "erosion": ERODED_SCHEMA,
+    "executed": array(COUNT),
 }  # fmt: skip
 """The keys of what :meth:`Growth.to_json` gives, each with its schema."""

@@ -171,6 +171,7 @@ class ForkWatch:
         self._forked = list[_Forked]()
         self._descriptors: dict[int, int] = {}
         self._queue, self._jobs = list[_Forked](), dict[int, _Job]()
+        self._others = 0  # of whom there is no copy, and who executed nothing
         self._ending: socket.socket | None = None
 
     def watch(self) -> FamilyWrites:
@@ -298,6 +299,7 @@ class ForkWatch:
         for forked in [forked for forked in self._queue if forked.copy is None and forked.is_old]:
             self._queue.remove(forked)
             self._forked.remove(forked)
+            self._others += forked.end != "executed"
             _close(forked.descriptor)
         ready = [forked for forked in self._queue if forked.copy is not None]
         share = -(-len(ready) // most)
@@ -330,10 +332,12 @@ class ForkWatch:
             if forked.result is not None:
                 forked.look_how_it_ended()
                 told.append(replace(forked.result, end=forked.end, status=forked.status))
+            elif forked.copy is None:
+                self._others += forked.end != "executed"
         unseen = [] if self._log.sees_kernel else [BY_KERNEL]
         if self._log.lost or self._log.has_lost:
             unseen.append(f"{self._log.lost or 'some':,} page faults that came too fast to be read")
-        return FamilyWrites(tuple(told), " and ".join(unseen))
+        return FamilyWrites(tuple(told), " and ".join(unseen), others=self._others)
 
     def _awaits_copies(self) -> bool:
         return any(forked.copy is None and forked.before in self._living for forked in self._forked)

@@ -60,12 +60,15 @@ class ForkedWrites:
 class FamilyWrites:
     """All processes that a program has forked, by time; ``unseen`` says which writes are not told, "": none.
 
-    ``refused`` says why none is, where the kernel does not allow to look.
+    ``refused`` says why none is, where the kernel does not allow to look.  ``others`` is how many are not
+    among them, as nothing is known of what they inherited: who forks without Python's knowledge, as a library
+    in C may, leaves no copy.  Who executed another program does not count.
     """
 
     processes: tuple[ForkedWrites, ...]
     unseen: str = ""
     refused: str = ""
+    others: int = 0
 
 
 def by_cause_and_place(writes: FirstWrites) -> tuple[WrittenPages, ...]:

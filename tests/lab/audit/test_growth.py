@@ -89,6 +89,9 @@ def test_who_executed_a_program_and_who_changed_its_name() -> None:
     assert [process.pid for process, _ in family_of(*looks).replaced] == pids[:1]
     assert [process.name for process in looks[1].processes] == [looks[0].processes[0].name, "worker 1"]
     assert f"{pids[0]} executed {looks[0].processes[0].name} (once more)" in plain(tick(looks[1], looks[0]))
+    grown = growth(*looks)
+    assert f"{pids[0]} executed {looks[0].processes[0].name} (once more)" in text_of(grown)
+    assert grown.to_json()["executed"] == pids[:1]
 
 
 def test_a_library_that_is_written() -> None:
