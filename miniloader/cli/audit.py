@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit once or repeatedly, print, save; the exit status is that of ``audit_look.status_of``."""
     from miniloader.cli import audit_look
     from miniloader.errors import UsageError
+    from miniloader.kernel.open_files import allow_open_files
 
     if arguments.duration is not None and arguments.every is None:
         raise UsageError("--for needs --every")
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None and arguments.page is not None:
         raise UsageError("--html and --page: one of them")
     audit_look.output_is_taken(arguments)
-    _open_as_many_as_may_be()
+    allow_open_files()  # what is mapped stays open as long as an audit takes
     pids = choosing.chosen(arguments)
     if arguments.bindings:
         return _bindings(arguments, pids)
@@ -122,14 +123,6 @@ def run(arguments: argparse.Namespace) -> int:
     audit_look.draw(arguments, result, audit_look.sights_of(arguments, result))
     audit_look.show(arguments, result)
     return audit_look.status_of(result)
-
-
-def _open_as_many_as_may_be() -> None:
-    """Of files: what is mapped stays open for as long as an audit takes."""
-    import resource
-
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:

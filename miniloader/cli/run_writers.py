@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 
 from miniloader.cli.aside import tell_aside
@@ -23,12 +22,12 @@ def main(pid: str, name: str, telling: str, path: str, form: str) -> None:
     travel_light()
     import_numpy()
     from miniloader.errors import EvidenceError
+    from miniloader.kernel.open_files import allow_open_files
     from miniloader.lab.erosion.fork_watch import ForkWatch
     from miniloader.lab.erosion.forked_writes import FamilyWrites
     from miniloader.report import forked_writes as shown
 
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each process that lives
+    allow_open_files()  # two for each process that lives
     for interrupt in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(interrupt, signal.SIG_IGN)
     try:

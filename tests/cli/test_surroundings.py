@@ -153,12 +153,14 @@ def test_a_proc_with_processes_alone(
 
 # ---------------------------------------------------------------------------- a filter of system calls
 _PRCTL, _WAITID, _MUNMAP, _PIDFD_OPEN, _STATFS, _FSTATFS = 157, 247, 11, 434, 137, 138  # of x86-64
+_GETRLIMIT, _SETRLIMIT, _PRLIMIT64 = 97, 160, 302
 _NO_CHILD = "{demo}: no process can be started that would end with this one: prctl: Operation not permitted"
 FILTERS = {
     "waitid": ((_WAITID,), ("load", DEMO), ""),
     "waitid of workers": ((_WAITID,), ("prove", DEMO, "-n", "2"), ""),
     "waitid, pidfd_open": ((_WAITID, _PIDFD_OPEN), ("load", DEMO), ""),
     "statfs": ((_STATFS, _FSTATFS), ("load", DEMO), ""),
+    "limits": ((_GETRLIMIT, _SETRLIMIT, _PRLIMIT64), ("audit", str(os.getpid())), ""),
     "prctl": ((_PRCTL,), ("load", DEMO), _NO_CHILD),
     "prctl of workers": ((_PRCTL,), ("prove", DEMO, "-n", "2"), _NO_CHILD.removeprefix("{demo}: ")),
     "munmap": ((_MUNMAP,), ("load", DEMO), "{demo}: munmap: Operation not permitted"),

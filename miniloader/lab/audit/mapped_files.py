@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from miniloader.evidence.file_facts import FileFacts
 from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.mounts import ServedMounts, mount_of
+from miniloader.kernel.open_files import most_open_files
 from miniloader.kernel.procfs import process_file
 from miniloader.kernel.query import query_vma
 from miniloader.lab.audit.prepared_pages import PreparedPages
@@ -160,8 +160,7 @@ class MappedFiles:
         However many files it has mapped, those of the others can be opened.
         """
         if pid not in self._openable:
-            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            self._openable[pid] = (most - len(os.listdir("/proc/self/fd"))) // 2
+            self._openable[pid] = (most_open_files() - len(os.listdir("/proc/self/fd"))) // 2
         return self._openable[pid] > 0
 
 
