@@ -70,7 +70,12 @@ def _may_be_relatives(audit: Audit) -> bool:
 
 def _is_counted(row: Erosion) -> bool:
     """Whether counts or the collector, of CPython, may be the cause of much of it."""
-    return _of_python(row) and (row.same or 0) + _counts(row) > row.apart // 2
+    return _of_python(row) and _uncollapsed(row) + _counts(row) > row.apart // 2
+
+
+def _uncollapsed(row: Erosion) -> int:
+    """What holds the same bytes, and was not copied by collapsing pages into huge ones."""
+    return max((row.same or 0) - (row.huge or 0), 0)
 
 
 def _of_python(row: Erosion) -> bool:
@@ -84,15 +89,18 @@ def _counts(row: Erosion) -> int:
 def _sentence(row: Erosion) -> Line:
     """How much of it holds the same bytes, what differs in the others, and which objects lie there."""
     texts, proven_same = [], row.proven_same
+    touched = _of_python(row) and 2 * _uncollapsed(row) >= (row.same or 0)
     if row.proven:
         of_all = f"{size(row.proven)} that it no longer shares with {row.relative}"
         text = f"{size(proven_same)} of {of_all} hold the same bytes as there"
-        texts.append(text + (f": {_TOUCHED} them" if _of_python(row) and proven_same else ""))
+        texts.append(text + (f": {_TOUCHED} them" if touched and proven_same else ""))
     if row.possible:  # that both have a frame of their own, and the same bytes, is all that is known
         same = (row.same or 0) - proven_same
         of_all = f"{size(row.possible)} that it and {row.relative} have a frame of their own for"
         text = f"{size(same)} of {of_all} hold the same bytes in both"
-        texts.append(text + (f": if it was shared, {_TOUCHED} it" if _of_python(row) and same else ""))
+        texts.append(text + (f": if it was shared, {_TOUCHED} it" if touched and same else ""))
+    if row.huge:
+        texts.append(f"{size(row.huge)} of the same bytes were collapsed into huge pages, which copies them")
     text = ": " + "; ".join(texts)
     differing = {cause: number for cause, number in row.causes.items() if number and cause in _DIFFERING}
     if differing:

@@ -154,11 +154,11 @@ def test_no_huge_pages_save_what_is_said() -> None:
                 pytest.skip("this kernel lacks MADV_COLLAPSE, or this machine free huge pages")
             workers.ask(child, write)
             taken.append(anonymous_pss_of(workers.pids) - before)
-            pieces = [
-                piece
-                for piece in advise(audit(workers.pids, library="nothing"))
-                if piece.kind == "huge-pages"
-            ]
+            found = audit(workers.pids, library="nothing")
+            pieces = [piece for piece in advise(found) if piece.kind == "huge-pages"]
+            text = "\n".join(plain(line) for line in laid_out(lines(found), None))
+            assert ("3.99 MiB of the same bytes were collapsed into huge pages" in text) is bool(pieces)
+            assert ("the garbage collector touched" in text) is not bool(pieces), "no object lies there"
             if collapse == _COLLAPSE_SOME:
                 (promised,) = pieces
                 assert (promised.bound, promised.pids) == ("at most", (child,))
