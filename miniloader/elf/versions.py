@@ -18,11 +18,9 @@ from miniloader.elf.source import Bytes
 from miniloader.errors import ElfError
 from miniloader.values import dataclass
 
-__all__ = ["VERSION_HIDDEN", "VER_NDX_GLOBAL", "VER_NDX_LOCAL", "Version", "read_versions"]
+__all__ = ["VERSION_HIDDEN", "Version", "read_versions"]
 
 VERSION_HIDDEN: Final = 0x8000
-VER_NDX_LOCAL: Final = 0
-VER_NDX_GLOBAL: Final = 1
 _VER_FLG_BASE: Final = 1
 _VER_FLG_WEAK: Final = 2
 _LONGEST: Final = 4096

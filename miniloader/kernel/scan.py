@@ -26,7 +26,6 @@ __all__ = [
     "IS_PRESENT",
     "IS_SOFT_DIRTY",
     "IS_SWAPPED",
-    "IS_WP_ALLOWED",
     "IS_WRITTEN",
     "IS_ZERO",
     "REGION_DTYPE",
@@ -34,7 +33,6 @@ __all__ = [
     "scan",
 ]
 
-IS_WP_ALLOWED: Final = 1 << 0
 """In a mapping where userfaultfd write protection is armed."""
 IS_WRITTEN: Final = 1 << 1
 """Written since it was protected; means nothing where userfaultfd is not armed."""

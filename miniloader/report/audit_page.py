@@ -66,10 +66,10 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
     names = {process.pid: process.name for process in audit.processes}
     rows = tuple(f"{names.get(process.pid, 'process')} {process.pid}" for process in sight.processes)
     several = len(sight.processes) < len(library.processes)
-    of = f"{len(sight.processes)} of {len(library.processes)}" if several else f"{len(sight.processes)}"
-    noun = "process" if len(library.processes) == 1 else "processes"
+    all_of_them = count(len(library.processes), "process", "processes")
+    those = f"{len(sight.processes):,} of {all_of_them}" if several else all_of_them
     film = Film(
-        title=f"The pages of {library.name} in {of} {noun}",
+        title=f"The pages of {library.name} in {those}",
         rows=rows,
         groups=groups_of(sight.plan),
         scenes=tuple(

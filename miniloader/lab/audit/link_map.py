@@ -17,7 +17,6 @@ __all__ = ["loaded_order"]
 Words = Callable[[NDArray[np.uint64], int], tuple[NDArray[np.uint64], NDArray[np.bool_]]]
 """The words of so many bytes at some addresses of a process, and which of them could be read."""
 
-_DT_NULL: Final = 0
 _DT_DEBUG: Final = 21
 _MAP_AT: Final = 1  # r_debug.r_map, in words
 _DYNAMIC, _NEXT = 2, 3  # l_ld, l_next
