@@ -147,13 +147,14 @@ def _told(piece: Advice) -> str:
     amount = f"{piece.bound} {size(piece.bytes)}"
     files = dict.fromkeys(printable(path.rpartition("/")[2]) for path in piece.libraries)
     names = listed([*files], _MOST_NAMES)
+    leave = "leaves" if len(files) == 1 else "leave"
     workers = f"{listed([str(pid) for pid in piece.pids], _MOST_NAMES)}"
     return {
         "one-more": f"one more process like {workers}: costs {amount}",
         "ending-one": f"ending {'one of ' * (len(piece.pids) > 1)}{workers}: frees {amount}",
         "freeze": f"gc.freeze() before the fork: {amount} of {workers}, less what is read there as well",
         "huge-pages": f"no huge pages (PR_SET_THP_DISABLE) after the fork: {amount} of {workers}",
-        "preload": f"loading before the fork: {amount} of {workers}, and what {names} leave in the heap",
+        "preload": f"loading before the fork: {amount} of {workers}, and what {names} {leave} in the heap",
         "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
         "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",
         "arenas": f"one arena of malloc for all threads (MALLOC_ARENA_MAX=1): {amount} of {workers}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from miniloader.errors import EvidenceError, UsageError
@@ -18,11 +18,17 @@ RANKS: Final = [level.name for level in LEVELS]
 
 
 def each(snapshots: Snapshots) -> tuple[MemorySnapshot, ...]:
-    """The snapshots one by one; UsageError when there is none."""
-    series = (snapshots,) if isinstance(snapshots, MemorySnapshot) else tuple(snapshots)
+    """The snapshots one by one; UsageError when there is none, or something else."""
+    series = list[MemorySnapshot]()
+    given: Iterable[object] = snapshots if isinstance(snapshots, Iterable) else (snapshots,)
+    for value in given:
+        if not isinstance(value, MemorySnapshot):
+            name = type(value).__name__
+            raise UsageError(f"{name} is no snapshot: judge what miniloader.testing.snapshot(PIDS) returns")
+        series.append(value)
     if not series:
         raise UsageError("no snapshot to judge")
-    return series
+    return tuple(series)
 
 
 def check_level(snapshot: MemorySnapshot, level: LevelName | None) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from miniloader.errors import EvidenceError, UsageError
 from miniloader.kernel.syscalls import PAGE_SIZE
+from miniloader.lab.audit.audit import audit
 from miniloader.testing import (
     StartCrew,
     Workers,
@@ -274,6 +275,12 @@ def test_a_library_that_cannot_be_told_about(crew: StartCrew, fixture_library: C
     others = crew(2, library=bare, by="dlopen").snapshot()
     with pytest.raises(UsageError, match="different processes"):
         assert_copied_only([looked, others])
+
+
+@pytest.mark.parametrize("given", [int, lambda pid: [pid], lambda pid: audit([pid], causes=False)])
+def test_what_is_no_snapshot_is_told(given: Callable[[int], Any]) -> None:
+    with pytest.raises(UsageError, match=r"is no snapshot: judge what miniloader\.testing\.snapshot"):
+        assert_memory(given(os.getpid()), own_at_most="1 GiB")
 
 
 def test_a_cause_that_is_not_known_is_not_passed_over(

@@ -251,6 +251,16 @@ def test_nothing_to_say_of_strangers_and_without_frames() -> None:
     assert kinds | alone <= {"prepared", "twice", "other-build"}
 
 
+@pytest.mark.parametrize(("paths", "said"), [(["/a/libz.so"], "libz.so leaves"), (["a.so", "b.so"], "leave")])
+def test_one_library_leaves_and_several_leave(
+    paths: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece = Advice("preload", "at least", PAGE_SIZE, (1, 2), tuple(paths))
+    monkeypatch.setattr("miniloader.lab.erosion.advice.advise", lambda audit: (piece,))
+    shown = [plain(line) for line in laid_out(advice_view(audit([os.getpid()], causes=False)), None)]
+    assert f"{said} in the heap" in shown[-1]
+
+
 def test_of_many_families_the_largest_figures_are_shown() -> None:
     """An audit of a whole machine has a family for every shell that runs a pipe."""
     with pool("array = mapped(1 << 20); ctypes.memset(array, 1, 1 << 20)") as workers:
