@@ -142,7 +142,25 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if collects:
             gc.enable()
+    name = {id(arguments.module): "-m", id(arguments.code): "-c"}.get(id(words))
+    _leave_out_the_command([name, *words] if name else words)
     return _run(program, words[1:], loading)
+
+
+def _leave_out_the_command(words: list[str]) -> None:
+    """Have sys.orig_argv be as Python has it, for the program that these ``words`` name and are given to.
+
+    Options of Python's own stand before them, as they stood before the command.
+    """
+    before = len(sys.orig_argv) - len(sys.argv[1:])
+    if before < 2 or sys.orig_argv[before:] != sys.argv[1:]:
+        return  # somebody else has called us
+    *options, command = sys.orig_argv[:before]
+    if command.startswith("-"):  # -mminiloader
+        options.append(command.partition("m")[0])
+    elif options[-1].startswith("-") and options[-1].endswith("m") and len(options) > 1:
+        options[-1] = options[-1][:-1]
+    sys.orig_argv[:] = [*(option for option in options if option != "-"), *words]
 
 
 def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, ExitStack]:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import mmap
 import os
-import weakref
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
@@ -56,6 +55,9 @@ class Source:
     is the file's device and inode.  ``calls`` is who makes the system calls: who has the descriptor.
     """
 
+    #: Negative once it is closed, and where another process makes the calls.
+    fd: int = -1
+
     def __init__(
         self, fd: int, name: str, start: int = 0, size: int | None = None, *, calls: FileCalls = os
     ) -> None:
@@ -87,7 +89,6 @@ class Source:
         self.size = status.st_size - start if size is None else size
         self.identity = (status.st_dev, status.st_ino)
         self._head = head[: self.size]
-        self._closer = weakref.finalize(self, calls.close, fd)
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -138,7 +139,17 @@ class Source:
 
     def close(self) -> None:
         """Close the descriptor now; reading afterwards is an error, closing twice is not."""
-        self._closer()
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        with contextlib.suppress(OSError):  # a program may have closed all that it did not know
+            status = self.calls.fstat(fd)
+            if (status.st_dev, status.st_ino) == self.identity:  # else the number is another file's by now
+                self.calls.close(fd)
+
+    def __del__(self) -> None:
+        """Close what nobody has closed; not by weakref.finalize, whose turn at exit a program can tell."""
+        self.close()
 
     def read(self, offset: int, length: int, field: str) -> Bytes:
         """``length`` bytes from ``offset`` on; :class:`ElfError` naming ``field`` if the file has fewer."""

@@ -267,13 +267,12 @@ class Graph:
             step = found.steps[-1]
             raise LoadError(f"{who}: needs {name}, and {step.path} is {step.outcome}", ld_so=found.refusal)
         if found.path is None:
-            with importing:
-                import shlex  # which few need
+            places, all_of_it = len(found.steps), None
+            if self.new:
+                with importing:
+                    import shlex  # which few need
 
-            places = len(found.steps)
-            all_of_it = (
-                f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}" if self.new else None
-            )
+                all_of_it = f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}"
             raise LoadError(
                 f"{who}: needs {name}, which is in none of the {places} places searched",
                 hint=all_of_it,

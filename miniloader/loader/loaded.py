@@ -5,6 +5,7 @@ A :class:`Loaded` is the mapping itself, shared by every caller and every librar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from itertools import compress, repeat
 from operator import attrgetter, contains
@@ -39,6 +40,14 @@ T = TypeVar("T")
 
 def _stay(filtee: object, library: object) -> None:
     """Nobody hears of a filtee."""
+
+
+def _working_directory() -> str | None:
+    """The current directory, where the path that a file was opened by begins; None where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 _ANSWERS_TO: Final = attrgetter("answers_to")
@@ -111,6 +120,7 @@ class Loaded:
         self.may_open = False  # whether it is bound to dlopen(3)
         self._names: MappedSymbols | None = None
         self._asker: tuple[Asker | None, Asker] | None = None  # who needed it, and itself
+        self._opened_in = None if image.path.startswith("/") else _working_directory()
 
     def __repr__(self) -> str:
         return f"<Loaded {self.name!r} {f'at {self.bias:#x}' if self.is_mapped else 'not mapped'}>"
@@ -194,7 +204,7 @@ class Loaded:
         """The library as one that needs others, to search for them."""
         loader = self.needed_by.asker() if self.needed_by is not None else None
         if self._asker is None or self._asker[0] is not loader:
-            self._asker = loader, Asker.of(self.image, loader)
+            self._asker = loader, Asker.of(self.image, loader, opened_in=self._opened_in)
         return self._asker[1]
 
     def run_waiting(self) -> None:

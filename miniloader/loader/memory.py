@@ -157,7 +157,8 @@ class Memory:
         except OSError as error:
             refused = source is not None and error.errno == errno.EPERM and gate.is_noexec(source.fd)
             hint = _NOEXEC if refused else _without_memory(error)
-            raise LoadError(f"{self.name}: {call.text(self.bias)}: {error.strerror}", hint=hint) from None
+            what = f"{self.name}: {call.text(self.bias)}: {error.strerror}"
+            raise LoadError(what, hint=hint, ld_so=_refused(self.name)) from None
 
     def _transfer(self, vaddr: int, data: Any, *, reading: bool) -> None:
         length = memoryview(data).nbytes
@@ -180,6 +181,11 @@ class Memory:
             "a page of the file",
             hint="the file was changed while it was being loaded",
         )
+
+
+def _refused(name: str) -> str:
+    """What ld.so says where the kernel refuses a mapping of a file."""
+    return f"{name}: failed to map segment from shared object"
 
 
 def map_plan(
@@ -210,9 +216,8 @@ def map_plan(
         elif address is not None and _is_room_elsewhere(plan):
             reason, hint = _BEYOND, _NEAR
         where = "" if address is None else f" at {address:#x}"
-        raise LoadError(
-            f"{source.name}: reserving {plan.length:#x} bytes{where}: {reason}", hint=hint
-        ) from None
+        what = f"{source.name}: reserving {plan.length:#x} bytes{where}: {reason}"
+        raise LoadError(what, hint=hint, ld_so=_refused(source.name)) from None
     memory = Memory(source.name, plan, start - plan.start)
     try:
         if on_call is not None:

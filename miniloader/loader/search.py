@@ -63,7 +63,8 @@ class Asker:
 
     ``path`` is how its file was opened, with every link and every ``..``: ``$ORIGIN`` is the directory of
     that; only a program's is without links, since the kernel tells where it is.  ``rpath`` and ``runpath``
-    are ``()`` without ``DT_RPATH`` and ``DT_RUNPATH``.
+    are ``()`` without ``DT_RPATH`` and ``DT_RUNPATH``.  ``opened_in`` is where a relative ``path`` begins:
+    the current directory when the file was opened, None where that is the one of now.
     """
 
     path: str
@@ -71,17 +72,27 @@ class Asker:
     runpath: tuple[str, ...] = ()
     loader: Asker | None = None
     no_default: bool = False
+    opened_in: str | None = None
 
     @classmethod
-    def of(cls, image: ElfImage, loader: Asker | None = None, path: str | None = None) -> Asker:
+    def of(
+        cls,
+        image: ElfImage,
+        loader: Asker | None = None,
+        path: str | None = None,
+        *,
+        opened_in: str | None = None,
+    ) -> Asker:
         """The asker that ``image`` is, opened as ``path``; :class:`ElfError` where a path cannot be read."""
         no_default = image.dynamic.flag(DT_FLAGS_1, DF_1_NODEFLIB)
-        return cls(path or image.path, image.rpath, image.runpath, loader, no_default)
+        return cls(path or image.path, image.rpath, image.runpath, loader, no_default, opened_in)
 
     @property
     def origin(self) -> str:
         """What ``$ORIGIN`` stands for."""
-        path = self.path if self.path.startswith("/") else f"{os.getcwd().rstrip('/')}/{self.path}"
+        path = self.path
+        if not path.startswith("/"):
+            path = f"{(self.opened_in or os.getcwd()).rstrip('/')}/{path}"
         return path.rpartition("/")[0] or "/"
 
     def loaders(self) -> Iterator[Asker]:

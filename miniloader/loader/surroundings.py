@@ -39,6 +39,7 @@ __all__ = [
     "find_path",
     "inspect",
     "interpreter_for",
+    "look_at_process",
     "of_process",
     "of_root",
     "own_machine",
@@ -121,8 +122,23 @@ def _library_path() -> tuple[str, ...]:
 
 def _at_start(variable: bytes) -> Iterator[bytes]:
     """The values of a variable of the environment as it was when the program started."""
-    entries = read_proc_file("/proc/self/environ").split(b"\0")
+    entries = _environment().split(b"\0")
     return (entry.removeprefix(variable) for entry in entries if entry.startswith(variable))
+
+
+@lru_cache(maxsize=1)
+def _environment() -> bytes:
+    """The environment as it was when the program started."""
+    return read_proc_file("/proc/self/environ")
+
+
+def look_at_process() -> None:
+    """Learn of this process what only ``/proc`` tells, while the program can read that.
+
+    One that has become another user, or has another root, cannot, and goes on opening libraries.
+    """
+    _program()
+    _environment()
 
 
 def split_library_path(value: str) -> tuple[str, ...]:

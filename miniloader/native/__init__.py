@@ -206,6 +206,7 @@ INTERFACE: Final = (
     b"pthread_create",
     b"pthread_detach",
     b"clock_gettime",
+    b"Py_IsInitialized",
 )
 #: Functions of CPython's C interface by which arguments.c looks at what a loop is called with.
 _VALUES: Final = (

@@ -16,6 +16,9 @@ typedef struct { /* see lab/workers/fault.py */
     uint64_t address, instruction, how, back;
 } Fault;
 
+enum { FAULTS = 4 };
+static const int faults[FAULTS] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+static struct sigaction earlier[FAULTS]; /* who was to handle each, faulthandler of Python maybe */
 static Fault *record;
 static char *const *teller; /* a command, with room behind its words */
 
@@ -86,6 +89,17 @@ static bool is_readable(uint64_t address)
 }
 #endif
 
+/* Whether somebody was to handle the signal before, and does so from now on. */
+static bool is_handled_by_earlier(int number)
+{
+    for (int i = 0; i < FAULTS; i++) {
+        bool is_default = earlier[i].sa_handler == SIG_DFL || earlier[i].sa_handler == SIG_IGN;
+        if (faults[i] == number && !is_default)
+            return sigaction(number, &earlier[i], NULL) == 0;
+    }
+    return false;
+}
+
 static void note(int number, siginfo_t *info, void *data)
 {
     const ucontext_t *context = data;
@@ -108,19 +122,21 @@ static void note(int number, siginfo_t *info, void *data)
         *record = fault;
     if (teller)
         tell(&fault);
-    kill(getpid(), number); /* ends the process: the handler was for once */
+    if (!teller || !is_handled_by_earlier(number))
+        kill(getpid(), number); /* ends the process: the handler was for once */
+    else if (info->si_code <= 0) /* somebody has sent it; a fault comes again by itself, where it was */
+        syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), number);
 }
 
 /* From now on the first fault of this thread, in whatever code, is noted at a place, and ends the process as it would
    have done.  A stack of its own (so many bytes from its start on) serves where the thread's has overflown. */
 void note_faults(Fault *place, void *start, uint64_t size)
 {
-    static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     stack_t stack = {.ss_sp = start, .ss_size = size};
     struct sigaction action = {.sa_sigaction = note, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     action.sa_flags |= (int)SA_RESETHAND;
     record = place;
     sigaltstack(&stack, NULL);
-    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++)
-        sigaction(faults[i], &action, NULL);
+    for (int i = 0; i < FAULTS; i++)
+        sigaction(faults[i], &action, &earlier[i]);
 }

@@ -73,6 +73,7 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     int (*start)(uint64_t *thread, const void *attributes, void *(*function)(void *), void *argument); /* pthread_ */
     int (*detach)(uint64_t thread);
     int (*clock)(int which, struct timespec *now); /* clock_gettime(2): glibc's own came to libc with 2.17 */
+    int (*is_there)(void); /* whether Python has begun, and not ended: who clears atexit's list has nobody tell us */
     const void *handler_of; /* a function of Python: its handler of a signal */
     int (*is_callable)(void *);
     void (*handler)(int); /* of signals: makes Python call its own handlers, between its instructions; or NULL */
@@ -339,17 +340,24 @@ static bool has_turn(void)
     return true;
 }
 
+/* Whether Python, which is still there, has answered.  As with ld.so, whose errno is its own, the caller's stays. */
+static bool is_answered(Question *question)
+{
+    const void *python = answerer;
+    int number = errno;
+    bool result = python && interface.is_there() && has_turn() && has_answered(python, question);
+    errno = number;
+    return result;
+}
+
 /* Whatever is called has no error to tell of at first: neither we nor glibc. */
 static bool ask(Question *question)
 {
-    const void *python = answerer;
     free(message);
     message = NULL;
     pending = false;
-    if (!python || !has_turn())
-        return false;
     theirs.error();
-    if (!has_answered(python, question))
+    if (!is_answered(question))
         return false;
     message = (char *)question->error;
     pending = message != NULL;
@@ -531,10 +539,8 @@ void set_destructors(const uint64_t *addresses, uint64_t count)
 void finalise(void *unused)
 {
     Question question = {.function = END};
-    const void *python = answerer;
     (void)unused;
-    if (python && has_turn())
-        has_answered(python, &question);
+    is_answered(&question);
     free((char *)question.error);
     while (destructors.called < destructors.count)
         destructors.functions[destructors.called++]();

@@ -19,10 +19,10 @@ typedef struct { /* see loader/running/outermost.py, which makes it */
 
 typedef struct {
     uint64_t *place, frame;
-    int *left, used;
+    int *left, used; /* which of the calls are ours */
 } Hidden;
 
-static Hidden hide(const Outermost *known, char *state)
+static Hidden hide(const Outermost *known, char *state, int between)
 {
     Hidden hidden = {0};
     if (known->record || known->frame) {
@@ -33,8 +33,8 @@ static Hidden hide(const Outermost *known, char *state)
     }
     if (known->depth) {
         hidden.left = (int *)(state + known->depth);
-        hidden.used = hidden.left[1] - hidden.left[0];
-        hidden.left[0] = hidden.left[1];
+        hidden.used = hidden.left[1] - hidden.left[0] + between;
+        hidden.left[0] += hidden.used;
     }
     return hidden;
 }
@@ -47,10 +47,11 @@ static void uncover(Hidden hidden)
         hidden.left[0] -= hidden.used; /* the limit may be another one by now */
 }
 
-/* What the function returns; or NULL, and Python's error is set. */
-void *call_outermost(const Outermost *known, char *state, void *function, void *argument)
+/* What the function returns; or NULL, and Python's error is set.  So many calls that CPython counts are between this one
+   and the program's first. */
+void *call_outermost(const Outermost *known, char *state, void *function, void *argument, int between)
 {
-    Hidden hidden = hide(known, state);
+    Hidden hidden = hide(known, state, between);
     void *result = known->call(function, argument);
     uncover(hidden);
     return result;
@@ -59,7 +60,7 @@ void *call_outermost(const Outermost *known, char *state, void *function, void *
 /* Show an error that nobody has caught, as CPython's own main does: by sys.excepthook, whatever that is. */
 void show_outermost(const Outermost *known, char *state, void *type, void *value, void *traceback)
 {
-    Hidden hidden = hide(known, state);
+    Hidden hidden = hide(known, state, 0);
     known->hold(type);
     known->hold(value);
     known->hold(traceback);

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import zipapp
 from pathlib import Path
+from typing import Final
 
 import jsonschema
 import pytest
 
+import miniloader
 from fixtures import build
 from miniloader.cli.parser import build as build_parser
 from miniloader.cli.parser import parse
@@ -156,6 +158,8 @@ def test_what_has_zero_bytes_is_no_program(path: str, place: Path) -> None:
         "import sys; sys.excepthook = lambda *error: 2 / 0; 1 / 0",
         "import sys; sys.excepthook = lambda *error: sys.exit(7); 1 / 0",
         "import sys, traceback; sys.excepthook = lambda *error: traceback.print_stack(); 1 / 0",
+        "import atexit, weakref, _lzma\natexit.register(print, 1)\nweakref.finalize(atexit.register, print, 2)",
+        "import atexit, _lzma, ctypes\nctypes.CDLL('libz.so.1'); atexit._clear()",
     ],
 )
 def test_it_ends_as_the_program_ends(code: str, place: Path) -> None:
@@ -205,6 +209,104 @@ def test_where_it_stands_is_where_python_puts_it(words: tuple[str, ...], place: 
     assert compiled
     plain, ours = run(PLAIN, *words, cwd=place), run(RUN, "--no-bill", *words, cwd=place)
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+CALLED: Final = "import sys; print(sys.argv, sys.orig_argv)"
+
+
+@pytest.mark.parametrize(
+    "words", [("called.py", "-m", "x"), ("-m", "called", "-c"), ("-c", CALLED, "run", "--")]
+)
+@pytest.mark.parametrize("options", [(), ("-X", "utf8"), ("-Wd", "-I")])
+def test_it_was_called_as_if_python_had_been(
+    options: tuple[str, ...], words: tuple[str, ...], place: Path
+) -> None:
+    """sys.orig_argv, with which programs start themselves anew; options of Python's own are its part."""
+    (place / "called.py").write_text(CALLED)
+    path = f"import sys; sys.path[:0] = {[str(build.ROOT), str(place)]}; "
+    begin = [path + "import runpy; runpy.run_module('miniloader', run_name='__main__')"]
+    (place / "command").write_text("\n".join(begin))
+    if "-I" in options and words[0] == "-m":
+        words = ("called.py", *words[2:])  # which isolated Python does not find
+    plain = run((*PLAIN, *options), *words, cwd=place)
+    for command in (place / "command",), ("-m", "miniloader"):
+        if command[0] == "-m" and "-I" in options:
+            continue
+        ours = run((*PLAIN, *options, *map(str, command), "run", "--no-bill"), *words, cwd=place)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="later ones count calls of C apart")
+def test_it_may_go_as_deep_as_there_is_to_the_last_call(place: Path) -> None:
+    head, middle, tail = STANDS.partition("print(deeper(0)")
+    code = f"{head}sys.setrecursionlimit(60)\n{middle}{tail.replace(' // 10', '').replace('1 / 0', '')}"
+    (place / "deep.py").write_text(code)
+    for words in ("deep.py",), ("-c", code), ("-m", "deep"):
+        plain, ours = run(PLAIN, *words, cwd=place), run(RUN, "--no-bill", *words, cwd=place)
+        assert (ours.returncode, ours.stdout) == (0, plain.stdout)
+
+
+CLOSES: Final = """
+import _ctypes, os, subprocess
+subprocess.run(["gcc", "-shared", "-xc", "-", "-o", "a.so"], input=b"", check=True)
+handle = _ctypes.dlopen("./a.so", 2)
+os.closerange(3, 100)
+files = [open(f"file{number}", "w") for number in range(20)]
+_ctypes.dlclose(handle)
+for file in files: file.write("a"); file.flush()
+print(sum(os.path.getsize(f"file{number}") for number in range(20)))
+"""
+
+
+def test_a_program_that_closes_all_descriptors_keeps_those_that_it_opens(place: Path) -> None:
+    """As daemons do: a number may be another file's when a library goes, and stays its."""
+    ours = run(RUN, "--no-bill", "-c", CLOSES, cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, "20\n", "")
+
+
+BECOMES: Final = """
+import _ctypes, os, sys
+way, libz, libbz2 = sys.argv[1:]
+os.makedirs("root/lib")
+for path in libz, libbz2:
+    with open(path, "rb") as one, open(f"root/lib/{path.rpartition('/')[2]}", "wb") as two: two.write(one.read())
+if way == "root": os.chroot("root"); os.chdir("/")
+else: os.chmod(".", 0o755); os.setegid(65534); os.seteuid(65534)
+for name in "libbz2.so.1.0", "/lib/libz.so.1", "libnone.so", "/lib/none.so", "./none.so":
+    try: print(_ctypes.dlopen(name, 2) > 0)
+    except OSError as error: print(error)
+if way == "user": os.seteuid(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("way", ["root", "user"])
+def test_a_program_that_gives_away_what_it_was_goes_on(way: str, place: Path) -> None:
+    """With another root, without /proc and without any file of ours; or as another user."""
+    libraries = [miniloader.tree(name).path for name in ("libz.so.1", "libbz2.so.1.0")]
+    plain, ours = (
+        run(command, "-c", BECOMES, way, *libraries, cwd=directory)
+        for command, directory in ((PLAIN, place), ((*RUN, "--no-bill"), place / "package"))
+    )
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
+@pytest.mark.parametrize("how", ["raises", "reads"])
+def test_faulthandler_that_the_environment_asks_for_is_heard(how: str, place: Path) -> None:
+    fault = {"raises": "import os; os.kill(os.getpid(), 11)", "reads": "import ctypes; ctypes.string_at(8)"}[
+        how
+    ]
+    (place / "faults.py").write_text(fault)
+    plain, ours = (
+        run(command, "faults.py", cwd=place, PYTHONFAULTHANDLER="1")
+        for command in (PLAIN, (*RUN, "--no-bill"))
+    )
+    assert ours.returncode == plain.returncode == -signal.SIGSEGV
+    assert "miniloader: the program was killed by SIGSEGV" in ours.stderr
+    assert "Fatal Python error: Segmentation fault" in ours.stderr
+    of_program = [line for line in plain.stderr.splitlines() if line.lstrip().startswith("File ")]
+    assert [line for line in ours.stderr.splitlines() if line.lstrip().startswith("File ")] == of_program
+    assert of_program
 
 
 @pytest.mark.parametrize("how", ["script", "code"])

@@ -15,6 +15,7 @@ from miniloader.loader.from_inside.caller import Caller, caller_at
 from miniloader.loader.from_inside.for_host import open_for_host
 from miniloader.loader.from_inside.opening import Load, close_library, open_library
 from miniloader.loader.from_inside.symbols import symbol
+from miniloader.loader.from_inside.words import words_of  # here: where it is needed, no file may be read
 from miniloader.native import INSIDE, QuestionStructure
 from miniloader.shortage import fault
 
@@ -61,9 +62,6 @@ def answer(place: int, load: Load) -> int:
         try:
             result = function(question, caller)
         except MiniloaderError as error:
-            with importing:
-                from miniloader.loader.from_inside.words import words_of
-
             question.error = _strdup(words_of(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error

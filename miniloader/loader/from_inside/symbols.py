@@ -48,7 +48,7 @@ def symbol(handle: int, name: bytes, version: str | None, caller: Caller) -> int
     if handle == _NEXT:
         definition = find_symbol(_after(caller.library), name, version)
     else:
-        definition = _find_globally(name, version) or find_symbol(_around(caller.library), name, version)
+        definition = _find_by_default(caller.library, name, version)
     if definition is None:
         _refuse(caller.name, name, version)
     address, definer = definition
@@ -104,6 +104,22 @@ def _find_globally(name: bytes, version: str | None) -> tuple[int, Loaded | Host
     if address is not None:
         return address, host.libraries()[0]
     return find_symbol(unload.global_scope, name, version)
+
+
+def _find_by_default(
+    library: Loaded, name: bytes, version: str | None
+) -> tuple[int, Loaded | HostLibrary] | None:
+    """``name`` as ``library`` is bound to it: what is global comes first, but for ``RTLD_DEEPBIND``.
+
+    Then what it has been loaded with comes before that, and what has asked for it since comes last.
+    """
+    around = _around(library)
+    with_it = (library.roots or [library])[0].local_scope() if library.policy.deep else []
+    return (
+        find_symbol(with_it, name, version)
+        or _find_globally(name, version)
+        or find_symbol(around, name, version)
+    )
 
 
 def _around(library: Loaded) -> list[Loaded | HostLibrary]:

@@ -23,6 +23,7 @@ from miniloader.loader.loading import can_answer
 from miniloader.loader.policy import Policy
 from miniloader.loader.running import slots
 from miniloader.loader.running.bill import Bill, Meter
+from miniloader.loader.surroundings import look_at_process
 from miniloader.native import INSIDE, gate
 
 __all__ = ["Imports", "importing"]
@@ -86,6 +87,7 @@ def importing(
     gate.require_loading()
     if not can_answer():
         raise UsageError("no page may become executable in this process: nothing can be led to miniloader")
+    look_at_process()
     meter = Meter(on_event)
     rules = Rules(Policy(prepared=prepared), takes, strict, fell_back, meter)
     with unload.lock:

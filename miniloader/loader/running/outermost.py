@@ -20,12 +20,16 @@ _STATE: Final = 256  # bytes of a PyThreadState: what is looked for is at its be
 _FUNCTIONS: Final = ("PyObject_CallOneArg", "Py_IncRef", "PyErr_Restore", "PyErr_PrintEx")
 
 
-def call_outermost(function: Callable[[Any], object], argument: object) -> None:
-    """Call ``function`` as if nobody had: it sees no frame but its own, and may go as deep as there is."""
+def call_outermost(function: Callable[[Any], object], argument: object, between: int = 0) -> None:
+    """Call ``function`` as if nobody had: it sees no frame but its own, and may go as deep as there is.
+
+    It makes ``between`` calls that CPython counts before the one that is to be the first.
+    """
     kind = ctypes.PYFUNCTYPE(
-        ctypes.py_object, ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.py_object
+        *(ctypes.py_object, ctypes.c_uint64, ctypes.c_uint64, ctypes.py_object, ctypes.py_object),
+        ctypes.c_int,
     )
-    kind(address_of("call_outermost"))(_known().buffer_info()[0], _state(), function, argument)
+    kind(address_of("call_outermost"))(_known().buffer_info()[0], _state(), function, argument, between)
 
 
 def show_outermost(error: BaseException) -> None:

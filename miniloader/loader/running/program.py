@@ -47,6 +47,10 @@ def _with_room(function: _Function) -> _Function:
     return function
 
 
+#: Whether CPython counts a call of exec() among those of a program: until 3.11, as functions of Python's.
+_COUNTED: Final = int(sys.version_info < (3, 12))
+
+
 @dataclass(frozen=True)
 class PythonProgram:
     """What is to run: its ``code``, the first of ``sys.argv``, and the ``names`` that ``__main__`` has.
@@ -74,7 +78,7 @@ class PythonProgram:
             run_module = runpy._run_module_as_main  # type: ignore[attr-defined]  # what Python's main calls
             call_outermost(partial(run_module, self.module), self.is_named)
         else:
-            call_outermost(partial(exec, self.code, main.__dict__), main.__dict__)
+            call_outermost(partial(exec, self.code, main.__dict__), main.__dict__, _COUNTED)
 
     def own_traceback(self, trace: TracebackType | None) -> TracebackType | None:
         """The part of ``trace`` that is the program's, as Python would show it; None where nothing is."""

@@ -112,14 +112,22 @@ def put_back(words: dict[LedWord, int], names: Iterable[bytes]) -> None:
     _write((slot, word) for slot, word in words.items() if slot.name in chosen)
 
 
+#: What each page with such words was when they were led: at the end of a program that has another root by
+#: then, nobody can tell.
+_protections: Final[dict[int, str]] = {}
+
+
 def _write(words: Iterable[tuple[LedWord, int]]) -> dict[LedWord, int]:
     """Store the words, on pages that are writable meanwhile: what they were."""
     words, earlier = list(words), dict[LedWord, int]()
     addresses = [slot.address for slot, _ in words]
-    mappings = read_maps(start=min(addresses), end=max(addresses) + 1) if words else ()
+    pages = {address & -sys.PAGE_SIZE for address in addresses}
+    if not pages <= _protections.keys():
+        mappings = read_maps(start=min(addresses), end=max(addresses) + 1)
+        _protections.update((page, vma.protection) for page in pages for vma in mappings if page in vma)
     for slot, word in words:
         page = slot.address & -sys.PAGE_SIZE
-        protection = next(vma.protection for vma in mappings if slot.address in vma)
+        protection = _protections[page]
         place = ctypes.c_uint64.from_address(slot.address)
         earlier[slot] = place.value
         if "w" not in protection:

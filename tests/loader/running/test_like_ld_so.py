@@ -5,6 +5,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -128,6 +129,7 @@ def asked_for_by_a_token() -> Any:
     return [*answers, call(_ctypes.dlopen("./two/named.so", NOW), "number")]
 
 
+OPENS_NAMED: Final = OPENS_BESIDE.replace("$ORIGIN/", "")
 OPENS_LEAF: Final = """
 #include <dlfcn.h>
 int middle(void) {
@@ -155,6 +157,61 @@ def along_the_paths_of_who_needs_it() -> Any:
     _ctypes.dlclose(middle)
     opens = _ctypes.dlopen("./opens.so", NOW)
     return [*answers, is_mapped("middle.so"), call(opens, "top"), is_mapped("middle.so")]
+
+
+def beside_where_it_was_opened() -> Any:
+    """$ORIGIN is where a relative path began when the library was opened, wherever the process is by now."""
+    os.chdir("one")
+    handle = _ctypes.dlopen("./opens.so", NOW)
+    os.chdir("../two")
+    return call(handle, "ask")
+
+
+DEEP: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+int given(void) { return 2; }
+int ask(void) {
+    int (*found)(void) = dlsym(RTLD_DEFAULT, "given");
+    return 100 * (dlsym(RTLD_DEFAULT, "other") != 0) + 10 * found() + given();
+}
+"""
+
+
+def bound_deep() -> Any:
+    """What dlsym(3) finds by default is what the library is bound to: what it has been loaded with first."""
+    _ctypes.dlopen("./gives.so", NOW | GLOBAL)
+    flags = (NOW | os.RTLD_DEEPBIND, NOW)
+    return [call(_ctypes.dlopen(f"./deep{number}.so", flag), "ask") for number, flag in enumerate(flags)]
+
+
+SETS_ERRNO: Final = """
+#include <dlfcn.h>
+#include <errno.h>
+int ask(void) {
+    errno = 7;
+    void *none = dlopen("./none.so", RTLD_NOW);
+    int told = errno;
+    void *handle = dlopen("./sets.so", RTLD_NOW);
+    dlsym(handle, "nothing");
+    dlopen("none.so", RTLD_NOW);
+    return !none * 10000 + told * 100 + errno;
+}
+"""
+
+
+def without_a_trace() -> Any:
+    """Neither what is found nor what is not changes errno: ld.so has its own."""
+    return call(_ctypes.dlopen("./sets.so", NOW), "ask")
+
+
+def without_room() -> Any:
+    """What the kernel does not map is told in ld.so's words."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, resource.RLIM_INFINITY))
+    try:
+        _ctypes.dlopen("./large.so", NOW)
+    except OSError as error:
+        return str(error)
 
 
 def held_for_ever() -> Any:
@@ -260,6 +317,18 @@ STORIES: Final[dict[Story, list[tuple[str, str, list[str]]]]] = {
         ("needs.so", "int middle(void); int top(void) { return middle(); }", ["apart/middle.so", *RPATH]),
         ("opens.so", OPENS_MIDDLE, RPATH),
     ],
+    beside_where_it_was_opened: [
+        ("one/opens.so", OPENS_NAMED, ["-Wl,-rpath,$ORIGIN"]),
+        ("one/named.so", "int number(void) { return 1; }", []),
+        ("two/named.so", "int number(void) { return 2; }", []),
+    ],
+    bound_deep: [
+        ("gives.so", "int given(void) { return 5; } int other;", []),
+        ("deep0.so", DEEP, []),
+        ("deep1.so", DEEP, []),
+    ],
+    without_a_trace: [("sets.so", SETS_ERRNO, [])],
+    without_room: [("large.so", "char room[1l << 32];", [])],
     held_for_ever: [("stays.so", "static int n; int next(void) { return ++n; }", ["-Wl,-z,nodelete"])],
     unique: [("onexx.so", UNIQUE, []), ("twoxx.so", UNIQUE, [])],
     global_since: [
