@@ -158,7 +158,7 @@ def test_what_has_zero_bytes_is_no_program(path: str, place: Path) -> None:
         "import sys; sys.excepthook = lambda *error: 2 / 0; 1 / 0",
         "import sys; sys.excepthook = lambda *error: sys.exit(7); 1 / 0",
         "import sys, traceback; sys.excepthook = lambda *error: traceback.print_stack(); 1 / 0",
-        "import atexit, weakref, _lzma\natexit.register(print, 1)\nweakref.finalize(atexit.register, print, 2)",
+        "import atexit, weakref, _lzma\natexit.register(print, 1)\nweakref.finalize(exit, print, 2)",
         "import atexit, _lzma, ctypes\nctypes.CDLL('libz.so.1'); atexit._clear()",
     ],
 )
@@ -269,7 +269,8 @@ import _ctypes, os, sys
 way, libz, libbz2 = sys.argv[1:]
 os.makedirs("root/lib")
 for path in libz, libbz2:
-    with open(path, "rb") as one, open(f"root/lib/{path.rpartition('/')[2]}", "wb") as two: two.write(one.read())
+    with open(path, "rb") as one, open(f"root/lib/{path.rpartition('/')[2]}", "wb") as two:
+        two.write(one.read())
 if way == "root": os.chroot("root"); os.chdir("/")
 else: os.chmod(".", 0o755); os.setegid(65534); os.seteuid(65534)
 for name in "libbz2.so.1.0", "/lib/libz.so.1", "libnone.so", "/lib/none.so", "./none.so":
