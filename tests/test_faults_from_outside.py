@@ -41,6 +41,7 @@ def forget() -> None:
     for function in (
         surroundings._program,
         surroundings._library_path,
+        surroundings._environment,
         surroundings._read_built_in,
         surroundings._hwcaps,
     ):

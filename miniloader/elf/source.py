@@ -142,9 +142,14 @@ class Source:
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        with contextlib.suppress(OSError):  # a program may have closed all that it did not know
+        # A program may have closed all that it did not know: then the number is nobody's, or another file's.
+        try:
             status = self.calls.fstat(fd)
-            if (status.st_dev, status.st_ino) == self.identity:  # else the number is another file's by now
+            is_own = (status.st_dev, status.st_ino) == self.identity
+        except OSError:
+            is_own = True
+        if is_own:
+            with contextlib.suppress(OSError):
                 self.calls.close(fd)
 
     def __del__(self) -> None:
