@@ -189,15 +189,16 @@ static int64_t add_packed(Job *job, const u64 *entries, uint64_t count)
    half of what it takes to come to each by a fault.  Where it cannot, each word's own fault does. */
 static void copy_pages_of(const Job *job, const Row *rows, uint64_t count)
 {
-    uint64_t low = UINT64_MAX, high = 0, last = UINT64_MAX, shift = (uint64_t)__builtin_ctzll(job->page_size);
+    uint64_t low = UINT64_MAX, high = 0, size = job->page_size, last = -size; /* where the last one's page begins */
     for (const Row *row = rows; row < rows + count; row++) {
-        uint64_t vaddr = ONCE(row->offset), page = (vaddr - job->start) >> shift;
-        if (page == last)
+        uint64_t vaddr = ONCE(row->offset);
+        if (vaddr - last < size)
             continue;
         unsigned formula = kind_of(job, ONCE(row->type))->formula;
         if (formula < B_A || formula > Z_A || !inside(job->writable, job->writable_count, vaddr, 1))
             continue;
-        last = page;
+        uint64_t page = page_of(job, vaddr);
+        last = vaddr & -size;
         if (job->pages[page])
             continue;
         job->pages[page] = EXPECTED;
@@ -209,40 +210,46 @@ static void copy_pages_of(const Job *job, const Row *rows, uint64_t count)
         while (page <= high && job->pages[page] == EXPECTED)
             job->pages[page++] = WRITTEN;
         if (page > first)
-            madvise((char *)(job->bias + job->start + first * job->page_size), (page - first) * job->page_size,
-                    MADV_POPULATE_WRITE);
+            madvise((char *)(job->bias + job->start + first * size), (page - first) * size, MADV_POPULATE_WRITE);
     }
 }
 
+/* Where, on the page of a word of this span, words may begin about which nothing has to be found out: none of them
+   has to lead into code, and none lies on two pages. */
+static Span words_alike(const Job *job, const Span *span, const Span *pointers, uint64_t vaddr)
+{
+    uint64_t start = vaddr & -job->page_size, end = start + job->page_size;
+    Span words = {start > span->start ? start : span->start, (end < span->end ? end : span->end) - sizeof end + 1};
+    bool is_plain = words.start < words.end && (pointers->start >= words.end || pointers->end <= words.start);
+    return is_plain ? words : (Span){0, 0};
+}
+
 /* Rows that do nothing but add the load bias: nearly all of a large library's, and each instruction here is done
-   hundreds of thousands of times; so what was found of the last row is kept, as it is true of most that follow. */
+   hundreds of thousands of times; so what was found of one is kept for those of its page that follow. */
 static int64_t put_relative(Job *job, const Row *rows, uint64_t count)
 {
-    uint64_t bias = job->bias, page_mask = -job->page_size, last = UINT64_MAX; /* where the last one was */
-    uint64_t relative = UINT64_MAX; /* its type */
-    Span span = {0, 0}, pointers = hull(job->pointers, job->pointer_count);
+    uint64_t bias = job->bias, relative = UINT64_MAX; /* the type of the last one */
+    Span alike = {0, 0}, pointers = hull(job->pointers, job->pointer_count);
     for (uint64_t begin = 0; begin < count; begin += BLOCK) {
         const Row *end = rows + (count - begin < BLOCK ? count : begin + BLOCK);
         copy_pages_of(job, rows + begin, (uint64_t)(end - rows) - begin);
         for (const Row *row = rows + begin; row < end; row++) {
             uint64_t vaddr = ONCE(row->offset), addend = (uint64_t)ONCE(row->addend), value = bias + addend;
             uint32_t type = ONCE(row->type);
-            if (type != relative && kind_of(job, type)->formula != B_A)
-                return fault(job, NOT_RELATIVE, vaddr, type);
-            relative = type;
-            if (!inside(&span, 1, vaddr, sizeof value)) {
-                const Span *found = span_of(job, vaddr);
-                if (!found)
-                    return fault(job, OUTSIDE, vaddr, type);
-                span = *found;
-            }
-            if (inside(&pointers, 1, vaddr, 1) && !leads(job, vaddr, addend))
-                return fault(job, NO_CODE, vaddr, addend);
-            if (((vaddr ^ last) | ((vaddr + sizeof value - 1) ^ last)) & page_mask)
-                store(job, vaddr, value, sizeof value);
-            else
+            if (type == relative && vaddr - alike.start < alike.end - alike.start) {
                 memcpy((char *)(bias + vaddr), &value, sizeof value);
-            last = vaddr;
+                continue;
+            }
+            if (kind_of(job, type)->formula != B_A)
+                return fault(job, NOT_RELATIVE, vaddr, type);
+            const Span *span = span_of(job, vaddr);
+            if (!span)
+                return fault(job, OUTSIDE, vaddr, type);
+            if (!leads(job, vaddr, addend))
+                return fault(job, NO_CODE, vaddr, addend);
+            store(job, vaddr, value, sizeof value);
+            relative = type;
+            alike = words_alike(job, span, &pointers, vaddr);
         }
     }
     return FINE;

@@ -276,9 +276,15 @@ FOUR = {2, 10, 11, 32}
 
 
 class Bench:
-    """A library in a buffer: rows in its first page, words in the other three."""
+    """A library in a buffer: rows in its first page, words in the other three; all may be the head's."""
 
-    def __init__(self, rows: list[tuple[int, int, int, int]], pointers: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self,
+        rows: list[tuple[int, int, int, int]],
+        pointers: tuple[int, int] = (0, 0),
+        *,
+        all_in_head: bool = False,
+    ) -> None:
         self.memory = bytearray(os.urandom(LENGTH))
         self.bias = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) - BASE
         table = np.array(rows, RELOCATION)
@@ -290,7 +296,7 @@ class Bench:
             writable=[self.words],
             code=[CODE],
             pointers=[pointers],
-            parts=[(BASE, len(rows))],
+            parts=[] if all_in_head else [(BASE, len(rows))],
             pages=(BASE & -PAGE_SIZE, BASE + LENGTH),
             page_size=PAGE_SIZE,
         )
@@ -592,6 +598,32 @@ def test_a_constructor_leads_into_code(addend: int, good: bool, head: tuple[int,
     with pytest.raises(Stopped) as stopped:
         bench.apply([0], [0], head=head)
     assert (stopped.value.reason, stopped.value.where) == (Reason.NO_CODE, word)
+
+
+@pytest.mark.parametrize(
+    ("before", "vaddr", "reason"),
+    [
+        (BASE + PAGE_SIZE, BASE + PAGE_SIZE - 1, Reason.OUTSIDE),
+        (BASE + PAGE_SIZE, BASE + PAGE_SIZE - 8, Reason.OUTSIDE),
+        (BASE + LENGTH - 8, BASE + LENGTH - 7, Reason.OUTSIDE),
+        (BASE + LENGTH - 8, BASE + LENGTH, Reason.OUTSIDE),
+        (BASE + 2 * PAGE_SIZE, BASE + 2 * PAGE_SIZE + 8, Reason.NO_CODE),
+        (BASE + 2 * PAGE_SIZE + 16, BASE + 2 * PAGE_SIZE + 8, Reason.NO_CODE),
+    ],
+)
+def test_a_row_is_judged_behind_one_beside_it(before: int, vaddr: int, reason: Reason) -> None:
+    pointers = BASE + 2 * PAGE_SIZE + 8, BASE + 2 * PAGE_SIZE + 16
+    bench = Bench([(before, 8, 0, 1), (vaddr, 8, 0, 0)], pointers, all_in_head=True)
+    with pytest.raises(Stopped) as stopped:
+        bench.apply([0], [0], head=(BASE, 2))
+    assert (stopped.value.reason, stopped.value.where) == (reason, vaddr)
+
+
+@pytest.mark.parametrize("vaddr", [BASE + 2 * PAGE_SIZE - 8, BASE + 2 * PAGE_SIZE - 4])
+def test_both_pages_of_a_word_are_counted(vaddr: int) -> None:
+    bench = Bench([(BASE + PAGE_SIZE, 8, 0, 1), (vaddr, 8, 0, 1)], all_in_head=True)
+    bench.apply([0], [0], head=(BASE, 2))
+    assert bench.job.pages == 1 + (vaddr + 8 > BASE + 2 * PAGE_SIZE)
 
 
 def test_the_structures_are_as_long_here_as_there() -> None:
