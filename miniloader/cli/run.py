@@ -142,8 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if collects:
             gc.enable()
-    name = {id(arguments.module): "-m", id(arguments.code): "-c"}.get(id(words))
-    _leave_out_the_command([name, *words] if name else words)
+    option = ["-m"] if words is arguments.module else ["-c"] if words is arguments.code else []
+    _leave_out_the_command([*option, *words])
     return _run(program, words[1:], loading)
 
 
