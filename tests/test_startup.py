@@ -203,7 +203,7 @@ NOT_BEFORE_A_PROGRAM = (
         "miniloader.loader.beside_glibc.stack",
         "miniloader.machine.stub_code",
     ),
-    "miniloader.loader.from_inside.information",
+    *("miniloader.loader.from_inside.information", "miniloader.loader.from_inside.words"),
 )
 
 

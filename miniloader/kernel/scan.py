@@ -33,7 +33,6 @@ __all__ = [
     "scan",
 ]
 
-"""In a mapping where userfaultfd write protection is armed."""
 IS_WRITTEN: Final = 1 << 1
 """Written since it was protected; means nothing where userfaultfd is not armed."""
 IS_FILE: Final = 1 << 2

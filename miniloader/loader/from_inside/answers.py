@@ -15,7 +15,6 @@ from miniloader.loader.from_inside.caller import Caller, caller_at
 from miniloader.loader.from_inside.for_host import open_for_host
 from miniloader.loader.from_inside.opening import Load, close_library, open_library
 from miniloader.loader.from_inside.symbols import symbol
-from miniloader.loader.from_inside.words import words_of  # here: where it is needed, no file may be read
 from miniloader.native import INSIDE, QuestionStructure
 from miniloader.shortage import fault
 
@@ -62,7 +61,7 @@ def answer(place: int, load: Load) -> int:
         try:
             result = function(question, caller)
         except MiniloaderError as error:
-            question.error = _strdup(words_of(error).encode("utf-8", "surrogateescape"))
+            question.error = _strdup(_words_of(error).encode("utf-8", "surrogateescape"))
             result, how = failed, "refused"
         except Exception as error:  # noqa: BLE001 - the caller is machine code: it is told, as of any error
             question.error = _strdup(fault(error).encode("utf-8", "surrogateescape"))
@@ -74,6 +73,18 @@ def answer(place: int, load: Load) -> int:
         if watch is not None:
             watch.end(name, begin, "glibc" if result is None else how)
     return int(result is not None)
+
+
+def _words_of(error: MiniloaderError) -> str:
+    """What dlerror(3) says: mostly ld.so's words that the error has."""
+    if error.ld_so is not None:
+        return error.ld_so
+    try:
+        with importing:
+            from miniloader.loader.from_inside.words import words_of
+    except ImportError:  # a program that has another root reads no file of ours any more
+        return str(error)
+    return words_of(error)
 
 
 def _text(address: int) -> bytes:
