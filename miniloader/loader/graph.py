@@ -302,7 +302,7 @@ def _find_prepared(library: Loaded) -> str | None:
     if WEAK_GIVES_WAY:
         return "LD_DYNAMIC_WEAK is set, and they were bound without it"
     with importing:
-        from miniloader.loader.prepared.pages import find as find_prepared
+        from miniloader.loader.prepared.index import find as find_prepared
 
     try:
         library.ready = find_prepared(library.image)

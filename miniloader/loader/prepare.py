@@ -27,19 +27,15 @@ from miniloader.loader.events import OnEvent
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.loading import Loading
 from miniloader.loader.prepared import store
+from miniloader.loader.prepared.index import check_file, file_name, file_state, open_prepared, pack
 from miniloader.loader.prepared.pages import (
     ADDRESS,
     RESOLVER,
     THREAD_EXIT,
     UNIQUE,
     VALUE,
-    check_file,
     differing,
-    file_name,
-    file_state,
     identities,
-    open_prepared,
-    pack,
     runs,
     sums,
 )

@@ -85,7 +85,7 @@ class PreparedPages:
 def _read(path: str, vma: Vma) -> _CacheFile | None:
     """What ``path`` says, if it is the file mapped at ``vma``: it may be anybody's, and hold anything."""
     with importing:
-        from miniloader.loader.prepared.pages import read_index
+        from miniloader.loader.prepared.index import read_index
 
     try:
         fd = open_regular(path)

@@ -124,7 +124,7 @@ def experiment(
 def _prepared(image: ElfImage) -> Prepared:
     """What the cache has of the library; LoadError."""
     with importing:
-        from miniloader.loader.prepared.pages import find
+        from miniloader.loader.prepared.index import find
 
     try:
         return find(image)

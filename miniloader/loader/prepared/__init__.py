@@ -1,1 +1,1 @@
-"""Pages that were relocated beforehand: how they are used, and where they are kept."""
+"""Pages that were relocated beforehand: how they are used, and the file that they are kept in."""

@@ -2,10 +2,11 @@
 
 Relocation writes the same words in every process that has the library at the same address, but for those
 that refer to other libraries, which are at addresses of their own.  So the relocated pages are kept in a
-file, with an index of the words that differ; :func:`miniloader.loader.prepare.prepare` makes it.  A process
-that loads the library maps those pages over the library's own, and writes only the words that differ: only
-their pages become private copies.  A main program that is not position-independent is where it was, and so
-are its symbols: when it overrides a library's, next to nothing of that library differs.
+file, with an index of the words that differ; :func:`miniloader.loader.prepare.prepare` makes it, and
+:mod:`miniloader.loader.prepared.index` reads it.  A process that loads the library maps those pages over the
+library's own, and writes only the words that differ: only their pages become private copies.  A main program
+that is not position-independent is where it was, and so are its symbols: when it overrides a library's, next
+to nothing of that library differs.
 
 What is in the index holds for one scope: the same libraries, told by their build-ids, in the same order.
 Then every look-up has the outcome it had, and none is made.  (bionic shares relocated pages between processes
@@ -14,25 +15,21 @@ that it starts, ``ANDROID_DLEXT_WRITE_RELRO``, and finds them by comparing.)
 
 from __future__ import annotations
 
-import json
 import os
 import struct
-import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 from miniloader.arrays import NDArray, np
-from miniloader.elf import ElfImage, LoadPlan
+from miniloader.elf import LoadPlan
 from miniloader.elf.symbols import STT_TLS
 from miniloader.elf.tables import RELOCATION, Table
 from miniloader.errors import LoadError
 from miniloader.forking import cached_property, importing
 from miniloader.kernel import syscalls as sys
 from miniloader.loader.memory import Memory, protection_bits
-from miniloader.loader.prepared import store
-from miniloader.loader.relocation_groups import TLS
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import KINDS, Kind
@@ -43,19 +40,13 @@ from miniloader.values import dataclass
 __all__ = [
     "ADDRESS",
     "RESOLVER",
+    "TABLES",
     "THREAD_EXIT",
     "UNIQUE",
     "VALUE",
     "Prepared",
-    "check_file",
     "differing",
-    "file_name",
-    "file_state",
-    "find",
     "identities",
-    "open_prepared",
-    "pack",
-    "read_index",
     "runs",
     "sums",
 ]
@@ -68,21 +59,10 @@ RUN: Final = [("vaddr", "<u8"), ("page", "<u4"), ("count", "<u4")]
 ADDRESS, RESOLVER, UNIQUE, THREAD_EXIT = range(4)
 _HOW: Final = {"resolver": RESOLVER, "unique": UNIQUE, "thread exit": THREAD_EXIT}
 
-_AGAIN: Final = "miniloader prepare LIB"
-_CHANGED: Final = "its file has changed since it was prepared"
-_MAGIC: Final = b"miniprep"
-_FORMAT: Final = 5
 _WORD: Final = 8
-_MOST_INDEX: Final = 1 << 28  # bytes
-_MOST_PAGES: Final = 1 << 36  # bytes, as many as an image may span
-#: What another's file may raise that has a checksum, and is none of ours all the same.
-_MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _SUMMED: Final = 16 * sys.PAGE_SIZE // _WORD  # words
-_HEAD: Final = struct.Struct(
-    "<8sIIQ"
-)  # magic, checksum of what follows up to the pages, length of JSON, of all
 #: The tables of the index: how numpy is told of a row, and how :mod:`struct`.
-_TABLES: Final[Mapping[str, tuple[Any, struct.Struct]]] = {
+TABLES: Final[Mapping[str, tuple[Any, struct.Struct]]] = {
     "runs": (RUN, struct.Struct("<QII")),
     "sums": ("<u8", struct.Struct("<Q")),  # see sums()
     "slots": ("<u4", struct.Struct("<I")),  # of each word that differs: how far from the first cached page
@@ -118,16 +98,16 @@ class Prepared:
 
     def rows(self, key: str) -> list[Any]:
         """The rows of a table: numbers, or tuples of them."""
-        rows = list(_TABLES[key][1].iter_unpack(self.tables[key]))
-        return rows if isinstance(_TABLES[key][0], list) else [row[0] for row in rows]
+        rows = list(TABLES[key][1].iter_unpack(self.tables[key]))
+        return rows if isinstance(TABLES[key][0], list) else [row[0] for row in rows]
 
     def table(self, key: str) -> NDArray[Any]:
         """A table as numpy has it."""
-        return np.frombuffer(self.tables[key], _TABLES[key][0])
+        return np.frombuffer(self.tables[key], TABLES[key][0])
 
     def rows_of(self, key: str) -> int:
         """How many rows a table has."""
-        return self.tables[key].nbytes // _TABLES[key][1].size
+        return self.tables[key].nbytes // TABLES[key][1].size
 
     def _place(self, key: str) -> tuple[int, int]:
         """Where a table is in memory, and how many rows it has."""
@@ -273,177 +253,6 @@ def _identity(definer: Definer) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(table.rows).tobytes())
     digest.update(bytes(table.strings))
     return digest.hexdigest()
-
-
-def file_name(build_id: str) -> str:
-    """The name of the file for the library with this build-id."""
-    return build_id + store.SUFFIX
-
-
-def file_state(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does: device, inode, size, and when it was changed."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def find(image: ElfImage) -> Prepared:
-    """What the cache has of ``image``; :class:`LoadError` says why it has nothing that could be used."""
-    if image.build_id is None:
-        raise LoadError("it has no build-id")
-    candidate = open_prepared(file_name(image.build_id))
-    fault = None
-    if candidate.build_id != image.build_id:
-        fault = LoadError("its file in the cache is another library's")
-    elif candidate.file != (image.source.start, *file_state(os.fstat(image.source.fd))):
-        fault = LoadError(_CHANGED, hint=_AGAIN)
-    if fault is not None:
-        candidate.close()
-        raise fault
-    return candidate
-
-
-def check_file(ready: Prepared) -> None:
-    """Raise :class:`LoadError` if the library's file is not what it was."""
-    try:
-        state = file_state(os.stat(ready.path))
-    except OSError as error:
-        raise LoadError(f"{ready.path}: {error.strerror}") from None
-    if ready.file[1:] != state:
-        raise LoadError(_CHANGED, hint=_AGAIN)
-
-
-def open_prepared(name: str) -> Prepared:
-    """Open and check the file ``name`` of the cache; all but its pages is read."""
-    try:
-        fd, status = store.open_file(name)
-    except FileNotFoundError:
-        raise LoadError("it is not in the cache", hint=_AGAIN) from None
-    except OSError as error:
-        raise LoadError(f"{os.path.join(store.directory(), name)}: {error.strerror}") from None
-    try:
-        return read_index(fd, status.st_size)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def read_index(fd: int, size: int) -> Prepared:
-    """What the file ``fd`` of ``size`` bytes says, all but its pages; :class:`LoadError` if it is damaged."""
-    head = os.pread(fd, _HEAD.size, 0)
-    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-        raise LoadError("its file in the cache is of another kind")
-    _, checksum, length, total = _HEAD.unpack(head)
-    if total != size:
-        raise LoadError(f"its file in the cache is damaged: {size:,} bytes, expected {total:,}")
-    at = int.from_bytes(os.pread(fd, 8, _HEAD.size), "little")
-    if not _HEAD.size < at <= min(total, _MOST_INDEX) or total - at > _MOST_PAGES:
-        raise LoadError("its index is damaged")
-    index = bytearray(at - _HEAD.size)
-    if os.preadv(fd, [index], _HEAD.size) < len(index) or _checksum(length, total, index) != checksum:
-        raise LoadError("its index is damaged")
-    try:
-        return _decoded(fd, index, length, at, total)
-    except _MALFORMED:
-        raise LoadError("its index is damaged") from None
-
-
-def _decoded(fd: int, index: bytearray, length: int, at: int, total: int) -> Prepared:
-    """What an ``index`` says whose JSON has ``length`` bytes; the pages are from ``at`` to ``total``."""
-    facts = json.loads(index[8 : 8 + length])
-    _check(facts)
-    tables, whole = {}, memoryview(index)
-    offset = 8 + -(-length // 8) * 8
-    for key, (_, row) in _TABLES.items():
-        size = row.size * facts["counts"][key]
-        tables[key] = whole[offset : offset + size]
-        if not 0 <= size == len(tables[key]):
-            raise LoadError("its index is damaged")
-        offset += -(-size // 8) * 8
-    ready = Prepared(
-        fd=fd,
-        path=facts["path"],
-        build_id=facts["build_id"],
-        file=tuple(facts["file"]),
-        address=facts["address"],
-        end=facts["end"],
-        scope=tuple(facts["scope"]),
-        special=tuple(map(tuple, facts["special"])),
-        names={int(key): name for key, name in facts["names"].items()},
-        tls_kinds=tuple(map(tuple, facts["tls_kinds"])),
-        tls_names=tuple(facts["tls_names"]),
-        held=tuple(facts["held"]),
-        symbols=facts["symbols"],
-        words=facts["words"],
-        filled=facts["filled"],
-        unwind_table=facts["unwind_table"],
-        at=at,
-        tables=tables,
-    )
-    slots, numbers = (ready.tables[key].nbytes for key in ("slots", "numbers"))
-    if slots != numbers or ready.count * sys.PAGE_SIZE != total - at or not _is_sound(ready):
-        raise LoadError("its index is damaged")
-    return ready
-
-
-def _is_sound(ready: Prepared) -> bool:
-    """Whether what is used without being asked again is of its kind, and is where it may be.
-
-    What the loops are given they look at themselves.  May raise any of :data:`_MALFORMED`.
-    """
-    special, tls_kinds, scope = ready.special, ready.tls_kinds, len(ready.scope)
-    texts = [ready.path, ready.build_id, *ready.scope, *ready.tls_names, *ready.names.values()]
-    counts = [ready.address, ready.end, ready.symbols, ready.words, ready.filled, *ready.file, *ready.held]
-    counts += [ready.unwind_table or 0, *chain.from_iterable(special), *chain.from_iterable(tls_kinds)]
-    if {*map(type, texts)} != {str} or {*map(type, counts)} != {int} or min(counts) < 0:
-        return False
-    os.fsencode(ready.path)
-    owners, kinds = ready.rows("tls_symbols")[1::4], KINDS[processor().upper()]
-    values, page = ready.rows_of("values"), 0
-    for _, first, count in ready.runs:  # as they follow one another in the file
-        if first != page:
-            return False
-        page += count
-    return (
-        max(counts) < 1 << 64
-        and ready.address <= ready.end
-        and "\0" not in ready.path
-        and all(position < scope for position in ready.held)
-        and all(number < values and how <= THREAD_EXIT and of < scope for number, how, of in special)
-        and all(how != UNIQUE or number in ready.names for number, how, _ in special)
-        and all(code in kinds and kinds[code].formula in TLS for code, _ in tls_kinds)
-        and sum(count for _, count in tls_kinds) == ready.rows_of("tls_rows")
-        and all(-1 <= owner < scope for owner in owners)
-    )
-
-
-def _checksum(length: int, total: int, index: bytes | bytearray) -> int:
-    """The checksum of all but the pages, which have their own: of the numbers in the head, and the index."""
-    return zlib.crc32(index, zlib.crc32(struct.pack("<QQ", length, total)))
-
-
-def _check(facts: Mapping[str, Any]) -> None:
-    if facts["format"] != _FORMAT or facts["page_size"] != sys.PAGE_SIZE:
-        raise LoadError("it was prepared by another version")
-    if facts["boot"] != store.boot_id():
-        raise LoadError("it was prepared before the machine booted", hint=_AGAIN)
-
-
-def pack(
-    facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], data: NDArray[np.uint8]
-) -> Iterator[Any]:
-    """The file: a head, JSON, the arrays, and from a page boundary on the cached pages."""
-    counts = {key: len(arrays[key]) for key in _TABLES}
-    common = {"format": _FORMAT, "page_size": sys.PAGE_SIZE, "boot": store.boot_id(), "counts": counts}
-    text = json.dumps({**facts, **common}).encode()
-    parts = [text.ljust(-(-len(text) // 8) * 8)]
-    for key, (dtype, _) in _TABLES.items():
-        octets = np.ascontiguousarray(arrays[key], dtype).tobytes()
-        parts.append(octets.ljust(-(-len(octets) // 8) * 8, b"\0"))
-    index = b"".join(parts)
-    at = -(-(_HEAD.size + 8 + len(index)) // sys.PAGE_SIZE) * sys.PAGE_SIZE
-    index = (at.to_bytes(8, "little") + index).ljust(at - _HEAD.size, b"\0")
-    total = at + len(data)
-    yield _HEAD.pack(_MAGIC, _checksum(len(text), total, index), len(text), total) + index
-    yield data
 
 
 def sums(data: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -33,7 +33,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.loader import Event, Library
 from miniloader.loader.beside_glibc import stand_ins
 from miniloader.loader.prepare import entries, prepare, verify
-from miniloader.loader.prepared import pages, store
+from miniloader.loader.prepared import index, pages, store
 from tests.loader.conftest import call_in_child
 
 Words = NDArray[np.uint64]
@@ -258,7 +258,7 @@ def _of_another(path: Path, kept: Path) -> None:
 
 def _elsewhere(kept: Path) -> None:
     """The index, whole, says that the last of the cached pages belong behind the library."""
-    head, data = pages._HEAD, bytearray(kept.read_bytes())
+    head, data = index._HEAD, bytearray(kept.read_bytes())
     length = head.unpack_from(data)[2]
     runs = head.size + 8 + -(-length // 8) * 8
     count = json.loads(data[head.size + 8 :][:length])["counts"]["runs"]
@@ -270,7 +270,7 @@ def _elsewhere(kept: Path) -> None:
 
 def _saying(kept: Path, text: bytes) -> None:
     """The index says in JSON, with its checksum, what no index does."""
-    head, data = pages._HEAD, bytearray(kept.read_bytes())
+    head, data = index._HEAD, bytearray(kept.read_bytes())
     length = head.unpack_from(data)[2]
     assert len(text) <= length
     data[head.size + 8 : head.size + 8 + length] = text.ljust(length)
@@ -279,14 +279,14 @@ def _saying(kept: Path, text: bytes) -> None:
 
 def _instead(kept: Path, key: str, value: object) -> bytes:
     """The JSON of the index with another ``value``, in no more bytes."""
-    head, data = pages._HEAD, kept.read_bytes()
+    head, data = index._HEAD, kept.read_bytes()
     facts = json.loads(data[head.size + 8 :][: head.unpack_from(data)[2]])
     return json.dumps({**facts, key: value}, separators=(",", ":")).encode()
 
 
 def _checked(kept: Path, data: bytearray) -> None:
     """Write ``data`` in place of a file of the cache, with the checksum that it then has."""
-    head = pages._HEAD
+    head = index._HEAD
     magic, _, length, total = head.unpack_from(data)
     at = int.from_bytes(data[head.size : head.size + 8], "little")
     checksum = zlib.crc32(data[head.size : at], zlib.crc32(struct.pack("<QQ", length, total)))
@@ -298,7 +298,7 @@ def _checked(kept: Path, data: bytearray) -> None:
 
 def _endless(kept: Path) -> None:
     """A file of a terabyte, all of it index."""
-    head, size = pages._HEAD, 1 << 40
+    head, size = index._HEAD, 1 << 40
     kept.unlink()
     kept.write_bytes(head.pack(b"miniprep", 0, 2, size) + size.to_bytes(8, "little"))
     os.truncate(kept, size)
@@ -687,7 +687,7 @@ def test_every_bit_of_the_head_is_under_the_checksum(own_cache: Path) -> None:
         kept.write_bytes(data)
         kept.chmod(0o400)
         with pytest.raises(LoadError):
-            pages.open_prepared(kept.name)
+            index.open_prepared(kept.name)
     assert entries()[0].fault
     loading = Loading(library)
     assert loading.reasons
