@@ -20,8 +20,9 @@ Addresses = NDArray[np.uint64]
 class Pair:
     """A process and its nearest living relative; addresses of pages that both have, ascending.
 
-    ``together`` are one frame for both; ``apart`` are two frames at one address, at least one of them a copy;
-    of these it is ``proven`` that they were one.  ``frames`` are those of the pages apart, of the process
+    ``together`` are one frame for both; ``apart`` are two frames at one address, at least one of them a copy
+    (two that KSM has merged, each with pages of others, are no copies of their own, and are left out); of
+    these it is ``proven`` that they were one.  ``frames`` are those of the pages apart, of the process
     and of the relative; ``several`` says which of the process's are mapped by others, too.
     """
 
@@ -45,10 +46,10 @@ def pairs_of(processes: Sequence[PrivateMemory], merged: Addresses | None) -> It
         if kin.parent is not None and kin.parent not in histories:
             history, forks = one_frame(kin.parent, processes, known)
             histories[kin.parent] = history, dict(forks)
-        yield _pair(kin, histories.get(kin.parent or 0) if merged is not None else None)
+        yield _pair(kin, histories.get(kin.parent or 0) if merged is not None else None, known)
 
 
-def _pair(kin: Kin, history: tuple[OneFrame, dict[int, int]] | None) -> Pair:
+def _pair(kin: Kin, history: tuple[OneFrame, dict[int, int]] | None, merged: Addresses) -> Pair:
     process, relative, _ = kin
     addresses, first, second = np.intersect1d(
         process.addresses, relative.addresses, assume_unique=True, return_indices=True
@@ -57,6 +58,8 @@ def _pair(kin: Kin, history: tuple[OneFrame, dict[int, int]] | None) -> Pair:
     equal = frames[0] == frames[1]
     copied = process.copied[first], relative.copied[second]
     apart = ~equal & (copied[0] | copied[1])
+    if len(merged):
+        apart &= ~(np.isin(frames[0], merged) & np.isin(frames[1], merged))
     proven = np.empty(0, np.uint64)
     if history is not None:
         once, forks = history

@@ -23,11 +23,13 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.diff import diff
 from miniloader.lab.audit.page_words import view_page
 from miniloader.lab.audit.result import AuditedLibrary, AuditedProcess, LibraryProcess
+from miniloader.lab.erosion.result import pages_in
 from miniloader.report.audit import lines
 from miniloader.report.audit_growth import tick
 from miniloader.report.text import plain
 from miniloader.testing import assert_copied_only, assert_private_pages, snapshot
 from tests.lab.audit.told_processes import ANONYMOUS, Told, rollup_of, told
+from tests.lab.erosion.pools import in_two_copies, needs_frames, pool
 
 KSM = Path("/sys/kernel/mm/ksm")
 MERGEABLE, PAGEOUT = 12, 21
@@ -226,6 +228,26 @@ def test_merged_pages_are_not_inherited_ones(
         expected = (0, 1) if best_level() == "frames" and marks_merged() else (1, None)
         assert [numbers(one) for one in by_frames.processes] == [expected] * 2
         assert [numbers(one) for one in by_flags.processes] == [(1, None)] * 2
+
+
+@needs_frames
+def test_merged_pages_of_relatives_are_no_copies_of_their_own(merging: None) -> None:
+    """KSM maps one frame 256 times (max_page_sharing): pages that are all alike are in several frames then."""
+    if not marks_merged():
+        pytest.skip("this kernel does not tell which frames are merged")
+    pages = 1024
+    with pool(_TOOLS, f"many = libc.mmap(None, {pages * PAGE_SIZE}, 3, 0x22, -1, 0)") as workers:
+        workers.parent(
+            f"ctypes.memset(many, 0x5b, {pages * PAGE_SIZE}); advise(many, {pages * PAGE_SIZE}, {MERGEABLE})"
+        )
+        child = workers.fork()
+        wait_for_merging([workers.pid, child], pages)
+        start = workers.parent("answer = many")
+        apart = in_two_copies(child, workers.pid) & {*range(start, start + pages * PAGE_SIZE, PAGE_SIZE)}
+        (row,) = miniloader.audit([workers.pid, child], library="nothing").erosion
+    assert len(apart) > pages // 2
+    assert row.pages.together
+    assert not apart & {*pages_in((*row.pages.proven, *row.pages.possible, *row.pages.same)).tolist()}
 
 
 def numbers(one: LibraryProcess) -> tuple[int, int | None]:
