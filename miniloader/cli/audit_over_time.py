@@ -85,8 +85,9 @@ def _conclude(arguments: argparse.Namespace, first: Audit, last: Audit, out: Out
         from miniloader.report.audit_growth import changes_view, growth_view
 
         out.show([(), (f"since the start, {last.when - first.when:.0f} s ago:",)])
-        out.show([*growth_view(growth(first, last))])
-        out.show(changes_view(changes, last.page_size))
+        grown = growth(first, last)
+        out.show([*growth_view(grown)])
+        out.show(changes_view(changes, grown, last.page_size))
 
 
 def _follow(

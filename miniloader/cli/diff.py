@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
     from miniloader.report.output import Output
 
     Output().show([*growth_view(grown)])
-    Output().show(changes_view(changes, after.page_size))
+    Output().show(changes_view(changes, grown, after.page_size))
     return 0

@@ -36,7 +36,7 @@ _MOST_SENTENCES = 8
 _MOST_PIDS = 6
 _MEANING = {
     "frames": "page frame numbers: equal numbers are the same memory",
-    "flags": "page flags: copies are certain, PSS and who shares with whom stay hidden",
+    "flags": "page flags: copies are certain, who shares with whom stays hidden",
 }
 
 
@@ -54,7 +54,7 @@ def lines(audit: Audit, *, pages: bool = False, groups: Sequence[MemoryGroup] = 
     shown = [row for row in audit.mappings if not pages or (row.name in paths and row.kind != "file")]
     if shown:
         yield ()
-        yield mapping_rows(shown)
+        yield mapping_rows(shown, audit.libraries)
     if audit.libraries:
         yield ()
         yield library_rows(audit)
@@ -72,7 +72,7 @@ def lines(audit: Audit, *, pages: bool = False, groups: Sequence[MemoryGroup] = 
         yield from advice_view(audit)
     if audit.processes:
         yield ()
-        yield _processes(audit.processes)
+        yield _processes(audit.processes, audit.page_size)
     if audit.unreadable:
         if audit.processes:
             yield ()
@@ -206,12 +206,12 @@ def _named(names: Sequence[str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- tables
-def _processes(processes: Sequence[AuditedProcess]) -> Table:
+def _processes(processes: Sequence[AuditedProcess], page_size: int) -> Table:
     columns = ("process", "name", ">RSS", ">PSS", ">USS", ">anonymous", ">of it shared", "also")
     rows = []
     for process in sorted(processes, key=lambda process: (-process.uss, process.pid)):
         also = [
-            f"{number:,} {name}"
+            f"{size(number * page_size)} {name}"
             for number, name in (
                 (process.swapped, "swapped"),
                 (process.huge, "in huge pages"),
@@ -229,8 +229,8 @@ def _processes(processes: Sequence[AuditedProcess]) -> Table:
                 size(process.rss),
                 "?" if process.pss is None else size(process.pss),
                 size(process.uss),
-                f"{process.anonymous:,}",
-                f"{process.anonymous_shared:,}",
+                size(process.anonymous * page_size),
+                size(process.anonymous_shared * page_size),
                 ", ".join(also),
             )
         )

@@ -15,7 +15,14 @@ from miniloader.report.text import Cell, Line, Part, Table, listed, more
 
 if TYPE_CHECKING:
     from miniloader.lab.audit.diff import PageChange
-    from miniloader.lab.audit.growth import AmountChange, Family, Growth, LibraryGrowth, MappingGrowth
+    from miniloader.lab.audit.growth import (
+        AmountChange,
+        Family,
+        Growth,
+        LibraryGrowth,
+        MappingGrowth,
+        ProcessGrowth,
+    )
     from miniloader.lab.audit.result import Audit, AuditedProcess
 
 __all__ = ["changes_view", "growth_view", "live_view", "said_of_family", "tick"]
@@ -27,7 +34,9 @@ _MOST_SYMBOLS: Final = 4
 
 def growth_view(growth: Growth) -> Iterator[Part]:
     """What grew; only rows in which something differs."""
-    figures = (("USS", growth.uss), ("PSS", growth.pss), ("RSS", growth.rss))
+    figures = [("USS", growth.uss), ("PSS", growth.pss), ("RSS", growth.rss)]
+    if growth.swapped.before or growth.swapped.after:
+        figures.append(("swapped out", growth.swapped))
     yield ((", ".join(f"{name} {_moved(figure)}" for name, figure in figures), "bold"),)
     yield (f"  {_said_of_processes(growth)}",)
     kinds = _by_kind(growth.mappings)
@@ -35,32 +44,46 @@ def growth_view(growth: Growth) -> Iterator[Part]:
         yield (f"  own memory by kind: {', '.join(f'{kind} {_signed(number)}' for kind, number in kinds)}",)
     elif not growth.mappings:
         yield ("  memory that is no file's is not compared: an older version saved one of the audits",)
-    rows = [((row.kind, printable(row.name)), row) for row in growth.mappings if row.kind != "file"]
-    yield from _table(("kind", "name"), rows)
+    yield from _table(("kind", "name"), _not_of_libraries(growth))
     yield from _table(
         ("library",), [((printable(row.path.rpartition("/")[2]),), row) for row in growth.libraries]
     )
     changed = [
         process
         for process in growth.processes
-        if process.state != "stayed" or process.uss.change or process.pss.change or process.rss.change
+        if process.state != "stayed" or any(figure.change for figure in _figures(process))
     ]
     if changed:
+        swapped = (">swapped out",) if any(process.swapped.change for process in changed) else ()
         yield ()
         yield Table(
-            ("process", "name", "", ">USS", ">PSS", ">RSS"),
+            ("process", "name", "", ">USS", ">PSS", ">RSS", *swapped),
             [
                 (
                     str(process.pid),
                     printable(process.name),
                     "" if process.state == "stayed" else process.state,
-                    *(_moved(figure) for figure in (process.uss, process.pss, process.rss)),
+                    *map(_moved, _figures(process)[: 3 + len(swapped)]),
                 )
                 for process in changed
             ],
         )
     yield from eroded_rows(growth.erosion)
     yield ()
+
+
+def _figures(process: ProcessGrowth) -> tuple[AmountChange, ...]:
+    return process.uss, process.pss, process.rss, process.swapped
+
+
+def _not_of_libraries(growth: Growth) -> list[tuple[tuple[str, str], MappingGrowth]]:
+    """The rows of memory that is no library's: files that are mapped shared only are among them."""
+    names = {os.path.basename(library.path) for library in growth.libraries}
+    return [
+        ((row.kind, printable(row.name)), row)
+        for row in growth.mappings
+        if row.kind != "file" or os.path.basename(row.name) not in names
+    ]
 
 
 def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
@@ -74,6 +97,8 @@ def tick(audit: Audit, first: Audit, previous: Audit | None = None) -> Line:
     clock = time.strftime("%H:%M:%S", time.localtime(audit.when))
     pss = "?" if audit.pss is None else size(audit.pss)
     sizes = f"USS {size(audit.uss)}, PSS {pss}, RSS {size(audit.rss)}"
+    if since_start.swapped.before or since_start.swapped.after:
+        sizes += f", swapped out {_moved(since_start.swapped)}"
     changed = [*said_of_family(family_of(previous, audit))]
     own = _own_change(since_start)
     if own:
@@ -123,7 +148,7 @@ def live_view(audit: Audit, first: Audit, previous: Audit) -> Iterator[Part]:
     yield Table(("process", "name", ">RSS", ">PSS", ">USS", ">since start"), rows)
     yield from _table(
         ("kind", "name"),
-        [((row.kind, printable(row.name)), row) for row in since_start.mappings if row.kind != "file"],
+        _not_of_libraries(since_start),
     )
     yield ()
     yield library_rows(audit, first)
@@ -195,10 +220,12 @@ def _signed(number: int) -> str:
     return f"{'+' if number >= 0 else '-'}{size(abs(number))}"
 
 
-def changes_view(changes: Sequence[PageChange], page_size: int) -> Iterator[Part]:
-    """What differs between two audits."""
+def changes_view(changes: Sequence[PageChange], growth: Growth, page_size: int) -> Iterator[Part]:
+    """What differs between two audits in pages of files, of processes that are in both."""
     if not changes:
-        yield ("no page went private, was rewritten, or returned",)
+        some = any(process.state != "stayed" for process in growth.processes)
+        besides = ", of processes that stayed" if some else ""
+        yield (f"no page went private, was rewritten, or returned{besides}",)
         return
     number = {kind: sum(page.processes for page in changes if page.change == kind) for kind in _CHANGES}
     said = [f"{count(number[kind], 'page')} {words}" for kind, words in _CHANGES.items() if number[kind]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,7 +16,7 @@ from miniloader.report.text import Piece, Table, more
 if TYPE_CHECKING:
     from miniloader.lab.audit.grouping import MemoryGroup
     from miniloader.lab.audit.mappings import AuditedMapping
-    from miniloader.lab.audit.result import Audit
+    from miniloader.lab.audit.result import Audit, AuditedLibrary
 
 __all__ = ["COUNTED", "group_rows", "library_rows", "mapping_rows", "short_kind"]
 
@@ -23,11 +24,20 @@ __all__ = ["COUNTED", "group_rows", "library_rows", "mapping_rows", "short_kind"
 COUNTED: Final = ("mapped", "present", "shared", "private", "bss")
 
 
-def mapping_rows(mappings: Sequence[AuditedMapping]) -> Table:
-    """A row for each kind and name of memory, in bytes over all processes; those of files in one."""
-    files = [mapping for mapping in mappings if mapping.kind == "file"]
-    rows = [(str(mapping.kind), printable(mapping.name), [mapping]) for mapping in mappings]
-    rows = [row for row in rows if row[0] != "file"]
+def mapping_rows(mappings: Sequence[AuditedMapping], libraries: Sequence[AuditedLibrary] = ()) -> Table:
+    """A row for each kind and name of memory, in bytes over all processes.
+
+    Those of ``libraries``, which are shown below, are in one.  A file that is mapped shared only is no
+    library, and may be the largest of all: it has a row.
+    """
+    names = {library.name for library in libraries}  # one that is there under several paths has one name
+    rows: list[tuple[str, str, list[AuditedMapping]]] = []
+    files: list[AuditedMapping] = []
+    for mapping in mappings:
+        if mapping.kind == "file" and os.path.basename(mapping.name) in names:
+            files.append(mapping)
+        else:
+            rows.append((mapping.kind, printable(mapping.name), [mapping]))
     if files:
         rows.append(("file", f"{count(len(files), 'file')}, below", files))
     shown = []

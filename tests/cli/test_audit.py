@@ -20,6 +20,7 @@ from fixtures import build
 from miniloader.kernel.frames import has_merged
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.result import Audit
+from miniloader.report.numbers import size
 from tests.lab.audit.told_processes import Told, told, told_children
 
 _COMMAND = [sys.executable, "-m", "miniloader"]
@@ -54,6 +55,19 @@ def test_the_answer_comes_first(family: tuple[Told, list[int]]) -> None:
     assert "evidence: " in done.stdout
     assert "libdemo.so: 0 own pages in each process: 4 besides, copied, are still shared" in done.stdout
     assert any(row.split()[:1] == [str(parent.pid)] for row in done.stdout.splitlines())
+
+
+def test_processes_are_told_in_sizes_and_nothing_that_is_said_is_called_hidden(
+    family: tuple[Told, list[int]],
+) -> None:
+    """A count of pages beside sizes is read as one: "1,536 in huge pages" as so many huge ones."""
+    parent, _ = family
+    done = run("audit", parent.pid, "--level", "flags")
+    assert re.search(r": [0-9.]+ [KM]iB in proportion \(PSS\)", done.stdout)
+    assert "PSS and who" not in done.stdout
+    (process,) = json.loads(run("audit", parent.pid, "--json", "--no-causes").stdout)["processes"]
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith(str(parent.pid))]
+    assert size(process["anonymous"] * PAGE_SIZE) in row
 
 
 def test_json_keeps_its_keys(family: tuple[Told, list[int]], demo: Path) -> None:

@@ -55,6 +55,7 @@ class ProcessGrowth:
     rss: AmountChange
     pss: AmountChange
     uss: AmountChange
+    swapped: AmountChange
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class LibraryGrowth:
 class Growth:
     """What grew.  There are no ``mappings`` where an older version saved one of the audits without them.
 
-    ``rss``, ``pss`` and ``uss`` are those of all processes, each memory counted once.  ``erosion`` is what
+    ``rss``, ``pss``, ``uss`` and what is ``swapped`` out (in none of the others: who is swapped out seems to
+    shrink) are those of all processes, each memory counted once.  ``erosion`` is what
     relatives have no longer in common; None where one of the audits had no frames.  ``executed`` are those
     that stayed with another program, before and after.
     """
@@ -91,6 +93,7 @@ class Growth:
     rss: AmountChange
     pss: AmountChange
     uss: AmountChange
+    swapped: AmountChange
     processes: tuple[ProcessGrowth, ...]
     mappings: tuple[MappingGrowth, ...]
     libraries: tuple[LibraryGrowth, ...]
@@ -119,10 +122,15 @@ class Family(NamedTuple):
 
 def growth(before: Audit, after: Audit) -> Growth:
     """What is more, or less, in the audit ``after``; what grew most comes first."""
+
+    def swapped(process: AuditedProcess) -> int:
+        return process.swapped * before.page_size
+
     return Growth(
         rss=AmountChange(before.rss, after.rss),
         pss=AmountChange(before.pss, after.pss),
         uss=AmountChange(before.uss, after.uss),
+        swapped=AmountChange(*(sum(map(swapped, audit.counted)) for audit in (before, after))),
         processes=tuple(sorted(_processes(before, after), key=lambda process: -process.uss.change)),
         mappings=tuple(sorted(_mappings(before, after), key=_order)),
         libraries=tuple(sorted(_libraries(before, after), key=_order)),
@@ -155,13 +163,19 @@ def _processes(before: Audit, after: Audit) -> Iterable[ProcessGrowth]:
         first, second = old.get(key), new.get(key)
         process = second or first
         if process is not None:
-            figures = {name: _of_process(first, second, name) for name in ("rss", "pss", "uss")}
+            figures = {
+                name: _of_process(first, second, name, unit)
+                for name, unit in {"rss": 1, "pss": 1, "uss": 1, "swapped": before.page_size}.items()
+            }
             state: State = "came" if first is None else "went" if second is None else "stayed"
             yield ProcessGrowth(process.pid, process.name, state, **figures)
 
 
-def _of_process(first: AuditedProcess | None, second: AuditedProcess | None, name: str) -> AmountChange:
-    return AmountChange(*(None if process is None else getattr(process, name) for process in (first, second)))
+def _of_process(
+    first: AuditedProcess | None, second: AuditedProcess | None, name: str, unit: int
+) -> AmountChange:
+    figures = (None if process is None else getattr(process, name) for process in (first, second))
+    return AmountChange(*(None if figure is None else figure * unit for figure in figures))
 
 
 def _mappings(before: Audit, after: Audit) -> Iterable[MappingGrowth]:
@@ -215,7 +229,7 @@ _FIGURES: Final = dict.fromkeys(_COLUMNS, _BEFORE_AFTER)
 GROWTH_KEYS: Final = {
     "processes": array(record(
         {"pid": COUNT, "name": TEXT, "state": words("came went stayed")},
-        dict.fromkeys(("rss", "pss", "uss"), _BEFORE_AFTER),
+        dict.fromkeys(("rss", "pss", "uss", "swapped"), _BEFORE_AFTER),
     )),
     "mappings": array(record({"kind": KIND_SCHEMA, "name": TEXT}, _FIGURES)),
     "libraries": array(record({"path": TEXT, "build_id": nullable(HEX)}, _FIGURES)),

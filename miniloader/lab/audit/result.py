@@ -251,7 +251,7 @@ class Audit(Showing):
 
     @property
     def uss(self) -> int:
-        """What ending all of these processes frees at least, in bytes: each one's own."""
+        """What each of the processes alone has mapped, in bytes: files' pages and shared memory as well."""
         return sum(process.uss for process in self.counted)
 
     @property

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from subprocess import PIPE, Popen
 
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.growth import AmountChange, Growth, family_of, growth
-from miniloader.report.audit_growth import growth_view, tick
+from miniloader.report.audit import lines
+from miniloader.report.audit_growth import changes_view, growth_view, tick
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import ANONYMOUS, KB, rollup_of, told, told_children
 
@@ -61,6 +64,8 @@ def test_who_came_and_who_went() -> None:
     assert [process.pid for process in family.forked] == second
     assert [process.pid for process in family.ended] == first
     assert not family.came
+    (said,) = changes_view((), growth(before, after), before.page_size)
+    assert plain(said) == "no page went private, was rewritten, or returned, of processes that stayed"
     assert f"forked {second[0]}, ended {first[0]}" in plain(tick(after, before))
 
 
@@ -104,3 +109,35 @@ def test_a_library_that_is_written() -> None:
     assert crypto.own.before is None
     assert (crypto.own.after or 0) >= PAGE_SIZE
     assert crypto.inherited == AmountChange(None, 0)
+
+
+def test_files_that_are_no_libraries_have_rows_of_their_own(tmp_path: Path) -> None:
+    """A database maps its data shared: it is in no table of libraries, and may be the most of all."""
+    data = tmp_path / "data.mdb"
+    data.write_bytes(b"x" * _SIZE)
+    grow = "import mmap\ndef grow():\n    global pages\n    pages = mmap.mmap(file, 0)\n    pages.read()\n"
+    with told(f"file = os.open({str(data)!r}, os.O_RDWR)", grow) as process:
+        before = audit([process.pid], causes=False)
+        process("grow()")
+        after = audit([process.pid], causes=False)
+    rows = [plain(line).split() for line in laid_out(lines(after), None)]
+    assert any(row[:3] == ["file", str(data), "1"] and row[3:5] == ["16", "MiB"] for row in rows)
+    assert ["file", f"{len(after.libraries)}", "files,", "below"] in [row[:4] for row in rows]
+    assert f"file {data} – → 16 MiB (+16 MiB)" in " ".join(text_of(growth(before, after)).split())
+
+
+def test_what_is_swapped_out_has_not_gone() -> None:
+    """It is in none of the three sums: a pool that is swapped out would seem to shrink."""
+    with told(ANONYMOUS) as process:
+        resident = audit([process.pid], causes=False)
+    (was,) = resident.processes
+    pages = 1 << 20
+    out = replace(was, rss=was.rss - (pages << 10), uss=was.uss - (pages << 10), swapped=was.swapped + pages)
+    swapped = replace(resident, processes=(out,))
+    grown = growth(resident, swapped)
+    size = pages * PAGE_SIZE
+    assert grown.swapped.change == grown.processes[0].swapped.change == size
+    assert grown.to_json()["processes"][0]["swapped"] == {"before": 0, "after": size}
+    assert "swapped out 0 bytes → 4 GiB (+4 GiB)" in text_of(grown)
+    assert "swapped out 0 bytes → 4 GiB (+4 GiB)" in plain(tick(swapped, resident))
+    assert "swapped" not in text_of(growth(resident, resident))

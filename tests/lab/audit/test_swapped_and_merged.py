@@ -232,7 +232,7 @@ def test_merged_pages_are_not_inherited_ones(
 
 @needs_frames
 def test_merged_pages_of_relatives_are_no_copies_of_their_own(merging: None) -> None:
-    """KSM maps one frame 256 times (max_page_sharing): pages that are all alike are in several frames then."""
+    """KSM maps one frame 256 times (max_page_sharing): pages that are all alike are in several frames."""
     if not marks_merged():
         pytest.skip("this kernel does not tell which frames are merged")
     pages = 1024
