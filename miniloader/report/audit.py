@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from miniloader.errors import printable
+from miniloader.lab.audit.since_fork import had_at_fork, parents_in
+from miniloader.lab.erosion.advice import can_be_prepared
 from miniloader.report.audit_rows import COUNTED, group_rows, library_rows, mapping_rows, short_kind
 from miniloader.report.erosion import advice_view, erosion_view
 from miniloader.report.numbers import count, size
@@ -58,7 +60,8 @@ def lines(audit: Audit, *, pages: bool = False, groups: Sequence[MemoryGroup] = 
     if audit.libraries:
         yield ()
         yield library_rows(audit)
-    said = [text for library in audit.libraries if (text := sentence(library))]
+    parents = parents_in(audit.processes)
+    said = [text for library in audit.libraries if (text := sentence(library, parents))]
     if audit.explained and said:
         yield ()
         yield from said if pages else said[:_MOST_SENTENCES]
@@ -119,19 +122,22 @@ def _by_kind(mappings: Iterable[AuditedMapping], column: str) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------- sentences
-def sentence(library: AuditedLibrary) -> Line:
+def sentence(library: AuditedLibrary, parents: Mapping[int, int]) -> Line:
     """``libcrypto.so.3: 101 own pages in each process: 97 only relocated (…), 4 written …``.
 
-    Copies that relatives still share cost nothing yet, so they are counted and not explained.
+    Copies that relatives still share cost nothing yet, so they are counted and not explained.  ``parents``
+    are those of processes that were forked.
     """
     if not library.private_pages and not library.swapped_pages:
         return ()
     by_kind: dict[str, dict[int, int]] = {}
     symbols: dict[str, int] = {}
+    forked = had_at_fork(library, parents)
     for page in library.private_pages:
         kind, alone = _kind(page), (Counter(page.pids) - Counter(page.common)).elements()
         for pid in alone:
-            of_kind = by_kind.setdefault(kind, {})
+            copied_again = kind == "relocated" and forked.get(pid) in page.pids
+            of_kind = by_kind.setdefault("again" if copied_again else kind, {})
             of_kind[pid] = of_kind.get(pid, 0) + 1
             for name in page.written if kind == "written" else ():
                 symbols[name] = symbols.get(name, 0) + 1
@@ -149,6 +155,8 @@ def sentence(library: AuditedLibrary) -> Line:
             numbers = [by_kind[kind].get(pid, 0) for pid in pids]
             if kind == "relocated" and any(process.beforehand for process in library.processes):
                 words = "relocated in each process, with addresses in other libraries"
+            elif kind == "relocated" and not can_be_prepared(library.name):
+                words = "only relocated (sharable by fork)"
             parts.append(f"{_span(numbers)} {words}")
             if kind == "written" and symbols:
                 parts[-1] += f", {_named(sorted(symbols, key=lambda name: (-symbols[name], name)))}"
@@ -165,6 +173,7 @@ def sentence(library: AuditedLibrary) -> Line:
 
 _KINDS = {
     "relocated": "only relocated (sharable with prepared pages or fork)",
+    "again": "only relocated, yet copied again since the fork",
     "written": "written by the program",
     "patched": "written though not writable",
     "bss": "with the start of bss, and not written otherwise",

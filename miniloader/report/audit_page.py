@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from miniloader.lab.audit.library_pages import Sight
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
+from miniloader.lab.audit.since_fork import parents_in
 from miniloader.lab.audit.timeline import Moment
 from miniloader.report.audit import sentence
 from miniloader.report.audit_rows import mapping_rows
@@ -80,7 +81,7 @@ def _drawn(audit: Audit, sight: Sight) -> _Drawn:
         ranges=(*_causes(audit, sight), *_named(audit, sight)),
         pages=bytes_of_pages(study.landmarks, sight.plan, study.pages, None),
     )
-    return _Drawn(library, plain(sentence(library)), film)
+    return _Drawn(library, plain(sentence(library, parents_in(audit.processes))), film)
 
 
 def _named(audit: Audit, sight: Sight) -> Iterator[Range]:

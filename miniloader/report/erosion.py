@@ -155,7 +155,8 @@ def _told(piece: Advice) -> str:
         "freeze": f"gc.freeze() before the fork: {amount} of {workers}, less what is read there as well",
         "huge-pages": f"no huge pages (PR_SET_THP_DISABLE) after the fork: {amount} of {workers}",
         "preload": f"loading before the fork: {amount} of {workers}, and what {names} {leave} in the heap",
-        "prepared": f"prepared pages (`miniloader prepare`): {amount}, of what is only relocated ({names})",
+        "prepared": f"prepared pages where miniloader loads (`miniloader prepare`): {amount}, of what is only"
+        f" relocated ({names})",
         "twice": f"one file instead of several of {names} (other inodes): {amount} of {workers}",
         "arenas": f"one arena of malloc for all threads (MALLOC_ARENA_MAX=1): {amount} of {workers}",
         "other-build": f"one build of {names} instead of several: {amount} of {workers}",

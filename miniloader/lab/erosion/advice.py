@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median_low
 from typing import Any, Final, Literal
 
+from miniloader.forking import importing
 from miniloader.json_schema import COUNT, TEXT, array, record, words
 from miniloader.lab.audit.result import Audit, AuditedLibrary, PrivatePage
+from miniloader.lab.audit.since_fork import had_at_fork, parents_in
 from miniloader.values import dataclass
 
-__all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise"]
+__all__ = ["ADVICE_SCHEMA", "Advice", "advice_json", "advise", "can_be_prepared"]
 
 AdviceKind = Literal[
     "one-more", "ending-one", "freeze", "huge-pages", "preload", "prepared", "twice", "other-build", "arenas"
@@ -25,9 +29,11 @@ _ALIKE: Final = 3  # times that the largest of workers has what the smallest has
 class Advice:
     """One thing to do, and what it saves (``one-more``: costs), in bytes.
 
-    - ``one-more``: another worker like those of ``pids`` costs about so much, as their median has it (USS);
-      where they are not alike, as servers with helpers of several kinds are, at most as much as the largest.
-    - ``ending-one``: ending one of them frees at least so much: the least that one has of its own.
+    - ``one-more``: another worker like those of ``pids`` costs about so much, as their median has it: copies
+      and anonymous memory of its own; where they are not alike, as servers with helpers of several kinds
+      are, at most as much as the largest.
+    - ``ending-one``: ending one of them frees at least so much: the least of such memory that one has.
+      Shared memory and pages of files stay, whoever alone had mapped them.
     - ``freeze``: ``gc.freeze()`` before the fork saves at most this over all of ``pids``: what holds the same
       bytes as its relative has, which references may have touched as well, or differs in the collector's
       words; a copy that several of them have in common is counted once.
@@ -35,7 +41,9 @@ class Advice:
       is saved at most where these workers may have no transparent huge pages (``PR_SET_THP_DISABLE``).
     - ``preload``: that the parent loads ``libraries`` before it forks saves at least this: copies that are
       only relocated, in each of ``pids`` but one.  What their initialisation leaves in the heap comes on top.
-    - ``prepared``: pages that are only relocated, of all processes: what prepared pages save at most.
+    - ``prepared``: pages that are only relocated, of all processes: what prepared pages save at most.  Left
+      out are what cannot be prepared (programs, the system's own libraries), and what was copied since the
+      fork though it had been relocated before: that would be copied again.
     - ``twice``: one library that is several files in the page cache: about what the further ones take.
     - ``other-build``: several builds of one library, told by its name: all but the largest take so much at
       most that one build for all would save.
@@ -70,8 +78,11 @@ def advice_json(audit: Audit) -> list[dict[str, Any]]:
 def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Advice]:
     """What concerns a parent, or the eldest of siblings, and the others."""
     pids = tuple(workers)
-    own = {process.pid: process.uss for process in audit.counted}
-    costs = [own[pid] for pid in pids if pid in own]
+    costs = [
+        (process.anonymous - process.anonymous_shared) * audit.page_size
+        for process in audit.counted
+        if process.pid in pids
+    ]
     if costs:
         if max(costs) <= _ALIKE * min(costs):
             yield Advice("one-more", "about", median_low(costs), pids)
@@ -94,7 +105,10 @@ def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Ad
 
 def _of_files(audit: Audit) -> Iterator[Advice]:
     """What concerns files, whoever has them."""
-    relocated = {library.path: sum(map(_alone, _relocated(library))) for library in audit.libraries}
+    parents = parents_in(audit.processes)
+    relocated = {
+        library.path: _to_prepare(library, had_at_fork(library, parents)) for library in audit.libraries
+    }
     paths = tuple(path for path, number in relocated.items() if number)
     yield Advice("prepared", "at most", sum(relocated.values()) * audit.page_size, (), paths)
     for library in audit.libraries:
@@ -131,9 +145,27 @@ def _relocated(library: AuditedLibrary) -> list[PrivatePage]:
     return [page for page in library.private_pages if page.only_relocated]
 
 
-def _alone(page: PrivatePage) -> int:
-    """How many processes have a copy of the page that nobody else has."""
-    return len(page.pids) - len(page.common)
+def _to_prepare(library: AuditedLibrary, forked: Mapping[int, int]) -> int:
+    """How many copies prepared pages would save; ``forked``: who had it at the fork, with the parents."""
+    pages = _relocated(library)
+    if not pages or not can_be_prepared(library.name):
+        return 0
+    alone = ((page, pid) for page in pages for pid in (Counter(page.pids) - Counter(page.common)).elements())
+    return sum(forked.get(pid) not in page.pids for page, pid in alone)
+
+
+def can_be_prepared(name: str) -> bool:
+    """Whether `miniloader prepare` takes a file so called, and others that need it take it from there.
+
+    >>> can_be_prepared("libz.so.1"), can_be_prepared("libc-2.31.so"), can_be_prepared("nginx")
+    (True, False, False)
+    """
+    with importing:
+        from miniloader.loader.policy import comes_from_host
+    if ".so" not in name or name.startswith("ld-"):  # a program, or what loads all others
+        return False
+    stem = re.split(r"-[0-9.]+(?=\.so)|\.so", name, maxsplit=1)[0]  # glibc's own were called so to 2.33
+    return not any(comes_from_host(f"{stem}.so{version}") for version in ("", ".0", ".1", ".2", ".6"))
 
 
 def _but_one(library: AuditedLibrary, pids: Sequence[int]) -> int:

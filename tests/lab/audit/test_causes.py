@@ -100,7 +100,7 @@ def test_a_breakpoint_is_not_the_programs_doing(loaded: Told, demo: Path) -> Non
         pytest.skip(f"this kernel lacks writing to /proc/PID/mem for us: {error}")
     page = by_vaddr(library(loaded, demo))[place & -PAGE_SIZE]
     assert (page.causes, page.reason) == (("write",), NOT_WRITABLE)
-    said = plain(sentence(library(loaded, demo)))
+    said = plain(sentence(library(loaded, demo), {}))
     assert "1 written though not writable" in said
     loaded(
         f"libc = ctypes.CDLL(None); page = ctypes.c_void_p({address & -PAGE_SIZE})\n"

@@ -12,8 +12,9 @@ import pytest
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.result import Audit
+from miniloader.lab.audit.since_fork import parents_in
 from miniloader.lab.erosion.advice import Advice, advise
-from miniloader.report.audit import lines
+from miniloader.report.audit import lines, sentence
 from miniloader.report.erosion import advice_view
 from miniloader.report.numbers import size
 from miniloader.report.text import laid_out, plain
@@ -107,6 +108,47 @@ def test_of_workers_that_differ_the_largest_is_what_one_more_costs_at_most() -> 
     largest = max(process.uss for process in found.processes if process.pid in children)
     assert (promised.bound, freed.bound) == ("at most", "at least")
     assert promised.bytes == largest > 8 << 20 > freed.bytes
+
+
+def test_shared_memory_is_not_freed_by_whoever_ends() -> None:
+    """A server's pool of buffers is mapped by who touches it: alone, yet it outlives him."""
+    length = 16 << 20
+    shared = f"array = libc.mmap(None, {length}, 3, 0x21, -1, 0)"  # MAP_SHARED | MAP_ANONYMOUS
+    with pool("libc.mmap.restype = ctypes.c_void_p", shared) as workers:
+        child = workers.fork()
+        workers.ask(child, f"ctypes.memset(array, 1, {length})")
+        found = audit(workers.pids, library="nothing")
+        costs, freed = advice(found, "one-more"), advice(found, "ending-one")
+        assert next(process.uss for process in found.processes if process.pid == child) > length
+        workers.parent(f"os.kill({child}, 9); os.waitpid({child}, 0)")
+        assert workers.parent("answer = ctypes.string_at(array, 1)[0]") == 1
+    assert freed.bytes <= costs.bytes < length // 4
+
+
+def test_what_was_copied_since_the_fork_is_not_saved_by_preparing(demo: Path) -> None:
+    """A page that holds what relocation left there may have been written to all the same, with the same."""
+    load = f"lib = ctypes.CDLL({str(demo)!r})"
+    with pool(load) as workers:
+        (library,) = audit([workers.pid], library=demo.name).libraries
+        page = next(page for page in library.private_pages if page.only_relocated)
+        address = library.processes[0].base + page.vaddr
+        write = f"libc.mprotect(ctypes.c_void_p({address}), {PAGE_SIZE}, 3);"
+        write += f"ctypes.memmove({address}, ctypes.string_at({address}, {PAGE_SIZE}), {PAGE_SIZE})"
+        alone = advise(audit([workers.pid], library=demo.name))
+        children = [workers.fork() for _ in range(3)]
+        for child in children:
+            workers.ask(child, write)
+        found = audit(workers.pids, library=demo.name)
+        text = plain(sentence(found.library(demo.name), parents_in(found.processes)))
+        whole = audit(workers.pids)
+    (before,), (after,) = ([row for row in rows if row.kind == "prepared"] for rows in (alone, advise(found)))
+    assert after.bytes <= before.bytes
+    assert "0 to 1 only relocated, yet copied again since the fork" in text
+    named = {
+        os.path.basename(path) for row in advise(whole) if row.kind == "prepared" for path in row.libraries
+    }
+    assert demo.name in named
+    assert not {name for name in named if name.startswith(("python", "libc.", "ld-"))}
 
 
 def test_preloading_saves_at_least_what_is_said() -> None:
