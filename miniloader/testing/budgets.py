@@ -80,6 +80,6 @@ def _check_memory(snapshot: MemorySnapshot, column: str, bound: str, given: int 
     of = f"{len(beyond)} of {count(len(numbers), 'process', 'processes')}"
     raise AssertionError(
         f"{at(snapshot)}memory {words}: {', '.join(sizes[:_MOST])}{', …' if len(sizes) > _MOST else ''};"
-        f" {bound} {size(limit)} allowed ({of})\n\n{table}\n"
+        f" {bound} {size(limit)} {'allowed' if bound == 'at most' else 'expected'} ({of})\n\n{table}\n"
         f"{evidence_of(snapshot)}"
     )

@@ -338,6 +338,7 @@ def test_the_memory_of_a_pool(crew: StartCrew, tmp_path: Path, monkeypatch: pyte
     assert "anonymous" in message
     message = failure(assert_memory, wrote, still_shared_at_least="16 MiB")
     assert message.startswith("wrote: memory still shared with relatives: ")
+    assert "at least 16 MiB expected (2 of 2 processes)" in message
     for pid in workers.pids:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         own = sum(int(size) for size in re.findall(r"Private_(?:Clean|Dirty): +(\d+)", text)) * 1024

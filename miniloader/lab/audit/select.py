@@ -51,7 +51,7 @@ def _fits_user(process: _Candidate, user: str) -> bool:
 
 
 def _fits_cgroup(process: _Candidate, pattern: str) -> bool:
-    return matches(pattern, *process.groups.paths)
+    return any(matches(pattern, path, path.removeprefix("/")) for path in process.groups.paths)
 
 
 def _fits_unit(process: _Candidate, pattern: str) -> bool:
@@ -92,7 +92,7 @@ def choose(*, tree: int | None = None, **criteria: str | None) -> tuple[int, ...
     - ``name``: a shell pattern (or a part) of the name or of the program's file name
     - ``command``: one of the command line, its arguments joined by spaces
     - ``user``: a user's name or number
-    - ``cgroup``: a pattern (or a part) of the path of one of its control groups
+    - ``cgroup``: a pattern (or a part) of the path of one of its control groups, with its first "/" or not
     - ``unit``: a unit of systemd, with its ending or without, or a pattern: ``nginx``, ``app-*.scope``
     - ``container``: how a container's identifier begins, or its name where the control group has that
 

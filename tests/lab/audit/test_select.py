@@ -140,5 +140,7 @@ def test_units_and_containers_are_found_by_the_control_group() -> None:
         assert choose(unit="fleet") == (first,)  # the slice: whole names are meant, not parts
         assert choose(cgroup="/fleet-docker/") == (second,)
         assert choose(cgroup="*.service/app") == (unit,)
+        assert choose(cgroup="fleet-d*") == choose(cgroup="/fleet-d*") == (second,)  # from its root on
+        assert choose(cgroup="docker-*") == ()
         audit = miniloader.audit([unit], causes=False)
         assert audit.processes[0].cgroup == "/fleet-system.slice/fleet@7.service/app"
