@@ -98,31 +98,38 @@ def _short(name: str) -> str:
 
 
 def library_rows(audit: Audit, before: Audit | None = None) -> Table:
-    """A row for each library, in pages over all processes; ``before`` adds what has changed since."""
+    """A row for each library, in pages over all processes.
+
+    With ``before`` what has changed since, not how much is mapped, and what separate copies would take:
+    a live table has few lines, and a row that is too long is several.
+    """
     swapped = ("swapped",) if any(library.swapped for library in audit.libraries) else ()
-    names = ("mapped", "present", "shared", "by fork", "own", "bss", *swapped)
-    columns = ("library", ">in", *(f">{name}" for name in names), ">takes", ">apart")
-    libraries_before = before.libraries if before is not None else ()
-    old = {library.build_id or library.path: library for library in libraries_before}
+    mapped, apart = (("mapped",), (">apart",)) if before is None else ((), (">since start",))
+    names = (*mapped, "present", "shared", "by fork", "own", "bss", *swapped)
+    old = {library.build_id or library.path: library.own for library in (before or audit).libraries}
     rows = []
     for library in audit.libraries:
         several = f" ({library.files} separate files)" if library.files > 1 else ""
         cells: list[Piece] = [
             (printable(library.name) + several, "yellow") if several else printable(library.name),
             f"{len({process.pid for process in library.processes}):,}",
-            *(f"{sum(map(attrgetter(field), library.processes)):,}" for field in COUNTED[:3]),
+            *(_over_all(library, field) for field in (*mapped, "present", "shared")),
             f"{library.common:,}",
             f"{library.private - library.common:,}",
-            *(f"{sum(map(attrgetter(field), library.processes)):,}" for field in ("bss", *swapped)),
+            *(_over_all(library, field) for field in ("bss", *swapped)),
             size(library.frames * audit.page_size if library.takes is None else library.takes),
-            size(library.present * audit.page_size),
         ]
-        if before is not None:
-            counterpart = old.get(library.build_id or library.path)
-            change = library.own - (counterpart.own if counterpart is not None else 0)
+        if before is None:
+            cells.append(size(library.present * audit.page_size))
+        else:
+            change = library.own - old.get(library.build_id or library.path, 0)
             cells.append((f"{change:+,}" if change else "·", "red" if change > 0 else "green"))
         rows.append(cells)
-    return Table((*columns, ">since start") if before is not None else columns, rows)
+    return Table(("library", ">in", *(f">{name}" for name in names), ">takes", *apart), rows)
+
+
+def _over_all(library: AuditedLibrary, field: str) -> str:
+    return f"{sum(map(attrgetter(field), library.processes)):,}"
 
 
 _MOST_MAPPINGS = 12

@@ -13,7 +13,7 @@ from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.audit import audit
 from miniloader.lab.audit.growth import AmountChange, Growth, family_of, growth
 from miniloader.report.audit import lines
-from miniloader.report.audit_growth import changes_view, growth_view, tick
+from miniloader.report.audit_growth import changes_view, growth_view, live_view, tick
 from miniloader.report.text import laid_out, plain
 from tests.lab.audit.told_processes import ANONYMOUS, KB, rollup_of, told, told_children
 
@@ -124,6 +124,16 @@ def test_files_that_are_no_libraries_have_rows_of_their_own(tmp_path: Path) -> N
     assert any(row[:3] == ["file", str(data), "1"] and row[3:5] == ["16", "MiB"] for row in rows)
     assert ["file", f"{len(after.libraries)}", "files,", "below"] in [row[:4] for row in rows]
     assert f"file {data} – → 16 MiB (+16 MiB)" in " ".join(text_of(growth(before, after)).split())
+
+
+def test_a_live_table_fits_a_terminal() -> None:
+    """In 80 columns a row is a line: half of the libraries were beyond the last one."""
+    with told() as process, told_children(process, 2) as children:
+        looks = [audit([process.pid, *children], causes=False) for _ in range(2)]
+    shown = [plain(line) for line in laid_out(live_view(looks[1], looks[0], looks[0]), 80)]
+    assert any(line.startswith("library ") and line.endswith(" since start") for line in shown)
+    assert not [line for line in shown if "since start:" in line]
+    assert "apart" in "\n".join(plain(line) for line in laid_out(lines(looks[1]), 80))
 
 
 def test_what_is_swapped_out_has_not_gone() -> None:
