@@ -70,7 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="libraries",
         type=_csv,
-        help="print a row for each of the processes, mappings, libraries (the default), or groups of --by",
+        help="print a row for each of the processes, mappings, libraries (the default), or groups of --by; in"
+        " bytes, but in pages what is of libraries and, of processes, from anonymous to swapped",
     )
 
 

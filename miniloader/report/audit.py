@@ -96,7 +96,8 @@ def summary(audit: Audit) -> Iterator[Line]:
     own = _by_kind(audit.mappings, "own")
     inherited = sum(_by_kind(audit.mappings, "inherited").values())
     if own:
-        by_fork = f"; copies that relatives still share: {size(inherited)}" if inherited else ""
+        shared = f"; copies that relatives still share: {size(inherited)}, counted in each of them"
+        by_fork = shared if inherited else ""
         yield (f"  own: {', '.join(f'{size(number)} {kind}' for kind, number in own.items())}{by_fork}",)
     present = sum(library.present for library in audit.libraries)
     frames = sum(library.frames for library in audit.libraries)
