@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -46,12 +47,12 @@ def _answers_what_cannot_be_pickled(items: Sequence[int]) -> object:
     return _squares(items) if os.getpid() == HERE else lambda: items
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [0, 1, 5, 100])
-def test_every_part_is_answered_in_order(parts: int, count: int) -> None:
-    answers = share_out(_squares, range(count), parts)
-    assert len(answers) == parts
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 12, 23, 100, 5000])
+def test_every_piece_is_answered_in_order(processes: int, count: int) -> None:
+    answers = share_out(_squares, range(count), processes)
     assert [item for answer in answers for item in answer] == _squares(range(count))
+    assert len(answers) <= 6 * processes
 
 
 def test_the_parts_are_done_by_different_processes() -> None:
@@ -77,14 +78,51 @@ def test_what_a_helper_does_not_do_is_done_here(work: Work) -> None:
     assert not _children()
 
 
-@pytest.mark.parametrize("call", ["fork", "memfd_create"])
+@pytest.mark.parametrize("slow", [0, 1], ids=["here", "helper"])
+def test_who_is_done_first_does_what_is_left(slow: int) -> None:
+    """One of the two has an item that takes until all others are done."""
+    done = mmap.mmap(-1, 60)  # which both have
+
+    def work(items: Sequence[int]) -> list[int]:
+        for item in items:
+            if item == 20 * slow:
+                until = time.monotonic() + 20
+                while sum(done[20 - 20 * slow + 1 : 40 - 20 * slow]) + sum(done[40:]) < 39:
+                    assert time.monotonic() < until
+                    time.sleep(0.001)
+            done[item] = 1
+        return [os.getpid()] * len(items)
+
+    pids = [pid for answer in share_out(work, range(60), 2) for pid in answer]
+    assert (pids[0], pids[-1]) == ((HERE, pids[20]) if slow == 0 else (HERE, HERE))
+    assert pids[20] != HERE
+    assert set(pids[40:]) == {pids[20] if slow == 0 else HERE}
+
+
+def test_what_a_helper_has_taken_and_not_done_is_done_here() -> None:
+    """It dies at the first item that it was not bound to do: with it goes what it had done before."""
+
+    def work(items: Sequence[int]) -> list[int]:
+        if os.getpid() == HERE:
+            time.sleep(0.01)  # until the helper has begun
+        elif items[0] >= 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return _squares(items)
+
+    answers = share_out(work, range(60), 2)
+    assert [item for answer in answers for item in answer] == _squares(range(60))
+    assert not _children()
+
+
+@pytest.mark.parametrize("call", ["fork", "memfd_create", "pipe"])
 def test_without_a_helper_all_is_done_here(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise BlockingIOError("Resource temporarily unavailable")
 
     before = sorted(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, call, refused)
-    assert share_out(_squares, range(4), 2) == [[0, 1], [4, 9]]
+    answers = share_out(_squares, range(60), 2)
+    assert [item for answer in answers for item in answer] == _squares(range(60))
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -105,8 +143,8 @@ def test_an_error_here_leaves_no_helper() -> None:
 
 @pytest.mark.parametrize(
     ("module", "call"),
-    [(os, "memfd_create"), (os, "fork"), (syscalls, "open_process"), (os, "waitpid")],
-    ids=["memfd_create", "fork", "open_process", "waitpid"],
+    [(os, "pipe"), (os, "memfd_create"), (os, "fork"), (syscalls, "open_process"), (os, "waitpid")],
+    ids=["pipe", "memfd_create", "fork", "open_process", "waitpid"],
 )
 def test_an_interrupt_at_any_moment_leaves_no_helper(
     module: ModuleType, call: str, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +164,7 @@ def test_an_interrupt_at_any_moment_leaves_no_helper(
     before = sorted(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(module, call, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        share_out(_squares, range(4), 2)
+        share_out(_squares, range(60), 2)
     monkeypatch.undo()
     assert not _children()
     assert sorted(os.listdir("/proc/self/fd")) == before
