@@ -40,5 +40,5 @@ class AddressRanges:
         """Whether any of ``length`` bytes from each of the ``addresses`` on lies in one of the ranges."""
         if not len(self):
             return np.zeros(len(addresses), np.bool_)
-        number = np.searchsorted(self._starts, addresses + np.uint64(length - 1), "right")
+        number = self._starts.searchsorted(addresses + np.uint64(length - 1), "right")
         return np.asarray((number > 0) & (self._ends[number - 1] > addresses))

@@ -23,6 +23,7 @@ from miniloader.values import NamedTuple
 __all__ = ["Vma", "as_named", "mappings_of", "parse_vma", "read_maps", "within"]
 
 _DELETED = b" (deleted)"
+_NEWLINE = rb"\012"
 _REST = rb"[rwx-]{3}[sp] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ [0-9]{1,20}(?:\s[^\n]*)?"
 
 
@@ -65,12 +66,20 @@ def parse_vma(line: bytes) -> Vma:
 
     Raises EvidenceError for a line that is not one.
     """
-    span, _, rest = line.partition(b" ")
-    start, _, end = span.partition(b"-")
-    try:
-        return _as_vma((int(start, 16), int(end, 16), *_rest(rest)))
-    except ValueError:
-        raise _no_line(line) from None
+    return _parsed([line])[0]
+
+
+def _parsed(lines: Sequence[bytes]) -> list[Vma]:
+    """What each of some lines says; one call for all, as there are a hundred in a small process."""
+    vmas = list[Vma]()
+    for line in lines:
+        span, _, rest = line.partition(b" ")
+        start, _, end = span.partition(b"-")
+        try:
+            vmas.append(_as_vma((int(start, 16), int(end, 16)) + _rest(rest)))
+        except ValueError:
+            raise _no_line(line) from None
+    return vmas
 
 
 _as_vma: Final[Callable[[Iterable[object]], Vma]] = partial(tuple.__new__, Vma)  # Vma._make counts them, too
@@ -89,7 +98,7 @@ def _rest(text: bytes) -> tuple[str, bool, int, tuple[int, int], int, str, bool]
     access, offset, device, inode, *rest = text.split(None, 4)
     major, minor = (int(part, 16) for part in device.split(b":"))
     name = rest[0] if rest else b""
-    path = os.fsdecode(name.removesuffix(_DELETED).replace(rb"\012", b"\n"))
+    path = os.fsdecode(name.removesuffix(_DELETED).replace(_NEWLINE, b"\n"))
     protection, shared = access[:3].decode(), access[3:] == b"s"
     return protection, shared, int(offset, 16), (major, minor), int(inode), path, name.endswith(_DELETED)
 
@@ -101,10 +110,15 @@ def read_maps(pid: int | None = None, *, start: int = 0, end: int = 1 << 64) -> 
     process that maps meanwhile may be seen half before and half after.  Raises ProcessGone, or
     EvidenceError where it may not be read.
     """
-    lines = read_process_file(pid, "maps").removesuffix(b"\n").split(b"\n")
-    vmas = [parse_vma(line) for line in (_near(lines, start, end) if start > 0 or end < 1 << 64 else lines)]
-    vmas = [vma for vma in vmas if vma.start < end and start < vma.end]
-    return tuple([as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas])
+    text = read_process_file(pid, "maps")
+    lines = text.removesuffix(b"\n").split(b"\n")
+    if start > 0 or end < 1 << 64:
+        vmas = [vma for vma in _parsed(_near(lines, start, end)) if vma.start < end and start < vma.end]
+    else:
+        vmas = _parsed(lines)
+    if _DELETED in text or _NEWLINE in text:
+        vmas = [as_named(vma) if vma.deleted or "\n" in vma.path else vma for vma in vmas]
+    return tuple(vmas)
 
 
 def _near(lines: Sequence[bytes], start: int, end: int) -> Sequence[bytes]:

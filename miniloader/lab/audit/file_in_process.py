@@ -134,7 +134,7 @@ def files_in_process(
 ) -> list[FileInProcess]:
     """Every file as it lies in a process whose mappings are ``vmas``; without causes yet."""
     copies, originals = pages.copies, pages.originals
-    swapped = np.flatnonzero(pages.swapped)
+    swapped = pages.swapped.nonzero()[0]
     swapped_from = np.searchsorted(pages.vma[swapped], np.arange(len(vmas) + 1))
     starts_of_copies, starts = copies.starts.tolist(), originals.starts.tolist()
     found = [
@@ -176,11 +176,11 @@ def _find_bss(found: Sequence[FileInProcess], vmas: Sequence[Vma], anonymous: ND
     begins += [_first_bss(placed) for placed in owners]
     starts = np.array(begins, np.uint64)
     numbers = np.arange(len(owners))
-    number = np.append(np.repeat(numbers, [len(placed.mappings) for placed in owners]), numbers)
+    number = np.append(numbers.repeat([len(placed.mappings) for placed in owners]), numbers)
     order = np.lexsort((number, starts))
-    at = np.append(np.searchsorted(anonymous, starts[order]), len(anonymous))
+    at = np.append(anonymous.searchsorted(starts[order]), len(anonymous))
     parts: dict[int, list[NDArray[np.uint64]]] = {}
-    for place in np.flatnonzero(at[1:] != at[:-1]).tolist():
+    for place in (at[1:] != at[:-1]).nonzero()[0].tolist():
         which, between = int(number[order[place]]), anonymous[at[place] : at[place + 1]]
         parts.setdefault(which, []).append(_bss_among(between, owners[which]))
     for which, vaddrs in parts.items():
@@ -198,5 +198,5 @@ def _bss_among(addresses: NDArray[np.uint64], placed: FileInProcess) -> NDArray[
     assert placed.file.facts is not None
     zeros = placed.file.facts.zeros
     end = np.uint64((placed.base + zeros.span[1]) % 2**64)
-    vaddrs = addresses[: np.searchsorted(addresses, end)] - np.uint64(placed.base % 2**64)
+    vaddrs = addresses[: addresses.searchsorted(end)] - np.uint64(placed.base % 2**64)
     return vaddrs[zeros.meet(vaddrs, 1)]

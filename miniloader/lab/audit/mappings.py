@@ -211,7 +211,7 @@ def mappings_of(names: Iterable[MappingName], pages: Pages) -> Mappings:
         pages.swapped_in,
         pages.hugetlb_in,
     )
-    order = np.argsort(row_of, kind="stable")
+    order = row_of.argsort(kind="stable")
     first = np.searchsorted(row_of[order], np.arange(len(rows)))
     sums = np.add.reduceat(np.array(by_mapping)[:, order], first, axis=1).T * PAGE_SIZE
     return Mappings(tuple(rows), row_of, sums)

@@ -68,7 +68,7 @@ class Outline:
         self.sizes = np.array([vma[1] for vma in vmas], np.uint64) - self.starts
         self.offsets, self.nameless = facts["offset"].copy(), facts["nameless"].copy()
         self.writable, self.outside, self.stacks, self.unnamed = (
-            np.flatnonzero(facts[name]).tolist() for name in ("writable", "outside", "stack", "unnamed")
+            facts[name].nonzero()[0].tolist() for name in ("writable", "outside", "stack", "unnamed")
         )
         files: dict[int, list[int]] = {}
         for index, file in enumerate(facts["file"].tolist()):

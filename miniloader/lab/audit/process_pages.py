@@ -75,15 +75,15 @@ class Pages:
         self._runs = _runs(start, end)
         entries = self._read()
         # What is neither in memory nor swapped out has no more to tell: most of what is mapped.
-        self._places = np.flatnonzero(entries >= SWAPPED)
+        self._places = (entries >= SWAPPED).nonzero()[0]
         self.entries = entries[self._places]
         last = end >> _SHIFT
-        ends = np.cumsum(last - (start >> _SHIFT)).view(np.int64)
-        populated = np.searchsorted(self._places, ends)
+        ends = (last - (start >> _SHIFT)).cumsum().view(np.int64)
+        populated = self._places.searchsorted(ends)
         populated[1:] -= populated[:-1].copy()
-        self.vma = np.repeat(index, populated)
+        self.vma = index.repeat(populated)
         # Of each range the page of a place 0, were it that long: one sum gives the pages of all places.
-        pages = self._places.view(np.uint64) + np.repeat(last - ends.view(np.uint64), populated)
+        pages = self._places.view(np.uint64) + (last - ends.view(np.uint64)).repeat(populated)
         self.addresses = pages << _SHIFT
         zeros = self._scanned(vmas, frames=frames) or self._without_scan(vmas, frames=frames)
         self.zero, self.huge_in, self.zeros_among = zeros
@@ -101,25 +101,25 @@ class Pages:
         self.copied = self.counted ^ self.own
         # A page of a file that is being moved to another frame is marked like one that is swapped out.
         self.swapped = (bits & (_SWAPPED | _GUARD | _FILE)) == _SWAPPED
-        self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas)).tolist()
+        self.swapped_in = np.bincount(self.vma[self.swapped], minlength=len(vmas))
         offsets = self._arrays.first(self.outline.offsets)
-        places = _narrow(pages - np.repeat(begins >> _SHIFT, bounds[1:] - bounds[:-1]))
+        places = _narrow(pages - (begins >> _SHIFT).repeat(bounds[1:] - bounds[:-1]))
         numbers = _narrow(self.entries & (FRAME if frames else np.uint64(0)))
-        copied, own = np.flatnonzero(self.copied), np.flatnonzero(self.own)
+        copied, own = self.copied.nonzero()[0], self.own.nonzero()[0]
         once, exclusive = self._arrays.first, (bits & _EXCLUSIVE).astype(np.bool_)
         self.copies, self.originals = (
             PageColumns(
                 places=once(places[rows]),
                 numbers=once(numbers[rows]),
                 exclusive=once(exclusive[rows]),
-                starts=once(np.searchsorted(rows, bounds)),
+                starts=once(rows.searchsorted(bounds)),
                 begins=begins,
                 offsets=offsets,
             )
             for rows in (copied, own)
         )
         self.writable = self.outline.writable
-        nameless = np.repeat(self.outline.nameless, self.copies.number)
+        nameless = self.outline.nameless.repeat(self.copies.number)
         self.anonymous = self.addresses[copied[nameless]]
 
     def _read(self) -> NDArray[np.uint64]:
@@ -151,8 +151,8 @@ class Pages:
             regions = scan(self._pagemap, vmas[0].start, vmas[-1].end, any_of=kinds, returned=kinds)
         except EvidenceError:
             return None
-        first = np.searchsorted(self.addresses, regions["start"]).tolist()
-        last = np.searchsorted(self.addresses, regions["end"]).tolist()
+        first = self.addresses.searchsorted(regions["start"]).tolist()
+        last = self.addresses.searchsorted(regions["end"]).tolist()
         categories = regions["categories"]
         for low, high, kind in zip(first, last, categories.tolist(), strict=True):
             zero[low:high] |= bool(kind & IS_ZERO)
@@ -162,7 +162,7 @@ class Pages:
             return zero, none, none
         huge &= ~zero
         if frames:
-            self._correct_exclusive(np.flatnonzero(huge))
+            self._correct_exclusive(huge.nonzero()[0])
         return zero, np.bincount(self.vma[huge], minlength=len(vmas)), none
 
     def _correct_exclusive(self, rows: NDArray[np.intp]) -> None:
@@ -224,7 +224,7 @@ class PageColumns:
     @property
     def addresses(self) -> NDArray[np.uint64]:
         """The address of each page, ascending."""
-        return np.repeat(self.begins, self.number) + self._distances(slice(None))
+        return self.begins.repeat(self.number) + self._distances(slice(None))
 
     @property
     def frames(self) -> NDArray[np.uint64]:
@@ -265,7 +265,7 @@ class PageColumns:
         """How many pages of each mapping are mapped nowhere else."""
         if not self.any_several:
             return self.number
-        before = np.searchsorted(np.flatnonzero(self.exclusive), self.starts)
+        before = self.exclusive.nonzero()[0].searchsorted(self.starts)
         return before[1:] - before[:-1]
 
     @cached_property
@@ -321,7 +321,7 @@ def _ranges(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64]]:
     """Which addresses to read: mapping, start and end of each; of a very large mapping what is populated."""
     index, start, end = np.arange(len(vmas)), outline.starts, outline.starts + outline.sizes
-    large = np.flatnonzero(outline.sizes > _LARGE).tolist()
+    large = (outline.sizes > _LARGE).nonzero()[0].tolist()
     if not large:
         return index, start, end
     parts = {
@@ -329,7 +329,7 @@ def _ranges(
     }
     number = np.ones(len(vmas), np.int64)
     number[large] = [len(part) for part in parts.values()]
-    index = np.repeat(index, number)
+    index = index.repeat(number)
     start, end = start[index], end[index]
     for which, part in parts.items():
         start[index == which], end[index == which] = part.T
