@@ -76,7 +76,7 @@ def _parsed(lines: Sequence[bytes]) -> list[Vma]:
         span, _, rest = line.partition(b" ")
         start, _, end = span.partition(b"-")
         try:
-            vmas.append(_as_vma((int(start, 16), int(end, 16)) + _rest(rest)))
+            vmas.append(_as_vma((int(start, 16), int(end, 16), *_rest(rest))))
         except ValueError:
             raise _no_line(line) from None
     return vmas

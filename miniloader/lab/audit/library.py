@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -144,22 +145,24 @@ def _with_common_frames(occurrences: Sequence[Occurrence]) -> Iterable[tuple[int
 def _library(
     occurrences: Sequence[Occurrence], level: LevelName, causes: bool, merged: NDArray[np.uint64] | None
 ) -> AuditedLibrary:
-    files = [occurrence.file for occurrence in occurrences]
-    paths = Counter(file.identity.path for file in files)
+    files = [occurrence.placed.file for occurrence in occurrences]
+    paths = Counter([file.identity.path for file in files])
+    several = [occurrence.placed.several_frames for occurrence in occurrences]
     return AuditedLibrary(
         path=max(paths, key=paths.__getitem__),
         build_id=next((file.build_id for file in files if file.build_id), None),
         files=_separate_files(occurrences),
-        frames=_frames(occurrences, level),
-        processes=tuple(_in_process(occurrence, merged) for occurrence in occurrences),
+        frames=_frames(occurrences, several, level),
+        processes=tuple(map(_in_process, occurrences, several, repeat(merged))),
         private_pages=_private_pages(occurrences) if causes else (),
         bss_pages=_bss_pages(occurrences) if causes else (),
         swapped_pages=_swapped_pages(occurrences) if causes else (),
     )
 
 
-def _in_process(occurrence: Occurrence, merged: NDArray[np.uint64] | None) -> LibraryProcess:
-    placed, several = occurrence.placed, occurrence.placed.several_frames
+def _in_process(occurrence: Occurrence, several: Narrow, merged: NDArray[np.uint64] | None) -> LibraryProcess:
+    """What a file costs in one process, where copies in the frames ``several`` are mapped elsewhere, too."""
+    placed = occurrence.placed
     shared, private, bss, swapped = placed.shared, placed.private, placed.bss_vaddrs, placed.swapped_vaddrs
     by_ksm = int(np.isin(several, merged).sum()) if merged is not None and len(merged) else 0
     inherited, by_ksm_known = len(several) - by_ksm, merged is not None or not len(several)
@@ -183,12 +186,11 @@ def _separate_files(occurrences: Sequence[Occurrence]) -> int:
     return min(len(set(joined.values())), len(inodes))
 
 
-def _frames(occurrences: Sequence[Occurrence], level: LevelName) -> int:
-    """The pages of memory behind all present pages."""
+def _frames(occurrences: Sequence[Occurrence], several: Sequence[Narrow], level: LevelName) -> int:
+    """The pages of memory behind all present pages; ``several`` are frames of copies that others have."""
     private = sum([occurrence.placed.private for occurrence in occurrences])
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
-        several = [occurrence.placed.several_frames for occurrence in occurrences]
         own = {id(occurrence.frames): occurrence.frames for occurrence in occurrences}.values()
         return private - sum([len(frames) for frames in several]) + len(_distinct([*own, *several]))
     places: dict[int, list[NDArray[np.uint64]]] = {}
