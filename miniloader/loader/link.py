@@ -22,7 +22,7 @@ from miniloader.loader.relocation_job import resolve
 from miniloader.loader.scope import Definer, bind
 from miniloader.loader.spans import open_names, readable, refuse
 from miniloader.loader.symbol_addresses import addresses_of, check_versions, finder
-from miniloader.loader.thread_storage import thread_local_words
+from miniloader.loader.thread_storage import tell_storage, thread_local_words
 from miniloader.machine.relocation import KINDS
 from miniloader.native import UNBOUND, Stopped, functions
 
@@ -142,10 +142,7 @@ def _link_plain(graph: Graph, library: Loaded, order: Sequence[Definer]) -> None
         memory.protect(mapping.start, mapping.end, mapping.protection)
         if "x" in mapping.protection:
             functions().flush_code(memory.bias + mapping.start, memory.bias + mapping.end)
-    carrier = library.blocks.own
-    if carrier is not None and image.tls is not None:
-        text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"
-        graph.event("tls", image.path, text, module=carrier.module, bytes=image.tls.memsz)
+    tell_storage(graph, library)
     if left:
         graph.event("bind", image.path, f"{left} PLT slots left for their first call")
     if graph.tell is not None:

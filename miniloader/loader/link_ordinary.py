@@ -15,21 +15,29 @@ from itertools import chain, compress
 from typing import Final
 
 from miniloader.elf import ElfImage
-from miniloader.loader.beside_glibc import stand_ins, unwinder
+from miniloader.elf.header import Segment
+from miniloader.elf.layout import RELA
+from miniloader.elf.source import LARGE
+from miniloader.loader.beside_glibc import gnu_unique, stand_ins, unwinder
 from miniloader.loader.graph import Graph, Needed
 from miniloader.loader.loaded import Loaded
-from miniloader.loader.relocate import kinds_of, refuse_stopped
-from miniloader.loader.relocation_job import resolve
-from miniloader.loader.scope import WEAK_GIVES_WAY, Definer
-from miniloader.loader.symbol_addresses import names_of
-from miniloader.loader.symbol_lookup import MappedSymbols
+from miniloader.loader.relocate import kinds_of, refuse_overflow, refuse_stopped
+from miniloader.loader.relocation_job import ROW, resolve
+from miniloader.loader.scope import WEAK_GIVES_WAY, Bindings, Definer
+from miniloader.loader.symbol_addresses import THREAD_EXIT, names_of
+from miniloader.loader.symbol_lookup import DEFINITION, MappedSymbols
+from miniloader.loader.thread_storage import tell_storage, thread_local_words
+from miniloader.machine.relocation import KINDS
 from miniloader.native import ADDRESS_MASK, LinkStructure, Reason, Stopped, buffer_address, run
 
 __all__ = ["link_ordinary"]
 
-_FLAGS: Final = {"r--": 4, "rw-": 6, "r-x": 5}  # of segments, as link.c has them
-_MOST_NOTES: Final = 64
-_OF_ASKED, _OF_RESOLVER = 1, 2  # why something is noted: notes.c
+_READ: Final = 4
+_FLAGS: Final = {"r--": _READ, "rw-": 6, "r-x": 5}  # of segments, as link.c has them
+_OF_UNIQUE, _OF_ASKED, _OF_RESOLVER = 0, 1, 2  # why something is noted: notes.c
+_EXITS: Final = [bytearray(name + b"\0") for name in THREAD_EXIT]
+_DEFINITION: Final = len(DEFINITION)  # words
+_NOTED: Final = 2 + _DEFINITION
 
 
 def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bool:
@@ -39,51 +47,60 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
         graph.keeps_bindings
         or (graph.tell is not None and not graph.brief)
         or policy.bind == "lazy"
-        or image.tls is not None
         or WEAK_GIVES_WAY
         or not all(load.flags in _FLAGS for load in image.loads)
     ):
         return False
-    link, owners, notes = LinkStructure(), bytearray(len(order)), array("Q", bytes(16 * _MOST_NOTES))
+    link, owners = LinkStructure(), bytearray(len(order))
     try:
-        _bind(link, library, order, owners, notes)
+        _bind(link, library, order, owners)
     except Stopped as stopped:
         if stopped.reason is not Reason.STRANGE:
             raise
         return False  # what is wrong is told by whoever begins anew
+    library.names = MappedSymbols.opened(link)
     graph.event("bind", image.path, "symbols are bound")
-    noted = notes[: 2 * link.noted]
-    places, addresses = array("q", [note >> 2 for note in noted[::2]]), noted[1::2]
-    reasons = [note & 3 for note in noted[::2]]
+    noted = array("q", ctypes.string_at(link.noted, 8 * _NOTED * link.noted_count))
+    places, addresses, reasons = _settle(library, order, noted)
+    if len({*places}) < len(places):
+        return False
+    for place in sorted(compress(range(len(order)), owners), key=owners.__getitem__):
+        library.hold(order[place])
     if _OF_ASKED in reasons:
         asked = [place for place, reason in enumerate(reasons) if reason == _OF_ASKED]
+        for place in [place for place in asked if addresses[place] in link.exit_addresses[:]]:
+            addresses[place] = library.stub_for(addresses[place]).address
         if any(addresses[place] in unwinder.walkers() for place in asked):
             unwinder.bring()
         library.may_open |= stand_ins.answer(addresses, asked)
     if _OF_RESOLVER in reasons:  # of libraries of ld.so's
         resolve(addresses, array("q", [at for at, reason in enumerate(reasons) if reason == _OF_RESOLVER]))
+    rows, definitions = (
+        bytearray(RELA.size * link.local_count),
+        array("q", [0]) * (_DEFINITION * link.local_count),
+    )
     try:
-        run("write_ordinary", ctypes.addressof(link), places, addresses, len(places))
+        run("write_ordinary", ctypes.addressof(link), places, addresses, len(places), rows, definitions)
     except Stopped as stopped:
         if stopped.reason is Reason.STRANGE:  # a resolver has loaded another library
             return False
         refuse_stopped(image, Stopped(stopped.reason, link.where, link.what))
-    library.names = MappedSymbols.opened(link)
-    for definer in compress(order, owners):
-        library.hold(definer)
+    if rows or image.tls is not None:
+        _write_thread_local(library, order, rows, definitions)
+        tell_storage(graph, library)
     if graph.tell is not None:
         graph.event("relocate", image.path, f"words on {link.pages} pages", pages=link.pages)
     return True
 
 
-def _bind(
-    link: LinkStructure, library: Loaded, order: Sequence[Definer], owners: bytearray, notes: array[int]
-) -> None:
+def _bind(link: LinkStructure, library: Loaded, order: Sequence[Definer], owners: bytearray) -> None:
     """Bind its symbols; nothing is written.  :class:`Stopped` where it is not ordinary."""
     image, memory = library.image, library.mapped
     asked, entries = _asked(), image.dynamic.entries
+    if image.tls is not None:
+        link.exits[:] = [buffer_address(name) for name in _EXITS]
     loads = array(
-        "Q", chain.from_iterable([(s.vaddr, s.file_end, s.end, _FLAGS[s.flags]) for s in image.loads])
+        "Q", chain.from_iterable([(s.vaddr, s.file_end, s.end, _flags(image, s)) for s in image.loads])
     )
     own = ctypes.addressof(link)
     tables = [own if definer is library else definer.names.place for definer in order]
@@ -106,8 +123,60 @@ def _bind(
         array("Q", [buffer_address(text) for text, _ in needed]),
         array("Q", [place for _, place in needed]),
         asked,
-        notes,
     )
+
+
+def _flags(image: ElfImage, load: Segment) -> int:
+    """The rights of a segment as link.c has them, which reads no table where the file has holes."""
+    flags = _FLAGS[load.flags]
+    if load.filesz < LARGE:
+        return flags
+    whole = load.file_offset, load.file_offset + load.filesz
+    return flags if next(image.source.parts(load.file_offset, load.filesz), None) == whole else flags & ~_READ
+
+
+def _settle(
+    library: Loaded, order: Sequence[Definer], noted: array[int]
+) -> tuple[array[int], array[int], list[int]]:
+    """What is ``noted``: places among the symbols that are bound, their addresses, and why.
+
+    Those of unique symbols are the process's ones.
+    """
+    notes, symbols = noted[::_NOTED], noted[1::_NOTED]
+    places = array("q", [note >> 2 for note in notes])
+    reasons = [note & 3 for note in notes]
+    addresses = array("Q", [address & ADDRESS_MASK for address in noted[4::_NOTED]])
+    unique = [at for at, reason in enumerate(reasons) if reason == _OF_UNIQUE]
+    if unique:
+        rows = [noted[_NOTED * at + 2 : _NOTED * (at + 1)] for at in unique]
+        wanted = array("q", [symbols[at] for at in unique])
+        bindings = Bindings(wanted, order, array("q", chain.from_iterable(rows)))
+        settled = array("Q", [addresses[at] for at in unique])
+        for definer in gnu_unique.settle(library, bindings, settled, range(len(unique))):
+            library.share(definer)
+        for at, address in zip(unique, settled, strict=True):
+            addresses[at] = address
+    return places, addresses, reasons
+
+
+def _write_thread_local(
+    library: Loaded, order: Sequence[Definer], rows: bytearray, definitions: array[int]
+) -> None:
+    """Write the words of the thread-local ``rows``, of each of which there is its symbol's definition."""
+    image, listed = library.image, list(ROW.iter_unpack(rows))
+    first = {symbol: _DEFINITION * at for at, (_, _, symbol, _) in enumerate(listed)}
+    wanted = array("q", sorted(first))
+    found = [definitions[first[symbol] : first[symbol] + _DEFINITION] for symbol in wanted]
+    bindings = Bindings(wanted, order, array("q", chain.from_iterable(found)))
+    codes = {code for _, code, *_ in listed}
+    kinds = [(kind, code) for code, kind in KINDS[image.header.machine].items() if code in codes]
+    of_kinds = [(kind, [row for row in listed if row[1] == code]) for kind, code in kinds]
+    try:
+        for vaddrs, values, size in thread_local_words(library, bindings, of_kinds):
+            refuse_overflow(image, size, vaddrs, values)
+            library.mapped.put(vaddrs, values, size)
+    except Stopped as stopped:
+        refuse_stopped(image, stopped)
 
 
 def _writable_dynamic(image: ElfImage) -> tuple[int, int]:

@@ -28,7 +28,14 @@ from miniloader.loader.symbol_lookup import MappedSymbols
 from miniloader.machine.relocation import KINDS, Kind
 from miniloader.native import ADDRESS_MASK, INDIRECT_FUNCTION, Reason, Stopped, buffer_address, unlocked
 
-__all__ = ["Relocation", "call_resolver", "kinds_of", "refuse_stopped", "refuse_unbound"]
+__all__ = [
+    "Relocation",
+    "call_resolver",
+    "kinds_of",
+    "refuse_overflow",
+    "refuse_stopped",
+    "refuse_unbound",
+]
 
 
 class Relocation:
@@ -96,7 +103,7 @@ class Relocation:
         try:
             job.relocate(relocations.located, relocations.relr_part, added, relocations.head, *words)
             for vaddrs, values, size in thread_local(self._rows_of(*TLS)):
-                _refuse_overflow(self._image, size, vaddrs, values)
+                refuse_overflow(self._image, size, vaddrs, values)
                 self._put(vaddrs, values, size)
             own = any(kind.formula == "indirect" for kind in self._counts)
             if own or (bindings.met & INDIRECT_FUNCTION and 1 in late):
@@ -146,7 +153,7 @@ class Relocation:
                 chosen_rows = [row for row in rows if places[row[2]] in group]
                 vaddrs = [offset for offset, *_ in chosen_rows]
                 values = [_value(kind, row, addresses[places[row[2]]], bias) for row in chosen_rows]
-                _refuse_overflow(self._image, kind.size, vaddrs, values, signed=kind.signed)
+                refuse_overflow(self._image, kind.size, vaddrs, values, signed=kind.signed)
                 self._put(vaddrs, values, kind.size)
         for kind, rows in self._rows_of("indirect"):
             resolvers = [(addend + bias) & ADDRESS_MASK for *_, addend in rows]
@@ -197,7 +204,7 @@ def _value(kind: Kind, row: Row, symbol: int, bias: int) -> int:
     return (symbol + addend - (offset + bias if kind.formula == "S + A - P" else 0)) & ADDRESS_MASK
 
 
-def _refuse_overflow(
+def refuse_overflow(
     image: ElfImage, size: int, vaddrs: Sequence[int], values: Sequence[int], *, signed: bool = True
 ) -> None:
     """Raise :class:`LoadError` when a value does not fit the ``size`` bytes that are written."""

@@ -22,10 +22,11 @@ from miniloader.native import (
     unlocked,
 )
 
-__all__ = ["RelocationJob", "Row", "kinds_table", "resolve"]
+__all__ = ["ROW", "RelocationJob", "Row", "kinds_table", "resolve"]
 
 _KIND: Final = struct.Struct("4B")  # formula, size, signed, call
-_ROW: Final = struct.Struct("<QIIq")
+#: Offset, type, symbol and addend of a relocation, as a file has them.
+ROW: Final = struct.Struct("<QIIq")
 
 Row = tuple[int, int, int, int]
 """Offset, type, symbol and addend of a relocation: what :data:`~miniloader.elf.tables.RELOCATION` has."""
@@ -96,9 +97,9 @@ class RelocationJob:
 
     def rows(self, code: int, count: int) -> list[Row]:
         """The rows of a kind, of which there are ``count``.  Their symbols are used."""
-        rows = bytearray(_ROW.size * count)
+        rows = bytearray(ROW.size * count)
         self._run("gather", code, rows, count, self._used, len(self._used))
-        return list(_ROW.iter_unpack(rows))
+        return list(ROW.iter_unpack(rows))
 
     def relocate(
         self,
@@ -122,7 +123,7 @@ class RelocationJob:
         packed, first = (spans_array([self._part(*part)]) for part in (relr, head))
         self._run(
             "relocate",
-            *(located, len(located) * located.itemsize // _ROW.size, packed, added, len(added), first),
+            *(located, len(located) * located.itemsize // ROW.size, packed, added, len(added), first),
             *(called, pointed, len(called), addresses, definitions, late),
         )
 

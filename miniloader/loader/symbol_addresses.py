@@ -24,11 +24,19 @@ from miniloader.loader.spans import refuse
 from miniloader.loader.thread_storage import count_for_carrier
 from miniloader.native import KINDS, UNBOUND, UNIQUE, Stopped
 
-__all__ = ["addresses_of", "check_versions", "finder", "names_of", "thread_exits", "used"]
+__all__ = [
+    "THREAD_EXIT",
+    "addresses_of",
+    "check_versions",
+    "finder",
+    "names_of",
+    "thread_exits",
+    "used",
+]
 
 #: The functions that register a destructor for a thread's object; the third argument says to which library
 #: the object belongs.
-_THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
+THREAD_EXIT: Final = (b"__cxa_thread_atexit_impl", b"__cxa_thread_atexit")
 
 
 def addresses_of(library: Loaded, bindings: Bindings) -> tuple[array[int], Sequence[int]]:
@@ -72,7 +80,7 @@ def thread_exits(bindings: Bindings) -> list[int]:
 
 def _thread_exits(bindings: Bindings) -> list[int]:
     """Their addresses."""
-    found = [find_name(name, bindings.scope)[:3] for name in _THREAD_EXIT]
+    found = [find_name(name, bindings.scope)[:3] for name in THREAD_EXIT]
     return [address for owner, _, address in found if owner >= 0]
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from miniloader.forking import importing
 from miniloader.loader.beside_glibc import thread_local
 from miniloader.loader.beside_glibc.tls_carrier import Carrier, open_carrier
+from miniloader.loader.graph import Graph
 from miniloader.loader.loaded import Loaded
 from miniloader.loader.relocation_job import Row
 from miniloader.loader.scope import Bindings, Definer
 from miniloader.machine.relocation import Kind
 
-__all__ = ["count_for_carrier", "thread_local_words"]
+__all__ = ["count_for_carrier", "tell_storage", "thread_local_words"]
 
 
 def thread_local_words(
@@ -31,6 +32,14 @@ def thread_local_words(
     )
     count_for_carrier(library)
     return writes
+
+
+def tell_storage(graph: Graph, library: Loaded) -> None:
+    """Tell which module glibc has for the thread-local storage of ``library``, if it has any."""
+    carrier, image = library.blocks.own, library.image
+    if carrier is not None and image.tls is not None and graph.tell is not None:
+        text = f"module {carrier.module}, {image.tls.memsz} bytes a thread"
+        graph.event("tls", image.path, text, module=carrier.module, bytes=image.tls.memsz)
 
 
 def _carrier_of(definer: Definer) -> Carrier | None:

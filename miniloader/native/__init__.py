@@ -70,8 +70,8 @@ __all__ = [
 UNBOUND, UNIQUE, INDIRECT_FUNCTION = 1, 2, 4
 #: How names are looked up: versions count; PLT entries are found, not definitions; or the newest version.
 VERSIONED, PLT_ENTRIES, NEWEST = 1, 2, 4
-#: In the order of loops.h, from 1 on; all others are one more.
-FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirect")
+#: In the order of loops.h, from 1 on; those of thread-local words are one more.
+FORMULAS: Final = ("none", "B + A", "S + A", "S", "S + A - P", "Z + A", "indirect", "copy")
 #: How many relocation kinds the loops can tell apart, by number.
 KINDS: Final = 1088
 _AGAIN: Final = "install miniloader again"
@@ -137,11 +137,14 @@ class LinkStructure(ctypes.Structure):
 
     _fields_ = [
         ("table", SymbolsStructure),
-        ("readable", ctypes.c_uint64 * 16),
+        ("readable", ctypes.c_uint64 * 32),
         ("labels", ctypes.c_uint32 * 256),
         *_words("bias page_size load_count tag_count dynamic dynamic_size"),
         *_words("scope_count own needed_count asked_count"),
-        *_words("turn noted pages where what"),
+        ("exits", ctypes.c_uint64 * 2),
+        *_words("turn"),
+        ("exit_addresses", ctypes.c_uint64 * 2),
+        *_words("local_count noted_count noted pages where what"),
     ]
 
 
@@ -228,7 +231,7 @@ FINALISE: Final = "finalise"
 
 #: The loops, and how many numbers each gets.
 _ARGUMENTS: Final = {
-    "bind_ordinary": 12,
+    "bind_ordinary": 11,
     "compare_pages": 5,
     "compare_sums": 5,
     "compute_values": 5,
@@ -262,7 +265,7 @@ _ARGUMENTS: Final = {
     "text_at": 6,
     "use": 3,
     "withdraw_entry": 1,
-    "write_ordinary": 4,
+    "write_ordinary": 6,
 }
 
 

@@ -2,30 +2,70 @@
 
    What is out of the ordinary, and what is wrong, is Python's, which begins anew and says it: whoever is told STRANGE
    has lost nothing.  Ordinary is a library of a few segments that share no page, with symbols, versions and
-   relocations of the usual kinds, without thread-local storage and IFUNCs of its own, and all of whose needs are met.
+   relocations of the usual kinds, without IFUNCs of its own, and all of whose needs are met.
 
    The numbers of the dynamic section are those that Python has read; the tables are read where they lie, and judged
    as names.c and words.c judge them. */
 
 #include "loops.h"
+#include <stdlib.h>
 
-enum { MOST_SYMBOLS = 1 << 14, MOST_BOUND = 1 << 12, MOST_PAGES = 1 << 14, POINTERS = 3, LOCATED = 9 };
-enum { READ = 4, WRITE = 2, RUN = 1 };           /* PF_R and its like */
-enum { LARGE = 1 << 21 };                        /* bytes of the file from which on there may be holes in it */
+enum { POINTERS = 3, LOCATED = 9 };
+enum { MOST_PAGES = 1 << 18 };         /* a byte each, and a file may claim as many as it likes */
+enum { READ = 4, WRITE = 2, RUN = 1 }; /* PF_R and its like */
 
 /* What the first call leaves for the second one, unless another library comes between. */
 static struct {
-    uint64_t turn, symbols, known_count, page_count;
+    uint64_t turn, symbols, known_count, page_count, count;
     Job job;
     Span writable[MOST_LOADS], code[MOST_LOADS], pointers[POINTERS];
     Part parts[2], packed, head;
     Row known[LOCATED];
-    uint8_t pages[MOST_PAGES], marks[MOST_SYMBOLS];
-    int64_t places[MOST_SYMBOLS], wanted[MOST_BOUND];
-    Definition found[MOST_BOUND];
-    uint64_t addresses[MOST_BOUND];
-    uint8_t indirect[MOST_BOUND], late[MOST_BOUND]; /* none is late */
+    Noted noted[MOST_NOTES];
+    /* For each symbol of the file, which is longer than all of that: where it is among those wanted, and of these. */
+    int64_t *places, *wanted;
+    Definition *found;
+    uint64_t *addresses;
+    uint8_t *marks, *indirect, *late; /* none is late */
+    uint8_t *pages;
+    char *room; /* where all of them are: of so many bytes */
+    uint64_t size;
 } left;
+
+enum { KEPT = 1 << 19 }; /* bytes that most libraries do with, and that are not given back */
+
+/* Room for what is noted of each symbol and page; nothing is used yet. */
+static bool make_room(uint64_t symbols)
+{
+    const uint64_t each = 3 * sizeof(uint64_t) + sizeof(Definition) + 3;
+    const uint64_t size = symbols * each + left.page_count;
+    if (size > left.size) {
+        free(left.room);
+        left.room = malloc(size);
+        left.size = left.room ? size : 0;
+    }
+    if (!left.room)
+        return false;
+    left.found = (Definition *)left.room;
+    left.places = (int64_t *)(left.found + symbols), left.wanted = left.places + symbols;
+    left.addresses = (uint64_t *)(left.wanted + symbols);
+    left.marks = (uint8_t *)(left.addresses + symbols), left.indirect = left.marks + symbols;
+    left.late = left.indirect + symbols, left.pages = left.late + symbols;
+    left.symbols = symbols;
+    memset(left.marks, 0, symbols);
+    return true;
+}
+
+/* It is not used any more: nothing is written from it. */
+static void give_back(void)
+{
+    left.turn++;
+    if (left.size > KEPT) {
+        free(left.room);
+        left.room = NULL;
+        left.size = 0;
+    }
+}
 
 /* ------------------------------------------------------------------------------------- the dynamic section */
 
@@ -85,8 +125,8 @@ static void add_span(Span *spans, uint64_t *count, uint64_t start, uint64_t end)
         spans[(*count)++] = (Span){start, end};
 }
 
-/* Whether the segments are in order, and no page is two's; then what may be read and written is what they say.  But no
-   table is read where the file may have holes. */
+/* Whether the segments are in order, and no page is two's; then what may be read and written is what they say: Python
+   has taken READ from those where the file has holes. */
 static bool note_loads(Link *link, Job *job, const Load *loads)
 {
     uint64_t count = link->load_count, size = link->page_size;
@@ -99,7 +139,7 @@ static bool note_loads(Link *link, Job *job, const Load *loads)
             return false;
         if (i + 1 < count && ((load->end + size - 1) & -size) > (loads[i + 1].start & -size))
             return false;
-        if (load->flags & READ && length && length < LARGE)
+        if (load->flags & READ && length)
             add_span(link->readable, &link->table.readable_count, load->start, load->file_end);
         if (load->flags & WRITE)
             add_span(left.writable, &job->writable_count, load->start, load->end);
@@ -173,7 +213,7 @@ static int64_t open_names(Link *link, const Dynamic *d, uint64_t highest)
     table->verdef = value[VERDEF], table->verdefnum = value[VERDEFNUM];
     table->count = highest + 1;
     int64_t result = open_all(table, true);
-    if (result != FINE || table->labels_count > MOST_LABELS || table->count > MOST_SYMBOLS)
+    if (result != FINE || table->labels_count > MOST_LABELS)
         return STRANGE;
     table->labels = table->labels_count ? link->labels : NULL;
     return table->labels_count ? list_all(table) : FINE;
@@ -181,129 +221,208 @@ static int64_t open_names(Link *link, const Dynamic *d, uint64_t highest)
 
 /* ------------------------------------------------------------------------------------------------- binding */
 
-/* Only formulas that the loops compute are met; the highest symbol. */
-static bool are_plain(Job *job, uint64_t *highest)
+/* Only formulas that the loops compute are met, and those of thread-local words, which are counted: Python computes
+   these; the highest symbol. */
+static bool are_plain(Link *link, Job *job, uint64_t *highest)
 {
     static uint64_t counts[KINDS];
     memset(counts, 0, sizeof counts);
     if (survey_rows(job, counts, highest) != FINE)
         return false;
-    for (uint64_t type = 0; type < KINDS; type++)
-        if (counts[type] && job->kinds[type].formula > Z_A)
+    for (uint64_t type = 0; type < KINDS; type++) {
+        unsigned formula = job->kinds[type].formula;
+        if (counts[type] && formula > Z_A && formula != THREAD_LOCAL)
             return false;
+        link->local_count += formula == THREAD_LOCAL ? counts[type] : 0;
+    }
     return true;
 }
 
-/* List the symbols that are used, and where among them each is; how many; UINT64_MAX for too many. */
-static uint64_t list_wanted(uint64_t symbols)
+/* List the symbols that are used, and where among them each is. */
+static void list_wanted(void)
 {
-    uint64_t count = 0;
-    for (uint64_t symbol = 0; symbol < symbols; symbol++) {
-        left.places[symbol] = (int64_t)count;
-        if (!left.marks[symbol])
-            continue;
-        if (count == MOST_BOUND)
+    left.count = 0;
+    for (uint64_t symbol = 0; symbol < left.symbols; symbol++) {
+        left.places[symbol] = (int64_t)left.count;
+        if (left.marks[symbol])
+            left.wanted[left.count++] = (int64_t)symbol;
+    }
+    memset(left.indirect, 0, left.count);
+    memset(left.late, 0, left.count);
+}
+
+/* List what is asked for, ascending: to that belong the functions whose names are exits; how many. */
+static uint64_t list_asked_for(
+    Link *link, const Table *const *scope, const uint64_t *biases, const uint64_t *asked, uint64_t *every)
+{
+    uint64_t count = link->asked_count;
+    for (uint64_t i = 0; i < count; i++)
+        every[i] = asked[i];
+    for (int i = 0; i < MOST_EXITS && link->exits[i]; i++) {
+        Definition definition;
+        if (look_one_up(link->exits[i], scope, biases, link->scope_count, PLAIN, &definition) != FINE)
             return UINT64_MAX;
-        left.wanted[count++] = (int64_t)symbol;
+        if (definition.owner < 0)
+            continue;
+        uint64_t place = count++;
+        for (; place && every[place - 1] > definition.address; place--)
+            every[place] = every[place - 1];
+        every[place] = link->exit_addresses[i] = definition.address;
     }
     return count;
 }
 
 /* Note the addresses, and those that Python has to see to. */
-static bool note_found(Link *link, uint64_t count, const uint8_t *ours, const uint64_t *asked, Noted *noted)
+static bool note_found(
+    Link *link, const Table *const *scope, const uint64_t *biases, const uint8_t *ours, const uint64_t *asked)
 {
-    int64_t notes[MOST_NOTES];
-    note(left.found, count, ours, asked, link->asked_count, left.addresses, notes, MOST_NOTES, &link->noted);
-    for (uint64_t i = 0; i < link->noted && link->noted <= MOST_NOTES; i++)
-        noted[i] = (Noted){notes[i], left.addresses[notes[i] >> 2]};
-    return link->noted <= MOST_NOTES;
+    static int64_t notes[MOST_NOTES];
+    uint64_t every[MOST_ASKED + MOST_EXITS];
+    uint64_t count = link->asked_count > MOST_ASKED ? UINT64_MAX : list_asked_for(link, scope, biases, asked, every);
+    if (count == UINT64_MAX)
+        return false;
+    note(left.found, left.count, ours, every, count, left.addresses, notes, MOST_NOTES, &link->noted_count);
+    for (uint64_t i = 0; i < link->noted_count && link->noted_count <= MOST_NOTES; i++) {
+        int64_t place = notes[i] >> 2;
+        left.noted[i] = (Noted){notes[i], left.wanted[place], left.found[place]};
+    }
+    link->noted = left.noted;
+    return link->noted_count <= MOST_NOTES;
 }
 
-/* Whether an IFUNC of ours is among what was found, or two other libraries of ours: who is bound to which first is
-   Python's to say. */
-static bool is_mixed(const Link *link, uint64_t count, const uint8_t *ours, const uint8_t *owners)
+/* Whether an IFUNC of ours is among what was found. */
+static bool meets_own_indirect(const uint8_t *ours)
 {
-    uint64_t others = 0;
-    for (uint64_t i = 0; i < link->scope_count; i++)
-        others += owners[i] && ours[i] && i != link->own;
-    for (uint64_t i = 0; i < count && others < 2; i++)
+    for (uint64_t i = 0; i < left.count; i++)
         if (left.indirect[i] && left.found[i].owner >= 0 && ours[left.found[i].owner])
             return true;
-    return others > 1;
+    return false;
+}
+
+/* Where there is more than one other library of ours among the owners, number all of them in the order in which the
+   rows come to what they define, from 2 on: who is bound to them notes them so.  False where there are too many. */
+static bool number_owners(const Link *link, const Job *job, const uint8_t *ours, uint8_t *owners)
+{
+    uint64_t others = 0, number = 2;
+    for (uint64_t i = 0; i < link->scope_count; i++)
+        others += owners[i] && ours[i] && i != link->own;
+    for (const Part *part = job->parts; part < job->parts + job->part_count && others > 1; part++) {
+        const Row *rows = (const Row *)part->address;
+        for (const Row *row = rows; row < rows + part->count; row++) {
+            uint64_t symbol = ONCE(row->symbol);
+            if (symbol >= left.symbols || !left.marks[symbol])
+                continue;
+            int64_t owner = left.found[left.places[symbol]].owner;
+            if (owner < 0 || owners[owner] != 1)
+                continue;
+            if (number > UINT8_MAX)
+                return false;
+            owners[owner] = (uint8_t)number++;
+        }
+    }
+    return true;
 }
 
 /* Whether a program that lies where it was linked has a PLT entry for anything that is bound to others and not only
    called: its address stands for the function there, and Python has to see to that. */
-static bool meets_plt_entries(
-    const Link *link, uint64_t count, const Table *const *scope, const uint64_t *biases)
+static bool meets_plt_entries(const Link *link, const Table *const *scope, const uint64_t *biases)
 {
     uint64_t program = 0, met = 0;
+    int64_t how = VERSIONED | PLT_ENTRIES;
     uint8_t indirect = 0, owner = 0;
     Definition entry;
     while (program < link->scope_count && biases[program])
         program++;
     if (program == link->scope_count)
         return false;
-    for (uint64_t i = 0; i < count && !owner; i++)
-        if (left.found[i].owner > (int64_t)program && left.marks[left.wanted[i]] & POINTED &&
-            look_all_up(
-                &link->table, &left.wanted[i], 1, scope + program, biases + program, 1, -1, VERSIONED | PLT_ENTRIES,
-                &entry, &indirect, &owner, &met) != FINE)
+    for (uint64_t i = 0; i < left.count && !owner; i++) {
+        if (left.found[i].owner <= (int64_t)program || !(left.marks[left.wanted[i]] & POINTED))
+            continue;
+        if (look_all_up(
+                &link->table, &left.wanted[i], 1, scope + program, biases + program, 1, -1, how, &entry, &indirect,
+                &owner, &met) != FINE)
             return true;
+        how |= CONTINUED;
+    }
     return owner;
 }
 
-static int64_t bind_all(
+static int64_t look_and_bind(
     Link *link, const Kind *kinds, const Load *loads, const uint64_t *tags, const Table *const *scope,
     const uint64_t *biases, const uint8_t *ours, uint8_t *owners, const char *const *files,
-    const Table *const *needed, const uint64_t *asked, Noted *noted)
+    const Table *const *needed, const uint64_t *asked)
 {
     Dynamic dynamic = {0};
     uint64_t highest = 0, met = 0, missing = 0;
     Job *job = &left.job;
     link->turn = ++left.turn;
     *job = (Job){.bias = link->bias, .page_size = link->page_size, .kinds = kinds, .writable = left.writable,
-                 .code = left.code, .pointers = left.pointers, .parts = left.parts, .pages = left.pages};
+                 .code = left.code, .pointers = left.pointers, .parts = left.parts};
     gather_tags(&dynamic, tags, link->tag_count);
     if (!is_usual(&dynamic) || !note_loads(link, job, loads) || !note_parts(link, job, &dynamic) ||
-        !are_plain(job, &highest) || open_names(link, &dynamic, highest) != FINE)
+        !are_plain(link, job, &highest) || open_names(link, &dynamic, highest) != FINE)
         return STRANGE;
     note_pointers(job, &dynamic);
     note_located(link, job, &dynamic, loads);
     for (uint64_t i = 0; i < link->needed_count; i++)
         if (find_missing(&link->table, files[i], needed[i], &missing) != FINE || missing)
             return STRANGE;
-    left.symbols = link->table.count;
-    memset(left.marks, 0, left.symbols);
-    uint64_t count = mark(job, left.marks, left.symbols) == FINE ? list_wanted(left.symbols) : UINT64_MAX;
-    if (count == UINT64_MAX)
+    if (!make_room(link->table.count) || mark(job, left.marks, left.symbols) != FINE)
         return STRANGE;
-    memset(left.indirect, 0, count);
+    job->pages = left.pages;
+    list_wanted();
     int64_t result = look_all_up(
-        &link->table, left.wanted, count, scope, biases, link->scope_count, (int64_t)link->own, VERSIONED, left.found,
-        left.indirect, owners, &met);
-    bool is_plain = result == FINE && !(met & (UNBOUND | UNIQUE)) && !is_mixed(link, count, ours, owners) &&
-                    !meets_plt_entries(link, count, scope, biases);
-    return is_plain && note_found(link, count, ours, asked, noted) ? FINE : STRANGE;
+        &link->table, left.wanted, left.count, scope, biases, link->scope_count, (int64_t)link->own, VERSIONED,
+        left.found, left.indirect, owners, &met);
+    bool is_plain = result == FINE && !(met & UNBOUND) && !meets_own_indirect(ours) &&
+                    number_owners(link, job, ours, owners) && !meets_plt_entries(link, scope, biases);
+    return is_plain && note_found(link, scope, biases, ours, asked) ? FINE : STRANGE;
+}
+
+static int64_t bind_all(
+    Link *link, const Kind *kinds, const Load *loads, const uint64_t *tags, const Table *const *scope,
+    const uint64_t *biases, const uint8_t *ours, uint8_t *owners, const char *const *files,
+    const Table *const *needed, const uint64_t *asked)
+{
+    int64_t result = look_and_bind(link, kinds, loads, tags, scope, biases, ours, owners, files, needed, asked);
+    if (result != FINE)
+        give_back();
+    return result;
 }
 
 /* Look at a library and bind its symbols: FINE, or STRANGE, and Python has to.  Nothing is written to it.  own is the
    place of the library in the scope, ours says of each library there whether it is of ours, owners whether any symbol
-   is bound to it; files are the names by which the library means what it needs.  There is room for MOST_NOTES. */
+   is bound to it, and in which order; files are the names by which the library means what it needs.  What is noted
+   lies in link->noted until the next call. */
 int64_t bind_ordinary(
     Link *link, const Kind *kinds, const Load *loads, const uint64_t *tags, const Table *const *scope,
     const uint64_t *biases, const uint8_t *ours, uint8_t *owners, const char *const *files,
-    const Table *const *needed, const uint64_t *asked, Noted *noted)
+    const Table *const *needed, const uint64_t *asked)
 {
-    GUARDED(bind_all(link, kinds, loads, tags, scope, biases, ours, owners, files, needed, asked, noted));
+    GUARDED(bind_all(link, kinds, loads, tags, scope, biases, ours, owners, files, needed, asked));
 }
 
-static int64_t write_all(Link *link, const int64_t *places, const uint64_t *addresses, uint64_t count)
+/* Copy the rows of thread-local words, of which there is the number that was counted, and what their symbols are bound
+   to; their pages count. */
+static int64_t list_local(const Link *link, Job *job, Row *rows, Definition *definitions)
+{
+    int64_t result = copy_rows(job, ALL_LOCAL, rows, link->local_count, left.marks, left.symbols);
+    for (uint64_t i = 0; i < link->local_count && result == FINE; i++) {
+        uint64_t start = rows[i].offset - job->start, last = start + job->kinds[rows[i].type].size - 1;
+        definitions[i] = left.found[left.places[rows[i].symbol]];
+        if (definitions[i].owner >= 0) /* else it stays as it is */
+            left.pages[start / link->page_size] = left.pages[last / link->page_size] = 1;
+    }
+    return result;
+}
+
+static int64_t write_all(
+    Link *link, const int64_t *places, const uint64_t *addresses, uint64_t count, Row *rows, Definition *definitions)
 {
     if (link->turn != left.turn)
         return STRANGE;
     for (uint64_t i = 0; i < count; i++) {
-        if ((uint64_t)places[i] >= MOST_BOUND)
+        if ((uint64_t)places[i] >= left.count)
             return STRANGE;
         left.addresses[places[i]] = addresses[i];
     }
@@ -311,16 +430,21 @@ static int64_t write_all(Link *link, const int64_t *places, const uint64_t *addr
     int64_t result = put_all(
         &left.job, left.known, left.known_count, &left.packed, NULL, 0, &left.head, left.places, left.places,
         left.symbols, left.addresses, left.found, left.late);
+    if (result == FINE)
+        result = list_local(link, &left.job, rows, definitions);
     for (uint64_t page = 0; page < left.page_count; page++)
         link->pages += left.pages[page] != 0;
     link->where = left.job.where;
     link->what = left.job.what;
+    give_back();
     return result;
 }
 
 /* Write the words of the library that was bound last, with other addresses at some places; STRANGE where another one
-   was bound meanwhile, and nothing is written. */
-int64_t write_ordinary(Link *link, const int64_t *places, const uint64_t *addresses, uint64_t count)
+   was bound meanwhile, and nothing is written.  The thread-local ones are Python's: there is room for their rows, and
+   for what their symbols are bound to. */
+int64_t write_ordinary(
+    Link *link, const int64_t *places, const uint64_t *addresses, uint64_t count, Row *rows, Definition *definitions)
 {
-    GUARDED(write_all(link, places, addresses, count));
+    GUARDED(write_all(link, places, addresses, count, rows, definitions));
 }

@@ -91,7 +91,8 @@ static inline bool is_indirect(const Definition *definition)
 
 /* ------------------------------------------------------------------------------------------- words */
 
-enum { UNKNOWN, NONE, B_A, S_A, S, S_A_P, Z_A, INDIRECT }; /* formulas; from INDIRECT on they are Python's */
+/* Formulas; from INDIRECT on they are Python's, and nobody applies COPIED. */
+enum { UNKNOWN, NONE, B_A, S_A, S, S_A_P, Z_A, INDIRECT, COPIED, THREAD_LOCAL };
 enum { KINDS = 1088 }; /* aarch64 has the highest numbers: those of dynamic relocations are from 1024 on */
 
 typedef struct { /* Elf64_Rela */
@@ -144,15 +145,15 @@ void guard_end(void);
 
 /* ------------------------------------------------------------------------------------------- link.c */
 
-enum { MOST_LOADS = 8, MOST_LABELS = 256, MOST_NOTES = 64 };
+enum { MOST_LOADS = 16, MOST_LABELS = 256, MOST_NOTES = 1024, MOST_ASKED = 64, MOST_EXITS = 2 };
 
 typedef struct { /* a PT_LOAD: vaddrs */
     uint64_t start, file_end, end, flags;
 } Load;
 
 typedef struct { /* what Python has to see to: see notes.c */
-    int64_t note;
-    uint64_t address;
+    int64_t note, symbol;
+    Definition found;
 } Noted;
 
 typedef struct { /* the linking of one library */
@@ -162,8 +163,12 @@ typedef struct { /* the linking of one library */
     /* What is given. */
     uint64_t bias, page_size, load_count, tag_count, dynamic, dynamic_size, scope_count, own, needed_count,
         asked_count;
-    /* What is found: which call it was, how much was noted, how many pages were written to, and what is wrong. */
-    uint64_t turn, noted, pages, where, what;
+    const char *exits[MOST_EXITS];
+    /* What is found: which call it was, where the functions are whose names exits has, how many words are thread-local,
+       what was noted and how much of it, how many pages were written to, and what is wrong. */
+    uint64_t turn, exit_addresses[MOST_EXITS], local_count, noted_count;
+    const Noted *noted;
+    uint64_t pages, where, what;
 } Link;
 
 /* what link.c calls while it is guarded itself */
@@ -172,15 +177,22 @@ typedef struct { /* the linking of one library */
 WITHIN int64_t open_all(Table *table, bool check);
 WITHIN int64_t list_all(Table *table);
 WITHIN int64_t find_missing(const Table *table, const char *file, const Table *other, uint64_t *missing);
-enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2, NEWEST = 4 }; /* how to look */
+/* How to look; CONTINUED takes no longer than the rest of what the look-up before it may have taken. */
+enum { PLAIN = 0, VERSIONED = 1, PLT_ENTRIES = 2, NEWEST = 4, CONTINUED = 8 };
 enum { UNBOUND = 1, UNIQUE = 2, INDIRECT_FUNCTION = 4 }; /* what was met: needs without a definition, and such symbols */
 WITHIN int64_t look_all_up(
     const Table *mine, const int64_t *wanted, uint64_t count, const Table *const *scope, const uint64_t *biases,
     uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
     uint64_t *met);
+WITHIN int64_t look_one_up(
+    const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, int64_t how,
+    Definition *found);
 enum { CALLED = 1, POINTED = 2 }; /* how a symbol is used: by slots that only calls go through, and by all else */
 WITHIN int64_t survey_rows(Job *job, uint64_t *counts, uint64_t *highest);
 WITHIN int64_t mark(Job *job, uint8_t *used, uint64_t symbols);
+enum { ALL_LOCAL = KINDS }; /* no type: those of all thread-local words */
+WITHIN int64_t copy_rows(
+    Job *job, uint64_t type, Row *copies, uint64_t count, const uint8_t *used, uint64_t symbols);
 WITHIN int64_t put_all(
     Job *job, const Row *known, uint64_t known_count, const Part *packed, const uint64_t *added, uint64_t adds,
     const Part *head,

@@ -513,7 +513,8 @@ int64_t look_all_up(
     uint64_t tables, int64_t own, int64_t how, Definition *found, uint8_t *indirect, uint8_t *owners,
     uint64_t *met)
 {
-    steps = MOST_STEPS;
+    if (!(how & CONTINUED))
+        steps = MOST_STEPS;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t index = (uint64_t)wanted[i], last = tables;
         if (index >= mine->count)
@@ -566,7 +567,7 @@ int64_t look_up(
     GUARDED(look_all_up(mine, wanted, count, scope, biases, tables, own, how, found, indirect, owners, met));
 }
 
-static int64_t look_one_up(
+int64_t look_one_up(
     const char *text, const Table *const *scope, const uint64_t *biases, uint64_t tables, int64_t how,
     Definition *found)
 {

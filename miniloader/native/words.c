@@ -77,7 +77,7 @@ int64_t use(Job *job, uint8_t *used, uint64_t symbols)
     GUARDED(mark(job, used, symbols));
 }
 
-static int64_t copy_rows(
+int64_t copy_rows(
     Job *job, uint64_t type, Row *copies, uint64_t count, const uint8_t *used, uint64_t symbols)
 {
     uint64_t found = 0;
@@ -86,7 +86,7 @@ static int64_t copy_rows(
         for (const Row *at = rows; at < rows + part->count && found < count; at++) {
             Row row = COPY(at);
             const Kind *kind = kind_of(job, row.type);
-            if (row.type != type)
+            if (type == ALL_LOCAL ? kind->formula != THREAD_LOCAL : row.type != type)
                 continue;
             if (kind->formula != INDIRECT && (row.symbol >= symbols || !used[row.symbol]))
                 return fault(job, NO_SYMBOL, row.offset, row.symbol);

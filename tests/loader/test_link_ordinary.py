@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from array import array
+from pathlib import Path
 
 import pytest
 
@@ -31,8 +33,9 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def _linked(path: str, address: int | None, *, at_once: bool) -> tuple[int, dict[str, object]]:
     """Where the library is, and what linking has made of it: its words, its names, and who it is bound to."""
-    with Loading(path, init=False, address=address) as steps:
-        steps._graph.keeps_bindings = not at_once
+    events: list[miniloader.Event] = []
+    with Loading(path, init=False, on_event=events.append, address=address) as steps:
+        steps._graph.keeps_bindings, steps._graph.brief = not at_once, at_once
         steps.map()
         steps.link()
         loaded = steps.mapped[0]
@@ -45,7 +48,9 @@ def _linked(path: str, address: int | None, *, at_once: bool) -> tuple[int, dict
             "dynamic": bytes(memory.read(dynamic.vaddr, dynamic.memsz)),
             "symbols": len(loaded.names),
             "names": [loaded.names.name(symbol) for symbol in range(len(loaded.names))],
-            "holds": loaded.holds,
+            "pages": [event.data["pages"] for event in events if event.stage == "relocate"],
+            "holds": list(loaded.holds),
+            "held": [Path(library.name).name for library in loaded.holds],
             "start": memory.start,
         }
         return memory.start, made
@@ -62,7 +67,8 @@ ORDINARY = (
         "init_fini",
         "symbols",
     ),
-    *("relocations", "bss", "overaligned_64k", "opens", "libz.so.1"),
+    *("relocations", "bss", "overaligned_64k", "opens", "unique", "libz.so.1"),
+    *("tls_general", "tls_local", "tls_initial", "tls_descriptors", "tls_large"),
 )
 
 
@@ -74,6 +80,96 @@ def test_both_ways_make_the_same(name: str, ways: list[bool]) -> None:
     ways.clear()
     assert _linked(path, start, at_once=False)[1] == at_once
     assert ways == [False]
+
+
+def compiled(path: Path, source: str, *options: str, suffix: str = ".c") -> Path:
+    """The library that gcc makes of ``source``."""
+    text = path.with_suffix(suffix)
+    text.write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", text, "-o", path, *options], check=True)
+    return path
+
+
+#: Words of more symbols than linking at once keeps room for, and a segment of more than two megabytes.
+LARGE = """
+    .altmacro
+    .macro word number
+    .globl symbol_\\number
+symbol_\\number:
+    .quad symbol_\\number
+    .endm
+    .data
+    .set count, 0
+    .rept 17000
+    word %count
+    .set count, count + 1
+    .endr
+    .section .rodata
+    .zero 3 << 20
+    .section .note.GNU-stack, "", %progbits
+"""
+
+
+def without_zeroes(path: Path, sparse: Path) -> Path:
+    """A copy of ``path`` that has holes for its pages of zeros."""
+    data = path.read_bytes()
+    with sparse.open("wb") as file:
+        for start in range(0, len(data), 4096):
+            page = data[start : start + 4096]
+            if page.count(0) == len(page):
+                file.seek(start + len(page))
+            else:
+                file.write(page)
+        file.truncate(len(data))
+    return sparse
+
+
+def test_a_large_library_is_linked_at_once_but_for_one_with_holes(tmp_path: Path, ways: list[bool]) -> None:
+    whole = compiled(tmp_path / "whole.so", LARGE, "-Wl,-z,noseparate-code", suffix=".s")
+    start, at_once = _linked(str(whole), None, at_once=True)
+    assert ways == [True]
+    assert _linked(str(whole), start, at_once=False)[1] == at_once
+    ways.clear()
+    sparse = without_zeroes(whole, tmp_path / "sparse.so")
+    if sparse.stat().st_blocks * 512 > len(sparse.read_bytes()) - (2 << 20):
+        pytest.skip("this machine lacks files with holes here")
+    assert (
+        _linked(str(sparse), start, at_once=True)[1] == at_once
+    )  # where nothing is read of it, it is done anew
+    assert ways == [False]
+
+
+def test_many_segments_are_linked_at_once(tmp_path: Path, ways: list[bool]) -> None:
+    sections = range(8)
+    source = "".join(f'__attribute__((section(".part{n}"))) int *at_{n} = (int *)&at_{n};' for n in sections)
+    places = [f"-Wl,--section-start=.part{n}={0x100000 * (n + 1):#x}" for n in sections]
+    path = str(compiled(tmp_path / "parts.so", source, *places))
+    assert len(miniloader.inspect(path).loads) > 8
+    start, at_once = _linked(path, None, at_once=True)
+    assert ways == [True]
+    assert _linked(path, start, at_once=False)[1] == at_once
+
+
+def test_whom_it_is_bound_to_is_noted_in_the_order_of_its_words(tmp_path: Path, ways: list[bool]) -> None:
+    """As ld.so notes them: that is the order in which they go."""
+    names = ("first", "second", "third")
+    needed = [compiled(tmp_path / f"{n}.so", f"int {n}(void) {{ return 1; }}") for n in names]
+    source = "int first(void), second(void), third(void);" + (
+        "int (*pointers[])(void) = {third, first, second};"
+    )
+    path = str(compiled(tmp_path / "user.so", source))
+    with (
+        miniloader.load(needed[0]) as one,
+        miniloader.load(needed[1]) as two,
+        miniloader.load(needed[2]) as three,
+    ):
+        libraries = [library.loaded for library in (one, two, three)]
+        unload.make_global(libraries)
+        ways.clear()
+        start, at_once = _linked(path, None, at_once=True)
+        assert ways == [True]
+        assert _linked(path, start, at_once=False)[1] == at_once
+        assert at_once["held"] == ["third.so", "first.so", "second.so"]
 
 
 def test_a_load_that_nobody_looks_at_is_linked_at_once(ways: list[bool]) -> None:

@@ -81,8 +81,8 @@ int64_t list_set(const uint8_t *, uint64_t, int64_t *, uint64_t *);
 int64_t list_places(const int64_t *, uint64_t, uint64_t, int64_t *, uint64_t);
 int64_t look_name_up(const char *, const Table *const *, const uint64_t *, uint64_t, int64_t, Definition *);
 int64_t bind_ordinary(Link *, const Kind *, const Load *, const uint64_t *, const Table *const *, const uint64_t *,
-                      const uint8_t *, uint8_t *, const char *const *, const Table *const *, const uint64_t *, Noted *);
-int64_t write_ordinary(Link *, const int64_t *, const uint64_t *, uint64_t);
+                      const uint8_t *, uint8_t *, const char *const *, const Table *const *, const uint64_t *);
+int64_t write_ordinary(Link *, const int64_t *, const uint64_t *, uint64_t, Row *, Definition *);
 int64_t survey(Job *, uint64_t *, uint64_t *);
 int64_t use(Job *, uint8_t *, uint64_t);
 int64_t gather(Job *, uint64_t, Row *, uint64_t, const uint8_t *, uint64_t);
@@ -466,23 +466,25 @@ static void know_kinds(void)
     kinds[0] = (Kind){NONE, 0, 0, 0};
     kinds[1] = (Kind){S_A, 8, 0, 0};
     kinds[2] = (Kind){S_A_P, 4, 1, 0};
-    kinds[5] = (Kind){INDIRECT, 0, 0, 0};
+    kinds[5] = (Kind){COPIED, 8, 0, 0};
     kinds[6] = (Kind){S, 8, 0, 0};
     kinds[7] = (Kind){S, 8, 0, 1};
     kinds[8] = (Kind){B_A, 8, 0, 0};
     kinds[10] = (Kind){S_A, 4, 0, 0};
+    kinds[16] = (Kind){THREAD_LOCAL, 8, 0, 0};
+    kinds[21] = (Kind){THREAD_LOCAL, 4, 1, 0};
     kinds[32] = (Kind){Z_A, 4, 0, 0};
-    kinds[36] = (Kind){INDIRECT, 16, 0, 0};
+    kinds[36] = (Kind){THREAD_LOCAL, 16, 0, 0};
     kinds[37] = (Kind){INDIRECT, 8, 0, 0};
 }
 
 static Row some_row(const Span *writable)
 {
-    static const uint32_t types[] = {0, 1, 2, 5, 6, 7, 8, 8, 8, 10, 32, 36, 37};
+    static const uint32_t types[] = {0, 1, 2, 5, 6, 7, 8, 8, 8, 10, 16, 21, 32, 36, 37};
     const Span *span = &writable[chance(2)];
     uint64_t size = seed->size;
     uint64_t inside_it = span->start + chance(span->end - span->start + 1);
-    Row row = {chance(12) ? inside_it : odd_number(size), types[chance(13)], (uint32_t)chance(12), (int64_t)chance(size)};
+    Row row = {chance(12) ? inside_it : odd_number(size), types[chance(15)], (uint32_t)chance(12), (int64_t)chance(size)};
     if (chance(40) == 0)
         row.type = (uint32_t)odd_number(KINDS);
     if (chance(40) == 0)
@@ -520,7 +522,7 @@ APART static void try_words(Laid *laid)
         for (uint64_t times = chance(2) ? chance(4) : 0; times && count; times--) /* somebody changes the file */
             rows[chance(count)] = some_row(writable);
         maybe_vanish(laid);
-        uint64_t type = chance(40), many = counts[type];
+        uint64_t type = chance(40) ? chance(40) : ALL_LOCAL, many = type < KINDS ? counts[type] : chance(4);
         Row *copies = malloc((many ? many : 1) * sizeof *copies);
         gather(&job, type, copies, many, used, symbols);
         int64_t *places = calloc(last ? last : 1, sizeof *places);
@@ -558,6 +560,14 @@ APART static void try_words(Laid *laid)
     come_back();
 }
 
+static void is_to_be(bool holds, const char *what)
+{
+    if (holds)
+        return;
+    fprintf(stderr, "%s\n", what);
+    abort();
+}
+
 /* ---- both at once */
 static uint32_t defined_symbol(void)
 {
@@ -589,7 +599,8 @@ APART static void try_link(Laid *laid, const Laid *good, const Laid *third)
         return;
     for (uint64_t i = 0; i < count + plt; i++) {
         rows[i] = some_row(writable);
-        if (chance(20) && (kinds[rows[i].type % KINDS].formula == INDIRECT || rows[i].type > KINDS))
+        unsigned formula = kinds[rows[i].type % KINDS].formula;
+        if (chance(20) && (formula == INDIRECT || formula == COPIED || rows[i].type > KINDS))
             rows[i].type = 8;
         if (rows[i].symbol < 12 && chance(3) == 0)
             rows[i].symbol = (uint32_t)chance(seed->good.table.count);
@@ -621,7 +632,8 @@ APART static void try_link(Laid *laid, const Laid *good, const Laid *third)
     Link *link = calloc(1, sizeof *link);
     *link = (Link){.bias = laid->table.bias, .page_size = 4096, .load_count = chance(30) ? 2 : odd_number(2),
                    .tag_count = tag_count, .dynamic = chance(2) ? middle + 64 : 0, .dynamic_size = 16 * tag_count,
-                   .scope_count = 2 + chance(2), .own = 1, .needed_count = 1, .asked_count = 1};
+                   .scope_count = 2 + chance(2), .own = 1, .needed_count = 1, .asked_count = 1,
+                   .exits = {chance(2) ? "demo_add" : NULL, "__cxa_thread_atexit"}};
     if (link->load_count <= MOST_LOADS) /* what is given is as long as it is said to be */
         link->load_count = 2;
     const Table none = {0}, *needed[] = {&good->table};
@@ -633,35 +645,30 @@ APART static void try_link(Laid *laid, const Laid *good, const Laid *third)
     const uint8_t ours[] = {(uint8_t)chance(2), 1, (uint8_t)chance(2)};
     uint8_t *owners = calloc(3, 1);
     const char *files[] = {"libc.so.6"};
-    Noted *noted = calloc(MOST_NOTES, sizeof *noted);
     changing_rows = rows, changing_count = count + plt;
     memcpy(changing_spans, writable, sizeof writable);
     maybe_vanish(laid);
-    if (bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked, noted) == FINE) {
+    if (bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked) == FINE) {
         come_back();
+        for (const Noted *noted = link->noted; noted < link->noted + link->noted_count; noted++)
+            is_to_be((uint64_t)noted->found.owner < link->scope_count, "something is noted of nobody's symbol");
+        Row *local = malloc(link->local_count * sizeof *local);
+        Definition *definitions = malloc(link->local_count * sizeof *definitions);
         for (uint64_t times = chance(2) ? chance(4) : 0; times && count; times--) /* somebody changes the file */
             rows[chance(count)] = some_row(writable);
         maybe_vanish(laid);
         link->turn -= !chance(16); /* another library has come between */
         const int64_t places[] = {(int64_t)chance(12), chance(8) ? 0 : (int64_t)odd_number(4096)};
         const uint64_t addresses[] = {chance(size), odd_number(size)};
-        write_ordinary(link, places, addresses, chance(3));
+        write_ordinary(link, places, addresses, chance(3), local, definitions);
+        free(local), free(definitions);
     }
     changing_count = 0;
-    free(noted);
     free(owners);
     free(link);
 }
 
 /* ---- more than there may be: names that are far longer than their table, and bounds of linking at once */
-static void is_to_be(bool holds, const char *what)
-{
-    if (holds)
-        return;
-    fprintf(stderr, "%s\n", what);
-    abort();
-}
-
 APART static void try_long_names(void)
 {
     const uint64_t longest = 1 + chance(1 << 20), strsz = longest + chance(9000), count = 1 + chance(80);
@@ -706,22 +713,24 @@ APART static void try_long_names(void)
     free(image);
 }
 
-/* As many symbols, pages, notes as there may be, and some more; all of them are the library's own. */
+/* As many pages and notes as there may be, and some more, and many symbols; all of them are the library's own. */
 APART static void try_many(void)
 {
-    const uint64_t kinds_of_many[][2] = {{chance(100), 1 + chance(100)}, {4090 + chance(12), 4090 + chance(12)},
-                                         {chance(64), 16380 + chance(10)}, {chance(80), 200}};
-    const uint64_t which = chance(4), count = kinds_of_many[which][0], page = 16ull << chance(9);
+    const uint64_t kinds_of_many[][2] = {{chance(100), 1 + chance(100)}, {MOST_NOTES - 4 + chance(8), 1100},
+                                         {chance(64), 16380 + chance(10)}, {5000 + chance(5000), 9000}};
+    const uint64_t which = chance(4), count = kinds_of_many[which][0], page = 16ull << chance(9), most = 1 << 18;
     uint64_t symbols = kinds_of_many[which][1] > count ? kinds_of_many[which][1] : count + 1;
     const uint64_t hash = 64, symtab = hash + 16 + 8 * ((4 * symbols + 7) / 8);
     const uint64_t rows_at = symtab + symbols * sizeof(Symbol);
-    const uint64_t data = (rows_at + count * sizeof(Row) + 65535) & ~65535ull, all = data + 8 + chance(65536);
+    const uint64_t data = (rows_at + count * sizeof(Row) + 65535) & ~65535ull, all = data + 16 + chance(65536);
+    const uint64_t claimed = chance(2) ? page * (most - 2 + chance(4)) + chance(page) : all, local = chance(2);
+    const uint64_t end = claimed > all ? claimed : all;
     uint8_t *image = calloc(1, all);
     put_word(image + hash, 0, 1), put_word(image + hash, 1, (uint32_t)symbols);
     Row *rows = (Row *)(image + rows_at);
     for (uint64_t i = 0; i < count; i++)
-        rows[i] = (Row){data + chance(all - data - 7), 1, (uint32_t)(i + 1), 0};
-    const Load loads[] = {{0, rows_at + count * sizeof(Row), rows_at + count * sizeof(Row), 4}, {data, all, all, 6}};
+        rows[i] = (Row){data + chance(all - data - 15), local && chance(2) ? 36 : 1, (uint32_t)(i + 1), 0};
+    const Load loads[] = {{0, rows_at + count * sizeof(Row), rows_at + count * sizeof(Row), 4}, {data, all, end, 6}};
     const uint64_t tags[][2] = {{7, rows_at}, {8, count * sizeof(Row)}, {5, 16}, {10, 1}, {6, symtab}, {4, hash}};
     const Table *needed[1] = {NULL}, *scope[1];
     const uint64_t bias = (uint64_t)image, biases[] = {bias}, asked[] = {chance(2) ? bias : 1};
@@ -732,20 +741,33 @@ APART static void try_many(void)
     *link = (Link){.bias = bias, .page_size = page, .load_count = 2, .tag_count = 6, .asked_count = 1};
     link->scope_count = count || chance(2);
     scope[0] = &link->table;
-    Noted *noted = calloc(MOST_NOTES, sizeof *noted);
-    int64_t result =
-        bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked, noted);
-    bool fits = count <= 4096 && symbols <= 16384 && all / page + 1 <= 16384;
-    fits &= count <= MOST_NOTES || asked[0] != bias;
-    is_to_be((result == FINE) == fits, "linking at once is for another number of symbols, pages, or notes");
+    int64_t result = bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, files, needed, asked);
+    bool fits = end / page + 1 <= most && (count <= MOST_NOTES || asked[0] != bias);
+    is_to_be((result == FINE) == fits, "linking at once is for another number of pages, or notes");
     const int64_t none[] = {0};
     if (result == FINE) {
-        result = write_ordinary(link, none, biases, 0);
+        uint64_t others = 0, listed = 0;
+        Row *copies = malloc(link->local_count * sizeof *copies);
+        Definition *definitions = malloc(link->local_count * sizeof *definitions);
+        is_to_be(link->noted_count == (asked[0] == bias ? count : 0), "another number is noted");
+        result = write_ordinary(link, none, biases, 0, copies, definitions);
         is_to_be(result == FINE, "what was bound is not written");
         for (uint64_t i = 0; i < count; i++)
-            is_to_be(count > 1 || word_at(image + rows[i].offset, 8) == bias, "another word is written");
+            if (rows[i].type == 1)
+                others++;
+            else {
+                is_to_be(copies[listed].offset == rows[i].offset, "another word is thread-local");
+                is_to_be(definitions[listed].symbol == (int64_t)i + 1, "a thread-local word is of another symbol");
+                listed++;
+            }
+        is_to_be(link->local_count == listed, "another number of words is thread-local");
+        for (uint64_t i = 0; i < count; i++)
+            is_to_be(others > 1 || rows[i].type != 1 || word_at(image + rows[i].offset, 8) == bias,
+                     "another word is written");
+        is_to_be(write_ordinary(link, none, biases, 0, copies, definitions) == STRANGE, "it is written twice");
+        free(copies), free(definitions);
     }
-    free(noted), free(link), free(image);
+    free(link), free(image);
 }
 
 /* A program whose PLT entries are all compared with a name, and are others: linking at once waits only so long. */
@@ -783,11 +805,10 @@ APART static void try_program(void)
     const uint64_t biases[] = {0, link->bias}, steps = entries * (length + 1) + length;
     const uint8_t ours[] = {0, 1};
     uint8_t owners[] = {0, 0};
-    Noted *noted = calloc(MOST_NOTES, sizeof *noted);
-    int64_t result = bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, NULL, NULL, NULL, noted);
+    int64_t result = bind_ordinary(link, kinds, loads, tags[0], scope, biases, ours, owners, NULL, NULL, NULL);
     is_to_be(steps + 2 > MOST_STEPS || result == FINE, "what takes no time is not linked at once");
     is_to_be(steps < MOST_STEPS + length + 1 || result == STRANGE, "what takes too long is waited for");
-    free(noted), free(link), free(image);
+    free(link), free(image);
 }
 
 /* Two names of a version that are the same to where their tables end, and, sometimes, end there in no NUL any more. */
