@@ -221,10 +221,10 @@ def _signed(number: int) -> str:
 
 
 def changes_view(changes: Sequence[PageChange], growth: Growth, page_size: int) -> Iterator[Part]:
-    """What differs between two audits in pages of files, of processes that are in both."""
+    """What differs between two audits in pages of files: of processes that are in both, where there are any."""
     if not changes:
-        some = any(process.state != "stayed" for process in growth.processes)
-        besides = ", of processes that stayed" if some else ""
+        states = {process.state for process in growth.processes}
+        besides = ", of processes that stayed" if {"stayed"} < states else ""
         yield (f"no page went private, was rewritten, or returned{besides}",)
         return
     number = {kind: sum(page.processes for page in changes if page.change == kind) for kind in _CHANGES}

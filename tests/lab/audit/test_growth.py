@@ -66,6 +66,9 @@ def test_who_came_and_who_went() -> None:
     assert not family.came
     (said,) = changes_view((), growth(before, after), before.page_size)
     assert plain(said) == "no page went private, was rewritten, or returned, of processes that stayed"
+    restarted = replace(before, processes=tuple(replace(row, started=0) for row in before.processes))
+    (said,) = changes_view((), growth(before, restarted), before.page_size)  # all of both are compared
+    assert plain(said) == "no page went private, was rewritten, or returned"
     assert f"forked {second[0]}, ended {first[0]}" in plain(tick(after, before))
 
 
