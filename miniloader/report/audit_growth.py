@@ -221,7 +221,7 @@ def _signed(number: int) -> str:
 
 
 def changes_view(changes: Sequence[PageChange], growth: Growth, page_size: int) -> Iterator[Part]:
-    """What differs between two audits in pages of files: of processes that are in both, where there are any."""
+    """What differs between two audits in pages of files: of processes that are in both, if there are any."""
     if not changes:
         states = {process.state for process in growth.processes}
         besides = ", of processes that stayed" if {"stayed"} < states else ""
