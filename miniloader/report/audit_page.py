@@ -50,7 +50,7 @@ def view_of(audit: Audit, sights: Sequence[Sight], moments: Iterable[Moment] = (
         "present": sum(library.present for library in audit.libraries) * audit.page_size,
         "used": sum(library.frames for library in audit.libraries) * audit.page_size,
         "own": sum(library.private - library.common for library in audit.libraries) * audit.page_size,
-        "memory": mapping_rows(audit.mappings, audit.libraries) if audit.mappings else None,
+        "memory": mapping_rows(audit.mappings, audit.libraries, where="above") if audit.mappings else None,
         "libraries": audit.libraries[:_MOST_LIBRARIES],
         "more": max(0, len(audit.libraries) - _MOST_LIBRARIES),
         "drawn": drawn,

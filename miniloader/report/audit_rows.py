@@ -24,11 +24,13 @@ __all__ = ["COUNTED", "group_rows", "library_rows", "mapping_rows", "short_kind"
 COUNTED: Final = ("mapped", "present", "shared", "private", "bss")
 
 
-def mapping_rows(mappings: Sequence[AuditedMapping], libraries: Sequence[AuditedLibrary] = ()) -> Table:
+def mapping_rows(
+    mappings: Sequence[AuditedMapping], libraries: Sequence[AuditedLibrary] = (), *, where: str = "below"
+) -> Table:
     """A row for each kind and name of memory, in bytes over all processes.
 
-    Those of ``libraries``, which are shown below, are in one.  A file that is mapped shared only is no
-    library, and may be the largest of all: it has a row.
+    Those of ``libraries``, which have a table ``where`` it says, are in one.  A file that is mapped shared
+    only is no library, and may be the largest of all: it has a row.
     """
     names = {library.name for library in libraries}  # one that is there under several paths has one name
     rows: list[tuple[str, str, list[AuditedMapping]]] = []
@@ -39,7 +41,7 @@ def mapping_rows(mappings: Sequence[AuditedMapping], libraries: Sequence[Audited
         else:
             rows.append((mapping.kind, printable(mapping.name), [mapping]))
     if files:
-        rows.append(("file", f"{count(len(files), 'file')}, below", files))
+        rows.append(("file", f"{count(len(files), 'file')}, {where}", files))
     shown = []
     for kind, name, together in rows:
         processes = [process for mapping in together for process in mapping.processes]

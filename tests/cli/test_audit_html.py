@@ -73,6 +73,18 @@ def test_a_page_draws_what_the_audit_counted(
         assert all(cause in causes[private["vaddr"] // film["page_size"]] for cause in private["causes"])
 
 
+def test_the_files_that_a_row_stands_for_are_where_it_says(
+    pids: tuple[int, int], demo: Path, tmp_path: Path
+) -> None:
+    """In a terminal they come after it, on the page before."""
+    page = tmp_path / "page.html"
+    assert run(*pids, "--library", demo.name, "--html", page).returncode == 0
+    text = page.read_text()
+    assert "1 file, above" in text
+    assert text.index(f">{demo.name}") < text.index("1 file, above")
+    assert "below" not in text[text.index("1 file, above") :][:100]
+
+
 def test_two_looks_are_two_steps(pids: tuple[int, int], demo: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run(*pids, "--library", demo.name, "--every", "200ms", "--for", "300ms", "--html", page)
