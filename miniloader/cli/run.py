@@ -121,6 +121,13 @@ def put_program(arguments: argparse.Namespace, words: Sequence[str]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the program in this process.  Returns 0 when it comes to its end; else it ends as programs do."""
+    status = _status_of(arguments)
+    if sys.flags.inspect:
+        _leave_to_python(status)
+    return status
+
+
+def _status_of(arguments: argparse.Namespace) -> int:
     import gc
 
     from miniloader.errors import UsageError
@@ -133,18 +140,17 @@ def run(arguments: argparse.Namespace) -> int:
     collects = gc.isenabled()
     gc.disable()  # what is imported until then is no garbage
     try:
-        program, loading = _set_out(arguments, words[0])
+        begun = _set_out(arguments, words[0])
+        if isinstance(begun, int):
+            return begun
         if arguments.is_process:  # or what is there is another's, and its garbage would stay
             gc.freeze()  # what is ours: the program's collections look at it as little as without us
-    except SyntaxError as error:  # the program's, and shown as Python would
-        sys.excepthook(type(error), error.with_traceback(None), None)
-        return 1
     finally:
         if collects:
             gc.enable()
     option = ["-m"] if words is arguments.module else ["-c"] if words is arguments.code else []
     _leave_out_the_command([*option, *words])
-    return _run(program, words[1:], loading)
+    return _run(*begun, words[1:])
 
 
 def _leave_out_the_command(words: list[str]) -> None:
@@ -163,13 +169,16 @@ def _leave_out_the_command(words: list[str]) -> None:
     sys.orig_argv[:] = [*(option for option in options if option != "-"), *words]
 
 
-def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, ExitStack]:
-    """The program; from now on, until the stack is closed, what it opens comes through us."""
+def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, ExitStack] | int:
+    """The program; from now on, until the stack is closed, what it opens comes through us.
+
+    Where it cannot begin that is shown, and what it ends with is returned.
+    """
     import atexit
     from contextlib import ExitStack
 
-    from miniloader.errors import MiniloaderError
     from miniloader.loader.running.importing import importing
+    from miniloader.loader.running.program import UnrunnableProgram
 
     tell = None
     if arguments.trace:
@@ -184,9 +193,10 @@ def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, E
     )
     try:
         program = _program(arguments, word)
-    except (MiniloaderError, SyntaxError):
+    except UnrunnableProgram as error:
         loading.close()
-        raise
+        error.show()
+        return error.status
     # Left at the very end: what the program's threads and exit handlers import comes through us, too.
     atexit.register(loading.close)
     if arguments.writers is not None:
@@ -229,7 +239,7 @@ def _tell_of_a_crash() -> None:
     tell_faults()
 
 
-def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
+def _run(program: PythonProgram, loading: ExitStack, words: list[str]) -> int:
     """Run it; an exception that it does not catch is shown as Python shows it, and ends it so.
 
     Of a program that has not begun there is no bill, and it opens nothing any more.
@@ -244,12 +254,15 @@ def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
         program.run(words)
         return 0
     except SystemExit as error:
-        begun = program.has_begun(program.own_traceback(error.__traceback__))
-        if begun or not isinstance(error.code, str):
+        own = program.own_traceback(error.__traceback__)
+        begun = program.has_begun(own)
+        if not begun and isinstance(error.code, str):
+            _take_back(loading)
+            tell(error.code)
+            return 1
+        if not sys.flags.inspect:
             raise
-        _take_back(loading)
-        tell(error.code)
-        return 1
+        uncaught: BaseException = error.with_traceback(own)
     except BaseException as error:  # the program's
         own = program.own_traceback(error.__traceback__)
         if not program.has_begun(own):
@@ -258,11 +271,36 @@ def _run(program: PythonProgram, words: list[str], loading: ExitStack) -> int:
             raise
         uncaught = error.with_traceback(own or error.__traceback__)
     show_outermost(uncaught)  # here none is being handled any more, as Python's own main has it
-    if isinstance(uncaught, KeyboardInterrupt):
+    if isinstance(uncaught, KeyboardInterrupt) and not _is_prompt_to_come():
         _end()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return 1
+
+
+def _is_prompt_to_come() -> bool:
+    import os
+
+    return bool(sys.flags.inspect and (sys.flags.interactive or os.isatty(0)))
+
+
+def _leave_to_python(status: int) -> None:
+    """Have Python go on as it does behind a program under -i: with its prompt, where one comes."""
+    import ctypes
+
+    if not _is_prompt_to_come():
+        ctypes.pythonapi.Py_Exit(status)
+    last = ("last_exc", "last_type", "last_value", "last_traceback")
+    shown, hook = {name: vars(sys)[name] for name in last if name in vars(sys)}, sys.excepthook
+
+    def say_nothing(*_: object) -> None:
+        """Of the command's own SystemExit, which Python shows before its prompt."""
+        sys.excepthook = hook
+        for name in last:
+            vars(sys).pop(name, None)
+        vars(sys).update(shown)
+
+    sys.excepthook = say_nothing
 
 
 def _take_back(loading: ExitStack) -> None:

@@ -6,9 +6,10 @@ comes later.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from miniloader.elf import ElfImage, Source, read_image
 from miniloader.elf.checks import refuse_problems
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Graph", "Needed", "Resolution"]
 
 Needed = Loaded | HostLibrary
+_PLAIN: Final = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what a shell takes as it is
 
 
 @dataclass(frozen=True)
@@ -269,10 +271,7 @@ class Graph:
         if found.path is None:
             places, all_of_it = len(found.steps), None
             if self.new:
-                with importing:
-                    import shlex  # which few need
-
-                all_of_it = f"all that it needs: miniloader check {shlex.quote(self.new[0].name)}"
+                all_of_it = f"all that it needs: miniloader check {_quoted(self.new[0].name)}"
             raise LoadError(
                 f"{who}: needs {name}, which is in none of the {places} places searched",
                 hint=all_of_it,
@@ -285,6 +284,14 @@ class Graph:
         key = source.key
         same = self._alike(of_file(key, self.order))
         return same or self.listing.by_identity.get(source.identity)
+
+
+def _quoted(path: str) -> str:
+    """``path`` as a shell takes it for one word, as shlex has it.
+
+    That is not imported here, where it may be a program's own module of the name, or out of reach: chroot(2).
+    """
+    return path if _PLAIN.fullmatch(path) else "'" + path.replace("'", "'\"'\"'") + "'"
 
 
 def _image_of(source: Source) -> ElfImage | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import marshal
 import os
 import py_compile
 import resource
@@ -11,6 +12,8 @@ import signal
 import subprocess
 import sys
 import zipapp
+import zipfile
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Final
 
@@ -33,12 +36,13 @@ SHOW = (
 
 
 def run(
-    command: tuple[str, ...], *words: str, cwd: Path, **environment: str
+    command: tuple[str, ...], *words: str, cwd: Path, typed: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command in ``cwd``, from where this package is found all the same."""
+    """A command in ``cwd``, from where this package is found all the same; its input is what is ``typed``."""
     path = os.pathsep.join(filter(None, (str(build.ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [*command, *words],
+        input=typed,
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +129,121 @@ def test_what_is_no_program_is_told_as_python_tells_it(text: str, how: str, plac
         assert ours.stderr == plain.stderr
     assert ours.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
     assert "miniloader" not in ours.stderr
+
+
+#: What is in a file that does not begin, or is compiled and has another name.
+AMISS = {
+    "latin.py": b"# caf\xe9\nprint(1)\n",
+    "wide.py": "print(1)\n".encode("utf-16"),
+    "unknown.py": b"# coding: nonsense\nprint(1)\n",
+    "zero.py": b"print(1)\n\0x\n",
+    "deep.py": b"-" * 5000 + b"1\n",
+    "empty.pyc": b"",
+    "text.pyc": b"print(1)\n",
+    "begun.pyc": MAGIC_NUMBER,
+    "cut.pyc": MAGIC_NUMBER + bytes(12) + b"\xe3",
+    "number.pyc": MAGIC_NUMBER + bytes(12) + marshal.dumps(5),
+    "two.bytes": MAGIC_NUMBER[:2],
+    "good.bytes": MAGIC_NUMBER + bytes(12) + marshal.dumps(compile("print(1); 1 / 0", "x", "exec")),
+}
+
+
+@pytest.mark.parametrize("name", AMISS)
+def test_what_cannot_be_read_as_a_program_is_told_in_its_words(name: str, place: Path) -> None:
+    (place / name).write_bytes(AMISS[name])
+    plain, ours = run(PLAIN, name, cwd=place), run(RUN, "--no-bill", name, cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert plain.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[
+            (word,)
+            for word in ("none.py", "./none.py", "none/", "script.py/x", "package/..", "a\nb", "x" * 300)
+        ],
+        ("-c", "print('\udcff')"),
+        ("-c", "-" * 5000 + "1"),
+        ("-c", "\n    print(1)\n    1 / 0\n"),
+    ],
+    ids=lambda words: ascii(words[-1][:20]),
+)
+def test_what_is_not_there_or_no_text_ends_as_with_python(words: tuple[str, ...], place: Path) -> None:
+    """Also how it ends: with 2 where no file can be opened."""
+    plain, ours = run(PLAIN, *words, cwd=place), run(RUN, *words, cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert plain.returncode == (1 if words[0] in ("-c", "package/..") else 2)
+
+
+@pytest.mark.parametrize("options", [(), ("-P",)], ids=" ".join)
+@pytest.mark.parametrize("path", [".", "", "./.", "main.zip/", "main.zip/inner", "main.zip"])
+def test_where_a_directory_or_an_archive_is_said_to_be(
+    path: str, options: tuple[str, ...], place: Path
+) -> None:
+    """As it was named, put behind the working directory; within an archive there may be programs, too."""
+    main = f"import beside\n{SHOW}print(beside.__file__, {path!r} in sys.path_importer_cache)\nbeside.f()\n"
+    beside = "def f(): 1 / 0\n"
+    with zipfile.ZipFile(place / "main.zip", "w") as archive:
+        for directory in "", "inner/":
+            archive.writestr(f"{directory}__main__.py", main)
+            archive.writestr(f"{directory}beside.py", beside)
+    (place / "__main__.py").write_text(main)
+    (place / "beside.py").write_text(beside)
+    python = (*PLAIN, *options)
+    plain = run(python, path, cwd=place)
+    ours = run((*python, "-m", "miniloader", "run", "--no-bill"), path, cwd=place)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert "__main__" in plain.stdout
+
+
+INSPECTED: Final = """
+import atexit, sys
+value = 7
+atexit.register(print, "at exit")
+if sys.argv[1] == "hooks": sys.excepthook = lambda kind, *_: print("hook", kind)
+sys.exit(3) if sys.argv[1] == "exits" else 1 / (sys.argv[1] == "ends")
+"""
+TYPED: Final = """\
+import traceback; traceback.print_stack()
+print(value, __name__, sys.argv, getattr(sys, "last_type", None))
+1 / 0
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "exits", "hooks"])
+@pytest.mark.parametrize("options", [("-i",), ()], ids=["-i", "PYTHONINSPECT"])
+def test_a_prompt_comes_behind_it_where_that_is_wanted(
+    options: tuple[str, ...], how: str, place: Path
+) -> None:
+    """Where the environment asks for it and nobody types, there is none, and how it ends is Python's."""
+    (place / "inspected.py").write_text(INSPECTED)
+    environment = {} if options else {"PYTHONINSPECT": "1"}
+    plain, ours = (
+        run((*PLAIN, *options, *command), "inspected.py", how, cwd=place, typed=TYPED, **environment)
+        for command in ((), ("-m", "miniloader", "run", "--no-bill"))
+    )
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert ("7 __main__" in plain.stdout) == bool(options)
+
+
+def test_nothing_of_the_programs_own_is_imported_for_ours(place: Path) -> None:
+    """Where a library lacks another one, of which a hint is made."""
+    for words in (("-o", "libgone.so"), ("-o", "needs.so", "-Wl,--no-as-needed", "-xnone", "libgone.so")):
+        subprocess.run(["gcc", "-shared", "-xc", "/dev/null", *words], cwd=place, check=True)
+    (place / "libgone.so").unlink()
+    (place / "shlex.py").write_text("print('of the program')")
+    code = "import ctypes\ntry: ctypes.CDLL('./needs.so')\nexcept OSError as error: print(error)"
+    (place / "opens.py").write_text(code)
+    plain, ours = (run((*command, "opens.py"), cwd=place) for command in (PLAIN, (*RUN, "--no-bill")))
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, "")
+
+
+def test_a_script_is_begun_without_what_finds_modules(place: Path) -> None:
+    (place / "modules.py").write_text("import sys; print('runpy' in sys.modules)")
+    begin = f"import sys; sys.path[:0] = [{str(build.ROOT)!r}]; sys.argv[1:1] = ['run', '--no-bill']\n"
+    (place / "command").write_text(f"{begin}from miniloader.__main__ import command; sys.exit(command())")
+    assert run(PLAIN, "command", "modules.py", cwd=place).stdout == "False\n"
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "hole.py"])

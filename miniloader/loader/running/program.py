@@ -7,29 +7,34 @@ and zip files are run by :mod:`runpy`, as Python itself runs them.
 from __future__ import annotations
 
 import builtins
+import ctypes
+import marshal
 import os
-import runpy
-import stat
+import re
 import struct
 import sys
-import zipimport
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib._bootstrap_external import MAGIC_NUMBER
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Final, TypeVar
 
-from miniloader.errors import LoadError
+from miniloader.errors import tell
 from miniloader.files import working_directory
 from miniloader.forking import importing
-from miniloader.loader.running.outermost import call_outermost
+from miniloader.loader.running.outermost import call_outermost, show_outermost
 from miniloader.values import dataclass
 
-__all__ = ["PythonProgram", "code", "module", "script"]
+__all__ = ["PythonProgram", "UnrunnableProgram", "code", "module", "script"]
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 _ROOM: Final = 1 << 17  # bytes: a thousand calls
 _PART: Final = 1 << 20  # bytes that are read at once
+_HEAD: Final = 16  # bytes of a compiled file before its code
+_FILE_INPUT: Final = 257  # Py_file_input of C
+#: How a program says in its first two lines what its text is: PEP 263.
+_CODING: Final = re.compile(rb"(?:[ \t\f]*(?:#.*)?\n)?[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+")
 _OF_NO_FILE: Final = {"__package__": None, "__spec__": None, "__loader__": BuiltinImporter}
 
 
@@ -49,6 +54,20 @@ def _with_room(function: _Function) -> _Function:
 
 #: Whether CPython counts a call of exec() among those of a program: until 3.11, as functions of Python's.
 _COUNTED: Final = int(sys.version_info < (3, 12))
+
+
+class UnrunnableProgram(Exception):
+    """What Python says of a program that cannot begin: an ``error`` or a line, and the exit ``status``."""
+
+    def __init__(self, said: Exception | str, status: int = 1) -> None:
+        self.said, self.status = said, status
+
+    def show(self) -> None:
+        """Show it on standard error, as Python does."""
+        if isinstance(self.said, str):
+            tell(self.said)
+        else:
+            show_outermost(self.said.with_traceback(None))
 
 
 @dataclass(frozen=True)
@@ -75,8 +94,9 @@ class PythonProgram:
         sys.modules["__main__"] = main
         sys.argv[:] = [self.name, *arguments]
         if self.code is None:
-            run_module = runpy._run_module_as_main  # type: ignore[attr-defined]  # what Python's main calls
-            call_outermost(partial(run_module, self.module), self.is_named)
+            with importing:  # as Python's own main does, and not for a script
+                from runpy import _run_module_as_main  # type: ignore[attr-defined]
+            call_outermost(partial(_run_module_as_main, self.module), self.is_named)
         else:
             call_outermost(partial(exec, self.code, main.__dict__), main.__dict__, _COUNTED)
 
@@ -88,43 +108,53 @@ class PythonProgram:
 
     def has_begun(self, trace: TracebackType | None) -> bool:
         """Whether ``trace`` comes from the program, not from who looks for it."""
-        run_code = runpy._run_code.__code__  # type: ignore[attr-defined]
-        while self.code is None and trace is not None and trace.tb_frame.f_code is not run_code:
+        while self.code is None and trace is not None and trace.tb_frame.f_code is not _code_of_runpy():
             trace = trace.tb_next
         return trace is not None
 
 
-def _begin_path(directory: str | None) -> None:
+def _code_of_runpy() -> CodeType:
+    with importing:
+        from runpy import _run_code  # type: ignore[attr-defined]
+    called: CodeType = _run_code.__code__
+    return called
+
+
+def _begin_path(directory: str | None, *, always: bool = False) -> None:
     """Modules are looked for in ``directory`` first, unless Python was told to look in no such place (-P).
 
     It comes in the place of what miniloader's own start had put there, and where it is None nothing does.
-    ``python -m miniloader`` has put nothing there in a directory that has been removed.
+    ``python -m miniloader`` has put nothing there in a directory that has been removed.  A directory or zip
+    file that is the program ``always`` comes first.
     """
+    begun = 0
     if not sys.flags.safe_path:
         is_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         begun = 0 if is_module and not working_directory() else 1
-        sys.path[:begun] = [] if directory is None else [directory]
+    elif not always:
+        return
+    sys.path[:begun] = [] if directory is None else [directory]
 
 
 def script(path: str) -> PythonProgram:
     """The program in the file ``path``, or the ``__main__.py`` of the directory or zip file there.
 
-    ``-`` is standard input.  SyntaxError where it is no program.
+    ``-`` is standard input.  UnrunnableProgram where it is no program.
     """
     if path == "-":
         _begin_path("")
         of_stdin = {**_OF_NO_FILE, "__file__": "<stdin>", "__cached__": None}
         return PythonProgram(_compiled(_read(0), "<stdin>"), path, of_stdin)
-    file = os.path.join(working_directory(), path)
-    if os.path.isdir(path) or _is_zip(path):
-        _begin_path(file)
+    file = _absolute(path)
+    if _is_imported_from(file):
+        _begin_path(file, always=True)
         return PythonProgram(None, path, _OF_NO_FILE)
     try:
-        text = _read(path)
+        text, is_compiled = _read_program(path)
     except OSError as error:
-        raise LoadError(f"{path}: {error.strerror}", hint="give a Python program") from None
+        said = f"{sys.orig_argv[0]}: can't open file {file!r}: [Errno {error.errno}] {error.strerror}"
+        raise UnrunnableProgram(said, 2) from None
     _begin_path(os.path.dirname(_place_of(path)))
-    is_compiled = os.path.splitext(path)[1] == ".pyc"
     loader = (SourcelessFileLoader if is_compiled else SourceFileLoader)("__main__", file)
     names = {
         "__file__": file,
@@ -133,12 +163,20 @@ def script(path: str) -> PythonProgram:
         "__spec__": None,
         "__cached__": None,
     }
-    if not is_compiled:
-        return PythonProgram(_compiled(text, file), path, names)
-    try:
-        return PythonProgram(loader.get_code("__main__"), path, names)
-    except (ImportError, EOFError, ValueError) as error:
-        raise LoadError(f"{path}: {error}", hint="compiled by another version of Python?") from None
+    return PythonProgram((_compiled_before if is_compiled else _compiled)(text, file), path, names)
+
+
+def _absolute(path: str) -> str:
+    """``path`` as Python itself makes it absolute: put behind the working directory, which alone is ``.``."""
+    directory = working_directory()
+    return directory if directory and path in ("", ".") else os.path.join(directory, path)
+
+
+def _is_imported_from(path: str) -> bool:
+    """Whether Python would import from there: a directory or zip file, whatever may stand before it."""
+    find = ctypes.pythonapi.PyImport_GetImporter  # what Python's main asks, and remembers
+    find.argtypes, find.restype = [ctypes.py_object], ctypes.py_object
+    return find(path) is not None
 
 
 def _place_of(path: str) -> str:
@@ -150,10 +188,18 @@ def _place_of(path: str) -> str:
         return os.path.join(os.path.dirname(path), link) if "/" in link else path
 
 
-def _read(file: str | int) -> bytes:
+def _read_program(path: str) -> tuple[bytes, bool]:
+    """The text or the compiled code there, and whether it is compiled; OSError."""
+    with open(path, "rb", buffering=0) as stream:
+        begin = stream.read(2)
+        is_compiled = path.endswith(".pyc") or begin == MAGIC_NUMBER[:2]
+        return begin + (stream.readall() or b"" if is_compiled else _read(stream.fileno())), is_compiled
+
+
+def _read(descriptor: int) -> bytes:
     """What can be read there, once: it may be a pipe.  What has a zero byte is no program."""
     text = bytearray()
-    with open(file, "rb", closefd=isinstance(file, str), buffering=0) as stream:
+    with open(descriptor, "rb", closefd=False, buffering=0) as stream:
         while part := stream.read(_PART):
             text += part
             if b"\0" in part:
@@ -161,30 +207,90 @@ def _read(file: str | int) -> bytes:
     return bytes(text)
 
 
-def _compiled(text: bytes | str, file: str) -> CodeType:
-    """The code of a program; SyntaxError where it is none."""
-    if isinstance(text, bytes) and (end := text.find(b"\0")) >= 0:
-        line = text.count(b"\n", 0, end) + 1
-        raise SyntaxError("source code cannot contain null bytes", (file, line, None, None))
-    compiled: CodeType = compile(text, file, "exec", dont_inherit=True)  # this module's own __future__
-    return compiled
-
-
-def _is_zip(path: str) -> bool:
-    """Whether Python would import from the file: a zip file, whatever may stand before it."""
+def _compiled(text: bytes, file: str) -> CodeType:
+    """The code of the program that ``file`` is; UnrunnableProgram where it is none."""
+    end = text.find(b"\0")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
-        zipimport.zipimporter(path)
-    except (OSError, zipimport.ZipImportError):
-        return False
+        if end < 0 and _is_decodable(text):
+            return _code(text, file)
+        line = text.count(b"\n", 0, end) + 1
+        error: Exception = SyntaxError("source code cannot contain null bytes", (file, line, None, None))
+    except Exception as failure:  # noqa: BLE001 - whatever it is, Python would show it
+        error = failure
+        if not any(word in str(error) for word in ("codec", "encoding")):
+            raise UnrunnableProgram(error) from None
+    if end < 0 or len(text) < _PART:  # of a device or a hole it is not all
+        error = _as_of_file(text, file) or error
+    raise UnrunnableProgram(error) from None
+
+
+def _is_decodable(text: bytes) -> bool:
+    """Whether it is UTF-8, or says to be something else: bytes in a comment are nothing to compile()."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return _CODING.match(text) is not None
     return True
 
 
+def _code(text: bytes | str, file: str) -> CodeType:
+    code: CodeType = compile(text, file, "exec", dont_inherit=True)  # this module's own __future__
+    return code
+
+
+def _as_of_file(text: bytes, file: str) -> Exception | None:
+    """What Python says of a program that it cannot decode: other words, where it reads a file."""
+    libc, run = ctypes.PyDLL(None), ctypes.pythonapi.PyRun_FileExFlags
+    libc.fdopen.restype = ctypes.c_void_p
+    run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.py_object] * 2]
+    run.argtypes += [ctypes.c_int, ctypes.c_void_p]
+    run.restype = ctypes.py_object
+    try:
+        descriptor = os.memfd_create("program")
+        with open(descriptor, "wb", closefd=False) as stream:
+            stream.write(text)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        run(libc.fdopen(descriptor, b"rb"), os.fsencode(file), _FILE_INPUT, {}, {}, 1, None)
+    except Exception as error:  # noqa: BLE001 - what was to be seen
+        return error if not isinstance(error, OSError) else None
+    return None
+
+
+def _compiled_before(text: bytes, _: str) -> CodeType:
+    """The code of a program that was compiled, by this version of Python; UnrunnableProgram where not."""
+    ends_early = UnrunnableProgram(EOFError("EOF read where not expected"))
+    if not text and sys.version_info >= (3, 13):
+        raise ends_early
+    if text[: len(MAGIC_NUMBER)] != MAGIC_NUMBER:
+        raise UnrunnableProgram(RuntimeError("Bad magic number in .pyc file"))
+    if len(text) < _HEAD:
+        raise ends_early
+    try:
+        code = marshal.loads(text[_HEAD:])
+    except (EOFError, ValueError, TypeError):
+        code = None
+    if not isinstance(code, CodeType):
+        raise UnrunnableProgram(RuntimeError("Bad code object in .pyc file"))
+    return code
+
+
 def code(text: str) -> PythonProgram:
-    """The program that ``text`` is."""
+    """The program that ``text`` is; UnrunnableProgram where it is none."""
     _begin_path("")
-    compiled = _compiled(text, "<string>")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        tell("Unable to decode the command from the command line:")
+        raise UnrunnableProgram(error) from None
+    if sys.version_info >= (3, 14) and text[:1].isspace():
+        with importing:
+            from textwrap import dedent
+
+        text = dedent(text)
+    try:
+        compiled = _code(text, "<string>")
+    except Exception as error:  # noqa: BLE001 - whatever it is, Python would show it
+        raise UnrunnableProgram(error) from None
     if sys.version_info >= (3, 13):  # from then on its lines are shown
         with importing:
             import linecache
