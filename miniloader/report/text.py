@@ -66,7 +66,7 @@ def plain(line: Line) -> str:
     >>> plain(("libz.so.1", ("  2 pages", "dim")))
     'libz.so.1  2 pages'
     """
-    return "".join(piece if isinstance(piece, str) else piece[0] for piece in line)
+    return "".join([piece if isinstance(piece, str) else piece[0] for piece in line])
 
 
 def stripped(line: Sequence[Piece]) -> Line:

@@ -39,8 +39,7 @@ _NONE: Final[tuple[int, ...]] = ()
 _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
-@dataclass(frozen=True, eq=False)
-class Occurrence:
+class Occurrence(NamedTuple):
     """A file in process ``pid``, and the frames of those of its pages there that are the file's own.
 
     Processes that run the same program often have just the same frames: then it is one array.  ``pss`` is

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Self
 
 from miniloader.errors import MiniloaderError, UsageError
 from miniloader.files import read_text, write_whole
-from miniloader.forking import importing
+from miniloader.forking import cached_property, importing
 from miniloader.json_schema import (
     BOOL,
     COUNT,
@@ -172,36 +172,36 @@ class AuditedLibrary:
         """The file's name without directories."""
         return os.path.basename(self.path)
 
-    @property
+    @cached_property
     def present(self) -> int:
         """Present pages, each process counted for itself: what separate copies would cost."""
-        return sum(process.present for process in self.processes)
+        return sum([process.present for process in self.processes])
 
-    @property
+    @cached_property
     def private(self) -> int:
         """Private pages over all processes."""
-        return sum(process.private for process in self.processes)
+        return sum([process.private for process in self.processes])
 
-    @property
+    @cached_property
     def common(self) -> int:
         """Private pages that somebody else has as well, by fork or KSM, over all processes."""
-        return sum(process.inherited + (process.merged or 0) for process in self.processes)
+        return sum([process.inherited + (process.merged or 0) for process in self.processes])
 
-    @property
+    @cached_property
     def takes(self) -> int | None:
         """What the present pages take in proportion (PSS), in bytes, over all; None where not known."""
         pss = [process.pss for process in self.processes]
         return None if None in pss else sum(filter(None, pss))
 
-    @property
+    @cached_property
     def own(self) -> int:
         """Pages that a process has for itself, over all: copies, swapped out or not, and bss."""
-        return self.private - self.common + self.swapped + sum(process.bss for process in self.processes)
+        return self.private - self.common + self.swapped + sum([process.bss for process in self.processes])
 
-    @property
+    @cached_property
     def swapped(self) -> int:
         """Private pages that are swapped out, over all processes."""
-        return sum(process.swapped for process in self.processes)
+        return sum([process.swapped for process in self.processes])
 
 
 @dataclass(frozen=True)
