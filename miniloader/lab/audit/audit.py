@@ -96,6 +96,8 @@ def audit(
     # The first is looked at before anybody helps: most of the files are known then.
     answers = look_at(processes[:1], 1)
     answers += (answer for part in share_out(look_at, processes[1:], shares) for answer in part)
+    if done < len(processes):  # helpers have done more than this one
+        tell(len(processes))
     surveys = [answer for answer in answers if isinstance(answer, Survey)]
     unreadable = [answer for answer in answers if isinstance(answer, Unreadable)]
     assemble = partial(_assembled, files=memo.files, level=chosen, when=when, causes=causes)

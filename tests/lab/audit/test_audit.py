@@ -268,15 +268,15 @@ def test_progress_is_told(servers: list[int]) -> None:
 @pytest.mark.parametrize("level", ["frames", "flags"])
 @pytest.mark.parametrize("causes", [True, False])
 def test_several_jobs_find_the_same(causes: bool, level: LevelName, demo: Path, tmp_path: Path) -> None:
-    """A family, some strangers, and at the end, where only a helper looks, a file that nobody else has."""
+    """A family, some strangers, and in the middle, where only a helper looks, a file that nobody else has."""
     if level == "frames" and best_level() != "frames":
         pytest.skip("needs root: frames")
-    path = copy(demo, tmp_path / "last.so")
+    path = copy(demo, tmp_path / "other.so")
     load = f"lib = ctypes.CDLL({str(path)!r}); ctypes.c_long.in_dll(lib, 'demo_spare').value = 7"
-    with told("import ssl") as parent, told_children(parent, 30) as children, told(load) as last:
+    with told("import ssl") as parent, told_children(parent, 30) as children, told(load) as other:
         nobody = subprocess.Popen(["true"])
         nobody.wait()
-        pids = [parent.pid, *children, nobody.pid, last.pid]
+        pids = [parent.pid, *children[:15], other.pid, *children[15:], nobody.pid]
         alone, together = (miniloader.audit(pids, causes=causes, level=level, jobs=jobs) for jobs in (1, 3))
     assert without_pss(together.libraries) == without_pss(alone.libraries)
     assert together.unreadable == alone.unreadable
@@ -284,11 +284,11 @@ def test_several_jobs_find_the_same(causes: bool, level: LevelName, demo: Path, 
     assert [replace(one, pss=None, uss=0) for one in together.processes] == [
         replace(one, pss=None, uss=0) for one in alone.processes
     ]
-    assert [one.pid for one in together.processes] == [parent.pid, *children, last.pid]
+    assert [one.pid for one in together.processes] == [pid for pid in pids if pid != nobody.pid]
     assert [one.pid for one in together.unreadable] == [nobody.pid]
     if causes:
         (page,) = [one for one in together.library(str(path)).private_pages if "write" in one.causes]
-        assert (page.written, page.pids) == (("demo_spare",), (last.pid,))
+        assert (page.written, page.pids) == (("demo_spare",), (other.pid,))
 
 
 def without_pss(
@@ -325,7 +325,7 @@ def test_progress_of_several_jobs() -> None:
         told_of = [tuple(map(int, line.split())) for line in file]
     assert told_of == sorted(told_of)
     assert {(of, pid) for _, of, pid in told_of} == {(30, os.getpid())}
-    assert told_of[-1][0] in range(26, 31)
+    assert told_of[-1][0] == 30
 
 
 # --------------------------------------------------------------------- what one file says of another
