@@ -110,11 +110,13 @@ static bool is_block(const Surrounding *around, const uint64_t *page, int64_t bl
            && (int64_t)size <= around->space - 8 * block + 16;
 }
 
+enum { WANTED = 1, HOLDS = 2 }; /* marks of a page: its objects are to be listed; it has some */
+
 /* Count the objects of each type on pages of width words; list those on the pages that are wanted, by the numbers
-   that these have among themselves.  Pointers between edges of arenas lead to no type; where others lead that were
+   that these have among themselves, and mark all that hold any.  Pointers between edges of arenas lead to no type; where others lead that were
    not met before is Python's to say, and fresh has their places.  There is room for all. */
 int64_t count_objects(
-    const uint64_t *words, uint64_t pages, uint64_t width, const Surrounding *around, const uint8_t *wanted,
+    const uint64_t *words, uint64_t pages, uint64_t width, const Surrounding *around, uint8_t *marks,
     const uint64_t *edges, uint64_t edge_count, Met *met, Type *types, Object *objects, uint64_t *fresh, Found *found)
 {
     Search search = {edges, edge_count, 0, met, fresh, found};
@@ -124,7 +126,7 @@ int64_t count_objects(
     for (int i = 0; i < 1 << FEW_BITS; i++)
         recent[i] = met;
     found->fresh = found->listed = 0;
-    for (uint64_t number = 0; number < pages; row += wanted[number++]) {
+    for (uint64_t number = 0; number < pages; row += marks[number++] & WANTED) {
         const uint64_t *page = words + number * width;
         for (uint64_t word = 0; word + 1 < width; word += 2) {
             uint64_t count = page[word] & 0xffffffffffff, pointer = page[word + 1];
@@ -147,7 +149,8 @@ int64_t count_objects(
             type->count++;
             if (type->last_page != (int64_t)number + 1)
                 type->last_page = (int64_t)number + 1, type->pages++;
-            if (wanted[number])
+            marks[number] |= HOLDS;
+            if (marks[number] & WANTED)
                 objects[found->listed++] = (Object){row, word, place->type};
         }
     }

@@ -70,12 +70,16 @@ def _may_be_relatives(audit: Audit) -> bool:
 
 def _is_counted(row: Erosion) -> bool:
     """Whether counts or the collector, of CPython, may be the cause of much of it."""
-    return _of_python(row) and _uncollapsed(row) + _counts(row) > row.apart // 2
+    return _of_python(row) and _touched(row) + _counts(row) > row.apart // 2
 
 
-def _uncollapsed(row: Erosion) -> int:
-    """What holds the same bytes, and was not copied by collapsing pages into huge ones."""
-    return max((row.same or 0) - (row.huge or 0), 0)
+def _touched(row: Erosion) -> int:
+    """What counts or the collector may have touched of what holds the same bytes: objects begin there, and it
+    was not copied by collapsing pages into huge ones.
+    """
+    if row.touched is None:  # as older versions saved it
+        return max((row.same or 0) - (row.huge or 0), 0)
+    return row.touched
 
 
 def _of_python(row: Erosion) -> bool:
@@ -89,7 +93,7 @@ def _counts(row: Erosion) -> int:
 def _sentence(row: Erosion) -> Line:
     """How much of it holds the same bytes, what differs in the others, and which objects lie there."""
     texts, proven_same = [], row.proven_same
-    touched = _of_python(row) and 2 * _uncollapsed(row) >= (row.same or 0)
+    touched = _of_python(row) and 2 * _touched(row) >= (row.same or 0)
     if row.proven:
         of_all = f"{size(row.proven)} that it no longer shares with {row.relative}"
         text = f"{size(proven_same)} of {of_all} hold the same bytes as there"
@@ -101,6 +105,9 @@ def _sentence(row: Erosion) -> Line:
         texts.append(text + (f": if it was shared, {_TOUCHED} it" if touched and same else ""))
     if row.huge:
         texts.append(f"{size(row.huge)} of the same bytes were collapsed into huge pages, which copies them")
+    written = (row.same or 0) - _touched(row) - (row.huge or 0)
+    if _of_python(row) and written > 0 and (not touched or 10 * written > (row.same or 0)):
+        texts.append(f"{size(written)} of the same bytes are where no object begins: data, no counts")
     text = ": " + "; ".join(texts)
     differing = {cause: number for cause, number in row.causes.items() if number and cause in _DIFFERING}
     if differing:

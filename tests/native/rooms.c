@@ -689,7 +689,7 @@ typedef struct {
     uint64_t met, fresh, listed;
 } Found;
 int64_t compare_pages(const uint8_t *, const uint8_t *, uint64_t, uint64_t, uint8_t *);
-int64_t count_objects(const uint64_t *, uint64_t, uint64_t, const Surrounding *, const uint8_t *, const uint64_t *,
+int64_t count_objects(const uint64_t *, uint64_t, uint64_t, const Surrounding *, uint8_t *, const uint64_t *,
                       uint64_t, Met *, Type *, Listed *, uint64_t *, Found *);
 
 enum { BITS = 18, PLACES = 1 << BITS, MOST_MET = PLACES / 2, TYPES = 4, WIDTH = 32, STEPS = 64 };
@@ -788,7 +788,8 @@ static void try_objects(void)
     }
     uint64_t numbers[TYPES] = {0}, pages_of[TYPES] = {0}, row = 0;
     const uint64_t *last = NULL; /* where the block before began */
-    for (uint64_t i = 0; i < count; row += wanted[i++]) {
+    for (uint64_t i = 0; i < count; row += wanted[i++] & 1) {
+        bool holds = false;
         uint64_t before[TYPES];
         memcpy(before, numbers, sizeof before);
         for (uint64_t word = 0; word < WIDTH; word += 2) {
@@ -803,11 +804,13 @@ static void try_objects(void)
                 continue;
             last = page + block;
             numbers[type]++;
-            if (wanted[i]) {
+            holds = true;
+            if (wanted[i] & 1) {
                 assert(objects[listed].page == row && objects[listed].word == word && objects[listed].type == type);
                 listed++;
             }
         }
+        assert(wanted[i] / 2 == holds);
         for (uint64_t type = 1; type < TYPES; type++)
             pages_of[type] += numbers[type] > before[type];
     }

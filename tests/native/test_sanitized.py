@@ -127,6 +127,7 @@ def test_what_stands_beside_the_loops(tmp_path: Path) -> None:
         ("objects.c", "found->met >= MOST_MET", "false"),
         ("objects.c", "search->arena = low - 1", "search->arena = low"),
         ("objects.c", " || whole == last", ""),
+        ("objects.c", "marks[number] |= HOLDS;", ";"),
         ("arguments.c", "interface.close(&buffers[--opened])", "--opened"),
         ("arguments.c", "!interface.error()", "false"),
         ("inside.c", "visitor.left = interface.let_go();", ";"),

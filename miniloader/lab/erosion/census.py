@@ -34,31 +34,39 @@ class Census:
 
     def count(
         self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
-    ) -> Objects:
-        """Count the objects on these pages, and tell where those are on pages that are to be ``listed``."""
+    ) -> tuple[Objects, NDArray[np.bool_]]:
+        """Count the objects on these pages: those on pages to be ``listed``, and which pages have any.
+
+        The rows of the objects are counted among the pages that are listed.
+        """
         of_files = self._pools.of_files(addresses)
         if not of_files.any():
             return self._count_blocks(addresses, words, listed)
         static, others = np.flatnonzero(of_files), np.flatnonzero(~of_files)
-        in_blocks = self._count_blocks(addresses[others], words[others], listed[others])
+        holds = np.zeros(len(addresses), np.bool_)
+        in_blocks, holds[others] = self._count_blocks(addresses[others], words[others], listed[others])
         objects = static_objects(words[static], self._types)
+        holds[static[objects.page]] = True
         self._add(*self._counted(objects, len(static)))
         rows = np.cumsum(listed) - 1
         objects = objects.on(listed[static])
-        return together(in_blocks, rows[others[listed[others]]], objects, rows[static[listed[static]]])
+        merged = together(in_blocks, rows[others[listed[others]]], objects, rows[static[listed[static]]])
+        return merged, holds
 
     def _count_blocks(
         self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
-    ) -> Objects:
+    ) -> tuple[Objects, NDArray[np.bool_]]:
         """As :meth:`count`, of pages of anonymous memory."""
         if self._loop is not None:
-            numbers, pages, objects = self._loop.count(addresses, words, listed)
+            numbers, pages, objects, holds = self._loop.count(addresses, words, listed)
         else:
             objects = objects_in_blocks(addresses, words, self._pools, self._types)
             numbers, pages = self._counted(objects, len(addresses))
+            holds = np.zeros(len(addresses), np.bool_)
+            holds[objects.page] = True
             objects = objects.on(listed)
         self._add(numbers, pages)
-        return objects
+        return objects, holds
 
     def _add(self, numbers: NDArray[np.int64], pages: NDArray[np.int64]) -> None:
         """Add to what was counted: so many objects of each type, on so many pages."""

@@ -19,7 +19,7 @@ from miniloader.lab.erosion.object_loop import equal_pages
 from miniloader.lab.erosion.pairs import Pair
 from miniloader.values import NamedTuple
 
-__all__ = ["PagePart", "compare", "in_huge_copies"]
+__all__ = ["PagePart", "compare", "huge_copies"]
 
 _AT_ONCE: Final = 1024  # pages
 #: Bytes of memory that is taken and let go once, untouched: glibc's malloc learns from it that as much comes
@@ -89,15 +89,15 @@ def _still(
     return still
 
 
-def in_huge_copies(pid: int, apart: NDArray[np.uint64], same: NDArray[np.uint64]) -> int | None:
-    """How many of the pages ``same`` lie in huge pages of process ``pid`` that are ``apart`` as a whole.
+def huge_copies(pid: int, apart: NDArray[np.uint64], same: NDArray[np.uint64]) -> NDArray[np.bool_] | None:
+    """Which of the pages ``same`` lie in huge pages of process ``pid`` that are ``apart`` as a whole.
 
     Both are ascending addresses.  A relative that writes has copies of single pages, and the rest of the huge
     page in common; to collapse pages into a huge one is to copy them all.  None where the kernel does not
     tell (before 6.7).  Raises ProcessGone.
     """
     if not len(same):
-        return 0
+        return np.zeros(0, np.bool_)
     try:
         with PageMap(pid) as pagemap:
             huge = scan(pagemap, int(same[0]), int(same[-1]) + PAGE_SIZE, any_of=IS_HUGE, returned=IS_HUGE)
@@ -105,8 +105,9 @@ def in_huge_copies(pid: int, apart: NDArray[np.uint64], same: NDArray[np.uint64]
         raise
     except EvidenceError:
         return None
+    if not len(huge):
+        return np.zeros(len(same), np.bool_)
     numbers, pages = np.unique(apart // np.uint64(_HUGE * PAGE_SIZE), return_counts=True)
     whole = np.isin(same // np.uint64(_HUGE * PAGE_SIZE), numbers[pages == _HUGE])
-    before = np.append(0, np.cumsum(whole))
-    first, last = (np.searchsorted(same, huge[edge]) for edge in ("start", "end"))
-    return int((before[last] - before[first]).sum())
+    at = np.searchsorted(huge["start"], same, "right") - 1
+    return np.asarray(whole & (at >= 0) & (same < huge["end"][at]))

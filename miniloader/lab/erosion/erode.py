@@ -15,7 +15,7 @@ from miniloader.lab.audit.survey import Survey
 from miniloader.lab.erosion.causes import ErosionCause, causes_of
 from miniloader.lab.erosion.census import Census
 from miniloader.lab.erosion.chunks import eroded_chunks
-from miniloader.lab.erosion.contents import PagePart, compare, in_huge_copies
+from miniloader.lab.erosion.contents import PagePart, compare, huge_copies
 from miniloader.lab.erosion.memory import PrivateMemory, private_memory
 from miniloader.lab.erosion.moved_pages import without_moved
 from miniloader.lab.erosion.pairs import Pair, pairs_of
@@ -53,10 +53,12 @@ def erosion_of(memories: Sequence[PrivateMemory], merged: NDArray[np.uint64] | N
 @dataclass(frozen=True, eq=False)
 class _Contents:
     """What is on the pages that are two frames: which hold the same bytes (and how many of them are in huge
-    copies, None: not known), how many freezing may have spared, how many could not be read.
+    copies, None: not known; on how many of the others objects begin, None: of no known Python), how many
+    freezing may have spared, how many could not be read.
     """
 
     same: NDArray[np.uint64]
+    touched: int | None
     spared: int
     huge: int | None
     unread: int
@@ -88,6 +90,7 @@ def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
         same=None if found is None else len(found.same) * PAGE_SIZE,
         changed=0 if found is None else found.unread * PAGE_SIZE,
         huge=None if found is None or found.huge is None else found.huge * PAGE_SIZE,
+        touched=None if found is None or found.touched is None else found.touched * PAGE_SIZE,
         spared=None if found is None else found.spared * PAGE_SIZE,
         causes={} if found is None else {name: pages * PAGE_SIZE for name, pages in found.causes.items()},
         objects=() if found is None else found.objects,
@@ -98,7 +101,8 @@ def _row(pair: Pair, runtime: str | None, found: _Contents | None) -> Erosion:
 
 def _contents(pair: Pair, process: Survey, copies: set[int]) -> _Contents:
     """Read the pages that are two frames, a part at a time: no more than a part is kept."""
-    census, same, unread, causes = None, list[NDArray[np.uint64]](), 0, Counter[str]()
+    census, unread, causes = None, 0, Counter[str]()
+    same, with_objects = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
     done = spared = 0
     with ExitStack() as stack:
         memory = stack.enter_context(PresentMemory(pair.pid, process.present))
@@ -108,18 +112,22 @@ def _contents(pair: Pair, process: Survey, copies: set[int]) -> _Contents:
         for part in compare(pair):
             same.append(part.addresses[part.same])
             unread += int(np.count_nonzero(~part.read))
-            of_cause = _causes(part, census)
+            of_cause, holds = _causes(part, census)
+            with_objects.append(holds[part.same])
             causes.update({cause: int(np.count_nonzero(pages)) for cause, pages in of_cause.items()})
             rows = slice(done, done := done + len(part.addresses))
-            lost = part.same | of_cause["collector"]
+            lost = part.same & holds | of_cause["collector"]
             in_common = pair.frames[0][rows][lost & pair.several[rows]].tolist()
             spared += int(np.count_nonzero(lost & ~pair.several[rows])) + len({*in_common} - copies)
             copies.update(in_common)
-        equal = np.concatenate([np.empty(0, np.uint64), *same])
+        equal, held = np.concatenate(same), np.concatenate(with_objects)
+        huge = huge_copies(pair.pid, pair.apart, equal)
+        touched = np.count_nonzero(held if huge is None else held & ~huge)
         return _Contents(
             same=equal,
+            touched=int(touched) if census is not None else None,
             spared=spared,
-            huge=in_huge_copies(pair.pid, pair.apart, equal),
+            huge=None if huge is None else int(np.count_nonzero(huge)),
             unread=unread,
             causes=causes,
             objects=census.objects() if census is not None else _chunks(memory, pair, process),
@@ -131,17 +139,25 @@ def _chunks(memory: PresentMemory, pair: Pair, process: Survey) -> tuple[ErodedO
     return eroded_chunks(memory, pair.apart) if process.interpreter is None else ()
 
 
-def _causes(part: PagePart, census: Census | None) -> Mapping[ErosionCause, NDArray[np.bool_]]:
-    """Which of the pages that were read there are of each cause; their objects are counted."""
+def _causes(
+    part: PagePart, census: Census | None
+) -> tuple[Mapping[ErosionCause, NDArray[np.bool_]], NDArray[np.bool_]]:
+    """Which of the pages that were read there are of each cause, and which have objects; these are counted.
+
+    Without a ``census`` any page may have some.
+    """
     differs = part.read & ~part.same
     changed = np.flatnonzero(differs)
-    objects = None
+    objects, holds = None, part.read
     if census is not None and part.read.all():
-        objects = census.count(part.addresses, part.words, differs)
+        objects, holds = census.count(part.addresses, part.words, differs)
     elif census is not None and part.read.any():
-        objects = census.count(part.addresses[part.read], part.words[part.read], differs[part.read])
+        holds = np.zeros(len(part.read), np.bool_)
+        objects, holds[part.read] = census.count(
+            part.addresses[part.read], part.words[part.read], differs[part.read]
+        )
     found = causes_of(part.words[changed] != part.words_of_relative[changed], objects)
     causes = {cause: np.zeros(len(part.read), np.bool_) for cause in found}
     for cause, pages in found.items():
         causes[cause][changed] = pages
-    return causes | {"unknown": part.same}
+    return causes | {"unknown": part.same}, holds

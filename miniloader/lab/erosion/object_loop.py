@@ -19,6 +19,7 @@ from miniloader.native import functions, run
 
 __all__ = ["ObjectLoop", "equal_pages", "has_loop"]
 
+_HOLDS: Final = 2  # a page's mark: objects begin there
 _PLACES: Final = 2 * MOST_MET  # of pointers that were met, of which there are at most as many
 
 
@@ -52,11 +53,12 @@ class ObjectLoop:
 
     def count(
         self, addresses: NDArray[np.uint64], words: NDArray[np.uint64], listed: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Objects]:
-        """How many objects of each type there are, on how many pages, and those that are on pages ``listed``.
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Objects, NDArray[np.bool_]]:
+        """How many objects of each type there are, on how many pages; those on pages ``listed``; who has any.
 
         Types are the rows of :class:`~miniloader.lab.erosion.types.Types`.
         """
+        marks = listed.astype(np.uint8)
         around, width = self._pools.around(addresses, words), words.shape[1]
         room = np.empty((np.count_nonzero(listed) * width // 2, 3), np.uint64)
         edges = self._pools.edges
@@ -64,13 +66,14 @@ class ObjectLoop:
             types = np.zeros((len(self._types.addresses), 5), np.int64)
             types[:, 0], types[:, 1] = self._types.sizes, self._types.before
             run(
-                "count_objects", words, len(words), width, around, listed, edges, len(edges),
+                "count_objects", words, len(words), width, around, marks, edges, len(edges),
                 self._met, types, room, self._fresh, self._found,
             )  # fmt: skip
             if not self._met_more():
                 break
         page, word, kind = room[: int(self._found[2])].T.astype(np.intp)
-        return types[:, 2], types[:, 3], Objects(page, word, kind, self._types.before[kind])
+        objects = Objects(page, word, kind, self._types.before[kind])
+        return types[:, 2], types[:, 3], objects, marks & _HOLDS != 0
 
     def _met_more(self) -> bool:
         """Say where the pointers lead that were met first just now; whether any leads to a type."""

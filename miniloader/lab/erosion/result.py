@@ -51,9 +51,11 @@ class Erosion:
     bytes are all equal; None where nobody read them.  ``changed``: what changed while it was read, or could
     not be read; nothing is said of its bytes.  ``huge``: the part of ``same`` in huge pages of the process of
     which no page is one frame with the relative's, as a collapse leaves them; None where nobody knows.
-    ``spared``: what ``gc.freeze()`` may have spared, the part of ``same`` and of the collector's cause, where
-    a copy that several processes have apart from this relative counts in one of their rows only; None where
-    nobody read the bytes.  ``causes`` sums up by cause, ``objects`` are the objects on
+    ``touched``: the part of ``same`` that counts or the collector may have touched: outside of such huge
+    pages, where objects begin; None where no CPython is known.  ``spared``: what ``gc.freeze()`` may have
+    spared, the part of ``same`` where objects begin and of the collector's cause, where a copy that several
+    processes have apart from this relative counts in one of their rows only; None where nobody read the
+    bytes.  ``causes`` sums up by cause, ``objects`` are the objects on
     these pages, where ``runtime`` (such as ``cpython-3.12``, None: none that is known) tells them.
     """
 
@@ -65,6 +67,7 @@ class Erosion:
     changed: int = 0
     huge: int | None = None
     spared: int | None = None
+    touched: int | None = None
     causes: Mapping[str, int] = field(default_factory=dict)
     objects: tuple[ErodedObjects, ...] = ()
     runtime: str | None = None
@@ -140,6 +143,7 @@ EROSION_SCHEMA: Final = record(
         "same": nullable(COUNT),
         "huge": nullable(COUNT),
         "spared": nullable(COUNT),
+        "touched": nullable(COUNT),
         "causes": {"type": "object", "additionalProperties": COUNT},
         "objects": array(record({"type": TEXT}, keys(COUNT, "pages count"))),
         "runtime": nullable(TEXT),

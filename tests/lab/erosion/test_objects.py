@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 import shutil
@@ -194,6 +195,37 @@ def test_sentences_say_what_to_do() -> None:
 
 
 @needs_frames
+def test_data_that_is_written_once_more_was_touched_by_no_count() -> None:
+    """An array that is filled with what it had holds the same bytes, and no object: no freezing spares it."""
+    length = 4 << 20
+    fill = f"ctypes.memset(array, 1, {length})"
+    with pool(f"array = mapped({length}); {fill}") as workers:
+        child = workers.fork()
+        workers.ask(child, fill)
+        found = look(workers)
+        row = row_of(found, child)
+        text = "\n".join(plain(line) for line in laid_out(lines(audit(workers.pids)), None))
+        (workers_of_older,) = erosion_of_older(found)
+    assert row.same is not None
+    assert row.same >= length
+    assert row.touched is not None
+    assert row.spared is not None
+    assert row.touched < row.same - length + (64 << 10)
+    assert row.spared < length // 2
+    assert "the garbage collector touched" not in text
+    assert " MiB of the same bytes are where no object begins: data, no counts" in text
+    assert workers_of_older.touched is None
+
+
+def erosion_of_older(found: Audit) -> tuple[Erosion, ...]:
+    """The rows as an older version saved them, read again."""
+    value = json.loads(json.dumps(found.to_json()))
+    for saved in value["erosion"]:
+        del saved["touched"]
+    return Audit.from_json(value).erosion or ()
+
+
+@needs_frames
 def test_what_differs_is_told_apart() -> None:
     """Objects that are held count up; data that is written is something else."""
     with pool(
@@ -344,7 +376,8 @@ def found_in(page: bytes, type_: bytes) -> list[int]:
     found = objects_on(addresses, words, pools, Types(sight, pools, _TYPE))
     loop = ObjectLoop(pools, Types(sight, pools, _TYPE))
     for _ in range(2):  # where pointers lead is known the second time
-        numbers, pages, listed = loop.count(addresses, words, np.ones(1, np.bool_))
+        numbers, pages, listed, holds = loop.count(addresses, words, np.ones(1, np.bool_))
+        assert holds.tolist() == [len(found.page) > 0]
         assert [column.tolist() for column in listed] == [column.tolist() for column in found]
         assert numbers.sum() == len(found.page)
         assert pages.max() == min(1, len(found.page))
