@@ -177,6 +177,8 @@ def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, E
     import atexit
     from contextlib import ExitStack
 
+    # All that is imported until the program begins, before its directory is looked into.
+    from miniloader.lab.workers.fault_teller import tell_faults
     from miniloader.loader.running.importing import importing
     from miniloader.loader.running.program import UnrunnableProgram
 
@@ -188,6 +190,9 @@ def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, E
     if arguments.writers is not None:  # before what is imported is loaded by us, and billed
         from miniloader.lab.erosion.watched_program import watch
     loading = ExitStack()
+    if arguments.follow:
+        _have_followed(arguments)
+    path = list(sys.path)
     imports = loading.enter_context(
         importing(arguments.only, strict=arguments.strict, prepared=arguments.prepared, on_event=tell)
     )
@@ -200,12 +205,10 @@ def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, E
     # Left at the very end: what the program's threads and exit handlers import comes through us, too.
     atexit.register(loading.close)
     if arguments.writers is not None:
-        watch("miniloader.cli.run_writers", arguments.writers, "json" if arguments.json else "text")
+        watch("miniloader.cli.run_writers", arguments.writers, "json" if arguments.json else "text", path)
     if not arguments.no_bill:
-        atexit.register(_write_at_end, imports, arguments.bill, arguments.json)
-    if arguments.follow:
-        _have_followed(arguments)
-    _tell_of_a_crash()
+        atexit.register(_write_at_end, imports, arguments.bill, arguments.json, path)
+    tell_faults()  # what ends the program by a fault is told with the library, the function and the place
     return program, loading
 
 
@@ -230,13 +233,6 @@ def _have_followed(arguments: argparse.Namespace) -> None:
     os.environ["MINILOADER_RUN"] = json.dumps({"package": str(Path(miniloader.__file__).parents[1]), **rules})
     follow = str(Path(running.__file__).with_name("follow"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (follow, os.environ.get("PYTHONPATH"))))
-
-
-def _tell_of_a_crash() -> None:
-    """What ends the program by a fault is told with the library, the function and the place."""
-    from miniloader.lab.workers.fault_teller import tell_faults
-
-    tell_faults()
 
 
 def _run(program: PythonProgram, loading: ExitStack, words: list[str]) -> int:
@@ -321,9 +317,12 @@ def _end() -> None:
     atexit._run_exitfuncs()
 
 
-def _write_at_end(imports: Imports, path: str | None, as_json: bool) -> None:
-    """Write the bill of a program that has begun."""
-    _write(imports.bill, path, as_json=as_json)
+def _write_at_end(imports: Imports, file: str | None, as_json: bool, path: list[str]) -> None:
+    """Write the bill of a program that has begun; what that takes is imported as ``sys.path`` was before."""
+    from miniloader.loader.running.own_modules import as_before
+
+    with as_before(path):
+        _write(imports.bill, file, as_json=as_json)
 
 
 def _write(bill: Bill, path: str | None, *, as_json: bool) -> None:

@@ -239,6 +239,36 @@ def test_nothing_of_the_programs_own_is_imported_for_ours(place: Path) -> None:
     assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, "")
 
 
+#: Of modules that miniloader imports: before, while and after a program runs; and of the project's own.
+CALLED_ALIKE = ("resource", "fnmatch", "signal", "array", "gettext", "elftools", "textwrap", "json", "shutil")
+
+
+@pytest.mark.parametrize("path", ["script.py", "main.zip"])
+@pytest.mark.parametrize(
+    "options", [("--no-bill", "--strict"), ("--bill", "bill", "--json"), ("--writers", "writers", "--follow")]
+)
+def test_a_program_imports_its_own_modules_whatever_they_are_called(
+    options: tuple[str, ...], path: str, place: Path
+) -> None:
+    """As with Python, which has not imported what miniloader has; that has what it needs all the same."""
+    (directory := place / "program").mkdir()
+    for name in CALLED_ALIKE:
+        (directory / f"{name}.py").write_text(f"print('of the program: {name}')")
+    imports = "\n".join(f"import {name}; print({name}.__file__)" for name in (*CALLED_ALIKE, "_lzma", "os"))
+    (directory / "script.py").write_text(imports)
+    (directory / "__main__.py").write_text(imports)
+    zipapp.create_archive(directory, place / "program/main.zip")
+    words = str(directory / path)
+    plain, ours = run(PLAIN, words, cwd=place), run((*RUN, *options), words, cwd=place)
+    assert (ours.returncode, ours.stdout) == (0, plain.stdout)
+    assert plain.stdout.count("of the program") == len(CALLED_ALIKE)
+    assert "Traceback" not in ours.stderr
+    if "--json" in options:
+        assert json.loads((place / "bill").read_text())["opened"][0]["how"] == "loaded"
+    if "--writers" in options:
+        assert (place / "writers").read_text().startswith("the program has forked no process")
+
+
 def test_a_script_is_begun_without_what_finds_modules(place: Path) -> None:
     (place / "modules.py").write_text("import sys; print('runpy' in sys.modules)")
     begin = f"import sys; sys.path[:0] = [{str(build.ROOT)!r}]; sys.argv[1:1] = ['run', '--no-bill']\n"

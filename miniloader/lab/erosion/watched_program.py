@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -23,19 +24,20 @@ _START: Final = "import sys; sys.path[:] = sys.argv[6:]; from {} import main; ma
 _WALL: Final = 0x40000000  # __WALL: children, too, that tell nobody of their end
 
 
-def watch(program: str, *arguments: str) -> None:
+def watch(program: str, file: str, form: str, path: Sequence[str]) -> None:
     """Have the module ``program`` watch whom this process forks from now on.
 
     Its ``main`` gets a pid, the abstract address where it is to listen, a descriptor by which it says that it
-    does, and two ``arguments``.  It is waited for twice: until then, and at the end, until it has told.
+    does, and the ``file`` and the ``form`` of what it is to tell; its ``sys.path`` is ``path``.  It is waited
+    for twice: until then, and at the end, until it has told.
     """
     name = f"miniloader-{os.getpid()}-{os.urandom(8).hex()}"
     ready, telling = os.pipe()
-    words = (str(os.getpid()), name, str(telling), *arguments)
+    words = (str(os.getpid()), name, str(telling), file, form)
     try:
         # It forks at once, and this one ends: who watches is no child of this process.
         subprocess.run(
-            [sys.executable, "-c", _START.format(program), *words, *sys.path],
+            [sys.executable, "-P", "-c", _START.format(program), *words, *path],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

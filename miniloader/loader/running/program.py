@@ -24,6 +24,7 @@ from miniloader.errors import tell
 from miniloader.files import working_directory
 from miniloader.forking import importing
 from miniloader.loader.running.outermost import call_outermost, show_outermost
+from miniloader.loader.running.own_modules import make_way
 from miniloader.values import dataclass
 
 __all__ = ["PythonProgram", "UnrunnableProgram", "code", "module", "script"]
@@ -87,6 +88,7 @@ class PythonProgram:
     @_with_room
     def run(self, arguments: Sequence[str]) -> None:
         """Run it as ``__main__`` with these ``arguments``; what it raises is the caller's."""
+        make_way()
         main = ModuleType("__main__")
         # From 3.14 on annotations are made when somebody asks for them.
         annotations = {"__annotations__": dict[str, object]()} if sys.version_info < (3, 14) else {}
