@@ -126,10 +126,20 @@ def run(arguments: argparse.Namespace) -> int:
     return audit_look.status_of(result)
 
 
+def _refuse_beside(option: str, arguments: argparse.Namespace, others: tuple[str, ...]) -> None:
+    """Raise UsageError where an option is given that would say nothing beside this one."""
+    from miniloader.errors import UsageError
+
+    for name in others:
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{option} needs one process, and goes without --{name}")
+
+
 def _page(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.errors import UsageError
     from miniloader.lab.audit.page_words import view_page
 
+    _refuse_beside("page", arguments, ("every", "save", "csv", "openmetrics", "by"))
     if len(pids) != 1 or arguments.library is None:
         raise UsageError("--page needs one process, and --library to say of which file")
     view = view_page(pids[0], arguments.page, arguments.library)
@@ -149,10 +159,9 @@ def _bindings(arguments: argparse.Namespace, pids: tuple[int, ...]) -> int:
     from miniloader.errors import UsageError
     from miniloader.lab.audit.live_bindings import live_bindings
 
-    others = ("page", "every", "save", "html", "csv", "openmetrics", "by")
-    given = [f"--{name}" for name in others if getattr(arguments, name) is not None]
-    if len(pids) != 1 or given:
-        raise UsageError("--bindings needs one process" + (f", and goes without {given[0]}" if given else ""))
+    _refuse_beside("bindings", arguments, ("page", "every", "save", "html", "csv", "openmetrics", "by"))
+    if len(pids) != 1:
+        raise UsageError("--bindings needs one process")
     live = live_bindings(pids[0], arguments.library)
     if arguments.json:
         from miniloader.report.json import dump

@@ -180,6 +180,9 @@ def test_one_library_and_one_page(family: tuple[Told, list[int]], demo: Path) ->
         run("audit", parent.pid, "--library", "libdemo*", "--page", hex(vaddr), "--json").stdout
     )
     assert view["causes"] == ["relocation"]
+    beside = run("audit", parent.pid, "--library", "libdemo*", "--page", hex(vaddr), "--every", "1s")
+    assert (beside.returncode, beside.stdout) == (2, "")
+    assert "--page needs one process, and goes without --every" in beside.stderr
     assert {word["symbol"] for word in view["words"]} == {"demo_operations"}
 
 
