@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from miniloader.errors import printable
@@ -21,6 +21,8 @@ __all__ = ["advice_view", "eroded_rows", "erosion_view"]
 _MOST: Final = 8
 _MOST_TYPES: Final = 6
 _MOST_NAMES: Final = 4
+_ALIKE: Final = 0.05
+_MOST_ALIKE: Final = 3  # types, the first of which have to be the same
 
 
 def erosion_view(audit: Audit) -> Iterator[Part]:
@@ -50,7 +52,7 @@ def erosion_view(audit: Audit) -> Iterator[Part]:
     if len(rows) > _MOST:
         cells.append([f"… {more(len(rows) - _MOST)}"])
     yield Table(("process", "with", ">proven", ">possible", ">same bytes", "also"), cells)
-    yield from (_sentence(row) for row in rows[:_MOST] if row.same is not None)
+    yield from _sentences(row for row in rows if row.same is not None)
     counted = [row for row in rows if _is_counted(row)]
     if counted:
         known = any(2 * row.proven_same >= (row.same or 0) for row in counted)
@@ -88,6 +90,38 @@ def _of_python(row: Erosion) -> bool:
 
 def _counts(row: Erosion) -> int:
     return row.causes.get("reference-count", 0) + row.causes.get("collector", 0)
+
+
+def _sentences(rows: Iterable[Erosion]) -> Iterator[Line]:
+    """What is said of the first rows; of workers that are much alike only of the first of them."""
+    alike: list[list[Erosion]] = []
+    for row in rows:
+        group = next((group for group in alike if _is_alike(group[0], row)), None)
+        if group is not None:
+            group.append(row)
+        elif len(alike) < _MOST:
+            alike.append([row])
+    for first, *others in alike:
+        yield _sentence(first)
+        if others:
+            pids = listed([str(row.pid) for row in others], _MOST)
+            yield (pids, "bold"), f": like {first.pid}, to within {_ALIKE * 100:.0f} %"
+
+
+def _is_alike(first: Erosion, row: Erosion) -> bool:
+    """Whether two rows say much the same: of one relative, with the same objects in front."""
+    figures = (
+        (row.proven, first.proven),
+        (row.possible, first.possible),
+        (row.same or 0, first.same or 0),
+        (row.huge or 0, first.huge or 0),
+        (_touched(row), _touched(first)),
+        *((row.causes.get(cause, 0), first.causes.get(cause, 0)) for cause in _DIFFERING),
+    )
+    most = _ALIKE * first.apart
+    names = [[kind.type for kind in erosion.objects[:_MOST_ALIKE]] for erosion in (row, first)]
+    told = (row.relative, row.runtime, *names[0]) == (first.relative, first.runtime, *names[1])
+    return told and all(abs(ours - theirs) <= most for ours, theirs in figures)
 
 
 def _sentence(row: Erosion) -> Line:

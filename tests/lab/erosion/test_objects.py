@@ -195,6 +195,25 @@ def test_sentences_say_what_to_do() -> None:
 
 
 @needs_frames
+def test_workers_that_are_alike_are_told_of_together() -> None:
+    """Eight workers that do the same were eight paragraphs; who differs has a sentence of its own."""
+    write = f"array = mapped({2 << 20}); ctypes.memset(array, 1, {2 << 20})"
+    with pool(_OBJECTS, write) as workers:
+        alike = [workers.fork() for _ in range(3)]
+        for child in alike:
+            workers.ask(child, "read()")
+        other = workers.fork()
+        workers.ask(other, f"ctypes.memset(array, 2, {2 << 20})")
+        found = look(workers)
+        shown = [plain(line) for line in laid_out(lines(found), None)]
+    first, *others = sorted(alike, key=lambda pid: (-row_of(found, pid).apart, pid))
+    (told_of,) = [line for line in shown if line.startswith(f"{first}: ")]
+    assert "Objects there: " in told_of
+    assert f"{others[0]}, {others[1]}: like {first}, to within 5 %" in shown
+    assert any(line.startswith(f"{other}: ") and "written otherwise" in line for line in shown)
+
+
+@needs_frames
 def test_data_that_is_written_once_more_was_touched_by_no_count() -> None:
     """An array that is filled with what it had holds the same bytes, and no object: no freezing spares it."""
     length = 4 << 20
