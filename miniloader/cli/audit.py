@@ -126,11 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     return audit_look.status_of(result)
 
 
-def _refuse_beside(option: str, arguments: argparse.Namespace, others: tuple[str, ...]) -> None:
+def _refuse_beside(option: str, arguments: argparse.Namespace, refused: tuple[str, ...]) -> None:
     """Raise UsageError where an option is given that would say nothing beside this one."""
     from miniloader.errors import UsageError
 
-    for name in others:
+    for name in refused:
         if getattr(arguments, name) is not None:
             raise UsageError(f"--{option} needs one process, and goes without --{name}")
 

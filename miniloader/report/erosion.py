@@ -101,10 +101,10 @@ def _sentences(rows: Iterable[Erosion]) -> Iterator[Line]:
             group.append(row)
         elif len(alike) < _MOST:
             alike.append([row])
-    for first, *others in alike:
+    for first, *like_it in alike:
         yield _sentence(first)
-        if others:
-            pids = listed([str(row.pid) for row in others], _MOST)
+        if like_it:
+            pids = listed([str(row.pid) for row in like_it], _MOST)
             yield (pids, "bold"), f": like {first.pid}, to within {_ALIKE * 100:.0f} %"
 
 
@@ -121,7 +121,7 @@ def _is_alike(first: Erosion, row: Erosion) -> bool:
     most = _ALIKE * first.apart
     names = [[kind.type for kind in erosion.objects[:_MOST_ALIKE]] for erosion in (row, first)]
     told = (row.relative, row.runtime, *names[0]) == (first.relative, first.runtime, *names[1])
-    return told and all(abs(ours - theirs) <= most for ours, theirs in figures)
+    return told and all(abs(figure - of_first) <= most for figure, of_first in figures)
 
 
 def _sentence(row: Erosion) -> Line:
