@@ -49,9 +49,9 @@ def share_out(
     answers, helpers = dict[int, _Answer](), list[_Helper]()
     with _handed_out(range(processes, len(pieces))) as taken:
         try:
-            for own in range(1, processes):
+            for number in range(1, processes):
                 with uninterrupted():
-                    helpers.append(_Helper(partial(answer, [own]), lambda: answer(taken())))
+                    helpers.append(_Helper(partial(answer, [number]), lambda: answer(taken())))
             answers |= answer([0]) | answer(taken())
             for helper in helpers:
                 answers |= helper.answers()
@@ -65,7 +65,7 @@ def _bounds(count: int, processes: int) -> list[int]:
     """Where the pieces of so many items begin and end: one for each process, then the small ones."""
     small = max(_LEAST, count // (3 * _SMALL * processes))
     large = count if processes == 1 or count < 2 * small * processes else count - count // 3
-    return [*(large * own // processes for own in range(processes)), *range(large, count, small), count]
+    return [*(large * number // processes for number in range(processes)), *range(large, count, small), count]
 
 
 @contextmanager
