@@ -55,8 +55,10 @@ class Source:
     is the file's device and inode.  ``calls`` is who makes the system calls: who has the descriptor.
     """
 
-    #: Negative once it is closed, and where another process makes the calls.
+    #: Negative once it is closed or rests, and where another process makes the calls.
     fd: int = -1
+    #: Where the file of a source that rests is found again.
+    _path: str | None = None
 
     def __init__(
         self, fd: int, name: str, start: int = 0, size: int | None = None, *, calls: FileCalls = os
@@ -87,7 +89,7 @@ class Source:
         self.name = name
         self.start = start
         self.size = status.st_size - start if size is None else size
-        self.identity = (status.st_dev, status.st_ino)
+        self.identity = _identity(status)
         self._head = head[: self.size]
 
     @property
@@ -139,18 +141,38 @@ class Source:
 
     def close(self) -> None:
         """Close the descriptor now; reading afterwards is an error, closing twice is not."""
-        fd, self.fd = self.fd, -1
+        fd, self.fd, self._path = self.fd, -1, None
         if fd < 0:
             return
         # A program may have closed all that it did not know: then the number is nobody's, or another file's.
         try:
-            status = self.calls.fstat(fd)
-            is_own = (status.st_dev, status.st_ino) == self.identity
+            is_own = _identity(self.calls.fstat(fd)) == self.identity
         except OSError:
             is_own = True
         if is_own:
             with contextlib.suppress(OSError):
                 self.calls.close(fd)
+
+    def rest(self) -> None:
+        """Close the descriptor until something is read, if it is of a file that its name leads to.
+
+        A program with hundreds of libraries may have as few descriptors open as it would have without us.
+        """
+        path = os.path.abspath(self.name) if self.fd >= 0 and self.calls is os else None
+        with contextlib.suppress(OSError, ValueError):
+            if path is not None and _identity(os.stat(path)) == self.identity:
+                self.close()
+                self._path = path
+
+    def _opened(self) -> int:
+        """The descriptor, of a source that may have rested; OSError where another file is there by now."""
+        if self.fd < 0 and self._path is not None:
+            fd = open_regular(self._path)
+            if _identity(os.fstat(fd)) != self.identity:
+                os.close(fd)
+                raise OSError(errno.ESTALE, "it is another file by now", self._path)
+            self.fd, self._path = fd, None
+        return self.fd
 
     def __del__(self) -> None:
         """Close what nobody has closed; not by weakref.finalize, whose turn at exit a program can tell."""
@@ -172,7 +194,11 @@ class Source:
         if length >= LARGE:
             self.refuse_hole(offset, length, field)
         try:
-            data = self.calls.pread(self.fd, length, at) if length < LARGE else self._read_large(at, length)
+            data = (
+                self.calls.pread(self._opened(), length, at)
+                if length < LARGE
+                else self._read_large(at, length)
+            )
         except OSError as error:
             raise unreadable(self.name, field, error) from None
         if len(data) < length:
@@ -201,7 +227,7 @@ class Source:
 
     def _seek(self, offset: int, whence: int) -> int:
         """Where data or a hole is next; the descriptor stays where it is, as its duplicates share that."""
-        position = self.calls.lseek(self.fd, 0, os.SEEK_CUR)
+        position = self.calls.lseek(self._opened(), 0, os.SEEK_CUR)
         try:
             return self.calls.lseek(self.fd, self.start + offset, whence) - self.start
         except OSError as error:
@@ -222,15 +248,19 @@ class Source:
 
     def _read_large(self, at: int, length: int) -> Bytes:
         """Into huge pages; fewer bytes at the end."""
-        room, done = large_room(length), 0
+        room, done, fd = large_room(length), 0, self._opened()
         with memoryview(room) as view:
             while done < length:  # preadv(2) gives at most 2 GiB at a time
                 with view[done:] as rest:
-                    count = self.calls.preadv(self.fd, [rest], at + done)
+                    count = self.calls.preadv(fd, [rest], at + done)
                 if not count:
                     return room[:done]
                 done += count
         return room
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def large_room(length: int) -> mmap.mmap:

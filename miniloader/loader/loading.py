@@ -368,6 +368,8 @@ def _load_for_caller(
     with Loading.for_caller(source, image, name, policy, asked_in) as steps:
         steps.map()
         steps.link()
+        for library in steps.mapped:
+            library.image.source.rest()  # the program's own files get the numbers that they would have
         steps.initialise()
     return steps.library.loaded
 

@@ -429,6 +429,29 @@ if way == "user": os.seteuid(0)
 """
 
 
+#: Opens many libraries, the last one from a constructor of another, and a file.
+OPENS_MANY: Final = """
+import _bz2, _ctypes, _lzma, _sqlite3, _ssl, ctypes, os, resource
+ctypes.CDLL("./opens.so")
+print(os.open(os.devnull, 0))
+resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
+for name in "_elementtree", "_decimal", "_queue", "_zoneinfo", "_lsprof", "_multibytecodec": __import__(name)
+"""
+
+
+def test_a_program_has_as_few_descriptors_open_as_without(place: Path) -> None:
+    """Libraries by the hundred have none: neither its limit nor the numbers of its files are others."""
+    text = b'#include <dlfcn.h>\n__attribute__((constructor)) static void f(void){dlopen("./in.so", 2);}'
+    for name, code in ("in.so", b""), ("opens.so", text):
+        command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", name]
+        subprocess.run(command, input=code, cwd=place, check=True)
+    (place / "many.py").write_text(OPENS_MANY)
+    plain, ours = (
+        run((*command, "many.py"), cwd=place) for command in (PLAIN, (*RUN, "--strict", "--no-bill"))
+    )
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 @pytest.mark.parametrize("way", ["root", "user"])
 def test_a_program_that_gives_away_what_it_was_goes_on(way: str, place: Path) -> None:
