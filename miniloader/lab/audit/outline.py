@@ -40,7 +40,7 @@ class Outlines:
         number = self._lines.setdefault(vma[2:], len(self._lines))
         if number == len(self._facts):
             self._facts = np.append(self._facts, np.empty_like(self._facts))
-        private = vma.inode != 0 and not vma.shared
+        private = vma.inode != 0 and not vma.shared and vma.path != "/anon_hugepage"  # MAP_HUGETLB: no file
         self._facts[number] = (
             self._files.setdefault(vma[5:], len(self._files)) if private else -1,
             vma.file_offset,

@@ -288,6 +288,8 @@ def test_pages_of_hugetlbfs_have_a_row_and_are_outside_of_every_sum() -> None:
 
         agreed(own)
         rows, sums = look(process.pid, frames=False), rollup_of(process.pid)
+        files = [library.name for library in audit([process.pid], causes=False).libraries]
+    assert "anon_hugepage" not in files  # of which nothing would be present
     assert sums["Private_Hugetlb"] * KB == 3 * huge
     for name in ("/anon_hugepage", "/memfd:pool", "/SYSV00000000"):
         row = rows[MappingName("shared-memory", name)]
