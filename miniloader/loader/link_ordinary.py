@@ -38,6 +38,7 @@ _OF_UNIQUE, _OF_ASKED, _OF_RESOLVER = 0, 1, 2  # why something is noted: notes.c
 _EXITS: Final = [bytearray(name + b"\0") for name in THREAD_EXIT]
 _DEFINITION: Final = len(DEFINITION)  # words
 _NOTED: Final = 2 + _DEFINITION
+_ADDRESS: Final = 2 + [name for name, _ in DEFINITION].index("address")
 
 
 def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bool:
@@ -60,11 +61,15 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
         return False  # what is wrong is told by whoever begins anew
     library.names = MappedSymbols.opened(link)
     graph.event("bind", image.path, "symbols are bound")
-    noted = array("q", ctypes.string_at(link.noted, 8 * _NOTED * link.noted_count))
-    places, addresses, reasons = _settle(library, order, noted)
+    noted = array("Q", ctypes.string_at(link.noted, 8 * _NOTED * link.noted_count))
+    notes, addresses = noted[::_NOTED], noted[_ADDRESS::_NOTED]
+    places, reasons = array("q", [note >> 2 for note in notes]), [note & 3 for note in notes]
     if len({*places}) < len(places):
         return False
-    for place in sorted(compress(range(len(order)), owners), key=owners.__getitem__):
+    if _OF_UNIQUE in reasons:
+        _settle(library, order, noted, addresses)
+    held = compress(range(len(order)), owners)
+    for place in sorted(held, key=owners.__getitem__) if max(owners) > 1 else held:
         library.hold(order[place])
     if _OF_ASKED in reasons:
         asked = [place for place, reason in enumerate(reasons) if reason == _OF_ASKED]
@@ -75,10 +80,9 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
         library.may_open |= stand_ins.answer(addresses, asked)
     if _OF_RESOLVER in reasons:  # of libraries of ld.so's
         resolve(addresses, array("q", [at for at, reason in enumerate(reasons) if reason == _OF_RESOLVER]))
-    rows, definitions = (
-        bytearray(RELA.size * link.local_count),
-        array("q", [0]) * (_DEFINITION * link.local_count),
-    )
+    rows, definitions = bytearray(RELA.size * link.local_count), array("q", [])
+    if rows:
+        definitions = array("q", [0]) * (_DEFINITION * link.local_count)
     try:
         run("write_ordinary", ctypes.addressof(link), places, addresses, len(places), rows, definitions)
     except Stopped as stopped:
@@ -100,7 +104,7 @@ def _bind(link: LinkStructure, library: Loaded, order: Sequence[Definer], owners
     if image.tls is not None:
         link.exits[:] = [buffer_address(name) for name in _EXITS]
     loads = array(
-        "Q", chain.from_iterable([(s.vaddr, s.file_end, s.end, _flags(image, s)) for s in image.loads])
+        "Q", chain.from_iterable([(s.vaddr, s.file_end, s.end, _rights(image, s)) for s in image.loads])
     )
     own = ctypes.addressof(link)
     tables = [own if definer is library else definer.names.place for definer in order]
@@ -126,37 +130,28 @@ def _bind(link: LinkStructure, library: Loaded, order: Sequence[Definer], owners
     )
 
 
-def _flags(image: ElfImage, load: Segment) -> int:
+def _rights(image: ElfImage, load: Segment) -> int:
     """The rights of a segment as link.c has them, which reads no table where the file has holes."""
-    flags = _FLAGS[load.flags]
+    rights = _FLAGS[load.flags]
     if load.filesz < LARGE:
-        return flags
+        return rights
     whole = load.file_offset, load.file_offset + load.filesz
-    return flags if next(image.source.parts(load.file_offset, load.filesz), None) == whole else flags & ~_READ
+    return (
+        rights if next(image.source.parts(load.file_offset, load.filesz), None) == whole else rights & ~_READ
+    )
 
 
-def _settle(
-    library: Loaded, order: Sequence[Definer], noted: array[int]
-) -> tuple[array[int], array[int], list[int]]:
-    """What is ``noted``: places among the symbols that are bound, their addresses, and why.
-
-    Those of unique symbols are the process's ones.
-    """
-    notes, symbols = noted[::_NOTED], noted[1::_NOTED]
-    places = array("q", [note >> 2 for note in notes])
-    reasons = [note & 3 for note in notes]
-    addresses = array("Q", [address & ADDRESS_MASK for address in noted[4::_NOTED]])
-    unique = [at for at, reason in enumerate(reasons) if reason == _OF_UNIQUE]
-    if unique:
-        rows = [noted[_NOTED * at + 2 : _NOTED * (at + 1)] for at in unique]
-        wanted = array("q", [symbols[at] for at in unique])
-        bindings = Bindings(wanted, order, array("q", chain.from_iterable(rows)))
-        settled = array("Q", [addresses[at] for at in unique])
-        for definer in gnu_unique.settle(library, bindings, settled, range(len(unique))):
-            library.share(definer)
-        for at, address in zip(unique, settled, strict=True):
-            addresses[at] = address
-    return places, addresses, reasons
+def _settle(library: Loaded, order: Sequence[Definer], noted: array[int], addresses: array[int]) -> None:
+    """Replace, in ``addresses``, those of unique symbols among what is ``noted`` by the process's ones."""
+    unique = [at for at, note in enumerate(noted[::_NOTED]) if note & 3 == _OF_UNIQUE]
+    wanted = array("q", [noted[_NOTED * at + 1] for at in unique])
+    rows = array("Q", chain.from_iterable(noted[_NOTED * at + 2 : _NOTED * (at + 1)] for at in unique))
+    bindings = Bindings(wanted, order, array("q", rows.tobytes()))
+    settled = array("Q", [addresses[at] for at in unique])
+    for definer in gnu_unique.settle(library, bindings, settled, range(len(unique))):
+        library.share(definer)
+    for at, address in zip(unique, settled, strict=True):
+        addresses[at] = address
 
 
 def _write_thread_local(

@@ -385,7 +385,7 @@ static bool know_hash(Name *name)
         name->index - table->first >= table->chain_count)
         return false;
     name->hash = ONCE(table->chains[name->index - table->first]) & ~1u;
-    uint64_t here = ONCE(table->buckets[name->hash % table->bucket_count]), most = here + SHORT_CHAIN;
+    uint64_t here = ONCE(table->buckets[name->hash % (uint32_t)table->bucket_count]), most = here + SHORT_CHAIN;
     while (here >= table->first && here < name->index && here < most && !(table->chains[here - table->first] & 1))
         here++;
     name->hash |= here != name->index;
@@ -463,7 +463,7 @@ static int64_t find(const Table *table, Name *name, int64_t how)
     if (table->gnu_hash) {
         if (!table->bloom || !may_have(table, name->hash))
             return -1;
-        index = ONCE(table->buckets[name->hash % table->bucket_count]);
+        index = ONCE(table->buckets[name->hash % (uint32_t)table->bucket_count]);
         last = index < table->first ? 0 : table->first + table->chain_count;
     } else if (table->sysv_hash) {
         if (!table->sysv_bucket_count)
