@@ -1,8 +1,8 @@
-"""Whole numbers as they are written by others, who may write any number of digits."""
+"""Whole numbers: as others write them, who may write any number of digits; and with what they count."""
 
 from __future__ import annotations
 
-__all__ = ["whole_number"]
+__all__ = ["count", "whole_number"]
 
 _MOST_DIGITS = 20  # of an integer of 64 bits
 
@@ -18,3 +18,12 @@ def whole_number(text: str) -> int | None:
     """
     digits = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
     return int(text) if digits else None
+
+
+def count(number: int, singular: str, plural: str | None = None) -> str:
+    """``1 page``, ``2 pages``, ``1,024 pages``.
+
+    >>> count(1, "page"), count(1024, "page"), count(2, "process", "processes")
+    ('1 page', '1,024 pages', '2 processes')
+    """
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

@@ -207,8 +207,8 @@ def _span(numbers: Iterable[int], noun: str = "") -> str:
     """
     ordered = sorted(numbers)
     low, high = ordered[0], ordered[-1]
-    text = f"{high:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{text} {noun}{'' if high == 1 else 's'}" if noun else text
+    begin = "" if low == high else f"{low:,} to "
+    return begin + (count(high, noun) if noun else f"{high:,}")
 
 
 def _named(names: Sequence[str]) -> str:

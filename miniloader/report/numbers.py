@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from miniloader.whole_numbers import count
+
 __all__ = ["PROTECTION_STYLES", "count", "level", "size"]
 
 #: What a page of each protection looks like in a drawing.
@@ -14,11 +16,6 @@ PROTECTION_STYLES: Final = {
     "rwx": "red",
     "---": "bright_black",
 }
-
-
-def count(number: int, singular: str, plural: str | None = None) -> str:
-    """``1 page``, ``2 pages``, ``1,024 pages``."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def size(number: int) -> str:

@@ -24,6 +24,7 @@ from miniloader.kernel.features import LEVELS
 from miniloader.lab.proof.spare_word import Word
 from miniloader.loader.relocation_groups import sort_relocations
 from miniloader.values import NamedTuple, dataclass
+from miniloader.whole_numbers import count
 
 if TYPE_CHECKING:
     from miniloader.loader.prepared.pages import Prepared
@@ -205,7 +206,7 @@ def _one_frame(evidence: Evidence, pages: Mask, content: str) -> Finding:
     """Whether ``pages`` are the file's own in all processes, also when one of them has ended."""
     processes, number = len(evidence.pids), int(pages.sum())
     same = _SAME.get(evidence.written.level, _SAME["frames"])
-    expected = f"{_pages(number)}, each {same} in all {processes} processes"
+    expected = f"{count(number, 'page')}, each {same} in all {processes} processes"
     if number == 0:
         return Finding(NOTHING_TO_JUDGE, expected, "0 pages", f"the library has no {content}")
     unseen = _unseen(evidence)
@@ -220,11 +221,13 @@ def _one_frame(evidence: Evidence, pages: Mask, content: str) -> Finding:
     if bad.any():
         where = int(evidence.decisive.vaddrs[int(np.flatnonzero(bad)[0])])
         return Finding(
-            False, expected, f"{observed}; {_pages(int(bad.sum()))} not, the first at vaddr {where:#x}"
+            False, expected, f"{observed}; {count(int(bad.sum()), 'page')} not, the first at vaddr {where:#x}"
         )
     missing = number - int(good.sum())
     if missing:
-        return Finding(None, expected, observed, f"{_pages(missing)} not in memory, or changing, at the time")
+        return Finding(
+            None, expected, observed, f"{count(missing, 'page')} not in memory, or changing, at the time"
+        )
     return Finding(True, expected, observed)
 
 
@@ -244,7 +247,7 @@ def _written_data_private(evidence: Evidence) -> Finding:
     sharing, processes, wrote = evidence.decisive, len(evidence.pids), evidence.wrote
     level = sharing.level
     number, total = int(wrote.any(axis=0).sum()), int(wrote.sum())
-    expected = f"{_pages(number)}, each {_OWN[level]} in each of {processes} processes"
+    expected = f"{count(number, 'page')}, each {_OWN[level]} in each of {processes} processes"
     expected += f": {', '.join(_writers(evidence))}"
     if number == 0:
         return Finding(NOTHING_TO_JUDGE, expected, "0 pages", "no page of the library is written")
@@ -333,10 +336,6 @@ _OF_PREPARED: Final[tuple[tuple[str, str, Callable[[Evidence], Finding]], ...]] 
 
 _SAME: Final = {"frames": "one frame", "flags": "the page cache's own page"}
 _OWN: Final = {"frames": "a frame of its own", "flags": "a copy that is mapped once"}
-
-
-def _pages(number: int) -> str:
-    return f"{number:,} page{'' if number == 1 else 's'}"
 
 
 def _copied(sharing: Sharing) -> Mask:

@@ -20,6 +20,7 @@ from miniloader.walkthrough.mapping_views import MappingView, address_of, in_wor
 from miniloader.walkthrough.step import BeforeAfter, ChapterStep, Figures, OfPages, Row
 from miniloader.walkthrough.traced_calls import Mapping
 from miniloader.walkthrough.workbench import Workbench
+from miniloader.whole_numbers import count
 
 __all__ = ["CHAPTER", "Faults", "TouchedPages"]
 
@@ -92,8 +93,8 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         bench.taken(),
         (
             OfPages(
-                f"One fault brought {_pages(len(pages))}: {around}. The kernel maps what is at hand around "
-                "the one that was asked for."
+                f"One fault brought {count(len(pages), 'page')}: {around}. The kernel maps what is at hand "
+                "around the one that was asked for."
             ),
             "So a page that is present need not have been touched.",
         ),
@@ -101,10 +102,6 @@ def _one_touch(bench: Workbench, fd: int) -> Generator[ChapterStep, None, tuple[
         grid=after.grid,
     )
     return before, after
-
-
-def _pages(number: int) -> str:
-    return f"{number:,} page{'s' if number != 1 else ''}"
 
 
 def _folios(bench: Workbench) -> Generator[ChapterStep, None, None]:
@@ -173,8 +170,8 @@ def _one_write(bench: Workbench, fd: int) -> Generator[ChapterStep, None, Mappin
         bench.taken(),
         (
             OfPages(
-                f"One fault brought {_pages(written.present)}: a write needs a copy, and copies are made one "
-                "at a time."
+                f"One fault brought {count(written.present, 'page')}: a write needs a copy, and copies are "
+                "made one at a time."
             ),
         ),
         grid=written.grid,
@@ -195,8 +192,8 @@ def _cold_and_warm(bench: Workbench) -> Generator[ChapterStep, None, tuple[int, 
         bench.munmap(mapping)
     cold, warm = faults
     rows = tuple(
-        (file, f"{_PAGES:,}", f"{count.minor}", f"{count.major}")
-        for file, count in (("cold", cold), ("warm", warm))
+        (file, f"{_PAGES:,}", f"{touched.minor}", f"{touched.major}")
+        for file, touched in (("cold", cold), ("warm", warm))
     )
     columns = ("file", ">pages touched", ">minor faults", ">major faults")
     yield ChapterStep(
