@@ -8,6 +8,7 @@ takes (IFUNC).  ``initialise`` runs their constructors.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -352,13 +353,24 @@ def _answer(place: int) -> int:
 
     Many libraries are bound to dlopen(3), and few ever call it.
     """
-    if not _answering:
-        with importing:
-            from miniloader.loader.from_inside import answer
-        _answering.append(answer)
-    return _answering[0](place, _load_for_caller)
+    with unload.lock:  # the limit is one for all threads
+        limit = sys.getrecursionlimit()
+        raised = min(limit + _DEPTH, _MOST_CALLS)
+        sys.setrecursionlimit(raised)
+        try:
+            if not _answering:
+                with importing:
+                    from miniloader.loader.from_inside import answer
+                _answering.append(answer)
+            return _answering[0](place, _load_for_caller)
+        finally:
+            if sys.getrecursionlimit() == raised:
+                sys.setrecursionlimit(limit)
 
 
+#: Calls within calls, many times what a load takes: who asks may be deep in its own, and has not made ours.
+_DEPTH: Final = 500
+_MOST_CALLS: Final = (1 << 31) - 1
 _answering: Final[list[Callable[..., int]]] = []
 
 

@@ -360,6 +360,30 @@ def test_where_it_stands_is_where_python_puts_it(words: tuple[str, ...], place: 
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
 
 
+#: Imports and opens where so few calls are left as each of it takes at least.
+IS_DEEP: Final = """
+import ctypes, importlib, sys
+def deep(depth, f): return deep(depth - 1, f) if depth else f()
+modules = "_bz2", "_lzma", "_uuid", "_decimal", "_sqlite3", "_lsprof"
+for left, name in zip((60, 50, 40, 36, 28, 24), modules):
+    try: print(deep(1000 - left, lambda: importlib.import_module(name)).__name__)
+    except RecursionError: print("too deep")
+for left in range(16, 40, 3):
+    try: print(deep(1000 - left, lambda: ctypes.CDLL("libexpat.so.1"))._name)
+    except RecursionError: print("too deep")
+print(sys.getrecursionlimit())
+sys.setrecursionlimit(2**31 - 1)
+import _ssl; print(sys.getrecursionlimit())
+"""
+
+
+def test_what_is_opened_deep_in_calls_has_room_for_it(place: Path) -> None:
+    """Where what CPython itself calls for it has room, ld.so opens it: no call of ours is the program's."""
+    (place / "deep.py").write_text(IS_DEEP)
+    plain, ours = (run((*command, "deep.py"), cwd=place) for command in (PLAIN, (*RUN, "--no-bill")))
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
 CALLED: Final = "import sys; print(sys.argv, sys.orig_argv)"
 
 
