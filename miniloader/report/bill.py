@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from miniloader.errors import printable
 from miniloader.json_schema import COUNT, INT, NUMBER, TEXT, Schema, array, by_name, keys, record, words
 from miniloader.report.text import Part, Table, listed
+from miniloader.whole_numbers import count
 
 if TYPE_CHECKING:
     from miniloader.loader.running.bill import Bill, BilledLibrary, Opened
@@ -81,12 +82,13 @@ def summary(bill: Bill) -> Iterator[Part]:
     """A few lines: how much was loaded, where the time went, what took longest, what ld.so has loaded."""
     libraries = [library for opened in bill.opened for library in _of(opened) if library.private_pages]
     parts = {name: sum(library.parts[name] for o in bill.opened for library in _of(o)) for name in _COLUMNS}
-    spent = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in parts.items() if seconds >= _SHOWN / 2)
+    spent = [f"{name} {_ms(seconds)}" for name, seconds in parts.items() if seconds >= _SHOWN / 2]
+    loaded, calls = count(len(libraries), "library", "libraries"), count(len(bill.opened), "call")
     yield (
-        (f"miniloader loaded {len(libraries):,} libraries in {_ms(bill.seconds)} ms", "bold"),
-        f" for {len(bill.opened):,} calls of dlopen; the program itself took {_ms(bill.program_seconds)} ms",
+        (f"miniloader loaded {loaded} in {_ms(bill.seconds)} ms", "bold"),
+        f" for {calls} of dlopen; the program itself took {_ms(bill.program_seconds)} ms",
     )
-    yield (f"  {spent}, dlsym {_ms(bill.lookup_seconds)}",)
+    yield ("  " + ", ".join([*spent, f"dlsym {_ms(bill.lookup_seconds)}"]),)
     slowest = sorted(bill.opened, key=lambda opened: -opened.seconds)[:_SLOWEST]
     if slowest:
         yield ("  slowest: " + ", ".join(f"{_short(o.name)} {_ms(o.seconds)} ms" for o in slowest),)

@@ -523,6 +523,10 @@ def test_the_bill(place: Path) -> None:
     assert summary.stdout == "out\n"
     assert summary.stderr.startswith("miniloader loaded ")
     assert "lib-dynload/_sqlite3" in summary.stderr or "_sqlite3" in summary.stderr
+    nothing = " ".join(run(RUN, "-c", "pass", cwd=place).stderr.split())
+    assert nothing.startswith("miniloader loaded 0 libraries in 0.00 ms for 0 calls of dlopen; ")
+    assert nothing.endswith(" ms dlsym 0.00")
+    assert " for 1 call of dlopen; " in " ".join(run(RUN, "-c", "import _bz2", cwd=place).stderr.split())
     done = run(RUN, "--bill", "bill.txt", *words, cwd=place)
     assert (done.stdout, done.stderr) == ("out\n", "")
     shown = (place / "bill.txt").read_text()
