@@ -158,9 +158,11 @@ class Source:
 
         A program with hundreds of libraries may have as few descriptors open as it would have without us.
         """
-        path = os.path.abspath(self.name) if self.fd >= 0 and self.calls is os else None
-        with contextlib.suppress(OSError, ValueError):
-            if path is not None and _identity(os.stat(path)) == self.identity:
+        if self.fd < 0 or self.calls is not os:
+            return
+        with contextlib.suppress(OSError, ValueError):  # also where the working directory has been removed
+            path = os.path.abspath(self.name)
+            if _identity(os.stat(path)) == self.identity:
                 self.close()
                 self._path = path
 

@@ -42,6 +42,20 @@ def test_another_file_in_its_place_is_not_read(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == descriptors
 
 
+def test_in_a_directory_that_was_removed_nobody_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory := tmp_path / "removed").mkdir()
+    shutil.copy(build.build("demo"), directory / "lib.so")
+    monkeypatch.chdir(directory)
+    source = Source.open("lib.so")
+    shutil.rmtree(directory)
+    source.rest()
+    assert source.fd >= 0
+    assert len(source.read(source.size - 8, 8, "bytes")) == 8
+    source.close()
+
+
 def test_what_no_name_leads_to_does_not_rest(tmp_path: Path) -> None:
     with Path(shutil.copy(build.build("demo"), tmp_path / "lib.so")).open("rb") as file:
         source = Source.from_fd(file.fileno())
