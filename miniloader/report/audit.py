@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -135,8 +134,8 @@ def sentence(library: AuditedLibrary, parents: Mapping[int, int]) -> Line:
     symbols: dict[str, int] = {}
     forked = had_at_fork(library, parents)
     for page in library.private_pages:
-        kind, alone = _kind(page), (Counter(page.pids) - Counter(page.common)).elements()
-        for pid in alone:
+        kind = _kind(page)
+        for pid in page.alone:
             copied_again = kind == "relocated" and forked.get(pid) in page.pids
             of_kind = by_kind.setdefault("again" if copied_again else kind, {})
             of_kind[pid] = of_kind.get(pid, 0) + 1

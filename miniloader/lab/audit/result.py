@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final, Literal, Self
@@ -147,6 +148,18 @@ class PrivatePage:
         True
         """
         return "relocation" in self.causes and set(self.causes) <= {"relocation", "loader"}
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """The pids that have a copy of it that nobody else has, once for each such copy.
+
+        >>> fields = {"vaddr": 0x4000, "section": ".data", "symbols": (), "written": (), "kinds": {}}
+        >>> PrivatePage(**fields, causes=(), pids=(7, 7, 8), groups=(), reason="", common=(7,)).alone
+        (7, 8)
+        """
+        if not self.common:
+            return self.pids
+        return tuple((Counter(self.pids) - Counter(self.common)).elements())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median_low
@@ -150,8 +149,9 @@ def _to_prepare(library: AuditedLibrary, forked: Mapping[int, int]) -> int:
     pages = _relocated(library)
     if not pages or not can_be_prepared(library.name):
         return 0
-    alone = ((page, pid) for page in pages for pid in (Counter(page.pids) - Counter(page.common)).elements())
-    return sum(forked.get(pid) not in page.pids for page, pid in alone)
+    if not forked:  # as it is where all have been started anew, however many there are
+        return sum([len(page.alone) for page in pages])
+    return sum([forked.get(pid) not in page.pids for page in pages for pid in page.alone])
 
 
 def can_be_prepared(name: str) -> bool:
