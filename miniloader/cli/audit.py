@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         const="libraries",
         type=_csv,
         help="print a row for each of the processes, mappings, libraries (the default), or groups of --by; in"
-        " bytes, but in pages: of processes anonymous to swapped, of libraries all but pss",
+        " bytes, but in pages: of processes anonymous to swapped, of libraries mapped to merged",
     )
 
 

@@ -146,10 +146,7 @@ def live_view(audit: Audit, first: Audit, previous: Audit) -> Iterator[Part]:
     if len(ordered) > _MOST_PROCESSES:
         rows.append((f"… {more(len(ordered) - _MOST_PROCESSES)}",))
     yield Table(("process", "name", ">RSS", ">PSS", ">USS", ">since start"), rows)
-    yield from _table(
-        ("kind", "name"),
-        _not_of_libraries(since_start),
-    )
+    yield from _table(("kind", "name"), _not_of_libraries(since_start))
     yield ()
     yield library_rows(audit, first)
 

@@ -85,7 +85,10 @@ WORDS: Final = {
         "Proportional set size: each page divided by how many processes have it. Summed over all, it "
         "is what memory costs."
     ),
-    "USS": "Unique set size: the pages that no other process has; what ending the process would free.",
+    "USS": (
+        "Unique set size: the pages that no other process has. Ending the process frees them, but for "
+        "shared memory and pages of files, which outlive it."
+    ),
     "ELF": "The format of programs and libraries on Linux. readelf shows what is in such a file.",
     "segment": "A part of an executable file that is mapped together, with one protection: PT_LOAD.",
     "program header": "The table at the beginning of an ELF file that says what its segments are.",

@@ -84,10 +84,11 @@ class LibraryGrowth:
 class Growth:
     """What grew.  There are no ``mappings`` where an older version saved one of the audits without them.
 
-    ``rss``, ``pss``, ``uss`` and what is ``swapped`` out (in none of the others: who is swapped out seems to
-    shrink) are those of all processes, each memory counted once.  ``erosion`` is what
-    relatives have no longer in common; None where one of the audits had no frames.  ``executed`` are those
-    that stayed with another program, before and after.
+    ``rss``, ``pss`` and ``uss`` are those of all processes, each address space counted once; so is what is
+    ``swapped`` out, which is in none of them: who is swapped out seems to shrink.  What relatives have in
+    common there counts for each of them.  ``erosion`` is what relatives have no longer in common; None where
+    one of the audits had no frames.  ``executed`` are those that stayed with another program, before and
+    after.
     """
 
     rss: AmountChange
