@@ -113,8 +113,8 @@ static bool is_block(const Surrounding *around, const uint64_t *page, int64_t bl
 enum { WANTED = 1, HOLDS = 2 }; /* marks of a page: its objects are to be listed; it has some */
 
 /* Count the objects of each type on pages of width words; list those on the pages that are wanted, by the numbers
-   that these have among themselves, and mark all that hold any.  Pointers between edges of arenas lead to no type; where others lead that were
-   not met before is Python's to say, and fresh has their places.  There is room for all. */
+   that these have among themselves, and mark all that hold any.  Pointers between edges of arenas lead to no type;
+   where others lead that were not met before is Python's to say, and fresh has their places.  There is room for all. */
 int64_t count_objects(
     const uint64_t *words, uint64_t pages, uint64_t width, const Surrounding *around, uint8_t *marks,
     const uint64_t *edges, uint64_t edge_count, Met *met, Type *types, Object *objects, uint64_t *fresh, Found *found)
