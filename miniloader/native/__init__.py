@@ -191,7 +191,7 @@ INTERFACE: Final = (
     b"PyErr_WriteUnraisable",
     b"PyErr_Fetch",
     b"PyErr_Restore",
-    b"PyErr_CheckSignals",
+    b"Py_MakePendingCalls",
     b"Py_AddPendingCall",
     b"PyThreadState_EnterTracing",
     b"PyThreadState_LeaveTracing",

@@ -55,7 +55,7 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     void (*complain)(const void *function);
     void (*put_by)(void **type, void **value, void **traceback); /* what is being raised */
     void (*raise)(void *type, void *value, void *traceback);
-    int (*handle_signals)(void);
+    int (*do_pending)(void);
     int (*later)(int (*function)(void *), void *argument); /* in Python's main thread, between its instructions */
     void (*hush)(void *state); /* who traces or profiles it */
     void (*unhush)(void *state);
@@ -206,6 +206,8 @@ static void release_signals(void)
             interface.handler(i);
 }
 
+enum { MOST_DUE = 32 }; /* pending calls, which Python keeps no more of */
+
 typedef struct {
     void *type, *value, *traceback;
 } Raised;
@@ -219,15 +221,16 @@ static int raise_again(void *place)
 }
 
 /* What has been raised is the program's: it is raised there, when dlopen(3) and its like are over. */
-static void raise_later(const void *function)
+static void raise_later(Raised due, const void *function)
 {
     Raised *raised = malloc(sizeof *raised);
     if (raised) {
-        interface.put_by(&raised->type, &raised->value, &raised->traceback);
+        *raised = due;
         if (interface.later(raise_again, raised) == 0)
             return;
-        raise_again(raised);
+        free(raised);
     }
+    interface.raise(due.type, due.value, due.traceback);
     interface.complain(function);
 }
 
@@ -277,8 +280,10 @@ static bool has_answered(const void *function, Question *question)
     void *state = interface.current();
     interface.hush(state);
     bool is_first = keep_signals(question->function == SYMBOL || question->function == VERSIONED);
-    if (is_first && interface.handle_signals()) /* that have come before */
-        raise_later(function);
+    Raised due[MOST_DUE]; /* by handlers of signals that have come before; raised now, it would end the answer */
+    int due_count = 0;
+    for (; is_first && due_count < MOST_DUE && interface.do_pending(); due_count++)
+        interface.put_by(&due[due_count].type, &due[due_count].value, &due[due_count].traceback);
     void *place = interface.number((uint64_t)question);
     void *result = place ? interface.call(function, place) : NULL;
     int truth = result ? interface.truth(result) : -1;
@@ -288,6 +293,8 @@ static bool has_answered(const void *function, Question *question)
         interface.forget(result);
     if (place)
         interface.forget(place);
+    for (int i = 0; i < due_count; i++)
+        raise_later(due[i], function);
     interface.unhush(state);
     interface.raise(earlier.type, earlier.value, earlier.traceback);
     leave_main(visitor);

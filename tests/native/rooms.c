@@ -416,6 +416,7 @@ static void *call(const void *function, void *argument)
         return number(*(uint64_t *)argument == SIGUSR1 || *(uint64_t *)argument == SIGUSR2);
     assert(function == &answered && !raised && is_hushed);
     assert((locks && !is_created) || (holds && holder == &created)); /* in the main interpreter */
+    assert(!pending_count); /* or Python would do it before the first instruction of the answer */
     asked++;
     if (signals) { /* they are kept for later, where they can be told */
         bool is_kept = signals == 2;
@@ -459,8 +460,13 @@ static void raise_it(void *type, void *value, void *traceback)
     assert(!value && !traceback);
     raised = type;
 }
-static int handle_signals(void)
+static int do_pending(void)
 {
+    if (pending_count) {
+        const int result = pending[0].function(pending[0].argument);
+        memmove(pending, pending + 1, (size_t)--pending_count * sizeof *pending);
+        return result;
+    }
     bool is_raised = chance(2);
     if (is_raised)
         raised = &handlers;
@@ -538,7 +544,7 @@ static void try_inside(void)
     raised = chance(2) ? &raised : NULL;
     const void *const is_raised = raised;
     const void *const interface[] = {
-        lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
+        lock, unlock, number, call, truth, free, complain, put_by, raise_it, do_pending, later, hush, unhush,
         own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
         create, clear, end, start, detach, clock_gettime, is_there, &handlers, is_callable,
         signals == 1 ? NULL : on_signal, (const void *)(chance(2) ? __builtin_offsetof(State, frame) : 0)};
@@ -603,7 +609,7 @@ static void try_inside(void)
 static void try_patience(void)
 {
     static const void *const interface[] = {
-        lock, unlock, number, call, truth, free, complain, put_by, raise_it, handle_signals, later, hush, unhush,
+        lock, unlock, number, call, truth, free, complain, put_by, raise_it, do_pending, later, hush, unhush,
         own_state, current_state, interpreter_of, main_interpreter, head_interpreter, next_interpreter, let_go, take,
         create, clear, end, start, detach, clock_gettime, is_there, &handlers, is_callable, NULL, NULL};
     static const void *const functions[] = {

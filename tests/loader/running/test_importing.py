@@ -265,6 +265,49 @@ def test_handlers_of_signals_run_when_what_was_asked_is_answered(tmp_path: Path)
     assert "late True" in done.stdout
 
 
+_INTERRUPTED = """
+#include <dlfcn.h>
+#include <signal.h>
+void *opened;
+void raise_and_open(const char *name)
+{
+    raise(SIGUSR1);
+    opened = dlopen(name, RTLD_NOW);
+}
+"""
+_COMES_BEFORE = """
+import ctypes, signal, sys, miniloader
+class Late(Exception):
+    pass
+def handler(number, frame):
+    raise Late
+signal.signal(signal.SIGUSR1, handler)
+if len(sys.argv) > 2:
+    library = miniloader.load(sys.argv[1])
+    function, opened = library["raise_and_open"], ctypes.c_void_p.from_address(library.address("opened"))
+else:
+    library = ctypes.CDLL(sys.argv[1])
+    function, opened = library.raise_and_open, ctypes.c_void_p.in_dll(library, "opened")
+for _ in range(20):
+    opened.value = None
+    try:
+        function(b"libbz2.so.1.0")
+        print("nothing was raised")
+    except Late:
+        print("raised", bool(opened.value))
+"""
+
+
+def test_what_a_handler_raises_that_was_due_before_comes_after_the_answer(tmp_path: Path) -> None:
+    """A signal that came while C code ran, which then asks: the answer is made, and the program has it."""
+    library = tmp_path / "interrupted.so"
+    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=_INTERRUPTED, text=True, check=True)
+    done = python(_COMES_BEFORE, library, "ours")
+    assert (done.stdout, done.stderr) == (python(_COMES_BEFORE, library).stdout, "")
+    assert done.stdout == "raised True\n" * 20
+
+
 def test_who_profiles_the_program_hears_nothing_of_ours() -> None:
     program = """
 import _ctypes, sys, miniloader
