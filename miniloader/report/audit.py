@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -130,17 +131,7 @@ def sentence(library: AuditedLibrary, parents: Mapping[int, int]) -> Line:
     """
     if not library.private_pages and not library.swapped_pages:
         return ()
-    by_kind: dict[str, dict[int, int]] = {}
-    symbols: dict[str, int] = {}
-    forked = had_at_fork(library, parents)
-    for page in library.private_pages:
-        kind = _kind(page)
-        for pid in page.alone:
-            copied_again = kind == "relocated" and forked.get(pid) in page.pids
-            of_kind = by_kind.setdefault("again" if copied_again else kind, {})
-            of_kind[pid] = of_kind.get(pid, 0) + 1
-            for name in page.written if kind == "written" else ():
-                symbols[name] = symbols.get(name, 0) + 1
+    by_kind, symbols = _own_pages(library, had_at_fork(library, parents))
     pids = {process.pid for process in library.processes}
     own, common = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
     for process in library.processes:
@@ -169,6 +160,24 @@ def sentence(library: AuditedLibrary, parents: Mapping[int, int]) -> Line:
     if any(swapped):
         parts.append(f"{_span(swapped)} besides are swapped out, and not read, as that would bring them in")
     return ((printable(library.name), "bold"), f"{pages}: " + printable("; ".join(parts)))
+
+
+def _own_pages(
+    library: AuditedLibrary, forked: Mapping[int, int]
+) -> tuple[Mapping[str, Mapping[int, int]], Mapping[str, int]]:
+    """How many pages of each kind each process has for itself; and on how many of those that the program has
+    written to each symbol is.  ``forked``: who had the library at the fork, with the parents.
+    """
+    by_kind: dict[str, Counter[int]] = defaultdict(Counter)
+    symbols = Counter[str]()
+    for page in library.private_pages:
+        kind = _kind(page)
+        relocated = page.pids if forked and kind == "relocated" else ()
+        for pid in page.alone:
+            by_kind["again" if forked.get(pid) in relocated else kind][pid] += 1
+        if kind == "written":
+            symbols.update(page.written * len(page.alone))
+    return by_kind, symbols
 
 
 _KINDS = {
