@@ -269,6 +269,25 @@ def test_a_program_imports_its_own_modules_whatever_they_are_called(
         assert (place / "writers").read_text().startswith("the program has forked no process")
 
 
+#: Ends in a directory that is gone, with a module whose file is no text, as some packages' are.
+ENDS_ODDLY: Final = """
+import os, pathlib, sys, tempfile, types, _lzma
+sys.modules["odd"] = types.ModuleType("odd")
+sys.modules["odd"].__file__ = pathlib.Path("odd.py")
+if sys.argv[1:]:
+    os.chdir(gone := tempfile.mkdtemp())
+    os.rmdir(gone)
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("gone",)], ids=["odd", "gone"])
+def test_a_bill_is_written_however_the_program_has_left_things(words: tuple[str, ...], place: Path) -> None:
+    ours = run((*RUN, "--bill", str(place / "bill"), "--json"), "-c", ENDS_ODDLY, *words, cwd=place)
+    assert (ours.returncode, ours.stderr) == (0, "")
+    opened = json.loads((place / "bill").read_text())["opened"]
+    assert any("_lzma" in library["name"] for library in opened)
+
+
 def test_a_script_is_begun_without_what_finds_modules(place: Path) -> None:
     (place / "modules.py").write_text("import sys; print('runpy' in sys.modules)")
     begin = f"import sys; sys.path[:0] = [{str(build.ROOT)!r}]; sys.argv[1:1] = ['run', '--no-bill']\n"

@@ -71,11 +71,14 @@ def as_before(path: list[str]) -> Iterator[None]:
 
 def _only_theirs(path: list[str]) -> dict[str, ModuleType]:
     """The modules of the program, from its directory, in whose place another is found along the ``path``."""
-    begin = os.path.join(os.path.abspath(sys.path[0] if sys.path else ""), "")
+    try:
+        begin = os.path.join(os.path.abspath(sys.path[0] if sys.path else ""), "")
+    except OSError:  # the working directory has been removed
+        return {}
     of_program = {
         name: module
-        for name, module in sys.modules.items()
-        if name not in _OURS and (getattr(module, "__file__", None) or "").startswith(begin)
+        for name, module in list(sys.modules.items())  # threads of the program may be importing still
+        if name not in _OURS and str(getattr(module, "__file__", None)).startswith(begin)
     }
     hidden = [
         name
