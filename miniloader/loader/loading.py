@@ -7,6 +7,7 @@ takes (IFUNC).  ``initialise`` runs their constructors.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -353,24 +354,33 @@ def _answer(place: int) -> int:
 
     Many libraries are bound to dlopen(3), and few ever call it.
     """
-    with unload.lock:  # the limit is one for all threads
-        limit = sys.getrecursionlimit()
-        raised = min(limit + _DEPTH, _MOST_CALLS)
-        sys.setrecursionlimit(raised)
-        try:
-            if not _answering:
-                with importing:
-                    from miniloader.loader.from_inside import answer
-                _answering.append(answer)
-            return _answering[0](place, _load_for_caller)
-        finally:
-            if sys.getrecursionlimit() == raised:
-                sys.setrecursionlimit(limit)
+    try:
+        with unload.lock:  # the limit is one for all threads
+            return _answer_deep_in_calls(place)
+    except RecursionError:  # there is no room for the lock: ld.so answers, which needs none
+        return 0
+
+
+def _answer_deep_in_calls(place: int) -> int:
+    limit = sys.getrecursionlimit()
+    raised = min(limit + _DEPTH, _MOST_CALLS)
+    sys.setrecursionlimit(raised)
+    try:
+        if not _answering:
+            with importing:
+                from miniloader.loader.from_inside import answer
+            _answering.append(answer)
+        return _answering[0](place, _load_for_caller)
+    finally:
+        if sys.getrecursionlimit() == raised:
+            _set_recursion_limit(limit)
 
 
 #: Calls within calls, many times what a load takes: who asks may be deep in its own, and has not made ours.
 _DEPTH: Final = 500
 _MOST_CALLS: Final = (1 << 31) - 1
+#: Python's own refuses a limit that what is being called has reached.
+_set_recursion_limit: Final = ctypes.pythonapi.Py_SetRecursionLimit
 _answering: Final[list[Callable[..., int]]] = []
 
 

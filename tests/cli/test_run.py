@@ -381,7 +381,7 @@ def test_where_it_stands_is_where_python_puts_it(words: tuple[str, ...], place: 
 
 #: Imports and opens where so few calls are left as each of it takes at least.
 IS_DEEP: Final = """
-import ctypes, importlib, sys
+import _ctypes, ctypes, importlib, sys
 def deep(depth, f): return deep(depth - 1, f) if depth else f()
 modules = "_bz2", "_lzma", "_uuid", "_decimal", "_sqlite3", "_lsprof"
 for left, name in zip((60, 50, 40, 36, 28, 24), modules):
@@ -389,6 +389,9 @@ for left, name in zip((60, 50, 40, 36, 28, 24), modules):
     except RecursionError: print("too deep")
 for left in range(16, 40, 3):
     try: print(deep(1000 - left, lambda: ctypes.CDLL("libexpat.so.1"))._name)
+    except RecursionError: print("too deep")
+for left in range(3, 12):
+    try: print(deep(1000 - left, lambda: _ctypes.dlopen("libexpat.so.1", 2)) > 0)
     except RecursionError: print("too deep")
 print(sys.getrecursionlimit())
 sys.setrecursionlimit(2**31 - 1)
