@@ -201,7 +201,7 @@ def _set_out(arguments: argparse.Namespace, word: str) -> tuple[PythonProgram, E
     except UnrunnableProgram as error:
         loading.close()
         error.show()
-        return error.status
+        return 1  # where Python ends with 2, too: a file that is not there is no wrong usage
     # Left at the very end: what the program's threads and exit handlers import comes through us, too.
     atexit.register(loading.close)
     if arguments.writers is not None:

@@ -58,10 +58,10 @@ _COUNTED: Final = int(sys.version_info < (3, 12))
 
 
 class UnrunnableProgram(Exception):
-    """What Python says of a program that cannot begin: an ``error`` or a line, and the exit ``status``."""
+    """What Python says of a program that cannot begin: an ``error`` or a line."""
 
-    def __init__(self, said: Exception | str, status: int = 1) -> None:
-        self.said, self.status = said, status
+    def __init__(self, said: Exception | str) -> None:
+        self.said = said
 
     def show(self) -> None:
         """Show it on standard error, as Python does."""
@@ -155,7 +155,7 @@ def script(path: str) -> PythonProgram:
         text, is_compiled = _read_program(path)
     except OSError as error:
         said = f"{sys.orig_argv[0]}: can't open file {file!r}: [Errno {error.errno}] {error.strerror}"
-        raise UnrunnableProgram(said, 2) from None
+        raise UnrunnableProgram(said) from None
     _begin_path(os.path.dirname(_place_of(path)))
     loader = (SourcelessFileLoader if is_compiled else SourceFileLoader)("__main__", file)
     names = {
