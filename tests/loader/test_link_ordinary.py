@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 from array import array
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import pytest
 import miniloader
 from fixtures.build import build
 from miniloader.errors import SymbolError
+from miniloader.kernel.maps import read_maps
 from miniloader.loader import Loading, link, link_ordinary, unload
 from miniloader.loader.beside_glibc.host import HostLibrary
 from miniloader.loader.graph import Graph
 from miniloader.loader.surroundings import find_path
+from miniloader.machine.relocation import KINDS
 
 
 @pytest.fixture
@@ -41,10 +45,15 @@ def _linked(path: str, address: int | None, *, at_once: bool) -> tuple[int, dict
         loaded = steps.mapped[0]
         memory, image = loaded.mapped, loaded.image
         words = {vaddr: bytes(memory.read(vaddr, 8)) for vaddr in image.relocations.targets().tolist()}
+        kinds, rows = KINDS[image.header.machine], [table.rows.tolist() for table in image.relocations.tables]
+        described = {vaddr for vaddr, code, *_ in chain(*rows) if kinds[code].formula == "descriptor"}
+        # Which of its functions ld.so puts there depends on the room that is left in static storage.
+        functions = [int.from_bytes(words.pop(vaddr), sys.byteorder) for vaddr in sorted(described)]
         dynamic = image.segment("PT_DYNAMIC")
         assert dynamic is not None
         made = {
             "words": words,
+            "described by": [vma.path for function in functions for vma in read_maps() if function in vma],
             "dynamic": bytes(memory.read(dynamic.vaddr, dynamic.memsz)),
             "symbols": len(loaded.names),
             "names": [loaded.names.name(symbol) for symbol in range(len(loaded.names))],
