@@ -157,6 +157,14 @@ def test_what_cannot_be_read_as_a_program_is_told_in_its_words(name: str, place:
     assert plain.returncode == 1
 
 
+def test_nothing_of_a_program_with_a_zero_byte_is_run(place: Path) -> None:
+    """Before 3.11.4 Python itself runs what is before it."""
+    (place / "zero.py").write_bytes(b"print(1)\n\0x\n")
+    ours = run(RUN, "--no-bill", "zero.py", cwd=place)
+    assert (ours.returncode, ours.stdout) == (1, "")
+    assert ours.stderr.endswith("SyntaxError: source code cannot contain null bytes\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [

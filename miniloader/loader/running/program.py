@@ -221,7 +221,8 @@ def _compiled(text: bytes, file: str) -> CodeType:
         error = failure
         if not any(word in str(error) for word in ("codec", "encoding")):
             raise UnrunnableProgram(error) from None
-    if end < 0 or len(text) < _PART:  # of a device or a hole it is not all
+    # Of a device or a hole the text is not all; and before 3.11.4 a zero byte ended it, and the rest was run.
+    if end < 0 or (len(text) < _PART and sys.version_info >= (3, 11, 4)):
         error = _as_of_file(text, file) or error
     raise UnrunnableProgram(error) from None
 
@@ -241,7 +242,10 @@ def _code(text: bytes | str, file: str) -> CodeType:
 
 
 def _as_of_file(text: bytes, file: str) -> Exception | None:
-    """What Python says of a program that it cannot decode: other words, where it reads a file."""
+    """What Python says of a program that it cannot decode: other words, where it reads a file.
+
+    None of it is run: Python reads a file to its end before it does so.
+    """
     libc, run = ctypes.PyDLL(None), ctypes.pythonapi.PyRun_FileExFlags
     libc.fdopen.restype = ctypes.c_void_p
     run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, *[ctypes.py_object] * 2]
@@ -252,7 +256,11 @@ def _as_of_file(text: bytes, file: str) -> Exception | None:
         with open(descriptor, "wb", closefd=False) as stream:
             stream.write(text)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        run(libc.fdopen(descriptor, b"rb"), os.fsencode(file), _FILE_INPUT, {}, {}, 1, None)
+        opened = libc.fdopen(descriptor, b"rb")
+        if opened is None:  # no memory
+            os.close(descriptor)
+            return None
+        run(opened, os.fsencode(file), _FILE_INPUT, {"__builtins__": {}}, {}, 1, None)
     except Exception as error:  # noqa: BLE001 - what was to be seen
         return error if not isinstance(error, OSError) else None
     return None
