@@ -255,14 +255,19 @@ with miniloader.importing(strict=True) if LED else threading.Lock():
 """
 
 
+def _said_by_both(program: str, library: Path, source: str, word: str) -> str:
+    """What a program prints of a library in C, as ld.so loads it and, given a ``word`` more, as we do."""
+    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
+    ours, theirs = python(program, library, word), python(program, library)
+    assert (ours.stdout, ours.stderr) == (theirs.stdout, "")
+    return ours.stdout
+
+
 def test_handlers_of_signals_run_when_what_was_asked_is_answered(tmp_path: Path) -> None:
     """As with ld.so they are the program's, and what they raise, too.  A constructor may install others."""
-    library = tmp_path / "raises.so"
-    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
-    subprocess.run(command, input=_RAISES, text=True, check=True)
-    done = python(_SIGNALS, library, "led")
-    assert (done.stdout, done.stderr) == (python(_SIGNALS, library).stdout, "")
-    assert "late True" in done.stdout
+    said = _said_by_both(_SIGNALS, tmp_path / "raises.so", _RAISES, "led")
+    assert "late True" in said
 
 
 _INTERRUPTED = """
@@ -300,12 +305,8 @@ for _ in range(20):
 
 def test_what_a_handler_raises_that_was_due_before_comes_after_the_answer(tmp_path: Path) -> None:
     """A signal that came while C code ran, which then asks: the answer is made, and the program has it."""
-    library = tmp_path / "interrupted.so"
-    command = ["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library]
-    subprocess.run(command, input=_INTERRUPTED, text=True, check=True)
-    done = python(_COMES_BEFORE, library, "ours")
-    assert (done.stdout, done.stderr) == (python(_COMES_BEFORE, library).stdout, "")
-    assert done.stdout == "raised True\n" * 20
+    said = _said_by_both(_COMES_BEFORE, tmp_path / "interrupted.so", _INTERRUPTED, "ours")
+    assert said == "raised True\n" * 20
 
 
 def test_who_profiles_the_program_hears_nothing_of_ours() -> None:
