@@ -221,8 +221,9 @@ def _compiled(text: bytes, file: str) -> CodeType:
         error = failure
         if not any(word in str(error) for word in ("codec", "encoding")):
             raise UnrunnableProgram(error) from None
-    # Of a device or a hole the text is not all; and before 3.11.4 a zero byte ended it, and the rest was run.
-    if end < 0 or (len(text) < _PART and sys.version_info >= (3, 11, 4)):
+    # Before 3.11.4 a zero byte ended the text, and what was before it was run.
+    fails = end < 0 or sys.version_info >= (3, 11, 4) or not _is_decodable(text[:end])
+    if fails and (end < 0 or len(text) < _PART):  # of a device or a hole it is not all
         error = _as_of_file(text, file) or error
     raise UnrunnableProgram(error) from None
 
