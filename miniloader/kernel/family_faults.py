@@ -43,7 +43,6 @@ _TASK: Final = struct.Struct("=4I")  # process, its parent, thread, who started 
 _MAPPING: Final = struct.Struct("=II3Q24xII")  # process, thread, address, length, offset; protection, flags
 _NUMBER: Final = struct.Struct("=QQ")
 _WHEN: Final = 8  # bytes from the end
-_EXECUTABLE: Final = 4
 _IN_ALL: Final = 256 << 20  # bytes of rings
 _WAKE: Final = 1 << 16
 
@@ -61,7 +60,7 @@ class FamilyEvent(NamedTuple):
 
     ``fork``: thread ``by`` of process ``parent`` has started it.  ``exit``: its first thread has ended.
     ``exec``: it is another program now.  ``map``: [``start``, ``end``) is mapped anew, from ``file_offset``
-    of the file ``path`` where it is one's, to be executed or not.
+    of the file ``path`` where it is one's, or has another ``protection``, which reads like ``r-x``.
     """
 
     kind: Literal["fork", "exit", "exec", "map"]
@@ -73,7 +72,7 @@ class FamilyEvent(NamedTuple):
     end: int = 0
     file_offset: int = 0
     path: str = ""
-    is_code: bool = False
+    protection: str = ""
 
 
 def _sizes() -> tuple[int, ...]:
@@ -129,10 +128,10 @@ class FamilyLog(EventLog):
         elif kind == _COMMAND and misc & _EXECUTED:
             yield FamilyEvent("exec", when, int.from_bytes(body[:4], "little"))
         elif kind == _MAPPED:
-            pid, _, start, length, offset, protection, _ = _MAPPING.unpack_from(body)
+            pid, _, start, length, offset, bits, _ = _MAPPING.unpack_from(body)
             path = body[_MAPPING.size :].partition(b"\0")[0].decode(errors="surrogateescape")
-            is_code = bool(protection & _EXECUTABLE)
-            yield FamilyEvent("map", when, pid, 0, 0, start, start + length, offset, path, is_code)
+            protection = "".join(sign if bits >> bit & 1 else "-" for bit, sign in enumerate("rwx"))
+            yield FamilyEvent("map", when, pid, 0, 0, start, start + length, offset, path, protection)
 
 
 def _parts(records: bytes) -> Iterator[NDArray[np.void] | bytes]:

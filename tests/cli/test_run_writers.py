@@ -199,6 +199,54 @@ def test_for_people(place: Path, width: int) -> None:
     assert "executed" in text
 
 
+PROTECTED = (
+    f"import os, sys{INHERITED}"
+    + """
+libc = ctypes.CDLL(None)
+def protect(first, last, protection):
+    libc.mprotect(ctypes.c_void_p(start + first * 4096), (last - first) * 4096, protection)
+def map_anew(first, last):
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
+    size = ctypes.c_size_t((last - first) * 4096)
+    libc.mmap(ctypes.c_void_p(start + first * 4096), size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+def before_the_fork():
+    protect(0, 64, mmap.PROT_READ | mmap.PROT_WRITE)
+def in_the_child():
+    protect(8, 16, mmap.PROT_READ)
+    protect(8, 16, mmap.PROT_READ | mmap.PROT_WRITE)
+def not_at_all():
+    map_anew(0, 8)
+work = globals()[sys.argv[1]]
+if work is before_the_fork:
+    protect(0, 64, mmap.PROT_READ)
+child = os.fork()
+if not child:
+    for page in range(64): ctypes.string_at(start + page * 4096, 1)
+    work()
+    ctypes.memset(start, 2, SIZE // 2)
+    os._exit(0)
+os.waitpid(child, 0)
+print(start)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("protected", "first"), [("before_the_fork", 0), ("in_the_child", 0), ("not_at_all", 8)]
+)
+def test_protected_memory_is_written(place: Path, protected: str, first: int) -> None:
+    """As code that a program makes is: read-only at the fork, or for a while.  What is mapped anew is not."""
+    (place / "protected.py").write_text(PROTECTED)
+    done = python(*RUN, "--writers", "found.json", "--json", "protected.py", protected, cwd=place)
+    assert (done.returncode, done.stderr) == (0, "")
+    start = int(done.stdout)
+    (process,) = told(place).values()
+    array = {start + page * PAGE_SIZE for page in range(64)}
+    written = {start + page * PAGE_SIZE for page in range(first, 32)}
+    assert pages_of(process, "other-write") & array == written
+    assert process["replaced"] >= first
+
+
 POOL = """
 import multiprocessing, os
 DATA = [str(number) * 4 for number in range(50_000)]

@@ -32,9 +32,11 @@ from miniloader.forking import cached_property
 from miniloader.kernel import syscalls
 from miniloader.kernel.ended import exit_code
 from miniloader.kernel.family_faults import FAULT_DTYPE, FamilyEvent, FamilyLog
+from miniloader.kernel.maps import Vma, read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
 from miniloader.lab.audit.survey import Memo
 from miniloader.lab.erosion.forked_writes import FamilyWrites, ForkedWrites, HowEnded, by_cause_and_place
+from miniloader.lab.erosion.mapped_anew import MappedAnew
 from miniloader.lab.erosion.writers import FirstWrite, MappedCode, explain
 from miniloader.lab.erosion.writers_by_faults import BY_KERNEL, present_pages
 from miniloader.lab.workers.child import ForkedProcess, ending
@@ -65,6 +67,11 @@ class _KeptProcess:
             self.trouble = str(error)
             return np.empty(0, np.uint64)
 
+    @cached_property
+    def vmas(self) -> list[Vma]:
+        """What is mapped where; nothing where there is ``trouble``."""
+        return [*read_maps(self.pid)] if len(self.pages) else []
+
     def end(self) -> None:
         """Let it end."""
         self._connection.close()
@@ -92,18 +99,20 @@ class _Forked:
         count = len(copy.pages)
         self._touched = np.zeros(count, np.bool_)
         self._writes = np.zeros((count, 2), np.uint64)  # address and instruction
+        self._mapped = MappedAnew(copy.vmas)
         waiting, self._waiting = self._waiting, []
         for part in waiting:
             self.hear(part)
 
     def hear(self, part: NDArray[np.void] | FamilyEvent) -> None:
-        """Faults of it, by time, or something that was mapped."""
+        """Faults of it, by time, or something that was mapped or protected."""
         if self.copy is None:
             self._waiting.append(part)
         elif isinstance(part, FamilyEvent):
             first, last = np.searchsorted(self.copy.pages, np.array([part.start, part.end], np.uint64))
-            self._touched[first:last] = True
-            if part.is_code and part.path.startswith("/"):
+            if self._mapped.is_anew(part):
+                self._touched[first:last] = True
+            if "x" in part.protection and part.path.startswith("/"):
                 self.code.append(MappedCode(part.start, part.end, part.file_offset, part.path))
         elif len(self.copy.pages):
             rows = np.searchsorted(self.copy.pages, part["address"] & ~_OFFSET)

@@ -100,13 +100,16 @@ class FirstWrites:
 
 
 def written_memory(pid: int, *, files: bool = False) -> list[Vma]:
-    """The private anonymous memory of ``pid`` that it may write to; that of ``files`` (data), too."""
+    """The private anonymous memory of ``pid`` that it may write to, now or later; that of ``files``, too.
+
+    What it may only read now, such as code that it has made, it may make writable by mprotect(2).
+    """
     return [
         vma
         for vma in read_maps(pid)
         if (files or not vma.inode)
         and not vma.shared
-        and vma.protection.startswith("rw")
+        and vma.protection[:2] != "--"
         and not vma.path.startswith("[v")
     ]
 

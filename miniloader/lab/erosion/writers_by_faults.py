@@ -84,9 +84,9 @@ class WritersByFaults:
 
 
 def present_pages(pid: int, *, files: bool = False) -> NDArray[np.uint64]:
-    """The pages of memory that ``pid`` may write to and has, ascending: a fault there is a write.
+    """The pages of private memory that ``pid`` has, ascending: a fault there is a write, or meant to be one.
 
-    Those of data of ``files`` that have been written to before, too.
+    Those of ``files`` that have been written to before, too.
     """
     pages = [np.empty(0, np.uint64)]
     with PageMap(pid) as pagemap:
