@@ -219,6 +219,11 @@ void *symbol_of(const void *handle, const char *name)
     return NULL;
 }
 
+bool is_of_ours(uint64_t caller)
+{
+    return entry_at(caller) != NULL;
+}
+
 /* What a caller finds by default: in its own library, then in all of ours. */
 void *symbol_for(uint64_t caller, const char *name)
 {

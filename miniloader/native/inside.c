@@ -31,7 +31,7 @@ typedef struct { /* a function of glibc's, and what libraries of ours call inste
     uint64_t ours, theirs;
 } StandIn;
 
-enum { STAND_INS = 16 };
+enum { STAND_INS = 24 };
 
 __attribute__((visibility("default"))) StandIn stand_ins[STAND_INS];
 
@@ -447,12 +447,21 @@ void *inside_open(const char *name, int flags)
 void *symbol_of(const void *handle, const char *name); /* answers.c */
 void *symbol_for(uint64_t caller, const char *name);
 
-static void *look_up(Question *question, void *handle)
+bool is_of_ours(uint64_t caller);
+
+typedef struct {
+    void *address;
+    bool is_left; /* to glibc, which has to see who calls */
+} Found;
+
+static Found look_up(void *handle, const char *name, const char *version, uint64_t caller)
 {
-    const char *name = (const char *)question->name, *version = (const char *)question->version;
-    bool is_asked = is_ours(handle) || !handle || handle == (void *)-1;
-    if (is_asked && ask(question))
-        return (void *)question->result;
+    Question question = {.function = version ? VERSIONED : SYMBOL, .caller = caller, .handle = (uint64_t)handle,
+                         .name = (uint64_t)name, .version = (uint64_t)version};
+    bool is_next = handle == (void *)-1;
+    bool is_asked = is_ours(handle) || !handle || is_next;
+    if (is_asked && ask(&question))
+        return (Found){(void *)question.result, false};
     free(message);
     message = NULL;
     pending = false;
@@ -462,33 +471,35 @@ static void *look_up(Question *question, void *handle)
             message = strdup("undefined symbol, in the library itself: miniloader has ended");
             pending = message != NULL;
         }
-        return last;
+        return (Found){last, false};
     }
-    if (handle == (void *)-1) /* glibc refuses RTLD_NEXT to a caller that it does not know */
+    if (is_next) { /* glibc refuses it to a caller that it does not know */
+        if (!is_of_ours(caller))
+            return (Found){NULL, true};
         handle = NULL;
+    }
     void *found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name);
     if (!found && (uint64_t)handle == program) { /* a library of ours may have been made global */
-        if (ask(question))
-            return (void *)question->result;
+        if (ask(&question))
+            return (Found){(void *)question.result, false};
         found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name); /* for its error */
     }
-    if (!found && !handle && !answerer && (found = symbol_for(question->caller, name)))
+    if (!found && !handle && !answerer && (found = symbol_for(caller, name)))
         theirs.error();
-    return meant(found);
+    return (Found){meant(found), false};
 }
 
+/* Glibc's own, where it is left to that, comes in place of these: to where they were called from it returns. */
 void *inside_symbol(void *handle, const char *name)
 {
-    Question question = {
-        .function = SYMBOL, .caller = CALLER, .handle = (uint64_t)handle, .name = (uint64_t)name};
-    return look_up(&question, handle);
+    Found found = look_up(handle, name, NULL, CALLER);
+    return found.is_left ? theirs.symbol(handle, name) : found.address;
 }
 
 void *inside_versioned(void *handle, const char *name, const char *version)
 {
-    Question question = {.function = VERSIONED, .caller = CALLER, .handle = (uint64_t)handle,
-                         .name = (uint64_t)name, .version = (uint64_t)version};
-    return look_up(&question, handle);
+    Found found = look_up(handle, name, version, CALLER);
+    return found.is_left ? theirs.versioned(handle, name, version) : found.address;
 }
 
 int inside_close(void *handle)

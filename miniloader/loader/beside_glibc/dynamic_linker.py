@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ __all__ = [
     "information",
     "load_address",
     "open_host",
+    "own_address",
     "read_words",
     "symbol_address",
     "thread_pointer",
@@ -41,22 +43,37 @@ RTLD_DI_TLS_DATA: Final = 10
 _libc: Final = ctypes.CDLL(None)
 
 
-def declared(name: str, restype: Any, *argtypes: Any) -> Any:
+def _with_dlopen() -> ctypes.CDLL:
+    """The library that has glibc's own dlopen(3): by default that of a preloaded library may be found."""
+    for name in ("libc.so.6", "libdl.so.2"):  # the second one before glibc 2.34
+        with suppress(OSError):  # another C library
+            library = ctypes.CDLL(name)
+            if hasattr(library, "dlopen"):
+                return library
+    return _libc
+
+
+_libdl: Final = _with_dlopen()
+
+
+def declared(name: str, restype: Any, *argtypes: Any, library: ctypes.CDLL = _libc) -> Any:
     """A function of the C library with its types; one that raises LoadError where that is not glibc."""
-    function = getattr(_libc, name, None)
+    function = getattr(library, name, None)
     if function is None:  # another C library: whoever comes to call it has not asked at the gate
         return lambda *_: require_loading()
     function.restype, function.argtypes = restype, argtypes
     return function
 
 
-_dlopen: Final = declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int)
-_dlclose: Final = declared("dlclose", ctypes.c_int, ctypes.c_void_p)
-_dlsym: Final = declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-_dlvsym: Final = declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
-_dlerror: Final = declared("dlerror", ctypes.c_char_p)
+_dlopen: Final = declared("dlopen", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, library=_libdl)
+_dlclose: Final = declared("dlclose", ctypes.c_int, ctypes.c_void_p, library=_libdl)
+_dlsym: Final = declared("dlsym", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, library=_libdl)
+_dlvsym: Final = declared("dlvsym", ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_char_p] * 2, library=_libdl)
+_dlerror: Final = declared("dlerror", ctypes.c_char_p, library=_libdl)
 _dladdr1: Final = declared("dladdr1", ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int)
-_dlinfo: Final = declared("dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_dlinfo: Final = declared(
+    "dlinfo", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, library=_libdl
+)
 
 
 def thread_pointer() -> int:
@@ -93,6 +110,11 @@ def symbol_address(handle: int, name: bytes, version: str | None = None) -> int 
     if address is None:
         _dlerror()
     return None if address is None else int(address)
+
+
+def own_address(name: bytes) -> int | None:
+    """The address of glibc's own function ``name``, a dlopen(3) or its like, whatever has been preloaded."""
+    return symbol_address(_libdl._handle, name)
 
 
 def information(handle: int, request: int, address: int) -> None:

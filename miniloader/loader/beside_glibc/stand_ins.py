@@ -166,7 +166,7 @@ def answer(addresses: array[int], places: Iterable[int]) -> bool:
     """
     opens = False
     for place in places:
-        opens = opens or addresses[place] == _of_host().get(b"dlopen")
+        opens = opens or addresses[place] in (_of_host().get(b"dlopen"), _preloaded().get(b"dlopen"))
         addresses[place] = stand_ins().get(addresses[place], addresses[place])
     return opens
 
@@ -205,6 +205,7 @@ def stand_ins() -> dict[int, int]:
     loops, theirs, table = functions(), _of_host(), _table()
     standing = (ANSWERS | INSIDE).items()
     pairs = {theirs[name]: address_of(c_name) for name, c_name in standing if name in theirs}
+    pairs.update((address, pairs[theirs[name]]) for name, address in _preloaded().items() if name in theirs)
     asked_first = array("Q", [theirs.get(name, 0) for name in ANSWERS])
     loops.set_answers(asked_first.buffer_info()[0])
     words = [word for theirs, ours in pairs.items() for word in (ours, theirs)]
@@ -309,12 +310,27 @@ def _table() -> _StandInTable:
 @lru_cache(maxsize=1)
 def asked() -> tuple[int, ...]:
     """The addresses of glibc's functions that something stands for, ascending."""
-    return tuple(sorted(set(_of_host().values())))
+    return tuple(sorted({*_of_host().values(), *_preloaded().values()}))
 
 
 @lru_cache(maxsize=1)
 def _of_host() -> dict[bytes, int]:
     """The addresses of glibc's functions, by name."""
-    names = dict.fromkeys((*ANSWERS, *INSIDE))
-    addresses = {name: dynamic_linker.symbol_address(dynamic_linker.global_handle(), name) for name in names}
+    addresses = {name: _found(name) for name in ANSWERS}
+    addresses |= {name: dynamic_linker.own_address(name) for name in INSIDE}
     return {name: address for name, address in addresses.items() if address is not None}
+
+
+@lru_cache(maxsize=1)
+def _preloaded() -> dict[bytes, int]:
+    """The addresses of what comes before glibc's own dlopen(3) and its like: functions that wrap them.
+
+    They are passed by: they would call glibc's, which knows of no library of ours.
+    """
+    addresses = {name: _found(name) for name in INSIDE}
+    own = _of_host()
+    return {name: address for name, address in addresses.items() if address and address != own.get(name)}
+
+
+def _found(name: bytes) -> int | None:
+    return dynamic_linker.symbol_address(dynamic_linker.global_handle(), name)

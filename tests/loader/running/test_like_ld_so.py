@@ -5,6 +5,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -491,6 +492,48 @@ for name in ("go", "ask_oldest", "ask_newer", "ask_newest"): print(call(handle, 
     theirs, ours = (told.splitlines() for told in by_both(program, tmp_path, **preload))
     assert ours[:3] == theirs[:3]
     assert (ours[0], ours[3]) == ("1007", "1")  # before glibc 2.36 ld.so gives the oldest for the newest
+
+
+WRAPS_LATE: Final = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+int dlclose(void *handle) {
+    static int (*after)(void *);
+    if (!after) after = dlsym(RTLD_NEXT, "dlclose");
+    return after(handle);
+}
+int atoi(const char *text) {
+    int (*after)(const char *) = dlsym(RTLD_NEXT, "atoi");
+    return after ? after(text) + 1000 : 0;
+}
+char *realpath(const char *name, char *room) {
+    char *(*after)(const char *, char *) = dlvsym(RTLD_NEXT, "realpath", VERSION);
+    return after ? after(name, room) : 0;
+}
+"""
+CALLS_LATE: Final = """
+#include <dlfcn.h>
+#include <unistd.h>
+int atoi(const char *);
+char *realpath(const char *, char *);
+__attribute__((destructor)) static void end(void) {
+    char room[4096];
+    void *handle = dlopen("libz.so.1", RTLD_NOW);
+    write(1, handle && !dlclose(handle) ? "c+" : "c-", 2);
+    write(1, atoi("7") == 1007 ? "a+" : "a-", 2);
+    write(1, realpath("/", room) == room ? "r+" : "r-", 2);
+}
+"""
+
+
+def test_who_wraps_functions_finds_them_at_the_very_end(tmp_path: Path) -> None:
+    """A preloaded library that looks up what it wraps when it is called first, by a destructor."""
+    version = "GLIBC_2.3" if platform.machine() == "x86_64" else "GLIBC_2.17"
+    made(tmp_path / "wraps.so", WRAPS_LATE, f'-DVERSION="{version}"')
+    made(tmp_path / "late.so", CALLS_LATE)
+    program = 'handle = _ctypes.dlopen("./late.so", os.RTLD_NOW)'
+    theirs, ours = by_both(program, tmp_path, LD_PRELOAD=str(tmp_path / "wraps.so"))
+    assert ours == theirs == "c+a+r+"
 
 
 OPENER: Final = """
