@@ -38,7 +38,6 @@ _Number = TypeVar("_Number", bound=np.generic)
 
 _WORD: Final = 8
 _CHUNK: Final = (2 << 20) // _WORD  # frames a read
-_DENSE: Final = 64  # as high, in their number, may values go to be ticked off: eight times their own memory
 _GAP: Final = 64  # reading that many unwanted frames costs less than another system call
 
 
@@ -151,13 +150,9 @@ def distinct(values: NDArray[_Number]) -> NDArray[_Number]:
     >>> distinct(np.array([7, 3, 7])).tolist()
     [3, 7]
 
-    Sorting beats the hashing of ``np.unique`` tenfold on frames, and does not import ``numpy.ma``; where
-    there are many for how high they go, as frames of many processes are, ticking them off beats sorting.
+    Sorting beats the hashing of ``np.unique`` tenfold on frames, and does not import ``numpy.ma``.  Numbers
+    of four bytes take half the time of those of eight.
     """
-    if values.size and int(values.min()) >= 0 and int(values.max()) < _DENSE * values.size:
-        seen = np.zeros(int(values.max()) + 1, np.bool_)
-        seen[values.astype(np.int64)] = True
-        return np.flatnonzero(seen).astype(values.dtype)
     ordered = np.sort(values, axis=None)
     first = np.ones(len(ordered), np.bool_)
     first[1:] = ordered[1:] != ordered[:-1]

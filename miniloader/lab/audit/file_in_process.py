@@ -96,7 +96,7 @@ class FileInProcess:
     @property
     def several_frames(self) -> Narrow:
         """The frames of the copied pages that are mapped elsewhere, too."""
-        return self.copies.several(self.copied) if self.copies.any_several else _NO_VADDRS
+        return self.copies.several(self.copied)
 
     @property
     def file_frames(self) -> Narrow:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import count, repeat
+from operator import attrgetter
 from typing import Final
 
 import numpy as np
@@ -29,7 +30,7 @@ from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivateP
 from miniloader.lab.audit.survey import Survey
 from miniloader.values import NamedTuple, dataclass
 
-__all__ = ["Occurrence", "libraries_of", "occurrences_of"]
+__all__ = ["Occurrence", "Occurrences", "libraries_of", "occurrences_of"]
 
 _BSS: Final = bit("bss")
 _RELOCATION: Final = bit("relocation")
@@ -40,15 +41,14 @@ _WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
 
 
 class Occurrence(NamedTuple):
-    """A file in process ``pid``, and the frames of those of its pages there that are the file's own.
+    """A file in process ``pid``; ``pss`` is what it takes there in proportion, in bytes; None: not known.
 
-    Processes that run the same program often have just the same frames: then it is one array.  ``pss`` is
-    what the file takes there in proportion, in bytes; None where that is not known.
+    ``number`` counts those of all files, as the processes have them.
     """
 
+    number: int
     pid: int
     placed: FileInProcess
-    frames: Narrow
     pss: int | None
 
     @property
@@ -57,26 +57,37 @@ class Occurrence(NamedTuple):
         return self.placed.file
 
 
-def occurrences_of(
-    surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]
-) -> list[list[Occurrence]]:
-    """The files of each process; ``pss`` is, for each process, that of each of its mappings in bytes."""
-    arrays, occurrences = defaultdict[int, EqualArrays](EqualArrays), []
+class Occurrences(NamedTuple):
+    """All occurrences of one file, in the order of the processes.
+
+    ``frames`` are those of its pages there that are the file's own, by their id: processes that run the same
+    program often have just the same, and then it is one array.
+    """
+
+    file: MappedFile
+    each: list[Occurrence]
+    frames: dict[int, Narrow]
+
+
+def occurrences_of(surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]) -> list[Occurrences]:
+    """The files of all processes; ``pss`` is, for each process, that of each of its mappings in bytes."""
+    arrays, files, numbers = defaultdict[int, EqualArrays](EqualArrays), dict[int, Occurrences](), count()
     for process, pss_of in zip(surveys, pss, strict=True):
-        of_process = list[Occurrence]()
         by_mapping = None if pss_of is None else pss_of.tolist()
         for placed in process.files:
-            frames = arrays[placed.file.number].first(placed.file_frames)
+            number = placed.file.number
+            of_file = files.get(number) or files.setdefault(number, Occurrences(placed.file, [], {}))
+            frames = arrays[number].first(placed.file_frames)
+            of_file.frames[id(frames)] = frames
             takes = (
                 None if by_mapping is None else round(sum([by_mapping[index] for index in placed.mappings]))
             )
-            of_process.append(Occurrence(process.pid, placed, frames, takes))
-        occurrences.append(of_process)
-    return occurrences
+            of_file.each.append(Occurrence(next(numbers), process.pid, placed, takes))
+    return [*files.values()]
 
 
 def libraries_of(
-    files: Sequence[Sequence[Occurrence]],
+    files: Sequence[Occurrences],
     level: LevelName,
     merged: NDArray[np.uint64] | None,
     *,
@@ -95,17 +106,16 @@ def _order(library: AuditedLibrary) -> tuple[int, int, int, str]:
     return -library.own, -library.private, -library.present, library.path
 
 
-def _distinct(arrays: Iterable[Narrow]) -> NDArray[np.uint64]:
+def _distinct(arrays: Iterable[Narrow]) -> Narrow:
     """The different values in all arrays, sorted."""
-    return distinct(np.concatenate([np.empty(0, np.uint64), *arrays]))
+    return distinct(np.concatenate([np.empty(0, np.uint32), *arrays]))
 
 
-def _grouped(files: Sequence[Sequence[Occurrence]]) -> list[list[Occurrence]]:
+def _grouped(files: Sequence[Occurrences]) -> Iterable[list[Occurrences]]:
     """What belongs to one library: files with one build-id and the same segments, or with a frame in common.
 
     A build-id is what a file says of itself, and any file can say any.
     """
-    occurrences = [occurrence for of_process in files for occurrence in of_process]
     leader: dict[int, int] = {}
 
     def root(number: int) -> int:
@@ -114,27 +124,27 @@ def _grouped(files: Sequence[Sequence[Occurrence]]) -> list[list[Occurrence]]:
         return number
 
     alike: dict[tuple[str, tuple[Segment, ...]], int] = {}
-    for file in {occurrence.file.number: occurrence.file for occurrence in occurrences}.values():
+    for file, _, _ in files:
         if file.build_id is not None:
             image = file.facts.image if file.facts is not None else None
             claim = file.build_id, image.loads if image is not None else ()
             leader[root(file.number)] = root(alike.setdefault(claim, file.number))
-    for first, second in _with_common_frames(occurrences):
+    for first, second in _with_common_frames(files):
         leader[root(first)] = root(second)
-    groups: dict[int, list[Occurrence]] = {}
-    for occurrence in occurrences:
-        groups.setdefault(root(occurrence.file.number), []).append(occurrence)
-    return list(groups.values())
+    groups: dict[int, list[Occurrences]] = {}
+    for of_file in files:
+        groups.setdefault(root(of_file.file.number), []).append(of_file)
+    return groups.values()
 
 
-def _with_common_frames(occurrences: Sequence[Occurrence]) -> Iterable[tuple[int, int]]:
+def _with_common_frames(files: Sequence[Occurrences]) -> Iterable[tuple[int, int]]:
     """Pairs of file numbers that have a frame of the page cache in common: one file under two names."""
-    different = {id(occurrence.frames): occurrence for occurrence in occurrences}.values()
-    frames = np.concatenate([np.empty(0, np.uint64), *[occurrence.frames for occurrence in different]])
-    numbers = np.array([occurrence.file.number for occurrence in different], np.int64)
-    number = np.repeat(numbers, [len(occurrence.frames) for occurrence in different])
+    arrays = [array for of_file in files for array in of_file.frames.values()]
+    frames = np.concatenate([np.empty(0, np.uint32), *arrays])
+    numbers = np.array([of_file.file.number for of_file in files for _ in of_file.frames], np.int64)
+    number = numbers.repeat([len(array) for array in arrays])
     frames, number = frames[frames != 0], number[frames != 0]
-    order = np.argsort(frames, kind="stable")
+    order = frames.argsort(kind="stable")
     frames, number = frames[order], number[order]
     common = (frames[1:] == frames[:-1]) & (number[1:] != number[:-1])
     pairs = distinct(number[:-1][common] << 32 | number[1:][common])
@@ -142,21 +152,31 @@ def _with_common_frames(occurrences: Sequence[Occurrence]) -> Iterable[tuple[int
 
 
 def _library(
-    occurrences: Sequence[Occurrence], level: LevelName, causes: bool, merged: NDArray[np.uint64] | None
+    files: Sequence[Occurrences], level: LevelName, causes: bool, merged: NDArray[np.uint64] | None
 ) -> AuditedLibrary:
-    files = [occurrence.placed.file for occurrence in occurrences]
-    paths = Counter([file.identity.path for file in files])
+    paths = Counter[str]()
+    for of_file in files:
+        paths[of_file.file.identity.path] += len(of_file.each)
+    occurrences = _in_order(files)
     several = [occurrence.placed.several_frames for occurrence in occurrences]
+    processes = tuple(map(_in_process, occurrences, several, repeat(merged)))
     return AuditedLibrary(
         path=max(paths, key=paths.__getitem__),
-        build_id=next((file.build_id for file in files if file.build_id), None),
-        files=_separate_files(occurrences),
-        frames=_frames(occurrences, several, level),
-        processes=tuple(map(_in_process, occurrences, several, repeat(merged))),
+        build_id=next((of_file.file.build_id for of_file in files if of_file.file.build_id), None),
+        files=_separate_files(files),
+        frames=_frames(files, several, sum([process.private for process in processes]), level),
+        processes=processes,
         private_pages=_private_pages(occurrences) if causes else (),
         bss_pages=_bss_pages(occurrences) if causes else (),
         swapped_pages=_swapped_pages(occurrences) if causes else (),
     )
+
+
+def _in_order(files: Sequence[Occurrences]) -> list[Occurrence]:
+    """The occurrences of files, as the processes have them."""
+    if len(files) == 1:
+        return files[0].each
+    return sorted((occurrence for of_file in files for occurrence in of_file.each), key=attrgetter("number"))
 
 
 def _in_process(occurrence: Occurrence, several: Narrow, merged: NDArray[np.uint64] | None) -> LibraryProcess:
@@ -171,31 +191,30 @@ def _in_process(occurrence: Occurrence, several: Narrow, merged: NDArray[np.uint
     )  # fmt: skip
 
 
-def _separate_files(occurrences: Sequence[Occurrence]) -> int:
+def _separate_files(files: Sequence[Occurrences]) -> int:
     """How many files a library is: those with a frame in common are one."""
-    files = {occurrence.file.number: occurrence.file for occurrence in occurrences}
     if len(files) == 1:
         return 1
-    joined = {number: number for number in files}
-    for first, second in _with_common_frames(occurrences):
+    joined = {of_file.file.number: of_file.file.number for of_file in files}
+    for first, second in _with_common_frames(files):
         old, new = joined[second], joined[first]
         joined = {number: new if leader == old else leader for number, leader in joined.items()}
     # The same device and inode under several names (containers, a deleted name) is one file, too.
-    inodes = {file.identity[:2] for file in files.values()}
+    inodes = {of_file.file.identity[:2] for of_file in files}
     return min(len(set(joined.values())), len(inodes))
 
 
-def _frames(occurrences: Sequence[Occurrence], several: Sequence[Narrow], level: LevelName) -> int:
-    """The pages of memory behind all present pages; ``several`` are frames of copies that others have."""
-    private = sum([occurrence.placed.private for occurrence in occurrences])
+def _frames(files: Sequence[Occurrences], several: Sequence[Narrow], private: int, level: LevelName) -> int:
+    """The pages of memory behind all present pages, of which so many are ``private``.
+
+    ``several`` are the frames of copies that others have, too.
+    """
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
-        own = {id(occurrence.frames): occurrence.frames for occurrence in occurrences}.values()
-        return private - sum([len(frames) for frames in several]) + len(_distinct([*own, *several]))
-    places: dict[int, list[NDArray[np.uint64]]] = {}
-    for occurrence in occurrences:
-        places.setdefault(occurrence.file.number, []).append(occurrence.placed.own_offsets)
-    return private + sum(len(_distinct(offsets)) for offsets in places.values())
+        own = [array for of_file in files for array in of_file.frames.values()]
+        return private - sum(map(len, several)) + len(_distinct([*own, *several]))
+    places = ([occurrence.placed.own_offsets for occurrence in of_file.each] for of_file in files)
+    return private + sum(len(_distinct(offsets)) for offsets in places)
 
 
 # ------------------------------------------------------------------------------------------------ pages

@@ -47,7 +47,7 @@ MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "de
 
 _SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "swapped", "hugetlb")
 _TABLE: Final = 6  # bits of a frame's number: neighbours are often mapped together
-_MOST_WAITING: Final = 1 << 18  # frames that are gathered before equal ones are left out
+_MOST_TOGETHER: Final = 1 << 18  # pages
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
 _IN_MEMORY: Final = ("tmpfs", "hugetlbfs", "ramfs")
 _DEVICES: Final = ("/dev/", "anon_inode:", "socket:", "/dmabuf:")
@@ -227,10 +227,13 @@ def pss_by_frames(
     ``/proc/kpagecount`` may not be read.
     """
     columns = [column for process in processes for column in process]
-    frames = _frames_of_all(columns)
-    counts = np.maximum(map_counts(frames), np.uint64(1))
+    groups = [*_groups(columns)]
+    frames: Narrow = np.empty(0, np.uint32)
+    for group in groups:  # never the frames of all at once
+        frames = distinct(np.concatenate([frames, *[column.several() for column in group]]))
+    counts = np.maximum(map_counts(frames.astype(np.uint64)), np.uint64(1))
     shares = _ByFrame(frames, PAGE_SIZE / counts.astype(np.float64))
-    pss = [_proportional(column, shares) for column in columns]
+    pss = [of_column for group in groups for of_column in _proportional(group, shares)]
     return [copies + originals for copies, originals in zip(pss[::2], pss[1::2], strict=True)]
 
 
@@ -240,8 +243,8 @@ class _ByFrame:
     To search all frames for each page of each process takes ten times as long.
     """
 
-    def __init__(self, frames: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
-        tables = distinct(frames >> np.uint64(_TABLE)).astype(np.intp)
+    def __init__(self, frames: Narrow, values: NDArray[np.float64]) -> None:
+        tables = distinct(frames.astype(np.intp) >> _TABLE)
         self._begin = np.zeros(int(tables[-1]) + 1 if len(tables) else 0, np.intp)
         self._begin[tables] = np.arange(len(tables)) << _TABLE
         self._values = np.zeros(len(tables) << _TABLE)
@@ -258,31 +261,36 @@ class _ByFrame:
         return place
 
 
-def _frames_of_all(columns: Iterable[PageColumns]) -> NDArray[np.uint64]:
-    """The different frames that are mapped more than once, sorted; never all of them at once."""
-    frames, waiting, number = np.empty(0, np.uint64), list[Narrow](), 0
+def _groups(columns: Iterable[PageColumns]) -> Iterable[list[PageColumns]]:
+    """The columns, in order: so many together as are reckoned with in one step."""
+    group, number = list[PageColumns](), 0
     for column in columns:
-        if not column.any_several:
-            continue
-        several = column.several()
-        waiting.append(several)
-        number += len(several)
-        if number > _MOST_WAITING:
-            frames, waiting, number = distinct(np.concatenate([frames, *waiting])), [], 0
-    return distinct(np.concatenate([frames, *waiting]))
+        if group and number + len(column) > _MOST_TOGETHER:
+            yield group
+            group, number = [], 0
+        group.append(column)
+        number += len(column)
+    if group:
+        yield group
 
 
-def _proportional(column: PageColumns, shares: _ByFrame) -> NDArray[np.float64]:
-    """The PSS of each mapping; ``shares`` are the bytes of each page that is mapped more than once."""
-    if not column.any_several:
-        return column.number.astype(np.float64) * PAGE_SIZE
-    several = shares.of(column.several())
-    alone = column.number_alone
+def _proportional(group: Sequence[PageColumns], shares: _ByFrame) -> Iterable[NDArray[np.float64]]:
+    """The PSS of each mapping, for each of the columns.
+
+    ``shares`` are the bytes of each page that is mapped more than once.
+    """
+    several = shares.of(np.concatenate([column.several() for column in group]))
     before = np.zeros(len(several) + 1)
     several.cumsum(out=before[1:])
-    sums = before[(column.number - alone).cumsum()]
+    number, alone = (
+        np.concatenate(counts)
+        for counts in zip(*[(column.number, column.number_alone) for column in group], strict=True)
+    )
+    sums = before[(number - alone).cumsum()]
     sums[1:] -= sums[:-1].copy()
-    return np.asarray(alone * float(PAGE_SIZE) + sums, np.float64)
+    pss = alone * float(PAGE_SIZE) + sums
+    ends = np.cumsum([len(column.number) for column in group])
+    return np.split(pss, ends[:-1])
 
 
 def pss_by_sums(pid: int, vmas: Sequence[Vma]) -> NDArray[np.float64] | None:

@@ -275,6 +275,8 @@ class PageColumns:
 
     def several(self, rows: Rows = slice(None)) -> Narrow:
         """The frames of those of the pages in these rows that are mapped more than once."""
+        if not self.any_several:
+            return self.numbers[:0]
         return self.numbers[rows][~self.exclusive[rows]]
 
 
