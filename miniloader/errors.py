@@ -73,7 +73,7 @@ def shortened(text: str, most: int = _LONGEST) -> str:
 def printable(text: object) -> str:
     """``text`` on one line, with every character that a terminal could act on escaped; :func:`shortened`."""
     plain = shortened(os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text))
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+    return plain if plain.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
 
 
 def tell(text: str) -> None:

@@ -20,6 +20,8 @@ _UNCALLED = {
         *("packbits", "save", "savetxt", "savez", "savez_compressed", "unpackbits"),
     ),
 }
+#: By which numpy checks two hundred functions of its own against each other.
+_SIGNATURES = "numpy._utils._inspect"
 _DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 
 
@@ -64,11 +66,13 @@ def import_numpy() -> None:
     with importing:
         import miniloader.values  # noqa: F401 - and so dataclasses without inspect, too
 
-        with leaving_out("ast", "inspect", "pickle", "platform", "numpy._typing", **_UNCALLED):
+        left_out = ("ast", "inspect", "pickle", "platform", "textwrap", "numpy._typing", _SIGNATURES)
+        with leaving_out(*left_out, **_UNCALLED):
             _stand_in("inspect", cleandoc=str, signature=lambda _: None)
             for name, functions in _UNCALLED.items():
                 _stand_in(name, __all__=functions)
             _stand_in("numpy._typing", NDArray=NDArray)
+            _stand_in(_SIGNATURES, getargspec=lambda _: (None, None, None, None))
             import numpy  # noqa: F401 - for all who import it later
     sys.modules.setdefault("numpy.typing", Later("numpy.typing"))  # type: ignore[arg-type]
     _stand_in("numpy.typing", NDArray=NDArray)

@@ -15,7 +15,8 @@ with leaving_out(
             "swap_bytes",
             "encode_bin",
             "decode_bin",
-        )
+        ),
+        "pprint": ("pformat",),  # by which records show themselves
     },
 ):
     import dataclasses as _dataclasses  # noqa: F401

@@ -8,15 +8,18 @@ makes it inert with :func:`miniloader.errors.printable`.
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import zip_longest
+from operator import le
 from typing import TYPE_CHECKING, Final
 
-from miniloader.forking import cached_property
+from miniloader.forking import cached_property, importing
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
+    from textwrap import TextWrapper
+
     from miniloader.evidence.verdict import Verdict
 
 __all__ = [
@@ -132,7 +135,7 @@ def wrapped(line: Line, width: int | None, indent: int = 0) -> Iterator[Line]:
         yield line
         return
     margin, at = " " * indent, 0
-    lines = _Wrapper(
+    lines = _wrapper()(
         max(width, indent + 4), subsequent_indent=margin, break_on_hyphens=False, expand_tabs=False
     ).wrap(text)
     for number, broken in enumerate(lines or [""]):
@@ -142,18 +145,27 @@ def wrapped(line: Line, width: int | None, indent: int = 0) -> Iterator[Line]:
         at += len(words)
 
 
-class _Wrapper(textwrap.TextWrapper):
-    """Breaks a word that is longer than a line where :func:`_break_of` says."""
+@lru_cache(maxsize=1)
+def _wrapper() -> type[TextWrapper]:
+    """What breaks lines; and a word that is longer than a line where :func:`_break_of` says.
 
-    def _handle_long_word(
-        self, reversed_chunks: list[str], cur_line: list[str], cur_len: int, width: int
-    ) -> None:
-        word, room = reversed_chunks[-1], max(width - cur_len, 1)
-        at = _break_of(word, room)
-        if at == 0 and cur_line:
-            return  # nothing of it fits behind what there is: it begins the next line
-        cur_line.append(word[: at or room])
-        reversed_chunks[-1] = word[at or room :]
+    Made when something does not fit: to import this takes longer than most tables.
+    """
+    with importing:
+        from textwrap import TextWrapper
+
+    class Wrapper(TextWrapper):
+        def _handle_long_word(
+            self, reversed_chunks: list[str], cur_line: list[str], cur_len: int, width: int
+        ) -> None:
+            word, room = reversed_chunks[-1], max(width - cur_len, 1)
+            at = _break_of(word, room)
+            if at == 0 and cur_line:
+                return  # nothing of it fits behind what there is: it begins the next line
+            cur_line.append(word[: at or room])
+            reversed_chunks[-1] = word[at or room :]
+
+    return Wrapper
 
 
 def _break_of(word: str, room: int) -> int:
@@ -207,18 +219,15 @@ class Table:
         names = [name.removeprefix(">") for name in self.columns]
         header: list[list[Cell]] = [[(name, "bold") for name in names]] if any(names) else []
         rows = [[_as_line(cell) for cell in row] for row in [*header, *self.rows]]
+        texts = [[plain(cell) for cell in row] for row in rows]
         columns = [
             _Column(name, name.startswith(">"), cells)
-            for name, cells in zip_longest(
-                self.columns,
-                zip_longest(*([plain(cell) for cell in row] for row in rows), fillvalue=""),
-                fillvalue="",
-            )
+            for name, cells in zip_longest(self.columns, zip_longest(*texts, fillvalue=""), fillvalue="")
         ]
         layout = _fitted(columns, None if width is None else width - self.indent, self.gap)
         margin = (" " * self.indent,) if self.indent else ()
-        for number, row in enumerate(rows):
-            for line in _beside_each_other(row, layout):
+        for number, (row, texts_of_row) in enumerate(zip(rows, texts, strict=True)):
+            for line in _beside_each_other(row, texts_of_row, layout):
                 yield margin + line if line else line
             beside = len(layout.widths)
             if number or not header:
@@ -319,13 +328,22 @@ def _as_line(cell: Cell) -> Line:
     return tuple(cell) if isinstance(cell, list) else (cell,)
 
 
-def _beside_each_other(cells: Sequence[Line], layout: _Layout) -> Iterator[Line]:
-    """One row, in as many lines as its highest cell has."""
+def _beside_each_other(cells: Sequence[Line], texts: Sequence[str], layout: _Layout) -> Iterator[Line]:
+    """One row, in as many lines as its highest cell has; ``texts`` are those of the ``cells``."""
+    lengths = [*map(len, texts)]
+    if cells and all(map(le, lengths, layout.widths)):  # as in most rows
+        yield _one_line(cells, lengths, layout)
+        return
     columns = [list(wrapped(cell, width)) for cell, width in zip(cells, layout.widths, strict=False)]
     for parts in zip_longest(*columns, fillvalue=()):
-        line: list[Piece] = []
-        for part, width, right in zip(parts, layout.widths, layout.right, strict=False):
-            padding = " " * (width - len(plain(part)))
-            line += [padding, *part] if right else [*part, padding]
-            line.append(" " * layout.gap)
-        yield stripped(line)
+        yield _one_line(parts, [len(plain(part)) for part in parts], layout)
+
+
+def _one_line(parts: Iterable[Line], lengths: Iterable[int], layout: _Layout) -> Line:
+    """Parts of so many letters beside each other."""
+    line: list[Piece] = []
+    for part, length, width, right in zip(parts, lengths, layout.widths, layout.right, strict=False):
+        padding = " " * (width - length)
+        line += [padding, *part] if right else [*part, padding]
+        line.append(" " * layout.gap)
+    return stripped(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from statistics import median_low
 from typing import Any, Final, Literal
 
 from miniloader.forking import importing
@@ -83,6 +82,9 @@ def _of_family(audit: Audit, parent: int, workers: Sequence[int]) -> Iterator[Ad
         if process.pid in pids
     ]
     if costs:
+        with importing:  # what most audits do without
+            from statistics import median_low
+
         if max(costs) <= _ALIKE * min(costs):
             yield Advice("one-more", "about", median_low(costs), pids)
         else:
