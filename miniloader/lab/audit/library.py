@@ -6,7 +6,7 @@ Files are one library where they have the same build-id and segments, or a frame
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, repeat
 from operator import attrgetter
@@ -22,7 +22,6 @@ from miniloader.evidence.slots import LOADER
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.equal_arrays import EqualArrays
 from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess
 from miniloader.lab.audit.mapped_files import MappedFile
 from miniloader.lab.audit.process_pages import Narrow
@@ -58,32 +57,34 @@ class Occurrence(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """All occurrences of one file, in the order of the processes.
-
-    ``frames`` are those of its pages there that are the file's own, by their id: processes that run the same
-    program often have just the same, and then it is one array.
-    """
+    """All occurrences of one file, in the order of the processes, and the frames of its own pages in any."""
 
     file: MappedFile
     each: list[Occurrence]
-    frames: dict[int, Narrow]
+    frames: Narrow
 
 
 def occurrences_of(surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]) -> list[Occurrences]:
     """The files of all processes; ``pss`` is, for each process, that of each of its mappings in bytes."""
-    arrays, files, numbers = defaultdict[int, EqualArrays](EqualArrays), dict[int, Occurrences](), count()
+    files, numbers = dict[int, list[Occurrence]](), count()
     for process, pss_of in zip(surveys, pss, strict=True):
-        by_mapping = None if pss_of is None else pss_of.tolist()
+        pid, by_mapping = process.pid, None if pss_of is None else pss_of.tolist()
         for placed in process.files:
-            number = placed.file.number
-            of_file = files.get(number) or files.setdefault(number, Occurrences(placed.file, [], {}))
-            frames = arrays[number].first(placed.file_frames)
-            of_file.frames[id(frames)] = frames
-            takes = (
-                None if by_mapping is None else round(sum([by_mapping[index] for index in placed.mappings]))
-            )
-            of_file.each.append(Occurrence(next(numbers), process.pid, placed, takes))
-    return [*files.values()]
+            takes = None if by_mapping is None else round(_sum_at(by_mapping, placed.mappings))
+            occurrence = Occurrence(next(numbers), pid, placed, takes)
+            files.setdefault(placed.file.number, []).append(occurrence)
+    frames = (_distinct([one.placed.file_frames for one in each]) for each in files.values())
+    return [
+        Occurrences(each[0].file, each, found) for each, found in zip(files.values(), frames, strict=True)
+    ]
+
+
+def _sum_at(values: Sequence[float], indices: Sequence[int]) -> float:
+    """The sum of the values at ``indices``, which ascend and most often follow one another."""
+    first, last = indices[0], indices[-1]
+    if last - first == len(indices) - 1:
+        return sum(values[first : last + 1])
+    return sum([values[index] for index in indices])
 
 
 def libraries_of(
@@ -139,9 +140,9 @@ def _grouped(files: Sequence[Occurrences]) -> Iterable[list[Occurrences]]:
 
 def _with_common_frames(files: Sequence[Occurrences]) -> Iterable[tuple[int, int]]:
     """Pairs of file numbers that have a frame of the page cache in common: one file under two names."""
-    arrays = [array for of_file in files for array in of_file.frames.values()]
+    arrays = [of_file.frames for of_file in files]
     frames = np.concatenate([np.empty(0, np.uint32), *arrays])
-    numbers = np.array([of_file.file.number for of_file in files for _ in of_file.frames], np.int64)
+    numbers = np.array([of_file.file.number for of_file in files], np.int64)
     number = numbers.repeat([len(array) for array in arrays])
     frames, number = frames[frames != 0], number[frames != 0]
     order = frames.argsort(kind="stable")
@@ -211,7 +212,7 @@ def _frames(files: Sequence[Occurrences], several: Sequence[Narrow], private: in
     """
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
-        own = [array for of_file in files for array in of_file.frames.values()]
+        own = [of_file.frames for of_file in files]
         return private - sum(map(len, several)) + len(_distinct([*own, *several]))
     places = ([occurrence.placed.own_offsets for occurrence in of_file.each] for of_file in files)
     return private + sum(len(_distinct(offsets)) for offsets in places)

@@ -47,7 +47,7 @@ MappingKind = Literal["file", "heap", "stack", "anonymous", "shared-memory", "de
 
 _SUMMED: Final = ("resident", "own", "inherited", "shared", "zero", "huge", "swapped", "hugetlb")
 _TABLE: Final = 6  # bits of a frame's number: neighbours are often mapped together
-_MOST_TOGETHER: Final = 1 << 18  # pages
+_MOST_TOGETHER: Final = 1 << 15  # pages: so few that what is reckoned with stays in the cache
 _SHARED_MEMORY: Final = ("/memfd:", "/SYSV", "/anon_hugepage", "[anon_shmem:")
 _IN_MEMORY: Final = ("tmpfs", "hugetlbfs", "ramfs")
 _DEVICES: Final = ("/dev/", "anon_inode:", "socket:", "/dmabuf:")
