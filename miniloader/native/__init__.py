@@ -260,6 +260,7 @@ _ARGUMENTS: Final = {
     "set_askers": 3,
     "set_destructors": 2,
     "set_inside": 6,
+    "set_process": 0,
     "survey": 3,
     "tell_faults": 1,
     "text_at": 6,

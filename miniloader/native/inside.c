@@ -79,6 +79,7 @@ static struct { /* of CPython's C interface what it takes to ask, in the order o
     void (*handler)(int); /* of signals: makes Python call its own handlers, between its instructions; or NULL */
     uint64_t innermost;   /* where a state has the address of its innermost frame on the stack; 0: need not be known */
 } interface;
+static long process, lost; /* the one that Python knows of, and one in which its lock is nobody's to give */
 static const void *_Atomic answerer;          /* a function of Python, which gets a question's address */
 static uint64_t first_handle, last_handle;    /* of ours */
 static uint64_t program;                      /* the handle of the program, by which all that is global is found */
@@ -303,9 +304,33 @@ static bool has_answered(const void *function, Question *question)
     return truth > 0;
 }
 
+/* Called in each process that Python has forked: it sees to its lock there. */
+void set_process(void)
+{
+    process = syscall(SYS_getpid);
+}
+
+/* A process that a library has forked by itself has this thread alone, and Python's lock as it was: another thread
+   may have had it, which is not there. */
+static bool is_stray(void)
+{
+    return process != syscall(SYS_getpid);
+}
+
+static bool is_lost(void)
+{
+    return lost && lost == syscall(SYS_getpid);
+}
+
+static bool has_lock(void)
+{
+    const void *current = interface.current();
+    return current && (current == interface.own() || runs_here(current));
+}
+
 /* A thread that Python does not know may be asking for somebody who holds Python's lock and waits for it: who started
-   it, and joins it.  ld.so knows of no such lock.  So another thread waits in its place, and where that one is not given
-   the lock for some time, glibc answers. */
+   it, and joins it; or who holds it is not there.  ld.so knows of no such lock.  So another thread waits in its
+   place, and where that one is not given the lock for some time, glibc answers. */
 enum { PATIENCE = 2 }; /* seconds */
 enum { WAITING, GIVEN, LEFT };
 typedef struct {
@@ -327,7 +352,10 @@ static void *wait_for_turn(void *place)
 static bool has_turn(void)
 {
     uint64_t thread;
-    Turn *turn = interface.own() ? NULL : calloc(1, sizeof *turn);
+    if (is_lost())
+        return false;
+    bool is_sure = interface.own() && (!is_stray() || has_lock());
+    Turn *turn = is_sure ? NULL : calloc(1, sizeof *turn);
     if (!turn)
         return true;
     if (interface.start(&thread, NULL, wait_for_turn, turn)) {
@@ -341,8 +369,11 @@ static bool has_turn(void)
     while (turn->state == WAITING && (result == 0 || errno != ETIMEDOUT))
         result = syscall(SYS_futex, &turn->state, FUTEX_WAIT_BITSET_PRIVATE, WAITING, &end, NULL,
                          FUTEX_BITSET_MATCH_ANY);
-    if (atomic_exchange(&turn->state, LEFT) == WAITING)
+    if (atomic_exchange(&turn->state, LEFT) == WAITING) {
+        if (is_stray())
+            lost = syscall(SYS_getpid);
         return false;
+    }
     free(turn);
     return true;
 }
@@ -389,9 +420,9 @@ const void *glibcs_own(const void *function)
 
 #define CALLER (uint64_t)__builtin_return_address(0)
 
-/* When Python has ended, destructors may still open: what is there already, or what glibc loads.  For each library of
-   ours that may ask, where it lies (its first address, bytes) and at which byte of all this its directories begin: each
-   ends with a slash and a NUL, and behind the last one is another NUL. */
+/* When Python has ended, or cannot be asked, libraries may still open: what is there already, or what glibc loads.  For
+   each library of ours that may ask, where it lies (its first address, bytes) and at which byte of all this its
+   directories begin: each ends with a slash and a NUL, and behind the last one is another NUL. */
 static struct {
     char *table;
     uint64_t count;
@@ -441,7 +472,7 @@ void *inside_open(const char *name, int flags)
     Question question = {.function = OPEN, .caller = CALLER, .name = (uint64_t)name, .number = (uint64_t)flags};
     if (ask(&question))
         return (void *)question.result;
-    return answerer ? theirs.open(name, flags) : open_at_end(name, flags, question.caller);
+    return answerer && !is_lost() ? theirs.open(name, flags) : open_at_end(name, flags, question.caller);
 }
 
 void *symbol_of(const void *handle, const char *name); /* answers.c */
@@ -484,7 +515,7 @@ static Found look_up(void *handle, const char *name, const char *version, uint64
             return (Found){(void *)question.result, false};
         found = version ? theirs.versioned(handle, name, version) : theirs.symbol(handle, name); /* for its error */
     }
-    if (!found && !handle && !answerer && (found = symbol_for(caller, name)))
+    if (!found && !handle && (!answerer || is_lost()) && (found = symbol_for(caller, name)))
         theirs.error();
     return (Found){meant(found), false};
 }
@@ -569,8 +600,10 @@ void finalise(void *unused)
 void set_inside(const void *python, const void *its_interface, const void *functions, uint64_t first,
                 uint64_t length, uint64_t global)
 {
-    if (its_interface)
+    if (its_interface) {
         __builtin_memcpy(&interface, its_interface, sizeof interface);
+        set_process();
+    }
     if (functions)
         __builtin_memcpy(&theirs, functions, sizeof theirs);
     if (first) {

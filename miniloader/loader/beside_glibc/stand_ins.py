@@ -226,6 +226,7 @@ def _interface() -> array[int]:
     """The addresses of what inside.c takes to ask Python: the same ever after, once all are known."""
     if _interfaces:
         return _interfaces[0]
+    _tell_of_forks()
     handler = _signal_handler()
     numbers = [id(_signal.getsignal), _of_python(b"PyCallable_Check"), handler, INNERMOST]
     interface = array("Q", [*map(_of_python, INTERFACE), *numbers])
@@ -235,6 +236,12 @@ def _interface() -> array[int]:
 
 
 _interfaces: Final[list[array[int]]] = []
+
+
+@lru_cache(maxsize=1)
+def _tell_of_forks() -> None:
+    """From now on inside.c knows which processes Python has forked, and so sees to its lock there."""
+    os.register_at_fork(after_in_child=functions().set_process)
 
 
 def _signal_handler() -> int:

@@ -536,6 +536,48 @@ def test_who_wraps_functions_finds_them_at_the_very_end(tmp_path: Path) -> None:
     assert ours == theirs == "c+a+r+"
 
 
+FORKS: Final = """
+#include <dlfcn.h>
+#include <unistd.h>
+#include <sys/wait.h>
+static int tries(void) {
+    void *here = dlopen("./there.so", RTLD_NOW | RTLD_NOLOAD), *new = dlopen("./new.so", RTLD_NOW);
+    int (*old)(void) = here ? dlsym(here, "answer") : 0, (*answer)(void) = new ? dlsym(new, "answer") : 0;
+    int sum = (old ? old() : 1) + (answer ? answer() : 2);
+    return sum + (new && dlclose(new) ? 4 : 0) + (dlopen("./no.so", RTLD_NOW) ? 8 : 0);
+}
+int forks(void) {
+    int status;
+    usleep(100000);  /* another thread takes the lock */
+    pid_t child = fork();
+    if (!child) { alarm(20); _exit(tries()); }
+    waitpid(child, &status, 0);
+    return status;
+}
+"""
+
+
+@pytest.mark.parametrize("busy", [0, 3])
+def test_a_library_forks_while_others_have_the_lock(tmp_path: Path, busy: int) -> None:
+    """By fork(2), of which Python does not know: in the child a thread holds the lock that is not there."""
+    made(tmp_path / "forks.so", FORKS)
+    for number, name in (30, "there"), (70, "new"):
+        made(tmp_path / f"{name}.so", f"int answer(void) {{ return {number}; }}")
+    program = f"""
+import threading
+handle, there = _ctypes.dlopen("./forks.so", os.RTLD_NOW), _ctypes.dlopen("./there.so", os.RTLD_NOW)
+ended = []
+def is_busy():
+    while not ended: sum(range(1000))
+threads = [threading.Thread(target=is_busy) for _ in range({busy})]
+for thread in threads: thread.start()
+for _ in range(2): print(call(handle, "forks"))
+ended.append(1)
+"""
+    theirs, ours = by_both(program, tmp_path)
+    assert ours == theirs == f"{100 << 8}\n" * 2
+
+
 OPENER: Final = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
