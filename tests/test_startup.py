@@ -197,7 +197,8 @@ def test_a_worker_imports_what_loading_does_and_what_it_is_led_by() -> None:
 
 #: What `run` needs before its program begins; what few programs ask for comes when they do.
 NOT_BEFORE_A_PROGRAM = (
-    *("numpy", "json", "elftools.construct.lib.binary"),
+    *("numpy", "json", "signal", "elftools.construct.lib.binary"),
+    *("miniloader.startup", "miniloader.elf.inspecting"),
     *(
         "miniloader.loader.lazy_binding",
         "miniloader.loader.beside_glibc.stack",

@@ -17,7 +17,6 @@ from miniloader import __version__
 from miniloader.cli.exit_status import CLOSED_PIPE, EXIT_STATUSES, INTERRUPTED
 from miniloader.errors import MiniloaderError, printable, tell
 from miniloader.shortage import demand_room, fault, refused
-from miniloader.startup import import_argparse, open_what_is_closed, travel_light
 
 TYPE_CHECKING = False  # typing is slow to import, and --version needs this module
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ def _main(words: list[str], *, is_process: bool, paused: bool) -> int:
     """The status of a command line; the process ends with it where it ``is_process``."""
     if words[:1] == [_ANOTHER_PROGRAM]:
         return _run_another(words, paused=paused)
+    from miniloader.startup import open_what_is_closed, travel_light
+
     travel_light()
     if paused:
         gc.enable()
@@ -180,6 +181,8 @@ def _dispatch(words: list[str]) -> int:
     if words in (["--version"], ["-V"], ["version"]):  # not worth the price of argparse
         print(f"miniloader {__version__}")
         return 0
+    from miniloader.startup import import_argparse
+
     import_argparse()
     from miniloader.cli.parser import build, parse
 

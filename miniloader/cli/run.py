@@ -240,8 +240,8 @@ def _run(program: PythonProgram, loading: ExitStack, words: list[str]) -> int:
 
     Of a program that has not begun there is no bill, and it opens nothing any more.
     """
+    import _signal  # type: ignore[import-not-found]  # signal makes enumerations of it: the program may do without
     import os
-    import signal
 
     from miniloader.errors import tell
     from miniloader.loader.running.outermost import show_outermost
@@ -269,8 +269,8 @@ def _run(program: PythonProgram, loading: ExitStack, words: list[str]) -> int:
     show_outermost(uncaught)  # here none is being handled any more, as Python's own main has it
     if isinstance(uncaught, KeyboardInterrupt) and not _is_prompt_to_come():
         _end()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        os.kill(os.getpid(), _signal.SIGINT)
     return 1
 
 

@@ -1,6 +1,7 @@
 """What does the file say?  ELF files, decoded into frozen values and numpy tables; nothing is mapped."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
 from miniloader.forking import importing
 from miniloader.later import leaving_out
@@ -24,12 +25,12 @@ with leaving_out(
     import elftools.construct as _construct  # noqa: F401
 
 from miniloader.elf.image import ElfImage, Tls, read_image
-from miniloader.elf.inspecting import inspect, kind_of
 from miniloader.elf.plan import LoadPlan, PlannedCall, PlannedMapping, Span
 from miniloader.elf.source import Source
 
 if TYPE_CHECKING:
     from miniloader.elf.checks import Problem, problems_of
+    from miniloader.elf.inspecting import inspect, kind_of
 
 __all__ = [
     "ElfImage",
@@ -48,9 +49,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """What is wrong with files: imported by who asks for it, an audit does not."""
-    if name not in ("Problem", "problems_of"):
+    """What few ask for is imported by who does: what is wrong with a file, or which other kind it is."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with importing:
-        from miniloader.elf import checks
-    return getattr(checks, name)
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+_HOMES: Final = {
+    "Problem": "checks",
+    "problems_of": "checks",
+    "inspect": "inspecting",
+    "kind_of": "inspecting",
+}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Graph", "Needed", "Resolution"]
 
 Needed = Loaded | HostLibrary
-_PLAIN: Final = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what a shell takes as it is
+_PLAIN: Final = r"[\w@%+=:,./-]+"  # what a shell takes as it is
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _quoted(path: str) -> str:
 
     That is not imported here, where it may be a program's own module of the name, or out of reach: chroot(2).
     """
-    return path if _PLAIN.fullmatch(path) else "'" + path.replace("'", "'\"'\"'") + "'"
+    return path if re.fullmatch(_PLAIN, path, re.ASCII) else "'" + path.replace("'", "'\"'\"'") + "'"
 
 
 def _image_of(source: Source) -> ElfImage | None:

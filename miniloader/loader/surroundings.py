@@ -25,7 +25,6 @@ from miniloader.loader.ld_so_cache import CACHE, Cache, read_cache
 from miniloader.loader.root import Root
 from miniloader.loader.search import Asker, Found, Machine, Surroundings, find
 from miniloader.native import gate
-from miniloader.suggestions import near, offered
 from miniloader.values import dataclass
 
 if TYPE_CHECKING:
@@ -363,6 +362,8 @@ def find_path(path: str | os.PathLike[str]) -> str:
         return found
     if os.path.exists(name) or os.path.exists(name[: name.find("(")]):  # or a member of an archive
         return os.path.join(os.curdir, name)
+    with importing:
+        from miniloader.suggestions import offered
     meant = offered(_called_like(name)) or "give its path"
     raise LoadError(f"{name}: no library of that name where the system looks for one", hint=meant)
 
@@ -372,6 +373,8 @@ def _called_like(name: str) -> list[str]:
     cache, by_stem = _own_cache(), dict[str, list[str]]()
     for library in cache.names() if cache is not None else ():
         by_stem.setdefault(_stem(library), []).append(library)
+    with importing:
+        from miniloader.suggestions import near
     stems = [_stem(name)] if _stem(name) in by_stem else near(_stem(name), by_stem)
     return [library for stem in stems for library in _of_programs(by_stem[stem])]
 

@@ -57,10 +57,13 @@ VERDICT_SIGNS: Final[dict[Verdict, tuple[str, str]]] = {
 
 _NARROWEST: Final = 16  # columns that the last cell of a row keeps where others have all they want
 _LONGEST_WORD: Final = 16  # columns that every cell keeps for a word, so that only long ones are broken
-_NUMBER: Final = re.compile(
-    r"0x[0-9a-fA-F]+|(?<![0-9A-Za-z])[0-9a-f]{6,}(?![0-9A-Za-z])|[0-9]+(?:[.,][0-9]+)*"
-)
+_NUMBER: Final = r"0x[0-9a-fA-F]+|(?<![0-9A-Za-z])[0-9a-f]{6,}(?![0-9A-Za-z])|[0-9]+(?:[.,][0-9]+)*"
 _SEPARATORS: Final = "/:,;=+-_@.()"  # after which a long word is best broken
+
+
+@lru_cache(maxsize=1)
+def _number() -> re.Pattern[str]:
+    return re.compile(_NUMBER)  # when a table needs it: a few lines of text do not
 
 
 def plain(line: Line) -> str:
@@ -174,7 +177,7 @@ def _break_of(word: str, room: int) -> int:
     >>> _break_of("/usr/lib/libcrypto.so.3", 12), _break_of("at_0x7f52fe9a1000", 8), _break_of("0x7f52fe", 4)
     (9, 3, 0)
     """
-    numbers = [match.span() for match in _NUMBER.finditer(word)]
+    numbers = [match.span() for match in _number().finditer(word)]
     whole = [at for at in range(1, room + 1) if not any(start < at < end for start, end in numbers)]
     behind_signs = [at for at in whole if word[at - 1] in _SEPARATORS]
     return max(behind_signs or whole, default=0)
@@ -277,7 +280,7 @@ class _Column:
         if self.right:
             return self.width
         words = [word for text in self.texts for word in text.split()]
-        numbers = [number for text in self.texts for number in _NUMBER.findall(text)]
+        numbers = [number for text in self.texts for number in _number().findall(text)]
         return max([*(min(len(word), _LONGEST_WORD) for word in words), *map(len, numbers)], default=0)
 
 

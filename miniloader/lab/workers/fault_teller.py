@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 from array import array
 from collections.abc import Sequence
@@ -52,6 +51,8 @@ def tell_faults() -> None:
 def main(words: Sequence[str]) -> int:
     """Tell of the fault in the process ``words[0]``, whose numbers follow, all in hexadecimal."""
     with importing:  # what the process that may crash has no need of
+        from signal import Signals
+
         from miniloader.kernel.maps import read_maps
         from miniloader.lab.workers.child import TOLD
         from miniloader.lab.workers.fault import Fault
@@ -62,7 +63,7 @@ def main(words: Sequence[str]) -> int:
         where = fault.place(read_maps(pid))
     except MiniloaderError as error:
         where = f" ({error})"
-    name = signal.Signals(fault.number).name
+    name = Signals(fault.number).name
     tell(printable(f"{TOLD}{name}{where}"))
     return 0
 

@@ -35,7 +35,7 @@ _PART: Final = 1 << 20  # bytes that are read at once
 _HEAD: Final = 16  # bytes of a compiled file before its code
 _FILE_INPUT: Final = 257  # Py_file_input of C
 #: How a program says in its first two lines what its text is: PEP 263.
-_CODING: Final = re.compile(rb"(?:[ \t\f]*(?:#.*)?\n)?[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+")
+_CODING: Final = rb"(?:[ \t\f]*(?:#.*)?\n)?[ \t\f]*#.*?coding[:=][ \t]*[-\w.]+"
 _OF_NO_FILE: Final = {"__package__": None, "__spec__": None, "__loader__": BuiltinImporter}
 
 
@@ -233,7 +233,7 @@ def _is_decodable(text: bytes) -> bool:
     try:
         text.decode()
     except UnicodeDecodeError:
-        return _CODING.match(text) is not None
+        return re.match(_CODING, text) is not None
     return True
 
 

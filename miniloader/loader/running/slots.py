@@ -70,18 +70,28 @@ def slots_of(library: HostLibrary) -> Iterator[LedWord]:
         for start, size, skipped in parts
         if start in tags and tags.get(size, 0) > skipped
     ]
-    referred = [array("I", table)[_REFERRED::_NUMBERS] for table in tables]  # to which symbol each row
-    count = 1 + max(map(max, referred), default=0)
-    symbols = array("I", library.read(tags[DT_SYMTAB], count * 4 * _SYMBOL, "DT_SYMTAB"))[::_SYMBOL]
+    symbols = array("I", _symbol_table(library))[::_SYMBOL]
     wanted = {symbol: name for place, name in names.items() for symbol in _indices(symbols, place)}
     if not wanted:  # mostly, and of thousands
         return
     kinds = KINDS[_HERE[os.uname().machine]]
-    for table, numbers in zip(tables, referred, strict=True):
+    for table in tables:
+        numbers = array("I", table)[_REFERRED::_NUMBERS]  # to which symbol each row refers
         for row in sorted(row for symbol in wanted for row in _indices(numbers, symbol)):
             offset, kind, symbol, _ = _ROW.unpack_from(table, row * _ROW.size)
             if kind in kinds and kinds[kind].formula in ("S", "S + A"):
                 yield LedWord(library, wanted[symbol], library.bias + offset)
+
+
+def _symbol_table(library: HostLibrary) -> bytes:
+    """The dynamic symbols, and maybe what is behind them: nothing says how many they are.
+
+    Names mostly come next.  To what is no symbol no row refers.
+    """
+    start, names = (library.dynamic.tags[tag] for tag in (DT_SYMTAB, DT_STRTAB))
+    end = next((end for begin, end in library.ranges if begin <= start < end), start)
+    size = (names if start < names < end else end) - start
+    return library.read(start, size // (4 * _SYMBOL) * 4 * _SYMBOL, "DT_SYMTAB")
 
 
 def _indices(numbers: array[int], number: int) -> Iterator[int]:
