@@ -74,9 +74,10 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         kind = kind_of(status.st_mode)
         if kind is not None:
             raise NotRegularError(os.fspath(path), kind, status.st_rdev)
-        with suppress(FileNotFoundError):  # where /proc is not mounted
+        try:
             return os.open(f"/proc/self/fd/{found}", _READING)
-        return os.open(path, _READING)
+        except FileNotFoundError:  # where /proc is not mounted
+            return os.open(path, _READING)
     except OSError as error:
         error.filename = os.fspath(path)
         raise

@@ -267,4 +267,4 @@ _REQUIRED: Final = (MISSING, MISSING, False, True)
 #: What makes an annotation no field, or another kind of one.
 _SPECIAL: Final = ("ClassVar", "InitVar", "KW_ONLY")
 #: Calls of a class until it is compiled.
-_MANY: Final = 128
+_MANY: Final = 64

@@ -172,19 +172,17 @@ def read_header(source: Source) -> Header:
     byte_order: Literal["little", "big"] = "little" if ident[5] == 1 else "big"
     layout = record(elf_class, "<" if byte_order == "little" else ">", "Ehdr")
     data = source.read(0, layout.size, "ELF header")
-    kind, machine, version = layout.row(data, "type", "machine", "version")
+    kind, machine, version, *numbers = layout.row(data, "type", "machine", "version", *_NUMBERS)
     if version != 1:
         raise ElfError(name, "e_version", str(version), "1")
-    numbers = layout.row(data, *_NUMBERS)
-    return Header(
-        elf_class,
-        byte_order,
-        ident[7],
-        ident[8],
-        layout.label("type", kind).removeprefix("ET_"),
-        _MACHINES.get(machine) or layout.label("machine", machine).removeprefix("EM_"),
-        *numbers,
-    )
+    return Header(elf_class, byte_order, ident[7], ident[8], *_names(layout, kind, machine), *numbers)
+
+
+@lru_cache(maxsize=16)
+def _names(layout: Record, kind: int, machine: int) -> tuple[str, str]:
+    """What the type and the machine of these numbers are called."""
+    name = _MACHINES.get(machine) or layout.label("machine", machine).removeprefix("EM_")
+    return layout.label("type", kind).removeprefix("ET_"), name
 
 
 def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
@@ -211,8 +209,10 @@ def read_segments(source: Source, header: Header) -> tuple[Segment, ...]:
     rows = layout.rows(table, "type", "flags", "offset", "vaddr", "filesz", "memsz", "align")
     return tuple(
         [
-            Segment(index, names.get(kind) or f"{kind:#x}", protection(flags), *extent)
-            for index, (kind, flags, *extent) in enumerate(rows)
+            Segment(
+                index, names.get(kind) or f"{kind:#x}", protection(flags), offset, vaddr, filesz, memsz, align
+            )
+            for index, (kind, flags, offset, vaddr, filesz, memsz, align) in enumerate(rows)
         ]
     )
 

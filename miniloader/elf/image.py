@@ -223,17 +223,19 @@ class ElfImage(Showing):
     @cached_property
     def soname(self) -> str | None:
         """``DT_SONAME``."""
-        return next(iter(self._strings(DT_SONAME, "DT_SONAME")), None)
+        return self._string(DT_SONAME, "DT_SONAME")
 
     @cached_property
     def runpath(self) -> tuple[str, ...]:
         """``DT_RUNPATH``, one directory an element, as written (``$ORIGIN`` and all)."""
-        return tuple(part for value in self._strings(DT_RUNPATH, "DT_RUNPATH") for part in value.split(":"))
+        text = self._string(DT_RUNPATH, "DT_RUNPATH")
+        return () if text is None else tuple(text.split(":"))
 
     @cached_property
     def rpath(self) -> tuple[str, ...]:
         """``DT_RPATH``, one directory an element, as written."""
-        return tuple(part for value in self._strings(DT_RPATH, "DT_RPATH") for part in value.split(":"))
+        text = self._string(DT_RPATH, "DT_RPATH")
+        return () if text is None else tuple(text.split(":"))
 
     @cached_property
     def versions(self) -> dict[int, Version]:
@@ -361,9 +363,10 @@ class ElfImage(Showing):
         """Parts of the string table, by where they begin."""
         return {}
 
-    def _strings(self, tag: int, field: str) -> Iterator[str]:
-        if tag in self.dynamic.tags:
-            yield self.text(self.dynamic.tags[tag], field)
+    def _string(self, tag: int, field: str) -> str | None:
+        """The text that ``tag`` names; None where it is not there."""
+        offset = self.dynamic.tags.get(tag)
+        return None if offset is None else self.text(offset, field)
 
     def _notes(self) -> Iterator[tuple[bytes, str, bytes]]:
         """Name, type and description of each note of the ``PT_NOTE`` segments (gABI, "Note Section")."""

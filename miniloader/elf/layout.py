@@ -61,7 +61,7 @@ class Record:
         """Packs and unpacks the values of all fields."""
         return struct.Struct(self.order + "".join(field.format for field in self.fields))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes."""
         return self.packing.size

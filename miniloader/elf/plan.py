@@ -162,17 +162,17 @@ class LoadPlan(Showing):
         """The calls as a pandas ``DataFrame``, a row each; MiniloaderError without pandas."""
         return dataframe(self.to_json()["calls"])
 
-    @property
+    @cached_property
     def start(self) -> int:
         """The lowest vaddr mapped."""
         return self.mappings[0].start
 
-    @property
+    @cached_property
     def end(self) -> int:
         """The vaddr after the last page mapped."""
         return self.mappings[-1].end
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Bytes of address space from start to end."""
         return self.end - self.start

@@ -161,7 +161,7 @@ class Source:
         if self.fd < 0 or self.calls is not os:
             return
         with contextlib.suppress(OSError, ValueError):  # also where the working directory has been removed
-            path = os.path.abspath(self.name)
+            path = self.name if self.name.startswith("/") else os.path.abspath(self.name)
             if _identity(os.stat(path)) == self.identity:
                 self.close()
                 self._path = path

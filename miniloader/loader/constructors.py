@@ -54,7 +54,7 @@ T = TypeVar("T")
 def read_constructors(image: ElfImage, memory: Memory) -> tuple[list[int], list[int]]:
     """The addresses of the constructors, and of the destructors, in the order in which they are called."""
     tags = image.dynamic.tags
-    first, last = ([memory.bias + tags[tag]] if tags.get(tag) else [] for tag in (DT_INIT, DT_FINI))
+    first, last = [[memory.bias + tags[tag]] if tags.get(tag) else [] for tag in (DT_INIT, DT_FINI)]
     arrays = [
         (tags[start], tags[start] + tags[size]) if start in tags and tags.get(size) else None
         for start, size in ((DT_INIT_ARRAY, DT_INIT_ARRAYSZ), (DT_FINI_ARRAY, DT_FINI_ARRAYSZ))

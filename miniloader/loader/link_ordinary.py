@@ -49,7 +49,7 @@ def link_ordinary(graph: Graph, library: Loaded, order: Sequence[Definer]) -> bo
         or (graph.tell is not None and not graph.brief)
         or policy.bind == "lazy"
         or WEAK_GIVES_WAY
-        or not all(load.flags in _FLAGS for load in image.loads)
+        or not {load.flags for load in image.loads} <= _FLAGS.keys()
     ):
         return False
     link, owners = LinkStructure(), bytearray(len(order))
@@ -103,9 +103,10 @@ def _bind(link: LinkStructure, library: Loaded, order: Sequence[Definer], owners
     asked, entries = _asked(), image.dynamic.entries
     if image.tls is not None:
         link.exits[:] = [buffer_address(name) for name in _EXITS]
-    loads = array(
-        "Q", chain.from_iterable([(s.vaddr, s.file_end, s.end, _rights(image, s)) for s in image.loads])
-    )
+    loads = array("Q")
+    for load in image.loads:
+        rights = _FLAGS[load.flags] if load.filesz < LARGE else _rights(image, load)
+        loads.extend((load.vaddr, load.file_end, load.end, rights))
     own = ctypes.addressof(link)
     tables = [own if definer is library else definer.names.place for definer in order]
     needed = [(text, needs.names.place) for needs in dict.fromkeys(library.needs) for text in _texts(needs)]
@@ -131,14 +132,10 @@ def _bind(link: LinkStructure, library: Loaded, order: Sequence[Definer], owners
 
 
 def _rights(image: ElfImage, load: Segment) -> int:
-    """The rights of a segment as link.c has them, which reads no table where the file has holes."""
-    rights = _FLAGS[load.flags]
-    if load.filesz < LARGE:
-        return rights
-    whole = load.file_offset, load.file_offset + load.filesz
-    return (
-        rights if next(image.source.parts(load.file_offset, load.filesz), None) == whole else rights & ~_READ
-    )
+    """The rights of a large segment as link.c has them, which reads no table where the file has holes."""
+    rights, whole = _FLAGS[load.flags], (load.file_offset, load.file_offset + load.filesz)
+    is_whole = next(image.source.parts(load.file_offset, load.filesz), None) == whole
+    return rights if is_whole else rights & ~_READ
 
 
 def _settle(library: Loaded, order: Sequence[Definer], noted: array[int], addresses: array[int]) -> None:

@@ -255,8 +255,9 @@ class Loaded:
 
         What stays anyway needs no note.
         """
-        noted = (self, *self.before, *self.holds)
-        if isinstance(definer, Loaded) and not definer.will_stay and definer not in noted:
+        if not isinstance(definer, Loaded) or definer.will_stay:
+            return
+        if definer not in (self, *self.before, *self.holds):
             self.holds.append(definer)
 
     def share(self, definer: Definer) -> None:

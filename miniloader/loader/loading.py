@@ -38,22 +38,24 @@ from miniloader.native import functions
 
 __all__ = ["Loading", "can_answer", "load"]
 
-_NEXT: Final = "{}() comes next"
+_STEPS: Final = ("map", "link", "initialise")
+_NEXT: Final = {name: f"{name}() comes next" for name in _STEPS}
+_BEGUN: Final = {name: f"{name}() has begun" for name in _STEPS}
 _HINT: Final = "the steps of a load are map(), link() and initialise(), each once"
 
 
 class _Step:
-    """A step of a load, from when it begins until it ends, with the lock held."""
+    """A step of a load, from when it begins until it ends, with the lock held; what fails is undone."""
 
     def __init__(self, steps: Loading, name: str, then: str) -> None:
         self._steps, self._name, self._then = steps, name, then
 
     def __enter__(self) -> None:
         steps, name = self._steps, self._name
-        if steps._state != _NEXT.format(name):
+        if steps._state != _NEXT[name]:
             raise UsageError(f"{steps._name}: {name}() is called out of turn: {steps._state}", hint=_HINT)
         unload.lock.__enter__()
-        steps._state, steps._since = f"{name}() has begun", time.perf_counter()
+        steps._state, steps._since = _BEGUN[name], time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -143,7 +145,7 @@ class Loading:
         self._root: Loaded | None = None
         self._order: list[Loaded] = []  # those mapped, as they are initialised
         self._library: Library | None = None
-        self._state = _NEXT.format("map")
+        self._state = _NEXT["map"]
         self._since = 0.0
 
     def __enter__(self) -> Loading:
@@ -166,14 +168,14 @@ class Loading:
         Where the process has the library already, it gets another handle, and there is nothing to do in any
         step.
         """
-        with self._step("map", then=_NEXT.format("link")):
+        with _Step(self, "map", then=_NEXT["link"]):
             source = self.path if isinstance(self.path, Source) else Source.open(find_path(self.path))
             self._root = self._share(source) or self._map(source)
         return self.mapped
 
     def link(self) -> dict[Loaded, Bindings]:
         """Bind symbols, write the words that are relocated, take away rights: see :attr:`bindings`."""
-        with self._step("link", then=_NEXT.format("initialise")):
+        with _Step(self, "link", then=_NEXT["initialise"]):
             if self.mapped:  # what is new has come in order
                 self._asked_for.settle(self._graph.listing)
             else:
@@ -189,7 +191,7 @@ class Loading:
 
     def initialise(self) -> dict[Loaded, list[int]]:
         """Run the constructors, of what is needed first: see :attr:`constructors`."""
-        with self._step("initialise", then="all steps are taken"):
+        with _Step(self, "initialise", then="all steps are taken"):
             if self.mapped:
                 self._initialise()
             self._library = Library(self._asked_for, self.stages_ms)
@@ -201,10 +203,6 @@ class Loading:
     def _asked_for(self) -> Loaded:
         assert self._root is not None  # once it is mapped
         return self._root
-
-    def _step(self, name: str, then: str) -> _Step:
-        """One step, with the lock held; when it fails, all is undone."""
-        return _Step(self, name, then)
 
     def _undo(self) -> None:
         """Take back whatever the steps have done."""

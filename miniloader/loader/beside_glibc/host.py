@@ -115,12 +115,10 @@ class HostLibrary:
         vaddr, size = self.dynamic_place
         if not size:
             return Dynamic()
-        words = iter(array("Q", self.read(vaddr, size // DYN.size * DYN.size, "PT_DYNAMIC")))
-        low, high = self.bias, self.bias + max(end for _, end in self.ranges)
-        entries = tuple(
-            (tag, value - low if low <= value < high else value)
-            for tag, value in takewhile(itemgetter(0), zip(words, words, strict=False))  # up to DT_NULL
-        )
+        words = array("Q", self.read(vaddr, size // DYN.size * DYN.size, "PT_DYNAMIC"))
+        low, high = self.bias, self.bias + max([end for _, end in self.ranges])
+        values = [value - low if low <= value < high else value for value in words[1::2]]
+        entries = tuple(takewhile(itemgetter(0), zip(words[::2], values, strict=True)))  # up to DT_NULL
         return Dynamic(entries, dict(entries))
 
     @cached_property

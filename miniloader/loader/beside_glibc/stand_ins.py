@@ -92,7 +92,7 @@ class _StandInTable:
         ctypes.memmove(headers, text, len(text))
         name = headers + len(table) + 1
         tags, dynamic = image.dynamic.tags, image.segment("PT_DYNAMIC")
-        symbols, names = (memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB))
+        symbols, names = [memory.bias + tags[tag] if tag in tags else 0 for tag in (DT_SYMTAB, DT_STRTAB)]
         entry = bytearray(_ENTRY.size)
         _ENTRY.pack_into(
             *(entry, 0),
@@ -102,7 +102,7 @@ class _StandInTable:
             *(symbols, symbol_count, names),
             *(memory.bias, name, memory.bias + dynamic.vaddr if dynamic is not None else 0, 0, _map_before()),
         )
-        end = max(load.vaddr + load.memsz for load in image.loads)  # nothing behind it is in the library
+        end = image.loads[-1].end  # nothing behind it is in the library
         functions().list_entry(number, buffer_address(entry), memory.bias + end)
         self._texts[number], self._listed[memory] = headers, number
 

@@ -92,12 +92,13 @@ def _text(address: int) -> bytes:
 
 
 def _open(question: Any, caller: Caller) -> int | None:
-    if not question.name or not _text(question.name):
+    name = _text(question.name) if question.name else b""
+    if not name:
         return None  # the program
     if caller.library is None:
         # What imports modules while it answers is Python, and what they are needed for is loading itself.
-        return open_for_host(_text(question.name), question.number, caller) if len(_inside) == 1 else None
-    return open_library(_text(question.name), question.number, caller)
+        return open_for_host(name, question.number, caller) if len(_inside) == 1 else None
+    return open_library(name, question.number, caller)
 
 
 def _symbol(question: Any, caller: Caller) -> int | None:

@@ -96,8 +96,8 @@ class _Library:
         self.constructors: list[tuple[int, float]] = []
 
     def billed(self) -> BilledLibrary:
-        constructors = tuple(Constructor(address - self.bias, taken) for address, taken in self.constructors)
-        return BilledLibrary(self.path, self.parts, constructors, self.pages)
+        constructors = [Constructor(address - self.bias, taken) for address, taken in self.constructors]
+        return BilledLibrary(self.path, self.parts, tuple(constructors), self.pages)
 
 
 class _Call:
@@ -186,8 +186,9 @@ class Meter:
             if self._calls:
                 self._calls[-1].since = now
             return
-        libraries = tuple(library.billed() for library in call.libraries.values() or (call.root,))
-        loaded = how or ("loaded" if any(library.bias for library in call.libraries.values()) else "present")
+        new = list(call.libraries.values())
+        libraries = tuple([library.billed() for library in new or (call.root,)])
+        loaded = how or ("loaded" if any(library.bias for library in new) else "present")
         faults, nested, end = _faults() - call.faults, tuple(call.nested), time.perf_counter()
         call.root.parts["other"] += end - now  # making the bill takes time as well
         opened = Opened(name, loaded, end - begin, faults, libraries, nested)
