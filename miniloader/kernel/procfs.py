@@ -41,6 +41,7 @@ _NEEDS: Final = {
     ),
 }
 _CHUNK: Final = 1 << 16  # bytes
+_STARTED: Final = 19  # which of the fields of stat
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
 
 
@@ -49,7 +50,43 @@ def process_file(pid: int | None, name: str) -> str:
 
     ``self`` is right even where ``/proc`` belongs to another pid namespace than ours.
     """
+    if pid in _living and name.partition("/")[0] in _OF_MEMORY:
+        pid = _thread_for(pid)
     return f"/proc/{'self' if pid is None or pid == os.getpid() else pid}/{name}"
+
+
+#: What is of the memory, which a process has as long as any thread of it: those of the first tell it no more
+#: when that has ended (pthread_exit(3) in main), and the process itself goes on.
+_OF_MEMORY: Final = frozenset(
+    "auxv cmdline cwd environ exe maps map_files mem pagemap root smaps smaps_rollup".split()
+)
+_living: Final[dict[int | None, int]] = {}  # of such processes a thread that lived
+
+
+def _thread_for(pid: int | None) -> int | None:
+    """A thread that lives of process ``pid``, whose first one has ended; else ``pid`` itself."""
+    if pid is None or pid == os.getpid():
+        return pid
+    known = _living.pop(pid, None)
+    try:
+        threads = [str(known)] if known else []
+        for thread in [*threads, *os.listdir(f"/proc/{pid}/task")]:
+            if thread != str(pid) and not _has_ended(f"/proc/{pid}/task/{thread}/stat"):
+                _living[pid] = int(thread)
+                return int(thread)
+            if thread == str(pid) and not _has_ended(f"/proc/{pid}/stat"):
+                break
+    except OSError:
+        pass
+    return pid
+
+
+def _has_ended(stat: str) -> bool:
+    try:
+        with open(stat, "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] in b"ZX"
+    except OSError:
+        return True
 
 
 def require_proc() -> None:
@@ -71,11 +108,7 @@ def _lives(pid: int | None) -> bool:
 
 def _is_zombie(pid: int | None) -> bool:
     """Whether it has ended and waits for its parent: the state in ``stat``, which everybody may read."""
-    try:
-        with open(process_file(pid, "stat"), "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] == b"Z"
-    except OSError:
-        return False
+    return os.path.exists(process_file(pid, "stat")) and _has_ended(process_file(pid, "stat"))
 
 
 def _is_not_dumpable(pid: int | None) -> bool:
@@ -123,12 +156,26 @@ def open_process_file(pid: int | None, name: str) -> int:
     try:
         return os.open(process_file(pid, name), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
+        if pid not in _living and _thread_for(pid) != pid:
+            return open_process_file(pid, name)
         raise refusal(pid, name, error) from error
 
 
 def read_stat(pid: int) -> tuple[str, list[str]]:
-    """The name of process ``pid``, and the fields of its ``stat`` from ``state`` on (proc_pid_stat(5))."""
-    before, _, after = os.fsdecode(read_process_file(pid, "stat")).rpartition(") ")
+    """The name of process ``pid``, and the fields of its ``stat`` from ``state`` on (proc_pid_stat(5)).
+
+    Where its first thread has ended and another lives, they are that one's, but for when it started.
+    """
+    name, fields = _parsed_stat(read_process_file(pid, "stat"))
+    if fields[0] == "Z" and (thread := _thread_for(pid)) != pid:
+        _, others = _parsed_stat(read_process_file(thread, "stat"))
+        others[_STARTED] = fields[_STARTED]
+        return name, others
+    return name, fields
+
+
+def _parsed_stat(text: bytes) -> tuple[str, list[str]]:
+    before, _, after = os.fsdecode(text).rpartition(") ")
     return before.partition("(")[2], after.split()
 
 
@@ -161,12 +208,16 @@ def read_process_file(pid: int | None, name: str) -> bytes:
     try:
         text = _whole(fd)
     except OSError as error:
-        raise refusal(pid, name, error) from error
+        if error.errno != errno.ESRCH:
+            raise refusal(pid, name, error) from error
+        text = b""
     finally:
         os.close(fd)
-    if not text:
-        raise ProcessGone(pid, NO_MEMORY)
-    return text
+    if text:
+        return text
+    if pid not in _living and name in _OF_MEMORY and _thread_for(pid) != pid:
+        return read_process_file(pid, name)
+    raise ProcessGone(pid, NO_MEMORY)
 
 
 def read_proc_file(path: str) -> bytes:
