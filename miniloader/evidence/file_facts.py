@@ -226,7 +226,10 @@ class FileFacts:
 
     @cached_property
     def _named(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
-        """Objects and functions by vaddr: start, end, (table, row); of several at one place the largest."""
+        """Objects and functions by vaddr, of several at one place the largest.
+
+        For each its start, its end, and where its name is: in which table's strings, and where in them.
+        """
         starts, ends, places = (
             [np.empty(0, np.uint64)],
             [np.empty(0, np.uint64)],
@@ -238,7 +241,7 @@ class FileFacts:
             chosen = np.flatnonzero(usable)
             starts.append(table.rows["value"][chosen].astype(np.uint64))
             ends.append(starts[-1] + table.rows["size"][chosen].astype(np.uint64))
-            places.append(np.stack([np.full(len(chosen), number), chosen], axis=1))
+            places.append(np.stack([np.full(len(chosen), number), table.rows["name"][chosen]], axis=1))
         start, end = np.concatenate(starts), np.concatenate(ends)
         order = np.lexsort((np.arange(len(start)), end, start))
         last = np.ones(len(order), np.bool_)
@@ -286,9 +289,8 @@ class FileFacts:
         """The name of a symbol; "" where there is no such number: the file was rewritten meanwhile."""
         if number >= len(self._named[2]):
             return ""
-        table, row = self._named[2][number]
-        name: bytes = self._tables[table].names(np.array([row]))[0]
-        return shown_name(name)
+        table, place = self._named[2][number].tolist()
+        return shown_name(self._tables[table].string(place))
 
     def symbols_between(self, start: int, end: int) -> tuple[int, ...]:
         """The numbers of the symbols with a byte in the vaddrs [start, end), in order."""

@@ -369,8 +369,11 @@ def _on_pages(facts: FileFacts | None, vaddrs: Sequence[int]) -> dict[int, _OnPa
     page, slots = page[told], slots[told]
     bounds = np.searchsorted(page, np.arange(len(vaddrs) + 1)).tolist()
     symbols = [set[int]() for _ in vaddrs]
-    for symbol, first, end in zip(*facts.symbols_over(facts.slot_vaddrs[slots]), strict=True):
-        for on in range(int(page[first]), int(page[end - 1]) + 1):
+    covering, firsts, ends = facts.symbols_over(facts.slot_vaddrs[slots])
+    on_first, on_last = page[np.array(firsts, np.intp)], page[np.array(ends, np.intp) - 1]
+    rows = zip(covering, firsts, ends, on_first.tolist(), on_last.tolist(), strict=True)
+    for symbol, first, end, low_page, high_page in rows:
+        for on in range(low_page, high_page + 1):
             if max(first, bounds[on]) < min(end, bounds[on + 1]):
                 symbols[on].add(symbol)
     kind = facts.slots["kind"][slots]
@@ -391,15 +394,13 @@ def _on_pages(facts: FileFacts | None, vaddrs: Sequence[int]) -> dict[int, _OnPa
 
 def _told(facts: FileFacts | None, on_page: _OnPage, key: _Key) -> _Told:
     """What is told of a page of the file that ``facts`` are of, which numbers the symbols of ``key``."""
-    symbols = {*key.changed, *key.kept}
-    relocated = key.causes & _RELOCATION
-    if relocated:
-        symbols |= on_page.relocated
+    relocated = on_page.relocated if key.causes & _RELOCATION else _NONE
+    names = _names(facts, {*key.changed, *key.kept, *relocated})
     return _Told(
         vaddr=key.vaddr,
         section=on_page.section,
-        symbols=_names(facts, symbols),
-        written=_names(facts, key.changed),
+        symbols=tuple(names.values()),
+        written=tuple([names[number] for number in sorted(key.changed) if number in names]),
         causes=key.causes,
         kinds=on_page.kinds if key.causes & (_RELOCATION | _OVERWRITTEN) else (),
         reason=key.reason,
@@ -428,9 +429,9 @@ def _pages(pages: Iterable[tuple[_Told, Sequence[_Holder]]]) -> tuple[PrivatePag
     )
 
 
-def _names(facts: FileFacts | None, numbers: Iterable[int]) -> tuple[str, ...]:
-    """The symbols' names, by vaddr."""
-    return () if facts is None else tuple(facts.symbol_name(number) for number in sorted(numbers))
+def _names(facts: FileFacts | None, numbers: Iterable[int]) -> dict[int, str]:
+    """The symbols' names by their numbers, which ascend as their vaddrs do."""
+    return {} if facts is None else {number: facts.symbol_name(number) for number in sorted(numbers)}
 
 
 def _groups(holders: Sequence[_Holder]) -> tuple[tuple[int, ...], ...]:
