@@ -87,8 +87,8 @@ def audit(
             tell(step)
         others = [pid for pid in part if pid != auditor]
         with PatientCalls() as calls:
-            found = calls.call_each([partial(_look, pid, look) for pid in others], partial(tell, step))
-        for pid, answer in zip(others, found, strict=True):
+            surveys = calls.call_each([partial(_look, pid, look) for pid in others], partial(tell, step))
+        for pid, answer in zip(others, surveys, strict=True):
             answers[pid] = _unreadable(pid, answer) if isinstance(answer, Blocked) else answer
         return [answers[pid] for pid in part]
 
@@ -102,9 +102,9 @@ def audit(
     unreadable = [answer for answer in answers if isinstance(answer, Unreadable)]
     assemble = partial(_assembled, files=memo.files, level=chosen, when=when, causes=causes)
     with PatientCalls() as calls:
-        found, left_out = sparing(surveys, lambda part: calls.call(partial(assemble, part)))
+        result, left_out = sparing(surveys, lambda part: calls.call(partial(assemble, part)))
     unreadable += [_unreadable(process.pid, error) for process, error in left_out]
-    return replace(found, unreadable=tuple(unreadable))
+    return replace(result, unreadable=tuple(unreadable))
 
 
 def _assembled(

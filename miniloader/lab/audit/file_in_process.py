@@ -137,7 +137,7 @@ def files_in_process(
     swapped = pages.swapped.nonzero()[0]
     swapped_from = np.searchsorted(pages.vma[swapped], np.arange(len(vmas) + 1))
     starts_of_copies, starts = copies.starts.tolist(), originals.starts.tolist()
-    found = [
+    files = [
         FileInProcess(
             file=file,
             base=bias,
@@ -160,18 +160,18 @@ def files_in_process(
         )
         for file, bias, indices, size in arrangements
     ]
-    _find_bss(found, vmas, pages.anonymous)
-    return found
+    _find_bss(files, vmas, pages.anonymous)
+    return files
 
 
-def _find_bss(found: Sequence[FileInProcess], vmas: Sequence[Vma], anonymous: NDArray[np.uint64]) -> None:
+def _find_bss(files: Sequence[FileInProcess], vmas: Sequence[Vma], anonymous: NDArray[np.uint64]) -> None:
     """Set the vaddrs of the present anonymous pages of each image's bss.
 
     A page is looked for in one image alone, the one of which a mapping, or the first bss, begins most closely
     before it: bss is behind the data of its own image.  So no page is counted twice, however many images say
     that their bss is there, and it takes time in proportion to mappings and pages.
     """
-    owners = [placed for placed in found if placed.file.facts is not None and len(placed.file.facts.zeros)]
+    owners = [placed for placed in files if placed.file.facts is not None and len(placed.file.facts.zeros)]
     begins = [vmas[index].start for placed in owners for index in placed.mappings]
     begins += [_first_bss(placed) for placed in owners]
     starts = np.array(begins, np.uint64)

@@ -57,10 +57,10 @@ class Occurrence(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """All occurrences of one file, in the order of the processes, and the frames of its own pages in any."""
+    """A file and all the ``places`` where it is, as the processes have them; the frames of its own pages."""
 
     file: MappedFile
-    each: list[Occurrence]
+    places: list[Occurrence]
     frames: Narrow
 
 
@@ -73,9 +73,11 @@ def occurrences_of(surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] 
             takes = None if by_mapping is None else round(_sum_at(by_mapping, placed.mappings))
             occurrence = Occurrence(next(numbers), pid, placed, takes)
             files.setdefault(placed.file.number, []).append(occurrence)
-    frames = (_distinct([one.placed.file_frames for one in each]) for each in files.values())
     return [
-        Occurrences(each[0].file, each, found) for each, found in zip(files.values(), frames, strict=True)
+        Occurrences(
+            places[0].file, places, _distinct([occurrence.placed.file_frames for occurrence in places])
+        )
+        for places in files.values()
     ]
 
 
@@ -157,7 +159,7 @@ def _library(
 ) -> AuditedLibrary:
     paths = Counter[str]()
     for of_file in files:
-        paths[of_file.file.identity.path] += len(of_file.each)
+        paths[of_file.file.identity.path] += len(of_file.places)
     occurrences = _in_order(files)
     several = [occurrence.placed.several_frames for occurrence in occurrences]
     processes = tuple(map(_in_process, occurrences, several, repeat(merged)))
@@ -176,8 +178,10 @@ def _library(
 def _in_order(files: Sequence[Occurrences]) -> list[Occurrence]:
     """The occurrences of files, as the processes have them."""
     if len(files) == 1:
-        return files[0].each
-    return sorted((occurrence for of_file in files for occurrence in of_file.each), key=attrgetter("number"))
+        return files[0].places
+    return sorted(
+        (occurrence for of_file in files for occurrence in of_file.places), key=attrgetter("number")
+    )
 
 
 def _in_process(occurrence: Occurrence, several: Narrow, merged: NDArray[np.uint64] | None) -> LibraryProcess:
@@ -212,9 +216,9 @@ def _frames(files: Sequence[Occurrences], several: Sequence[Narrow], private: in
     """
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
-        own = [of_file.frames for of_file in files]
-        return private - sum(map(len, several)) + len(_distinct([*own, *several]))
-    places = ([occurrence.placed.own_offsets for occurrence in of_file.each] for of_file in files)
+        frames = [*(of_file.frames for of_file in files), *several]
+        return private - sum(map(len, several)) + len(_distinct(frames))
+    places = ([occurrence.placed.own_offsets for occurrence in of_file.places] for of_file in files)
     return private + sum(len(_distinct(offsets)) for offsets in places)
 
 

@@ -52,14 +52,14 @@ def look(audit: Audit, step: str = "now") -> tuple[Sight, ...]:
 
     Raises EvidenceError where the kernel does not tell as much as the audit had.
     """
-    found, files = list[Sight](), MappedFiles()
+    sights, files = list[Sight](), MappedFiles()
     for library in audit.libraries:
         sight = _sight(library, files)
         if sight is not None:
-            found.append(_looked(sight, step, audit))
-        if len(found) == _MOST_LIBRARIES:
+            sights.append(_looked(sight, step, audit))
+        if len(sights) == _MOST_LIBRARIES:
             break
-    return tuple(found)
+    return tuple(sights)
 
 
 def look_again(sights: tuple[Sight, ...], audit: Audit, step: str) -> tuple[Sight, ...]:
@@ -68,11 +68,11 @@ def look_again(sights: tuple[Sight, ...], audit: Audit, step: str) -> tuple[Sigh
     Of many looks every second one is forgotten: the first, and a dozen at most, are kept.
     """
     libraries = {(library.path, library.build_id): library for library in audit.libraries}
-    found = []
+    later = []
     for sight in sights:
         library = libraries.get((sight.library.path, sight.library.build_id), sight.library)
-        found.append(_looked(_thinned(replace(sight, library=library)), step, audit))
-    return tuple(found)
+        later.append(_looked(_thinned(replace(sight, library=library)), step, audit))
+    return tuple(later)
 
 
 def _thinned(sight: Sight) -> Sight:

@@ -248,8 +248,8 @@ class _Judged:
     def _absolute(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
         for row in rows.tolist():
             for definer, symbol in self._process.definers(self._image, int(self._slots["symbol"][row])):
-                found = definer.table.rows[symbol]
-                if int(found["shndx"]) == SHN_ABS and int(found["value"]) == int(self._target[row]):
+                defined = definer.table.rows[symbol]
+                if int(defined["shndx"]) == SHN_ABS and int(defined["value"]) == int(self._target[row]):
                     self.state[row], self.provider[row] = _BOUND, definer.number
                     break
         return np.asarray(rows[self.provider[rows] < 0])

@@ -280,13 +280,13 @@ def _proportional(group: Sequence[PageColumns], shares: _ByFrame) -> Iterable[ND
     ``shares`` are the bytes of each page that is mapped more than once.
     """
     several = shares.of(np.concatenate([column.several() for column in group]))
-    before = np.zeros(len(several) + 1)
-    several.cumsum(out=before[1:])
+    totals = np.zeros(len(several) + 1)
+    several.cumsum(out=totals[1:])
     number, alone = (
         np.concatenate(counts)
         for counts in zip(*[(column.number, column.number_alone) for column in group], strict=True)
     )
-    sums = before[(number - alone).cumsum()]
+    sums = totals[(number - alone).cumsum()]
     sums[1:] -= sums[:-1].copy()
     pss = alone * float(PAGE_SIZE) + sums
     ends = np.cumsum([len(column.number) for column in group])
@@ -309,8 +309,8 @@ def mappings_over(processes: Iterable[Mapping[MappingName, MappingProcess]]) -> 
     for process in processes:
         for name, mapping in process.items():
             rows.setdefault(name, []).append(mapping)
-    found = [AuditedMapping(kind, name, tuple(mappings)) for (kind, name), mappings in rows.items()]
-    return tuple(sorted(found, key=_order))
+    audited = [AuditedMapping(kind, name, tuple(mappings)) for (kind, name), mappings in rows.items()]
+    return tuple(sorted(audited, key=_order))
 
 
 def _order(mapping: AuditedMapping) -> tuple[int, int, str, str]:

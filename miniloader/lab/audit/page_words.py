@@ -89,8 +89,8 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
     Raises UsageError when that is none or several, or the vaddr is not in it; ProcessGone, EvidenceError.
     """
     with PageMap(pid) as pagemap:
-        vmas, _, found = locate(pid, pagemap, Memo(), frames=True)
-        placed = _place(found, library, vaddr & -PAGE_SIZE)
+        vmas, _, files = locate(pid, pagemap, Memo(), frames=True)
+        placed = _place(files, library, vaddr & -PAGE_SIZE)
         vaddr = vaddr & -PAGE_SIZE
         entry = pagemap.read(placed.base + vaddr, placed.base + vaddr + PAGE_SIZE)
         facts, causes, words, reason = placed.file.facts, tuple[Cause, ...](), tuple[PageWord, ...](), ""
@@ -98,7 +98,7 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
         if len(rows) and facts is not None:
             with ProcessMemory(pid) as memory:  # all copies: they show whether the image has been relocated
                 live, _ = memory.pages(placed.addresses)
-            space, page = space_of(pid, vmas, found), int(rows[0])
+            space, page = space_of(pid, vmas, files), int(rows[0])
             answer = classify(
                 facts, space, placed.base, placed.vaddrs, placed.file_offsets, live, words="every"
             )
@@ -130,11 +130,11 @@ def view_page(pid: int, vaddr: int, library: str) -> PageView:
     )
 
 
-def _place(found: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
+def _place(files: list[FileInProcess], library: str, vaddr: int) -> FileInProcess:
     """Where the one file that the pattern ``library`` chooses has the page at ``vaddr``."""
     named = [
         placed
-        for placed in found
+        for placed in files
         if matches(library, placed.file.identity.path, os.path.basename(placed.file.identity.path))
     ]
     inside = [placed for placed in named if image_start(placed) <= placed.base + vaddr < placed.end]
