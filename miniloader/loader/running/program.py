@@ -270,7 +270,7 @@ def _as_of_file(text: bytes, file: str) -> Exception | None:
 def _compiled_before(text: bytes, _: str) -> CodeType:
     """The code of a program that was compiled, by this version of Python; UnrunnableProgram where not."""
     ends_early = UnrunnableProgram(EOFError("EOF read where not expected"))
-    if not text and sys.version_info >= (3, 13):
+    if len(text) < len(MAGIC_NUMBER) and sys.version_info >= (3, 13):
         raise ends_early
     if text[: len(MAGIC_NUMBER)] != MAGIC_NUMBER:
         raise UnrunnableProgram(RuntimeError("Bad magic number in .pyc file"))
