@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
-from miniloader.forking import making
+from miniloader.forking import importing, making
 from miniloader.later import Later, leaving_out
 
 with leaving_out("inspect"):
@@ -64,7 +63,11 @@ else:
 def _annotations(cls: type) -> dict[str, Any]:
     """:func:`inspect.get_annotations` of a class, without inspect where they are as they should be."""
     written = vars(cls).get("__annotations__", {})
-    return dict(written) if isinstance(written, dict) else import_module("inspect").get_annotations(cls)
+    if isinstance(written, dict):
+        return dict(written)
+    with importing:
+        from inspect import get_annotations
+    return get_annotations(cls)
 
 
 if isinstance(_inspect := vars(dataclasses).get("inspect"), Later):  # Python 3.13 asks it about every class
