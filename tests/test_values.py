@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import pathlib
 import pickle
 import sys
 from collections.abc import Callable
@@ -118,6 +120,16 @@ def test_what_is_no_field() -> None:
     with pytest.raises(TypeError):
         Counted(1, 2)  # type: ignore[misc]
     assert [field.name for field in dataclasses.fields(Again)] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("cls", [int, type("Bare", (), {}), Exception, pathlib.Path])
+def test_annotations_are_told_as_inspect_tells_them(cls: type) -> None:
+    """Of what has none, inherits them, or has its own: Python 3.13 asks for them by inspect."""
+    has_own = type("Own", (cls,), {"__annotations__": {"x": "int"}})
+    for asked in (cls, has_own, type("Heir", (has_own,), {})):
+        told = values._annotations(asked)
+        assert told == inspect.get_annotations(asked)
+        assert told is not vars(asked).get("__annotations__")
 
 
 def test_without_equality() -> None:

@@ -82,11 +82,16 @@ def _thread_for(pid: int | None) -> int | None:
 
 
 def _has_ended(stat: str) -> bool:
+    return _state(stat) in b"ZX"
+
+
+def _state(stat: str) -> bytes:
+    """The letter of a process's or a thread's state; none where it is not there any more."""
     try:
         with open(stat, "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] in b"ZX"
+            return file.read().rpartition(b") ")[2][:1]
     except OSError:
-        return True
+        return b""
 
 
 def require_proc() -> None:
@@ -108,7 +113,7 @@ def _lives(pid: int | None) -> bool:
 
 def _is_zombie(pid: int | None) -> bool:
     """Whether it has ended and waits for its parent: the state in ``stat``, which everybody may read."""
-    return os.path.exists(process_file(pid, "stat")) and _has_ended(process_file(pid, "stat"))
+    return _state(process_file(pid, "stat")) == b"Z"
 
 
 def _is_not_dumpable(pid: int | None) -> bool:

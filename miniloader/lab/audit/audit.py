@@ -22,9 +22,10 @@ from miniloader.kernel.probe import level_for
 from miniloader.kernel.procfs import read_process_file, require_proc
 from miniloader.kernel.smaps import read_rollup
 from miniloader.kernel.syscalls import PAGE_SIZE, compare_memory
-from miniloader.lab.audit.library import libraries_of, occurrences_of
+from miniloader.lab.audit.library import libraries_of
 from miniloader.lab.audit.mapped_files import Identity, MappedFiles
 from miniloader.lab.audit.mappings import mappings_over, pss_by_frames
+from miniloader.lab.audit.occurrences import occurrences_of
 from miniloader.lab.audit.result import Audit, AuditedProcess, Unreadable
 from miniloader.lab.audit.sparing import sparing
 from miniloader.lab.audit.survey import Memo, Survey, survey

@@ -1,92 +1,27 @@
-"""One library of an audit: its files and processes, its private pages and what is on them.
+"""One library of an audit: its files, its processes, and how many pages of memory it takes.
 
-Files are one library where they have the same build-id and segments, or a frame in common.  A
-:class:`Occurrence` is one of its files in one process, of which there may be several.
+Files are one library where they have the same build-id and segments, or a frame in common.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, repeat
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from operator import attrgetter
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miniloader.elf.header import Segment
-from miniloader.evidence.cause_names import bit, cause_names
-from miniloader.evidence.file_facts import FileFacts
-from miniloader.evidence.slots import LOADER
 from miniloader.kernel.features import LevelName
 from miniloader.kernel.frames import distinct
-from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.file_in_process import SWAPPED_OUT, FileInProcess
-from miniloader.lab.audit.mapped_files import MappedFile
+from miniloader.lab.audit.occurrences import Occurrence, Occurrences, distinct_in
+from miniloader.lab.audit.private_pages import bss_pages, private_pages, swapped_pages
 from miniloader.lab.audit.process_pages import Narrow
-from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess, PrivatePage
-from miniloader.lab.audit.survey import Survey
-from miniloader.values import NamedTuple, dataclass
+from miniloader.lab.audit.result import AuditedLibrary, LibraryProcess
 
-__all__ = ["Occurrence", "Occurrences", "libraries_of", "occurrences_of"]
-
-_BSS: Final = bit("bss")
-_RELOCATION: Final = bit("relocation")
-_OVERWRITTEN: Final = bit("overwritten")
-_UNKNOWN: Final = bit("unknown")
-_NONE: Final[tuple[int, ...]] = ()
-_WRITTEN: Final = bit("write") | bit("overwritten") | bit("bss")
-
-
-class Occurrence(NamedTuple):
-    """A file in process ``pid``; ``pss`` is what it takes there in proportion, in bytes; None: not known.
-
-    ``number`` counts those of all files, as the processes have them.
-    """
-
-    number: int
-    pid: int
-    placed: FileInProcess
-    pss: int | None
-
-    @property
-    def file(self) -> MappedFile:
-        """The file."""
-        return self.placed.file
-
-
-class Occurrences(NamedTuple):
-    """A file and all the ``places`` where it is, as the processes have them; the frames of its own pages."""
-
-    file: MappedFile
-    places: list[Occurrence]
-    frames: Narrow
-
-
-def occurrences_of(surveys: Sequence[Survey], pss: Sequence[NDArray[np.float64] | None]) -> list[Occurrences]:
-    """The files of all processes; ``pss`` is, for each process, that of each of its mappings in bytes."""
-    files, numbers = dict[int, list[Occurrence]](), count()
-    for process, pss_of in zip(surveys, pss, strict=True):
-        pid, by_mapping = process.pid, None if pss_of is None else pss_of.tolist()
-        for placed in process.files:
-            takes = None if by_mapping is None else round(_sum_at(by_mapping, placed.mappings))
-            occurrence = Occurrence(next(numbers), pid, placed, takes)
-            files.setdefault(placed.file.number, []).append(occurrence)
-    return [
-        Occurrences(
-            places[0].file, places, _distinct([occurrence.placed.file_frames for occurrence in places])
-        )
-        for places in files.values()
-    ]
-
-
-def _sum_at(values: Sequence[float], indices: Sequence[int]) -> float:
-    """The sum of the values at ``indices``, which ascend and most often follow one another."""
-    first, last = indices[0], indices[-1]
-    if last - first == len(indices) - 1:
-        return sum(values[first : last + 1])
-    return sum([values[index] for index in indices])
+__all__ = ["libraries_of"]
 
 
 def libraries_of(
@@ -107,11 +42,6 @@ def libraries_of(
 
 def _order(library: AuditedLibrary) -> tuple[int, int, int, str]:
     return -library.own, -library.private, -library.present, library.path
-
-
-def _distinct(arrays: Iterable[Narrow]) -> Narrow:
-    """The different values in all arrays, sorted."""
-    return distinct(np.concatenate([np.empty(0, np.uint32), *arrays]))
 
 
 def _grouped(files: Sequence[Occurrences]) -> Iterable[list[Occurrences]]:
@@ -169,9 +99,9 @@ def _library(
         files=_separate_files(files),
         frames=_frames(files, several, sum([process.private for process in processes]), level),
         processes=processes,
-        private_pages=_private_pages(occurrences) if causes else (),
-        bss_pages=_bss_pages(occurrences) if causes else (),
-        swapped_pages=_swapped_pages(occurrences) if causes else (),
+        private_pages=private_pages(occurrences) if causes else (),
+        bss_pages=bss_pages(occurrences) if causes else (),
+        swapped_pages=swapped_pages(occurrences) if causes else (),
     )
 
 
@@ -217,240 +147,6 @@ def _frames(files: Sequence[Occurrences], several: Sequence[Narrow], private: in
     if level == "frames":
         # A copy that is mapped once is a frame of its own; the others may be anybody's.
         frames = [*(of_file.frames for of_file in files), *several]
-        return private - sum(map(len, several)) + len(_distinct(frames))
+        return private - sum(map(len, several)) + len(distinct_in(frames))
     places = ([occurrence.placed.own_offsets for occurrence in of_file.places] for of_file in files)
-    return private + sum(len(_distinct(offsets)) for offsets in places)
-
-
-# ------------------------------------------------------------------------------------------------ pages
-class _Holder(NamedTuple):
-    """A process that has a page: in which frame, and whether somebody else has that, too.
-
-    0 is a frame that is not told; a number below is one that nobody else has, whichever it is.
-    """
-
-    pid: int
-    frame: int = 0
-    common: bool = False
-
-
-@dataclass(frozen=True)
-class _OnPage:
-    """What the file says of one page: its section, the symbols that are relocated on it, the kinds."""
-
-    section: str
-    relocated: frozenset[int]
-    kinds: tuple[tuple[str, int], ...]
-
-
-class _Told(NamedTuple):
-    """What is told of a private page, but for who has it.  Names, not numbers: each file has its own."""
-
-    vaddr: int
-    section: str
-    symbols: tuple[str, ...]
-    written: tuple[str, ...]
-    causes: int
-    kinds: tuple[tuple[str, int], ...]
-    reason: str
-
-
-class _Key(NamedTuple):
-    """What processes have alike of a private page of one file.
-
-    The symbols, by their numbers in that file, are those that were written after relocation, and those that
-    only the loader wrote.
-    """
-
-    vaddr: int
-    causes: int
-    reason: str
-    changed: tuple[int, ...]
-    kept: tuple[int, ...]
-
-
-def _private_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
-    """The private pages, processes with the same page, causes and symbols together."""
-    holders: dict[tuple[_Key, int], list[_Holder]] = {}
-    for number, occurrence in enumerate(occurrences):
-        for key, holder in _pages_of(occurrence, _Holder(occurrence.pid, -1 - number)):
-            holders.setdefault((key, occurrence.file.number), []).append(holder)
-    facts = {occurrence.file.number: occurrence.file.facts for occurrence in occurrences}
-    on_pages = _on_all_pages({(key.vaddr, number) for key, number in holders}, facts)
-    return _pages(
-        (_told(facts[number], on_pages[key.vaddr, number], key), of_page)
-        for (key, number), of_page in sorted(holders.items(), key=lambda item: item[0])
-    )
-
-
-def _pages_of(occurrence: Occurrence, alone: _Holder) -> Iterable[tuple[_Key, _Holder]]:
-    """The private pages of a file in a process, and who has each: ``alone``, where nobody else does."""
-    placed = occurrence.placed
-    written: dict[int, list[tuple[int, int]]] = {}
-    for page, symbol, cause in placed.written.tolist():
-        written.setdefault(page, []).append((symbol, cause))
-    columns = (placed.vaddrs, placed.causes, placed.frames, placed.is_common)
-    rows = zip(*[column.tolist() for column in columns], strict=True)
-    for page, (vaddr, causes, frame, common) in enumerate(rows):
-        changed, kept = _NONE, _NONE
-        if symbols := written.get(page):
-            changed = tuple(sorted({symbol for symbol, cause in symbols if cause & _WRITTEN}))
-            kept = tuple(sorted({symbol for symbol, cause in symbols if not cause & _WRITTEN}))
-        key = _Key(vaddr, causes, placed.reasons.get(page, ""), changed, kept)
-        yield key, alone if frame and not common else _Holder(occurrence.pid, frame, common)
-
-
-def _bss_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
-    """The anonymous pages of bss; their symbols are all that lie on them."""
-    on_page = _OnPage(".bss", frozenset(), ())
-    holders, facts = _holders((occurrence, occurrence.placed.bss_vaddrs) for occurrence in occurrences)
-    return _pages(
-        (
-            _told(facts[number], on_page, _Key(vaddr, _BSS, "", _bss_symbols(facts[number], vaddr), ())),
-            of_page,
-        )
-        for (vaddr, number), of_page in holders.items()
-    )
-
-
-def _swapped_pages(occurrences: Sequence[Occurrence]) -> tuple[PrivatePage, ...]:
-    """The copies that are swapped out, whose cause cannot be known."""
-    holders, facts = _holders((occurrence, occurrence.placed.swapped_vaddrs) for occurrence in occurrences)
-    on_pages = _on_all_pages(holders, facts)
-    return _pages(
-        (
-            _told(facts[number], on_pages[vaddr, number], _Key(vaddr, _UNKNOWN, SWAPPED_OUT, _NONE, _NONE)),
-            of_page,
-        )
-        for (vaddr, number), of_page in holders.items()
-    )
-
-
-def _holders(
-    pages: Iterable[tuple[Occurrence, NDArray[np.uint64]]],
-) -> tuple[dict[tuple[int, int], list[_Holder]], dict[int, FileFacts | None]]:
-    """Who has each page, by vaddr and the number of its file, in order, and what is in these files.
-
-    ``pages`` are the vaddrs of occurrences.
-    """
-    holders: dict[tuple[int, int], list[_Holder]] = {}
-    facts: dict[int, FileFacts | None] = {}
-    for occurrence, vaddrs in pages:
-        facts[occurrence.file.number] = occurrence.file.facts
-        for vaddr in vaddrs.tolist():
-            holders.setdefault((vaddr, occurrence.file.number), []).append(_Holder(occurrence.pid))
-    return dict(sorted(holders.items())), facts
-
-
-def _on_all_pages(
-    places: Iterable[tuple[int, int]], facts: Mapping[int, FileFacts | None]
-) -> dict[tuple[int, int], _OnPage]:
-    """What the files say of pages, each by vaddr and the number of its file: of all of a file's together."""
-    vaddrs: dict[int, list[int]] = {}
-    for vaddr, number in places:
-        vaddrs.setdefault(number, []).append(vaddr)
-    return {
-        (vaddr, number): on_page
-        for number, of_file in vaddrs.items()
-        for vaddr, on_page in _on_pages(facts[number], sorted(of_file)).items()
-    }
-
-
-def _on_pages(facts: FileFacts | None, vaddrs: Sequence[int]) -> dict[int, _OnPage]:
-    """What the file says of each of its pages at ``vaddrs``, which ascend: of all the slots there together.
-
-    A large library has millions of them, so nothing is made for each.
-    """
-    if facts is None:
-        return dict.fromkeys(vaddrs, _OnPage("", frozenset(), ()))
-    starts = np.array(vaddrs, np.uint64)
-    low = np.searchsorted(facts.slot_vaddrs, starts)
-    high = np.searchsorted(facts.slot_vaddrs, starts + np.uint64(PAGE_SIZE - 1), side="right")
-    number = np.maximum(high - low, 0)
-    page = np.repeat(np.arange(len(vaddrs)), number)
-    slots = np.arange(len(page)) + np.repeat(low + number - np.cumsum(number), number)
-    told = facts.slots["what"][slots] != LOADER
-    page, slots = page[told], slots[told]
-    bounds = np.searchsorted(page, np.arange(len(vaddrs) + 1)).tolist()
-    symbols = [set[int]() for _ in vaddrs]
-    covering, firsts, ends = facts.symbols_over(facts.slot_vaddrs[slots])
-    on_first, on_last = page[np.array(firsts, np.intp)], page[np.array(ends, np.intp) - 1]
-    rows = zip(covering, firsts, ends, on_first.tolist(), on_last.tolist(), strict=True)
-    for symbol, first, end, low_page, high_page in rows:
-        for on in range(low_page, high_page + 1):
-            if max(first, bounds[on]) < min(end, bounds[on + 1]):
-                symbols[on].add(symbol)
-    kind = facts.slots["kind"][slots]
-    kinds = [Counter[int]() for _ in vaddrs]
-    runs = np.flatnonzero((np.diff(kind, prepend=0) != 0) | (np.diff(page, prepend=-1) != 0))
-    lengths = np.diff(runs, append=len(page)).tolist()
-    for on, same, length in zip(page[runs].tolist(), kind[runs].tolist(), lengths, strict=True):
-        kinds[on][same] += length
-    return {
-        vaddr: _OnPage(
-            facts.section_on(vaddr),
-            frozenset(symbols[on]),
-            tuple((facts.kind_name(same), count) for same, count in sorted(kinds[on].items())),
-        )
-        for on, vaddr in enumerate(vaddrs)
-    }
-
-
-def _told(facts: FileFacts | None, on_page: _OnPage, key: _Key) -> _Told:
-    """What is told of a page of the file that ``facts`` are of, which numbers the symbols of ``key``."""
-    relocated = on_page.relocated if key.causes & _RELOCATION else _NONE
-    names = _names(facts, {*key.changed, *key.kept, *relocated})
-    return _Told(
-        vaddr=key.vaddr,
-        section=on_page.section,
-        symbols=tuple(names.values()),
-        written=tuple([names[number] for number in sorted(key.changed) if number in names]),
-        causes=key.causes,
-        kinds=on_page.kinds if key.causes & (_RELOCATION | _OVERWRITTEN) else (),
-        reason=key.reason,
-    )
-
-
-def _pages(pages: Iterable[tuple[_Told, Sequence[_Holder]]]) -> tuple[PrivatePage, ...]:
-    """One page for all holders of whom the same is told, of whichever file they have it."""
-    together: dict[_Told, list[_Holder]] = {}
-    for told, holders in pages:
-        together.setdefault(told, []).extend(holders)
-    return tuple(
-        PrivatePage(
-            vaddr=told.vaddr,
-            section=told.section,
-            symbols=told.symbols,
-            written=told.written,
-            causes=cause_names(told.causes),
-            kinds=dict(told.kinds),
-            pids=tuple(holder.pid for holder in holders),
-            groups=_groups(holders),
-            reason=told.reason,
-            common=tuple(holder.pid for holder in holders if holder.common),
-        )
-        for told, holders in together.items()
-    )
-
-
-def _names(facts: FileFacts | None, numbers: Iterable[int]) -> dict[int, str]:
-    """The symbols' names by their numbers, which ascend as their vaddrs do."""
-    return {} if facts is None else {number: facts.symbol_name(number) for number in sorted(numbers)}
-
-
-def _groups(holders: Sequence[_Holder]) -> tuple[tuple[int, ...], ...]:
-    """The pids by frame; () where no two have the same, or frames are hidden.
-
-    >>> _groups([_Holder(1, 70), _Holder(2, 70), _Holder(3, 71)])
-    ((1, 2), (3,))
-    """
-    by_frame: dict[int, list[int]] = {}
-    for holder in holders:
-        by_frame.setdefault(holder.frame, []).append(holder.pid)
-    if 0 in by_frame or len(by_frame) == len(holders):
-        return ()
-    return tuple(tuple(pids) for pids in by_frame.values())
-
-
-def _bss_symbols(facts: FileFacts | None, vaddr: int) -> tuple[int, ...]:
-    return () if facts is None else facts.symbols_between(vaddr, vaddr + PAGE_SIZE)
+    return private + sum(len(distinct_in(offsets)) for offsets in places)

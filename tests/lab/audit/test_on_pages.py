@@ -16,7 +16,7 @@ from miniloader.evidence.name_numbers import NameNumbers
 from miniloader.evidence.slots import LOADER
 from miniloader.kernel.maps import read_maps
 from miniloader.kernel.syscalls import PAGE_SIZE
-from miniloader.lab.audit.library import _on_pages
+from miniloader.lab.audit.private_pages import _on_pages
 
 
 def _facts(path: str | Path) -> FileFacts:
